@@ -1,0 +1,312 @@
+"""What a job file may say: one pydantic model per kind of job.
+
+A job runs the stages whose sections it holds. `kind: line` holds them all; a stage's own job file holds that stage's
+settings at the top level and, if it likes, the sections of earlier stages too. The output of a stage that has no
+section is looked up under `output` (or under `inputs`), and must have been made before.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from scldm.config import StrictModel
+from scldm.flow.config import EMAConfig, PathConfig, SamplerConfig
+from scldm.nn.config import DiTConfig, VAEConfig
+from scldm.optim.config import OptimizerConfig
+
+STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "ingest": (),
+    "train_vae": ("ingest",),
+    "encode": ("ingest", "train_vae"),
+    "train_flow": ("ingest", "train_vae", "encode"),
+    "generate": ("ingest", "train_vae", "train_flow"),
+    "evaluate": ("ingest", "train_vae", "generate"),
+}
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+# ---- sources -----------------------------------------------------------------------------------------------------
+class SyntheticSource(StrictModel):
+    """Cells made on the spot: gene programmes, cell types, negative-binomial counts; a function of the seed."""
+
+    type: Literal["synthetic"]
+    n_cells: PositiveInt = 4000
+    n_genes: PositiveInt = 1000
+    n_types: PositiveInt = 6
+    n_donors: PositiveInt = 4
+    seed: int = Field(0, ge=0)
+
+
+class H5adSource(StrictModel):
+    """One or many `.h5ad` files with raw counts; written once into a SOMA experiment."""
+
+    type: Literal["h5ad"]
+    path: str
+    """File, folder of files or glob pattern."""
+    layer: str | None = None
+    """Where the counts are: a layer's name, "raw" for adata.raw, or null for X."""
+    columns: dict[str, str] = {}
+    """Names to give to obs columns, Census name -> name in the file: {cell_type: louvain, donor_id: patient}."""
+    gene_id: str | None = None
+    """var column that holds the gene id (Ensembl); null takes the var index."""
+    gene_name: str | None = None
+    """var column that holds the gene symbol; null takes the var index."""
+
+
+class SomaSource(StrictModel):
+    """A SOMA experiment that exists, read where it is."""
+
+    type: Literal["soma"]
+    uri: str
+    region: str | None = None
+    """AWS region of an s3:// URI."""
+    measurement: str = "RNA"
+    layer: str = "raw"
+
+
+class CensusSource(StrictModel):
+    """The CELLxGENE Census, opened by version from its public bucket; no account needed."""
+
+    type: Literal["census"]
+    version: str
+    """A dated release such as 2025-01-30. "stable" and "latest" are refused: they move."""
+    organism: Literal["homo_sapiens", "mus_musculus"] = "homo_sapiens"
+
+
+Source = Annotated[SyntheticSource | H5adSource | SomaSource | CensusSource, Field(discriminator="type")]
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+class GenesConfig(StrictModel):
+    """Which genes of the source the model knows."""
+
+    value_filter: str | None = None
+    """SOMA value filter on var, for example "feature_length > 500"."""
+    min_cells: int = Field(0, ge=0)
+    """Keep genes that at least so many training cells express. 0 keeps every gene of the source."""
+
+
+class SplitConfig(StrictModel):
+    """Share of cells held out, by a hash of `by`: the same cell always falls on the same side."""
+
+    validation: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(0.1, ge=0, lt=1)
+    by: Literal["cell", "donor_id", "dataset_id"] = "cell"
+    salt: str = "scldm"
+
+    @model_validator(mode="after")
+    def _leaves_training_cells(self) -> SplitConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation ({self.validation}) + test ({self.test}) must leave cells to train on")
+        return self
+
+
+class IngestConfig(StrictModel):
+    """Vocabularies, split and statistics of a source; the counts stay in SOMA."""
+
+    source: Source
+    labels: list[str] = ["cell_type"]
+    """obs columns that generation is conditioned on."""
+    obs_filter: str | None = None
+    """SOMA value filter on obs, for example "tissue_general == 'lung' and is_primary_data == True"."""
+    genes: GenesConfig = GenesConfig()
+    split: SplitConfig = SplitConfig()
+
+
+class FeedConfig(StrictModel):
+    """How cells reach the workers."""
+
+    batch_size: PositiveInt = 64
+    """Cells per optimizer step, over all workers."""
+    micro_batch_size: PositiveInt = 64
+    """Most cells a worker takes at once; accumulation follows."""
+    lanes: PositiveInt = 4
+    """Parallel streams of blocks that every batch is drawn from. A multiple of the workers; divides batch_size."""
+    block_rows: PositiveInt = 8192
+    """Cells in a block, read from whole storage tiles and shuffled inside."""
+    max_genes: PositiveInt | None = None
+    """Cap on a cell's expressed genes that the encoder sees, sampled by seed; null for no cap."""
+
+
+class TrainConfig(StrictModel):
+    """A training run. Also the place for what DeepSpeed is told."""
+
+    max_steps: PositiveInt = 600
+    """Optimizer steps."""
+    seconds: PositiveFloat | None = None
+    """Stop after so much training time (and decay the learning rate to it); null for no limit."""
+    feed: FeedConfig = FeedConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 pays on A100 and later; on CPU it is slower."""
+    genes_per_step: PositiveInt | None = None
+    """Genes scored in a training step, drawn by expression; the loss stays an estimate of the full one. Null: all."""
+    validate_every: PositiveInt = 200
+    """Steps between validations."""
+    validation_cells: PositiveInt = 512
+    """Cells of the validation split that are scored."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept."""
+    log_every_seconds: PositiveFloat = 5.0
+    """Seconds between progress lines."""
+    max_failures: int = Field(3, ge=0)
+    """Worker failures survived before the job gives up."""
+
+
+class TrainVaeConfig(StrictModel):
+    model: VAEConfig = VAEConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class EncodeConfig(StrictModel):
+    batch_size: PositiveInt = 256
+    splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
+
+
+class TrainFlowConfig(StrictModel):
+    model: DiTConfig = DiTConfig()
+    flow: PathConfig = PathConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class GenerateConfig(StrictModel):
+    conditions: str | None = None
+    """CSV or Parquet table: label columns and n_cells."""
+    cells: list[dict[str, Any]] | None = None
+    """The same table inline: [{cell_type: B, n_cells: 1000}, …]."""
+    per_label: dict[str, PositiveInt] | None = None
+    """So many cells for each class of a label: {cell_type: 200}."""
+    like: Literal["train", "validation", "test"] | None = None
+    """As many cells of each combination of labels as this split has."""
+    n_cells: PositiveInt | None = None
+    """With `like`: how many cells in all, at the same composition. Alone: so many unconditional cells."""
+    sampler: SamplerConfig = SamplerConfig()
+    temperature: float = Field(1.0, ge=0)
+    """Of the negative-binomial draw: 1 draws from the model, 0 writes rounded means; between, the dispersion shrinks."""
+    shard_size: int = Field(25_000, ge=1, le=250_000)
+    batch_size: PositiveInt = 256
+    seed: int = Field(0, ge=0)
+
+
+class EvaluateConfig(StrictModel):
+    split: Literal["validation", "test"] = "test"
+    n_pcs: PositiveInt = 30
+    n_top_genes: PositiveInt = 2000
+    max_cells: PositiveInt = 5000
+    """Real and generated cells scored at most; drawn by seed."""
+    n_neighbors: PositiveInt = 15
+    seed: int = Field(0, ge=0)
+
+
+# ---- jobs --------------------------------------------------------------------------------------------------------
+class ResourcesConfig(StrictModel):
+    """What the job asks Ray for."""
+
+    workers: PositiveInt = 2
+    """Training workers."""
+    cpus_per_worker: PositiveFloat = 1
+    gpus_per_worker: float = Field(0, ge=0)
+    actors: PositiveInt = 2
+    """Actors of encode and generate."""
+
+
+class TrackingConfig(StrictModel):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server; null keeps a SQLite file under the output folder."""
+    experiment: str | None = None
+    """Null: scldm/<name of the job>."""
+
+
+class JobBase(StrictModel):
+    """What every job file may say."""
+
+    name: Name
+    """Name of the pipeline: stages of the same name and output find each other."""
+    output: str = "runs"
+    """Root folder; this pipeline writes to <output>/<name>. On a cluster: a path that every node sees."""
+    seed: int = Field(0, ge=0)
+    cluster: str | None = None
+    """The cluster file that this job is sized for; for people and for `scldm plan`."""
+    resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    inputs: dict[str, str] = {}
+    """Stage -> folder of a finished run of it; default: the newest under the output folder."""
+
+    @model_validator(mode="after")
+    def _inputs_are_stages(self) -> JobBase:
+        unknown = sorted(set(self.inputs) - set(STAGES))
+        if unknown:
+            raise ValueError(f"inputs names {', '.join(unknown)}; stages are {', '.join(STAGES)}")
+        return self
+
+
+class LineJob(JobBase):
+    kind: Literal["line"]
+    ingest: IngestConfig
+    train_vae: TrainVaeConfig = TrainVaeConfig()
+    encode: EncodeConfig = EncodeConfig()
+    train_flow: TrainFlowConfig = TrainFlowConfig()
+    generate: GenerateConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class IngestJob(JobBase, IngestConfig):
+    kind: Literal["ingest"]
+
+
+class TrainVaeJob(JobBase, TrainVaeConfig):
+    kind: Literal["train_vae"]
+    ingest: IngestConfig | None = None
+
+
+class EncodeJob(JobBase, EncodeConfig):
+    kind: Literal["encode"]
+
+
+class TrainFlowJob(JobBase, TrainFlowConfig):
+    kind: Literal["train_flow"]
+
+
+class GenerateJob(JobBase, GenerateConfig):
+    kind: Literal["generate"]
+
+
+class EvaluateJob(JobBase, EvaluateConfig):
+    kind: Literal["evaluate"]
+
+
+Job = Annotated[
+    LineJob | IngestJob | TrainVaeJob | EncodeJob | TrainFlowJob | GenerateJob | EvaluateJob,
+    Field(discriminator="kind"),
+]
+STAGE_CONFIGS: dict[str, type[StrictModel]] = {
+    "ingest": IngestConfig,
+    "train_vae": TrainVaeConfig,
+    "encode": EncodeConfig,
+    "train_flow": TrainFlowConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def stage_configs(job: JobBase) -> dict[str, StrictModel]:
+    """The stages that a job holds, in the order in which they run."""
+    kind: str = job.kind  # type: ignore[attr-defined]
+    found: dict[str, StrictModel] = {}
+    for stage in STAGES:
+        if stage == kind:
+            config_type = STAGE_CONFIGS[stage]
+            found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})
+        elif getattr(job, stage, None) is not None:
+            found[stage] = getattr(job, stage)
+    return found

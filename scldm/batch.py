@@ -1,0 +1,74 @@
+"""A batch of cells, sparse (CSR) from the store to the device.
+
+Shape letters: b cells, nnz expressed (cell, gene) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CellBatch:
+    """Expressed genes of b cells, with what is known about each cell."""
+
+    offsets: Tensor  # (b + 1,) int64; cell i owns entries offsets[i] : offsets[i + 1]
+    gene_ids: Tensor  # (nnz,) int64, 0 .. g-1
+    counts: Tensor  # (nnz,) float32, > 0
+    library_size: Tensor  # (b,) float32, sum of the cell's counts over the vocabulary
+    conditions: Mapping[str, Tensor]  # label -> (b,) int64 class ids, null id where unknown
+    joinids: Tensor  # (b,) int64, soma_joinid
+    weight: Tensor  # (b,) float32; 0 for the repeats that fill the last batch of an epoch
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.library_size)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Expressed genes per cell, (b,)."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def cell_index(self) -> Tensor:
+        """For each entry the cell it belongs to, (nnz,)."""
+        return torch.repeat_interleave(torch.arange(self.n_cells, device=self.offsets.device), self.lengths)
+
+    def to(self, device: torch.device | str) -> CellBatch:
+        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        return replace(
+            self,
+            **{f: move(getattr(self, f)) for f in ("offsets", "gene_ids", "counts", "library_size", "joinids", "weight")},
+            conditions={k: move(v) for k, v in self.conditions.items()},
+        )
+
+    def dense(self, n_genes: int) -> Tensor:
+        """Counts as (b, g); for tests and small data only."""
+        out = self.counts.new_zeros(self.n_cells, n_genes)
+        out[self.cell_index, self.gene_ids] = self.counts
+        return out
+
+    @classmethod
+    def from_dense(cls, counts: Tensor, conditions: Mapping[str, Tensor] | None = None) -> CellBatch:
+        """From a (b, g) matrix of counts; for tests and notebooks."""
+        if counts.ndim != 2:
+            raise ValueError(f"counts must be (cells, genes); got shape {tuple(counts.shape)}")
+        if (counts < 0).any():
+            raise ValueError(f"counts must not be negative; the smallest is {counts.min().item():g}")
+        cell, gene = counts.nonzero(as_tuple=True)
+        n = len(counts)
+        offsets = torch.zeros(n + 1, dtype=torch.int64, device=counts.device)
+        offsets[1:] = torch.bincount(cell, minlength=n).cumsum(0)
+        return cls(
+            offsets=offsets,
+            gene_ids=gene,
+            counts=counts[cell, gene],
+            library_size=counts.sum(1),
+            conditions=dict(conditions or {}),
+            joinids=torch.arange(n, device=counts.device),
+            weight=torch.ones(n, device=counts.device, dtype=counts.dtype),
+        )

@@ -1,0 +1,50 @@
+"""Choices of the flow: path, prediction, loss weight, solver, guidance."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from scldm.config import StrictModel
+
+Solver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "dopri5"]
+
+
+class PathConfig(StrictModel):
+    """How noise (t = 0) turns into data (t = 1), and what the network predicts."""
+
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    """Interpolant."""
+    prediction: Literal["velocity", "score", "noise"] = "velocity"
+    """What the network's output means."""
+    weight: Literal["none", "velocity", "likelihood"] = "none"
+    """Loss weight over time."""
+
+
+class SamplerConfig(StrictModel):
+    """How latents are drawn from the trained flow."""
+
+    solver: Solver = "midpoint"
+    """ODE solver. dopri5 is adaptive and uses rtol and atol; the others take exactly `steps` steps."""
+    steps: PositiveInt = 10
+    """Steps of a fixed-step solver."""
+    rtol: PositiveFloat = 1e-5
+    """Relative tolerance of dopri5."""
+    atol: PositiveFloat = 1e-5
+    """Absolute tolerance of dopri5."""
+    guidance: dict[str, float] | float = 1.0
+    """Guidance scale w: v = v_null + w (v_cond - v_null). One number, or one per label. 1 needs one evaluation per step."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which weights of the DiT are used."""
+
+
+class EMAConfig(StrictModel):
+    """Exponential moving average of the weights, kept in fp32."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    """Decay once warm."""
+    every: PositiveInt = 1
+    """Update once every so many optimizer steps."""
+    start: int = Field(0, ge=0)
+    """Before this step the average is a plain copy; after it the decay warms up as 1 - (1 + k)^(-2/3)."""

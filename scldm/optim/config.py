@@ -1,0 +1,32 @@
+"""Choices of the optimizer and of the learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat
+
+from scldm.config import StrictModel
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with a warm-up, hold, decay schedule. The learning rate is never scaled by the number of workers."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's moment decays."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    cautious: bool = False
+    """Skip the coordinates whose update disagrees in sign with the gradient."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Fraction of max_steps for the linear warm-up."""
+    decay: float = Field(0.3, ge=0, le=1)
+    """Fraction of max_steps for the final decay."""
+    decay_type: Literal["cosine", "sqrt"] = "cosine"
+    """Shape of the decay."""
+    final_factor: float = Field(0.05, ge=0, le=1)
+    """Learning rate at the end, relative to the peak."""
+    clip: PositiveFloat = 10.0
+    """Gradient norm above which gradients are scaled down."""

@@ -1,0 +1,121 @@
+"""Names and ids of genes and of label classes.
+
+A gene's id is its position in the vocabulary (0 .. g-1). A class's id is its position among the sorted class names; one
+more id, `n_classes`, is the *null* class that stands for "no label given" (classifier-free guidance).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+
+class UnknownNameError(ValueError):
+    """A gene or class that the vocabulary does not hold; the message names it and what is near."""
+
+
+@dataclass(frozen=True)
+class LabelVocabulary:
+    """Classes of one label column, in the order of their ids."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"label {self.name!r} has duplicate classes")
+
+    @property
+    def null_id(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.classes)}
+
+    def encode(self, values: Iterable[str | None]) -> np.ndarray:
+        """Ids of class names, int64; None is the null class.
+
+        Raises:
+            UnknownNameError: for every name that was never trained on, all at once.
+        """
+        values = list(values)
+        unknown = sorted({str(v) for v in values if v is not None and v not in self._ids})
+        if unknown:
+            raise UnknownNameError("; ".join(self._explain(name) for name in unknown[:10]))
+        return np.array([self.null_id if v is None else self._ids[v] for v in values], dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> list[str | None]:
+        return [None if i == self.null_id else self.classes[i] for i in ids]
+
+    def _explain(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.classes, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.classes[:8])}" + (
+            ", …" if len(self.classes) > 8 else "")
+        return f"{self.name} has no class {name!r} ({hint})"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Genes and labels of one data set; saved as `vocabulary.json` beside every model."""
+
+    feature_ids: tuple[str, ...]
+    feature_names: tuple[str, ...]
+    labels: tuple[LabelVocabulary, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.feature_ids) != len(self.feature_names):
+            raise ValueError(f"{len(self.feature_ids)} feature_ids but {len(self.feature_names)} feature_names")
+        if len(set(self.feature_ids)) != len(self.feature_ids):
+            raise ValueError("feature_ids must be unique")
+
+    @property
+    def n_genes(self) -> int:
+        return len(self.feature_ids)
+
+    @property
+    def n_classes(self) -> dict[str, int]:
+        return {label.name: len(label.classes) for label in self.labels}
+
+    def label(self, name: str) -> LabelVocabulary:
+        for label in self.labels:
+            if label.name == name:
+                return label
+        raise UnknownNameError(f"no label {name!r}; the model knows: {', '.join(x.name for x in self.labels) or 'none'}")
+
+    def encode_conditions(self, table: Mapping[str, Sequence[str | None]], n: int) -> dict[str, np.ndarray]:
+        """Ids per label for n cells; a label that the table does not mention is null everywhere."""
+        for name in table:
+            self.label(name)
+        return {x.name: x.encode(table[x.name]) if x.name in table else np.full(n, x.null_id) for x in self.labels}
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps({
+            "feature_ids": self.feature_ids,
+            "feature_names": self.feature_names,
+            "labels": {x.name: x.classes for x in self.labels},
+        })
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        d = json.loads(text)
+        labels = tuple(LabelVocabulary(name, tuple(classes)) for name, classes in d["labels"].items())
+        return cls(tuple(d["feature_ids"]), tuple(d["feature_names"]), labels)
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        return cls.from_json(path.read_text())
