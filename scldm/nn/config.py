@@ -8,8 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from scldm.config import StrictModel
 
-InputMode = Literal["count_aware", "log1p", "log1pzero", "sqrt", "anscombe", "proj", "projconcat", "softbin"]
-Head = Literal["nb_shared", "nb_cell", "gaussian"]
+InputMode = Literal["count_aware", "log1p", "log1pzero", "sqrt", "anscombe"]
+Head = Literal["nb_shared", "nb_cell"]
 
 
 class VAEConfig(StrictModel):
@@ -30,7 +30,7 @@ class VAEConfig(StrictModel):
     input: InputMode = "count_aware"
     """How a count enters the encoder. All but count_aware are upstream's, for its checkpoints and for comparison."""
     head: Head = "nb_shared"
-    """Likelihood: negative binomial with one theta per gene, or per cell and gene; or a Gaussian on log1p(CP10k)."""
+    """Likelihood: negative binomial with one theta per gene, or per cell and gene."""
     shared_embedding: bool = True
     """Whether the decoder's queries are the encoder's gene embeddings."""
     zero_positions: bool = False

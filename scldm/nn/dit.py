@@ -1,0 +1,155 @@
+"""The diffusion transformer that turns a point of the flow, its time and its labels into a prediction.
+
+Shape letters: b cells, m latent tokens, e latent width, d model width. x_t is (b, m, e), t is (b,), and `conditions`
+maps a label to ids (b,). Every label has a null class, id = n_classes; a label that is absent is null. The embeddings
+of all labels, null or not, are added to the embedding of the time, for both strategies: what differs between `joint`
+and `mutually_exclusive` is which labels are set together (`scldm.nn.conditions`, `scldm.flow.guidance`).
+
+A block computes norm(x) * (1 + chunk 0) + chunk 1, the final layer norm(x) * (1 + chunk 1) + chunk 0. The two orders
+differ because upstream's checkpoints were trained so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scldm.nn.conditions import check_labels
+from scldm.nn.config import DiTConfig
+from scldm.nn.layers import SelfAttention, SwiGLU
+
+N_FREQUENCIES = 256  # sines and cosines of the time embedding, fixed by upstream's checkpoints
+
+
+def label_table_name(label: str) -> str:
+    """Module name of a label's table. The prefix keeps a label such as `type` from hiding a method of nn.Module."""
+    return "label_" + label.replace("%", "%25").replace(".", "%2E")
+
+
+def modulate(x: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (b, m, d) by shift and scale (b, d). Keyword-only: the two are the same type and easy to swap."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def time_frequencies(t: Tensor) -> Tensor:
+    """(b,) -> (b, 256): cosines, then sines, of t at geometrically spaced frequencies from 1 down to 1e-4."""
+    half = N_FREQUENCIES // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float().unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def sincos_positions(n_positions: int, d_model: int) -> Tensor:
+    """(1, n_positions, d): sines, then cosines."""
+    omega = 10_000 ** -(torch.arange(d_model // 2, dtype=torch.float64) / (d_model / 2))
+    angles = torch.arange(n_positions, dtype=torch.float64).unsqueeze(-1) * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float().unsqueeze(0)
+
+
+class TimeEmbedding(nn.Module):
+    """Two-layer MLP on fixed frequencies of the time."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.up = nn.Linear(N_FREQUENCIES, d_model)
+        self.down = nn.Linear(d_model, d_model)
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequencies = time_frequencies(t).to(self.up.weight.dtype)
+        return self.down(F.silu(self.up(frequencies)))  # (b, d)
+
+
+class DiTBlock(nn.Module):
+    """Transformer block whose norms have no weights of their own: the conditioning scales, shifts and gates them."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.d_model, eps=config.eps, elementwise_affine=False)
+        self.attention = SelfAttention(config.d_model, config.n_heads, bias=config.bias)
+        self.norm_mlp = nn.LayerNorm(config.d_model, eps=config.eps, elementwise_affine=False)
+        self.mlp = SwiGLU(config.d_model, config.multiple_of)
+        self.adaln = nn.Linear(config.d_model, 6 * config.d_model)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = self.adaln(c).chunk(6, dim=-1)
+        y = modulate(self.norm_attention(x), shift=shift_a, scale=scale_a)
+        x = x + gate_a.unsqueeze(1) * self.attention(y)
+        y = modulate(self.norm_mlp(x), shift=shift_m, scale=scale_m)
+        return x + gate_m.unsqueeze(1) * self.mlp(y)
+
+
+class DiTHead(nn.Module):
+    """Modulated norm and projection back to the latent width."""
+
+    def __init__(self, config: DiTConfig, latent_width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.d_model, eps=config.eps, elementwise_affine=False)
+        self.adaln = nn.Linear(config.d_model, 2 * config.d_model, bias=config.bias)
+        self.linear = nn.Linear(config.d_model, latent_width, bias=config.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaln(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift=shift, scale=scale))
+
+
+class DiT(nn.Module):
+    """adaLN-zero transformer (Peebles and Xie 2023) over the latent tokens of a cell."""
+
+    positions: Tensor
+
+    def __init__(
+        self, config: DiTConfig, *, n_latent_tokens: int, latent_width: int, n_classes: Mapping[str, int]
+    ) -> None:
+        super().__init__()
+        if config.d_model % 2:
+            raise ValueError(f"d_model ({config.d_model}) must be even: half of the positions are sines, half cosines")
+        self.config = config
+        self.n_classes = dict(n_classes)
+        self.strategy = config.strategy
+        self.input = nn.Linear(latent_width, config.d_model, bias=config.bias)
+        self.register_buffer("positions", sincos_positions(n_latent_tokens, config.d_model))
+        self.time = TimeEmbedding(config.d_model)
+        self.labels = nn.ModuleDict(
+            {label_table_name(label): nn.Embedding(n + 1, config.d_model) for label, n in self.n_classes.items()}
+        )
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.n_layers))
+        self.head = DiTHead(config, latent_width)
+        self._initialise()
+
+    def forward(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Predict at x_t (b, m, e), time t (b,), with ids (b,) per label. Ids are not checked: see `validate_ids`."""
+        check_labels(conditions, self.n_classes)
+        c = F.silu(self.time(t) + self._label_embedding(conditions))  # (b, d)
+        x = self.input(x_t) + self.positions
+        for block in self.blocks:
+            x = block(x, c)
+        return self.head(x, c)
+
+    def _label_embedding(self, conditions: Mapping[str, Tensor]) -> Tensor:
+        """(b, d), or (d,) where no label is given: the sum over labels, null where absent."""
+        total = self.head.adaln.weight.new_zeros(self.config.d_model)
+        for label, n in self.n_classes.items():
+            table = self.labels[label_table_name(label)]
+            total = total + (table(conditions[label]) if label in conditions else table.weight[n])
+        return total
+
+    def _initialise(self) -> None:
+        """Xavier for linear layers, small normals for tables and time; the gates and the head start at zero.
+
+        Drawn from torch's global generator, as every torch layer is: seed it before the model is built.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for linear in (self.time.up, self.time.down):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (*(block.adaln for block in self.blocks), self.head.adaln, self.head.linear):
+            nn.init.zeros_(linear.weight)

@@ -1,0 +1,145 @@
+"""From a set of gene counts to a few latent tokens.
+
+One cross-attention block pools the expressed genes into m learned queries, self-attention blocks mix them, a linear layer
+brings them to the latent width, and a LayerNorm without affine ends it. The latent is deterministic.
+
+Shape letters: b cells, n expressed entries of all cells, m latent tokens, e latent width, d model width, h heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scldm.batch import CellBatch
+from scldm.nn.config import VAEConfig
+from scldm.nn.layers import SelfAttentionBlock, SwiGLU, merge_heads, split_heads
+from scldm.nn.pooling import GeneTables, PadToken, gene_tables, pool_cells, pool_padded
+
+
+class MultiplicativeCounts(nn.Module):
+    """Upstream's inputs: the gene embedding times a function of the count.
+
+    Through the LayerNorm only the sign and, by epsilon, a trace of the factor survive: such an encoder sees which genes
+    are expressed and hardly how much (DESIGN 5.2).
+    """
+
+    def __init__(self, mode: str, eps: float):
+        super().__init__()
+        self.mode, self.eps = mode, eps
+
+    def factor(self, counts: Tensor) -> Tensor:
+        match self.mode:
+            case "log1p":
+                return counts.log1p()
+            case "log1pzero":
+                return torch.where(counts == 0, -1.0, counts.log1p())
+            case "sqrt":
+                return (counts + 1).sqrt()
+            case "anscombe":
+                return (counts + 1).sqrt().asinh()
+        raise ValueError(f"unknown input mode {self.mode!r}")
+
+    def forward(
+        self, scores: Tensor, values: Tensor, variance: Tensor, constant: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        factor = self.factor(counts)
+        scale = (factor / (factor.square() * variance + self.eps).sqrt())[:, None, None]
+        return scores * scale, values * scale + constant
+
+
+class CountAwareLogits(nn.Module):
+    """A learned function of log1p(count) adds to the attention logit and scales the value, per head and query / head.
+
+    At the start it is the identity of a plain set encoder: no bias, gain one.
+    """
+
+    def __init__(self, n_heads: int, n_queries: int, eps: float, hidden: int = 32):
+        super().__init__()
+        self.eps = eps
+        self.shape = (n_heads, n_queries)
+        self.mlp = nn.Sequential(nn.Linear(1, hidden), nn.SiLU(), nn.Linear(hidden, n_heads * n_queries + n_heads))
+        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(
+        self, scores: Tensor, values: Tensor, variance: Tensor, constant: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scale = (variance + self.eps).rsqrt()[:, None, None]
+        h, m = self.shape
+        bias, gain = self.mlp(counts.log1p()[:, None]).split([h * m, h], dim=-1)
+        return scores * scale + bias.view(-1, h, m), (values * scale + constant) * (1 + gain)[..., None]
+
+
+class Encoder(nn.Module):
+    """Cells to latents; owns everything but the gene embedding."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        d, self.n_heads = config.d_model, config.n_heads_cross
+        self.eps = config.eps
+        self.genes_seq_len = config.genes_seq_len
+        # Upstream's pad row, which its attention does not mask.
+        self.pad = None if config.genes_seq_len is None else nn.Parameter(torch.zeros(d))
+        self.queries = nn.Parameter(torch.randn(config.n_latent_tokens, d) * d**-0.5)
+        self.norm_query = nn.LayerNorm(d, eps=config.eps)
+        self.norm_context = nn.LayerNorm(d, eps=config.eps)
+        self.query = nn.Linear(d, d, bias=config.bias)
+        self.key_value = nn.Linear(d, 2 * d, bias=config.bias)
+        self.out = nn.Linear(d, d, bias=config.bias)
+        self.norm_mlp = nn.LayerNorm(d, eps=config.eps)
+        self.mlp = SwiGLU(d, config.multiple_of)
+        self.counts: nn.Module = (
+            CountAwareLogits(self.n_heads, config.n_latent_tokens, config.eps)
+            if config.input == "count_aware"
+            else MultiplicativeCounts(config.input, config.eps)
+        )
+        self.positions = (
+            nn.Parameter(torch.zeros(1, config.n_latent_tokens, d), requires_grad=False)
+            if config.zero_positions
+            else None
+        )
+        block = {"bias": config.bias, "multiple_of": config.multiple_of, "eps": config.eps}
+        self.blocks = nn.ModuleList(SelfAttentionBlock(d, config.n_heads, **block) for _ in range(config.n_layers))
+        self.to_latent = nn.Linear(d, config.latent_width, bias=config.bias)
+
+    def forward(self, cells: CellBatch, embedding: Tensor) -> Tensor:
+        """Latents (b, m, e) of cells, given the gene embeddings (g, d)."""
+        x = self.queries + self.out(merge_heads(self._pool(cells, embedding)))  # (b, m, d)
+        x = x + self.mlp(self.norm_mlp(x))
+        if self.positions is not None:
+            x = x + self.positions
+        for block in self.blocks:
+            x = block(x)
+        z = self.to_latent(x)
+        return F.layer_norm(z, z.shape[-1:], eps=self.eps)
+
+    def _pool(self, cells: CellBatch, embedding: Tensor) -> Tensor:
+        q = split_heads(self.query(self.norm_query(self.queries)), self.n_heads)  # (h, m, c)
+        if self.pad is not None:  # the last row of the tables
+            embedding = torch.cat([embedding, self.pad[None]])
+        tables, constant = gene_tables(
+            embedding, q, norm=self.norm_context, key_value=self.key_value, n_heads=self.n_heads
+        )
+        ids, lengths = cells.gene_ids, cells.lengths
+        logits, values = self._entries(tables, constant, ids, cells.counts.to(embedding.dtype))
+        if lengths.is_cuda and self.pad is None:
+            return pool_padded(logits, values, lengths, cells.cell_index)
+        sizes = lengths.tolist()
+        return pool_cells(logits, values, sizes, pad=self._pad_token(tables, constant, sizes))
+
+    def _entries(self, tables: GeneTables, constant: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, h, m) and values (n, h, c) of expressed genes."""
+        return self.counts(tables.scores[ids], tables.values[ids], tables.variance[ids], constant, counts)
+
+    def _pad_token(self, tables: GeneTables, constant: Tensor, sizes: list[int]) -> PadToken | None:
+        if self.pad is None:
+            return None
+        assert self.genes_seq_len is not None
+        longest = max(sizes)
+        if longest > self.genes_seq_len:
+            raise ValueError(f"a cell has {longest} tokens, more than genes_seq_len ({self.genes_seq_len})")
+        last = torch.tensor([len(tables.variance) - 1], device=tables.variance.device)
+        logits, values = self._entries(tables, constant, last, tables.variance.new_zeros(1))
+        return PadToken(logits[0], values[0], [self.genes_seq_len - n for n in sizes])

@@ -1,0 +1,108 @@
+"""Negative binomial of counts, given proportions of genes and the library size of a cell.
+
+mu = softmax over genes (logit / temperature) * library_size, theta the inverse dispersion: Var = mu + mu^2 / theta.
+Terms with gamma functions are needed at non-zero counts only; for a zero count log p = theta (log theta - log(theta + mu)).
+EPS is upstream's, inside every logarithm.
+
+Shape letters: b cells, g genes, n non-zero entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scldm.batch import CellBatch
+
+EPS = 1e-8
+
+
+def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    """Log-probability of counts, elementwise; the plain formula, and the oracle of the sparse one."""
+    log_theta_mu = (theta + mu + EPS).log()
+    return (
+        theta * ((theta + EPS).log() - log_theta_mu)
+        + x * ((mu + EPS).log() - log_theta_mu)
+        + torch.lgamma(x + theta)
+        - torch.lgamma(theta)
+        - torch.lgamma(x + 1)
+    )
+
+
+@dataclass(frozen=True)
+class GeneSample:
+    """Genes scored in a step, and by how much each counts (1 / probability that it is drawn)."""
+
+    gene_ids: Tensor  # (s,) int64, sorted
+    weight: Tensor  # (s,)
+    position: Tensor  # (g,) int64: place in gene_ids, -1 where the gene is not scored
+
+
+def sample_genes(probability: Tensor, generator: torch.Generator) -> GeneSample:
+    """Draw each gene on its own with its probability (Poisson sampling).
+
+    Weighted by 1 / probability, sums over genes stay unbiased (Horvitz and Thompson 1952); genes of probability 1 are
+    always in, so the normaliser of the softmax, which the highly expressed genes carry, hardly moves.
+    """
+    drawn = torch.rand(len(probability), generator=generator).to(probability.device) < probability
+    gene_ids = drawn.nonzero().squeeze(1)
+    position = torch.full_like(probability, -1, dtype=torch.int64)
+    position[gene_ids] = torch.arange(len(gene_ids), device=gene_ids.device)
+    return GeneSample(gene_ids, 1 / probability[gene_ids], position)
+
+
+def gene_probabilities(mean_counts: Tensor, n_genes: int) -> Tensor:
+    """Probability of each gene to be scored: proportional to the root of its mean count, at most 1, n_genes in sum.
+
+    Args:
+        mean_counts: Mean count of each gene in the training cells, (g,).
+        n_genes: Expected number of genes in a sample.
+    """
+    if n_genes >= len(mean_counts):
+        return torch.ones_like(mean_counts)
+    size = mean_counts.double().sqrt() + 1e-3
+    low, high = 0.0, float(n_genes / size.min())
+    for _ in range(80):  # bisection: the sum of min(1, scale * size) grows with the scale
+        scale = (low + high) / 2
+        low, high = (scale, high) if (scale * size).clamp(max=1).sum() < n_genes else (low, scale)
+    return (high * size).clamp(max=1).to(mean_counts.dtype)
+
+
+def nb_nll(cells: CellBatch, log_proportion: Tensor, theta: Tensor, sample: GeneSample | None = None) -> Tensor:
+    """Negative log-likelihood in nats, summed over genes: (b,).
+
+    Args:
+        cells: The counts.
+        log_proportion: Log of each gene's share of the cell, (b, s): all genes, or those of `sample`.
+        theta: Inverse dispersion, (s,) or (b, s).
+        sample: If given, the genes that the columns stand for; the sum is then an estimate of the sum over all genes.
+    """
+    mu = log_proportion.exp() * cells.library_size.to(log_proportion.dtype)[:, None]
+    zero_terms = theta * ((theta + EPS).log() - (theta + mu + EPS).log())  # what each gene would give at count 0
+    weight = None if sample is None else sample.weight.to(mu.dtype)
+    dense = zero_terms.sum(1) if weight is None else zero_terms @ weight
+    cell, column, x = cells.cell_index, cells.gene_ids, cells.counts.to(mu.dtype)
+    if sample is not None:
+        column = sample.position[column]
+        kept = column >= 0
+        cell, column, x = cell[kept], column[kept], x[kept]
+    mu_x = mu[cell, column]
+    theta_x = theta[column] if theta.ndim == 1 else theta[cell, column]
+    extra = (
+        x * ((mu_x + EPS).log() - (theta_x + mu_x + EPS).log())
+        + torch.lgamma(x + theta_x)
+        - torch.lgamma(theta_x)
+        - torch.lgamma(x + 1)
+    )
+    if weight is not None:
+        extra = extra * weight[column]
+    return -(dense + dense.new_zeros(len(dense)).index_add(0, cell, extra))
+
+
+def draw_counts(mu: Tensor, theta: Tensor, generator: torch.Generator) -> Tensor:
+    """Counts drawn from the negative binomial (a Poisson with a gamma rate), same shape as mu."""
+    shape = theta.expand_as(mu)
+    rate = torch._standard_gamma(shape, generator=generator) * (mu / shape)
+    return torch.poisson(rate, generator=generator)

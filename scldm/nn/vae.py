@@ -1,0 +1,83 @@
+"""The transformer VAE of scLDM (Palla et al., arXiv 2511.02986): a set of gene counts to latent tokens and back.
+
+Shape letters: b cells, g genes, m latent tokens, e latent width, d model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scldm.batch import CellBatch
+from scldm.nn.config import VAEConfig
+from scldm.nn.decoder import TILE, Decoder
+from scldm.nn.encoder import Encoder
+from scldm.nn.likelihood import GeneSample, nb_nll
+
+
+@dataclass(frozen=True)
+class CountDistribution:
+    """Negative binomial over the genes of b cells."""
+
+    mu: Tensor  # (b, g) mean counts; sums to the library size over all genes
+    theta: Tensor  # (g,) or (b, g) inverse dispersion
+
+
+class VAE(nn.Module):
+    """Deterministic encoder, negative-binomial decoder, no KL term.
+
+    Args:
+        config: Choices.
+        n_genes: Size of the gene vocabulary.
+    """
+
+    def __init__(self, config: VAEConfig, *, n_genes: int):
+        super().__init__()
+        self.config, self.n_genes = config, n_genes
+        self.gene_embedding = nn.Parameter(torch.randn(n_genes, config.d_model))
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config, n_outputs=1 if config.head == "nb_shared" else 2)
+        self.decoder_embedding = (
+            None if config.shared_embedding else nn.Parameter(torch.randn(n_genes, config.d_model))
+        )
+        self.log_theta = nn.Parameter(torch.zeros(n_genes)) if config.head == "nb_shared" else None
+
+    def encode(self, cells: CellBatch) -> Tensor:
+        """Latents, (b, m, e)."""
+        return self.encoder(cells, self.gene_embedding)
+
+    def decode(self, z: Tensor, library_size: Tensor, *, tile: int = TILE) -> CountDistribution:
+        """Distribution of the counts of all genes, given latents (b, m, e) and library sizes (b,)."""
+        log_proportion, theta = self._decode(z, None, tile)
+        return CountDistribution(log_proportion.exp() * library_size[:, None], theta)
+
+    def decode_mu(self, z: Tensor, library_size: Tensor) -> Tensor:
+        """Mean counts, (b, g)."""
+        return self.decode(z, library_size).mu
+
+    def nll(self, cells: CellBatch, z: Tensor, *, sample: GeneSample | None = None, tile: int = TILE) -> Tensor:
+        """Negative log-likelihood of the cells' counts in nats, summed over genes, (b,)."""
+        log_proportion, theta = self._decode(z, sample, tile)
+        return nb_nll(cells, log_proportion, theta, sample)
+
+    def forward(self, cells: CellBatch, sample: GeneSample | None = None) -> Tensor:
+        """Negative log-likelihood per cell, (b,): the training objective before the mean over cells."""
+        return self.nll(cells, self.encode(cells), sample=sample)
+
+    def _decode(self, z: Tensor, sample: GeneSample | None, tile: int) -> tuple[Tensor, Tensor]:
+        """Log proportions (b, s) and theta (s,) or (b, s), in fp32, of all genes or of a sample of them."""
+        embedding = self.gene_embedding if self.decoder_embedding is None else self.decoder_embedding
+        log_theta = self.log_theta
+        if sample is not None:
+            embedding = embedding[sample.gene_ids]
+            log_theta = None if log_theta is None else log_theta[sample.gene_ids]
+        out = self.decoder(z, embedding, tile=tile)
+        out = out if out.dtype == torch.float64 else out.float()
+        logits = out[..., 0] / self.config.temperature
+        # A sampled gene stands for 1 / probability genes like it in the normaliser.
+        weighted = logits if sample is None else logits + sample.weight.to(logits.dtype).log()
+        log_proportion = logits - weighted.logsumexp(1, keepdim=True)
+        theta = out[..., 1].exp() if log_theta is None else log_theta.to(logits.dtype).exp()
+        return log_proportion, theta
