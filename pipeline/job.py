@@ -112,6 +112,8 @@ class IngestConfig(StrictModel):
     """obs columns that generation is conditioned on."""
     obs_filter: str | None = None
     """SOMA value filter on obs, for example "tissue_general == 'lung' and is_primary_data == True"."""
+    missing_label: Literal["error", "drop"] = "error"
+    """What to do with cells that have no value for a label."""
     genes: GenesConfig = GenesConfig()
     split: SplitConfig = SplitConfig()
 
@@ -136,17 +138,12 @@ class TrainConfig(StrictModel):
 
     max_steps: PositiveInt = 600
     """Optimizer steps."""
-    seconds: PositiveFloat | None = None
-    """Stop after so much training time (and decay the learning rate to it); null for no limit."""
     feed: FeedConfig = FeedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema: EMAConfig = EMAConfig()
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 pays on A100 and later; on CPU it is slower."""
-    genes_per_step: PositiveInt | None = None
-    """Genes scored in a training step, drawn by expression; the loss stays an estimate of the full one. Null: all."""
     validate_every: PositiveInt = 200
     """Steps between validations."""
     validation_cells: PositiveInt = 512
@@ -161,9 +158,18 @@ class TrainConfig(StrictModel):
     """Worker failures survived before the job gives up."""
 
 
+class VaeTrainConfig(TrainConfig):
+    genes_per_step: PositiveInt | None = None
+    """Genes scored in a training step, drawn by expression; the loss stays an estimate of the full one. Null: all."""
+
+
+class FlowTrainConfig(TrainConfig):
+    ema: EMAConfig = EMAConfig()
+
+
 class TrainVaeConfig(StrictModel):
     model: VAEConfig = VAEConfig()
-    train: TrainConfig = TrainConfig()
+    train: VaeTrainConfig = VaeTrainConfig()
 
 
 class EncodeConfig(StrictModel):
@@ -174,7 +180,7 @@ class EncodeConfig(StrictModel):
 class TrainFlowConfig(StrictModel):
     model: DiTConfig = DiTConfig()
     flow: PathConfig = PathConfig()
-    train: TrainConfig = TrainConfig()
+    train: FlowTrainConfig = FlowTrainConfig()
 
 
 class GenerateConfig(StrictModel):
@@ -189,8 +195,6 @@ class GenerateConfig(StrictModel):
     n_cells: PositiveInt | None = None
     """With `like`: how many cells in all, at the same composition. Alone: so many unconditional cells."""
     sampler: SamplerConfig = SamplerConfig()
-    temperature: float = Field(1.0, ge=0)
-    """Of the negative-binomial draw: 1 draws from the model, 0 writes rounded means; between, the dispersion shrinks."""
     shard_size: int = Field(25_000, ge=1, le=250_000)
     batch_size: PositiveInt = 256
     seed: int = Field(0, ge=0)
@@ -203,6 +207,13 @@ class EvaluateConfig(StrictModel):
     max_cells: PositiveInt = 5000
     """Real and generated cells scored at most; drawn by seed."""
     n_neighbors: PositiveInt = 15
+    """Of the label classifier."""
+    transport_cells: PositiveInt = 1000
+    """Cells a side in the exact Wasserstein distances; time grows as its cube."""
+    reconstruction_cells: PositiveInt = 512
+    """Held-out cells that the VAE encodes and decodes."""
+    umap: bool = True
+    """False draws the first two principal components instead, which is quicker."""
     seed: int = Field(0, ge=0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from scldm.config import StrictModel
 
@@ -19,7 +19,13 @@ class PathConfig(StrictModel):
     prediction: Literal["velocity", "score", "noise"] = "velocity"
     """What the network's output means."""
     weight: Literal["none", "velocity", "likelihood"] = "none"
-    """Loss weight over time."""
+    """Loss weight over time, of a score or noise prediction."""
+
+    @model_validator(mode="after")
+    def _velocity_has_no_weight(self) -> PathConfig:
+        if self.prediction == "velocity" and self.weight != "none":
+            raise ValueError(f"weight ({self.weight}) is for score and noise predictions; velocity allows only none")
+        return self
 
 
 class SamplerConfig(StrictModel):
@@ -34,7 +40,7 @@ class SamplerConfig(StrictModel):
     atol: PositiveFloat = 1e-5
     """Absolute tolerance of dopri5."""
     guidance: dict[str, float] | float = 1.0
-    """Guidance scale w: v = v_null + w (v_cond - v_null). One number, or one per label. 1 needs one evaluation per step."""
+    """Scale w in v = v_null + w (v_cond - v_null). One number, or one per label. 1 halves the cost of any other."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of the DiT are used."""
 

@@ -33,6 +33,8 @@ class VAEConfig(StrictModel):
     """Likelihood: negative binomial with one theta per gene, or per cell and gene."""
     shared_embedding: bool = True
     """Whether the decoder's queries are the encoder's gene embeddings."""
+    gene_bias: bool = True
+    """A logit per gene, started at the log of its share of the training counts. Upstream has none."""
     zero_positions: bool = False
     """A frozen positional parameter on the latent tokens of the encoder, as some upstream checkpoints have."""
     bias: bool = False

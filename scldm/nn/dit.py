@@ -3,7 +3,7 @@
 Shape letters: b cells, m latent tokens, e latent width, d model width. x_t is (b, m, e), t is (b,), and `conditions`
 maps a label to ids (b,). Every label has a null class, id = n_classes; a label that is absent is null. The embeddings
 of all labels, null or not, are added to the embedding of the time, for both strategies: what differs between `joint`
-and `mutually_exclusive` is which labels are set together (`scldm.nn.conditions`, `scldm.flow.guidance`).
+and `mutually_exclusive` is which labels are set together (`drop_labels`, `scldm.flow.guidance`).
 
 A block computes norm(x) * (1 + chunk 0) + chunk 1, the final layer norm(x) * (1 + chunk 1) + chunk 0. The two orders
 differ because upstream's checkpoints were trained so.
@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scldm.nn.conditions import check_labels
 from scldm.nn.config import DiTConfig
 from scldm.nn.layers import SelfAttention, SwiGLU
+
+Strategy = Literal["joint", "mutually_exclusive"]
+JointDropout = Literal["all_then_each", "all", "each"]
 
 N_FREQUENCIES = 256  # sines and cosines of the time embedding, fixed by upstream's checkpoints
 
@@ -153,3 +156,93 @@ class DiT(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
         for linear in (*(block.adaln for block in self.blocks), self.head.adaln, self.head.linear):
             nn.init.zeros_(linear.weight)
+
+
+def check_labels(conditions: Mapping[str, Tensor], n_classes: Mapping[str, int]) -> None:
+    """Raise if a label is unknown. Looks at names only: no host sync."""
+    unknown = sorted(set(conditions) - set(n_classes))
+    if unknown:
+        raise ValueError(f"conditions: unknown labels {unknown}; the model knows {sorted(n_classes)}")
+
+
+def validate_ids(conditions: Mapping[str, Tensor], n_classes: Mapping[str, int], *, strategy: Strategy) -> None:
+    """Raise if a label is unknown, an id out of range, or several exclusive labels are set for one cell.
+
+    Reads the ids on the host: call it where a table of conditions comes in, not in a training step.
+    """
+    check_labels(conditions, n_classes)
+    for label, ids in conditions.items():
+        n = n_classes[label]
+        if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 1:
+            raise ValueError(f"conditions[{label!r}] must be integer ids (b,); got {ids.dtype} {tuple(ids.shape)}")
+        bad = ids[(ids < 0) | (ids > n)]
+        if len(bad):
+            raise ValueError(f"conditions[{label!r}] holds id {int(bad[0])}; allowed are 0..{n - 1}, and {n} for null")
+    if strategy == "mutually_exclusive" and conditions:
+        n_set = sum((ids != n_classes[label]).int() for label, ids in conditions.items())
+        if int(n_set.max()) > 1:
+            cell = int(n_set.argmax())
+            raise ValueError(f"conditions of cell {cell} set {int(n_set[cell])} labels; mutually_exclusive allows one")
+
+
+def drop_labels(
+    conditions: Mapping[str, Tensor],
+    n_classes: Mapping[str, int],
+    *,
+    p: float,
+    strategy: Strategy,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+    joint_dropout: JointDropout = "all_then_each",
+) -> dict[str, Tensor]:
+    """Replace ids by the null class at random, per cell.
+
+    mutually_exclusive: one of the labels that a cell has is kept, drawn evenly; with probability p that one goes too.
+    joint, all_then_each: with probability p all labels go; else each goes with probability p on its own, so that the
+    model also learns partial conditions. all: with probability p all go, else none (upstream). each: each on its own.
+
+    Args:
+        conditions: Label to ids (b,).
+        n_classes: Label to its number of classes, which is the null id.
+        p: Probability in [0, 1].
+        strategy: How labels are combined.
+        generator: Source of the draws, made on its device. Give this or `uniform`.
+        uniform: The draws, (b, 1 + n_labels): one for the cell, then one per label of the model, alphabetically.
+        joint_dropout: What goes together.
+    """
+    check_labels(conditions, n_classes)
+    if not 0 <= p <= 1:
+        raise ValueError(f"p ({p}) must be a probability in [0, 1]")
+    if not conditions:
+        return {}
+    labels = sorted(conditions)  # the draws must not depend on the order of a mapping
+    ids = torch.stack([conditions[label] for label in labels])  # (labels, b)
+    null = torch.stack([torch.full_like(conditions[label], n_classes[label]) for label in labels])
+    coins = _coins(ids.shape[1], 1 + len(n_classes), generator, uniform).to(ids.device).T  # (1 + n_labels, b)
+    rows = {label: row for row, label in enumerate(sorted(n_classes), start=1)}
+    together, each = coins[0], torch.stack([coins[rows[label]] for label in labels])
+    dropped = _dropped(together, each, ids == null, p=p, rule=joint_dropout if strategy == "joint" else strategy)
+    return dict(zip(labels, torch.where(dropped, null, ids), strict=True))
+
+
+def _coins(b: int, n: int, generator: torch.Generator | None, uniform: Tensor | None) -> Tensor:
+    if generator is not None and uniform is None:
+        return torch.rand(b, n, generator=generator, device=generator.device)
+    if generator is not None or uniform is None:
+        raise ValueError("drop_labels takes either a generator or uniform draws")
+    if uniform.shape != (b, n):
+        raise ValueError(f"uniform must be (b, 1 + n_labels) = {(b, n)}; got {tuple(uniform.shape)}")
+    return uniform
+
+
+def _dropped(together: Tensor, each: Tensor, absent: Tensor, *, p: float, rule: str) -> Tensor:
+    """Which labels of which cells go, (labels, b), by the draws of the cells (b,) and of their labels (labels, b)."""
+    if rule == "all":
+        return (together < p).expand_as(each)
+    if rule == "each":
+        return each < p
+    if rule == "all_then_each":
+        return (together < p) | (each < p)
+    # Draws of absent labels are made negative, so that the largest is an even draw among the labels a cell has.
+    kept = torch.where(absent, -1.0, each).argmax(dim=0)  # (b,)
+    return (together < p) | (torch.arange(len(each), device=each.device).unsqueeze(1) != kept)

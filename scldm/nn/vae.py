@@ -43,6 +43,27 @@ class VAE(nn.Module):
             None if config.shared_embedding else nn.Parameter(torch.randn(n_genes, config.d_model))
         )
         self.log_theta = nn.Parameter(torch.zeros(n_genes)) if config.head == "nb_shared" else None
+        self.gene_bias = nn.Parameter(torch.zeros(n_genes)) if config.gene_bias else None
+
+    @torch.no_grad()
+    def start_at(self, mean: Tensor, variance: Tensor) -> None:
+        """Let an untrained model of ours (`gene_bias`) begin at the mean profile and dispersion of the training cells.
+
+        A gene that no training cell expresses starts at a tenth of the rarest one, not at minus infinity. theta comes by
+        moments, within [0.1, 100].
+
+        Args:
+            mean: Mean count of each gene over the training cells, (g,).
+            variance: Variance of the same, (g,).
+        """
+        if mean.shape != (self.n_genes,) or variance.shape != mean.shape:
+            raise ValueError(f"mean and variance must be ({self.n_genes},); got {tuple(mean.shape)}, {tuple(variance.shape)}")
+        if self.gene_bias is None:
+            return
+        self.gene_bias.copy_((mean.clamp(min=mean[mean > 0].min() / 10) / mean.sum()).log())
+        if self.log_theta is not None:
+            theta = mean.square() / (variance - mean).clamp(min=1e-6)
+            self.log_theta.copy_(theta.clamp(0.1, 100).log())
 
     def encode(self, cells: CellBatch) -> Tensor:
         """Latents, (b, m, e)."""
@@ -62,20 +83,28 @@ class VAE(nn.Module):
         log_proportion, theta = self._decode(z, sample, tile)
         return nb_nll(cells, log_proportion, theta, sample)
 
-    def forward(self, cells: CellBatch, sample: GeneSample | None = None) -> Tensor:
-        """Negative log-likelihood per cell, (b,): the training objective before the mean over cells."""
-        return self.nll(cells, self.encode(cells), sample=sample)
+    def forward(self, cells: CellBatch, sample: GeneSample | None = None, seen: CellBatch | None = None) -> Tensor:
+        """Negative log-likelihood per cell, (b,): the training objective before the mean over cells.
+
+        Args:
+            cells: What is scored.
+            sample: Genes that are scored; all if None.
+            seen: What the encoder is shown of the same cells; all of it if None.
+        """
+        return self.nll(cells, self.encode(cells if seen is None else seen), sample=sample)
 
     def _decode(self, z: Tensor, sample: GeneSample | None, tile: int) -> tuple[Tensor, Tensor]:
         """Log proportions (b, s) and theta (s,) or (b, s), in fp32, of all genes or of a sample of them."""
         embedding = self.gene_embedding if self.decoder_embedding is None else self.decoder_embedding
-        log_theta = self.log_theta
+        log_theta, gene_bias = self.log_theta, self.gene_bias
         if sample is not None:
             embedding = embedding[sample.gene_ids]
             log_theta = None if log_theta is None else log_theta[sample.gene_ids]
+            gene_bias = None if gene_bias is None else gene_bias[sample.gene_ids]
         out = self.decoder(z, embedding, tile=tile)
         out = out if out.dtype == torch.float64 else out.float()
-        logits = out[..., 0] / self.config.temperature
+        logits = out[..., 0] if gene_bias is None else out[..., 0] + gene_bias
+        logits = logits / self.config.temperature
         # A sampled gene stands for 1 / probability genes like it in the normaliser.
         weighted = logits if sample is None else logits + sample.weight.to(logits.dtype).log()
         log_proportion = logits - weighted.logsumexp(1, keepdim=True)

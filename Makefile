@@ -1,0 +1,59 @@
+# make demo   set up, then the whole line on made-up cells (H5AD=file.h5ad LABELS=cell_type for your own)
+# make test   set up, then every test that needs no GPU
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOB ?= jobs/demo.yaml
+SETTINGS ?=
+
+# uv does not read pip's variables; hand it what the user gave to pip (spaces there, commas here).
+comma := ,
+empty :=
+space := $(empty) $(empty)
+ifdef PIP_FIND_LINKS
+UV_ENV += UV_FIND_LINKS="$(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))"
+endif
+ifdef PIP_INDEX_URL
+UV_ENV += UV_DEFAULT_INDEX="$(or $(UV_DEFAULT_INDEX),$(PIP_INDEX_URL))"
+endif
+
+ifdef H5AD
+# Your own cells: a pipeline named after the file, so that several live side by side.
+NAME ?= $(shell basename "$(H5AD)" .h5ad | tr -c 'A-Za-z0-9._\n-' '-')
+JOB := jobs/demo_h5ad.yaml
+SETTINGS += name='$(NAME)' 'ingest.source={type: h5ad, path: "$(abspath $(H5AD))"}'
+endif
+ifdef LABELS
+SETTINGS += 'ingest.labels=[$(LABELS)]'
+endif
+
+.PHONY: venv demo test lint ui chaos clean
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "scldm needs Python 3.11 or newer; say which with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/scldm run $(JOB) $(SETTINGS)
+
+test: venv
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: venv
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(or $(OUTPUT),runs)/mlflow.db --host 127.0.0.1 --port $(or $(PORT),5000)
+
+chaos: venv
+	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,164 @@
+"""The command line: `scldm run | validate | plan | submit | runs list`.
+
+Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
+143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="scldm",
+    help="Single-cell latent diffusion at Census scale: one YAML file per job.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+runs = typer.Typer(help="Look at what has been made.", no_args_is_help=True)
+app.add_typer(runs, name="runs")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change, parsed as YAML.")
+]
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Errors as people want them, and the exit code that goes with each."""
+    from pipeline.stage import InputError
+
+    try:
+        yield
+    except InputError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:
+        _say_failure(error)
+        raise typer.Exit(1) from None
+
+
+def _say_failure(error: Exception) -> None:
+    log = getattr(error, "log", None)
+    text = str(error)
+    if log is None:
+        with tempfile.NamedTemporaryFile("w", prefix="scldm-error-", suffix=".log", delete=False) as f:
+            f.write(traceback.format_exc())
+        log, text = f.name, f"{type(error).__name__}: {(text.splitlines() or ['no message'])[0]}"
+    typer.echo(f"{text}\n  log: {log}", err=True)
+
+
+def _stop_on_sigterm() -> None:
+    """`ray job stop` and schedulers send SIGTERM: leave through `finally`, so that locks and runs are closed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def _load(job: Path, overrides: list[str] | None) -> Any:
+    from pipeline.config_io import load_job
+
+    return load_job(job, overrides or [])
+
+
+@app.command()
+def run(job: JobFile, overrides: Overrides = None) -> None:
+    """Run a job: what is finished is looked up, what a changed setting touches runs again.
+
+    Example: `scldm run jobs/demo.yaml train_vae.train.max_steps=50`
+    """
+    with reported():
+        loaded = _load(job, overrides)
+        from pipeline.runner import run_job
+
+        _stop_on_sigterm()
+        run_job(loaded, job, overrides or [])
+
+
+@app.command()
+def validate(job: JobFile, overrides: Overrides = None) -> None:
+    """Check a job file; say all that is wrong with it at once.
+
+    Example: `scldm validate jobs/train_vae.yaml resources.workers=4`
+    """
+    with reported():
+        loaded = _load(job, overrides)
+        from pipeline.job import stage_configs
+
+        typer.echo(f"{job}: a valid {loaded.kind} job, {loaded.name} ({', '.join(stage_configs(loaded))})")
+
+
+@app.command()
+def plan(job: JobFile, overrides: Overrides = None) -> None:
+    """Say what would run and why, with steps, parameters, memory and disk. Starts nothing.
+
+    Example: `scldm plan jobs/demo.yaml train_vae.train.max_steps=20`
+    """
+    with reported():
+        loaded = _load(job, overrides)
+        from pipeline.plan import plan as describe
+
+        typer.echo(describe(loaded))
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray's job server; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine.")
+    ] = None,
+    working_dir: Annotated[Path, typer.Option(help="Code that is sent to the cluster.")] = Path(),
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the log and return the job's exit code.")
+    ] = True,
+) -> None:
+    """Send a job to a Ray cluster.
+
+    Example: `scldm submit jobs/train_vae.yaml train.max_steps=20 --address http://head:8265`
+    """
+    with reported():
+        loaded = _load(job, overrides)  # errors show here, not in a job's log
+        from pipeline.cluster import submit as send
+
+        code = send(
+            job,
+            overrides or [],
+            kind=loaded.kind,
+            name=loaded.name,
+            address=address,
+            working_dir=working_dir,
+            wait=wait,
+        )
+        raise typer.Exit(code)
+
+
+@runs.command("list")
+def list_runs(folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help="For example runs/demo.")]) -> None:
+    """Table of the finished stages of a pipeline.
+
+    Example: `scldm runs list runs/demo`
+    """
+    with reported():
+        from pipeline.plan import finished_stages
+
+        typer.echo(finished_stages(folder))

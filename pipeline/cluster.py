@@ -1,0 +1,187 @@
+"""Ray: join the cluster that RAY_ADDRESS names or start a small one here; send jobs to one; unwrap what it raises.
+
+The only one of our command-line modules that imports ray, and only when something runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import shlex
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.job import ResourcesConfig
+from pipeline.stage import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
+MAX_STORE = 1_000_000_000
+# Code goes to the cluster; data, outputs and secrets do not. .gitignore is respected as well.
+# Patterns with a leading slash mean the top folder only: pipeline/data is code.
+EXCLUDES = (
+    *(".git", ".venv", "venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", "docs/_build"),
+    *("/data", "/shared", "/runs", "/mlruns", "/mlartifacts", "mlflow.db"),
+    *("*.h5ad", "*.h5", "*.zarr", "*.soma", "*.safetensors", "*.ckpt", "*.pt", "*.whl"),
+    *(".env", ".env.*", "*.pem", "*.key", ".aws", ".ssh", ".netrc"),
+)
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_raylet_start_wait_time_s": "180",  # a loaded laptop may need longer than the default 60 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+}
+
+
+@contextmanager
+def connect(resources: ResourcesConfig) -> Iterator[None]:
+    """Ray for the time of a job. A cluster started here is stopped at the end; one that was joined is left alone."""
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address and address.startswith("http"):
+        raise InputError(
+            f"RAY_ADDRESS={address} is the address for submitting: use `scldm submit`, or set RAY_ADDRESS to host:port"
+        )
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    if address is None:
+        # A local ray.init would otherwise write a token to ~/.ray and turn authentication on for later clusters.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
+    import ray
+
+    if ray.is_initialized():  # by a test, or by whoever called us: theirs to configure and to stop
+        yield
+        return
+    options = {"address": address} if address else _local_options(resources)
+    try:
+        ray.init(
+            **options,
+            runtime_env=runtime_env(resources),
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+        )
+    except ConnectionError as error:
+        raise InputError(
+            f"RAY_ADDRESS={address}: no cluster answers ({error}); unset it to start a local one"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _local_options(resources: ResourcesConfig) -> dict[str, Any]:
+    """Logical CPUs for the workers, and two more for data and the driver's actors, on however small a machine."""
+    cpus = max(os.cpu_count() or 1, math.ceil(resources.workers * resources.cpus_per_worker) + 2, resources.actors + 1)
+    return {
+        "address": "local",
+        "num_cpus": cpus,
+        "include_dashboard": False,
+        "object_store_memory": max(min(MAX_STORE, int(0.2 * _memory())), 80_000_000),
+    }
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def runtime_env(resources: ResourcesConfig) -> dict[str, Any]:
+    """What workers need to find our code and stay quiet. What the job's submitter has set already is left out."""
+    submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env") or {}
+    env = dict(QUIET)
+    if resources.gpus_per_worker == 0:
+        env["DS_ACCELERATOR"] = "cpu"
+    if not submitted.get("working_dir"):
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    taken = submitted.get("env_vars") or {}  # Ray refuses to merge a key that both set
+    return {"env_vars": {k: v for k, v in env.items() if k not in taken}}
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that a user can act on, out of Ray's wrappings (by duck typing: works without importing ray)."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        failures = getattr(error, "worker_failures", None)
+        inner = (
+            next(iter(failures.values()), None)
+            if isinstance(failures, dict)
+            else getattr(error, "controller_failure", None) or getattr(error, "_base_exc", None)
+        )
+        inner = inner or getattr(error, "cause", None) or _wrapped(error)
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return error
+
+
+def _wrapped(error: BaseException) -> BaseException | None:
+    """`raise … from cause`, but only for Ray's own types: our errors explain more than their causes."""
+    return error.__cause__ if type(error).__module__.partition(".")[0] == "ray" else None
+
+
+# ---- submitting --------------------------------------------------------------------------------------------------
+def submit(
+    job_file: Path,
+    overrides: Sequence[str],
+    *,
+    kind: str,
+    name: str,
+    address: str | None,
+    working_dir: Path,
+    wait: bool,
+) -> int:
+    """Send a job to a cluster, follow its log, and return its exit code."""
+    working_dir = working_dir.resolve()
+    if not job_file.resolve().is_relative_to(working_dir):
+        raise InputError(f"{job_file} is not under --working-dir {working_dir}, which is all that the cluster gets")
+    command = ["python", "-m", "pipeline", "run", str(job_file.resolve().relative_to(working_dir)), *overrides]
+    submission_id = f"scldm-{kind}-{name}-{uuid.uuid4().hex[:6]}"
+    from ray.job_submission import JobSubmissionClient
+
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    try:
+        client = JobSubmissionClient(address or "http://127.0.0.1:8265")
+    except (ConnectionError, RuntimeError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address or 'http://127.0.0.1:8265'}: start one (ray start --head) or give "
+            f"--address. {str(error).splitlines()[0]}"
+        ) from error
+    client.submit_job(
+        entrypoint=shlex.join(command),
+        submission_id=submission_id,
+        runtime_env={"working_dir": str(working_dir), "excludes": list(EXCLUDES)},
+        metadata={"scldm.kind": kind, "scldm.name": name},
+    )
+    print(f"submitted {submission_id}: {shlex.join(command)}", flush=True)
+    print(f"  follow: ray job logs -f {submission_id}    stop: ray job stop {submission_id}", flush=True)
+    if not wait:
+        return 0
+    asyncio.run(_follow(client, submission_id))
+    return _exit_code(client, submission_id)
+
+
+async def _follow(client: Any, submission_id: str) -> None:
+    async for lines in client.tail_job_logs(submission_id):
+        print(lines, end="", flush=True)
+
+
+def _exit_code(client: Any, submission_id: str) -> int:
+    info = client.get_job_info(submission_id)
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    if str(info.status).endswith("SUCCEEDED"):
+        return 0
+    print(f"{submission_id}: {info.status}: {info.message}", flush=True)
+    return 1

@@ -1,0 +1,283 @@
+"""Counts in TileDB-SOMA: the only module that knows tiledbsoma.
+
+Convention: a store is named by plain data (`SomaStore`), so that it travels to workers; open arrays are kept per process.
+Rows are written in storage tiles of 2,048 cells and should be read by whole tiles (one row costs as much as a tile).
+Rows are never asked for in sorted order, which TileDB answers 17 times slower: the order wanted is folded into the row
+index from which the CSR matrix is built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import scipy.sparse as sp
+import tiledbsoma as soma
+
+from pipeline.stage import InputError
+
+TILE = 2048
+ROWS_PER_WRITE = 8 * TILE  # one TileDB fragment each
+SCATTERED = 64  # below so many ids per tile a point query reads less than the span of the ids
+READ_CONFIG: dict[str, Any] = {
+    "soma.init_buffer_bytes": 256 << 20,
+    "sm.mem.reader.sparse_global_order.ratio_array_data": 0.3,
+    "sm.compute_concurrency_level": 2,  # the default is every core in every process
+    "sm.io_concurrency_level": 4,
+    "vfs.s3.connect_max_tries": 10,
+    "vfs.s3.request_timeout_ms": 30_000,
+}
+_OPEN: dict[tuple, Any] = {}
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of the count matrix (CSR), genes ascending in a row."""
+
+    indptr: np.ndarray  # (n + 1,)
+    genes: np.ndarray  # (nnz,) int32
+    counts: np.ndarray  # (nnz,) float32
+
+
+@dataclass(frozen=True)
+class SomaStore:
+    """A SOMA experiment and where its counts are; picklable."""
+
+    uri: str
+    tiledb_config: Mapping[str, Any] = field(default_factory=dict)
+    measurement: str = "RNA"
+    layer: str = "raw"
+
+    def _open(self, what: str) -> Any:
+        key = (self.uri, what, tuple(sorted(self.tiledb_config.items())))
+        if key not in _OPEN:
+            context = soma.SOMATileDBContext(tiledb_config={**READ_CONFIG, **self.tiledb_config})
+            try:
+                _OPEN[key] = soma.open(f"{self.uri.rstrip('/')}/{what}", context=context)
+            except (soma.DoesNotExistError, soma.SOMAError) as error:
+                raise InputError(
+                    f"cannot open {what} of the SOMA experiment {self.uri} ({error}); check ingest.source: uri, "
+                    "measurement and layer name an experiment written by tiledbsoma"
+                ) from error
+        return _OPEN[key]
+
+    @property
+    def counts(self) -> Any:
+        return self._open(f"ms/{self.measurement}/X/{self.layer}")
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.counts.shape)
+
+    @cached_property
+    def tile(self) -> int:
+        """Cells of a storage tile, as the array was created."""
+        dims = json.loads(self.counts.schema_config_options().dims)
+        return int(dims["soma_dim_0"]["tile"])
+
+    def obs_columns(self) -> list[str]:
+        return list(self._open("obs").schema.names)
+
+    def obs(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
+        """Cells that pass a filter, ascending by soma_joinid; `columns` plus soma_joinid."""
+        return self._table("obs", columns, value_filter, "ingest.obs_filter")
+
+    def var(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
+        """Genes that pass a filter, ascending by soma_joinid."""
+        return self._table(f"ms/{self.measurement}/var", columns, value_filter, "ingest.genes.value_filter")
+
+    def _table(self, what: str, columns: Sequence[str] | None, value_filter: str | None, name: str) -> pd.DataFrame:
+        frame = self._open(what)
+        wanted = None if columns is None else list(dict.fromkeys(["soma_joinid", *columns]))
+        try:
+            table = frame.read(column_names=wanted, value_filter=value_filter or None).concat()
+        except (soma.SOMAError, SyntaxError, RuntimeError, ValueError, TypeError) as error:
+            if not value_filter:
+                raise
+            raise InputError(
+                f"{name} {value_filter!r} cannot be applied ({str(error).splitlines()[0]}); it compares columns with "
+                f"values, as in \"cell_type == 'B'\"; columns: {', '.join(frame.schema.names)}"
+            ) from error
+        return table.to_pandas().sort_values("soma_joinid", ignore_index=True)
+
+    def read_ragged(self, ids: np.ndarray, gene_lut: np.ndarray | None = None) -> Ragged:
+        """Counts of cells, in the order of `ids` (repeats allowed).
+
+        Args:
+            ids: soma_joinids, (n,).
+            gene_lut: var soma_joinid -> gene id, -1 drops the gene; None keeps the joinids.
+        """
+        unique, inverse = np.unique(ids, return_inverse=True)
+        if len(unique) < len(ids):
+            return _take_rows(self.read_ragged(unique, gene_lut), inverse)
+        array, n_genes = self.counts, self.shape[1] if gene_lut is None else int(gene_lut.max(initial=0)) + 1
+        i, j, d = [], [], []
+        for rows, table in self._coo(array, unique, tile=self.tile, inverse_order=np.argsort(ids, kind="stable")):
+            genes = table["soma_dim_1"].to_numpy()
+            counts = table["soma_data"].to_numpy().astype(np.float32, copy=False)
+            if gene_lut is not None:
+                genes = gene_lut[genes]
+            keep = (rows >= 0) & (genes >= 0) if gene_lut is not None else rows >= 0
+            if not keep.all():
+                rows, genes, counts = rows[keep], genes[keep], counts[keep]
+            i.append(rows.astype(np.int64, copy=False))
+            j.append(genes.astype(np.int64, copy=False))
+            d.append(counts)
+        return _compress(i, j, d, (len(ids), n_genes), array.context)
+
+    @staticmethod
+    def _coo(
+        array: Any, ids: np.ndarray, *, tile: int, inverse_order: np.ndarray
+    ) -> Iterable[tuple[np.ndarray, pa.Table]]:
+        """Result tables with, for each entry, the row it goes to (-1: a cell nobody asked for).
+
+        Args:
+            ids: Sorted and unique.
+            inverse_order: Row wanted for each of `ids`.
+        """
+        cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read in one go
+        starts, stops = np.r_[0, cuts], np.r_[cuts, len(ids)]
+        if len(ids) < SCATTERED * len(starts) and len(starts) > 1:
+            for table in array.read(coords=(pa.array(ids),)).tables():
+                yield inverse_order[np.searchsorted(ids, table["soma_dim_0"].to_numpy())], table
+            return
+        for a, b in zip(starts, stops, strict=True):
+            first, last = int(ids[a]), int(ids[b - 1])
+            row_of = np.full(last - first + 1, -1, dtype=np.int64)
+            row_of[ids[a:b] - first] = inverse_order[a:b]
+            for table in array.read(coords=(slice(first, last),)).tables():
+                yield row_of[table["soma_dim_0"].to_numpy() - first], table
+
+
+def _compress(i: list, j: list, d: list, shape: tuple[int, int], context: Any) -> Ragged:
+    """COO to CSR: tiledbsoma's own parallel routine (private, 2-3 times faster), scipy if it has moved."""
+    if not i:
+        return Ragged(np.zeros(shape[0] + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
+    try:
+        from tiledbsoma._fastercsx import CompressedMatrix
+    except ImportError:
+        csr = sp.csr_matrix((np.concatenate(d), (np.concatenate(i), np.concatenate(j))), shape=shape)
+        csr.sort_indices()
+        return Ragged(csr.indptr, csr.indices.astype(np.int32), csr.data)
+    # Sorted by gene, so that a block is the same to the bit however TileDB filled its buffers.
+    m = CompressedMatrix.from_ijd(tuple(i), tuple(j), tuple(d), shape, "csr", True, context)
+    return Ragged(m.indptr, m.indices.astype(np.int32, copy=False), m.data)
+
+
+def _take_rows(rows: Ragged, index: np.ndarray) -> Ragged:
+    csr = sp.csr_matrix((rows.counts, rows.genes, rows.indptr), shape=(len(rows.indptr) - 1, 1 << 31), copy=False)
+    csr = csr[index]
+    return Ragged(csr.indptr, csr.indices.astype(np.int32, copy=False), csr.data)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+_ZSTD = {"_type": "ZstdFilter", "level": 9}
+_FRAME = {
+    "dims": {"soma_joinid": {"filters": ["DoubleDeltaFilter", _ZSTD]}},
+    "offsets_filters": ["DoubleDeltaFilter", _ZSTD],
+    "capacity": 1 << 16,
+}
+
+
+def write_experiment(
+    folder: Path, obs: pd.DataFrame, var: pd.DataFrame, chunks: Iterable[sp.csr_matrix], *, tile: int = TILE
+) -> SomaStore:
+    """Write a Census-shaped experiment; `folder` appears when it is whole. Memory: a few chunks.
+
+    Args:
+        obs: One row per cell, in the order of the chunks; columns as the Census names them. soma_joinid, raw_sum and
+            nnz are added here.
+        var: feature_id, feature_name, feature_length; soma_joinid and nnz are added here.
+        chunks: Rows of counts, CSR, all genes wide.
+        tile: Cells and genes of a storage tile.
+    """
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        raw_sum, nnz, gene_nnz = _write_counts(tmp, len(obs), len(var), chunks, tile)
+        _write_frame(tmp, "obs", obs.assign(raw_sum=raw_sum, nnz=nnz))
+        _write_frame(tmp / "ms" / "RNA", "var", var.assign(nnz=gene_nnz))
+        if folder.exists():
+            shutil.rmtree(folder)  # left by a run that never finished its stage
+        tmp.rename(folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    for key in [k for k in _OPEN if k[0] == str(folder)]:
+        del _OPEN[key]
+    return SomaStore(str(folder))
+
+
+def _write_counts(
+    folder: Path, n_cells: int, n_genes: int, chunks: Iterable[sp.csr_matrix], tile: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The experiment with its X; returns sum and number of genes per cell, and number of cells per gene."""
+    raw_sum, nnz, gene_nnz = np.zeros(n_cells), np.zeros(n_cells, np.int64), np.zeros(n_genes, np.int64)
+    shuffled = {"filters": ["ByteShuffleFilter", _ZSTD]}
+    create = {
+        "capacity": 1 << 16,
+        "dims": {"soma_dim_0": {"tile": tile, "filters": [_ZSTD]}, "soma_dim_1": {"tile": tile, **shuffled}},
+        "attrs": {"soma_data": shuffled},
+        "cell_order": "row-major",
+        "tile_order": "row-major",
+        "allows_duplicates": True,
+    }
+    with soma.Experiment.create(str(folder)) as experiment:
+        rna = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
+        array = rna.add_new_collection("X").add_new_sparse_ndarray(
+            "raw", type=pa.float32(), shape=(n_cells, n_genes), platform_config={"tiledb": {"create": create}}
+        )
+        row = 0
+        for chunk in _pieces(chunks):
+            coo = chunk.tocoo()
+            sums, per_cell = np.asarray(chunk.sum(1, dtype=np.float64)).ravel(), np.diff(chunk.indptr)
+            raw_sum[row : row + len(sums)], nnz[row : row + len(sums)] = sums, per_cell
+            gene_nnz += np.bincount(coo.col, minlength=n_genes)
+            if len(coo.data):
+                cells = coo.row.astype(np.int64) + row
+                data = coo.data.astype(np.float32, copy=False)
+                array.write(pa.table({"soma_dim_0": cells, "soma_dim_1": coo.col.astype(np.int64), "soma_data": data}))
+            row += len(sums)
+    if row != n_cells:
+        raise ValueError(f"obs has {n_cells} cells but the chunks hold {row}")
+    return raw_sum, nnz, gene_nnz
+
+
+def _pieces(chunks: Iterable[sp.csr_matrix]) -> Iterable[sp.csr_matrix]:
+    """Chunks joined up to ROWS_PER_WRITE, without stored zeros: few fragments, little memory."""
+    held: list[sp.csr_matrix] = []
+    for chunk in chunks:
+        chunk = sp.csr_matrix(chunk)
+        chunk.sum_duplicates()
+        chunk.eliminate_zeros()
+        held.append(chunk)
+        if sum(c.shape[0] for c in held) >= ROWS_PER_WRITE:
+            yield sp.vstack(held, format="csr")
+            held = []
+    if held:
+        yield sp.vstack(held, format="csr")
+
+
+def _write_frame(parent: Path, name: str, frame: pd.DataFrame) -> None:
+    frame = frame.reset_index(drop=True).drop(columns="soma_joinid", errors="ignore")
+    frame.insert(0, "soma_joinid", np.arange(len(frame), dtype=np.int64))
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata()
+    with soma.open(str(parent), "w") as collection:
+        collection.add_new_dataframe(
+            name,
+            schema=table.schema,
+            index_column_names=["soma_joinid"],
+            domain=[(0, max(0, len(frame) - 1))],
+            platform_config={"tiledb": {"create": _FRAME}},
+        )
+    # In a handle of its own: written in the creating one (tiledbsoma 2.3), the categories are lost.
+    with soma.open(str(parent / name), "w") as out:
+        out.write(table)

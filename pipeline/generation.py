@@ -1,0 +1,164 @@
+"""What a generation job is asked for, and how it is cut into shards.
+
+A request is a table of conditions with a number of cells each. Cell ids count over the whole request, row after row; shard
+k holds ids [k * shard_size, (k + 1) * shard_size). So a shard is a function of (request, k).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.job import GenerateConfig
+from pipeline.stage import InputError
+from scldm.vocabulary import UnknownNameError, Vocabulary
+
+MOST_CELLS = 10**9
+
+
+@dataclass(frozen=True)
+class RequestRow:
+    condition: Mapping[str, str | None]  # label -> class; None or absent: no label asked for
+    n_cells: int
+
+
+@dataclass(frozen=True)
+class Request:
+    rows: tuple[RequestRow, ...]
+
+    @property
+    def n_cells(self) -> int:
+        return sum(r.n_cells for r in self.rows)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([[dict(r.condition), r.n_cells] for r in self.rows]).encode()).hexdigest()
+
+    def slice(self, start: int, stop: int) -> list[tuple[dict[str, str | None], int]]:
+        """(condition, cells) of ids [start, stop), in order."""
+        out, first = [], 0
+        for row in self.rows:
+            n = min(stop, first + row.n_cells) - max(start, first)
+            if n > 0:
+                out.append((dict(row.condition), n))
+            first += row.n_cells
+        return out
+
+
+def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: Mapping[str, pd.DataFrame]) -> Request:
+    """The request of a config, checked against what the model was trained on.
+
+    Args:
+        compositions: For `like`: split -> table of label columns and n_cells.
+
+    Raises:
+        InputError: with all problems at once.
+    """
+    _exactly_one(config)
+    if config.conditions is not None:
+        table, where = _read_table(Path(config.conditions)), config.conditions
+    elif config.cells is not None:
+        table, where = pd.DataFrame(config.cells), "generate.cells"
+    elif config.per_label is not None:
+        table, where = _per_label(config.per_label, vocabulary), "generate.per_label"
+    elif config.like is not None:
+        table, where = _scaled(compositions[config.like], config.n_cells), f"generate.like={config.like}"
+    else:
+        table, where = pd.DataFrame({"n_cells": [config.n_cells]}), "generate.n_cells"
+    return _checked(table, where, vocabulary)
+
+
+def n_shards(request: Request, shard_size: int) -> int:
+    """At least one: a request for no cells gives one empty, valid file."""
+    return max(1, -(-request.n_cells // shard_size))
+
+
+def _exactly_one(config: GenerateConfig) -> None:
+    given = [k for k in ("conditions", "cells", "per_label", "like") if getattr(config, k) is not None]
+    if len(given) > 1:
+        raise InputError(f"generate takes one of conditions, cells, per_label, like; got {' and '.join(given)}")
+    if not given and config.n_cells is None:
+        raise InputError(
+            "generate does not say which cells to make; give one of conditions (a table), cells (the table inline), "
+            "per_label ({cell_type: 100}), like (a split), or n_cells alone for cells without a label"
+        )
+    if config.n_cells is not None and given and given != ["like"]:
+        raise InputError(f"generate.n_cells goes with `like` or stands alone; with {given[0]} the table says how many")
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise InputError(f"generate.conditions: no file {path}")
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=True)
+    except (ValueError, OSError) as error:
+        raise InputError(f"generate.conditions: {path} is no readable CSV, TSV or Parquet table ({error})") from error
+
+
+def _per_label(per_label: Mapping[str, int], vocabulary: Vocabulary) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for name, n in per_label.items():
+        try:
+            classes = vocabulary.label(name).classes
+        except UnknownNameError as error:
+            raise InputError(f"generate.per_label: {error}") from error
+        rows += [{name: c, "n_cells": n} for c in classes]
+    return pd.DataFrame(rows)
+
+
+def _scaled(composition: pd.DataFrame, n_cells: int | None) -> pd.DataFrame:
+    """The composition of a split, at n_cells in all (largest remainders), or as it is."""
+    if n_cells is None:
+        return composition
+    share = composition["n_cells"] / composition["n_cells"].sum() * n_cells
+    n = np.floor(share).astype(int)
+    n.iloc[np.argsort(-(share - n).to_numpy(), kind="stable")[: n_cells - int(n.sum())]] += 1
+    return composition.assign(n_cells=n)[n > 0]
+
+
+def _checked(table: pd.DataFrame, where: str, vocabulary: Vocabulary) -> Request:
+    problems = []
+    labels = [c for c in table.columns if c != "n_cells"]
+    if "n_cells" not in table.columns:
+        problems.append(f"{where} has no column n_cells (it has: {', '.join(map(str, table.columns))})")
+    known = [x.name for x in vocabulary.labels]
+    problems += [
+        f"{where}: the model knows no label {c!r}; it knows {', '.join(known) or 'none'}"
+        for c in labels
+        if c not in known
+    ]
+    for name in (c for c in labels if c in known):
+        given = {None if pd.isna(v) else str(v) for v in table[name]}
+        try:
+            vocabulary.label(name).encode(sorted(v for v in given if v is not None))
+        except UnknownNameError as error:
+            problems.append(f"{where}: {error}")
+    counts = pd.to_numeric(table.get("n_cells", pd.Series(dtype=float)), errors="coerce")
+    bad = counts.isna() | (counts < 0) | (counts % 1 != 0)
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        problems.append(
+            f"{where}: n_cells must be whole numbers >= 0; {int(bad.sum())} are not, the first in row {first + 1} "
+            f"({table['n_cells'].iloc[first]!r})"
+        )
+    if not problems and counts.sum() > MOST_CELLS:
+        problems.append(f"{where} asks for {counts.sum():,.0f} cells; at most {MOST_CELLS:,} in one job")
+    if problems:
+        raise InputError("\n".join(problems))
+    return Request(tuple(_rows(table, labels, counts)))
+
+
+def _rows(table: pd.DataFrame, labels: Sequence[str], counts: pd.Series) -> list[RequestRow]:
+    return [
+        RequestRow({c: None if pd.isna(row[c]) else str(row[c]) for c in labels}, int(n))
+        for (_, row), n in zip(table.iterrows(), counts, strict=True)
+    ]

@@ -1,0 +1,124 @@
+"""`scldm plan`: what would run and why, and how large it is. Reads manifests and heads of files; starts nothing.
+
+Also `scldm runs list`: what has been made.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import sizes
+from pipeline.job import STAGES, IngestConfig, JobBase, TrainConfig, TrainFlowConfig, TrainVaeConfig, stage_configs
+from pipeline.progress import duration
+from pipeline.schedule import Step, command_for, look_ahead, pipeline_folder
+from pipeline.stage import InputError, Manifest, newest_manifest, read_manifest
+
+UNKNOWN = "unknown"
+
+
+def plan(job: JobBase) -> str:
+    """Table of a job's stages, then what each would take."""
+    folder = pipeline_folder(job)
+    steps, missing = look_ahead(job)
+    decided = {s.stage: s for s in steps}
+    lacking = [m.stage for m in missing]
+    rows = [("stage", "version", "state", "why")]
+    for stage in stage_configs(job):
+        step = decided.get(stage)
+        if step is None:
+            rows.append((stage, "", f"needs {', '.join(lacking)}", f"first: {'; '.join(map(command_for, lacking))}"))
+        else:
+            rows.append((stage, step.version, "done" if step.done else "will run", step.why))
+    todo = [s for s in steps if s.done is None]
+    lines = [f"{job.name}: writes to {folder}", "", _table(rows), ""]
+    lines += _sizes(job, decided, folder)
+    lines += ["", f"{len(todo)} of {len(rows) - 1} stages will run" if todo or missing else "nothing to do"]
+    return "\n".join(lines)
+
+
+def finished_stages(folder: Path) -> str:
+    """Table of the finished stages under a pipeline's folder, oldest first."""
+    made = [m for s in STAGES for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None]
+    if not made:
+        raise InputError(f"{folder} holds no finished stage. Give <output>/<name> of a job, for example runs/demo")
+    rows = [("stage", "version", "finished", "took", "made from")]
+    for m in sorted(made, key=lambda m: m.finished_at):
+        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.finished_at))
+        sources = " ".join(f"{stage}:{version}" for stage, version in m.inputs.items())
+        rows.append((m.stage, m.version, finished, duration(m.seconds), sources or "the source"))
+    return _table(rows)
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------
+def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
+    """One line for each stage of the job that takes steps, memory or disk."""
+    configs: dict[str, Any] = dict(stage_configs(job))
+    data = sizes.data_facts(_manifest("ingest", decided, folder), configs.get("ingest"))
+    ingest = _config("ingest", IngestConfig, configs, decided, folder)
+    vae = _config("train_vae", TrainVaeConfig, configs, decided, folder)
+    split = ingest.split if ingest is not None else None
+    cells, genes = (f"{n:,}" if n is not None else UNKNOWN for n in (data.n_cells, data.n_genes))
+    lines = [f"data: {cells} cells x {genes} genes ({data.source})"]
+    disk = 0
+    if "train_vae" in configs:
+        n = sizes.vae_parameters(configs["train_vae"], data)
+        lines.append(_training("train_vae", n, configs["train_vae"].train, job))
+        disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
+    if "encode" in configs and vae is not None:
+        size = sizes.latent_bytes(configs["encode"], vae, data, split)
+        lines.append(f"encode: latent cache {sizes.human(size)}, {job.resources.actors} actors")
+        disk += size or 0
+    if "train_flow" in configs:
+        flow: TrainFlowConfig = configs["train_flow"]
+        n = sizes.dit_parameters(flow, vae, data) if vae is not None else None
+        lines.append(_training("train_flow", n, flow.train, job))
+        disk += sizes.checkpoint_bytes(n or 0, flow.train)
+    if "generate" in configs:
+        n_cells = sizes.generated_cells(configs["generate"], data, split)
+        size = sizes.generated_bytes(n_cells, data)
+        disk += size or 0
+        amount = f"{n_cells:,}" if n_cells is not None else "as many as the table says"
+        lines.append(f"generate: {amount} cells, about {sizes.human(size)}, {job.resources.actors} actors")
+    return [*lines, f"disk: {sizes.human(disk)} in all"] if disk else lines
+
+
+def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase) -> str:
+    """Steps, parameters, memory and checkpoints of a training stage."""
+    workers = job.resources.workers
+    per_worker = max(1, train.feed.batch_size // workers)
+    rounds = math.ceil(per_worker / train.feed.micro_batch_size)
+    steps = f"{train.max_steps:,} steps x {train.feed.batch_size} cells"
+    feed = f"{workers} workers x {min(per_worker, train.feed.micro_batch_size)} cells x {rounds}"
+    if n is None:
+        return f"{stage}: {steps} ({feed}); parameters unknown until ingest has run"
+    memory = sizes.human(sizes.state_bytes(n, train, workers))
+    kept = sizes.human(sizes.checkpoint_bytes(n, train))
+    return (
+        f"{stage}: {steps} ({feed}); {n:,} parameters; weights + gradients + optimizer {memory} per worker "
+        f"(ZeRO {train.zero_stage}, {train.precision}); {train.keep_last} checkpoints and the model {kept}"
+    )
+
+
+def _manifest(stage: str, decided: dict[str, Step], folder: Path) -> Manifest | None:
+    """The stage's manifest as this job would see it."""
+    if stage in decided:
+        return decided[stage].done
+    given = next((s.inputs[stage] for s in decided.values() if stage in s.inputs), None)
+    return given if given is not None else newest_manifest(folder, stage)
+
+
+def _config(stage: str, model: type[Any], configs: dict[str, Any], decided: dict[str, Step], folder: Path) -> Any:
+    """The stage's settings: this job's, or those that it was made with."""
+    if stage in configs:
+        return configs[stage]
+    manifest = _manifest(stage, decided, folder)
+    return model.model_validate(dict(manifest.config)) if manifest is not None and manifest.config else None
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,161 @@
+"""How large a job is, reckoned without running it: parameters, memory of the training state, disk.
+
+States are counted as DeepSpeed keeps them (Adam's two moments and, under bf16, an fp32 master copy); activations and
+the framework itself are not counted. A figure that rests on an assumption is marked `about`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.job import (
+    EncodeConfig,
+    FlowTrainConfig,
+    GenerateConfig,
+    IngestConfig,
+    SplitConfig,
+    TrainConfig,
+    TrainFlowConfig,
+    TrainVaeConfig,
+)
+from pipeline.stage import Manifest
+
+ASSUMED_CLASSES = 100  # of a label that has not been read yet
+ASSUMED_EXPRESSED = 2_000  # genes per cell, at most; of all genes at most this share:
+ASSUMED_SHARE = 0.2
+BYTES_PER_COUNT = 8  # CSR: int32 index and int32 count
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of the data before it is read."""
+
+    n_cells: int | None = None
+    n_genes: int | None = None
+    n_classes: Mapping[str, int] | None = None
+    expressed: float | None = None  # mean expressed genes of a cell
+    source: str = "unknown until ingest has run"
+
+
+def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFacts:
+    """From the manifest of ingest where it is finished, else from the head of the source."""
+    if ingest is not None and ingest.facts:
+        f = ingest.facts
+        return DataFacts(
+            f.get("n_cells"), f.get("n_genes"), f.get("n_classes"), f.get("mean_expressed_genes"), "manifest"
+        )
+    source = config.source if config is not None else None
+    if config is None or source is None:
+        return DataFacts()
+    if source.type == "synthetic":
+        sizes = {"cell_type": source.n_types, "donor_id": source.n_donors}
+        classes = {label: sizes.get(label, ASSUMED_CLASSES) for label in config.labels}
+        return DataFacts(source.n_cells, source.n_genes, classes, None, "synthetic source")
+    if source.type == "h5ad" and Path(source.path).expanduser().is_file():
+        n_cells, n_genes = _h5ad_shape(Path(source.path).expanduser(), raw=source.layer == "raw")
+        return DataFacts(n_cells, n_genes, dict.fromkeys(config.labels, ASSUMED_CLASSES), None, "head of the file")
+    return DataFacts()
+
+
+def _h5ad_shape(path: Path, *, raw: bool) -> tuple[int | None, int | None]:
+    import h5py
+
+    def length(group: Any) -> int:
+        return len(group[group.attrs["_index"]])
+
+    try:
+        with h5py.File(path, "r") as f:
+            return length(f["obs"]), length(f["raw/var" if raw else "var"])
+    except (OSError, KeyError):  # not an h5ad: ingest says so, with more to say than plan has
+        return None, None
+
+
+# ---- parameters and memory ---------------------------------------------------------------------------------------
+def vae_parameters(config: TrainVaeConfig, data: DataFacts) -> int | None:
+    if data.n_genes is None:
+        return None
+    import torch
+
+    from scldm.nn.vae import VAE
+
+    with torch.device("meta"):
+        return _count(VAE(config.model, n_genes=data.n_genes))
+
+
+def dit_parameters(config: TrainFlowConfig, vae: TrainVaeConfig, data: DataFacts) -> int | None:
+    if data.n_classes is None:
+        return None
+    import torch
+
+    from scldm.nn.dit import DiT
+
+    m, e = vae.model.n_latent_tokens, vae.model.latent_width
+    with torch.device("meta"):
+        return _count(DiT(config.model, n_latent_tokens=m, latent_width=e, n_classes=dict(data.n_classes)))
+
+
+def _count(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def state_bytes(n: int, train: TrainConfig, workers: int) -> int:
+    """Weights + gradients + optimizer state of n parameters, on one worker."""
+    weights, gradients, optimizer = (2 * n, 2 * n, 12 * n) if train.precision == "bf16" else (4 * n, 4 * n, 8 * n)
+    sharded = {0: 0, 1: optimizer, 2: optimizer + gradients, 3: optimizer + gradients + weights}[train.zero_stage]
+    return weights + gradients + optimizer - sharded + -(-sharded // workers)
+
+
+def checkpoint_bytes(n: int, train: TrainConfig) -> int:
+    """Checkpoints kept: weights, optimizer state, and the fp32 average where there is one; and the exported model."""
+    average = 4 if isinstance(train, FlowTrainConfig) else 0
+    one = n * ((2 + 12 if train.precision == "bf16" else 4 + 8) + average)
+    return one * train.keep_last + n * (4 + average)
+
+
+# ---- disk --------------------------------------------------------------------------------------------------------
+def latent_bytes(config: EncodeConfig, vae: TrainVaeConfig, data: DataFacts, split: SplitConfig | None) -> int | None:
+    if data.n_cells is None:
+        return None
+    shares = _shares(split)
+    cells = data.n_cells * sum(shares[s] for s in set(config.splits))
+    return round(cells * vae.model.n_latent_tokens * vae.model.latent_width * 4)
+
+
+def generated_cells(config: GenerateConfig, data: DataFacts, split: SplitConfig | None) -> int | None:
+    """Cells that generate would write; None if that takes reading a table."""
+    if config.cells is not None:
+        return sum(int(row.get("n_cells", 0)) for row in config.cells)
+    if config.per_label is not None:
+        classes = data.n_classes or {}
+        return sum(n * classes[label] for label, n in config.per_label.items() if label in classes) or None
+    if config.n_cells is not None:
+        return config.n_cells
+    if config.like is not None and data.n_cells is not None:
+        return round(data.n_cells * _shares(split)[config.like])
+    return None
+
+
+def generated_bytes(n_cells: int | None, data: DataFacts) -> int | None:
+    if n_cells is None or data.n_genes is None:
+        return None
+    expressed = data.expressed or min(ASSUMED_EXPRESSED, ASSUMED_SHARE * data.n_genes)
+    return round(n_cells * expressed * BYTES_PER_COUNT)
+
+
+def _shares(split: SplitConfig | None) -> dict[str, float]:
+    split = split or SplitConfig()
+    return {"train": 1 - split.validation - split.test, "validation": split.validation, "test": split.test}
+
+
+def human(n: float | None) -> str:
+    """1.2 MB"""
+    if n is None:
+        return "unknown"
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"

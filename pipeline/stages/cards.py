@@ -1,0 +1,37 @@
+"""The model card that goes with every exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+from pipeline.stage import Manifest
+from scldm.config import StrictModel
+
+_WHAT = {
+    "vae": "scLDM transformer VAE: a cell's gene counts to latent tokens and back (negative binomial).",
+    "flow": "scLDM flow-matching DiT on the latents of a VAE; `model.safetensors` holds the averaged weights.",
+}
+
+
+def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -> str:
+    """Markdown: what it is, what it was trained on, with what settings."""
+    ingest = inputs["ingest"].facts
+    lines = [
+        f"# {_WHAT[kind]}",
+        "",
+        "Architecture: Palla et al., arXiv 2511.02986. Weights: safetensors; names of genes and classes: `vocabulary.json`.",
+        "",
+        f"* data: {ingest.get('source', 'not stated')} (digest {str(ingest.get('digest', ''))[:12]})",
+        f"* cells: {ingest['n_cells']}; genes: {ingest['n_genes']}; labels: {', '.join(ingest['labels']) or 'none'}",
+        *(f"* input {name}: {m.version}" for name, m in inputs.items()),
+        "",
+        "Generated cells are synthetic: mark them so wherever they are mixed with measured ones.",
+        "",
+        "```yaml",
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,282 @@
+"""Ingest: vocabularies, split and statistics of a source of cells; the counts stay in (or go to) SOMA.
+
+`.h5ad` files and synthetic cells are written once to `soma/` in the stage's folder; a SOMA experiment and the Census are
+read where they are. Everything but the counts is fixed here, so that later stages read facts and never guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.data.blocks import LABEL
+from pipeline.data.ingested import SPLITS
+from pipeline.data.soma import SomaStore, write_experiment
+from pipeline.data.statistics import CountStatistics, count_statistics
+from pipeline.data.synthetic import synthetic_cells
+from pipeline.data.validate import checked, label_problems, missing
+from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SplitConfig, SyntheticSource
+from pipeline.stage import InputError, StageContext
+from scldm.library_size import LibrarySizes
+from scldm.vocabulary import LabelVocabulary, Vocabulary
+
+# Above this, library sizes come from obs where it has them, and gene statistics from a sample of storage tiles.
+FULL_PASS_CELLS = 200_000
+SAMPLED_TILES = 50
+
+
+@dataclass
+class _Source:
+    store: SomaStore
+    uri: str  # as it goes into the facts
+    description: str
+    notes: list[str] = field(default_factory=list)
+
+
+def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
+    """The stage."""
+    source = _open(config, context)
+    cells = _eligible(config, source)
+    cells["split"] = split_cells(cells, config.split)
+    var = _genes(config, source.store)
+    var, stats, sampled = _statistics(config, source, cells, var)
+
+    cells = cells.assign(library_size=stats.library_size, n_expressed=stats.n_expressed)
+    if empty := int((cells["library_size"] <= 0).sum()):
+        source.notes.append(f"{empty} cells have no counts in the vocabulary and are left out.")
+        cells = cells[cells["library_size"] > 0].reset_index(drop=True)
+    _require_splits(config.split, cells)
+
+    vocabulary = _vocabulary(config, cells, var)
+    facts = _write(context, cells, var, vocabulary, stats)
+    train = cells[cells["split"] == "train"]
+    _note_unseen_classes(vocabulary, cells, source.notes)
+    mean_expressed = float(train["n_expressed"].mean())
+    return {
+        **facts,
+        "soma_uri": source.uri,
+        "tiledb_config": dict(source.store.tiledb_config),
+        "measurement": source.store.measurement,
+        "layer": source.store.layer,
+        "tile": source.store.tile,
+        "count_type": "uint16" if cells["library_size"].max() < 1 << 16 else "float32",
+        "n_genes": vocabulary.n_genes,
+        "n_genes_source": source.store.shape[1],
+        "n_cells": {split: int((cells["split"] == split).sum()) for split in SPLITS},
+        "labels": [x.name for x in vocabulary.labels],
+        "n_classes": vocabulary.n_classes,
+        "mean_expressed_genes": mean_expressed,
+        "max_expressed_genes": int(cells["n_expressed"].max()),
+        "zero_fraction": 1 - mean_expressed / vocabulary.n_genes,
+        "gene_stats_cells": sampled,
+        "source": source.description,
+        "notes": source.notes,
+    }
+
+
+# ---- source ------------------------------------------------------------------------------------------------------
+def _open(config: IngestConfig, context: StageContext) -> _Source:
+    source = config.source
+    if isinstance(source, SomaSource):
+        store = SomaStore(
+            source.uri, {"vfs.s3.region": source.region} if source.region else {}, source.measurement, source.layer
+        )
+        return _Source(store, source.uri, f"SOMA experiment {source.uri}")
+    if isinstance(source, CensusSource):
+        from pipeline.data.census import locate_census
+
+        store = locate_census(source)
+        return _Source(store, store.uri, f"CELLxGENE Census {source.version}, {source.organism}")
+    if isinstance(source, SyntheticSource):
+        tables = synthetic_cells(source)
+        description = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
+    else:
+        assert isinstance(source, H5adSource)
+        from pipeline.data.anndata import read_h5ad
+
+        tables = read_h5ad(source, _columns(config))
+        description = f"h5ad {source.path}"
+    # With a filter, cells without a label may be filtered out: they are looked at again after it.
+    lenient = config.missing_label == "drop" or config.obs_filter is not None
+    chunks = checked(tables, _columns(config), drop_missing=lenient)
+    store = write_experiment(context.folder / "soma", tables.obs, tables.var, chunks)
+    return _Source(store, "soma", description, tables.notes)
+
+
+def _columns(config: IngestConfig) -> list[str]:
+    """obs columns that the job cannot do without."""
+    return list(dict.fromkeys([*config.labels, *([config.split.by] if config.split.by != "cell" else [])]))
+
+
+def _eligible(config: IngestConfig, source: _Source) -> pd.DataFrame:
+    """Cells that pass the filter and have their labels."""
+    available, wanted = source.store.obs_columns(), _columns(config)
+    if absent := [c for c in wanted if c not in available]:
+        empty = pd.DataFrame(columns=available)
+        raise InputError("\n".join(label_problems(empty, absent, drop_missing=False, names=None)))
+    extra = [c for c in ("raw_sum", "nnz") if c in available]
+    cells = source.store.obs([*wanted, *extra], config.obs_filter)
+    if not len(cells):
+        raise InputError(f"ingest.obs_filter {config.obs_filter!r} leaves no cells; loosen it")
+    drop = config.missing_label == "drop"
+    names = "soma_joinid " + cells["soma_joinid"].astype(str)
+    if problems := label_problems(cells, wanted, drop_missing=drop, names=names):
+        raise InputError("\n".join(problems))
+    for column in wanted:
+        if n := int((absent_here := missing(cells[column])).sum()):
+            source.notes.append(f"{n} cells have no {column} and are left out.")
+            cells = cells[~absent_here].reset_index(drop=True)
+    return cells
+
+
+def split_cells(cells: pd.DataFrame, config: SplitConfig) -> np.ndarray:
+    """The side each cell falls on, by a hash of (salt, value): never changes when other cells come or go."""
+    salt = np.frombuffer(hashlib.blake2b(config.salt.encode(), digest_size=8).digest(), np.uint64)[0]
+    if config.by == "cell":
+        keys = cells["soma_joinid"].to_numpy().astype(np.uint64)
+    else:
+        codes, values = pd.factorize(cells[config.by])
+        digests = [hashlib.blake2b(str(v).encode(), digest_size=8).digest() for v in values]
+        keys = np.frombuffer(b"".join(digests), np.uint64)[codes]
+    u = _mix(keys ^ salt) / 2.0**64
+    return np.where(u < config.test, "test", np.where(u < config.test + config.validation, "validation", "train"))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64: every bit of the key moves every bit of the result."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:
+    counts = cells["split"].value_counts()
+    asked = {"train": 1.0, "validation": config.validation, "test": config.test}
+    if lacking := [s for s in SPLITS if asked[s] > 0 and not counts.get(s, 0)]:
+        groups = "" if config.by == "cell" else f" of {cells[config.by].nunique()} different {config.by}"
+        raise InputError(
+            f"no cell{groups} fell into {' and '.join(lacking)} ({len(cells)} cells); raise ingest.split shares, set "
+            "the share to 0, change ingest.split.salt, or split by: cell"
+        )
+
+
+# ---- genes and statistics ----------------------------------------------------------------------------------------
+def _genes(config: IngestConfig, store: SomaStore) -> pd.DataFrame:
+    """Genes of the source that pass the filter: soma_joinid, feature_id, feature_name."""
+    var = store.var(value_filter=config.genes.value_filter)
+    id_column = next((c for c in ("feature_id", "var_id") if c in var), None)
+    if id_column is None:
+        raise InputError(f"var of {store.uri} has no feature_id; columns: {', '.join(map(str, var.columns))}")
+    name = var["feature_name"] if "feature_name" in var else var[id_column]
+    var = pd.DataFrame(
+        {
+            "soma_joinid": var["soma_joinid"],
+            "feature_id": var[id_column].astype(str),
+            "feature_name": name.astype(str),
+        }
+    )
+    if not len(var):
+        raise InputError(f"ingest.genes.value_filter {config.genes.value_filter!r} leaves no genes; loosen it")
+    if len(twice := var["feature_id"][var["feature_id"].duplicated()].unique()):
+        raise InputError(f"{len(twice)} gene ids of {store.uri} occur more than once (first: {', '.join(twice[:3])})")
+    return var
+
+
+def _lut(var: pd.DataFrame, n_genes_source: int) -> np.ndarray:
+    lut = np.full(n_genes_source, -1, dtype=np.int32)
+    lut[var["soma_joinid"].to_numpy()] = np.arange(len(var))
+    return lut
+
+
+def _statistics(
+    config: IngestConfig, source: _Source, cells: pd.DataFrame, var: pd.DataFrame
+) -> tuple[pd.DataFrame, CountStatistics, int]:
+    """The genes that are kept, statistics over them, and how many cells the gene statistics are from."""
+    store, ids, train = source.store, cells["soma_joinid"].to_numpy(), (cells["split"] == "train").to_numpy()
+    if not train.any():
+        _require_splits(config.split, cells)
+    in_obs = {"raw_sum", "nnz"} <= set(cells) and not config.genes.min_cells and not config.genes.value_filter
+    if in_obs and len(cells) > FULL_PASS_CELLS:
+        some = _some_tiles(ids, train, store.tile)
+        stats = count_statistics(store, ids[some], train[some], _lut(var, store.shape[1]))
+        source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
+        per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
+        return var, CountStatistics(**{**vars(stats), **per_cell}), int(some.sum())
+    stats = count_statistics(store, ids, train, _lut(var, store.shape[1]))
+    enough = stats.gene_cells >= config.genes.min_cells
+    if not enough.any():
+        raise InputError(
+            f"ingest.genes.min_cells ({config.genes.min_cells}) leaves no genes: the most expressed one is in "
+            f"{stats.gene_cells.max()} training cells; lower it"
+        )
+    if not enough.all():
+        source.notes.append(f"{int((~enough).sum())} genes are expressed in fewer than {config.genes.min_cells} "
+                            "training cells and are left out.")  # fmt: skip
+        var = var[enough].reset_index(drop=True)
+        stats = count_statistics(store, ids, train, _lut(var, store.shape[1]))
+    return var, stats, stats.n_train
+
+
+def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:
+    """Training cells of evenly spaced storage tiles."""
+    tiles = np.unique(ids[train] // tile)
+    chosen = tiles[np.linspace(0, len(tiles) - 1, min(SAMPLED_TILES, len(tiles))).round().astype(int)]
+    return train & np.isin(ids // tile, chosen)
+
+
+def _vocabulary(config: IngestConfig, cells: pd.DataFrame, var: pd.DataFrame) -> Vocabulary:
+    labels = tuple(LabelVocabulary(x, tuple(sorted(cells[x].astype(str).unique()))) for x in config.labels)
+    return Vocabulary(tuple(var["feature_id"]), tuple(var["feature_name"]), labels)
+
+
+def _note_unseen_classes(vocabulary: Vocabulary, cells: pd.DataFrame, notes: list[str]) -> None:
+    seen = cells[cells["split"] == "train"]
+    for label in vocabulary.labels:
+        if unseen := sorted(set(label.classes) - set(seen[label.name].astype(str).unique())):
+            notes.append(f"{label.name} has no training cells of {', '.join(unseen)}: it cannot be learned.")
+
+
+def _write(
+    context: StageContext, cells: pd.DataFrame, var: pd.DataFrame, vocabulary: Vocabulary, stats: CountStatistics
+) -> dict[str, Any]:
+    """The files of the stage; returns the facts that name them."""
+    folder = context.folder
+    names = {x.name: cells[x.name].astype(str).to_numpy() for x in vocabulary.labels}
+    train = (cells["split"] == "train").to_numpy()
+    vocabulary.save(folder / "vocabulary.json")
+    sizes = LibrarySizes.fit(cells["library_size"].to_numpy()[train], {k: v[train] for k, v in names.items()})
+    sizes.save(folder / "library_size.json")
+    pd.DataFrame(
+        {
+            "feature_id": var["feature_id"],
+            "gene_joinid": var["soma_joinid"],
+            "mean": stats.mean,
+            "variance": stats.variance,
+            "fraction": stats.gene_cells / stats.n_train,
+        }
+    ).to_parquet(folder / "gene_stats.parquet", index=False)
+    split = pd.Categorical(cells["split"], categories=list(SPLITS))
+    pd.DataFrame(
+        {
+            "soma_joinid": cells["soma_joinid"],
+            "split": split,
+            **{LABEL + x.name: x.encode(names[x.name]).astype(np.int32) for x in vocabulary.labels},
+            "library_size": cells["library_size"].astype(np.float32),
+        }
+    ).to_parquet(folder / "cells.parquet", index=False)
+    digest = hashlib.sha256(vocabulary.digest.encode())
+    digest.update(cells["soma_joinid"].to_numpy(np.int64).tobytes())
+    digest.update(split.codes.astype(np.int8).tobytes())
+    return {
+        "vocabulary": "vocabulary.json",
+        "library_size": "library_size.json",
+        "gene_stats": "gene_stats.parquet",
+        "cells": "cells.parquet",
+        "digest": digest.hexdigest(),
+    }

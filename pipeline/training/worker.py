@@ -1,0 +1,174 @@
+"""What every training worker runs, under Ray Train or under torchrun.
+
+It receives plain data, validates it again, builds the objective, trains, and lets rank 0 export the model folder.
+
+    torchrun --nproc_per_node 2 -m pipeline.training.worker SPEC.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+
+from pipeline.data.blocks import IpcBlocks
+from pipeline.data.ingested import Ingested
+from pipeline.data.order import FeedOrder
+from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
+from pipeline.stage import Manifest
+from pipeline.tracking import StageTracker
+from pipeline.training.loop import Run, Trained, run_training
+from pipeline.training.objectives import FlowObjective, VaeObjective, validation_tables
+from scldm.checkpoints.native import save_flow, save_vae
+from scldm.config import StrictModel
+from scldm.nn.dit import DiT
+from scldm.nn.vae import VAE
+
+
+class WorkerSpec(StrictModel):
+    """All that a worker needs, as plain data."""
+
+    kind: Literal["vae", "flow"]
+    config: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]  # manifests
+    folder: str
+    version: str
+    seed: int
+    feed_engine: Literal["ray", "local"]
+    tracker: dict[str, Any]
+    threads: int = 1
+    card: str = ""
+
+
+def train_worker(raw: dict[str, Any], on_checkpoint: Callable[[dict[str, float]], None] | None = None) -> dict[str, Any]:
+    """Train; the process group is up. Returns the facts of the stage (the same on every rank)."""
+    spec = WorkerSpec.model_validate(raw)
+    torch.set_num_threads(spec.threads)
+    tracker = StageTracker.attach(spec.tracker if dist.get_rank() == 0 else {})
+    run = Run(
+        Path(spec.folder), spec.version, spec.feed_engine, tracker, on_checkpoint or (lambda metrics: None)
+    )
+    inputs = {k: Manifest(**v) for k, v in spec.inputs.items()}
+    try:
+        return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
+    finally:
+        tracker.close()
+
+
+def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:
+    config = TrainVaeConfig.model_validate(spec.config)
+    data = Ingested.open(inputs["ingest"])
+    stats = pd.read_parquet(inputs["ingest"].path("gene_stats"))
+    mean = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
+    variance = torch.tensor(stats["variance"].to_numpy(), dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        vae = VAE(config.model, n_genes=data.vocabulary.n_genes)
+    vae.start_at(mean, variance)
+    held_out = data.blocks("validation")
+    source = data.blocks("train")
+    train = config.train
+    tables = validation_tables(
+        held_out, n_cells=train.validation_cells, batch_size=train.feed.micro_batch_size, seed=spec.seed
+    )
+    objective = VaeObjective(
+        vae,
+        labels=[x.name for x in data.vocabulary.labels],
+        mean_counts=mean,
+        genes_per_step=train.genes_per_step,
+        max_genes=train.feed.max_genes,
+        seed=spec.seed,
+        validation=tables,
+    )
+    order = make_order(source, train.feed, spec.seed)
+    trained = run_training(objective, source, order, train, run)
+    state = trained.engine.export_state(trained.checkpoint)
+    if dist.get_rank() == 0:
+        final = VAE(config.model, n_genes=data.vocabulary.n_genes)
+        final.load_state_dict(state)
+        save_vae(run.folder / "model", final, data.vocabulary, data.library_sizes, card=spec.card)
+    dist.barrier()
+    shape = [config.model.n_latent_tokens, config.model.latent_width]
+    return _facts(trained, train.max_steps, vae) | {"latent_shape": shape}
+
+
+def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:
+    config = TrainFlowConfig.model_validate(spec.config)
+    data = Ingested.open(inputs["ingest"])
+    encoded = inputs["encode"]
+    m, e = encoded.facts["latent_shape"]
+    n_classes = data.vocabulary.n_classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        dit = DiT(config.model, n_latent_tokens=m, latent_width=e, n_classes=n_classes)
+    train = config.train
+    source = latent_blocks(encoded, "train")
+    order = make_order(source, train.feed, spec.seed)
+    tables = validation_tables(
+        latent_blocks(encoded, "validation"), n_cells=train.validation_cells,
+        batch_size=train.feed.micro_batch_size, seed=spec.seed,
+    )  # fmt: skip
+    objective = FlowObjective(
+        dit,
+        path=config.flow,
+        n_classes=n_classes,
+        latent_shape=(m, e),
+        label_dropout=config.model.label_dropout,
+        order=order,
+        lanes=order.lanes_of(dist.get_rank(), dist.get_world_size()),
+        seed=spec.seed,
+        validation=tables,
+    )
+    trained = run_training(objective, source, order, train, run, ema_config=train.ema)
+    raw = trained.engine.export_state(trained.checkpoint)
+    assert trained.ema is not None
+    if dist.get_rank() == 0:
+        averaged = {**raw, **trained.ema.shadow()}
+        save_flow(
+            run.folder / "model", {"model": averaged, "raw": raw}, config=config.model, path=config.flow,
+            latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,
+        )  # fmt: skip
+    dist.barrier()
+    return _facts(trained, train.max_steps, dit)
+
+
+def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
+    """The latent cache of a split, as a source of blocks."""
+    files = encoded.facts["shards"][split]
+    return IpcBlocks(str(encoded.path("latents")), [(f["file"], f["n_cells"]) for f in files])
+
+
+def make_order(source: Any, config: FeedConfig, seed: int) -> FeedOrder:
+    return FeedOrder(source.ids, source.tile, seed, config.batch_size, config.lanes, config.block_rows)
+
+
+def _facts(trained: Trained, steps: int, module: torch.nn.Module) -> dict[str, Any]:
+    return {
+        "model": "model",
+        "checkpoint": str(Path("checkpoints") / trained.checkpoint.name),
+        "steps": steps,
+        "n_parameters": sum(p.numel() for p in module.parameters()),
+        "metrics": trained.metrics,
+    }
+
+
+def main() -> None:
+    """Entry point under torchrun."""
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    facts = train_worker(spec)
+    if dist.get_rank() == 0:
+        print(json.dumps(facts), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

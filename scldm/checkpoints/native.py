@@ -1,0 +1,178 @@
+"""The exported model: one folder, no pickle.
+
+    model.safetensors   weights (for a flow: the averaged ones; the raw ones in raw.safetensors)
+    config.json         kind, choices and sizes needed to build the network again
+    vocabulary.json     genes and label classes, by name
+    library_size.json   log-normal statistics per condition
+    README.md           the model card
+
+The folder appears under its name all at once, by rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scldm.flow.config import PathConfig
+from scldm.library_size import LibrarySizes
+from scldm.nn.config import DiTConfig, VAEConfig
+from scldm.nn.dit import DiT
+from scldm.nn.vae import VAE
+from scldm.vocabulary import Vocabulary
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used; the message says what is wrong and what was expected."""
+
+
+@dataclass(frozen=True)
+class LoadedVAE:
+    vae: VAE
+    vocabulary: Vocabulary
+    library_sizes: LibrarySizes
+
+
+@dataclass(frozen=True)
+class LoadedFlow:
+    dit: DiT
+    path: PathConfig
+    vocabulary: Vocabulary
+    library_sizes: LibrarySizes
+    n_latent_tokens: int
+    latent_width: int
+
+
+def save_vae(folder: Path, vae: VAE, vocabulary: Vocabulary, library_sizes: LibrarySizes, *, card: str) -> None:
+    """Write a trained VAE as a model folder."""
+    config = {"kind": "vae", "config": vae.config.model_dump(mode="json"), "n_genes": vae.n_genes}
+    _save(folder, {"model": vae.state_dict()}, config, vocabulary, library_sizes, card)
+
+
+def save_flow(
+    folder: Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    *,
+    config: DiTConfig,
+    path: PathConfig,
+    latent_shape: tuple[int, int],
+    vocabulary: Vocabulary,
+    library_sizes: LibrarySizes,
+    card: str,
+) -> None:
+    """Write a trained flow as a model folder.
+
+    Args:
+        weights: {"model": averaged weights, "raw": the weights themselves}.
+        latent_shape: (m, e) of the VAE whose latents it was trained on.
+    """
+    about = {
+        "kind": "flow",
+        "config": config.model_dump(mode="json"),
+        "path": path.model_dump(mode="json"),
+        "latent_shape": list(latent_shape),
+    }
+    _save(folder, weights, about, vocabulary, library_sizes, card)
+
+
+def load_vae(folder: Path, *, device: str | torch.device = "cpu") -> LoadedVAE:
+    """Read a VAE's model folder; the module is in eval mode and needs no gradients."""
+    about = _about(folder, "vae")
+    vae = VAE(VAEConfig.model_validate(about["config"]), n_genes=about["n_genes"])
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    if vocabulary.n_genes != vae.n_genes:
+        raise CheckpointError(f"{folder}: the vocabulary has {vocabulary.n_genes} genes, the model {vae.n_genes}")
+    _load_weights(vae, folder / "model.safetensors")
+    return LoadedVAE(_frozen(vae, device), vocabulary, LibrarySizes.load(folder / "library_size.json"))
+
+
+def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device = "cpu") -> LoadedFlow:
+    """Read a flow's model folder.
+
+    Args:
+        weights: "ema", the averaged weights, or "raw".
+    """
+    about = _about(folder, "flow")
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    m, e = about["latent_shape"]
+    config = DiTConfig.model_validate(about["config"])
+    dit = DiT(config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes)
+    _load_weights(dit, folder / {"ema": "model.safetensors", "raw": "raw.safetensors"}[weights])
+    sizes = LibrarySizes.load(folder / "library_size.json")
+    return LoadedFlow(_frozen(dit, device), PathConfig.model_validate(about["path"]), vocabulary, sizes, m, e)
+
+
+def folder_digest(folder: Path) -> str:
+    """Hash of a model folder's weights and configuration: what makes two models the same."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name != "README.md":
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _save(
+    folder: Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    about: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    library_sizes: LibrarySizes,
+    card: str,
+) -> None:
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    for name, state in weights.items():
+        save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, tmp / f"{name}.safetensors")
+    (tmp / "config.json").write_text(json.dumps({"format": FORMAT, **about}, indent=1))
+    vocabulary.save(tmp / "vocabulary.json")
+    library_sizes.save(tmp / "library_size.json")
+    (tmp / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
+
+
+def _about(folder: Path, kind: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+    about = json.loads(path.read_text())
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {about.get('format')}; this version reads {FORMAT}: upgrade scldm")
+    if about["kind"] != kind:
+        raise CheckpointError(f"{folder} holds a {about['kind']}, not a {kind}")
+    return about
+
+
+def _load_weights(module: torch.nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the weights cannot be loaded")
+    state = load_file(path)
+    own = module.state_dict()
+    problems = [f"{k} is missing" for k in own.keys() - state.keys()]
+    problems += [f"{k} is not known to this model" for k in state.keys() - own.keys()]
+    problems += [
+        f"{k} has shape {tuple(state[k].shape)}, the model wants {tuple(own[k].shape)}"
+        for k in own.keys() & state.keys()
+        if own[k].shape != state[k].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: " + "; ".join(sorted(problems)[:20]))
+    module.load_state_dict(state)
+
+
+def _frozen(module: Any, device: str | torch.device) -> Any:
+    return module.to(device).eval().requires_grad_(False)

@@ -1,0 +1,104 @@
+"""Sampling by the stochastic differential equation of a flow: dx = (v + D score) dt + sqrt(2 D) dW.
+
+Any diffusion D(t) >= 0 keeps the marginals of the path (Ma et al. 2024). Noise x0 is at t = 0, data at t = 1; x is
+(b, ...). The noise of every step is passed in, so that a cell's result does not depend on who computes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scldm.flow.config import PathConfig
+from scldm.flow.guidance import Field
+from scldm.flow.objective import to_score, to_velocity
+from scldm.flow.path import PATHS, times_like
+
+Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"]
+
+
+@dataclass(frozen=True)
+class SDEOptions:
+    """Choices of the SDE sampler."""
+
+    steps: int = 249  # stochastic steps, before the last one
+    solver: Literal["euler", "heun"] = "euler"
+    diffusion: Diffusion = "sbdm"
+    norm: float = 1.0  # factor on D; inside the cosine for `decreasing`
+    last_step: Literal["mean", "euler", "tweedie", "none"] = "mean"  # noiseless end: SDE drift, ODE, denoised, nothing
+    last_step_size: float = 0.04
+    eps: float = 1e-3  # distance from the ends where a coefficient is infinite
+
+
+def diffusion(t: Tensor, options: SDEOptions, config: PathConfig) -> Tensor:
+    """D at times t (any shape)."""
+    path, norm = PATHS[config.path], options.norm
+    if options.diffusion == "sbdm":
+        return norm * path.score_weight(t)
+    if options.diffusion == "sigma":
+        return norm * path.sigma(t)
+    if options.diffusion == "linear":
+        return norm * (1 - t)
+    if options.diffusion == "decreasing":
+        return 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2
+    if options.diffusion == "increasing_decreasing":
+        return norm * torch.sin(math.pi * t) ** 2
+    return torch.full_like(t, norm)
+
+
+def sde_interval(options: SDEOptions, config: PathConfig) -> tuple[float, float]:
+    """Times that the stochastic steps cross; the last step covers the rest."""
+    t1 = 1 - (options.eps if options.last_step == "none" or options.last_step_size == 0 else options.last_step_size)
+    singular_start = config.path != "vp" and (options.diffusion == "sbdm" or config.prediction != "velocity")
+    return (options.eps if singular_start else 0.0), t1
+
+
+@torch.no_grad()
+def solve_sde(
+    predict: Field, x0: Tensor, noise: Callable[[int], Tensor], options: SDEOptions, config: PathConfig
+) -> Tensor:
+    """Carry noise x0 to data by `options.steps` stochastic steps and a last one.
+
+    Args:
+        predict: The network's (guided) prediction, (x (b, ...), t (b,)) -> (b, ...).
+        x0: Start, (b, ...).
+        noise: Standard normal draws of a step, shaped as x0, by the number of the step.
+        options: Choices of the sampler.
+        config: Path and prediction.
+    """
+    t0, t1 = sde_interval(options, config)
+    dt, x = (t1 - t0) / options.steps, x0
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        prediction = predict(x, t)
+        score = to_score(prediction, x, t, config)
+        return to_velocity(prediction, x, t, config) + diffusion(times_like(t, x), options, config) * score
+
+    for step in range(options.steps):
+        t = x.new_full(x.shape[:1], t0 + step * dt)
+        kick = torch.sqrt(2 * dt * diffusion(times_like(t, x), options, config)) * noise(step)
+        if options.solver == "euler":
+            x = x + dt * drift(x, t) + kick
+        else:
+            x = x + kick
+            first = drift(x, t)
+            x = x + dt / 2 * (first + drift(x + dt * first, t + dt))
+    return _last_step(predict, drift, x, t1, options, config)
+
+
+def _last_step(predict: Field, drift: Field, x: Tensor, t1: float, options: SDEOptions, config: PathConfig) -> Tensor:
+    if options.last_step == "none":
+        return x
+    t = x.new_full(x.shape[:1], t1)
+    if options.last_step == "mean":
+        return x + options.last_step_size * drift(x, t)
+    prediction = predict(x, t)
+    if options.last_step == "euler":
+        return x + options.last_step_size * to_velocity(prediction, x, t, config)
+    path, times = PATHS[config.path], times_like(t, x)
+    return (x + path.sigma(times) ** 2 * to_score(prediction, x, t, config)) / path.alpha(times)

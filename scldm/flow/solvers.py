@@ -1,0 +1,204 @@
+"""ODE solvers for x' = v(x, t): explicit Runge-Kutta, with fixed steps or adaptive.
+
+The velocity takes x (b, ...) and t (b,). Fixed-step solvers never read a tensor on the host, so that a GPU runs ahead.
+dopri5 picks one step for the whole batch from the root mean square of the scaled error, as torchdiffeq does, and reads
+one number per step; a cell's result therefore depends, within the tolerances, on the batch it is in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from scldm.flow.config import Solver
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+MAX_STEPS = 10_000  # of dopri5, counting rejected ones
+MIN_STEP = 1e-10  # of dopri5: far below what fp32 can tell, so that only a singular field asks for it
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The end of a trajectory."""
+
+    x: Tensor  # (b, ...)
+    nfe: int  # evaluations of the velocity
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """Explicit Runge-Kutta: stage i is at t + c_i h and x + h sum_j a_ij k_j; the step is h sum_i b_i k_i."""
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+
+
+TABLEAUX: dict[str, Tableau] = {
+    "euler": Tableau(c=(0,), a=((),), b=(1,)),
+    "midpoint": Tableau(c=(0, 1 / 2), a=((), (1 / 2,)), b=(0, 1)),
+    "heun": Tableau(c=(0, 1), a=((), (1,)), b=(1 / 2, 1 / 2)),
+    "heun3": Tableau(c=(0, 1 / 3, 2 / 3), a=((), (1 / 3,), (0, 2 / 3)), b=(1 / 4, 0, 3 / 4)),
+    # Kutta's 3/8 rule, which is what torchdiffeq calls rk4.
+    "rk4": Tableau(c=(0, 1 / 3, 2 / 3, 1), a=((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), b=(1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+}
+
+DOPRI5 = Tableau(
+    c=(0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
+    a=(
+        (),
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    ),
+    b=(35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
+)
+# Fifth order minus fourth, and the value in the middle of a step (Shampine 1986).
+DOPRI5_ERROR = (
+    35 / 384 - 1951 / 21600,
+    0,
+    500 / 1113 - 22642 / 50085,
+    125 / 192 - 451 / 720,
+    -2187 / 6784 + 12231 / 42400,
+    11 / 84 - 649 / 6300,
+    -1 / 60,
+)
+DOPRI5_MIDDLE = (
+    6025192743 / 30085553152 / 2,
+    0,
+    51252292925 / 65400821598 / 2,
+    -2691868925 / 45128329728 / 2,
+    187940372067 / 1594534317056 / 2,
+    -1776094331 / 19743644256 / 2,
+    11237099 / 235043384 / 2,
+)
+
+
+def solve_ode(
+    velocity: Velocity,
+    x0: Tensor,
+    times: Sequence[float],
+    *,
+    solver: Solver,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> Solution:
+    """Follow the velocity from x0 at times[0] to times[-1].
+
+    Args:
+        velocity: Field, (x (b, ...), t (b,)) -> (b, ...).
+        x0: Start, (b, ...).
+        times: Increasing or decreasing. A fixed-step solver takes the steps between them; dopri5 uses the ends only.
+        solver: Name of the solver.
+        rtol: Relative tolerance of dopri5.
+        atol: Absolute tolerance of dopri5.
+    """
+    if len(times) < 2 or times[0] == times[-1]:
+        raise ValueError(f"times must hold a start and another end; got {list(times)}")
+    if solver == "dopri5":
+        return solve_dopri5(velocity, x0, times[0], times[-1], rtol=rtol, atol=atol)
+    tableau, x = TABLEAUX[solver], x0
+    for t, t_next in pairwise(times):
+        stages = _stages(velocity, x, t, t_next, tableau)
+        x = x + (t_next - t) * _combine(tableau.b, stages)
+    return Solution(x=x, nfe=len(tableau.b) * (len(times) - 1))
+
+
+def solve_dopri5(
+    velocity: Velocity, x0: Tensor, t0: float, t1: float, *, rtol: float, atol: float, overshoot: bool = False
+) -> Solution:
+    """Dormand-Prince 5(4) from x0 (b, ...) at t0 to t1, with Hairer's first step and step control.
+
+    overshoot: False: the last step ends at t1, so that the field is never asked for a time outside. True: the last step
+    goes past t1 and the end is interpolated, as in torchdiffeq (hence upstream).
+    """
+    x, t, sign = x0, t0, math.copysign(1.0, t1 - t0)
+    first = velocity(x, _times(x, t))
+    size, nfe = _first_step(velocity, x, t, first, sign=sign, rtol=rtol, atol=atol), 2
+    for _ in range(MAX_STEPS):
+        ends = not overshoot and size >= abs(t1 - t)
+        t_next = t1 if ends else t + sign * size
+        if not ends and size < MIN_STEP * max(1.0, abs(t)):
+            raise RuntimeError(f"dopri5: the step underflows at t = {t:.6g}; the field is singular or not finite there")
+        stages = _stages(velocity, x, t, t_next, DOPRI5, first=first)
+        nfe += len(stages) - 1
+        x_next = x + (t_next - t) * _combine(DOPRI5.b, stages)
+        error = (t_next - t) * _combine(DOPRI5_ERROR, stages)
+        ratio = float(_rms(error / (atol + rtol * torch.maximum(x.abs(), x_next.abs()))))  # the one read per step
+        if ratio <= 1 and (ends or sign * (t_next - t1) >= 0):
+            end = x_next if ends else _interpolate(x, x_next, stages, t, t_next, t1)
+            return Solution(x=end, nfe=nfe)
+        size = abs(t_next - t) * _step_factor(ratio)
+        if ratio <= 1:
+            x, t, first = x_next, t_next, stages[-1]  # the last stage is the first of the next step
+    raise RuntimeError(f"dopri5: no end after {MAX_STEPS} steps, at t = {t:.6g}; rtol {rtol}, atol {atol}")
+
+
+def _times(x: Tensor, t: float) -> Tensor:
+    """(b,) in at least fp32: bfloat16 cannot tell 0.999 from 1."""
+    return torch.full(x.shape[:1], t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+def _stages(
+    velocity: Velocity, x: Tensor, t: float, t_next: float, tableau: Tableau, *, first: Tensor | None = None
+) -> list[Tensor]:
+    stages = [velocity(x, _times(x, t)) if first is None else first]
+    for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
+        # The end exactly: t + (t_next - t) may round to a time past it.
+        stage_t = t_next if c == 1 else t + c * (t_next - t)
+        stages.append(velocity(x + (t_next - t) * _combine(row, stages), _times(x, stage_t)))
+    return stages
+
+
+def _combine(weights: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
+    terms = [stage if weight == 1 else weight * stage for weight, stage in zip(weights, stages, strict=True) if weight]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def _first_step(
+    velocity: Velocity, x: Tensor, t: float, first: Tensor, *, sign: float, rtol: float, atol: float
+) -> float:
+    """Hairer, Norsett and Wanner (1993), II.4: as torchdiffeq, whose exponent is 1/5."""
+    scale = atol + rtol * x.abs()
+    d0, d1 = float(_rms(x / scale)), float(_rms(first / scale))
+    if not math.isfinite(d0 + d1):
+        raise RuntimeError(f"dopri5: the start or the field is not finite at t = {t:.6g}")
+    h0 = 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1
+    second = velocity(x + sign * h0 * first, _times(x, t + sign * h0))
+    d2 = float(_rms((second - first) / scale)) / h0
+    h1 = max(1e-6, 1e-3 * h0) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / 5)
+    return min(100 * h0, h1)
+
+
+def _step_factor(ratio: float) -> float:
+    if not math.isfinite(ratio):
+        return 0.2
+    if ratio == 0:
+        return 10.0
+    return min(10.0, max(0.9 * ratio ** (-1 / 5), 1.0 if ratio < 1 else 0.2))
+
+
+def _interpolate(x: Tensor, x_next: Tensor, stages: Sequence[Tensor], t: float, t_next: float, at: float) -> Tensor:
+    """Fourth-order polynomial through the ends, their slopes and the middle of a step."""
+    h, u = t_next - t, (at - t) / (t_next - t)
+    middle, f0, f1 = x + h * _combine(DOPRI5_MIDDLE, stages), stages[0], stages[-1]
+    quartic = 2 * h * (f1 - f0) - 8 * (x_next + x) + 16 * middle
+    cubic = h * (5 * f0 - 3 * f1) + 18 * x + 14 * x_next - 32 * middle
+    square = h * (f1 - 4 * f0) - 11 * x - 5 * x_next + 16 * middle
+    return x + u * (h * f0 + u * (square + u * (cubic + u * quartic)))

@@ -1,0 +1,162 @@
+"""Gene-wise and cell-wise statistics of counts, exact and in one pass over chunks of cells.
+
+Everything takes CSR *counts* (cells, genes), integers stored in any dtype. The space called **log1p CP10k** is
+x = log(1 + 1e4 * count / library size of the cell), natural log; a cell without counts stays all zero.
+
+Shape letters: n cells, g genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.stats import ks_2samp
+
+CHUNK = 4096  # cells; bounds the memory of a pass over a large matrix
+
+
+def as_counts(x: sp.spmatrix | np.ndarray) -> sp.csr_matrix:
+    """CSR float64 without stored zeros; refuses what cannot be counts. The argument is left as it is."""
+    x = sp.csr_matrix(x, dtype=np.float64)
+    if not x.has_canonical_format or (x.data == 0).any():
+        x = x.copy()  # it may share arrays with the argument
+        x.sum_duplicates()
+        x.eliminate_zeros()
+    if not np.isfinite(x.data).all():
+        raise ValueError(f"counts must be finite; {int((~np.isfinite(x.data)).sum())} entries are not")
+    if len(x.data) and x.data.min() < 0:
+        raise ValueError(f"counts must not be negative; the smallest is {x.data.min():g}")
+    return x
+
+
+def log1p_cp10k(counts: sp.spmatrix | np.ndarray, target: float = 1e4) -> sp.csr_matrix:
+    """log(1 + target * count / library size), (n, g) CSR float64; zeros stay zeros."""
+    x = as_counts(counts)
+    size = np.asarray(x.sum(1)).ravel()
+    scale = np.divide(target, size, out=np.zeros_like(size), where=size > 0)
+    x.data = np.log1p(x.data * np.repeat(scale, np.diff(x.indptr)))
+    return x
+
+
+def chunks(x: sp.csr_matrix, rows: int = CHUNK) -> Iterator[sp.csr_matrix]:
+    return (x[i : i + rows] for i in range(0, x.shape[0], rows))
+
+
+@dataclass(frozen=True)
+class GeneMoments:
+    """Per-gene moments of n cells; two of them merge exactly (Chan, Golub, LeVeque 1979)."""
+
+    n_cells: int
+    mean: np.ndarray  # (g,)
+    m2: np.ndarray  # (g,), sum of squared deviations from the mean
+    n_zero: np.ndarray  # (g,), cells in which the gene is zero
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Unbiased (divided by n - 1)."""
+        if self.n_cells < 2:
+            raise ValueError(f"a variance needs at least 2 cells; got {self.n_cells}")
+        return self.m2 / (self.n_cells - 1)
+
+    @property
+    def zero_fraction(self) -> np.ndarray:
+        return self.n_zero / self.n_cells
+
+    @classmethod
+    def of_chunk(cls, x: sp.csr_matrix) -> GeneMoments:
+        """Two passes over one chunk: no difference of large squares."""
+        n, g = x.shape
+        if not n:
+            raise ValueError("a chunk of cells must not be empty")
+        nonzero = np.bincount(x.indices, minlength=g)
+        mean = np.bincount(x.indices, weights=x.data, minlength=g) / n
+        deviation = (x.data - mean[x.indices]) ** 2
+        m2 = np.bincount(x.indices, weights=deviation, minlength=g) + (n - nonzero) * mean**2
+        return cls(n, mean, m2, n - nonzero)
+
+    def merge(self, other: GeneMoments) -> GeneMoments:
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"moments of {len(self.mean)} genes cannot be merged with those of {len(other.mean)}")
+        n = self.n_cells + other.n_cells
+        delta = other.mean - self.mean
+        return GeneMoments(
+            n,
+            self.mean + delta * other.n_cells / n,
+            self.m2 + other.m2 + delta**2 * self.n_cells * other.n_cells / n,
+            self.n_zero + other.n_zero,
+        )
+
+
+def gene_moments(count_chunks: Iterable[sp.csr_matrix], *, log_normalise: bool = True) -> GeneMoments:
+    """Mean, variance and zeros of every gene over chunks of counts, in log1p CP10k unless told otherwise."""
+    total: GeneMoments | None = None
+    for chunk in count_chunks:
+        part = GeneMoments.of_chunk(log1p_cp10k(chunk) if log_normalise else as_counts(chunk))
+        total = part if total is None else total.merge(part)
+    if total is None:
+        raise ValueError("no cells to take gene moments from")
+    return total
+
+
+def r2_identity(real: np.ndarray, generated: np.ndarray) -> float:
+    """Coefficient of determination against the identity line; a bias or a wrong scale costs.
+
+    1 - sum (generated - real)^2 / sum (real - mean real)^2. Higher is better, 1 at best, below 0 where the real mean
+    predicts better. Equals sklearn.metrics.r2_score(real, generated).
+    """
+    total = ((real - real.mean()) ** 2).sum()
+    if total == 0:
+        raise ValueError(
+            f"R² is undefined: the real statistic is the same ({real.flat[0]:g}) for all {len(real)} genes"
+        )
+    return float(1 - ((generated - real) ** 2).sum() / total)
+
+
+def pearson_squared(real: np.ndarray, generated: np.ndarray) -> float:
+    """Squared Pearson correlation: what many papers call R². Blind to bias and scale. Higher is better, 1 at best."""
+    a, b = real - real.mean(), generated - generated.mean()
+    scale = (a**2).sum() * (b**2).sum()
+    if scale == 0:
+        raise ValueError("the squared correlation is undefined: one statistic is the same for all genes")
+    return float((a @ b) ** 2 / scale)
+
+
+def gene_statistics_agreement(real: GeneMoments, generated: GeneMoments) -> dict[str, float]:
+    """Agreement of gene means, variances and zero fractions over genes; higher is better, 1 at best.
+
+    Keys `gene_{mean,variance,zero_fraction}_{r2,pearson2}`: r2 by `r2_identity`, pearson2 by `pearson_squared`. Over
+    genes with a count in at least one cell of either set: genes silent in both would only pad the agreement.
+    """
+    seen = (real.n_zero < real.n_cells) | (generated.n_zero < generated.n_cells)
+    out = {}
+    for name in ("mean", "variance", "zero_fraction"):
+        a, b = getattr(real, name)[seen], getattr(generated, name)[seen]
+        out[f"gene_{name}_r2"] = r2_identity(a, b)
+        out[f"gene_{name}_pearson2"] = pearson_squared(a, b)
+    return out
+
+
+def zero_fraction(counts: sp.csr_matrix) -> float:
+    """Share of zero entries of the whole matrix, over all genes of the vocabulary."""
+    return 1 - as_counts(counts).nnz / (counts.shape[0] * counts.shape[1])
+
+
+def library_sizes(counts: sp.csr_matrix) -> np.ndarray:
+    """Sum of counts of each cell, (n,)."""
+    return np.asarray(counts.sum(1)).ravel()
+
+
+def genes_per_cell(counts: sp.csr_matrix) -> np.ndarray:
+    """Number of genes with a count in each cell, (n,)."""
+    return np.diff(as_counts(counts).indptr)
+
+
+def ks_statistic(real: np.ndarray, generated: np.ndarray) -> float:
+    """Kolmogorov-Smirnov statistic, the largest gap between two empirical distribution functions.
+
+    Used on library sizes and genes per cell of raw counts. Lower is better, 0 at best, 1 at worst.
+    """
+    return float(ks_2samp(real, generated).statistic)

@@ -1,0 +1,69 @@
+"""Who may import whom, read from the source: nothing is imported here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NEVER_IN_SCLDM = {"pipeline", "ray", "mlflow", "deepspeed", "tiledbsoma", "click", "typer"}
+ONLY_IN = {
+    "tiledbsoma": "pipeline/data/soma.py",
+    "deepspeed": "pipeline/training/engine.py",
+    "mlflow": "pipeline/tracking.py",
+    "cellarium": "pipeline/data/anndata.py",
+    "cellxgene_census": "pipeline/data/census.py",
+}
+SCLDM = sorted((ROOT / "scldm").rglob("*.py"))
+PIPELINE = sorted((ROOT / "pipeline").rglob("*.py"))
+
+
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """First names of what a module imports, anywhere in it or where it is loaded."""
+    return set(_imports(ast.parse(path.read_text()), top_level_only))
+
+
+def _imports(tree: ast.AST, top_level_only: bool) -> Iterator[str]:
+    for node in tree.body if top_level_only and isinstance(tree, ast.Module) else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SCLDM, ids=name)
+def test_the_model_knows_no_orchestration(path):
+    assert not imported(path) & NEVER_IN_SCLDM
+
+
+@pytest.mark.parametrize(("library", "home"), ONLY_IN.items())
+def test_a_heavy_library_is_imported_in_one_module(library, home):
+    assert {name(p) for p in [*SCLDM, *PIPELINE] if library in imported(p)} <= {home}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cli",
+        "config_io",
+        "config_errors",
+        "yaml_lines",
+        "job",
+        "stage",
+        "schedule",
+        "plan",
+        "sizes",
+        "runner",
+        "tracking",
+    ],
+)
+def test_the_command_line_loads_nothing_heavy(module):
+    heavy = {"torch", "ray", "mlflow", "deepspeed", "tiledbsoma", "anndata", "scanpy", "pandas", "numpy"}
+    assert not imported(ROOT / "pipeline" / f"{module}.py", top_level_only=True) & heavy

@@ -1,0 +1,18 @@
+"""One local Ray cluster for all integration tests."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False,
+        configure_logging=False,
+    )  # fmt: skip
+    yield
+    ray.shutdown()

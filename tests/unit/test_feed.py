@@ -1,0 +1,144 @@
+"""The feed: the right counts, in the order's batches, from any step, on any number of workers."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import scipy.sparse as sp
+import torch
+
+from pipeline.data.blocks import IpcBlocks, SomaBlocks, SomaReader
+from pipeline.data.feed import feed, to_cell_batch, to_latent_batch
+from pipeline.data.order import FeedOrder
+from pipeline.data.soma import write_experiment
+
+N, G, TILE = 300, 30, 16
+
+
+@pytest.fixture(scope="module")
+def counts():
+    rng = np.random.default_rng(0)
+    return sp.random(N, G, 0.3, format="csr", random_state=0, data_rvs=lambda n: rng.integers(1, 9, n)).astype(
+        np.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, counts):
+    obs = pd.DataFrame({"is_primary_data": [True] * N})
+    var = pd.DataFrame({"feature_id": [f"g{i}" for i in range(G)], "feature_name": "x", "feature_length": 0})
+    store = write_experiment(tmp_path_factory.mktemp("feed") / "soma", obs, var, [counts], tile=TILE)
+    lut = np.arange(G, dtype=np.int32)
+    lut[4:] -= 1
+    lut[3] = -1  # gene 3 is outside the vocabulary
+    ids = np.flatnonzero(np.arange(N) % 7)
+    reader = SomaReader(store.uri, {}, "RNA", "raw", lut, ("cell_type",), "uint16")
+    return SomaBlocks(ids, {"cell_type": (ids % 5).astype(np.int32)}, TILE, reader)
+
+
+def order_of(source, **kwargs):
+    settings = {"tile": source.tile, "seed": 1, "batch_size": 24, "lanes": 4, "block_rows": 30, **kwargs}
+    return FeedOrder(source.ids, **settings)
+
+
+def steps(source, order, rank=0, world_size=1, start=0, stop=25, micro=24):
+    return list(
+        feed(
+            source, order, rank=rank, world_size=world_size, start_step=start, stop_step=stop, micro_batch_size=micro,
+            engine="local",
+        )
+    )  # fmt: skip
+
+
+def test_a_batch_holds_the_counts_of_its_cells(source, counts):
+    kept = [g for g in range(G) if g != 3]
+    for step in steps(source, order_of(source), stop=13):
+        batch = to_cell_batch(step.micro[0], ["cell_type"])
+        expected = counts[batch.joinids.numpy()][:, kept].toarray()
+        np.testing.assert_array_equal(batch.dense(G - 1).numpy(), expected)
+        np.testing.assert_array_equal(batch.library_size.numpy(), expected.sum(1))
+        np.testing.assert_array_equal(batch.conditions["cell_type"].numpy(), batch.joinids.numpy() % 5)
+        assert batch.weight.sum() == step.real_cells
+
+
+def test_an_epoch_holds_every_cell_once(source):
+    order = order_of(source)
+    found = steps(source, order, stop=order.n_steps_per_epoch)
+    ids = np.concatenate([t["soma_joinid"].to_numpy()[t["weight"].to_numpy() == 1] for s in found for t in s.micro])
+    np.testing.assert_array_equal(np.sort(ids), source.ids)
+
+
+def test_a_start_in_the_middle_continues_the_same_tables(source):
+    order = order_of(source)
+    whole, rest = steps(source, order), steps(source, order, start=9)
+    assert [s.step for s in rest] == list(range(9, 25))
+    assert all(a.micro[0].equals(b.micro[0]) and a.epoch == b.epoch for a, b in zip(whole[9:], rest, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_workers_share_each_global_batch(source, world_size):
+    order = order_of(source)
+    alone = steps(source, order)
+    together = [steps(source, order, rank=r, world_size=world_size) for r in range(world_size)]
+    for k, step in enumerate(alone):
+        ids = sorted(i for worker in together for t in worker[k].micro for i in t["soma_joinid"].to_pylist())
+        assert ids == sorted(step.micro[0]["soma_joinid"].to_pylist())
+        assert {worker[k].real_cells for worker in together} == {step.real_cells}
+
+
+def test_micro_batches_are_small_enough_and_as_many_everywhere(source):
+    for step in steps(source, order_of(source), micro=10):
+        assert [len(t) for t in step.micro] == [8, 8, 8]
+
+
+def test_stopping_early_ends_the_reading_thread(source):
+    running = feed(
+        source, order_of(source), rank=0, world_size=1, start_step=0, stop_step=10_000, micro_batch_size=24, engine="local"
+    )  # fmt: skip
+    next(running)
+    running.close()
+
+
+def test_sources_are_plain_data(source):
+    source.read(source.ids[:4])
+    again = pickle.loads(pickle.dumps(source))
+    assert again.read(source.ids[:4]).equals(source.read(source.ids[:4]))
+
+
+def test_the_gene_cap_samples_by_cell_and_keeps_the_library_size(source):
+    table = source.read(source.ids[:50])
+    whole = to_cell_batch(table, [])
+    capped = to_cell_batch(table, [], max_genes=5, seed=1)
+    later = to_cell_batch(table.slice(20), [], max_genes=5, seed=1)
+    assert capped.lengths.max() == 5
+    torch.testing.assert_close(capped.library_size, whole.library_size)
+    torch.testing.assert_close(capped.dense(G)[20:], later.dense(G))
+    values = capped.dense(G)
+    assert ((values == whole.dense(G)) | (values == 0)).all()
+
+
+def test_latents_are_read_by_position_from_shards(tmp_path):
+    m, e = 2, 3
+    values = np.arange(50 * m * e, dtype=np.float32).reshape(50, m * e)
+    table = pa.table(
+        {
+            "soma_joinid": np.arange(50) * 10,
+            "label:cell_type": (np.arange(50) % 4).astype(np.int32),
+            "log_library_size": np.arange(50, dtype=np.float32),
+            "latent": pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), m * e),
+        }
+    )
+    files = (("a.arrow", 30), ("b.arrow", 20))
+    for (name, rows), start in zip(files, (0, 30), strict=True):
+        with pa.ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table.slice(start, rows), max_chunksize=8)
+    source = pickle.loads(pickle.dumps(IpcBlocks(str(tmp_path), files, tile=8)))
+    ids = np.array([49, 0, 31, 31, 29, 8])
+    batch = to_latent_batch(source.read(ids), ["cell_type"], shape=(m, e))
+    np.testing.assert_array_equal(batch.latents.numpy(), values[ids].reshape(-1, m, e))
+    np.testing.assert_array_equal(batch.joinids.numpy(), ids * 10)
+    np.testing.assert_array_equal(batch.conditions["cell_type"].numpy(), ids % 4)
+    found = steps(source, order_of(source, batch_size=8, block_rows=8), stop=7)
+    assert sum(s.real_cells for s in found) == 50

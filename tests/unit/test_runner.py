@@ -1,0 +1,255 @@
+"""A job's stages run once, rerun when what they depend on changes, and leave no manifest when they fail."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline import runner, tracking
+from pipeline.config_io import load_job
+from pipeline.job import STAGES
+from pipeline.lock import LOCK, stage_lock
+from pipeline.schedule import output_root, pipeline_folder
+from pipeline.stage import InputError, newest_manifest
+
+LINE = "kind: line\nname: demo\ningest: {source: {type: synthetic}}\ngenerate: {per_label: {cell_type: 5}}\n"
+
+
+class Stages:
+    """Stage functions that count their calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fail: dict[str, BaseException] = {}
+
+    def function(self, stage: str):
+        def run(config, context):
+            self.calls.append(stage)
+            (context.folder / "half.txt").write_text("written before the end")
+            if stage in self.fail:
+                raise self.fail[stage]
+            return {"inputs_seen": sorted(context.inputs), "paths": [m.folder for m in context.inputs.values()]}
+
+        return run
+
+
+class NoTracking:
+    def __init__(self) -> None:
+        self.status = ""
+
+    def stage(self, *_):
+        return tracking.NullTracker()
+
+    def close(self, status):
+        self.status = status
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Fake stages, no Ray, no MLflow, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    stages = Stages()
+    stages.tracking = NoTracking()
+    stages.connected = 0
+
+    @contextmanager
+    def connect(_):
+        stages.connected += 1
+        yield
+
+    monkeypatch.setattr(runner, "stage_function", stages.function)
+    monkeypatch.setattr(runner.cluster, "connect", connect)
+    monkeypatch.setattr(runner.Tracking, "open", lambda *_: stages.tracking)
+    return stages
+
+
+def job(text: str = LINE, *overrides: str):
+    Path("job.yaml").write_text(text)
+    return load_job("job.yaml", list(overrides))
+
+
+def run(*overrides: str, text: str = LINE) -> list[str]:
+    return runner.run_job(job(text, *overrides), "job.yaml", list(overrides))
+
+
+def test_second_run_does_nothing_and_starts_nothing(world, capsys):
+    assert run() == list(STAGES)
+    connected = world.connected
+    capsys.readouterr()
+    assert run() == []
+    assert world.calls == list(STAGES)
+    assert world.connected == connected == 1
+    said = capsys.readouterr().out
+    assert "nothing to do: all 6 stages are finished" in said
+    assert "report" in said
+    assert "make ui" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "rerun"),
+    [
+        ("evaluate.n_pcs=3", ["evaluate"]),
+        ("generate.per_label={cell_type: 6}", ["generate", "evaluate"]),
+        ("train_flow.train.max_steps=3", ["train_flow", "generate", "evaluate"]),
+        ("encode.batch_size=3", ["encode", "train_flow", "generate", "evaluate"]),
+        ("train_vae.train.max_steps=3", ["train_vae", "encode", "train_flow", "generate", "evaluate"]),
+        ("ingest.labels=[]", list(STAGES)),
+        ("seed=5", list(STAGES)),
+        ("resources.workers=7", []),
+    ],
+)
+def test_a_changed_setting_reruns_exactly_what_depends_on_it(world, override, rerun):
+    run()
+    assert run(override) == rerun
+    assert run() == []  # the first results are still there
+
+
+def test_the_reason_for_a_rerun_is_said(world, capsys):
+    run()
+    capsys.readouterr()
+    run("train_vae.train.max_steps=20")
+    said = capsys.readouterr().out
+    assert "will run (setting changed: train.max_steps 600 -> 20)" in said
+    assert "will run (new train_vae)" in said
+
+
+def test_a_changed_conditions_table_reruns_generate(world):
+    Path("table.csv").write_text("cell_type,n_cells\nB,3\n")
+    text = LINE.replace("{per_label: {cell_type: 5}}", "{conditions: table.csv}")
+    assert run(text=text) == list(STAGES)
+    Path("table.csv").write_text("cell_type,n_cells\nB,4\n")
+    assert run(text=text) == ["generate", "evaluate"]
+
+
+def test_every_stage_gets_the_inputs_it_needs(world):
+    run()
+    facts = newest_manifest(Path("runs/demo"), "generate").facts
+    assert facts["inputs_seen"] == ["ingest", "train_flow", "train_vae"]
+    assert all(Path(p, "manifest.json").is_file() for p in facts["paths"])
+
+
+def test_single_jobs_find_what_the_line_made(world):
+    run()
+    single = "kind: generate\nname: demo\nper_label: {cell_type: 5}\n"
+    assert run(text=single) == []
+    assert run("seed=1", text=single) == ["generate"]
+
+
+def test_missing_inputs_are_all_named_before_anything_starts(world):
+    with pytest.raises(InputError) as caught:
+        run(text="kind: evaluate\nname: demo\n")
+    for stage in STAGES[:-1]:
+        assert f"scldm run jobs/{stage}.yaml" in str(caught.value)
+    assert world.connected == 0
+    assert not Path("runs").exists()
+
+
+def test_inputs_name_a_folder_and_its_ancestors_follow(world):
+    run()
+    old = newest_manifest(Path("runs/demo"), "train_flow")
+    run("train_vae.train.max_steps=20")
+    text = "kind: generate\nname: demo\nper_label: {cell_type: 9}\n"
+    run(f"inputs.train_flow={old.folder}", text=text)
+    made = newest_manifest(Path("runs/demo"), "generate")
+    assert made.inputs == {
+        "ingest": old.inputs["ingest"],
+        "train_vae": old.inputs["train_vae"],
+        "train_flow": old.version,
+    }
+
+
+def test_inputs_that_hold_nothing_or_something_else_are_refused(world):
+    run()
+    text = "kind: generate\nname: demo\nper_label: {cell_type: 9}\n"
+    with pytest.raises(InputError, match="no finished train_flow"):
+        run("inputs.train_flow=nowhere", text=text)
+    vae = newest_manifest(Path("runs/demo"), "train_vae").folder
+    with pytest.raises(InputError, match="holds a train_vae, expected a train_flow"):
+        run(f"inputs.train_flow={vae}", text=text)
+
+
+def test_latents_of_another_vae_are_refused(world):
+    run()
+    run("train.max_steps=20", text="kind: train_vae\nname: demo\n")
+    with pytest.raises(InputError, match=r"encode .* was made from train_vae .*Make encode again"):
+        run("train.max_steps=9", text="kind: train_flow\nname: demo\n")
+
+
+def test_a_crash_leaves_no_manifest_and_the_rerun_goes_on(world):
+    world.fail["encode"] = RuntimeError("out of luck\nsecond line")
+    with pytest.raises(runner.StageFailed) as caught:
+        run()
+    assert str(caught.value) == "encode failed: RuntimeError: out of luck"
+    assert "second line" in caught.value.log.read_text()
+    assert newest_manifest(Path("runs/demo"), "encode") is None
+    assert world.tracking.status == "FAILED"
+    world.fail.clear()
+    assert run() == ["encode", "train_flow", "generate", "evaluate"]
+
+
+def test_bad_input_found_by_a_stage_stays_bad_input(world):
+    error = RuntimeError("task failed")
+    error.cause = InputError("X holds log-normalised values")  # what Ray's errors look like
+    world.fail["ingest"] = error
+    with pytest.raises(InputError, match="ingest: X holds log-normalised values"):
+        run()
+
+
+def test_ctrl_c_is_passed_on_and_tracked_as_killed(world):
+    world.fail["train_vae"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert world.tracking.status == "KILLED"
+    assert not list(Path("runs").rglob(LOCK))
+
+
+def test_a_folder_in_use_is_refused(world, tmp_path):
+    with stage_lock(tmp_path), pytest.raises(InputError, match="is being written by process"), stage_lock(tmp_path):
+        pass
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    from pipeline.lock import _host
+
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 2**22 + 1, "host": _host(), "started": "1", "token": "x"}))
+    said: list[str] = []
+    with stage_lock(tmp_path, said.append):
+        assert "is gone" in said[0]
+
+
+def test_a_lock_from_another_host_counts_by_its_heartbeat(tmp_path):
+    import os
+
+    lock = tmp_path / LOCK
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "x"}))
+    with pytest.raises(InputError), stage_lock(tmp_path):
+        pass
+    os.utime(lock, (0, 0))
+    with stage_lock(tmp_path, lambda _: None):
+        pass
+
+
+def test_output_is_relative_to_here_but_not_to_rays_copy(world, tmp_path, monkeypatch):
+    assert output_root(job()) == tmp_path / "runs"
+    package = tmp_path / "working_dir_files" / "_ray_pkg_1a2b"
+    package.mkdir(parents=True)
+    monkeypatch.setenv("SCLDM_HOME", str(tmp_path / "home"))
+    assert output_root(job(), cwd=package) == tmp_path / "home" / "runs"
+    assert pipeline_folder(job(LINE, f"output={tmp_path}/x")) == tmp_path / "x" / "demo"
+
+
+def test_object_stores_are_refused_as_output(world):
+    with pytest.raises(InputError, match="a path that every node mounts"):
+        run("output=s3://bucket/runs")
+
+
+def test_the_resolved_job_lies_beside_the_result_and_runs_again(world):
+    run("train_vae.train.max_steps=20")
+    folder = newest_manifest(Path("runs/demo"), "train_vae").folder
+    again = load_job(Path(folder) / "config.yaml")
+    assert again.train_vae.train.max_steps == 20
+    assert runner.run_job(again, "config.yaml", []) == []
