@@ -150,6 +150,8 @@ def submit(
     submission_id = f"scldm-{kind}-{name}-{uuid.uuid4().hex[:6]}"
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("ray", "ray.dashboard", "ray._private"):  # every ignored file, every chunk of the upload
+        logging.getLogger(name).setLevel(logging.ERROR)
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     try:
         client = JobSubmissionClient(address or "http://127.0.0.1:8265")

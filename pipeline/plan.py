@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import sizes
-from pipeline.job import STAGES, IngestConfig, JobBase, TrainConfig, TrainFlowConfig, TrainVaeConfig, stage_configs
+from pipeline.job import STAGES, JobBase, TrainConfig, TrainFlowConfig, TrainVaeConfig, stage_configs
 from pipeline.progress import duration
 from pipeline.schedule import Step, command_for, look_ahead, pipeline_folder
 from pipeline.stage import InputError, Manifest, newest_manifest, read_manifest
@@ -58,10 +58,9 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
     """One line for each stage of the job that takes steps, memory or disk."""
     configs: dict[str, Any] = dict(stage_configs(job))
     data = sizes.data_facts(_manifest("ingest", decided, folder), configs.get("ingest"))
-    ingest = _config("ingest", IngestConfig, configs, decided, folder)
     vae = _config("train_vae", TrainVaeConfig, configs, decided, folder)
-    split = ingest.split if ingest is not None else None
-    cells, genes = (f"{n:,}" if n is not None else UNKNOWN for n in (data.n_cells, data.n_genes))
+    n_cells = sum(data.n_cells.values()) if data.n_cells is not None else None
+    cells, genes = (f"{n:,}" if n is not None else UNKNOWN for n in (n_cells, data.n_genes))
     lines = [f"data: {cells} cells x {genes} genes ({data.source})"]
     disk = 0
     if "train_vae" in configs:
@@ -69,7 +68,7 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         lines.append(_training("train_vae", n, configs["train_vae"].train, job))
         disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
     if "encode" in configs and vae is not None:
-        size = sizes.latent_bytes(configs["encode"], vae, data, split)
+        size = sizes.latent_bytes(configs["encode"], vae, data)
         lines.append(f"encode: latent cache {sizes.human(size)}, {job.resources.actors} actors")
         disk += size or 0
     if "train_flow" in configs:
@@ -78,7 +77,7 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         lines.append(_training("train_flow", n, flow.train, job))
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
     if "generate" in configs:
-        n_cells = sizes.generated_cells(configs["generate"], data, split)
+        n_cells = sizes.generated_cells(configs["generate"], data)
         size = sizes.generated_bytes(n_cells, data)
         disk += size or 0
         amount = f"{n_cells:,}" if n_cells is not None else "as many as the table says"

@@ -33,7 +33,7 @@ BYTES_PER_COUNT = 8  # CSR: int32 index and int32 count
 class DataFacts:
     """What is known of the data before it is read."""
 
-    n_cells: int | None = None
+    n_cells: Mapping[str, int] | None = None  # by split
     n_genes: int | None = None
     n_classes: Mapping[str, int] | None = None
     expressed: float | None = None  # mean expressed genes of a cell
@@ -50,13 +50,16 @@ def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFact
     source = config.source if config is not None else None
     if config is None or source is None:
         return DataFacts()
+    split = config.split
     if source.type == "synthetic":
         sizes = {"cell_type": source.n_types, "donor_id": source.n_donors}
         classes = {label: sizes.get(label, ASSUMED_CLASSES) for label in config.labels}
-        return DataFacts(source.n_cells, source.n_genes, classes, None, "synthetic source")
+        return DataFacts(_by_split(source.n_cells, split), source.n_genes, classes, None, "synthetic source")
     if source.type == "h5ad" and Path(source.path).expanduser().is_file():
         n_cells, n_genes = _h5ad_shape(Path(source.path).expanduser(), raw=source.layer == "raw")
-        return DataFacts(n_cells, n_genes, dict.fromkeys(config.labels, ASSUMED_CLASSES), None, "head of the file")
+        return DataFacts(
+            _by_split(n_cells, split), n_genes, dict.fromkeys(config.labels, ASSUMED_CLASSES), None, "head of the file"
+        )
     return DataFacts()
 
 
@@ -116,15 +119,14 @@ def checkpoint_bytes(n: int, train: TrainConfig) -> int:
 
 
 # ---- disk --------------------------------------------------------------------------------------------------------
-def latent_bytes(config: EncodeConfig, vae: TrainVaeConfig, data: DataFacts, split: SplitConfig | None) -> int | None:
+def latent_bytes(config: EncodeConfig, vae: TrainVaeConfig, data: DataFacts) -> int | None:
     if data.n_cells is None:
         return None
-    shares = _shares(split)
-    cells = data.n_cells * sum(shares[s] for s in set(config.splits))
+    cells = sum(data.n_cells.get(s, 0) for s in set(config.splits))
     return round(cells * vae.model.n_latent_tokens * vae.model.latent_width * 4)
 
 
-def generated_cells(config: GenerateConfig, data: DataFacts, split: SplitConfig | None) -> int | None:
+def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:
     """Cells that generate would write; None if that takes reading a table."""
     if config.cells is not None:
         return sum(int(row.get("n_cells", 0)) for row in config.cells)
@@ -134,7 +136,7 @@ def generated_cells(config: GenerateConfig, data: DataFacts, split: SplitConfig 
     if config.n_cells is not None:
         return config.n_cells
     if config.like is not None and data.n_cells is not None:
-        return round(data.n_cells * _shares(split)[config.like])
+        return data.n_cells.get(config.like)
     return None
 
 
@@ -145,9 +147,12 @@ def generated_bytes(n_cells: int | None, data: DataFacts) -> int | None:
     return round(n_cells * expressed * BYTES_PER_COUNT)
 
 
-def _shares(split: SplitConfig | None) -> dict[str, float]:
-    split = split or SplitConfig()
-    return {"train": 1 - split.validation - split.test, "validation": split.validation, "test": split.test}
+def _by_split(n_cells: int | None, split: SplitConfig) -> dict[str, int] | None:
+    """The split is by hash, so these are expectations."""
+    if n_cells is None:
+        return None
+    validation, test = round(n_cells * split.validation), round(n_cells * split.test)
+    return {"train": n_cells - validation - test, "validation": validation, "test": test}
 
 
 def human(n: float | None) -> str:

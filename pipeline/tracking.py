@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.job import JobBase
-from pipeline.provenance import code_versions, lineage
+from pipeline.provenance import IDS, code_versions, lineage, read_ids
 from pipeline.schedule import flat
 from pipeline.spool import Record, SpooledWriter
 from pipeline.stage import Manifest, write_json_atomic
 
 log = logging.getLogger("scldm.tracking")
 SPOOL = "mlflow_spool.jsonl"
-IDS = "tracking.json"
 CLOSE_SECONDS = 20.0
 
 
@@ -55,7 +54,15 @@ class NullTracker:
 class StageTracker(NullTracker):
     """The run of one stage. No method raises or waits, but `close`, which waits at most 20 s."""
 
-    def __init__(self, folder: Path, uri: str, writer: SpooledWriter, parent: Tracking | None, start: Record) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        writer: SpooledWriter,
+        parent: Tracking | None = None,
+        tags: Mapping[str, str] | None = None,
+        inputs: Mapping[str, Manifest] | None = None,
+    ) -> None:
         self.name = f"{folder.parent.name} {folder.name}"
         self.folder = folder
         self.uri = uri
@@ -63,7 +70,8 @@ class StageTracker(NullTracker):
         self.skipped = 0  # metrics that were NaN or infinite
         self._writer = writer
         self._parent = parent  # None in a worker: the driver makes the run
-        self._start = start
+        self._tags = tags or {}
+        self._inputs = inputs or {}
         self._client: Any = None
         self._run_id: str | None = None
 
@@ -72,7 +80,7 @@ class StageTracker(NullTracker):
         """In a Ray worker (rank 0): the tracker that `spec()` described. Call `close()` at the end."""
         if not spec:
             return NullTracker()
-        return cls(Path(spec["folder"]), spec["uri"], SpooledWriter(retry_seconds=3.0), None, {})
+        return cls(Path(spec["folder"]), spec["uri"], SpooledWriter(retry_seconds=3.0))
 
     def spec(self) -> dict[str, Any]:
         """Plain data for `attach`."""
@@ -111,7 +119,7 @@ class StageTracker(NullTracker):
 
     def ids(self) -> dict[str, str]:
         """Run ids for the manifest; empty as long as the server has not answered."""
-        return {k: str(v) for k, v in _read_ids(self.folder).items()}
+        return {k: str(v) for k, v in read_ids(self.folder).items()}
 
     def _put(self, kind: str, value: Any) -> None:
         self._writer.put(self, {"kind": kind, "value": value})
@@ -161,12 +169,12 @@ class StageTracker(NullTracker):
             self._client.log_artifact(self._run_id, path, folder)
 
     def _open(self) -> tuple[Any, str]:
-        ids = _read_ids(self.folder)
+        ids = read_ids(self.folder)
         if self._parent is None:
             if not ids:
                 raise ConnectionError("the driver has not made the run yet")
             return mlflow_client(self.uri), ids["run_id"]
-        return self._parent.open_stage(self.folder, ids, self._start)
+        return self._parent.open_stage(self.folder, ids, {**self._tags, **lineage(self._inputs)})
 
 
 class Tracking:
@@ -195,15 +203,14 @@ class Tracking:
         self, stage: str, stage_version: str, folder: Path, config: Mapping[str, Any], inputs: Mapping[str, Manifest]
     ) -> StageTracker:
         """The tracker of one stage. Its settings, lineage and resolved config are logged here."""
-        start = {
+        tags = {
             "mlflow.runName": f"{stage} {stage_version}",
             "scldm.stage": stage,
             "scldm.version": stage_version,
             "scldm.config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
             "scldm.output_uri": str(folder),
-            **lineage(inputs),
         }
-        tracker = StageTracker(folder, self.uri, self._writer, self, start)
+        tracker = StageTracker(folder, self.uri, self._writer, self, tags, inputs)
         tracker.params(config)
         if (folder / "config.yaml").is_file():
             tracker.artifact(folder / "config.yaml", "config")
@@ -215,7 +222,7 @@ class Tracking:
         self._writer.close(CLOSE_SECONDS)
 
     # ---- in the background thread ----------------------------------------------------------------------------------
-    def open_stage(self, folder: Path, ids: Mapping[str, Any], tags: Record) -> tuple[Any, str]:
+    def open_stage(self, folder: Path, ids: Mapping[str, Any], tags: Mapping[str, str]) -> tuple[Any, str]:
         """Continue the run that the stage's folder names, or make it."""
         client = self.open_parent()
         attempt = int(ids.get("attempt", 0)) + 1
@@ -290,13 +297,6 @@ def mlflow_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
-
-
-def _read_ids(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / IDS).read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _key(name: str) -> str:

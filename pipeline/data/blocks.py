@@ -162,10 +162,10 @@ class IpcReader:
         batch = local // self.batch_rows
         cuts = np.flatnonzero((np.diff(shard) != 0) | (np.diff(batch) != 0)) + 1
         parts = []
-        for part in np.split(np.arange(len(unique)), cuts):
-            path = str(Path(self.folder) / self.files[shard[part[0]]][0])
-            found = _open_ipc(path).get_batch(int(batch[part[0]]))
-            parts.append(found.take(pa.array(local[part] - batch[part[0]] * self.batch_rows)))
+        for start, stop in zip(np.r_[0, cuts], np.r_[cuts, len(unique)], strict=True):
+            k, b = int(shard[start]), int(batch[start])
+            found = _open_ipc(str(Path(self.folder) / self.files[k][0])).get_batch(b)
+            parts.append(found.take(pa.array(local[start:stop] - b * self.batch_rows)))
         return pa.Table.from_batches(parts).take(pa.array(inverse)).combine_chunks()
 
 

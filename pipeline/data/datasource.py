@@ -20,8 +20,8 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.data.blocks import BlockSource
 
-READ_CPUS = 0.25  # of a CPU slot per read: a 2-CPU machine whose workers hold both slots' worth must still read
-READS_AT_ONCE = 4  # per dataset; blocks are ~100 MB at Census scale
+READ_CPUS = 0.0  # CPU slots of a read: on a machine whose slots are all held by training workers, reads must go on
+READS_AT_ONCE = 2  # per dataset; bounds reads where slots do not. A block is ~100 MB at Census scale
 RETRIED = ["S3", "timed out", "timeout", "Connection", "SlowDown", "TileDBError", "curl"]
 
 
@@ -79,8 +79,6 @@ def blocks_dataset(
             override_num_blocks=len(blocks),  # another number makes Ray cut every block in pieces
             num_cpus=read_cpus,
             concurrency=concurrency,
-            # SPREAD tasks are not captured by the placement group of the training worker that starts them.
-            ray_remote_args={"scheduling_strategy": "SPREAD"},
         )
 
 

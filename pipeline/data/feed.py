@@ -1,8 +1,8 @@
 """From blocks to the steps of one training worker.
 
-Convention: step s of every worker is global batch s of the order; a worker contributes q rows from each of its lanes, in
-lane order, cut in micro-batches of equal number on all workers. Both engines give identical tables: "ray" reads with a
-Ray Data execution of this worker's own, "local" in one thread of this process.
+Convention: step s of every worker is global batch s of the order; a worker contributes q rows from each of its lanes,
+in lane order, cut in micro-batches of equal number on all workers. Both engines give identical tables: "ray" reads with
+a Ray Data execution of this worker's own, "local" in one thread of this process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -57,14 +58,15 @@ def feed(
     stop_step: int,
     micro_batch_size: int,
     engine: Literal["ray", "local"],
-    read_cpus: float = 0.25,
+    read_cpus: float = 0.0,
 ) -> Iterator[FeedStep]:
     """Steps [start_step, stop_step) of a worker.
 
     Args:
         order: Over `source.ids`.
         engine: "ray" needs a Ray cluster; "local" is for torchrun and tests.
-        read_cpus: CPU slots that a read takes from the cluster; "ray" only.
+        read_cpus: CPU slots that a read takes from the cluster ("ray" only). 0: more would wait for ever where the
+            training workers hold every slot.
     """
     if order.ids is not source.ids and not np.array_equal(order.ids, source.ids):
         raise ValueError("the order was not made from the ids of this source")
@@ -127,7 +129,7 @@ def _micro(rows: pa.Table, micro_batch_size: int) -> list[pa.Table]:
     """Cut in the fewest parts of at most `micro_batch_size` rows, as even as can be."""
     n = -(-len(rows) // micro_batch_size)
     cuts = len(rows) * np.arange(n + 1) // n
-    return [rows.slice(int(a), int(b - a)).combine_chunks() for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [rows.slice(int(a), int(b - a)).combine_chunks() for a, b in pairwise(cuts)]
 
 
 def _read_with_ray(source: BlockSource, blocks: Sequence[np.ndarray], read_cpus: float) -> Iterator[pa.Table]:

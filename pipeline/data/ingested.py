@@ -15,14 +15,13 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL, SomaBlocks, SomaReader
+from pipeline.data.split import SPLITS
 from pipeline.stage import InputError, Manifest
 from scldm.library_size import LibrarySizes
 from scldm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import anndata
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

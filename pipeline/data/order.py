@@ -1,10 +1,10 @@
 """The order in which cells are seen: a pure function of (seed, epoch), whatever the number of workers.
 
 The ids of the n eligible cells are cut into *chunks* on the storage tile grid. An epoch permutes the chunks and
-concatenates them. A *round* takes `lanes * block_rows` rows of that, cut into one *block* per lane; the last round takes
-what is left. The rows of a block are permuted. Global batch k of a round is rows [k q, (k + 1) q) of every lane, with
-q = batch_size / lanes. Worker r of W reads lanes r, r + W, …, so the sequence of global batches never depends on W.
-The last batch of an epoch is filled with repeats of weight 0; every cell has weight 1 exactly once per epoch.
+concatenates them. A *round* takes `lanes * block_rows` rows of that, cut into one *block* per lane; the last round
+takes what is left. The rows of a block are permuted. Global batch k of a round is rows [k q, (k + 1) q) of every lane,
+with q = batch_size / lanes. Worker r of W reads lanes r, r + W, …, so the sequence of global batches never depends on
+W. The last batch of an epoch is filled with repeats of weight 0; every cell has weight 1 exactly once per epoch.
 """
 
 from __future__ import annotations

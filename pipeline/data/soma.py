@@ -1,6 +1,6 @@
 """Counts in TileDB-SOMA: the only module that knows tiledbsoma.
 
-Convention: a store is named by plain data (`SomaStore`), so that it travels to workers; open arrays are kept per process.
+Convention: a store is named by plain data (`SomaStore`), so that it travels to workers; open arrays stay per process.
 Rows are written in storage tiles of 2,048 cells and should be read by whole tiles (one row costs as much as a tile).
 Rows are never asked for in sorted order, which TileDB answers 17 times slower: the order wanted is folded into the row
 index from which the CSR matrix is built.

@@ -67,6 +67,6 @@ def _require_counts(store: SomaStore, ids: np.ndarray, indptr: np.ndarray, count
         k = int(np.argmax(bad))
         cell = ids[int(np.searchsorted(indptr, k, side="right")) - 1]
         raise InputError(
-            f"{store.uri}: layer {store.layer!r} of {store.measurement!r} does not hold raw counts: cell {cell} has the "
-            f"value {counts[k]:.6g}; name the layer of raw counts in ingest.source.layer"
+            f"{store.uri}: layer {store.layer!r} of {store.measurement!r} does not hold raw counts: cell {cell} has "
+            f"the value {counts[k]:.6g}; name the layer of raw counts in ingest.source.layer"
         )

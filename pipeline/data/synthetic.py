@@ -2,7 +2,7 @@
 
 The mean of gene g in cell c is library_size_c * softmax_g(base_g + sum_p activity_cp * loading_pg + donor_g), and the
 counts are negative binomial. Every number is a function of the seed; the counts of a chunk of cells are a function of
-(seed, chunk), so chunks can be made in any order. Types 0 and 1 differ in one weak programme only; the others are apart.
+(seed, chunk), so chunks can be made in any order. Types 0 and 1 differ in one weak programme; the others are apart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROGRAMME_GENES = 0.06  # share of the genes that a programme moves
 EFFECT = 1.6  # of a programme on log expression of its genes
 CLOSE = 0.35  # the same between types 0 and 1
 DONOR_SD = 0.12  # of a donor's shift of log expression
-LIBRARY_SIZE, LIBRARY_SD, LIBRARY_TYPE_SD = 450.0, 0.35, 0.25  # for 1,000 genes; grows with the root of the genes
+LIBRARY_SIZE, LIBRARY_SD, LIBRARY_TYPE_SD = 350.0, 0.35, 0.25  # for 1,000 genes; grows with the root of the genes
 SPREAD = 0.3  # of a programme's activity over the cells of a type
 
 

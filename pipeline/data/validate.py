@@ -61,8 +61,8 @@ def label_problems(
     for label in labels:
         if label not in obs:
             problems.append(
-                f"obs has no column {label!r} ({did_you_mean(label, obs.columns)}); name one in ingest.labels, or map it "
-                f"with ingest.source.columns: {{{label}: <column of the file>}}"
+                f"obs has no column {label!r} ({did_you_mean(label, obs.columns)}); name one in ingest.labels, or map "
+                f"it with ingest.source.columns: {{{label}: <column of the file>}}"
             )
             continue
         absent = np.flatnonzero(missing(obs[label]))
@@ -83,7 +83,7 @@ def table_problems(tables: CellTables, labels: Sequence[str], *, drop_missing: b
         problems.append(f"{len(obs)} cells are too few to split, train and score; at least {MIN_CELLS} are needed")
     if not len(ids):
         problems.append("there are no genes")
-    names = obs["obs_id"] if "obs_id" in obs else None
+    names = obs.get("obs_id")
     problems += label_problems(obs, labels, drop_missing=drop_missing, names=names)
     twice = ids[ids.duplicated()].unique()
     if len(twice):

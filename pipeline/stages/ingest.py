@@ -1,7 +1,7 @@
 """Ingest: vocabularies, split and statistics of a source of cells; the counts stay in (or go to) SOMA.
 
-`.h5ad` files and synthetic cells are written once to `soma/` in the stage's folder; a SOMA experiment and the Census are
-read where they are. Everything but the counts is fixed here, so that later stages read facts and never guess.
+`.h5ad` files and synthetic cells are written once to `soma/` in the stage's folder; a SOMA experiment and the Census
+are read where they are. Everything but the counts is fixed here, so that later stages read facts and never guess.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL
-from pipeline.data.ingested import SPLITS
 from pipeline.data.soma import SomaStore, write_experiment
+from pipeline.data.split import SPLITS, require_splits, split_cells
 from pipeline.data.statistics import CountStatistics, count_statistics
 from pipeline.data.synthetic import synthetic_cells
 from pipeline.data.validate import checked, label_problems, missing
-from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SplitConfig, SyntheticSource
+from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource
 from pipeline.stage import InputError, StageContext
 from scldm.library_size import LibrarySizes
 from scldm.vocabulary import LabelVocabulary, Vocabulary
@@ -49,7 +49,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     if empty := int((cells["library_size"] <= 0).sum()):
         source.notes.append(f"{empty} cells have no counts in the vocabulary and are left out.")
         cells = cells[cells["library_size"] > 0].reset_index(drop=True)
-    _require_splits(config.split, cells)
+    require_splits(config.split, cells)
 
     vocabulary = _vocabulary(config, cells, var)
     facts = _write(context, cells, var, vocabulary, stats)
@@ -133,39 +133,6 @@ def _eligible(config: IngestConfig, source: _Source) -> pd.DataFrame:
     return cells
 
 
-def split_cells(cells: pd.DataFrame, config: SplitConfig) -> np.ndarray:
-    """The side each cell falls on, by a hash of (salt, value): never changes when other cells come or go."""
-    salt = np.frombuffer(hashlib.blake2b(config.salt.encode(), digest_size=8).digest(), np.uint64)[0]
-    if config.by == "cell":
-        keys = cells["soma_joinid"].to_numpy().astype(np.uint64)
-    else:
-        codes, values = pd.factorize(cells[config.by])
-        digests = [hashlib.blake2b(str(v).encode(), digest_size=8).digest() for v in values]
-        keys = np.frombuffer(b"".join(digests), np.uint64)[codes]
-    u = _mix(keys ^ salt) / 2.0**64
-    return np.where(u < config.test, "test", np.where(u < config.test + config.validation, "validation", "train"))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64: every bit of the key moves every bit of the result."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def _require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:
-    counts = cells["split"].value_counts()
-    asked = {"train": 1.0, "validation": config.validation, "test": config.test}
-    if lacking := [s for s in SPLITS if asked[s] > 0 and not counts.get(s, 0)]:
-        groups = "" if config.by == "cell" else f" of {cells[config.by].nunique()} different {config.by}"
-        raise InputError(
-            f"no cell{groups} fell into {' and '.join(lacking)} ({len(cells)} cells); raise ingest.split shares, set "
-            "the share to 0, change ingest.split.salt, or split by: cell"
-        )
-
-
 # ---- genes and statistics ----------------------------------------------------------------------------------------
 def _genes(config: IngestConfig, store: SomaStore) -> pd.DataFrame:
     """Genes of the source that pass the filter: soma_joinid, feature_id, feature_name."""
@@ -200,7 +167,7 @@ def _statistics(
     """The genes that are kept, statistics over them, and how many cells the gene statistics are from."""
     store, ids, train = source.store, cells["soma_joinid"].to_numpy(), (cells["split"] == "train").to_numpy()
     if not train.any():
-        _require_splits(config.split, cells)
+        require_splits(config.split, cells)
     in_obs = {"raw_sum", "nnz"} <= set(cells) and not config.genes.min_cells and not config.genes.value_filter
     if in_obs and len(cells) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)

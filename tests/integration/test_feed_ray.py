@@ -1,5 +1,6 @@
 """Reading with Ray Data gives the tables that reading in this process gives."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,8 @@ def test_ray_and_local_feeds_are_identical(ray_cluster, source, world_size):
 def test_encode_reads_every_cell_once_in_storage_order(ray_cluster, source):
     from pipeline.data.datasource import blocks_dataset, storage_blocks
 
-    blocks = storage_blocks(source, block_rows=64)
+    source = replace(source, tile=64)
+    blocks = storage_blocks(source, block_rows=128)
+    assert len(blocks) == 5
     tables = list(blocks_dataset(source, blocks).iter_batches(batch_size=None, batch_format="pyarrow"))
     np.testing.assert_array_equal(np.concatenate([t["soma_joinid"].to_numpy() for t in tables]), source.ids)

@@ -32,12 +32,12 @@ def test_a_dated_release_becomes_a_plain_address(reachable):
 
 @pytest.mark.parametrize("version", ["stable", "latest"])
 def test_moving_names_are_refused_with_what_to_pin(reachable, version):
-    with pytest.raises(InputError, match="long-term releases: 2025-01-30$"):
+    with pytest.raises(InputError, match=r"long-term releases: 2025-01-30$"):
         locate_census(source(version))
 
 
 def test_an_unknown_release_is_answered_with_the_nearest(reachable):
-    with pytest.raises(InputError, match="no release '2025-01-31'.*did you mean '2025-01-30'"):
+    with pytest.raises(InputError, match=r"no release '2025-01-31'.*did you mean '2025-01-30'"):
         locate_census(source("2025-01-31"))
 
 

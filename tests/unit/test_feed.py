@@ -94,9 +94,8 @@ def test_micro_batches_are_small_enough_and_as_many_everywhere(source):
 
 
 def test_stopping_early_ends_the_reading_thread(source):
-    running = feed(
-        source, order_of(source), rank=0, world_size=1, start_step=0, stop_step=10_000, micro_batch_size=24, engine="local"
-    )  # fmt: skip
+    settings = {"rank": 0, "world_size": 1, "start_step": 0, "stop_step": 10_000, "micro_batch_size": 24}
+    running = feed(source, order_of(source), **settings, engine="local")
     next(running)
     running.close()
 

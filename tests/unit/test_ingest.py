@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.ingested import Ingested
+from pipeline.data.split import split_cells
 from pipeline.job import IngestConfig, SplitConfig
 from pipeline.stage import InputError, Manifest, StageContext
 from pipeline.stages import ingest
@@ -49,7 +50,7 @@ def test_statistics_equal_those_of_the_dense_matrix(done):
 
 
 def test_splits_are_disjoint_and_readable(done):
-    facts, ingested = done
+    _, ingested = done
     ids = [ingested.blocks(s).ids for s in ("train", "validation", "test")]
     assert len(np.unique(np.concatenate(ids))) == 400
     table = ingested.blocks("test").read(ids[2][::-1][:5])
@@ -87,8 +88,8 @@ def test_adding_cells_moves_no_cell_to_another_side():
     import pandas as pd
 
     few, many = (pd.DataFrame({"soma_joinid": np.arange(n)}) for n in (500, 9000))
-    split = ingest.split_cells(many, SplitConfig())
-    assert (ingest.split_cells(few, SplitConfig()) == split[:500]).all()
+    split = split_cells(many, SplitConfig())
+    assert (split_cells(few, SplitConfig()) == split[:500]).all()
     assert 0.08 < (split == "test").mean() < 0.12
 
 

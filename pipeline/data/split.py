@@ -1,0 +1,51 @@
+"""Which cells are trained on and which are held out: a function of each cell alone.
+
+The side is decided by a hash of (salt, joinid) or of (salt, donor or data set), so it never changes when other cells
+come or go, and a donor is never on two sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+
+from pipeline.job import SplitConfig
+from pipeline.stage import InputError
+
+SPLITS = ("train", "validation", "test")
+
+
+def split_cells(cells: pd.DataFrame, config: SplitConfig) -> np.ndarray:
+    """The side each cell falls on, by a hash of (salt, value): never changes when other cells come or go."""
+    salt = np.frombuffer(hashlib.blake2b(config.salt.encode(), digest_size=8).digest(), np.uint64)[0]
+    if config.by == "cell":
+        keys = cells["soma_joinid"].to_numpy().astype(np.uint64)
+    else:
+        codes, values = pd.factorize(cells[config.by])
+        digests = [hashlib.blake2b(str(v).encode(), digest_size=8).digest() for v in values]
+        keys = np.frombuffer(b"".join(digests), np.uint64)[codes]
+    u = _mix(keys ^ salt) / 2.0**64
+    return np.where(u < config.test, "test", np.where(u < config.test + config.validation, "validation", "train"))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64: every bit of the key moves every bit of the result."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:
+    """Every split that was asked for must have cells."""
+    counts = cells["split"].value_counts()
+    asked = {"train": 1.0, "validation": config.validation, "test": config.test}
+    if lacking := [s for s in SPLITS if asked[s] > 0 and not counts.get(s, 0)]:
+        groups = "" if config.by == "cell" else f" of {cells[config.by].nunique()} different {config.by}"
+        raise InputError(
+            f"no cell{groups} fell into {' and '.join(lacking)} ({len(cells)} cells); raise ingest.split shares, set "
+            "the share to 0, change ingest.split.salt, or split by: cell"
+        )

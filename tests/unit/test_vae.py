@@ -1,0 +1,235 @@
+"""The transformer VAE: equal to upstream's recorded outputs, and to its own plain formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from upstream_fixtures import load_fixture
+
+from scldm.batch import CellBatch
+from scldm.checkpoints.upstream_vae import vae_key, vae_state_from_upstream
+from scldm.nn.config import VAEConfig
+from scldm.nn.likelihood import GeneSample, draw_counts, gene_probabilities, nb_log_prob, nb_nll, sample_genes
+from scldm.nn.pooling import pool_cells, pool_padded
+from scldm.nn.vae import VAE
+
+HEADS = {"nb_shared": "nb_shared", "nb_unshared": "nb_cell"}
+CASES = [
+    "vae_log1p_nbshared_pos_shared",
+    "vae_log1p_nbunshared_nopos_shared_flipbias",
+    "vae_log1pzero_nbunshared_nopos_unshared",
+    "vae_sqrt_nbshared_nopos_shared_t07",
+]
+
+
+def upstream_vae(case, *, genes_seq_len: int | None) -> VAE:
+    c = case.facts["config"]
+    config = VAEConfig(
+        d_model=c["n_embed"], n_layers=c["n_layer"], n_heads=c["n_head"], n_heads_cross=c["n_head_cross"],
+        n_latent_tokens=c["n_inducing_points"], latent_width=c["n_latent"], input=c["agg"], head=HEADS[c["head"]],
+        shared_embedding=c["shared"], gene_bias=False, zero_positions=c["pos"], bias=c["bias"],
+        multiple_of=c["multiple_of"], eps=c["eps"], temperature=c.get("t", 1.0), genes_seq_len=genes_seq_len,
+    )  # fmt: skip
+    vae = VAE(config, n_genes=c["n_genes"]).double()
+    state = {k.removeprefix("state/"): v.double() for k, v in case.tensors.items() if k.startswith("state/")}
+    vae.load_state_dict(vae_state_from_upstream(state, pads=genes_seq_len is not None))
+    return vae
+
+
+def with_zeros(counts: Tensor) -> CellBatch:
+    """Every gene as a token, as upstream does without gene sampling."""
+    n, g = counts.shape
+    cells = CellBatch.from_dense(counts)
+    return dataclasses.replace(
+        cells, offsets=torch.arange(n + 1) * g, gene_ids=torch.arange(g).repeat(n), counts=counts.flatten()
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_encoder_decoder_and_loss_equal_upstream_with_its_unmasked_pads_and_without(name):
+    case = load_fixture(name)
+    counts, size = case.tensors["in/counts"].double(), case.tensors["in/library_size"].double()[:, 0]
+    lengths = sorted({k.split("/")[1] for k in case.tensors if k.startswith("out/L")})
+    assert len(lengths) == 2
+    for where in [*lengths, "none"]:
+        expected = {k: case.tensors[f"out/{where}/{k}.f64"] for k in ("h_z", "mu", "loss")}
+        vae = upstream_vae(case, genes_seq_len=None if where == "none" else int(where[1:]))
+        z = vae.encode(with_zeros(counts) if where == "none" else CellBatch.from_dense(counts))
+        torch.testing.assert_close(z, expected["h_z"], rtol=0, atol=1e-9)
+        decoded = vae.decode(z, size, tile=17)
+        torch.testing.assert_close(decoded.mu, expected["mu"], rtol=1e-9, atol=1e-9)
+        loss = vae.nll(CellBatch.from_dense(counts), z, tile=13).mean()
+        torch.testing.assert_close(loss, expected["loss"], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_upstream_for_every_parameter(name):
+    case = load_fixture(name)
+    length = int(case.facts["grad_of"].rsplit("L", 1)[1])
+    vae = upstream_vae(case, genes_seq_len=length)
+    vae(CellBatch.from_dense(case.tensors["in/counts"].double())).mean().backward()
+    own = dict(vae.named_parameters())
+    checked = 0
+    for upstream, norm in zip(case.facts["grad_norm_names"], case.tensors["grad_norms"], strict=True):
+        grad = own[vae_key(upstream)].grad
+        if upstream == "input_layer.gene_embedding.weight":  # upstream's table has the pad in row 0
+            grad = torch.cat([own["encoder.pad"].grad[None], grad])
+        torch.testing.assert_close(grad.norm(), norm, rtol=1e-7, atol=1e-9)
+        checked += 1
+        if f"grad/{upstream}" in case.tensors:
+            expected = case.tensors[f"grad/{upstream}"]
+            expected = expected[1:] if vae_key(upstream) in ("log_theta", "decoder_embedding") else expected  # pad row
+            torch.testing.assert_close(grad.view_as(expected), expected, rtol=1e-7, atol=1e-9)
+    assert checked > 50
+
+
+def small_vae(seed: int = 0, **choices) -> VAE:
+    torch.manual_seed(seed)
+    vae = VAE(VAEConfig(d_model=16, n_latent_tokens=4, latent_width=6, n_heads=2, n_heads_cross=2, **choices), n_genes=40)
+    with torch.no_grad():  # the count function starts as the identity; give it something to say
+        for p in vae.encoder.counts.parameters():
+            p.normal_(std=0.5)
+    return vae.double()
+
+
+def some_cells(n: int = 5, seed: int = 0) -> CellBatch:
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.poisson(torch.rand(n, 40, generator=g) * 3, generator=g) * (torch.rand(n, 40, generator=g) < 0.4)
+    return CellBatch.from_dense(counts.double())
+
+
+def test_the_order_of_a_cells_genes_does_not_matter():
+    vae, cells = small_vae(), some_cells(1)
+    order = torch.randperm(len(cells.gene_ids), generator=torch.Generator().manual_seed(1))
+    shuffled = dataclasses.replace(cells, gene_ids=cells.gene_ids[order], counts=cells.counts[order])
+    torch.testing.assert_close(vae.encode(cells), vae.encode(shuffled))
+
+
+def test_a_cells_latent_does_not_depend_on_the_other_cells_of_the_batch():
+    vae = small_vae()
+    many = some_cells(5)
+    alone = CellBatch.from_dense(many.dense(40)[2:3])
+    torch.testing.assert_close(vae.encode(many)[2:3], vae.encode(alone))
+
+
+@pytest.mark.parametrize(("mode", "sees"), [("count_aware", True), ("log1p", False), ("sqrt", False), ("anscombe", False)])
+def test_only_the_count_aware_encoder_sees_how_much_a_gene_is_expressed(mode, sees):
+    vae, cells = small_vae(input=mode), some_cells()
+    ones = dataclasses.replace(cells, counts=torch.ones_like(cells.counts))
+    apart = (vae.encode(cells) - vae.encode(ones)).abs().max().item()
+    assert (apart > 1e-2) if sees else (apart < 1e-5)
+
+
+def test_renaming_the_genes_permutes_the_decoders_means():
+    vae, cells = small_vae(), some_cells()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    z = vae.encode(cells)
+    before = vae.decode_mu(z, cells.library_size)
+    with torch.no_grad():
+        for name in ("gene_embedding", "log_theta", "gene_bias"):
+            getattr(vae, name).copy_(getattr(vae, name)[order])
+    torch.testing.assert_close(vae.decode_mu(z, cells.library_size), before[:, order])
+
+
+def test_means_of_a_cell_sum_to_its_library_size():
+    vae, cells = small_vae(), some_cells()
+    torch.testing.assert_close(vae.decode_mu(vae.encode(cells), cells.library_size).sum(1), cells.library_size)
+
+
+@pytest.mark.parametrize("head", ["nb_shared", "nb_cell"])
+def test_tiles_change_neither_the_likelihood_nor_a_gradient(head):
+    cells = some_cells()
+    grads = []
+    for tile in (7, 1000):
+        vae = small_vae(head=head)
+        vae.nll(cells, vae.encode(cells), tile=tile).mean().backward()
+        grads.append({k: p.grad for k, p in vae.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-9, atol=1e-9)
+
+
+def test_the_sparse_likelihood_equals_the_plain_formula():
+    vae, cells = small_vae(), some_cells()
+    z = vae.encode(cells)
+    decoded = vae.decode(z, cells.library_size)
+    plain = -nb_log_prob(cells.dense(40), decoded.mu, decoded.theta).sum(1)
+    torch.testing.assert_close(vae.nll(cells, z), plain, rtol=1e-9, atol=1e-9)
+
+
+def test_scoring_all_genes_as_a_sample_is_the_exact_likelihood():
+    vae, cells = small_vae(), some_cells()
+    everything = GeneSample(torch.arange(40), torch.ones(40, dtype=torch.float64), torch.arange(40))
+    torch.testing.assert_close(vae(cells, everything), vae(cells), rtol=1e-9, atol=1e-9)
+
+
+def test_the_likelihood_over_sampled_genes_is_unbiased_for_given_proportions():
+    cells = some_cells()
+    g = torch.Generator().manual_seed(0)
+    log_proportion = torch.randn(5, 40, generator=g, dtype=torch.float64).log_softmax(1)
+    theta = torch.rand(40, generator=g, dtype=torch.float64) + 0.5
+    probability = torch.rand(40, generator=g, dtype=torch.float64) * 0.8 + 0.2
+    draws = []
+    for _ in range(1000):
+        s = sample_genes(probability, g)
+        draws.append(nb_nll(cells, log_proportion[:, s.gene_ids], theta[s.gene_ids], s))
+    draws = torch.stack(draws)
+    error = (draws.mean(0) - nb_nll(cells, log_proportion, theta)).abs()
+    assert (error < 4 * draws.std(0) / len(draws) ** 0.5).all()
+
+
+def test_gene_probabilities_sum_to_the_number_asked_for_and_favour_expressed_genes():
+    mean = torch.tensor([100.0, 10, 1, 0.1, 0.01, 0.001, 0, 0])
+    p = gene_probabilities(mean, 3)
+    assert p.sum().item() == pytest.approx(3, rel=1e-3)
+    assert (p[:-1] >= p[1:]).all()
+    assert p.max() <= 1
+    assert p.min() > 0
+    assert (gene_probabilities(mean, 8) == 1).all()
+
+
+def test_padded_pooling_equals_pooling_cell_by_cell():
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 7, 1])
+    logits = torch.randn(11, 2, 4, generator=g, dtype=torch.float64)
+    values = torch.randn(11, 2, 5, generator=g, dtype=torch.float64)
+    index = torch.repeat_interleave(torch.arange(3), lengths)
+    torch.testing.assert_close(pool_padded(logits, values, lengths, index), pool_cells(logits, values, lengths.tolist()))
+
+
+def test_drawn_counts_have_the_mean_and_variance_of_the_negative_binomial():
+    mu, theta = torch.tensor([0.5, 5.0, 50.0]), torch.tensor([1.0, 2.0, 10.0])
+    x = draw_counts(mu.expand(40_000, 3), theta, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x.mean(0), mu, rtol=0.03, atol=0)
+    torch.testing.assert_close(x.var(0), mu + mu**2 / theta, rtol=0.06, atol=0)
+
+
+def test_an_untrained_model_starts_at_the_mean_profile():
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(), n_genes=30)
+    mean = torch.rand(30) + 0.1
+    vae.start_at(mean, mean * 2)
+    torch.testing.assert_close(vae.gene_bias.softmax(0), mean / mean.sum())
+    with pytest.raises(ValueError, match=r"must be \(30,\)"):
+        vae.start_at(mean[:5], mean[:5])
+
+
+def test_the_pad_limit_of_an_upstream_model_is_said():
+    vae = small_vae(input="log1p", genes_seq_len=3)
+    with pytest.raises(ValueError, match=r"more than genes_seq_len \(3\)"):
+        vae.encode(some_cells())
+
+
+def test_negative_counts_are_refused():
+    with pytest.raises(ValueError, match="must not be negative; the smallest is -1"):
+        CellBatch.from_dense(torch.tensor([[1.0, -1.0]]))
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"d_model \(30\) must be a multiple of n_heads \(8\)"):
+        VAEConfig(d_model=30, n_heads=8)
+
+
