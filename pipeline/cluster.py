@@ -55,7 +55,10 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     if address is None:
         # A local ray.init would otherwise write a token to ~/.ray and turn authentication on for later clusters.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # The back end's own log still goes to its files; on the terminal it explains nothing to the user.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data")
     import ray
 
     if ray.is_initialized():  # by a test, or by whoever called us: theirs to configure and to stop

@@ -157,7 +157,7 @@ class IpcReader:
 
     def read(self, rows: np.ndarray) -> pa.Table:
         unique, inverse = np.unique(rows, return_inverse=True)
-        shard = np.searchsorted(self.starts, unique, side="right") - 1
+        shard = np.asarray(np.searchsorted(self.starts, unique, side="right")) - 1
         local = unique - self.starts[shard]
         batch = local // self.batch_rows
         cuts = np.flatnonzero((np.diff(shard) != 0) | (np.diff(batch) != 0)) + 1

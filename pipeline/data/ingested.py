@@ -44,6 +44,11 @@ class Ingested:
         """Statistics of the training cells."""
         return LibrarySizes.load(self.folder / self.facts["library_size"])
 
+    @property
+    def n_cells(self) -> dict[str, int]:
+        """Cells of each split."""
+        return dict(self.facts["n_cells"])
+
     @cached_property
     def cells(self) -> pd.DataFrame:
         """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size over the vocabulary."""
@@ -106,6 +111,15 @@ class Ingested:
             {"feature_name": list(self.vocabulary.feature_names)}, index=list(self.vocabulary.feature_ids)
         )
         return anndata.AnnData(counts, obs=obs, var=var)
+
+    def composition(self, split: str) -> pd.DataFrame:
+        """Combinations of labels in a split: a column of class names per label, and n_cells."""
+        cells = self._of(split)
+        names = {x.name: np.asarray(x.classes, dtype=object)[cells[LABEL + x.name]] for x in self.vocabulary.labels}
+        table = pd.DataFrame(names, index=cells.index)
+        if not names:
+            return pd.DataFrame({"n_cells": [len(cells)]})
+        return table.value_counts(sort=False).rename("n_cells").reset_index().sort_values(list(names), ignore_index=True)
 
     def _of(self, split: str) -> pd.DataFrame:
         if split not in SPLITS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ class _Log:
         self.progress = ProgressWriter(run.folder)
         kept = [row for row in self._rows() if row["step"] <= start]  # what a killed attempt wrote past its checkpoint
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.began, self.first = time.monotonic(), start
+        self.recent: deque[tuple[float, int]] = deque(maxlen=50)  # the rate is that of the last steps, without start-up
 
     def _rows(self) -> Iterator[dict[str, float]]:
         if self.path.exists():
@@ -238,7 +239,9 @@ class _Log:
         return merged
 
     def write(self, step: int, metrics: dict[str, float], grad_norm: float | None) -> None:
-        rate = (step - self.first) * self.order.batch_size / (time.monotonic() - self.began)
+        self.recent.append((time.monotonic(), step))
+        (then, first), (now, _) = self.recent[0], self.recent[-1]
+        rate = (step - first) * self.order.batch_size / (now - then) if now > then else 0.0
         shown = {"loss": metrics.get("train/loss", math.nan), "val": metrics.get("val/loss", math.nan)}
         self.progress.update(
             step, self.config.max_steps, **{k: v for k, v in shown.items() if math.isfinite(v)},

@@ -130,7 +130,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
     raw = trained.engine.export_state(trained.checkpoint)
     assert trained.ema is not None
     if dist.get_rank() == 0:
-        averaged = {**raw, **trained.ema.shadow()}
+        averaged = {**raw, **{k: v.float().cpu() for k, v in trained.ema.state_dict().items()}}
         save_flow(
             run.folder / "model", {"model": averaged, "raw": raw}, config=config.model, path=config.flow,
             latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,

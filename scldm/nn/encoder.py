@@ -117,12 +117,15 @@ class Encoder(nn.Module):
 
     def _pool(self, cells: CellBatch, embedding: Tensor) -> Tensor:
         q = split_heads(self.query(self.norm_query(self.queries)), self.n_heads)  # (h, m, c)
+        ids, lengths = cells.gene_ids, cells.lengths
+        if not ids.is_cuda:  # tables for the genes of this batch only; on an accelerator the sync would cost more
+            genes, ids = torch.unique(ids, return_inverse=True)
+            embedding = embedding[genes]
         if self.pad is not None:  # the last row of the tables
             embedding = torch.cat([embedding, self.pad[None]])
         tables, constant = gene_tables(
             embedding, q, norm=self.norm_context, key_value=self.key_value, n_heads=self.n_heads
         )
-        ids, lengths = cells.gene_ids, cells.lengths
         logits, values = self._entries(tables, constant, ids, cells.counts.to(embedding.dtype))
         if lengths.is_cuda and self.pad is None:
             return pool_padded(logits, values, lengths, cells.cell_index)
