@@ -76,8 +76,11 @@ def _stop_on_sigterm() -> None:
 
 def _load(job: Path, overrides: list[str] | None) -> Any:
     from pipeline.config_io import load_job
+    from pipeline.preflight import check_settings
 
-    return load_job(job, overrides or [])
+    loaded = load_job(job, overrides or [])
+    check_settings(loaded)
+    return loaded
 
 
 @app.command()

@@ -57,10 +57,14 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # The back end's own log still goes to its files; on the terminal it explains nothing to the user.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Reads hold no CPU slot, so Ray starts more workers than the machine has cores, and warns of it below this.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data")
     import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is shown by ours
     if ray.is_initialized():  # by a test, or by whoever called us: theirs to configure and to stop
         yield
         return

@@ -1,7 +1,7 @@
 """What a generation job is asked for, and how it is cut into shards.
 
-A request is a table of conditions with a number of cells each. Cell ids count over the whole request, row after row; shard
-k holds ids [k * shard_size, (k + 1) * shard_size). So a shard is a function of (request, k).
+A request is a table of conditions with a number of cells each. Cell ids count over the whole request, row after row;
+shard k holds ids [k * shard_size, (k + 1) * shard_size). So a shard is a function of (request, k).
 """
 
 from __future__ import annotations
@@ -73,6 +73,17 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
     else:
         table, where = pd.DataFrame({"n_cells": [config.n_cells]}), "generate.n_cells"
     return _checked(table, where, vocabulary)
+
+
+def check_choice(config: GenerateConfig) -> list[str]:
+    """What can be said of a request without knowing the model: problems, or nothing."""
+    try:
+        _exactly_one(config)
+        if config.conditions is not None:
+            _read_table(Path(config.conditions))
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def n_shards(request: Request, shard_size: int) -> int:

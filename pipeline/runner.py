@@ -19,6 +19,7 @@ from pipeline import cluster
 from pipeline.config_io import resolved_yaml
 from pipeline.job import STAGES, JobBase
 from pipeline.lock import stage_lock
+from pipeline.preflight import check_against_data, check_settings
 from pipeline.schedule import (
     Step,
     command_for,
@@ -55,7 +56,9 @@ def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()
         source_path: The job file, for messages and for the record.
         overrides: The `a.b=c` that were applied to it, for the record.
     """
+    check_settings(job)
     steps = schedule(job)
+    _check_ahead(steps)
     folder = pipeline_folder(job)
     if in_ray_package(Path.cwd()):
         say(f"running in Ray's copy of the code, which is thrown away: output goes to {folder}")
@@ -91,12 +94,22 @@ def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrid
                 else:
                     header = _header(step, source_path, overrides)
                     made[step.stage] = _run_step(job, step, inputs, tracking, header)
+                if step.stage == "ingest":  # only now is it known what the data holds
+                    check_against_data({s.stage: s.config for s in steps if s.done is None}, made["ingest"])
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
         tracking.close(status)
+
+
+def _check_ahead(steps: list[Step]) -> None:
+    """What is asked of data that is known already."""
+    todo = {s.stage: s.config for s in steps if s.done is None}
+    known = [s.inputs["ingest"] for s in steps if s.done is None and "ingest" in s.inputs]
+    if known and known[0].facts:
+        check_against_data(todo, known[0])
 
 
 def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking: Tracking, header: str) -> Manifest:

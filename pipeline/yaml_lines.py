@@ -79,7 +79,8 @@ def _check_shape(text: str, where: str) -> None:
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             if depth > MAX_DEPTH:
-                raise InputError(f"{where}:{event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+                line = 0 if event.start_mark is None else event.start_mark.line
+                raise InputError(f"{where}:{line + 1}: nested deeper than {MAX_DEPTH} levels")
     except yaml.YAMLError as error:
         raise _syntax_error(error, where) from None
 

@@ -42,7 +42,10 @@ class CellBatch:
         move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
         return replace(
             self,
-            **{f: move(getattr(self, f)) for f in ("offsets", "gene_ids", "counts", "library_size", "joinids", "weight")},
+            **{
+                f: move(getattr(self, f))
+                for f in ("offsets", "gene_ids", "counts", "library_size", "joinids", "weight")
+            },
             conditions={k: move(v) for k, v in self.conditions.items()},
         )
 

@@ -57,8 +57,11 @@ class LabelVocabulary:
 
     def _explain(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.classes, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.classes[:8])}" + (
-            ", …" if len(self.classes) > 8 else "")
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"known: {', '.join(self.classes[:8])}" + (", …" if len(self.classes) > 8 else "")
+        )
         return f"{self.name} has no class {name!r} ({hint})"
 
 
@@ -88,7 +91,9 @@ class Vocabulary:
         for label in self.labels:
             if label.name == name:
                 return label
-        raise UnknownNameError(f"no label {name!r}; the model knows: {', '.join(x.name for x in self.labels) or 'none'}")
+        raise UnknownNameError(
+            f"no label {name!r}; the model knows: {', '.join(x.name for x in self.labels) or 'none'}"
+        )
 
     def encode_conditions(self, table: Mapping[str, Sequence[str | None]], n: int) -> dict[str, np.ndarray]:
         """Ids per label for n cells; a label that the table does not mention is null everywhere."""
@@ -101,11 +106,13 @@ class Vocabulary:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps({
-            "feature_ids": self.feature_ids,
-            "feature_names": self.feature_names,
-            "labels": {x.name: x.classes for x in self.labels},
-        })
+        return json.dumps(
+            {
+                "feature_ids": self.feature_ids,
+                "feature_names": self.feature_names,
+                "labels": {x.name: x.classes for x in self.labels},
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:

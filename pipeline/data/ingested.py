@@ -119,7 +119,9 @@ class Ingested:
         table = pd.DataFrame(names, index=cells.index)
         if not names:
             return pd.DataFrame({"n_cells": [len(cells)]})
-        return table.value_counts(sort=False).rename("n_cells").reset_index().sort_values(list(names), ignore_index=True)
+        return (
+            table.value_counts(sort=False).rename("n_cells").reset_index().sort_values(list(names), ignore_index=True)
+        )
 
     def _of(self, split: str) -> pd.DataFrame:
         if split not in SPLITS:

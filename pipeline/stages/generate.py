@@ -1,7 +1,8 @@
 """Generate cells for a table of conditions: a Ray Data batch job over shards.
 
-A shard is a function of (models, sampler, seed, shard number); an actor writes it beside its name and renames it, then its
-record. Readers trust the stage's manifest, which lists the committed shards. A job that was killed makes what is missing.
+A shard is a function of (models, sampler, seed, shard number); an actor writes it beside its name and renames it,
+then its record. Readers trust the stage's manifest, which lists the committed shards. A job that was killed makes
+what is missing.
 """
 
 from __future__ import annotations
@@ -80,11 +81,14 @@ class Generator:
             rows = slice(i, min(i + self.spec["batch_size"], len(conditions)))
             parts.append(
                 generate_cells(
-                    self.vae, self.flow,
+                    self.vae,
+                    self.flow,
                     cell_ids=range(start + rows.start, start + rows.stop),
                     conditions={k: v[rows] for k, v in ids.items()},
-                    library=statistics[rows], sampler=self.sampler, seed=self.spec["seed"],
-                )  # fmt: skip
+                    library=statistics[rows],
+                    sampler=self.sampler,
+                    seed=self.spec["seed"],
+                )
             )
         return to_anndata(parts, names, vocabulary, start=start, shard=shard, spec=self.spec)
 
@@ -212,12 +216,3 @@ def _committed(root: Path, folder: Path) -> list[dict[str, Any]]:
                 if hashlib.file_digest(f, "sha256").hexdigest() == record["sha256"]:
                     records.append(record)
     return records
-
-
-def check(config: GenerateConfig, manifests: Mapping[str, Any]) -> None:
-    """Bad conditions are said before anything starts."""
-    ingest = manifests.get("ingest")
-    if ingest is None:
-        return
-    data = Ingested.open(ingest)
-    read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})

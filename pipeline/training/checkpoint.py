@@ -1,8 +1,8 @@
 """Checkpoints that exist if and only if their MANIFEST.json verifies.
 
 Every worker writes its files into a folder whose name is used once, says their sizes and sha256, and rank 0 writes the
-manifest last, by rename. Resuming takes the newest folder that verifies and walks back past the others. DeepSpeed's files
-are pickles: they are opened only after their hash matched a manifest of the run's own folder.
+manifest last, by rename. Resuming takes the newest folder that verifies and walks back past the others. DeepSpeed's
+files are pickles: they are opened only after their hash matched a manifest of the run's own folder.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def save(root: Path, position: Position, write: Callable[[Path], None], *, keep_
 
 def newest(root: Path) -> tuple[Found | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over."""
-    rejected = []
+    rejected: list[str] = []
     for folder in sorted(root.glob("step-*"), reverse=True):
         if not (folder / MANIFEST).is_file():
             continue  # never finished: not a checkpoint
@@ -106,8 +106,8 @@ def check_fits(found: Found, position: Position) -> None:
         raise InputError(f"{found.folder} was written under another configuration; use another output folder")
     if was.world_size != position.world_size and was.zero_stage > 0:
         raise InputError(
-            f"{found.folder} was written by {was.world_size} workers with ZeRO stage {was.zero_stage}, whose shards cannot "
-            f"be read by {position.world_size}; run with resources.workers={was.world_size}, or remove the folder "
+            f"{found.folder} was written by {was.world_size} workers with ZeRO stage {was.zero_stage}, whose shards "
+            f"cannot be read by {position.world_size}; run with resources.workers={was.world_size}, or remove the folder "
             f"{found.folder.parent} to start again"
         )
 

@@ -1,7 +1,7 @@
 """DeepSpeed, and nothing else of the training: the one module that imports it.
 
-The engine averages gradients over workers and over the micro batches of a step, clips them, and steps the optimizer. ZeRO
-stages, precision and accumulation come from our typed config; the learning rate is ours and set at every step.
+The engine averages gradients over workers and over the micro batches of a step, clips them, and steps the optimizer.
+ZeRO stages, precision and accumulation come from our typed config; the learning rate is ours and set at every step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TAG = "state"
 def _import_deepspeed() -> Any:
     """DeepSpeed, told not to compile C++ on a machine without accelerator.
 
-    At its first initialize it would build a shared-memory communicator for minutes, or fail without a compiler. The name
-    is private to DeepSpeed; a test says so when it moves.
+    At its first initialize it would build a shared-memory communicator for minutes, or fail without a compiler. The
+    name is private to DeepSpeed; a test says so when it moves.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

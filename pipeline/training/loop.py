@@ -1,7 +1,7 @@
 """The training loop: the same for the VAE and for the flow, under Ray Train and under torchrun.
 
-A step is one global batch. Its learning rate, its cells and its randomness are functions of (seed, step), so a run that was
-killed and goes on from a checkpoint does what the uninterrupted run would have done.
+A step is one global batch. Its learning rate, its cells and its randomness are functions of (seed, step), so a run
+that was killed and goes on from a checkpoint does what the uninterrupted run would have done.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import torch
@@ -61,7 +61,7 @@ class Run:
 
     folder: Path  # of the stage
     config_hash: str
-    feed_engine: str  # "ray" or "local"
+    feed_engine: Literal["ray", "local"]
     tracker: Any
     on_checkpoint: Callable[[dict[str, float]], None] = lambda metrics: None
 

@@ -101,10 +101,17 @@ class FlowObjective:
         conditions = drop_labels(
             batch.conditions, self.n_classes, p=self.label_dropout, uniform=coins, strategy=self.module.config.strategy
         )
-        return self._per_cell(model, batch, noise, t, conditions), batch.weight.to(next(self.module.parameters()).device)
+        return self._per_cell(model, batch, noise, t, conditions), batch.weight.to(
+            next(self.module.parameters()).device
+        )
 
     def _per_cell(
-        self, model: Callable[..., Tensor], batch: LatentBatch, noise: Tensor, t: Tensor, conditions: Mapping[str, Tensor]
+        self,
+        model: Callable[..., Tensor],
+        batch: LatentBatch,
+        noise: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Tensor],
     ) -> Tensor:
         device = next(self.module.parameters()).device
         x1, noise, t = batch.latents.to(device), noise.to(device), self.t0 + (self.t1 - self.t0) * t.to(device)

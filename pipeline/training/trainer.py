@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.job import ResourcesConfig, TrainConfig
+from pipeline.preflight import feed_problems
 from pipeline.progress import ProgressReader
 from pipeline.stage import InputError
 
@@ -31,7 +32,8 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    check_resources(train, resources)
+    if problems := feed_problems(train, resources):
+        raise InputError("\n".join(problems))
     gpu = resources.gpus_per_worker > 0
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if gpu:
@@ -53,23 +55,6 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
     if result.error is not None:
         raise result.error
     return result.return_value
-
-
-def check_resources(train: TrainConfig, resources: ResourcesConfig) -> None:
-    """Batch, lanes and workers must divide one another; said before anything starts."""
-    feed, problems = train.feed, []
-    if feed.lanes % resources.workers:
-        problems.append(
-            f"train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({resources.workers}); "
-            f"set train.feed.lanes={-(-feed.lanes // resources.workers) * resources.workers}"
-        )
-    if feed.batch_size % feed.lanes:
-        problems.append(
-            f"train.feed.batch_size ({feed.batch_size}) must be a multiple of train.feed.lanes ({feed.lanes}); "
-            f"set train.feed.batch_size={-(-feed.batch_size // feed.lanes) * feed.lanes}"
-        )
-    if problems:
-        raise InputError("\n".join(problems))
 
 
 def threads_per_worker(resources: ResourcesConfig) -> int:

@@ -47,14 +47,14 @@ class WorkerSpec(StrictModel):
     card: str = ""
 
 
-def train_worker(raw: dict[str, Any], on_checkpoint: Callable[[dict[str, float]], None] | None = None) -> dict[str, Any]:
+def train_worker(
+    raw: dict[str, Any], on_checkpoint: Callable[[dict[str, float]], None] | None = None
+) -> dict[str, Any]:
     """Train; the process group is up. Returns the facts of the stage (the same on every rank)."""
     spec = WorkerSpec.model_validate(raw)
     torch.set_num_threads(spec.threads)
     tracker = StageTracker.attach(spec.tracker if dist.get_rank() == 0 else {})
-    run = Run(
-        Path(spec.folder), spec.version, spec.feed_engine, tracker, on_checkpoint or (lambda metrics: None)
-    )
+    run = Run(Path(spec.folder), spec.version, spec.feed_engine, tracker, on_checkpoint or (lambda metrics: None))
     inputs = {k: Manifest(**v) for k, v in spec.inputs.items()}
     try:
         return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
@@ -142,7 +142,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
     """The latent cache of a split, as a source of blocks."""
     files = encoded.facts["shards"][split]
-    return IpcBlocks(str(encoded.path("latents")), [(f["file"], f["n_cells"]) for f in files])
+    return IpcBlocks(str(encoded.path("latents")), tuple((f["file"], f["n_cells"]) for f in files))
 
 
 def make_order(source: Any, config: FeedConfig, seed: int) -> FeedOrder:

@@ -1,13 +1,15 @@
 """From latent tokens to one logit per gene, in gene tiles.
 
-Every gene of every cell goes through attention to the m latent tokens and a SwiGLU, so this is where the time goes. What
-keeps it affordable, exactly:
+Every gene of every cell goes through attention to the m latent tokens and a SwiGLU, so this is where the time goes.
+What keeps it affordable, exactly:
 
 * the query side (LayerNorm and projection of the gene embedding) is the same for all cells: computed once per batch;
 * the head reads one or two numbers per gene, so the last matrix of the SwiGLU is folded into the head;
-* genes go through in tiles and, in training, are computed again in the backward pass: nothing of size b x g x d is kept.
+* genes go through in tiles and, in training, are computed again in the backward pass: nothing of size b x g x d is
+  kept.
 
-Shape letters: b cells, g genes, m latent tokens, e latent width, d model width, h heads, c channels per head, r outputs.
+Shape letters: b cells, g genes, m latent tokens, e latent width, d model width, h heads, c channels per head, r
+outputs.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ class Decoder(nn.Module):
         d, self.n_heads = config.d_model, config.n_heads_cross
         self.eps = config.eps
         self.from_latent = nn.Linear(config.latent_width, d, bias=config.bias)
-        block = {"bias": config.bias, "multiple_of": config.multiple_of, "eps": config.eps}
-        self.blocks = nn.ModuleList(SelfAttentionBlock(d, config.n_heads, **block) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(
+            SelfAttentionBlock(d, config.n_heads, bias=config.bias, multiple_of=config.multiple_of, eps=config.eps)
+            for _ in range(config.n_layers)
+        )
         self.norm_query = nn.LayerNorm(d, eps=config.eps)
         self.norm_context = nn.LayerNorm(d, eps=config.eps)
         self.query = nn.Linear(d, d, bias=config.bias)

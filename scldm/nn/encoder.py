@@ -1,7 +1,7 @@
 """From a set of gene counts to a few latent tokens.
 
-One cross-attention block pools the expressed genes into m learned queries, self-attention blocks mix them, a linear layer
-brings them to the latent width, and a LayerNorm without affine ends it. The latent is deterministic.
+One cross-attention block pools the expressed genes into m learned queries, self-attention blocks mix them, a linear
+layer brings them to the latent width, and a LayerNorm without affine ends it. The latent is deterministic.
 
 Shape letters: b cells, n expressed entries of all cells, m latent tokens, e latent width, d model width, h heads.
 """
@@ -100,8 +100,10 @@ class Encoder(nn.Module):
             if config.zero_positions
             else None
         )
-        block = {"bias": config.bias, "multiple_of": config.multiple_of, "eps": config.eps}
-        self.blocks = nn.ModuleList(SelfAttentionBlock(d, config.n_heads, **block) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(
+            SelfAttentionBlock(d, config.n_heads, bias=config.bias, multiple_of=config.multiple_of, eps=config.eps)
+            for _ in range(config.n_layers)
+        )
         self.to_latent = nn.Linear(d, config.latent_width, bias=config.bias)
 
     def forward(self, cells: CellBatch, embedding: Tensor) -> Tensor:

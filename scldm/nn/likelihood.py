@@ -1,8 +1,8 @@
 """Negative binomial of counts, given proportions of genes and the library size of a cell.
 
 mu = softmax over genes (logit / temperature) * library_size, theta the inverse dispersion: Var = mu + mu^2 / theta.
-Terms with gamma functions are needed at non-zero counts only; for a zero count log p = theta (log theta - log(theta + mu)).
-EPS is upstream's, inside every logarithm.
+Terms with gamma functions are needed at non-zero counts only; for a zero count log p = theta (log theta - log(theta +
+mu)). EPS is upstream's, inside every logarithm.
 
 Shape letters: b cells, g genes, n non-zero entries.
 """

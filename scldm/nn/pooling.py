@@ -1,10 +1,12 @@
 """Attention of a few queries over the expressed genes of each cell, at the cost of the expressed genes only.
 
-Keys and values are *per-gene tables*. That is exact for upstream's multiplicative inputs, because LayerNorm(f E_g) with a
-count factor f is s (E_g - mean E_g) * weight + bias with the scalar s = f / sqrt(f^2 var(E_g) + eps): a count only scales
-the gene's row. It is also how the count-aware input is built: there a count adds to the logit and scales the value.
+Keys and values are *per-gene tables*. That is exact for upstream's multiplicative inputs, because LayerNorm(f E_g)
+with a count factor f is s (E_g - mean E_g) * weight + bias with the scalar s = f / sqrt(f^2 var(E_g) + eps): a count
+only scales the gene's row. It is also how the count-aware input is built: there a count adds to the logit and scales
+the value.
 
-Shape letters: b cells, n expressed entries of all cells, g genes, m queries, d model width, h heads, c channels per head.
+Shape letters: b cells, n expressed entries of all cells, g genes, m queries, d model width, h heads, c channels per
+head.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def gene_tables(
         queries: Projected queries, (h, m, c).
 
     Returns:
-        The tables and the constant part of the values, (h, c). The constant part of the keys is the same for every entry
-        of a softmax and cancels.
+        The tables and the constant part of the values, (h, c). The constant part of the keys is the same for every
+        entry of a softmax and cancels.
     """
     variance, mean = torch.var_mean(embedding, dim=-1, correction=0, keepdim=True)
     weight_k, weight_v = key_value.weight.chunk(2)

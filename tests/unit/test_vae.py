@@ -88,7 +88,9 @@ def test_gradients_equal_upstream_for_every_parameter(name):
 
 def small_vae(seed: int = 0, **choices) -> VAE:
     torch.manual_seed(seed)
-    vae = VAE(VAEConfig(d_model=16, n_latent_tokens=4, latent_width=6, n_heads=2, n_heads_cross=2, **choices), n_genes=40)
+    vae = VAE(
+        VAEConfig(d_model=16, n_latent_tokens=4, latent_width=6, n_heads=2, n_heads_cross=2, **choices), n_genes=40
+    )
     with torch.no_grad():  # the count function starts as the identity; give it something to say
         for p in vae.encoder.counts.parameters():
             p.normal_(std=0.5)
@@ -115,7 +117,9 @@ def test_a_cells_latent_does_not_depend_on_the_other_cells_of_the_batch():
     torch.testing.assert_close(vae.encode(many)[2:3], vae.encode(alone))
 
 
-@pytest.mark.parametrize(("mode", "sees"), [("count_aware", True), ("log1p", False), ("sqrt", False), ("anscombe", False)])
+@pytest.mark.parametrize(
+    ("mode", "sees"), [("count_aware", True), ("log1p", False), ("sqrt", False), ("anscombe", False)]
+)
 def test_only_the_count_aware_encoder_sees_how_much_a_gene_is_expressed(mode, sees):
     vae, cells = small_vae(input=mode), some_cells()
     ones = dataclasses.replace(cells, counts=torch.ones_like(cells.counts))
@@ -197,7 +201,9 @@ def test_padded_pooling_equals_pooling_cell_by_cell():
     logits = torch.randn(11, 2, 4, generator=g, dtype=torch.float64)
     values = torch.randn(11, 2, 5, generator=g, dtype=torch.float64)
     index = torch.repeat_interleave(torch.arange(3), lengths)
-    torch.testing.assert_close(pool_padded(logits, values, lengths, index), pool_cells(logits, values, lengths.tolist()))
+    torch.testing.assert_close(
+        pool_padded(logits, values, lengths, index), pool_cells(logits, values, lengths.tolist())
+    )
 
 
 def test_drawn_counts_have_the_mean_and_variance_of_the_negative_binomial():
@@ -231,5 +237,3 @@ def test_negative_counts_are_refused():
 def test_a_width_that_the_heads_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"d_model \(30\) must be a multiple of n_heads \(8\)"):
         VAEConfig(d_model=30, n_heads=8)
-
-

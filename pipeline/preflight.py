@@ -1,0 +1,60 @@
+"""What can go wrong in a job is said before it starts, not after the training it comes behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pipeline.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, stage_configs
+from pipeline.stage import InputError, Manifest
+
+if TYPE_CHECKING:
+    from scldm.config import StrictModel
+
+
+def check_settings(job: JobBase) -> None:
+    """Settings that must fit one another. All problems at once."""
+    problems: list[str] = []
+    for stage, config in stage_configs(job).items():
+        where = f"{stage}." if job.kind == "line" else ""  # type: ignore[attr-defined]
+        if (train := getattr(config, "train", None)) is not None:
+            problems += feed_problems(train, job.resources, where)
+        if isinstance(config, GenerateConfig):
+            from pipeline.generation import check_choice
+
+            problems += check_choice(config)
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "") -> list[str]:
+    """Batch, lanes and workers must divide one another."""
+    feed, problems = train.feed, []
+    if feed.lanes % resources.workers:
+        problems.append(
+            f"{where}train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({resources.workers}); "
+            f"set {where}train.feed.lanes={-(-feed.lanes // resources.workers) * resources.workers}"
+        )
+    if feed.batch_size % feed.lanes:
+        problems.append(
+            f"{where}train.feed.batch_size ({feed.batch_size}) must be a multiple of {where}train.feed.lanes "
+            f"({feed.lanes}); set {where}train.feed.batch_size={-(-feed.batch_size // feed.lanes) * feed.lanes}"
+        )
+    return problems
+
+
+def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
+    """What later stages ask for must be in the data; called as soon as the data is known."""
+    config = configs.get("generate")
+    if isinstance(config, GenerateConfig):
+        from pipeline.data.ingested import Ingested
+        from pipeline.generation import read_request
+
+        data = Ingested.open(ingest)
+        read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
+    for stage, split in (("train_vae", "validation"), ("evaluate", getattr(configs.get("evaluate"), "split", None))):
+        if stage in configs and split is not None and not ingest.facts["n_cells"].get(split):
+            raise InputError(
+                f"{stage} needs cells of the {split} split and there are none; "
+                f"raise ingest.split.{split} or give the source more cells"
+            )

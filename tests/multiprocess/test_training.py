@@ -1,0 +1,129 @@
+"""Two real ranks under torchrun, with DeepSpeed and without Ray: kills, damaged checkpoints, and the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.job import IngestConfig, TrainVaeConfig
+from pipeline.stage import Manifest, StageContext
+from pipeline.stages import ingest
+from pipeline.training.checkpoint import newest, verify
+
+pytestmark = pytest.mark.multiprocess
+STEPS = 12
+TRAIN = {
+    "max_steps": STEPS, "checkpoint_every": 4, "validate_every": 6, "validation_cells": 32, "genes_per_step": 40,
+    "feed": {"batch_size": 32, "micro_batch_size": 8, "lanes": 4}, "keep_last": 3,
+}  # fmt: skip
+MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4}
+
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory) -> Manifest:
+    folder = tmp_path_factory.mktemp("ingest")
+    source = {"type": "synthetic", "n_cells": 300, "n_genes": 80, "n_types": 3}
+    context = StageContext(folder, {}, 0, SimpleNamespace(), None)
+    facts = ingest.run(IngestConfig.model_validate({"source": source}), context)
+    return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
+
+
+def start(folder: Path, ingested: Manifest, **train) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    config = TrainVaeConfig.model_validate({"model": MODEL, "train": {**TRAIN, **train}})
+    spec = {
+        "kind": "vae", "config": config.model_dump(mode="json"), "inputs": {"ingest": asdict(ingested)},
+        "folder": str(folder), "version": "v", "seed": 0, "feed_engine": "local", "tracker": {},
+    }  # fmt: skip
+    (folder / "spec.json").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "pipeline.training.worker", str(folder / "spec.json")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    log = (folder / "log").open("a")
+    return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def train(folder: Path, ingested: Manifest, **settings) -> None:
+    process = start(folder, ingested, **settings)
+    assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, ingested) -> Path:
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, ingested)
+    return folder
+
+
+def curve(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["train/loss"] for r in rows}
+
+
+def assert_same_model(a: Path, b: Path, **tolerance) -> None:
+    one, two = load_file(a / "model" / "model.safetensors"), load_file(b / "model" / "model.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def test_training_lowers_the_loss_and_commits_checkpoints_that_verify(whole):
+    folders = sorted((whole / "checkpoints").glob("step-*"))
+    assert [int(p.name.split("-")[1]) for p in folders] == [4, 8, 12]
+    assert all(verify(p) is None for p in folders)
+    losses = curve(whole)
+    assert losses[12] < losses[10] * 1.5
+    assert {p.name for p in (whole / "model").iterdir()} == {
+        "model.safetensors", "config.json", "vocabulary.json", "library_size.json", "README.md",
+    }  # fmt: skip
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_path, whole, ingested):
+    process = start(tmp_path / "run", ingested)
+    deadline = time.monotonic() + 240
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while not list(checkpoints.glob("step-*4-*/MANIFEST.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    found, _ = newest(checkpoints)
+    assert found is not None
+    assert found.position.step < STEPS, "the run was over before it was killed"
+    train(tmp_path / "run", ingested)
+    assert_same_model(tmp_path / "run", whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path, whole, ingested):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "model")
+    last = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    shard = next(last.rglob("*zero_pp_rank_1*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    found, rejected = newest(folder / "checkpoints")
+    assert found.position.step == 8
+    assert "another sha256" in rejected[0]
+    train(folder, ingested)
+    assert "passed over" in (folder / "log").read_text()
+    assert_same_model(folder, whole)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_zero_stages_give_the_same_model(tmp_path, whole, ingested, stage):
+    train(tmp_path / "run", ingested, zero_stage=stage)
+    assert_same_model(tmp_path / "run", whole, rtol=1e-4, atol=1e-5)
