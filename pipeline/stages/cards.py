@@ -21,7 +21,7 @@ def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -
     lines = [
         f"# {_WHAT[kind]}",
         "",
-        "Architecture: Palla et al., arXiv 2511.02986. Weights: safetensors; genes and classes by name: `vocabulary.json`.",
+        "Architecture: Palla et al., arXiv 2511.02986. Genes and classes by name: `vocabulary.json`.",
         "",
         f"* data: {ingest.get('source', 'not stated')} (digest {str(ingest.get('digest', ''))[:12]})",
         f"* cells: {ingest['n_cells']}; genes: {ingest['n_genes']}; labels: {', '.join(ingest['labels']) or 'none'}",

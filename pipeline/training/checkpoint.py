@@ -106,9 +106,9 @@ def check_fits(found: Found, position: Position) -> None:
         raise InputError(f"{found.folder} was written under another configuration; use another output folder")
     if was.world_size != position.world_size and was.zero_stage > 0:
         raise InputError(
-            f"{found.folder} was written by {was.world_size} workers with ZeRO stage {was.zero_stage}, whose shards "
-            f"cannot be read by {position.world_size}; run with resources.workers={was.world_size}, or remove the folder "
-            f"{found.folder.parent} to start again"
+            f"{found.folder} was written by {was.world_size} workers with ZeRO stage {was.zero_stage}; "
+            f"{position.world_size} cannot read their shards; run with resources.workers={was.world_size}, "
+            f"or remove the folder {found.folder.parent} to start again"
         )
 
 

@@ -68,16 +68,17 @@ def whole(tmp_path_factory, ingested) -> Path:
     return folder
 
 
-def curve(folder: Path) -> dict[int, float]:
+def curve(folder: Path) -> dict[str, float]:
+    """Training and validation losses by "key at step"."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: r["train/loss"] for r in rows}
+    return {f"{k} at {r['step']}": r[k] for r in rows for k in ("train/loss", "val/loss") if k in r}
 
 
-def assert_same_model(a: Path, b: Path, **tolerance) -> None:
+def assert_same_model(a: Path, b: Path) -> None:
     one, two = load_file(a / "model" / "model.safetensors"), load_file(b / "model" / "model.safetensors")
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(one[name], two[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0, msg=name)
 
 
 def test_training_lowers_the_loss_and_commits_checkpoints_that_verify(whole):
@@ -85,7 +86,7 @@ def test_training_lowers_the_loss_and_commits_checkpoints_that_verify(whole):
     assert [int(p.name.split("-")[1]) for p in folders] == [4, 8, 12]
     assert all(verify(p) is None for p in folders)
     losses = curve(whole)
-    assert losses[12] < losses[10] * 1.5
+    assert losses["val/loss at 12"] < losses["val/loss at 6"]
     assert {p.name for p in (whole / "model").iterdir()} == {
         "model.safetensors", "config.json", "vocabulary.json", "library_size.json", "README.md",
     }  # fmt: skip
@@ -124,6 +125,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_zero_stages_give_the_same_model(tmp_path, whole, ingested, stage):
+def test_zero_stages_give_the_same_training_curve(tmp_path, whole, ingested, stage):
+    """Not the same weights: the head's bias, say, has no gradient but rounding, which Adam makes large."""
     train(tmp_path / "run", ingested, zero_stage=stage)
-    assert_same_model(tmp_path / "run", whole, rtol=1e-4, atol=1e-5)
+    own, expected = curve(tmp_path / "run"), curve(whole)
+    assert own.keys() == expected.keys()
+    assert list(own.values()) == pytest.approx(list(expected.values()), rel=1e-5)
