@@ -1,4 +1,4 @@
-"""One local Ray cluster for all integration tests."""
+"""One local Ray cluster for a test session."""
 
 import os
 
