@@ -22,7 +22,7 @@ from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
 from pipeline.data.order import FeedOrder
 from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
-from pipeline.stage import Manifest
+from pipeline.stage import InputError, Manifest
 from pipeline.tracking import StageTracker
 from pipeline.training.loop import Run, Trained, run_training
 from pipeline.training.objectives import FlowObjective, VaeObjective, validation_tables
@@ -141,6 +141,8 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
     """The latent cache of a split, as a source of blocks."""
+    if split not in encoded.facts["shards"]:
+        raise InputError(f"the latent cache {encoded.folder} holds no {split} cells; add {split} to encode.splits")
     files = encoded.facts["shards"][split]
     return IpcBlocks(str(encoded.path("latents")), tuple((f["file"], f["n_cells"]) for f in files))
 

@@ -1,0 +1,48 @@
+"""What is wrong with a job is said before anything of it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.config_io import load_job
+from pipeline.job import EvaluateConfig, GenerateConfig, IngestConfig
+from pipeline.preflight import check_against_data, check_settings
+from pipeline.stage import InputError, Manifest, StageContext
+from pipeline.stages import ingest
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory) -> Manifest:
+    folder = tmp_path_factory.mktemp("ingest")
+    config = IngestConfig.model_validate(
+        {"source": {"type": "synthetic", "n_cells": 200, "n_genes": 40, "n_types": 3}, "split": {"test": 0}}
+    )
+    facts = ingest.run(config, StageContext(folder, {}, 0, SimpleNamespace(), None))
+    return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
+
+
+def test_lanes_workers_and_batch_must_fit_and_all_that_do_not_is_said_at_once():
+    job = load_job(JOBS / "demo.yaml", ["train_vae.train.feed.lanes=3", "generate={like: train, per_label: {a: 1}}"])
+    with pytest.raises(InputError) as error:
+        check_settings(job)
+    message = str(error.value)
+    assert "train_vae.train.feed.lanes (3) must be a multiple of resources.workers (2)" in message
+    assert "set train_vae.train.feed.batch_size=66" in message
+    assert "generate takes one of" in message
+
+
+def test_a_class_that_was_never_measured_is_refused_as_soon_as_the_data_is_known(ingested):
+    wanted = GenerateConfig(cells=[{"cell_type": "neuron", "n_cells": 1}])
+    with pytest.raises(InputError, match="no class 'neuron'"):
+        check_against_data({"generate": wanted}, ingested)
+    check_against_data({"generate": GenerateConfig(like="train")}, ingested)
+
+
+def test_a_split_without_cells_is_said_before_training(ingested):
+    with pytest.raises(InputError, match=r"raise ingest\.split\.test"):
+        check_against_data({"evaluate": EvaluateConfig(split="test")}, ingested)
