@@ -37,6 +37,8 @@ KEY_FIGURES = {
     *("auroc", "zero_fraction_difference", "library_size_ks", "genes_per_cell_ks"),
 }
 
+NO_LABEL = "cells"  # stands for the label where a model has none
+
 
 def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
     """Evaluate, write report.html, metrics.json, metrics.csv and figures/*.png, and return the facts."""
@@ -50,6 +52,10 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
     generated = read_generated(inputs["generate"], max_cells=config.max_cells, rng=np.random.default_rng(config.seed))
     loaded = load_vae(inputs["train_vae"].path("model"))
     labels = [label.name for label in loaded.vocabulary.labels]
+    if not labels:  # a model without conditions: all cells are of one kind, which the baselines are then fitted to
+        labels = [NO_LABEL]
+        for adata in (held_out, training, generated):
+            adata.obs[NO_LABEL] = "all"
     decoded = decode_cells(loaded, held_out, n_cells=config.reconstruction_cells)
     result = evaluate(
         held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded
