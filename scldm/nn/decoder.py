@@ -6,7 +6,8 @@ What keeps it affordable, exactly:
 * the query side (LayerNorm and projection of the gene embedding) is the same for all cells: computed once per batch;
 * the head reads one or two numbers per gene, so the last matrix of the SwiGLU is folded into the head;
 * genes go through in tiles and, in training, are computed again in the backward pass: nothing of size b x g x d is
-  kept.
+  kept;
+* where heads are narrow, as in small models, `scldm.nn.fused_decoder` does the same in fewer and larger products.
 
 Shape letters: b cells, g genes, m latent tokens, e latent width, d model width, h heads, c channels per head, r
 outputs.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scldm.nn.config import VAEConfig
+from scldm.nn.fused_decoder import decode_genes, folds
 from scldm.nn.layers import SelfAttentionBlock, SwiGLU, merge_heads, split_heads
 
 TILE = 512  # genes; fits the caches of a CPU core at d = 32 .. 128
@@ -46,14 +48,27 @@ class Decoder(nn.Module):
         self.mlp = SwiGLU(d, config.multiple_of)
         self.head = nn.Linear(d, n_outputs)
 
-    def forward(self, z: Tensor, embedding: Tensor, *, tile: int = TILE) -> Tensor:
-        """Outputs (b, g, r) for latents (b, m, e) and the embeddings (g, d) of the genes asked for."""
+    def forward(self, z: Tensor, embedding: Tensor, *, tile: int | None = None, fused: bool | None = None) -> Tensor:
+        """Outputs (b, g, r).
+
+        Args:
+            z: Latents, (b, m, e).
+            embedding: Embeddings of the genes asked for, (g, d).
+            tile: Genes at a time; by default what fits the caches.
+            fused: Whether the hand-written block computes it or the plain one; by default what is quicker. The two
+                agree to rounding.
+        """
         x = self.from_latent(F.layer_norm(z, z.shape[-1:], eps=self.eps))
         for block in self.blocks:
             x = block(x)
         k, v = (split_heads(y, self.n_heads) for y in self.key_value(self.norm_context(x)).chunk(2, dim=-1))
-        q = split_heads(self.query(self.norm_query(embedding)), self.n_heads)  # (h, g, c)
-        tiles = zip(q.split(tile, dim=1), embedding.split(tile), strict=True)
+        q = self.query(self.norm_query(embedding))  # (g, d)
+        if fused is None:
+            fused = folds(n_heads=self.n_heads, channels=k.shape[-1], dtype=k.dtype)
+        if fused:
+            return decode_genes(q, embedding, k, v, block=self, eps=self.eps, tile=tile)
+        tile = tile or TILE
+        tiles = zip(split_heads(q, self.n_heads).split(tile, dim=1), embedding.split(tile), strict=True)
         if torch.is_grad_enabled():
             parts = [checkpoint(self._tile, q_tile, e, k, v, use_reentrant=False) for q_tile, e in tiles]
         else:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from scldm.batch import CellBatch
-
-EPS = 1e-8
+from scldm.nn.nb_sparse import EPS, sparse_nb_nll
 
 
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
@@ -79,26 +78,21 @@ def nb_nll(cells: CellBatch, log_proportion: Tensor, theta: Tensor, sample: Gene
         theta: Inverse dispersion, (s,) or (b, s).
         sample: If given, the genes that the columns stand for; the sum is then an estimate of the sum over all genes.
     """
-    mu = log_proportion.exp() * cells.library_size.to(log_proportion.dtype)[:, None]
-    zero_terms = theta * ((theta + EPS).log() - (theta + mu + EPS).log())  # what each gene would give at count 0
-    weight = None if sample is None else sample.weight.to(mu.dtype)
-    dense = zero_terms.sum(1) if weight is None else zero_terms @ weight
-    cell, column, x = cells.cell_index, cells.gene_ids, cells.counts.to(mu.dtype)
+    weight = None if sample is None else sample.weight.to(log_proportion.dtype)
+    cell, column, counts = cells.cell_index, cells.gene_ids, cells.counts.to(log_proportion.dtype)
     if sample is not None:
         column = sample.position[column]
         kept = column >= 0
-        cell, column, x = cell[kept], column[kept], x[kept]
-    mu_x = mu[cell, column]
-    theta_x = theta[column] if theta.ndim == 1 else theta[cell, column]
-    extra = (
-        x * ((mu_x + EPS).log() - (theta_x + mu_x + EPS).log())
-        + torch.lgamma(x + theta_x)
-        - torch.lgamma(theta_x)
-        - torch.lgamma(x + 1)
+        cell, column, counts = cell[kept], column[kept], counts[kept]
+    return sparse_nb_nll(
+        log_proportion,
+        theta,
+        library_size=cells.library_size.to(log_proportion.dtype),
+        weight=weight,
+        cell=cell,
+        column=column,
+        counts=counts,
     )
-    if weight is not None:
-        extra = extra * weight[column]
-    return -(dense + dense.new_zeros(len(dense)).index_add(0, cell, extra))
 
 
 def draw_counts(mu: Tensor, theta: Tensor, generator: torch.Generator) -> Tensor:

@@ -53,6 +53,26 @@ def gene_tables(
     return GeneTables(scores, values, variance.squeeze(-1)), constant.unflatten(-1, (n_heads, -1))
 
 
+def joint_table(
+    embedding: Tensor, queries: Tensor, *, norm: nn.LayerNorm, key_value: nn.Linear, n_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and values of `gene_tables` side by side, (g, h m + h c), for `scldm.nn.fused_pooling`.
+
+    Centring, weight, key projection and queries are one (d, h m + h c) matrix, so that the table is one product.
+
+    Returns:
+        The table, the variance of each embedding over d, (g,), and the constant part of the values, (h, c).
+    """
+    weight_k, weight_v = key_value.weight.chunk(2)
+    folded = torch.einsum("hcd,hmc->dhm", weight_k.unflatten(0, (n_heads, -1)), queries).flatten(1)
+    folded = torch.cat([folded / math.sqrt(queries.shape[-1]), weight_v.T], dim=1) * norm.weight[:, None]
+    centred = embedding - embedding.mean(-1, keepdim=True)
+    constant = norm.bias @ weight_v.T
+    if key_value.bias is not None:
+        constant = constant + key_value.bias.chunk(2)[1]
+    return centred @ folded, centred.square().mean(-1), constant.unflatten(-1, (n_heads, -1))
+
+
 @dataclass(frozen=True)
 class PadToken:
     """Upstream's unmasked pads: n identical tokens of a cell are one token with log(n) added to its logit."""

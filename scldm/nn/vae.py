@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scldm.batch import CellBatch
 from scldm.nn.config import VAEConfig
-from scldm.nn.decoder import TILE, Decoder
+from scldm.nn.decoder import Decoder
 from scldm.nn.encoder import Encoder
 from scldm.nn.likelihood import GeneSample, nb_nll
 
@@ -74,7 +74,7 @@ class VAE(nn.Module):
         """Latents, (b, m, e)."""
         return self.encoder(cells, self.gene_embedding)
 
-    def decode(self, z: Tensor, library_size: Tensor, *, tile: int = TILE) -> CountDistribution:
+    def decode(self, z: Tensor, library_size: Tensor, *, tile: int | None = None) -> CountDistribution:
         """Distribution of the counts of all genes, given latents (b, m, e) and library sizes (b,)."""
         log_proportion, theta = self._decode(z, None, tile)
         return CountDistribution(log_proportion.exp() * library_size[:, None], theta)
@@ -83,7 +83,7 @@ class VAE(nn.Module):
         """Mean counts, (b, g)."""
         return self.decode(z, library_size).mu
 
-    def nll(self, cells: CellBatch, z: Tensor, *, sample: GeneSample | None = None, tile: int = TILE) -> Tensor:
+    def nll(self, cells: CellBatch, z: Tensor, *, sample: GeneSample | None = None, tile: int | None = None) -> Tensor:
         """Negative log-likelihood of the cells' counts in nats, summed over genes, (b,)."""
         log_proportion, theta = self._decode(z, sample, tile)
         return nb_nll(cells, log_proportion, theta, sample)
@@ -98,7 +98,7 @@ class VAE(nn.Module):
         """
         return self.nll(cells, self.encode(cells if seen is None else seen), sample=sample)
 
-    def _decode(self, z: Tensor, sample: GeneSample | None, tile: int) -> tuple[Tensor, Tensor]:
+    def _decode(self, z: Tensor, sample: GeneSample | None, tile: int | None) -> tuple[Tensor, Tensor]:
         """Log proportions (b, s) and theta (s,) or (b, s), in fp32, of all genes or of a sample of them."""
         embedding = self.gene_embedding if self.decoder_embedding is None else self.decoder_embedding
         log_theta, gene_bias = self.log_theta, self.gene_bias
