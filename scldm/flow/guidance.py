@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ class ConditionalModel(Protocol):
     strategy: Literal["joint", "mutually_exclusive"]
 
     def __call__(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor: ...
+
+
+@runtime_checkable
+class SharesTime(Protocol):
+    """A network that saves work where all cells have one time."""
+
+    def at_one_time(self, conditions: Mapping[str, Tensor]) -> Field: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,11 @@ def _scale_per_label(labels: Sequence[str], scale: float | Mapping[str, float]) 
 
 
 def guided_prediction(
-    model: ConditionalModel, conditions: Mapping[str, Tensor], *, scale: float | Mapping[str, float]
+    model: ConditionalModel,
+    conditions: Mapping[str, Tensor],
+    *,
+    scale: float | Mapping[str, float],
+    one_time: bool = False,
 ) -> Field:
     """The guided prediction of the network as a function of (x, t).
 
@@ -85,6 +96,8 @@ def guided_prediction(
         model: Network with its labels.
         conditions: Label to ids (b,), fixed for the whole solve.
         scale: Guidance scale w, or one per label.
+        one_time: The caller promises that all cells have the same t whenever the field is asked, as in a solver. A
+            network that can (`at_one_time`) then shares the work that depends on time and labels alone.
     """
     unknown = sorted((set(scale) if isinstance(scale, Mapping) else set()) - set(model.n_classes))
     if unknown:
@@ -92,14 +105,19 @@ def guided_prediction(
     terms = guidance_terms(list(conditions), scale, strategy=model.strategy)
     ids = _stacked_ids(terms, conditions, model.n_classes)
     n = len(terms)
+    network = model.at_one_time(ids) if one_time and isinstance(model, SharesTime) else _with_conditions(model, ids)
     if n == 1:
-        return lambda x, t: model(x, t, ids)
+        return network
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        outputs = model(x.repeat(n, *[1] * (x.ndim - 1)), t.repeat(n), ids).chunk(n)
+        outputs = network(x.repeat(n, *[1] * (x.ndim - 1)), t.repeat(n)).chunk(n)
         return torch.stack([term.weight * output for term, output in zip(terms, outputs, strict=True)]).sum(dim=0)
 
     return predict
+
+
+def _with_conditions(model: ConditionalModel, ids: Mapping[str, Tensor]) -> Field:
+    return lambda x, t: model(x, t, ids)
 
 
 def _stacked_ids(
@@ -125,9 +143,10 @@ def guided_velocity(
     *,
     scale: float | Mapping[str, float],
     path: PathConfig,
+    one_time: bool = False,
 ) -> Field:
     """The guided velocity field, whatever the network predicts. Arguments as in `guided_prediction`."""
-    predict = guided_prediction(model, conditions, scale=scale)
+    predict = guided_prediction(model, conditions, scale=scale, one_time=one_time)
     if path.prediction == "velocity":
         return predict
     return lambda x, t: to_velocity(predict(x, t), x, t, path)

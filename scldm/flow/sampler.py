@@ -44,6 +44,6 @@ def sample_latents(
     for label, ids in conditions.items():
         if ids.shape != x0.shape[:1]:
             raise ValueError(f"conditions[{label!r}] must have one id per cell, ({len(x0)},); got {tuple(ids.shape)}")
-    velocity = guided_velocity(model, conditions, scale=config.guidance, path=path)
+    velocity = guided_velocity(model, conditions, scale=config.guidance, path=path, one_time=True)
     grid = time_grid(config, path) if times is None else times
     return solve_ode(velocity, x0, grid, solver=config.solver, rtol=config.rtol, atol=config.atol).x

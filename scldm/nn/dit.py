@@ -12,7 +12,7 @@ differ because upstream's checkpoints were trained so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -35,7 +35,7 @@ def label_table_name(label: str) -> str:
 
 def modulate(x: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
     """x (b, m, d) by shift and scale (b, d). Keyword-only: the two are the same type and easy to swap."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def time_frequencies(t: Tensor) -> Tensor:
@@ -66,6 +66,11 @@ class TimeEmbedding(nn.Module):
         return self.down(F.silu(self.up(frequencies)))  # (b, d)
 
 
+def _of_cells(modulation: Tensor, rows: Tensor | None) -> Tensor:
+    """From one row per distinct condition (u, k d) to one per cell (b, k d)."""
+    return modulation if rows is None else modulation.index_select(0, rows)
+
+
 class DiTBlock(nn.Module):
     """Transformer block whose norms have no weights of their own: the conditioning scales, shifts and gates them."""
 
@@ -77,12 +82,12 @@ class DiTBlock(nn.Module):
         self.mlp = SwiGLU(config.d_model, config.multiple_of)
         self.adaln = nn.Linear(config.d_model, 6 * config.d_model)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = self.adaln(c).chunk(6, dim=-1)
+    def forward(self, x: Tensor, c: Tensor, rows: Tensor | None = None) -> Tensor:
+        scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = _of_cells(self.adaln(c), rows).chunk(6, dim=-1)
         y = modulate(self.norm_attention(x), shift=shift_a, scale=scale_a)
-        x = x + gate_a.unsqueeze(1) * self.attention(y)
+        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(y))
         y = modulate(self.norm_mlp(x), shift=shift_m, scale=scale_m)
-        return x + gate_m.unsqueeze(1) * self.mlp(y)
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(y))
 
 
 class DiTHead(nn.Module):
@@ -94,8 +99,8 @@ class DiTHead(nn.Module):
         self.adaln = nn.Linear(config.d_model, 2 * config.d_model, bias=config.bias)
         self.linear = nn.Linear(config.d_model, latent_width, bias=config.bias)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaln(c).chunk(2, dim=-1)
+    def forward(self, x: Tensor, c: Tensor, rows: Tensor | None = None) -> Tensor:
+        shift, scale = _of_cells(self.adaln(c), rows).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift=shift, scale=scale))
 
 
@@ -126,11 +131,33 @@ class DiT(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Predict at x_t (b, m, e), time t (b,), with ids (b,) per label. Ids are not checked: see `validate_ids`."""
         check_labels(conditions, self.n_classes)
-        c = F.silu(self.time(t) + self._label_embedding(conditions))  # (b, d)
+        return self._body(x_t, F.silu(self.time(t) + self._label_embedding(conditions)), None)
+
+    def at_one_time(self, conditions: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network with its conditions fixed, for a solver: a function of x_t (b, m, e) and of t (b,), all equal.
+
+        Time and modulations are computed once for each distinct combination of labels, not for each cell. Exact. Reads
+        the conditions on the host, once.
+        """
+        check_labels(conditions, self.n_classes)
+        if not conditions:
+            labels, rows = self._label_embedding({})[None], None
+        else:
+            names = list(conditions)
+            distinct, rows = torch.unique(
+                torch.stack([conditions[name] for name in names], dim=1), dim=0, return_inverse=True
+            )
+            labels = self._label_embedding(dict(zip(names, distinct.unbind(1), strict=True)))  # (u, d)
+        if len(labels) == 1:
+            rows = None  # one modulation for all: it broadcasts
+        return lambda x_t, t: self._body(x_t, F.silu(self.time(t[:1]) + labels), rows)
+
+    def _body(self, x_t: Tensor, c: Tensor, rows: Tensor | None) -> Tensor:
+        """Prediction under conditioning c (b, d), or c (u, d) where `rows` (b,) says which is a cell's own."""
         x = self.input(x_t) + self.positions
         for block in self.blocks:
-            x = block(x, c)
-        return self.head(x, c)
+            x = block(x, c, rows)
+        return self.head(x, c, rows)
 
     def _label_embedding(self, conditions: Mapping[str, Tensor]) -> Tensor:
         """(b, d), or (d,) where no label is given: the sum over labels, null where absent."""
