@@ -149,7 +149,7 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         from scldm.optim.adamw import CautiousAdamW
 
         return CautiousAdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, caution=True)
-    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
 
 
 def _position(step: int, order: FeedOrder, config: TrainConfig, run: Run, world_size: int) -> Position:
