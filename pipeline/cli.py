@@ -1,4 +1,4 @@
-"""The command line: `scldm run | validate | plan | submit | runs list`.
+"""The command line: `scldm run | validate | plan | submit | runs list | parity | convert | export`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from pipeline.cli_models import convert, export
+from pipeline.cli_parity import parity
 
 app = typer.Typer(
     name="scldm",
@@ -165,3 +168,8 @@ def list_runs(folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help
         from pipeline.plan import finished_stages
 
         typer.echo(finished_stages(folder))
+
+
+app.command()(parity)
+app.command()(convert)
+app.command()(export)

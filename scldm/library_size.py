@@ -3,6 +3,9 @@
 The statistic of a condition is the mean and standard deviation of log(library size). A condition with fewer than
 `MIN_CELLS` training cells falls back, in this stated order: the exact combination of labels, each single label on its
 own (the one with most cells), all cells. `level` says which one was used, so that nothing is hidden.
+
+Statistics taken over from elsewhere may not say how many cells they rest on (n_cells None); they count as enough. A
+model may also have none at all: then `missing` says why, and asking for one is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ ALL = "all"
 class LogNormal:
     mean: float  # of log(library size)
     sd: float
-    n_cells: int
+    n_cells: int | None  # None: not known
     level: str = ALL  # "cell_type=B|donor=3", "cell_type=B" or "all"
 
 
@@ -34,12 +37,15 @@ def condition_key(condition: Mapping[str, str | None]) -> str:
 
 @dataclass(frozen=True)
 class LibrarySizes:
-    """Statistics by condition key; always holds "all"."""
+    """Statistics by condition key; holds "all", or says in `missing` why there are none."""
 
     table: Mapping[str, LogNormal]
+    missing: str | None = None
 
     def __post_init__(self) -> None:
-        if ALL not in self.table:
+        if self.missing is not None and self.table:
+            raise ValueError(f"library-size statistics cannot be missing ({self.missing}) and given")
+        if self.missing is None and ALL not in self.table:
             raise ValueError('library-size statistics must hold the entry "all"')
 
     @classmethod
@@ -70,6 +76,8 @@ class LibrarySizes:
 
     def of(self, condition: Mapping[str, str | None]) -> LogNormal:
         """Statistic for a condition, by the fall-back chain of this module."""
+        if self.missing is not None:
+            raise ValueError(f"this model has no library-size statistics: {self.missing}")
         singles = [{k: v} for k, v in condition.items() if v is not None]
         single_keys = sorted((condition_key(c) for c in singles), key=lambda k: -self._n(k))
         for key in (condition_key(condition), *single_keys):
@@ -78,14 +86,22 @@ class LibrarySizes:
         return self.table[ALL]
 
     def _n(self, key: str) -> int:
-        return self.table[key].n_cells if key in self.table else 0
+        if key not in self.table:
+            return 0
+        n = self.table[key].n_cells
+        return MIN_CELLS if n is None else n
 
     def to_json(self) -> str:
+        if self.missing is not None:
+            return json.dumps({"missing": self.missing})
         return json.dumps({k: [s.mean, s.sd, s.n_cells] for k, s in self.table.items()})
 
     @classmethod
     def from_json(cls, text: str) -> LibrarySizes:
-        return cls({k: LogNormal(m, s, int(n), k) for k, (m, s, n) in json.loads(text).items()})
+        table = json.loads(text)
+        if isinstance(table.get("missing"), str):
+            return cls({}, table["missing"])
+        return cls({k: LogNormal(m, s, None if n is None else int(n), k) for k, (m, s, n) in table.items()})
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_json())

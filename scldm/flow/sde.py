@@ -7,7 +7,7 @@ Any diffusion D(t) >= 0 keeps the marginals of the path (Ma et al. 2024). Noise 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,32 +71,45 @@ def solve_sde(
         options: Choices of the sampler.
         config: Path and prediction.
     """
+    x = x0
+    for state in sde_states(predict, x0, noise, options, config):
+        x = state
+    return last_step(predict, x, options, config)
+
+
+@torch.no_grad()
+def sde_states(
+    predict: Field, x0: Tensor, noise: Callable[[int], Tensor], options: SDEOptions, config: PathConfig
+) -> Iterator[Tensor]:
+    """The state after each stochastic step, before the last, noiseless one. Arguments as in `solve_sde`."""
     t0, t1 = sde_interval(options, config)
     dt, x = (t1 - t0) / options.steps, x0
-
-    def drift(x: Tensor, t: Tensor) -> Tensor:
-        prediction = predict(x, t)
-        score = to_score(prediction, x, t, config)
-        return to_velocity(prediction, x, t, config) + diffusion(times_like(t, x), options, config) * score
-
     for step in range(options.steps):
         t = x.new_full(x.shape[:1], t0 + step * dt)
         kick = torch.sqrt(2 * dt * diffusion(times_like(t, x), options, config)) * noise(step)
         if options.solver == "euler":
-            x = x + dt * drift(x, t) + kick
+            x = x + dt * _drift(predict, x, t, options, config) + kick
         else:
             x = x + kick
-            first = drift(x, t)
-            x = x + dt / 2 * (first + drift(x + dt * first, t + dt))
-    return _last_step(predict, drift, x, t1, options, config)
+            first = _drift(predict, x, t, options, config)
+            x = x + dt / 2 * (first + _drift(predict, x + dt * first, t + dt, options, config))
+        yield x
 
 
-def _last_step(predict: Field, drift: Field, x: Tensor, t1: float, options: SDEOptions, config: PathConfig) -> Tensor:
+def _drift(predict: Field, x: Tensor, t: Tensor, options: SDEOptions, config: PathConfig) -> Tensor:
+    prediction = predict(x, t)
+    score = to_score(prediction, x, t, config)
+    return to_velocity(prediction, x, t, config) + diffusion(times_like(t, x), options, config) * score
+
+
+@torch.no_grad()
+def last_step(predict: Field, x: Tensor, options: SDEOptions, config: PathConfig) -> Tensor:
+    """From the state after the stochastic steps to data, without noise."""
     if options.last_step == "none":
         return x
-    t = x.new_full(x.shape[:1], t1)
+    t = x.new_full(x.shape[:1], sde_interval(options, config)[1])
     if options.last_step == "mean":
-        return x + options.last_step_size * drift(x, t)
+        return x + options.last_step_size * _drift(predict, x, t, options, config)
     prediction = predict(x, t)
     if options.last_step == "euler":
         return x + options.last_step_size * to_velocity(prediction, x, t, config)

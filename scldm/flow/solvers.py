@@ -8,7 +8,7 @@ one number per step; a cell's result therefore depends, within the tolerances, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -121,6 +121,46 @@ def solve_dopri5(
     overshoot: False: the last step ends at t1, so that the field is never asked for a time outside. True: the last step
     goes past t1 and the end is interpolated, as in torchdiffeq (hence upstream).
     """
+    for step in _dopri5_steps(velocity, x0, t0, t1, rtol=rtol, atol=atol, overshoot=overshoot):
+        last = step  # only the last is kept: a step holds seven slopes
+    return Solution(x=last.at(t1) if overshoot else last.x_next, nfe=last.nfe)
+
+
+def dopri5_states(
+    velocity: Velocity, x0: Tensor, times: Sequence[float], *, rtol: float, atol: float
+) -> tuple[list[Tensor], int]:
+    """States at `times`, the first of which is x0's, and the evaluations spent; with overshoot, as torchdiffeq.
+
+    The states between steps are interpolated, so that asking for more of them changes neither steps nor cost.
+    """
+    states, wanted, sign, nfe = [x0], list(times[1:]), math.copysign(1.0, times[-1] - times[0]), 0
+    for step in _dopri5_steps(velocity, x0, times[0], times[-1], rtol=rtol, atol=atol, overshoot=True):
+        while wanted and sign * (step.t_next - wanted[0]) >= 0:
+            states.append(step.at(wanted.pop(0)))
+        nfe = step.nfe
+    return states, nfe
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An accepted step of dopri5."""
+
+    t: float
+    t_next: float
+    x: Tensor
+    x_next: Tensor
+    stages: list[Tensor]
+    nfe: int  # evaluations so far
+
+    def at(self, time: float) -> Tensor:
+        """State inside the step."""
+        return _interpolate(self.x, self.x_next, self.stages, self.t, self.t_next, time)
+
+
+def _dopri5_steps(
+    velocity: Velocity, x0: Tensor, t0: float, t1: float, *, rtol: float, atol: float, overshoot: bool
+) -> Iterator[_Step]:
+    """Accepted steps from t0 up to the one that reaches t1."""
     x, t, sign = x0, t0, math.copysign(1.0, t1 - t0)
     first = velocity(x, _times(x, t))
     size, nfe = _first_step(velocity, x, t, first, sign=sign, rtol=rtol, atol=atol), 2
@@ -134,11 +174,11 @@ def solve_dopri5(
         x_next = x + (t_next - t) * _combine(DOPRI5.b, stages)
         error = (t_next - t) * _combine(DOPRI5_ERROR, stages)
         ratio = float(_rms(error / (atol + rtol * torch.maximum(x.abs(), x_next.abs()))))  # the one read per step
-        if ratio <= 1 and (ends or sign * (t_next - t1) >= 0):
-            end = x_next if ends else _interpolate(x, x_next, stages, t, t_next, t1)
-            return Solution(x=end, nfe=nfe)
         size = abs(t_next - t) * _step_factor(ratio)
         if ratio <= 1:
+            yield _Step(t, t_next, x, x_next, stages, nfe)
+            if ends or sign * (t_next - t1) >= 0:
+                return
             x, t, first = x_next, t_next, stages[-1]  # the last stage is the first of the next step
     raise RuntimeError(f"dopri5: no end after {MAX_STEPS} steps, at t = {t:.6g}; rtol {rtol}, atol {atol}")
 

@@ -8,8 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from scldm.config import StrictModel
 
-InputMode = Literal["count_aware", "log1p", "log1pzero", "sqrt", "anscombe"]
-Head = Literal["nb_shared", "nb_cell"]
+InputMode = Literal["count_aware", "log1p", "log1pzero", "sqrt", "anscombe", "proj", "projconcat", "softbin"]
+Head = Literal["nb_shared", "nb_cell", "gaussian"]
 
 
 class VAEConfig(StrictModel):
@@ -30,11 +30,13 @@ class VAEConfig(StrictModel):
     input: InputMode = "count_aware"
     """How a count enters the encoder. All but count_aware are upstream's, for its checkpoints and for comparison."""
     head: Head = "nb_shared"
-    """Likelihood: negative binomial with one theta per gene, or per cell and gene."""
+    """Likelihood: negative binomial with one theta per gene, or per cell and gene; or a Gaussian on log1p(CP10k)."""
     shared_embedding: bool = True
     """Whether the decoder's queries are the encoder's gene embeddings."""
     gene_bias: bool = True
     """A logit per gene, started at the log of its share of the training counts. Upstream has none."""
+    adaln: bool = False
+    """Whether a condition vector of the cell modulates the decoder's norms (a variant of upstream's)."""
     zero_positions: bool = False
     """A frozen positional parameter on the latent tokens of the encoder, as some upstream checkpoints have."""
     bias: bool = False
@@ -53,6 +55,12 @@ class VAEConfig(StrictModel):
         for field in ("n_heads", "n_heads_cross"):
             if self.d_model % getattr(self, field):
                 raise ValueError(f"d_model ({self.d_model}) must be a multiple of {field} ({getattr(self, field)})")
+        return self
+
+    @model_validator(mode="after")
+    def _bias_is_of_counts(self) -> VAEConfig:
+        if self.head == "gaussian" and self.gene_bias:
+            raise ValueError("gene_bias (true) is a logit of gene proportions; head gaussian has none: set it to false")
         return self
 
 

@@ -1,4 +1,4 @@
-"""From latent tokens to one logit per gene, in gene tiles.
+"""From latent tokens to a few numbers per gene, in gene tiles.
 
 Every gene of every cell goes through attention to the m latent tokens and a SwiGLU, so this is where the time goes.
 What keeps it affordable, exactly:
@@ -9,11 +9,16 @@ What keeps it affordable, exactly:
   kept;
 * where heads are narrow, as in small models, `scldm.nn.fused_decoder` does the same in fewer and larger products.
 
-Shape letters: b cells, g genes, m latent tokens, e latent width, d model width, h heads, c channels per head, r
-outputs.
+Upstream's adaLN variant lets a condition of the cell modulate every norm, the gene queries' too, and its Gaussian head
+has a LayerNorm of its own: there the first two savings do not exist, and the plain tiles compute it.
+
+Shape letters: b cells, g genes, t genes of a tile, m latent tokens, e latent width, d model width, h heads, c channels
+per head, r outputs.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +27,20 @@ from torch.utils.checkpoint import checkpoint
 
 from scldm.nn.config import VAEConfig
 from scldm.nn.fused_decoder import decode_genes, folds
-from scldm.nn.layers import SelfAttentionBlock, SwiGLU, merge_heads, split_heads
+from scldm.nn.layers import Modulation, SelfAttentionBlock, SwiGLU, adaln, gated, merge_heads, modulated, split_heads
 
 TILE = 512  # genes; fits the caches of a CPU core at d = 32 .. 128
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every tile needs beside its genes."""
+
+    k: Tensor  # (b, h, m, c)
+    v: Tensor  # (b, h, m, c)
+    attention: Modulation | None = None  # each (b, 1, d)
+    mlp: Modulation | None = None
+    queries: Modulation | None = None
 
 
 class Decoder(nn.Module):
@@ -36,7 +52,14 @@ class Decoder(nn.Module):
         self.eps = config.eps
         self.from_latent = nn.Linear(config.latent_width, d, bias=config.bias)
         self.blocks = nn.ModuleList(
-            SelfAttentionBlock(d, config.n_heads, bias=config.bias, multiple_of=config.multiple_of, eps=config.eps)
+            SelfAttentionBlock(
+                d,
+                config.n_heads,
+                bias=config.bias,
+                multiple_of=config.multiple_of,
+                eps=config.eps,
+                adaln_condition=config.adaln,
+            )
             for _ in range(config.n_layers)
         )
         self.norm_query = nn.LayerNorm(d, eps=config.eps)
@@ -46,39 +69,81 @@ class Decoder(nn.Module):
         self.out = nn.Linear(d, d, bias=config.bias)
         self.norm_mlp = nn.LayerNorm(d, eps=config.eps)
         self.mlp = SwiGLU(d, config.multiple_of)
+        self.adaln = adaln(d, 6) if config.adaln else None
+        self.adaln_query = adaln(d, 2) if config.adaln else None
+        self.head_norm = nn.LayerNorm(d, eps=config.eps) if config.head == "gaussian" else None
         self.head = nn.Linear(d, n_outputs)
 
-    def forward(self, z: Tensor, embedding: Tensor, *, tile: int | None = None, fused: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        embedding: Tensor,
+        *,
+        condition: Tensor | None = None,
+        tile: int | None = None,
+        fused: bool | None = None,
+    ) -> Tensor:
         """Outputs (b, g, r).
 
         Args:
             z: Latents, (b, m, e).
-            embedding: Embeddings of the genes asked for, (g, d).
+            embedding: Embeddings of the genes asked for, (g, d), or (b, g, d) where every cell has genes of its own.
+            condition: What modulates the norms of an adaLN decoder, (b, d).
             tile: Genes at a time; by default what fits the caches.
             fused: Whether the hand-written block computes it or the plain one; by default what is quicker. The two
                 agree to rounding.
         """
+        if (condition is None) != (self.adaln is None):
+            need = "needs" if condition is None else "takes no"
+            raise ValueError(f"this decoder (adaln={self.adaln is not None}) {need} condition (b, d)")
+        c = None if condition is None else condition[:, None]  # (b, 1, d)
         x = self.from_latent(F.layer_norm(z, z.shape[-1:], eps=self.eps))
         for block in self.blocks:
-            x = block(x)
-        k, v = (split_heads(y, self.n_heads) for y in self.key_value(self.norm_context(x)).chunk(2, dim=-1))
-        q = self.query(self.norm_query(embedding))  # (g, d)
+            x = block(x, c)
+        context = self._context(x, c)
+        possible = c is None and self.head_norm is None and embedding.ndim == 2
         if fused is None:
-            fused = folds(n_heads=self.n_heads, channels=k.shape[-1], dtype=k.dtype)
+            fused = possible and folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
         if fused:
-            return decode_genes(q, embedding, k, v, block=self, eps=self.eps, tile=tile)
-        tile = tile or TILE
-        tiles = zip(split_heads(q, self.n_heads).split(tile, dim=1), embedding.split(tile), strict=True)
+            if not possible:
+                raise ValueError("fused: not for an adaLN decoder, a Gaussian head or genes that differ between cells")
+            q = self.query(self.norm_query(embedding))  # (g, d)
+            return decode_genes(q, embedding, context.k, context.v, block=self, eps=self.eps, tile=tile)
+        return self._plain(embedding, context, tile or TILE)
+
+    def _context(self, x: Tensor, c: Tensor | None) -> Context:
+        attention = mlp = queries = None
+        if c is not None:
+            assert self.adaln is not None
+            assert self.adaln_query is not None
+            scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = self.adaln(c).chunk(6, dim=-1)
+            attention, mlp = Modulation(scale_a, shift_a, gate_a), Modulation(scale_m, shift_m, gate_m)
+            queries = Modulation(*self.adaln_query(c).chunk(2, dim=-1))
+        keys_values = self.key_value(modulated(self.norm_context(x), attention))
+        k, v = (split_heads(y, self.n_heads) for y in keys_values.chunk(2, dim=-1))
+        return Context(k, v, attention, mlp, queries)
+
+    def _plain(self, embedding: Tensor, context: Context, tile: int) -> Tensor:
+        normed = self.norm_query(embedding)
+        if context.queries is None:  # the same for all cells: projected once
+            normed = self.query(normed)
+        tiles = zip(normed.split(tile, dim=-2), embedding.split(tile, dim=-2), strict=True)
         if torch.is_grad_enabled():
-            parts = [checkpoint(self._tile, q_tile, e, k, v, use_reentrant=False) for q_tile, e in tiles]
+            parts = [checkpoint(self._tile, q, e, context, use_reentrant=False) for q, e in tiles]
         else:
-            parts = [self._tile(q_tile, e, k, v) for q_tile, e in tiles]
+            parts = [self._tile(q, e, context) for q, e in tiles]
         return torch.cat(parts, dim=1)
 
-    def _tile(self, q: Tensor, embedding: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(h, t, c) queries and (t, d) embeddings of t genes against (b, h, m, c) keys and values: (b, t, r)."""
-        q = q.expand(len(k), *q.shape)
-        x = embedding + self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))  # (b, t, d)
-        y = self.norm_mlp(x)
+    def _tile(self, q: Tensor, embedding: Tensor, context: Context) -> Tensor:
+        """Queries and embeddings (t, d) or (b, t, d): outputs (b, t, r)."""
+        if context.queries is not None:
+            q = self.query(modulated(q, context.queries))
+        q = split_heads(q, self.n_heads).expand(len(context.k), -1, -1, -1)
+        attended = self.out(merge_heads(F.scaled_dot_product_attention(q, context.k, context.v)))
+        x = embedding + gated(attended, context.attention)  # (b, t, d)
+        y = modulated(self.norm_mlp(x), context.mlp)
+        if context.mlp is not None or self.head_norm is not None:
+            x = x + gated(self.mlp(y), context.mlp)
+            return self.head(x if self.head_norm is None else self.head_norm(x))
         hidden = F.silu(self.mlp.gate(y)) * self.mlp.up(y)
         return F.linear(x, self.head.weight, self.head.bias) + F.linear(hidden, self.head.weight @ self.mlp.down.weight)

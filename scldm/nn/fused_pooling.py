@@ -1,10 +1,10 @@
-"""Attention pooling over per-gene tables, cell by cell, with a backward pass written by hand.
+"""Attention pooling over tables, cell by cell, with a backward pass written by hand.
 
-An entry (cell, gene) has one row of a table: its logits for every head and query, then its values for every head. The
-row may be scaled (upstream's multiplicative counts), or changed by the row of a second table that depends on the count
-alone (count-aware pooling): a bias on the logits, a gain on the values. Per cell the rows are gathered into the cache,
-go through a softmax over the cell's entries, and are summed; the backward pass gathers them again. Only inputs are
-kept. `scldm.nn.pooling.pool_cells` on gathered rows is the plain reference.
+An entry (cell, gene) has one row of a table: its logits for every head and query, then its values for every head. A
+row of a second table, which depends on the count alone, may be added (upstream's additive inputs), the sum may be
+scaled (LayerNorm's factor), and a third table may add to the logits and scale the values (count-aware pooling). Per
+cell the rows are gathered into the cache, go through a softmax over the cell's entries, and are summed; the backward
+pass gathers them again. Only inputs are kept. `scldm.nn.pooling.pool_cells` on gathered rows is the plain reference.
 
 With narrow heads one product over all heads and values, of which only the diagonal blocks are used, is quicker than one
 small product per head.
@@ -50,7 +50,13 @@ class Heads:
 
 
 def pool_tables(
-    table: Tensor, entries: Entries, heads: Heads, *, scale: Tensor | None = None, count_table: Tensor | None = None
+    table: Tensor,
+    entries: Entries,
+    heads: Heads,
+    *,
+    scale: Tensor | None = None,
+    added: Tensor | None = None,
+    count_table: Tensor | None = None,
 ) -> Tensor:
     """Softmax-weighted values of each cell, (b, h, m, c).
 
@@ -59,12 +65,13 @@ def pool_tables(
         entries: The cells' genes.
         heads: How the columns divide.
         scale: Factor of each entry's row, (n,).
+        added: Row of each distinct count that is added before the scale, (u, h m + h c).
         count_table: Bias of the logits (h m) and gain of the values (h) of each distinct count, (u, h m + h).
     """
     if min(entries.sizes, default=1) < 1:
         empty = [i for i, size in enumerate(entries.sizes) if size < 1]
         raise ValueError(f"cells {empty[:5]} of the batch have no tokens: a softmax over nothing is not defined")
-    return _Pool.apply(entries, heads, table, scale, count_table)
+    return _Pool.apply(entries, heads, table, scale, added, count_table)
 
 
 @dataclass(frozen=True)
@@ -72,48 +79,54 @@ class _Cell:
     """One cell's rows, gathered."""
 
     raw: Tensor  # (n_i, h m + h c), before the scale
+    kinds: Tensor | None  # (n_i,)
     gain: Tensor | None  # (n_i, h)
     unscaled_values: Tensor  # (n_i, h c), before the gain
     values: Tensor  # (n_i, h c)
     weights: Tensor  # (n_i, h m)
 
 
+@dataclass(frozen=True)
+class _Tables:
+    gene: Tensor
+    scale: Tensor | None
+    added: Tensor | None
+    count: Tensor | None
+
+
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, entries: Entries, heads: Heads, table: Tensor, scale: Tensor | None, count_table: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, entries: Entries, heads: Heads, *tensors: Tensor | None) -> Tensor:
         ctx.entries, ctx.heads = entries, heads
-        ctx.save_for_backward(table, scale, count_table)
-        return torch.stack(
-            [_weighted_values(_gather(at, entries, heads, table, scale, count_table), heads) for at in _cells(entries)]
-        )
+        ctx.save_for_backward(*tensors)
+        tables = _Tables(*tensors)
+        return torch.stack([_weighted_values(_gather(at, entries, heads, tables), heads) for at in _cells(entries)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        table, scale, count_table = ctx.saved_tensors
-        entries, heads = ctx.entries, ctx.heads
-        d_table = torch.zeros_like(table)
-        d_scale = None if scale is None or not ctx.needs_input_grad[3] else torch.empty_like(scale)
-        d_counts = None if count_table is None else torch.zeros_like(count_table)
+        tables, entries, heads = _Tables(*ctx.saved_tensors), ctx.entries, ctx.heads
+        d_table = torch.zeros_like(tables.gene)
+        d_added, d_count = (None if x is None else torch.zeros_like(x) for x in (tables.added, tables.count))
+        d_scale = torch.empty_like(tables.scale) if ctx.needs_input_grad[3] and tables.scale is not None else None
         for at, cell_grad in zip(_cells(entries), grad, strict=True):
-            cell = _gather(at, entries, heads, table, scale, count_table)
+            cell = _gather(at, entries, heads, tables)
             d_weights, d_values = _product_gradients(cell, cell_grad, heads)
             d_logits = torch._softmax_backward_data(d_weights, cell.weights, 0, cell.weights.dtype)
-            if d_counts is not None:
+            if d_count is not None:
                 assert cell.gain is not None
-                assert entries.kinds is not None
                 d_gain = (d_values * cell.unscaled_values).unflatten(1, (heads.n_heads, -1)).sum(-1)
-                d_counts.index_add_(0, entries.kinds[at], torch.cat([d_logits, d_gain], dim=1))
+                d_count.index_add_(0, cell.kinds, torch.cat([d_logits, d_gain], dim=1))
                 d_values = _by_head(d_values, cell.gain)
             d_row = torch.cat([d_logits, d_values], dim=1)
-            if scale is not None:
+            if tables.scale is not None:
                 if d_scale is not None:
                     torch.linalg.vecdot(d_row, cell.raw, out=d_scale[at])
-                d_row.mul_(scale[at, None])
+                d_row.mul_(tables.scale[at, None])
+            if d_added is not None:
+                d_added.index_add_(0, cell.kinds, d_row)
             d_table.index_add_(0, entries.genes[at], d_row)
-        return None, None, d_table, d_scale, d_counts
+        return None, None, d_table, d_scale, d_added, d_count
 
 
 def _cells(entries: Entries) -> list[slice]:
@@ -121,21 +134,21 @@ def _cells(entries: Entries) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(stops)]
 
 
-def _gather(
-    at: slice, entries: Entries, heads: Heads, table: Tensor, scale: Tensor | None, count_table: Tensor | None
-) -> _Cell:
-    raw = table.index_select(0, entries.genes[at])
-    row = raw if scale is None else raw * scale[at, None]
+def _gather(at: slice, entries: Entries, heads: Heads, tables: _Tables) -> _Cell:
+    raw = tables.gene.index_select(0, entries.genes[at])
+    kinds = None if entries.kinds is None else entries.kinds[at]
+    if tables.added is not None:
+        raw.add_(tables.added.index_select(0, kinds))
+    row = raw if tables.scale is None else raw * tables.scale[at, None]
     logits, values = row[:, : heads.logits], row[:, heads.logits :]
     unscaled, gain = values, None
-    if count_table is not None:
-        assert entries.kinds is not None
-        of_count = count_table.index_select(0, entries.kinds[at])
+    if tables.count is not None:
+        of_count = tables.count.index_select(0, kinds)
         logits, gain = logits + of_count[:, : heads.logits], of_count[:, heads.logits :]
         values = _by_head(values, gain)
     if entries.log_number is not None:
         logits = logits + entries.log_number[at, None]
-    return _Cell(raw, gain, unscaled, values, logits.softmax(0))
+    return _Cell(raw, kinds, gain, unscaled, values, logits.softmax(0))
 
 
 def _by_head(values: Tensor, gain: Tensor) -> Tensor:

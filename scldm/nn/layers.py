@@ -5,6 +5,8 @@ Shape letters: b cells, s tokens, k context tokens, d model width, h heads, c ch
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,16 +55,45 @@ class SelfAttention(nn.Module):
         return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
-class SelfAttentionBlock(nn.Module):
-    """Pre-norm transformer block."""
+class Modulation(NamedTuple):
+    """What a condition does to a norm's output and to a branch's: each (b, 1, d)."""
 
-    def __init__(self, d_model: int, n_heads: int, *, bias: bool, multiple_of: int, eps: float):
+    scale: Tensor
+    shift: Tensor
+    gate: Tensor | None = None
+
+
+def adaln(d_model: int, n: int) -> nn.Sequential:
+    """Network from a condition (…, d) to n modulations (…, n d)."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(d_model, n * d_model))
+
+
+def modulated(x: Tensor, by: Modulation | None) -> Tensor:
+    return x if by is None else x * (1 + by.scale) + by.shift
+
+
+def gated(x: Tensor, by: Modulation | None) -> Tensor:
+    return x if by is None or by.gate is None else x * by.gate
+
+
+class SelfAttentionBlock(nn.Module):
+    """Pre-norm transformer block; with `adaln` a condition scales, shifts and gates (the chunks in upstream's order)."""
+
+    def __init__(
+        self, d_model: int, n_heads: int, *, bias: bool, multiple_of: int, eps: float, adaln_condition: bool = False
+    ):
         super().__init__()
         self.norm_attention = nn.LayerNorm(d_model, eps=eps)
         self.attention = SelfAttention(d_model, n_heads, bias=bias)
         self.norm_mlp = nn.LayerNorm(d_model, eps=eps)
         self.mlp = SwiGLU(d_model, multiple_of)
+        self.adaln = adaln(d_model, 6) if adaln_condition else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_attention(x))
-        return x + self.mlp(self.norm_mlp(x))
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """x (b, s, d); condition (b, 1, d)."""
+        attention = mlp = None
+        if self.adaln is not None:
+            scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = self.adaln(condition).chunk(6, dim=-1)
+            attention, mlp = Modulation(scale_a, shift_a, gate_a), Modulation(scale_m, shift_m, gate_m)
+        x = x + gated(self.attention(modulated(self.norm_attention(x), attention)), attention)
+        return x + gated(self.mlp(modulated(self.norm_mlp(x), mlp)), mlp)

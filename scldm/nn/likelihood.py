@@ -78,21 +78,37 @@ def nb_nll(cells: CellBatch, log_proportion: Tensor, theta: Tensor, sample: Gene
         theta: Inverse dispersion, (s,) or (b, s).
         sample: If given, the genes that the columns stand for; the sum is then an estimate of the sum over all genes.
     """
-    weight = None if sample is None else sample.weight.to(log_proportion.dtype)
-    cell, column, counts = cells.cell_index, cells.gene_ids, cells.counts.to(log_proportion.dtype)
-    if sample is not None:
-        column = sample.position[column]
-        kept = column >= 0
-        cell, column, counts = cell[kept], column[kept], counts[kept]
+    cell, column, counts = scored_entries(cells, sample, log_proportion.dtype)
     return sparse_nb_nll(
         log_proportion,
         theta,
         library_size=cells.library_size.to(log_proportion.dtype),
-        weight=weight,
+        weight=None if sample is None else sample.weight.to(log_proportion.dtype),
         cell=cell,
         column=column,
         counts=counts,
     )
+
+
+def squared_error(cells: CellBatch, mu: Tensor, sample: GeneSample | None = None) -> Tensor:
+    """Squared error of log1p(counts per 10,000), summed over genes: (b,). Arguments as in `nb_nll`; mu is (b, s)."""
+    cell, column, counts = scored_entries(cells, sample, mu.dtype)
+    y = (counts / cells.library_size.to(mu.dtype)[cell] * 10_000).log1p()
+    extra = y * (y - 2 * mu[cell, column])  # (y - mu)^2 - mu^2
+    if sample is None:
+        return mu.square().sum(1).index_add(0, cell, extra)
+    weight = sample.weight.to(mu.dtype)
+    return (mu.square() @ weight).index_add(0, cell, extra * weight[column])
+
+
+def scored_entries(cells: CellBatch, sample: GeneSample | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell, column and count of the entries whose genes are scored."""
+    cell, column, counts = cells.cell_index, cells.gene_ids, cells.counts.to(dtype)
+    if sample is None:
+        return cell, column, counts
+    column = sample.position[column]
+    kept = column >= 0
+    return cell[kept], column[kept], counts[kept]
 
 
 def draw_counts(mu: Tensor, theta: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from scldm.batch import CellBatch
 from scldm.nn.config import VAEConfig
 from scldm.nn.decoder import Decoder
 from scldm.nn.encoder import Encoder
-from scldm.nn.likelihood import GeneSample, nb_nll
+from scldm.nn.likelihood import GeneSample, nb_nll, squared_error
 
 # Small, so that an untrained model is near the mean profile: with 1, a fifth of the training went by before it left it.
 EMBEDDING_STD = 0.05
@@ -26,6 +26,13 @@ class CountDistribution:
 
     mu: Tensor  # (b, g) mean counts; sums to the library size over all genes
     theta: Tensor  # (g,) or (b, g) inverse dispersion
+
+
+@dataclass(frozen=True)
+class ExpressionDistribution:
+    """Gaussian of unit variance over log1p(counts per 10,000) of the genes of b cells."""
+
+    mu: Tensor  # (b, g)
 
 
 class VAE(nn.Module):
@@ -41,7 +48,7 @@ class VAE(nn.Module):
         self.config, self.n_genes = config, n_genes
         self.gene_embedding = nn.Parameter(EMBEDDING_STD * torch.randn(n_genes, config.d_model))
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config, n_outputs=1 if config.head == "nb_shared" else 2)
+        self.decoder = Decoder(config, n_outputs=2 if config.head == "nb_cell" else 1)
         self.decoder_embedding = (
             None if config.shared_embedding else nn.Parameter(EMBEDDING_STD * torch.randn(n_genes, config.d_model))
         )
@@ -74,44 +81,101 @@ class VAE(nn.Module):
         """Latents, (b, m, e)."""
         return self.encoder(cells, self.gene_embedding)
 
-    def decode(self, z: Tensor, library_size: Tensor, *, tile: int | None = None) -> CountDistribution:
-        """Distribution of the counts of all genes, given latents (b, m, e) and library sizes (b,)."""
-        log_proportion, theta = self._decode(z, None, tile)
-        return CountDistribution(log_proportion.exp() * library_size[:, None], theta)
+    def decode(
+        self,
+        z: Tensor,
+        library_size: Tensor,
+        *,
+        genes: Tensor | None = None,
+        condition: Tensor | None = None,
+        tile: int | None = None,
+    ) -> CountDistribution | ExpressionDistribution:
+        """Distribution of the counts of genes; of their expression, for a Gaussian head.
+
+        Args:
+            z: Latents, (b, m, e).
+            library_size: Sum of counts over the genes asked for, (b,).
+            genes: Ids of the genes, (p,), or (b, p) for a panel of each cell's own; all if None. Proportions are over
+                the genes asked for.
+            condition: (b, d), for an adaLN decoder.
+        """
+        self._check_latents(z, library_size)
+        out = self._outputs(z, genes, condition, tile)
+        if self.config.head == "gaussian":
+            return ExpressionDistribution(out[..., 0])
+        log_proportion = self._logits(out, genes).log_softmax(1)
+        return CountDistribution(log_proportion.exp() * library_size[:, None], self._theta(out, genes))
 
     def decode_mu(self, z: Tensor, library_size: Tensor) -> Tensor:
-        """Mean counts, (b, g)."""
+        """Mean counts, (b, g); for a Gaussian head the mean of log1p(counts per 10,000)."""
         return self.decode(z, library_size).mu
 
-    def nll(self, cells: CellBatch, z: Tensor, *, sample: GeneSample | None = None, tile: int | None = None) -> Tensor:
-        """Negative log-likelihood of the cells' counts in nats, summed over genes, (b,)."""
-        log_proportion, theta = self._decode(z, sample, tile)
-        return nb_nll(cells, log_proportion, theta, sample)
+    def nll(
+        self,
+        cells: CellBatch,
+        z: Tensor,
+        *,
+        sample: GeneSample | None = None,
+        condition: Tensor | None = None,
+        tile: int | None = None,
+    ) -> Tensor:
+        """Negative log-likelihood of the cells' counts in nats, summed over genes, (b,).
 
-    def forward(self, cells: CellBatch, sample: GeneSample | None = None, seen: CellBatch | None = None) -> Tensor:
+        For a Gaussian head it is upstream's loss, the squared error of log1p(counts per 10,000): twice the negative
+        log-likelihood of a unit Gaussian, up to a constant.
+        """
+        self._check_latents(z, cells.library_size)
+        genes = None if sample is None else sample.gene_ids
+        out = self._outputs(z, genes, condition, tile)
+        if self.config.head == "gaussian":
+            return squared_error(cells, out[..., 0], sample)
+        logits = self._logits(out, genes)
+        if sample is None:
+            log_proportion = logits.log_softmax(1)
+        else:  # a sampled gene stands for 1 / probability genes like it in the normaliser
+            weighted = logits + sample.weight.to(logits.dtype).log()
+            log_proportion = logits - weighted.logsumexp(1, keepdim=True)
+        return nb_nll(cells, log_proportion, self._theta(out, genes), sample)
+
+    def forward(
+        self,
+        cells: CellBatch,
+        sample: GeneSample | None = None,
+        seen: CellBatch | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
         """Negative log-likelihood per cell, (b,): the training objective before the mean over cells.
 
         Args:
             cells: What is scored.
             sample: Genes that are scored; all if None.
             seen: What the encoder is shown of the same cells; all of it if None.
+            condition: (b, d), for an adaLN decoder.
         """
-        return self.nll(cells, self.encode(cells if seen is None else seen), sample=sample)
+        return self.nll(cells, self.encode(cells if seen is None else seen), sample=sample, condition=condition)
 
-    def _decode(self, z: Tensor, sample: GeneSample | None, tile: int | None) -> tuple[Tensor, Tensor]:
-        """Log proportions (b, s) and theta (s,) or (b, s), in fp32, of all genes or of a sample of them."""
+    def _outputs(self, z: Tensor, genes: Tensor | None, condition: Tensor | None, tile: int | None) -> Tensor:
+        """The decoder's numbers, (b, g, r), at least fp32."""
         embedding = self.gene_embedding if self.decoder_embedding is None else self.decoder_embedding
-        log_theta, gene_bias = self.log_theta, self.gene_bias
-        if sample is not None:
-            embedding = embedding[sample.gene_ids]
-            log_theta = None if log_theta is None else log_theta[sample.gene_ids]
-            gene_bias = None if gene_bias is None else gene_bias[sample.gene_ids]
-        out = self.decoder(z, embedding, tile=tile)
-        out = out if out.dtype == torch.float64 else out.float()
-        logits = out[..., 0] if gene_bias is None else out[..., 0] + gene_bias
-        logits = logits / self.config.temperature
-        # A sampled gene stands for 1 / probability genes like it in the normaliser.
-        weighted = logits if sample is None else logits + sample.weight.to(logits.dtype).log()
-        log_proportion = logits - weighted.logsumexp(1, keepdim=True)
-        theta = out[..., 1].exp() if log_theta is None else log_theta.to(logits.dtype).exp()
-        return log_proportion, theta
+        out = self.decoder(z, embedding if genes is None else embedding[genes], condition=condition, tile=tile)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def _logits(self, out: Tensor, genes: Tensor | None) -> Tensor:
+        logits = out[..., 0]
+        if self.gene_bias is not None:
+            logits = logits + (self.gene_bias if genes is None else self.gene_bias[genes])
+        return logits / self.config.temperature
+
+    def _theta(self, out: Tensor, genes: Tensor | None) -> Tensor:
+        if self.log_theta is None:
+            return out[..., 1].exp()
+        return (self.log_theta if genes is None else self.log_theta[genes]).to(out.dtype).exp()
+
+    def _check_latents(self, z: Tensor, library_size: Tensor) -> None:
+        m, e = self.config.n_latent_tokens, self.config.latent_width
+        if z.ndim != 3 or z.shape[1:] != (m, e):
+            raise ValueError(
+                f"z must be (b, {m}, {e}), the model's n_latent_tokens and latent_width; got {tuple(z.shape)}"
+            )
+        if library_size.shape != z.shape[:1]:
+            raise ValueError(f"library_size must be ({len(z)},), one per cell of z; got {tuple(library_size.shape)}")

@@ -59,7 +59,7 @@ def test_a_training_step_equals_upstreams_mathematics_written_plainly(dtype, tol
     assert_equal(gradients(vae, loss), gradients(vae, expected), tolerance)
 
 
-@pytest.mark.parametrize("mode", ["count_aware", "log1p", "log1pzero", "sqrt", "anscombe"])
+@pytest.mark.parametrize("mode", ["count_aware", "log1p", "log1pzero", "sqrt", "anscombe", "proj", "projconcat", "softbin"])
 @pytest.mark.parametrize("genes_seq_len", [None, 40])
 def test_pooling_by_tables_equals_autograd_through_every_entry(mode, genes_seq_len):
     vae, cells = a_vae(input=mode, genes_seq_len=genes_seq_len), some_cells()

@@ -1,0 +1,205 @@
+"""How a count enters the encoder: upstream's seven inputs, and the count-aware one of new models.
+
+Every input offers the attention over a cell's entries twice. `entries` is the plain form: token, LayerNorm, keys and
+values, for each entry on its own. `pool` is the fast form, over tables with one row per gene and one per distinct
+count; it rests on the token being linear in a gene's part a_g and a count's part u_c:
+
+    multiplicative   token = f(c) E_g            LayerNorm leaves s (E_g - mean) w + b, with the scalar
+                                                 s = f / sqrt(f^2 var(E_g) + eps)
+    additive         token = a_g + u_c           s (a_g - mean + u_c - mean) w + b, s from the variance of the sum
+    count-aware      token = E_g                 and a learned function of the count adds to the logit and scales the
+                                                 value, per head
+
+Shape letters: n entries, g genes, u distinct counts, m queries, d model width, h heads, c channels per head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from scldm.nn.attention_tables import Attention
+from scldm.nn.fused_pooling import Entries, pool_tables
+
+N_BINS, BIN_HIDDEN, COUNT_HIDDEN = 10, 64, 32  # the first two are upstream's
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Entries of all cells and the genes they point at."""
+
+    embedding: Tensor  # (g, d)
+    counts: Tensor  # (n,)
+    entries: Entries
+
+
+class CountInput(nn.Module):
+    """Base: an input whose attention is that of a token."""
+
+    def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
+        """What goes into the LayerNorm, (n, d), for gene embeddings (n, d) and counts (n,)."""
+        raise NotImplementedError
+
+    def entries(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Logits (n, h, m) and values (n, h, c), entry by entry: the reference of `pool`."""
+        logits, values = attention(self.token(tokens.embedding[tokens.entries.genes], tokens.counts))
+        if tokens.entries.log_number is not None:
+            logits = logits + tokens.entries.log_number[:, None, None]
+        return logits, values
+
+    def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
+        """Softmax-weighted values of each cell, (b, h, m, c)."""
+        raise NotImplementedError
+
+
+class Multiplicative(CountInput):
+    """The gene embedding times a function of the count.
+
+    Through the LayerNorm only the sign and, by epsilon, a trace of the factor survive: such an encoder sees which genes
+    are expressed and hardly how much (DESIGN 5.2).
+    """
+
+    def __init__(self, mode: str):
+        super().__init__()
+        self.mode = mode
+
+    def factor(self, counts: Tensor) -> Tensor:
+        match self.mode:
+            case "log1p":
+                return counts.log1p()
+            case "log1pzero":
+                return torch.where(counts == 0, -1.0, counts.log1p())
+            case "sqrt":
+                return (counts + 1).sqrt()
+            case "anscombe":
+                return (counts + 1).sqrt().asinh()
+        raise ValueError(f"unknown input mode {self.mode!r}")
+
+    def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
+        return embedding * self.factor(counts)[:, None]
+
+    def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
+        centred = tokens.embedding - tokens.embedding.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1)[tokens.entries.genes]
+        factor = self.factor(tokens.counts)
+        scale = factor / (factor.square() * variance + attention.eps).sqrt()
+        pooled = pool_tables(attention.table(centred), tokens.entries, attention.heads, scale=scale)
+        return pooled + attention.constant()[:, None]
+
+
+class Additive(CountInput):
+    """A part of the gene and a part of the count, added."""
+
+    def gene_part(self, embedding: Tensor) -> Tensor:
+        """(g, d)"""
+        return embedding
+
+    def count_part(self, counts: Tensor) -> Tensor:
+        """(u, d), for counts (u,)"""
+        raise NotImplementedError
+
+    def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
+        return self.gene_part(embedding) + self.count_part(counts)
+
+    def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
+        distinct, kinds = torch.unique(tokens.counts, return_inverse=True)
+        genes, counts = self.gene_part(tokens.embedding), self.count_part(distinct)
+        genes, counts = (x - x.mean(-1, keepdim=True) for x in (genes, counts))
+        spread = genes.index_select(0, tokens.entries.genes) + counts.index_select(0, kinds)  # (n, d)
+        scale = (spread.square().mean(-1) + attention.eps).rsqrt()
+        pooled = pool_tables(
+            attention.table(genes),
+            replace(tokens.entries, kinds=kinds),
+            attention.heads,
+            scale=scale,
+            added=attention.table(counts),
+        )
+        return pooled + attention.constant()[:, None]
+
+
+class Projected(Additive):
+    """Upstream's `proj`: the raw count times a vector, plus a vector."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.count_embedding = nn.Linear(1, d_model)
+
+    def count_part(self, counts: Tensor) -> Tensor:
+        return self.count_embedding(counts[:, None])
+
+
+class Mixed(Additive):
+    """Upstream's `projconcat`: a linear layer on the embedding and d copies of log1p(count)."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.mix = nn.Linear(2 * d_model, d_model)
+
+    def gene_part(self, embedding: Tensor) -> Tensor:
+        return nn.functional.linear(embedding, self.mix.weight[:, : embedding.shape[1]], self.mix.bias)
+
+    def count_part(self, counts: Tensor) -> Tensor:
+        return counts.log1p()[:, None] * self.mix.weight[:, self.mix.weight.shape[0] :].sum(1)
+
+
+class SoftBinned(Additive):
+    """Upstream's `softbin`: a mixture of bin vectors, weighted by a small network of the raw count."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.mlp_count = nn.Sequential(nn.Linear(1, BIN_HIDDEN), nn.SiLU(), nn.Linear(BIN_HIDDEN, N_BINS))
+        self.bin_embeddings = nn.Parameter(torch.randn(N_BINS, d_model))
+
+    def count_part(self, counts: Tensor) -> Tensor:
+        return self.mlp_count(counts[:, None]).softmax(-1) @ self.bin_embeddings
+
+
+class CountAware(CountInput):
+    """A learned function of log1p(count) adds to the attention logit and scales the value, per head and query / head.
+
+    At the start it is the identity of a plain set encoder: no bias, gain one.
+    """
+
+    def __init__(self, n_heads: int, n_queries: int):
+        super().__init__()
+        self.shape = (n_heads, n_queries)
+        self.mlp = nn.Sequential(
+            nn.Linear(1, COUNT_HIDDEN), nn.SiLU(), nn.Linear(COUNT_HIDDEN, n_heads * n_queries + n_heads)
+        )
+        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(self.mlp[2].bias)
+
+    def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
+        return embedding
+
+    def entries(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        h, m = self.shape
+        logits, values = super().entries(attention, tokens)
+        bias, gain = self.mlp(tokens.counts.log1p()[:, None]).split([h * m, h], dim=-1)
+        return logits + bias.view(-1, h, m), values * (1 + gain)[..., None]
+
+    def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
+        distinct, kinds = torch.unique(tokens.counts, return_inverse=True)
+        centred = tokens.embedding - tokens.embedding.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1) + attention.eps).rsqrt()
+        zeros = centred.new_zeros(attention.heads.logits)
+        table = attention.table(centred) * scale[:, None] + torch.cat([zeros, attention.constant().flatten()])
+        count_table = self.mlp(distinct.log1p()[:, None])
+        count_table = count_table + torch.cat([zeros, zeros.new_ones(attention.heads.n_heads)])  # the gain is 1 + …
+        return pool_tables(table, replace(tokens.entries, kinds=kinds), attention.heads, count_table=count_table)
+
+
+def count_input(mode: str, *, d_model: int, n_heads: int, n_queries: int) -> CountInput:
+    """The input of a configuration."""
+    match mode:
+        case "count_aware":
+            return CountAware(n_heads, n_queries)
+        case "proj":
+            return Projected(d_model)
+        case "projconcat":
+            return Mixed(d_model)
+        case "softbin":
+            return SoftBinned(d_model)
+    return Multiplicative(mode)

@@ -1,0 +1,177 @@
+"""Recorded checkpoints: each is converted, as `scldm convert` does, and its models must give the recorded outputs.
+
+The outputs were recorded from one checkpoint, which the note names. The others, with compiled keys or an old module name,
+must convert too; where they hold the same weights they must give the same outputs.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from scldm.batch import CellBatch
+from scldm.checkpoints.convert import convert_upstream
+from scldm.checkpoints.gene_list import read_genes
+from scldm.checkpoints.native import load_flow, load_vae
+from scldm.checkpoints.untrusted import ForeignCheckpoint, read_checkpoint
+from scldm.nn.dit import DiT
+from scldm.nn.vae import VAE
+from scldm.parity.case import Case, CaseError
+from scldm.parity.ledger import Ledger
+from scldm.parity.tolerance import EXACT, SINGLE
+from scldm.vocabulary import Vocabulary
+
+CELLS = "test.h5ad"
+KEYS = "state_dict_keys.json"  # a copy of what the description says
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a checkpoint was converted to."""
+
+    vae: VAE
+    vocabulary: Vocabulary
+    raw: DiT | None = None
+    averaged: DiT | None = None
+
+
+def matches(case: Case) -> bool:
+    return any(name.endswith(".ckpt") for name in case.facts.get("files", ()))
+
+
+def files(case: Case) -> list[Path]:
+    """Everything in the folder of checkpoints that can be told what it is."""
+    folder = _folder(case)
+    named = {folder / name for name in case.facts["files"]}
+    return [path for path in folder.iterdir() if path in named or path.suffix in (".ckpt", ".yaml") or path.name == KEYS]
+
+
+def _folder(case: Case) -> Path:
+    names = case.facts["files"]
+    for folder in sorted(path for path in case.folder.iterdir() if path.is_dir()):
+        if all((folder / name).is_file() for name in names):
+            return folder
+    raise CaseError(f"no folder beside {case.name}.json holds all of {', '.join(names)}")
+
+
+def check(case: Case, ledger: Ledger) -> None:
+    folder, note = _folder(case), case.facts.get("note", "")
+    ledger.fact("files")
+    source = re.search(r"(\w+\.ckpt)", note)
+    if not source:
+        raise CaseError(f"{case.name}.json: the note does not say which checkpoint the outputs were recorded from")
+    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.name != source[1])
+    cells, first = None, None
+    for path in checkpoints:
+        _check_description(ledger, path)
+        models = _converted(path, ledger)
+        cells = cells or cells_of(folder / CELLS, models.vocabulary)
+        first = first or models
+        _check_outputs(case, ledger, path.name, models, first, cells)
+    for name in ("keys", "structure", "pickle_globals", "weights_only_load"):
+        if name in case.facts:
+            ledger.fact(name)  # gone through by checkpoint
+
+
+def _check_description(ledger: Ledger, path: Path) -> None:
+    """Keys and counters that the description lists for a checkpoint, and the names that its pickle asks for."""
+    facts, name = ledger.case.facts, path.name
+    found = read_checkpoint(path)
+    if (keys := facts.get("keys", {}).get(name)) is not None:
+        ledger.same(f"{name} keys", sorted(found.state), sorted(keys))
+    if (structure := facts.get("structure", {}).get(name)) is not None:
+        _check_structure(ledger, name, structure, found)
+    if (recorded := facts.get("pickle_globals", {}).get(name)) is not None:
+        unexpected = sorted(set(found.stand_ins) - {entry.replace(" ", ".") for entry in recorded})
+        ledger.same(f"{name} stand-ins that the pickle does not name", unexpected, [])
+    if refusal := facts.get("weights_only_load", {}).get(name):
+        ledger.fault(f"{name} weights_only_load", f"torch alone: {refusal.split('.')[0]}", "read in a child process")
+
+
+def _check_structure(ledger: Ledger, name: str, structure: Mapping[str, Any], found: ForeignCheckpoint) -> None:
+    ledger.same(f"{name} entries", sorted({"state_dict", *found.left}), sorted(structure))
+    for counter in ("epoch", "global_step"):
+        if match := re.fullmatch(r"builtins\.int=(\d+)", str(structure.get(counter))):
+            ledger.value(f"{name} {counter}", found.about[counter], int(match[1]), EXACT)
+
+
+def _converted(path: Path, ledger: Ledger) -> Models:
+    with tempfile.TemporaryDirectory(prefix="scldm-parity-") as folder:
+        converted = convert_upstream(path, config_of(path), Path(folder) / "model")
+        loaded = load_vae(converted.vae)
+        ledger.same(f"{path.name} converts", True, True)
+        if converted.flow is None:
+            return Models(loaded.vae, loaded.vocabulary)
+        raw, averaged = (load_flow(converted.flow, weights=weights).dit for weights in ("raw", "ema"))
+        return Models(loaded.vae, loaded.vocabulary, raw, averaged)
+
+
+def config_of(checkpoint: Path) -> Path:
+    """The NAME_config.yaml beside a checkpoint whose name begins with NAME; the longest such name."""
+    configs = [
+        path
+        for path in checkpoint.parent.glob("*_config.yaml")
+        if checkpoint.name.startswith(path.name.removesuffix("_config.yaml"))
+    ]
+    if not configs:
+        raise CaseError(f"no *_config.yaml beside {checkpoint.name} goes with its name")
+    return max(configs, key=lambda path: len(path.name))
+
+
+def cells_of(path: Path, vocabulary: Vocabulary) -> CellBatch:
+    """Cells of an h5ad file in its order, their genes by name."""
+    with h5py.File(path) as file:
+        x = file["X"]
+        if isinstance(x, h5py.Dataset):
+            counts = np.asarray(x)
+        else:
+            matrix = sp.csc_matrix if x.attrs["encoding-type"] == "csc_matrix" else sp.csr_matrix
+            counts = matrix((x["data"][:], x["indices"][:], x["indptr"][:]), shape=x.attrs["shape"]).toarray()
+    column = {name: i for i, name in enumerate(read_genes(path).feature_ids)}
+    order = [column[name] for name in vocabulary.feature_ids]
+    return CellBatch.from_dense(torch.from_numpy(counts[:, order]).float())
+
+
+def _check_outputs(case: Case, ledger: Ledger, name: str, models: Models, first: Models, cells: CellBatch) -> None:
+    """Outputs of a checkpoint, where it holds the weights that the outputs were recorded with."""
+    with torch.no_grad():
+        if not _same_weights(models.vae, first.vae):
+            ledger.same(f"{name} VAE: other weights, nothing recorded", True, True)
+            return
+        z = models.vae.encode(cells)
+        decoded = models.vae.decode(z, cells.library_size)
+        outputs = {"h_z": z, "mu": decoded.mu}
+        if "out/theta" in case.tensors:
+            outputs["theta"] = decoded.theta.expand_as(decoded.mu)
+        x, t = case.tensors["out/h_z"], case.tensors["in/t"]
+        for key, dit, of_first in (("dit", models.raw, first.raw), ("dit_ema", models.averaged, first.averaged)):
+            if dit is not None and of_first is not None and _same_weights(dit, of_first):
+                outputs[key] = dit(x, t, _conditions(case, dit))
+    for key, ours in outputs.items():
+        if models is first:
+            ledger.tensor(f"out/{key}", ours, SINGLE, name)
+        else:
+            ledger.value(f"out/{key} of {name}", ours, case.tensors[f"out/{key}"], SINGLE)
+
+
+def _same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _conditions(case: Case, dit: DiT) -> dict[str, Tensor]:
+    """Ids per label; a case with one label calls them in/cond."""
+    if "in/cond" not in case.tensors:
+        return case.under("in/cond/")
+    (label,) = dit.n_classes
+    return {label: case.tensors["in/cond"]}
