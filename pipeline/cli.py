@@ -1,4 +1,4 @@
-"""The command line: `scldm run | validate | plan | submit | runs list | parity | convert | export`.
+"""The command line: `scldm run | validate | plan | submit | runs list`; of models `convert | export | parity | presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
@@ -19,6 +19,7 @@ import typer
 
 from pipeline.cli_models import convert, export
 from pipeline.cli_parity import parity
+from pipeline.cli_presets import presets
 
 app = typer.Typer(
     name="scldm",
@@ -173,3 +174,4 @@ def list_runs(folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help
 app.command()(parity)
 app.command()(convert)
 app.command()(export)
+app.command()(presets)

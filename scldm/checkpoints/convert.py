@@ -19,7 +19,7 @@ from torch import Tensor
 from scldm.checkpoints.conversion_report import ConversionReport
 from scldm.checkpoints.native import CheckpointError, save_flow, save_vae
 from scldm.checkpoints.output_folder import check_output, written_whole
-from scldm.checkpoints.untrusted import read_checkpoint
+from scldm.checkpoints.untrusted import ForeignCheckpoint, read_checkpoint
 from scldm.checkpoints.upstream_inputs import InputFiles, Inputs, gather_inputs
 from scldm.checkpoints.upstream_layout import UpstreamParts, take_apart
 from scldm.checkpoints.upstream_names import dit_state_from_upstream, dit_state_to_upstream
@@ -55,6 +55,7 @@ def convert_upstream(
     given: InputFiles | None = None,
     genes_seq_len: int | None = None,
     force: bool = False,
+    foreign: ForeignCheckpoint | None = None,
 ) -> Converted:
     """Convert a checkpoint of upstream's VAE or LatentDiffusion.
 
@@ -65,13 +66,14 @@ def convert_upstream(
         given: Files with gene names, classes and size factors, in place of those that the configuration names.
         genes_seq_len: Tokens of a cell, pads included, in place of what the configuration says.
         force: Replace an earlier conversion in `out`.
+        foreign: What `read_checkpoint` gave for the file, where that was done before.
 
     Raises:
         CheckpointError: what is missing, unknown, contradictory or not allowed.
     """
     check_output(out, force=force, is_earlier=_is_converted)
     settings = read_settings(config, genes_seq_len=genes_seq_len)
-    foreign = read_checkpoint(checkpoint)
+    foreign = foreign or read_checkpoint(checkpoint)
     parts = take_apart(foreign.state)
     _check_kind(checkpoint, config, parts, settings)
     report = ConversionReport.begin(checkpoint, config, settings, foreign, parts)
