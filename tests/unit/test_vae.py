@@ -158,9 +158,42 @@ def test_the_pad_limit_of_an_upstream_model_is_said():
         vae.encode(some_cells())
 
 
-def test_negative_counts_are_refused():
-    with pytest.raises(ValueError, match="must not be negative; the smallest is -1"):
-        CellBatch.from_dense(torch.tensor([[1.0, -1.0]]))
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (-1.0, r"must not be negative; 1 are not, the first is -1 \(cell 1, gene 2\)"),
+        (0.69, r"must be whole numbers, not normalised or log-transformed values; 1 are not, the first is 0.69"),
+        (float("nan"), r"must be finite; 1 are not, the first is nan"),
+    ],
+)
+def test_values_that_are_no_counts_are_refused_with_their_cell_and_gene(value, why):
+    counts = torch.ones(2, 3)
+    counts[1, 2] = value
+    with pytest.raises(ValueError, match=why):
+        CellBatch.from_dense(counts)
+
+
+def test_shapes_types_and_vocabularies_that_do_not_fit_are_refused_with_both_values():
+    with pytest.raises(ValueError, match=r"must be \(cells, genes\); got shape \(3,\)"):
+        CellBatch.from_dense(torch.ones(3))
+    with pytest.raises(ValueError, match=r"conditions\['cell_type'\] must be class ids, int64 of shape \(2,\); got"):
+        CellBatch.from_dense(torch.ones(2, 3), {"cell_type": torch.ones(2)})
+    vae, cells = small_vae(), some_cells()
+    with pytest.raises(ValueError, match="gene id 49 is outside the model's 40 genes"):
+        vae.encode(CellBatch.from_dense(torch.ones(1, 50, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"z must be \(b, 4, 6\).*got \(5, 6, 4\)"):
+        vae.decode(vae.encode(cells).transpose(1, 2), cells.library_size)
+    with pytest.raises(ValueError, match=r"library_size must be \(5,\).*got \(5, 1\)"):
+        vae.decode(vae.encode(cells), cells.library_size[:, None])
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_an_empty_cell_is_named(plain):
+    vae, counts = small_vae(), torch.ones(3, 40, dtype=torch.float64)
+    vae.encoder.plain = plain
+    counts[1] = 0
+    with pytest.raises(ValueError, match=r"cells \[1\] of the batch have no tokens"):
+        vae.encode(CellBatch.from_dense(counts))
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused():
