@@ -95,8 +95,8 @@ class Decoder(nn.Module):
             embedding: Embeddings of the genes asked for, (g, d), or (b, g, d) where every cell has genes of its own.
             condition: What modulates the norms of an adaLN decoder, (b, d).
             tile: Genes at a time; by default what fits the caches.
-            fused: Whether a hand-written block computes it (Triton's, if `kernels` says so) or the plain one; by default
-                what is quicker. They agree to rounding.
+            fused: Whether a hand-written block computes it (Triton's, if `kernels` says so) or the plain one; by
+                default what is quicker. They agree to rounding.
         """
         if (condition is None) != (self.adaln is None):
             need = "needs" if condition is None else "takes no"
