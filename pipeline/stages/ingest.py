@@ -7,19 +7,18 @@ are read where they are. Everything but the counts is fixed here, so that later 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL
-from pipeline.data.soma import SomaStore, write_experiment
+from pipeline.data.soma import SomaStore
+from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.split import SPLITS, require_splits, split_cells
 from pipeline.data.statistics import CountStatistics, count_statistics
-from pipeline.data.synthetic import synthetic_cells
-from pipeline.data.validate import checked, label_problems, missing
-from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource
+from pipeline.data.validate import label_problems, missing
+from pipeline.job import IngestConfig
 from pipeline.stage import InputError, StageContext
 from scldm.library_size import LibrarySizes
 from scldm.vocabulary import LabelVocabulary, Vocabulary
@@ -29,17 +28,9 @@ FULL_PASS_CELLS = 200_000
 SAMPLED_TILES = 50
 
 
-@dataclass
-class _Source:
-    store: SomaStore
-    uri: str  # as it goes into the facts
-    description: str
-    notes: list[str] = field(default_factory=list)
-
-
 def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     """The stage."""
-    source = _open(config, context)
+    source = open_source(config, context.folder, _columns(config))
     cells = _eligible(config, source)
     cells["split"] = split_cells(cells, config.split)
     var = _genes(config, source.store)
@@ -78,41 +69,13 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     }
 
 
-# ---- source ------------------------------------------------------------------------------------------------------
-def _open(config: IngestConfig, context: StageContext) -> _Source:
-    source = config.source
-    if isinstance(source, SomaSource):
-        store = SomaStore(
-            source.uri, {"vfs.s3.region": source.region} if source.region else {}, source.measurement, source.layer
-        )
-        return _Source(store, source.uri, f"SOMA experiment {source.uri}")
-    if isinstance(source, CensusSource):
-        from pipeline.data.census import locate_census
-
-        store = locate_census(source)
-        return _Source(store, store.uri, f"CELLxGENE Census {source.version}, {source.organism}")
-    if isinstance(source, SyntheticSource):
-        tables = synthetic_cells(source)
-        description = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
-    else:
-        assert isinstance(source, H5adSource)
-        from pipeline.data.anndata import read_h5ad
-
-        tables = read_h5ad(source, _columns(config))
-        description = f"h5ad {source.path}"
-    # With a filter, cells without a label may be filtered out: they are looked at again after it.
-    lenient = config.missing_label == "drop" or config.obs_filter is not None
-    chunks = checked(tables, _columns(config), drop_missing=lenient)
-    store = write_experiment(context.folder / "soma", tables.obs, tables.var, chunks)
-    return _Source(store, "soma", description, tables.notes)
-
-
+# ---- source ----------------------------------------------------------------------------------------------------------
 def _columns(config: IngestConfig) -> list[str]:
     """obs columns that the job cannot do without."""
     return list(dict.fromkeys([*config.labels, *([config.split.by] if config.split.by != "cell" else [])]))
 
 
-def _eligible(config: IngestConfig, source: _Source) -> pd.DataFrame:
+def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
     """Cells that pass the filter and have their labels."""
     available, wanted = source.store.obs_columns(), _columns(config)
     if absent := [c for c in wanted if c not in available]:
@@ -162,7 +125,7 @@ def _lut(var: pd.DataFrame, n_genes_source: int) -> np.ndarray:
 
 
 def _statistics(
-    config: IngestConfig, source: _Source, cells: pd.DataFrame, var: pd.DataFrame
+    config: IngestConfig, source: OpenSource, cells: pd.DataFrame, var: pd.DataFrame
 ) -> tuple[pd.DataFrame, CountStatistics, int]:
     """The genes that are kept, statistics over them, and how many cells the gene statistics are from."""
     store, ids, train = source.store, cells["soma_joinid"].to_numpy(), (cells["split"] == "train").to_numpy()

@@ -1,0 +1,63 @@
+"""From what a job says about its source of cells to a SOMA experiment that is open.
+
+`.h5ad` and 10x files and synthetic cells are written once to `soma/` in the stage's folder; a SOMA experiment and the
+Census are read where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.soma import SomaStore, write_experiment
+from pipeline.data.synthetic import synthetic_cells
+from pipeline.data.validate import CellTables, checked
+from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource
+
+
+@dataclass
+class OpenSource:
+    """An experiment and what is known of where it came from."""
+
+    store: SomaStore
+    uri: str  # as it goes into the facts
+    description: str
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # more for the manifest
+
+
+def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> OpenSource:
+    """The experiment of a job; written to `folder/soma` if the source is not one already.
+
+    Args:
+        columns: obs columns that the job cannot do without.
+    """
+    source = config.source
+    if isinstance(source, SomaSource):
+        store = SomaStore(
+            source.uri, {"vfs.s3.region": source.region} if source.region else {}, source.measurement, source.layer
+        )
+        return OpenSource(store, source.uri, f"SOMA experiment {source.uri}")
+    if isinstance(source, CensusSource):
+        from pipeline.data.census import locate_census
+
+        store = locate_census(source)
+        return OpenSource(store, store.uri, f"CELLxGENE Census {source.version}, {source.organism}")
+    tables, description = _tables(source, columns)
+    # With a filter, cells without a label may be filtered out: they are looked at again after it.
+    lenient = config.missing_label == "drop" or config.obs_filter is not None
+    chunks = checked(tables, columns, drop_missing=lenient)
+    store = write_experiment(folder / "soma", tables.obs, tables.var, chunks)
+    return OpenSource(store, "soma", description, tables.notes)
+
+
+def _tables(source: SyntheticSource | H5adSource, columns: Sequence[str]) -> tuple[CellTables, str]:
+    """Cells of a source that is not in SOMA yet, and a few words about them."""
+    if isinstance(source, SyntheticSource):
+        words = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
+        return synthetic_cells(source), words
+    from pipeline.data.anndata import read_h5ad
+
+    return read_h5ad(source, columns), f"h5ad {source.path}"
