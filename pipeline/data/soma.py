@@ -87,6 +87,13 @@ class SomaStore:
     def obs_columns(self) -> list[str]:
         return list(self._open("obs").schema.names)
 
+    def categories(self, column: str) -> list[Any] | None:
+        """What a categorical obs column may hold; None if it is not categorical."""
+        frame = self._open("obs")
+        if not pa.types.is_dictionary(frame.schema.field(column).type):
+            return None
+        return frame.get_enumeration_values([column])[column].to_pylist()
+
     def obs(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
         """Cells that pass a filter, ascending by soma_joinid; `columns` plus soma_joinid."""
         return self._table("obs", columns, value_filter, "ingest.obs_filter")

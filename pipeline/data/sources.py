@@ -45,9 +45,9 @@ def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> O
 
         store = locate_census(source)
         return OpenSource(store, store.uri, f"CELLxGENE Census {source.version}, {source.organism}")
-    tables, description = _tables(source, columns)
+    tables, description = _tables(source, [*columns, *config.cells.conditions()])
     # With a filter, cells without a label may be filtered out: they are looked at again after it.
-    lenient = config.missing_label == "drop" or config.obs_filter is not None
+    lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
     chunks = checked(tables, columns, drop_missing=lenient)
     store = write_experiment(folder / "soma", tables.obs, tables.var, chunks)
     return OpenSource(store, "soma", description, tables.notes)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL
+from pipeline.data.filters import check_values, value_filter
 from pipeline.data.soma import SomaStore
 from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.split import SPLITS, require_splits, split_cells
@@ -65,6 +66,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "zero_fraction": 1 - mean_expressed / vocabulary.n_genes,
         "gene_stats_cells": sampled,
         "source": source.description,
+        **source.facts,
         "notes": source.notes,
     }
 
@@ -82,9 +84,16 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
         empty = pd.DataFrame(columns=available)
         raise InputError("\n".join(label_problems(empty, absent, drop_missing=False, names=None)))
     extra = [c for c in ("raw_sum", "nnz") if c in available]
-    cells = source.store.obs([*wanted, *extra], config.obs_filter)
+    check_values(config.cells, source.store)
+    chosen = value_filter(config.cells.conditions(), config.obs_filter)
+    source.facts["value_filter"] = chosen
+    cells = source.store.obs([*wanted, *extra], chosen)
     if not len(cells):
-        raise InputError(f"ingest.obs_filter {config.obs_filter!r} leaves no cells; loosen it")
+        raise InputError(
+            f"the filter {chosen!r} (of ingest.cells and ingest.obs_filter) leaves no cells; loosen it"
+            if chosen
+            else f"{source.description} holds no cells"
+        )
     drop = config.missing_label == "drop"
     names = "soma_joinid " + cells["soma_joinid"].astype(str)
     if problems := label_problems(cells, wanted, drop_missing=drop, names=names):
