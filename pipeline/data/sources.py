@@ -15,6 +15,7 @@ from pipeline.data.soma import SomaStore, write_experiment
 from pipeline.data.synthetic import synthetic_cells
 from pipeline.data.validate import CellTables, checked
 from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource
+from pipeline.stage import InputError
 
 
 @dataclass
@@ -36,21 +37,41 @@ def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> O
     """
     source = config.source
     if isinstance(source, SomaSource):
-        store = SomaStore(
-            source.uri, {"vfs.s3.region": source.region} if source.region else {}, source.measurement, source.layer
-        )
+        store = SomaStore(source.uri, _s3_config(source), source.measurement, source.layer)
         return OpenSource(store, source.uri, f"SOMA experiment {source.uri}")
     if isinstance(source, CensusSource):
-        from pipeline.data.census import locate_census
-
-        store = locate_census(source)
-        return OpenSource(store, store.uri, f"CELLxGENE Census {source.version}, {source.organism}")
+        return _census(source)
     tables, description = _tables(source, [*columns, *config.cells.conditions()])
     # With a filter, cells without a label may be filtered out: they are looked at again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
     chunks = checked(tables, columns, drop_missing=lenient)
     store = write_experiment(folder / "soma", tables.obs, tables.var, chunks)
     return OpenSource(store, "soma", description, tables.notes)
+
+
+def _s3_config(source: SomaSource) -> dict[str, str]:
+    """What TileDB needs to know; credentials it finds by itself on every machine, so none go into the facts."""
+    if (source.region or source.anonymous) and not source.uri.startswith("s3://"):
+        raise InputError(
+            f"ingest.source: region and anonymous are of s3:// addresses; uri is {source.uri!r}: leave them out"
+        )
+    config = {"vfs.s3.region": source.region} if source.region else {}
+    return config | ({"vfs.s3.no_sign_request": "true"} if source.anonymous else {})
+
+
+def _census(source: CensusSource) -> OpenSource:
+    from pipeline.data.census import locate_census
+
+    found = locate_census(source)
+    opened = OpenSource(found.store, found.store.uri, f"CELLxGENE Census {found.version}, {source.organism}")
+    opened.facts["census_version"] = found.version
+    if source.version != found.version:
+        opened.facts["census_version_asked"] = source.version
+        opened.notes.append(
+            f"{source.version} stood for {found.version} when this was ingested, and stays so for this output; to get "
+            f"the same cells anywhere, pin ingest.source.version: {found.version}."
+        )
+    return opened
 
 
 def _tables(source: SyntheticSource | H5adSource, columns: Sequence[str]) -> tuple[CellTables, str]:
