@@ -8,7 +8,6 @@ schema) and each run gets a collection, which holds one file in memory at a time
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.data.presence import Presence
+from pipeline.data.tables import complete_obs, plain_id, spread
 from pipeline.data.validate import CellTables, did_you_mean
 from pipeline.job import H5adSource
 from pipeline.stage import InputError
 
 CHUNK_ROWS = 4096
 CHUNK_VALUES = 1 << 24  # of a dense matrix
-UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
-_VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,16 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
         for f, rows in _matrices(files, source.layer):
             columns = None if f.genes is var else target.get_indexer(f.genes["feature_id"])
             for chunk in _chunks(rows):
-                yield chunk if columns is None else _spread(chunk, columns, len(target))
+                yield chunk if columns is None else spread(chunk, columns, len(target))
 
     where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {source.path}"
-    return CellTables(obs, var, chunks, where, notes, lambda: _places_with_counts(files[0].adata, source.layer))
+    measured = None
+    if len(files) > 1:
+        target = pd.Index(var["feature_id"])
+        places = [target.get_indexer(f.genes["feature_id"]) for f in files]
+        measured = Presence.of_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
+    other_counts = lambda: _places_with_counts(files[0].adata, source.layer)  # noqa: E731
+    return CellTables(obs, var, chunks, where, notes, other_counts, measured)
 
 
 def find_files(path: str) -> list[Path]:
@@ -155,7 +160,7 @@ def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
     length = var["feature_length"] if "feature_length" in var else pd.Series(0, index=var.index)
     return pd.DataFrame(
         {
-            "feature_id": [_VERSION.sub(r"\1", x) for x in text(source.gene_id)],
+            "feature_id": [plain_id(x) for x in text(source.gene_id)],
             "feature_name": list(text(source.gene_name)),
             "feature_length": pd.to_numeric(length, errors="coerce").fillna(0).astype(np.int64).to_numpy(),
         }
@@ -176,26 +181,7 @@ def _obs(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str],
             renamed["dataset_id"] = f.path.stem
         frames.append(renamed)
     obs = pd.concat(frames, ignore_index=True)
-    reserved = [c for c in obs if str(c).startswith("soma_") or c in ("raw_sum", "nnz")]
-    obs = obs.drop(columns=reserved)
-    if reserved:
-        notes.append(f"obs columns {', '.join(reserved)} are left out: SOMA and the Census use these names.")
-    filled = [c for c in UNKNOWN if c not in obs and c not in needed]
-    obs = obs.assign(**dict.fromkeys(filled, "unknown"))
-    if filled:
-        notes.append(f'obs has no {", ".join(filled)}; "unknown" is written.')
-    if "is_primary_data" not in obs:
-        obs["is_primary_data"] = True
-        notes.append("obs has no is_primary_data; all cells are taken as primary data.")
-    return obs.rename(columns=str).apply(_storable)
-
-
-def _storable(column: pd.Series) -> pd.Series:
-    if column.name == "obs_id":
-        return column.astype(str)
-    if pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column):
-        return column
-    return column.map(lambda x: None if pd.isna(x) else str(x), na_action="ignore").astype("category")
+    return complete_obs(obs, needed, notes)
 
 
 # ---- counts ------------------------------------------------------------------------------------------------------
@@ -245,13 +231,6 @@ def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
     rows = max(64, CHUNK_VALUES // max(1, matrix.shape[1])) if dense else CHUNK_ROWS
     for start in range(0, matrix.shape[0], rows):
         yield sp.csr_matrix(matrix[start : start + rows])
-
-
-def _spread(chunk: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_matrix:
-    """Columns of a file to columns of the union."""
-    moved = sp.csr_matrix((chunk.data, columns[chunk.indices], chunk.indptr), shape=(chunk.shape[0], n_genes))
-    moved.sort_indices()
-    return moved
 
 
 def _places_with_counts(adata: anndata.AnnData, layer: str | None) -> list[str]:

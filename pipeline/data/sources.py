@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.data.soma import SomaStore, write_experiment
 from pipeline.data.synthetic import synthetic_cells
 from pipeline.data.validate import CellTables, checked
-from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource
+from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource, TenxSource
 from pipeline.stage import InputError
 
 
@@ -74,11 +74,15 @@ def _census(source: CensusSource) -> OpenSource:
     return opened
 
 
-def _tables(source: SyntheticSource | H5adSource, columns: Sequence[str]) -> tuple[CellTables, str]:
+def _tables(source: SyntheticSource | H5adSource | TenxSource, columns: Sequence[str]) -> tuple[CellTables, str]:
     """Cells of a source that is not in SOMA yet, and a few words about them."""
     if isinstance(source, SyntheticSource):
         words = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
         return synthetic_cells(source), words
+    if isinstance(source, TenxSource):
+        from pipeline.data.tenx import read_10x
+
+        return read_10x(source, columns), f"10x {source.path}"
     from pipeline.data.anndata import read_h5ad
 
     return read_h5ad(source, columns), f"h5ad {source.path}"

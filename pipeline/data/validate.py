@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.data.presence import Presence
 from pipeline.stage import InputError
 
 MIN_CELLS = 20  # fewer cannot be split, trained on and scored
@@ -30,6 +31,7 @@ class CellTables:
     where: str  # for messages: the file
     notes: list[str] = field(default_factory=list)  # what a reader of the results should know
     other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
+    measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes
 
 
 def missing(values: pd.Series) -> np.ndarray:
