@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL, SomaBlocks, SomaReader
+from pipeline.data.genes import gene_lut
 from pipeline.data.split import SPLITS
 from pipeline.stage import InputError, Manifest
 from scldm.library_size import LibrarySizes
@@ -67,14 +68,13 @@ class Ingested:
 
     @cached_property
     def reader(self) -> SomaReader:
-        lut = np.full(self.facts["n_genes_source"], -1, dtype=np.int32)
-        lut[self.gene_stats["gene_joinid"].to_numpy()] = np.arange(self.vocabulary.n_genes)
+        places = self.gene_stats[["gene_joinid"]].rename(columns={"gene_joinid": "soma_joinid"})
         return SomaReader(
             uri=self.soma_uri,
             tiledb_config=dict(self.facts["tiledb_config"]),
             measurement=self.facts["measurement"],
             layer=self.facts["layer"],
-            gene_lut=lut,
+            gene_lut=gene_lut(places, self.facts["n_genes_source"]),
             labels=tuple(x.name for x in self.vocabulary.labels),
             count_type=self.facts["count_type"],
             genes_per_cell=int(self.facts["mean_expressed_genes"]) + 1,

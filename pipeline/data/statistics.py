@@ -36,15 +36,18 @@ class CountStatistics:
         return np.maximum(self.gene_sum_squares / self.n_train - self.mean**2, 0)
 
 
-def count_statistics(store: SomaStore, ids: np.ndarray, train: np.ndarray, gene_lut: np.ndarray) -> CountStatistics:
+def count_statistics(
+    store: SomaStore, ids: np.ndarray, train: np.ndarray, gene_lut: np.ndarray, n_genes: int
+) -> CountStatistics:
     """Read every cell once, by storage tiles.
 
     Args:
         ids: soma_joinids, sorted, (n,).
         train: Which cells gene statistics are taken from, bool (n,).
         gene_lut: var soma_joinid -> gene id, -1 for genes outside the vocabulary.
+        n_genes: Genes of the vocabulary, some of which the source may lack.
     """
-    g = int(gene_lut.max(initial=-1)) + 1
+    g = n_genes
     library_size, n_expressed = np.zeros(len(ids)), np.zeros(len(ids), np.int64)
     gene_cells, gene_sum, gene_squares = np.zeros(g, np.int64), np.zeros(g), np.zeros(g)
     group = ids // (store.tile * TILES_PER_READ)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from pipeline.data.blocks import LABEL
 from pipeline.data.filters import check_values, value_filter
-from pipeline.data.soma import SomaStore
+from pipeline.data.genes import gene_lut, model_genes
 from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.split import SPLITS, require_splits, split_cells
 from pipeline.data.statistics import CountStatistics, count_statistics
@@ -34,7 +34,9 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     source = open_source(config, context.folder, _columns(config))
     cells = _eligible(config, source)
     cells["split"] = split_cells(cells, config.split)
-    var = _genes(config, source.store)
+    genes = model_genes(config.genes, source.store)
+    source.notes += genes.notes
+    var = genes.table
     var, stats, sampled = _statistics(config, source, cells, var)
 
     cells = cells.assign(library_size=stats.library_size, n_expressed=stats.n_expressed)
@@ -67,6 +69,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "gene_stats_cells": sampled,
         "source": source.description,
         **source.facts,
+        **genes.facts,
         "notes": source.notes,
     }
 
@@ -106,33 +109,6 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
 
 
 # ---- genes and statistics ----------------------------------------------------------------------------------------
-def _genes(config: IngestConfig, store: SomaStore) -> pd.DataFrame:
-    """Genes of the source that pass the filter: soma_joinid, feature_id, feature_name."""
-    var = store.var(value_filter=config.genes.value_filter)
-    id_column = next((c for c in ("feature_id", "var_id") if c in var), None)
-    if id_column is None:
-        raise InputError(f"var of {store.uri} has no feature_id; columns: {', '.join(map(str, var.columns))}")
-    name = var["feature_name"] if "feature_name" in var else var[id_column]
-    var = pd.DataFrame(
-        {
-            "soma_joinid": var["soma_joinid"],
-            "feature_id": var[id_column].astype(str),
-            "feature_name": name.astype(str),
-        }
-    )
-    if not len(var):
-        raise InputError(f"ingest.genes.value_filter {config.genes.value_filter!r} leaves no genes; loosen it")
-    if len(twice := var["feature_id"][var["feature_id"].duplicated()].unique()):
-        raise InputError(f"{len(twice)} gene ids of {store.uri} occur more than once (first: {', '.join(twice[:3])})")
-    return var
-
-
-def _lut(var: pd.DataFrame, n_genes_source: int) -> np.ndarray:
-    lut = np.full(n_genes_source, -1, dtype=np.int32)
-    lut[var["soma_joinid"].to_numpy()] = np.arange(len(var))
-    return lut
-
-
 def _statistics(
     config: IngestConfig, source: OpenSource, cells: pd.DataFrame, var: pd.DataFrame
 ) -> tuple[pd.DataFrame, CountStatistics, int]:
@@ -140,14 +116,15 @@ def _statistics(
     store, ids, train = source.store, cells["soma_joinid"].to_numpy(), (cells["split"] == "train").to_numpy()
     if not train.any():
         require_splits(config.split, cells)
-    in_obs = {"raw_sum", "nnz"} <= set(cells) and not config.genes.min_cells and not config.genes.value_filter
+    whole = config.genes.vocabulary == "source" and not config.genes.min_cells and not config.genes.value_filter
+    in_obs = {"raw_sum", "nnz"} <= set(cells) and whole  # obs sums over all genes of the source
     if in_obs and len(cells) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)
-        stats = count_statistics(store, ids[some], train[some], _lut(var, store.shape[1]))
+        stats = count_statistics(store, ids[some], train[some], gene_lut(var, store.shape[1]), len(var))
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
         per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
         return var, CountStatistics(**{**vars(stats), **per_cell}), int(some.sum())
-    stats = count_statistics(store, ids, train, _lut(var, store.shape[1]))
+    stats = count_statistics(store, ids, train, gene_lut(var, store.shape[1]), len(var))
     enough = stats.gene_cells >= config.genes.min_cells
     if not enough.any():
         raise InputError(
@@ -158,7 +135,7 @@ def _statistics(
         source.notes.append(f"{int((~enough).sum())} genes are expressed in fewer than {config.genes.min_cells} "
                             "training cells and are left out.")  # fmt: skip
         var = var[enough].reset_index(drop=True)
-        stats = count_statistics(store, ids, train, _lut(var, store.shape[1]))
+        stats = count_statistics(store, ids, train, gene_lut(var, store.shape[1]), len(var))
     return var, stats, stats.n_train
 
 
