@@ -102,6 +102,27 @@ class SomaStore:
         """Genes that pass a filter, ascending by soma_joinid."""
         return self._table(f"ms/{self.measurement}/var", columns, value_filter, "ingest.genes.value_filter")
 
+    def measured_by(self, dataset_ids: Sequence[str]) -> np.ndarray | None:
+        """Which genes each data set measured, (datasets, genes) bool; None where the store does not say.
+
+        Laid out as in the Census: feature_dataset_presence_matrix stands beside X, and its rows are numbered by the
+        table of data sets, census_info/datasets (in an experiment that is no Census: its own `datasets`).
+        """
+        if "feature_dataset_presence_matrix" not in self._open(f"ms/{self.measurement}"):
+            return None
+        census, is_census, _ = self.uri.rstrip("/").rpartition("/census_data/")
+        info = SomaStore(f"{census}/census_info" if is_census else self.uri, self.tiledb_config)
+        table = info._table("datasets", ["dataset_id"], None, "")
+        number = pd.Series(table["soma_joinid"].to_numpy(), index=table["dataset_id"].astype(str))
+        if lacking := [d for d in dataset_ids if d not in number.index]:
+            raise InputError(f"{info.uri}/datasets does not know {len(lacking)} data sets (first: {lacking[0]})")
+        rows = number.loc[list(dataset_ids)].to_numpy(np.int64)
+        measured = np.zeros((int(number.max()) + 1, self.shape[1]), bool)
+        array = self._open(f"ms/{self.measurement}/feature_dataset_presence_matrix")
+        for part in array.read(coords=(pa.array(np.sort(rows)),)).tables():
+            measured[part["soma_dim_0"].to_numpy(), part["soma_dim_1"].to_numpy()] = part["soma_data"].to_numpy() != 0
+        return measured[rows]
+
     def _table(self, what: str, columns: Sequence[str] | None, value_filter: str | None, name: str) -> pd.DataFrame:
         frame = self._open(what)
         wanted = None if columns is None else list(dict.fromkeys(["soma_joinid", *columns]))
