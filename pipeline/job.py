@@ -206,6 +206,11 @@ class IngestConfig(StrictModel):
     """What to do with cells that have no value for a label."""
     genes: GenesConfig = GenesConfig()
     split: SplitConfig = SplitConfig()
+    cache: bool | str | None = None
+    """Where all cells are written once as ragged shards, to be read from there in every epoch of every job, in the same
+    order and the same batches: true for <output>/cache, or a folder that every node sees. Pays from the second epoch.
+    null (or false) streams from SOMA. Jobs of the same cells and genes share a cache; turning it on or off makes
+    another version of ingest."""
 
 
 class FeedConfig(StrictModel):

@@ -16,6 +16,7 @@ import pandas as pd
 
 from pipeline.data.blocks import LABEL, SomaBlocks, SomaReader
 from pipeline.data.genes import gene_lut
+from pipeline.data.cache import CacheBlocks, cached
 from pipeline.data.split import SPLITS
 from pipeline.stage import InputError, Manifest
 from scldm.library_size import LibrarySizes
@@ -80,9 +81,17 @@ class Ingested:
             genes_per_cell=int(self.facts["mean_expressed_genes"]) + 1,
         )
 
-    def blocks(self, split: str) -> SomaBlocks:
-        """The cells of a split."""
-        return self._blocks(self._of(split))
+    def blocks(self, split: str) -> SomaBlocks | CacheBlocks:
+        """The cells of a split, from the cache if ingest made one."""
+        source = self._blocks(self._of(split))
+        if (cache := self.facts.get("cache")) is None:
+            return source
+        folder = (self.folder / cache["folder"]).resolve()
+        return cached(source, folder, self.cells["soma_joinid"].to_numpy(np.int64))
+
+    def all_blocks(self) -> SomaBlocks:
+        """The cells of all splits, out of SOMA."""
+        return self._blocks(self.cells)
 
     def anndata(self, split: str, max_cells: int | None = None, seed: int = 0) -> anndata.AnnData:
         """Cells of a split in memory: counts over the vocabulary (CSR), labels as categoricals.

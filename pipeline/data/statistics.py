@@ -5,6 +5,7 @@ Shape letters: n cells, g genes of the vocabulary. Memory: one block, and a few 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ class CountStatistics:
     gene_sum: np.ndarray  # (g,)
     gene_sum_squares: np.ndarray  # (g,)
     n_train: int
+    content: str  # hash of the counts that were read
 
     @property
     def mean(self) -> np.ndarray:
@@ -50,10 +52,13 @@ def count_statistics(
     g = n_genes
     library_size, n_expressed = np.zeros(len(ids)), np.zeros(len(ids), np.int64)
     gene_cells, gene_sum, gene_squares = np.zeros(g, np.int64), np.zeros(g), np.zeros(g)
+    content = hashlib.sha256()
     group = ids // (store.tile * TILES_PER_READ)
     for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(group)) + 1):
         rows = store.read_ragged(ids[part], gene_lut)
         _require_counts(store, ids[part], rows.indptr, rows.counts)
+        for values in (rows.indptr.astype(np.int64), rows.genes, rows.counts):
+            content.update(np.ascontiguousarray(values).data)
         ends = np.concatenate([[0.0], np.cumsum(rows.counts, dtype=np.float64)])[rows.indptr]
         library_size[part], n_expressed[part] = np.diff(ends), np.diff(rows.indptr)
         of_train = np.repeat(train[part], np.diff(rows.indptr))
@@ -61,7 +66,9 @@ def count_statistics(
         gene_cells += np.bincount(genes, minlength=g)
         gene_sum += np.bincount(genes, counts, minlength=g)
         gene_squares += np.bincount(genes, counts**2, minlength=g)
-    return CountStatistics(library_size, n_expressed, gene_cells, gene_sum, gene_squares, int(train.sum()))
+    return CountStatistics(
+        library_size, n_expressed, gene_cells, gene_sum, gene_squares, int(train.sum()), content.hexdigest()
+    )
 
 
 def _require_counts(store: SomaStore, ids: np.ndarray, indptr: np.ndarray, counts: np.ndarray) -> None:

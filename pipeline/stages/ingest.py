@@ -21,6 +21,7 @@ from pipeline.data.statistics import CountStatistics, count_statistics
 from pipeline.data.validate import label_problems, missing
 from pipeline.job import IngestConfig
 from pipeline.stage import InputError, StageContext
+from pipeline.stages.ingest_cache import cache_facts
 from scldm.library_size import LibrarySizes
 from scldm.vocabulary import LabelVocabulary, Vocabulary
 
@@ -50,7 +51,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     train = cells[cells["split"] == "train"]
     _note_unseen_classes(vocabulary, cells, source.notes)
     mean_expressed = float(train["n_expressed"].mean())
-    return {
+    facts = {
         **facts,
         "soma_uri": source.uri,
         "tiledb_config": dict(source.store.tiledb_config),
@@ -72,6 +73,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         **genes.facts,
         "notes": source.notes,
     }
+    return facts | cache_facts(config, context, facts, content=stats.content)
 
 
 # ---- source ----------------------------------------------------------------------------------------------------------
