@@ -1,6 +1,6 @@
 """Cells from `.h5ad` files: one file by anndata's backed mode, several by cellarium-ml's collection reader.
 
-Genes are matched between files by id; a gene that a file lacks counts as zero there, and a note says so. cellarium's
+Genes are matched between files by id; a note says how many a file lacks, and `CellTables.measured` which. cellarium's
 collection asks that its files agree in everything but cells, so files are put in runs that agree (by cellarium's own
 schema) and each run gets a collection, which holds one file in memory at a time.
 """
@@ -58,7 +58,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
         var = files[0].genes
     for f in files:
         if lacking := len(var) - len(f.genes):
-            notes.append(f"{f.path.name} lacks {lacking} of {len(var)} genes; they count as zero in its cells.")
+            notes.append(f"{f.path.name} lacks {lacking} of {len(var)} genes.")
     obs = _obs(files, source.columns, needed, notes)
     if (var["feature_length"] == 0).all():
         notes.append("var has no feature_length; 0 is written.")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.blocks import LABEL
+from pipeline.data.presence import GROUP
 from scldm.batch import CellBatch
 
 
@@ -68,6 +69,11 @@ def to_cell_batch(
         joinids=torch.from_numpy(joinids.copy()),
         weight=_weight(table),
     )
+
+
+def measured_group(table: pa.Table) -> Tensor:
+    """For each cell the row of `Ingested.measured` that says which genes it measured, (b,) int64."""
+    return torch.from_numpy(_column(table, LABEL + GROUP).to_numpy().astype(np.int64))
 
 
 def to_latent_batch(table: pa.Table, label_names: Sequence[str], *, shape: tuple[int, int]) -> LatentBatch:

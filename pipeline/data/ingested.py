@@ -17,6 +17,7 @@ import pandas as pd
 from pipeline.data.blocks import LABEL, SomaBlocks, SomaReader
 from pipeline.data.genes import gene_lut
 from pipeline.data.cache import CacheBlocks, cached
+from pipeline.data.presence import GROUP, read_measured
 from pipeline.data.split import SPLITS
 from pipeline.stage import InputError, Manifest
 from scldm.library_size import LibrarySizes
@@ -53,13 +54,32 @@ class Ingested:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size over the vocabulary."""
+        """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size over the vocabulary; as one
+        more label the row of `measured`, if there is one."""
         return pd.read_parquet(self.folder / self.facts["cells"])
 
     @cached_property
     def gene_stats(self) -> pd.DataFrame:
         """In the order of the vocabulary, over training cells: feature_id, gene_joinid, mean, variance, fraction."""
         return pd.read_parquet(self.folder / self.facts["gene_stats"])
+
+    @cached_property
+    def measured(self) -> np.ndarray | None:
+        """Genes that each group of data sets measured, (p, g) bool; None: all of them. `cells` has a cell's group."""
+        path = self.facts.get("presence")
+        return None if path is None else read_measured(self.folder / path)
+
+    def measured_by(self, joinids: np.ndarray) -> np.ndarray | None:
+        """Genes that were measured in each of some cells, (n, g) bool; None: all of them."""
+        if self.measured is None:
+            return None
+        rows = self.cells["soma_joinid"].searchsorted(joinids)
+        return self.measured[self.cells[LABEL + GROUP].to_numpy()[rows]]
+
+    @property
+    def _codes(self) -> tuple[str, ...]:
+        """Numbers that go with a cell's counts: classes of its labels, and the group that says what it measured."""
+        return (*(x.name for x in self.vocabulary.labels), *([] if "presence" not in self.facts else [GROUP]))
 
     @property
     def soma_uri(self) -> str:
@@ -76,7 +96,7 @@ class Ingested:
             measurement=self.facts["measurement"],
             layer=self.facts["layer"],
             gene_lut=gene_lut(places, self.facts["n_genes_source"]),
-            labels=tuple(x.name for x in self.vocabulary.labels),
+            labels=self._codes,
             count_type=self.facts["count_type"],
             genes_per_cell=int(self.facts["mean_expressed_genes"]) + 1,
         )
@@ -141,5 +161,5 @@ class Ingested:
         return cells
 
     def _blocks(self, cells: pd.DataFrame) -> SomaBlocks:
-        codes = {x.name: cells[LABEL + x.name].to_numpy(np.int32) for x in self.vocabulary.labels}
+        codes = {name: cells[LABEL + name].to_numpy(np.int32) for name in self._codes}
         return SomaBlocks(cells["soma_joinid"].to_numpy(np.int64), codes, int(self.facts["tile"]), self.reader)

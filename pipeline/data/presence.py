@@ -12,9 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+from pipeline.stage import InputError
+
+if TYPE_CHECKING:
+    from pipeline.data.sources import OpenSource
+
+# A cell's group travels beside its labels, as one more code; no label has this name.
+GROUP = "__measured__"
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,31 @@ class Presence:
         n_genes = np.full(len(bits), self.measured.shape[1], np.int32)
         frame = pd.DataFrame({"name": list(self.names), "n_measured": self.measured.sum(1), "bits": bits})
         frame.assign(n_genes=n_genes).to_parquet(path, index=False)
+
+
+def presence_of_cells(source: OpenSource, cells: pd.DataFrame, places: np.ndarray) -> Presence:
+    """Which genes of the vocabulary the data sets of some cells measured.
+
+    Args:
+        cells: soma_joinid; dataset_id, unless the source was written by us.
+        places: For each gene of the vocabulary its soma_joinid, -1 where the source lacks it, (g,).
+
+    Raises:
+        InputError: if neither the store nor the vocabulary tells that anything was not measured.
+    """
+    joinids, n_source = cells["soma_joinid"].to_numpy(), source.store.shape[1]
+    if source.measured is not None:
+        return source.measured.of_cells(joinids).of_genes(places)
+    group, names = pd.factorize(cells["dataset_id"].astype(str)) if "dataset_id" in cells else (None, [])
+    known = None if group is None else source.store.measured_by(list(names))
+    if known is not None:
+        return Presence(tuple(names), known, group.astype(np.int32)).of_genes(places)
+    if (places >= 0).all():
+        raise InputError(
+            f"ingest.genes.presence (true): nothing says what was measured: {source.store.uri} has no "
+            "feature_dataset_presence_matrix with a dataset_id in obs, as the Census has; set it to false"
+        )
+    return Presence.everywhere(source.description, n_cells=len(cells), n_genes=n_source).of_genes(places)
 
 
 def read_measured(path: Path) -> np.ndarray:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.presence import Presence
 from pipeline.data.soma import SomaStore, write_experiment
 from pipeline.data.synthetic import synthetic_cells
 from pipeline.data.validate import CellTables, checked
@@ -27,6 +28,7 @@ class OpenSource:
     description: str
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # more for the manifest
+    measured: Presence | None = None  # by cells of the store, genes of the store; None: ask the store
 
 
 def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> OpenSource:
@@ -46,7 +48,8 @@ def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> O
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
     chunks = checked(tables, columns, drop_missing=lenient)
     store = write_experiment(folder / "soma", tables.obs, tables.var, chunks)
-    return OpenSource(store, "soma", description, tables.notes)
+    measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))
+    return OpenSource(store, "soma", description, tables.notes, measured=measured)
 
 
 def _s3_config(source: SomaSource) -> dict[str, str]:

@@ -25,7 +25,7 @@ class CountStatistics:
     gene_cells: np.ndarray  # (g,) training cells that express the gene
     gene_sum: np.ndarray  # (g,)
     gene_sum_squares: np.ndarray  # (g,)
-    n_train: int
+    n_train: int | np.ndarray  # training cells; of each gene (g,) those that measured it, if not all did
     content: str  # hash of the counts that were read
 
     @property

@@ -56,7 +56,7 @@ def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
     columns = [target.get_indexer(s.genes["feature_id"]) for s in samples]
     for s in samples:
         if lacking := len(var) - len(s.genes):
-            notes.append(f"{s.name} lacks {lacking} of {len(var)} genes; they count as zero in its cells.")
+            notes.append(f"{s.name} lacks {lacking} of {len(var)} genes.")
     notes.append("A 10x output has no feature_length; 0 is written.")
     obs = complete_obs(_obs(samples, source, needed, notes), needed, notes)
 

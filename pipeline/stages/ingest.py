@@ -15,6 +15,7 @@ import pandas as pd
 from pipeline.data.blocks import LABEL
 from pipeline.data.filters import check_values, value_filter
 from pipeline.data.genes import gene_lut, model_genes
+from pipeline.data.presence import GROUP, Presence
 from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.split import SPLITS, require_splits, split_cells
 from pipeline.data.statistics import CountStatistics, count_statistics
@@ -22,6 +23,7 @@ from pipeline.data.validate import label_problems, missing
 from pipeline.job import IngestConfig
 from pipeline.stage import InputError, StageContext
 from pipeline.stages.ingest_cache import cache_facts
+from pipeline.stages.ingest_presence import measured_genes, over_measured
 from scldm.library_size import LibrarySizes
 from scldm.vocabulary import LabelVocabulary, Vocabulary
 
@@ -38,16 +40,18 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     genes = model_genes(config.genes, source.store)
     source.notes += genes.notes
     var = genes.table
-    var, stats, sampled = _statistics(config, source, cells, var)
-
+    var, stats, seen = _statistics(config, source, cells, var)
     cells = cells.assign(library_size=stats.library_size, n_expressed=stats.n_expressed)
+    if (presence := measured_genes(config, source, cells, var)) is not None:
+        stats = over_measured(stats, presence, seen)
+        cells[LABEL + GROUP] = presence.group
     if empty := int((cells["library_size"] <= 0).sum()):
         source.notes.append(f"{empty} cells have no counts in the vocabulary and are left out.")
         cells = cells[cells["library_size"] > 0].reset_index(drop=True)
     require_splits(config.split, cells)
 
     vocabulary = _vocabulary(config, cells, var)
-    facts = _write(context, cells, var, vocabulary, stats)
+    facts = _write(context, cells, var, vocabulary, stats, presence)
     train = cells[cells["split"] == "train"]
     _note_unseen_classes(vocabulary, cells, source.notes)
     mean_expressed = float(train["n_expressed"].mean())
@@ -67,7 +71,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "mean_expressed_genes": mean_expressed,
         "max_expressed_genes": int(cells["n_expressed"].max()),
         "zero_fraction": 1 - mean_expressed / vocabulary.n_genes,
-        "gene_stats_cells": sampled,
+        "gene_stats_cells": int(seen.sum()),
         "source": source.description,
         **source.facts,
         **genes.facts,
@@ -88,7 +92,7 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
     if absent := [c for c in wanted if c not in available]:
         empty = pd.DataFrame(columns=available)
         raise InputError("\n".join(label_problems(empty, absent, drop_missing=False, names=None)))
-    extra = [c for c in ("raw_sum", "nnz") if c in available]
+    extra = [c for c in ("raw_sum", "nnz", *(["dataset_id"] if config.genes.presence else [])) if c in available]
     check_values(config.cells, source.store)
     chosen = value_filter(config.cells.conditions(), config.obs_filter)
     source.facts["value_filter"] = chosen
@@ -113,8 +117,8 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
 # ---- genes and statistics ----------------------------------------------------------------------------------------
 def _statistics(
     config: IngestConfig, source: OpenSource, cells: pd.DataFrame, var: pd.DataFrame
-) -> tuple[pd.DataFrame, CountStatistics, int]:
-    """The genes that are kept, statistics over them, and how many cells the gene statistics are from."""
+) -> tuple[pd.DataFrame, CountStatistics, np.ndarray]:
+    """The genes that are kept, statistics over them, and which cells the gene statistics are from, bool (n,)."""
     store, ids, train = source.store, cells["soma_joinid"].to_numpy(), (cells["split"] == "train").to_numpy()
     if not train.any():
         require_splits(config.split, cells)
@@ -125,7 +129,7 @@ def _statistics(
         stats = count_statistics(store, ids[some], train[some], gene_lut(var, store.shape[1]), len(var))
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
         per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
-        return var, CountStatistics(**{**vars(stats), **per_cell}), int(some.sum())
+        return var, CountStatistics(**{**vars(stats), **per_cell}), some
     stats = count_statistics(store, ids, train, gene_lut(var, store.shape[1]), len(var))
     enough = stats.gene_cells >= config.genes.min_cells
     if not enough.any():
@@ -138,7 +142,7 @@ def _statistics(
                             "training cells and are left out.")  # fmt: skip
         var = var[enough].reset_index(drop=True)
         stats = count_statistics(store, ids, train, gene_lut(var, store.shape[1]), len(var))
-    return var, stats, stats.n_train
+    return var, stats, train
 
 
 def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:
@@ -161,7 +165,12 @@ def _note_unseen_classes(vocabulary: Vocabulary, cells: pd.DataFrame, notes: lis
 
 
 def _write(
-    context: StageContext, cells: pd.DataFrame, var: pd.DataFrame, vocabulary: Vocabulary, stats: CountStatistics
+    context: StageContext,
+    cells: pd.DataFrame,
+    var: pd.DataFrame,
+    vocabulary: Vocabulary,
+    stats: CountStatistics,
+    presence: Presence | None,
 ) -> dict[str, Any]:
     """The files of the stage; returns the facts that name them."""
     folder = context.folder
@@ -186,15 +195,20 @@ def _write(
             "split": split,
             **{LABEL + x.name: x.encode(names[x.name]).astype(np.int32) for x in vocabulary.labels},
             "library_size": cells["library_size"].astype(np.float32),
+            **{c: cells[c] for c in cells if c == LABEL + GROUP},
         }
     ).to_parquet(folder / "cells.parquet", index=False)
     digest = hashlib.sha256(vocabulary.digest.encode())
     digest.update(cells["soma_joinid"].to_numpy(np.int64).tobytes())
     digest.update(split.codes.astype(np.int8).tobytes())
+    if presence is not None:
+        presence.save(folder / "presence.parquet")
+        digest.update(np.packbits(presence.measured).tobytes() + cells[LABEL + GROUP].to_numpy(np.int32).tobytes())
     return {
         "vocabulary": "vocabulary.json",
         "library_size": "library_size.json",
         "gene_stats": "gene_stats.parquet",
         "cells": "cells.parquet",
         "digest": digest.hexdigest(),
+        **({} if presence is None else {"presence": "presence.parquet"}),
     }

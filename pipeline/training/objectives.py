@@ -6,13 +6,14 @@ Shape letters: b cells, g genes, m latent tokens, e latent width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.data.collate import LatentBatch, to_cell_batch, to_latent_batch
+from pipeline.data.collate import LatentBatch, measured_group, to_cell_batch, to_latent_batch
 from pipeline.data.order import FeedOrder
 from pipeline.training.loop import Slice
 from scldm.batch import CellBatch
@@ -42,8 +43,10 @@ class VaeObjective:
         max_genes: int | None,
         seed: int,
         validation: Sequence[pa.Table],
+        measured: Tensor | None = None,
     ):
         self.module, self.labels, self.seed, self.max_genes = vae, labels, seed, max_genes
+        self.measured = measured  # (p, g) bool: genes that each group of data sets measured; None: all of them
         self.probability = None if genes_per_step is None else gene_probabilities(mean_counts, genes_per_step)
         self._validation = validation
 
@@ -67,6 +70,9 @@ class VaeObjective:
         """The cells that are scored, and what the encoder sees of them."""
         device = next(self.module.parameters()).device
         cells = to_cell_batch(table, self.labels).to(device)
+        if self.measured is not None:
+            self.measured = self.measured.to(device)
+            cells = replace(cells, measured=self.measured[measured_group(table).to(device)])
         if self.max_genes is None:
             return cells, cells
         return cells, to_cell_batch(table, self.labels, max_genes=self.max_genes, seed=self.seed).to(device)

@@ -86,6 +86,7 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
         max_genes=train.feed.max_genes,
         seed=spec.seed,
         validation=tables,
+        measured=None if data.measured is None else torch.from_numpy(data.measured),
     )
     order = make_order(source, train.feed, spec.seed)
     trained = run_training(objective, source, order, train, run)

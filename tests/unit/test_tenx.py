@@ -170,7 +170,7 @@ def test_samples_are_joined_by_gene_and_told_apart_by_their_paths(two_samples):
     assert tables.obs["obs_id"].iloc[20] == "S2:CELL0-1"
     assert tables.measured.measured.tolist() == [[True, True, True, False], [False, False, True, True]]
     np.testing.assert_array_equal(tables.measured.group, [0] * 20 + [1] * 15)
-    assert "S2 lacks 2 of 4 genes; they count as zero in its cells." in tables.notes
+    assert "S2 lacks 2 of 4 genes." in tables.notes
 
 
 def test_a_folder_of_outputs_is_its_samples(two_samples, tmp_path):
