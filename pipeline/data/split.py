@@ -7,6 +7,7 @@ come or go, and a donor is never on two sides.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -49,3 +50,12 @@ def require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:
             f"no cell{groups} fell into {' and '.join(lacking)} ({len(cells)} cells); raise ingest.split shares, set "
             "the share to 0, change ingest.split.salt, or split by: cell"
         )
+
+
+def label_counts(cells: pd.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """Cells of each class of each label in each split."""
+    counts = {}
+    for label in labels:
+        table = pd.crosstab(cells[label].astype(str), cells["split"]).reindex(columns=list(SPLITS), fill_value=0)
+        counts[label] = {str(name): {s: int(row[s]) for s in SPLITS} for name, row in table.iterrows()}
+    return counts

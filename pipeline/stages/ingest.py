@@ -17,7 +17,7 @@ from pipeline.data.filters import check_values, value_filter
 from pipeline.data.genes import gene_lut, model_genes
 from pipeline.data.presence import GROUP, Presence
 from pipeline.data.sources import OpenSource, open_source
-from pipeline.data.split import SPLITS, require_splits, split_cells
+from pipeline.data.split import SPLITS, label_counts, require_splits, split_cells
 from pipeline.data.statistics import CountStatistics, count_statistics
 from pipeline.data.validate import label_problems, missing
 from pipeline.job import IngestConfig
@@ -68,6 +68,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "n_cells": {split: int((cells["split"] == split).sum()) for split in SPLITS},
         "labels": [x.name for x in vocabulary.labels],
         "n_classes": vocabulary.n_classes,
+        "label_counts": label_counts(cells, config.labels),
         "mean_expressed_genes": mean_expressed,
         "max_expressed_genes": int(cells["n_expressed"].max()),
         "zero_fraction": 1 - mean_expressed / vocabulary.n_genes,
@@ -126,12 +127,12 @@ def _statistics(
     in_obs = {"raw_sum", "nnz"} <= set(cells) and whole  # obs sums over all genes of the source
     if in_obs and len(cells) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)
-        stats = count_statistics(store, ids[some], train[some], gene_lut(var, store.shape[1]), len(var))
+        stats, _ = count_statistics(store, ids[some], train[some], gene_lut(var, store.shape[1]), len(var))
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
         per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
         return var, CountStatistics(**{**vars(stats), **per_cell}), some
-    stats = count_statistics(store, ids, train, gene_lut(var, store.shape[1]), len(var))
-    enough = stats.gene_cells >= config.genes.min_cells
+    lut = gene_lut(var, store.shape[1])
+    stats, enough = count_statistics(store, ids, train, lut, len(var), min_cells=config.genes.min_cells)
     if not enough.any():
         raise InputError(
             f"ingest.genes.min_cells ({config.genes.min_cells}) leaves no genes: the most expressed one is in "
@@ -141,7 +142,6 @@ def _statistics(
         source.notes.append(f"{int((~enough).sum())} genes are expressed in fewer than {config.genes.min_cells} "
                             "training cells and are left out.")  # fmt: skip
         var = var[enough].reset_index(drop=True)
-        stats = count_statistics(store, ids, train, gene_lut(var, store.shape[1]), len(var))
     return var, stats, train
 
 
@@ -174,10 +174,11 @@ def _write(
 ) -> dict[str, Any]:
     """The files of the stage; returns the facts that name them."""
     folder = context.folder
-    names = {x.name: cells[x.name].astype(str).to_numpy() for x in vocabulary.labels}
+    codes = {x.name: x.encode(cells[x.name].astype(str).to_numpy()).astype(np.int32) for x in vocabulary.labels}
     train = (cells["split"] == "train").to_numpy()
     vocabulary.save(folder / "vocabulary.json")
-    sizes = LibrarySizes.fit(cells["library_size"].to_numpy()[train], {k: v[train] for k, v in names.items()})
+    of_train = {x.name: (x.classes, codes[x.name][train]) for x in vocabulary.labels}
+    sizes = LibrarySizes.fit_codes(cells["library_size"].to_numpy()[train], of_train)
     sizes.save(folder / "library_size.json")
     pd.DataFrame(
         {
@@ -193,7 +194,7 @@ def _write(
         {
             "soma_joinid": cells["soma_joinid"],
             "split": split,
-            **{LABEL + x.name: x.encode(names[x.name]).astype(np.int32) for x in vocabulary.labels},
+            **{LABEL + name: ids for name, ids in codes.items()},
             "library_size": cells["library_size"].astype(np.float32),
             **{c: cells[c] for c in cells if c == LABEL + GROUP},
         }
