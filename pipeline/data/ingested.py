@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL, SomaBlocks, SomaReader
-from pipeline.data.genes import gene_lut
 from pipeline.data.cache import CacheBlocks, cached
+from pipeline.data.genes import gene_lut
 from pipeline.data.presence import GROUP, read_measured
 from pipeline.data.split import SPLITS
 from pipeline.stage import InputError, Manifest
@@ -103,11 +103,15 @@ class Ingested:
 
     def blocks(self, split: str) -> SomaBlocks | CacheBlocks:
         """The cells of a split, from the cache if ingest made one."""
-        source = self._blocks(self._of(split))
+        source = self.streamed(split)
         if (cache := self.facts.get("cache")) is None:
             return source
         folder = (self.folder / cache["folder"]).resolve()
         return cached(source, folder, self.cells["soma_joinid"].to_numpy(np.int64))
+
+    def streamed(self, split: str) -> SomaBlocks:
+        """The cells of a split, out of SOMA."""
+        return self._blocks(self._of(split))
 
     def all_blocks(self) -> SomaBlocks:
         """The cells of all splits, out of SOMA."""

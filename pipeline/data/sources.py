@@ -6,10 +6,14 @@ Census are read where they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
 
 from pipeline.data.presence import Presence
 from pipeline.data.soma import SomaStore, write_experiment
@@ -29,6 +33,7 @@ class OpenSource:
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # more for the manifest
     measured: Presence | None = None  # by cells of the store, genes of the store; None: ask the store
+    content: str | None = None  # hash of all counts, of a store that we wrote
 
 
 def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> OpenSource:
@@ -47,9 +52,18 @@ def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> O
     # With a filter, cells without a label may be filtered out: they are looked at again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
     chunks = checked(tables, columns, drop_missing=lenient)
-    store = write_experiment(folder / "soma", tables.obs, tables.var, chunks)
+    content = hashlib.sha256()
+    store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
     measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))
-    return OpenSource(store, "soma", description, tables.notes, measured=measured)
+    return OpenSource(store, "soma", description, tables.notes, measured=measured, content=content.hexdigest())
+
+
+def _hashed(chunks: Iterable[sp.csr_matrix], content: Any) -> Iterator[sp.csr_matrix]:
+    """The chunks as they are, added to a hash on their way."""
+    for chunk in chunks:
+        for values, kind in ((chunk.indptr, np.int64), (chunk.indices, np.int32), (chunk.data, np.float32)):
+            content.update(np.ascontiguousarray(values, kind).data)
+        yield chunk
 
 
 def _s3_config(source: SomaSource) -> dict[str, str]:

@@ -78,7 +78,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         **genes.facts,
         "notes": source.notes,
     }
-    return facts | cache_facts(config, context, facts, content=stats.content)
+    return facts | cache_facts(config, context, facts, content=source.content or stats.content)
 
 
 # ---- source ----------------------------------------------------------------------------------------------------------
@@ -130,6 +130,7 @@ def _statistics(
         stats, _ = count_statistics(store, ids[some], train[some], gene_lut(var, store.shape[1]), len(var))
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
         per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
+        per_cell["content"] = hashlib.sha256(per_cell["n_expressed"].astype(np.int64).tobytes()).hexdigest()
         return var, CountStatistics(**{**vars(stats), **per_cell}), some
     lut = gene_lut(var, store.shape[1])
     stats, enough = count_statistics(store, ids, train, lut, len(var), min_cells=config.genes.min_cells)
