@@ -178,13 +178,50 @@ class GenesConfig(StrictModel):
         return self
 
 
+class HeldOutConfig(StrictModel):
+    """Combinations of labels of which every cell is held out."""
+
+    split: Literal["validation", "test"] = "test"
+    """The side that the combinations go to."""
+    combinations: list[dict[str, Value | list[Value]]] | None = None
+    """Each a class, or a list of classes, for some obs columns: [{cell_type: CD4 Naive, cytokine: [IL-2, IFN-beta]}]
+    holds out two combinations."""
+    table: str | None = None
+    """The same as a CSV or Parquet table: obs columns, one combination a row, an empty field for any class. A column
+    `split` says validation or test for each row."""
+
+    @model_validator(mode="after")
+    def _said_once(self) -> HeldOutConfig:
+        if (self.combinations is None) == (self.table is None):
+            raise ValueError("give either combinations or table")
+        if self.combinations is not None and not all(self.combinations or [{}]):
+            raise ValueError("combinations must not be empty: a combination without a class is every cell's")
+        return self
+
+
 class SplitConfig(StrictModel):
     """Share of cells held out, by a hash of `by`: the same cell always falls on the same side."""
 
     validation: float = Field(0.1, ge=0, lt=1)
     test: float = Field(0.1, ge=0, lt=1)
-    by: Literal["cell", "donor_id", "dataset_id"] = "cell"
+    by: Literal["cell", "tile", "donor_id", "dataset_id"] = "cell"
+    """What is hashed. donor_id or dataset_id keep donors or data sets whole. cell scatters the held-out cells over the
+    store, where reading them costs nearly as much as reading all; tile holds out whole storage tiles of 2,048
+    neighbours, which read at full speed (or keep cell, and read from ingest.cache)."""
     salt: str = "scldm"
+    """Another salt is another split."""
+    held_out: HeldOutConfig | None = None
+    """Combinations of labels that no training cell has. The other cells are split by hash; the share of the side that
+    the combinations go to is then 0 unless it is given, so that they are not mixed with cells of the usual kind."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _combinations_alone(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (held_out := given.get("held_out")) is not None:
+            side = held_out.get("split", "test") if isinstance(held_out, dict) else getattr(held_out, "split", "test")
+            if side in ("validation", "test"):
+                return {side: 0.0, **given}
+        return given
 
     @model_validator(mode="after")
     def _leaves_training_cells(self) -> SplitConfig:

@@ -222,6 +222,12 @@ def _outside_files(config: Any) -> Iterator[tuple[str, str]]:
         if not path.is_file():
             raise InputError(f"conditions: {table}: no such file; a CSV or Parquet table of labels and n_cells")
         yield "conditions", hashlib.sha256(path.read_bytes()).hexdigest()
+    held_out = getattr(getattr(config, "split", None), "held_out", None)
+    if held_out is not None and held_out.table is not None:
+        path = Path(held_out.table).expanduser()
+        if not path.is_file():
+            raise InputError(f"ingest.split.held_out.table: {held_out.table}: no such file")
+        yield "held_out", hashlib.sha256(path.read_bytes()).hexdigest()
     vocabulary = getattr(getattr(config, "genes", None), "vocabulary", "source")
     if vocabulary != "source":
         path = Path(vocabulary).expanduser()

@@ -166,7 +166,11 @@ class _Totals:
 
     @property
     def undecided(self) -> np.ndarray | None:
-        return None if self.held is None else self.gene_cells < self.min_cells
+        """Genes that may yet be left out; None if nothing is held of them."""
+        return None if self.held is None else self._too_few()
+
+    def _too_few(self) -> np.ndarray:
+        return self.gene_cells < self.min_cells
 
     def add(self, part: _Partial) -> None:
         at = slice(self.n_read, self.n_read + len(part.library_size))
@@ -175,7 +179,7 @@ class _Totals:
         self.gene_sum += part.gene_sum
         self.gene_squares += part.gene_squares
         self.content.update(part.digests)
-        if self.held is not None and part.rare is not None and not self.held.add(part.rare, at.start, self.undecided):
+        if self.held is not None and part.rare is not None and not self.held.add(part.rare, at.start, self._too_few()):
             self.held = None
         self.n_read = at.stop
 

@@ -15,6 +15,7 @@ import pandas as pd
 from pipeline.data.blocks import LABEL
 from pipeline.data.filters import check_values, value_filter
 from pipeline.data.genes import gene_lut, model_genes
+from pipeline.data.held_out import columns_of, held_out_facts, hold_out, notes_on, read_combinations
 from pipeline.data.presence import GROUP, Presence
 from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.split import SPLITS, label_counts, require_splits, split_cells
@@ -36,7 +37,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     """The stage."""
     source = open_source(config, context.folder, _columns(config))
     cells = _eligible(config, source)
-    cells["split"] = split_cells(cells, config.split)
+    cells["split"], held_out = _split(config, source, cells)
     genes = model_genes(config.genes, source.store)
     source.notes += genes.notes
     var = genes.table
@@ -51,6 +52,8 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     require_splits(config.split, cells)
 
     vocabulary = _vocabulary(config, cells, var)
+    if held_out is not None:
+        source.facts |= held_out_facts(held_out, context.folder)
     facts = _write(context, cells, var, vocabulary, stats, presence)
     train = cells[cells["split"] == "train"]
     _note_unseen_classes(vocabulary, cells, source.notes)
@@ -84,7 +87,9 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
 # ---- source ----------------------------------------------------------------------------------------------------------
 def _columns(config: IngestConfig) -> list[str]:
     """obs columns that the job cannot do without."""
-    return list(dict.fromkeys([*config.labels, *([config.split.by] if config.split.by != "cell" else [])]))
+    by = [] if config.split.by in ("cell", "tile") else [config.split.by]
+    # A cell of unknown class may be of a held-out combination: these are needed as labels are.
+    return list(dict.fromkeys([*config.labels, *by, *columns_of(config.split.held_out)]))
 
 
 def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
@@ -113,6 +118,16 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
             source.notes.append(f"{n} cells have no {column} and are left out.")
             cells = cells[~absent_here].reset_index(drop=True)
     return cells
+
+
+def _split(config: IngestConfig, source: OpenSource, cells: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame | None]:
+    """The side of each cell, and the combinations that are held out, if any."""
+    split = split_cells(cells, config.split, tile=source.store.tile)
+    if not (combinations := read_combinations(config.split.held_out)):
+        return split, None
+    split, table = hold_out(cells, split, combinations)
+    source.notes.extend(notes_on(table, cells.assign(split=split), config.split.by))
+    return split, table
 
 
 # ---- genes and statistics ----------------------------------------------------------------------------------------
