@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.data.s3 import S3Config
 from scldm.config import StrictModel
 from scldm.flow.config import EMAConfig, PathConfig, SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
@@ -86,6 +87,8 @@ class SomaSource(StrictModel):
     anonymous: bool = False
     """Read s3:// without an account, as public buckets are read. False looks for credentials where AWS's own tools do:
     AWS_* variables, ~/.aws, the machine's role. Keys never stand in a job file."""
+    s3: S3Config = S3Config()
+    """How an s3:// address is read."""
     measurement: str = "RNA"
     layer: str = "raw"
 
@@ -98,6 +101,8 @@ class CensusSource(StrictModel):
     """A dated release such as 2025-01-30. "stable" and "latest" move: they are looked up once, and what they stood for
     is kept in the facts of the stage (census_version) and read by every later one."""
     organism: Literal["homo_sapiens", "mus_musculus"] = "homo_sapiens"
+    s3: S3Config = S3Config()
+    """How the bucket is read."""
 
 
 Source = Annotated[SyntheticSource | H5adSource | TenxSource | SomaSource | CensusSource, Field(discriminator="type")]

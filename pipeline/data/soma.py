@@ -23,18 +23,19 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
 
+from pipeline.data.retry import survives_faults
+from pipeline.data.s3 import S3Config, failure
 from pipeline.stage import InputError
 
 TILE = 2048
 ROWS_PER_WRITE = 8 * TILE  # one TileDB fragment each
 SCATTERED = 64  # below so many ids per tile a point query reads less than the span of the ids
 READ_CONFIG: dict[str, Any] = {
+    **S3Config().tiledb(),
     "soma.init_buffer_bytes": 256 << 20,
     "sm.mem.reader.sparse_global_order.ratio_array_data": 0.3,
     "sm.compute_concurrency_level": 2,  # the default is every core in every process
     "sm.io_concurrency_level": 4,
-    "vfs.s3.connect_max_tries": 10,
-    "vfs.s3.request_timeout_ms": 30_000,
 }
 _OPEN: dict[tuple, Any] = {}
 
@@ -57,6 +58,12 @@ class SomaStore:
     measurement: str = "RNA"
     layer: str = "raw"
 
+    def forget(self) -> None:
+        """Drop the handles of this process; the next read opens anew."""
+        for key in [k for k in _OPEN if k[0] == self.uri]:
+            del _OPEN[key]
+
+    @survives_faults
     def _open(self, what: str) -> Any:
         key = (self.uri, what, tuple(sorted(self.tiledb_config.items())))
         if key not in _OPEN:
@@ -64,6 +71,8 @@ class SomaStore:
             try:
                 _OPEN[key] = soma.open(f"{self.uri.rstrip('/')}/{what}", context=context)
             except (soma.DoesNotExistError, soma.SOMAError) as error:
+                if failure(error).kind != "other":
+                    raise  # the object store's: repeated or explained by `survives_faults`
                 raise InputError(
                     f"cannot open {what} of the SOMA experiment {self.uri} ({error}); check ingest.source: uri, "
                     "measurement and layer name an experiment written by tiledbsoma"
@@ -123,13 +132,14 @@ class SomaStore:
             measured[part["soma_dim_0"].to_numpy(), part["soma_dim_1"].to_numpy()] = part["soma_data"].to_numpy() != 0
         return measured[rows]
 
+    @survives_faults
     def _table(self, what: str, columns: Sequence[str] | None, value_filter: str | None, name: str) -> pd.DataFrame:
         frame = self._open(what)
         wanted = None if columns is None else list(dict.fromkeys(["soma_joinid", *columns]))
         try:
             table = frame.read(column_names=wanted, value_filter=value_filter or None).concat()
         except (soma.SOMAError, SyntaxError, RuntimeError, ValueError, TypeError) as error:
-            if not value_filter:
+            if not value_filter or failure(error).kind != "other":
                 raise
             raise InputError(
                 f"{name} {value_filter!r} cannot be applied ({str(error).splitlines()[0]}); it compares columns with "
@@ -137,6 +147,7 @@ class SomaStore:
             ) from error
         return table.to_pandas().sort_values("soma_joinid", ignore_index=True)
 
+    @survives_faults
     def read_ragged(self, ids: np.ndarray, gene_lut: np.ndarray | None = None) -> Ragged:
         """Counts of cells, in the order of `ids` (repeats allowed).
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from pipeline.data.presence import Presence
+from pipeline.data.s3 import S3Config
 from pipeline.data.soma import SomaStore, write_experiment
 from pipeline.data.synthetic import synthetic_cells
 from pipeline.data.validate import CellTables, checked
@@ -68,11 +69,13 @@ def _hashed(chunks: Iterable[sp.csr_matrix], content: Any) -> Iterator[sp.csr_ma
 
 def _s3_config(source: SomaSource) -> dict[str, str]:
     """What TileDB needs to know; credentials it finds by itself on every machine, so none go into the facts."""
-    if (source.region or source.anonymous) and not source.uri.startswith("s3://"):
-        raise InputError(
-            f"ingest.source: region and anonymous are of s3:// addresses; uri is {source.uri!r}: leave them out"
-        )
-    config = {"vfs.s3.region": source.region} if source.region else {}
+    if not source.uri.startswith("s3://"):
+        if source.region or source.anonymous or source.s3 != S3Config():
+            raise InputError(
+                f"ingest.source: region, anonymous and s3 are of s3:// addresses; uri is {source.uri!r}: leave them out"
+            )
+        return {}
+    config = {**source.s3.tiledb(), **({"vfs.s3.region": source.region} if source.region else {})}
     return config | ({"vfs.s3.no_sign_request": "true"} if source.anonymous else {})
 
 
@@ -80,7 +83,8 @@ def _census(source: CensusSource) -> OpenSource:
     from pipeline.data.census import locate_census
 
     found = locate_census(source)
-    opened = OpenSource(found.store, found.store.uri, f"CELLxGENE Census {found.version}, {source.organism}")
+    store = replace(found.store, tiledb_config={**source.s3.tiledb(), **found.store.tiledb_config})
+    opened = OpenSource(store, store.uri, f"CELLxGENE Census {found.version}, {source.organism}")
     opened.facts["census_version"] = found.version
     if source.version != found.version:
         opened.facts["census_version_asked"] = source.version
