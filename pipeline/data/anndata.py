@@ -20,7 +20,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.data.presence import Presence
-from pipeline.data.tables import complete_obs, plain_id, spread
+from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
 from pipeline.data.validate import CellTables, did_you_mean
 from pipeline.job import H5adSource
 from pipeline.stage import InputError
@@ -171,14 +171,16 @@ def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
 def _obs(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
     """obs of all files under Census names, in types that SOMA stores."""
     frames = []
-    for f in files:
+    stems = [f.path.stem for f in files]  # shards of several folders may be called the same
+    names = stems if len(set(stems)) == len(stems) else sample_names([f.path for f in files])
+    for f, name in zip(files, names, strict=True):
         frame = f.adata.obs
         renamed = frame.drop(columns=[c for c in columns if c in frame and columns[c] != c])
         renamed = renamed.rename(columns={old: new for new, old in columns.items()})
         if "obs_id" not in renamed:
             renamed.insert(0, "obs_id", frame.index.astype(str))
         if len(files) > 1 and "dataset_id" not in renamed:
-            renamed["dataset_id"] = f.path.stem
+            renamed["dataset_id"] = name
         frames.append(renamed)
     obs = pd.concat(frames, ignore_index=True)
     return complete_obs(obs, needed, notes)

@@ -1,15 +1,17 @@
-"""What readers of files share: obs as the Census has it, gene ids without versions, columns of one file among all."""
+"""What readers of files share: names of samples, obs as the Census has it, gene ids, columns of one file among all."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
+_RANGER = ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices", "raw_feature_bc_matrix")
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
 
@@ -56,3 +58,19 @@ def spread(chunk: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_ma
     moved = sp.csr_matrix((chunk.data, columns[chunk.indices], chunk.indptr), shape=(chunk.shape[0], n_genes))
     moved.sort_indices()
     return moved
+
+
+def sample_names(paths: Sequence[Path]) -> list[str]:
+    """What tells the paths apart, without what Cell Ranger calls every output: runs/S1/outs/filtered_… is S1."""
+    parts = [[*p.parent.parts, p.stem if p.is_file() else p.name] for p in (path.absolute() for path in paths)]
+    if len(parts) == 1:
+        return [next((x for x in reversed(parts[0]) if x not in _RANGER), parts[0][-1])]
+    start = _shared(parts)
+    end = _shared([p[start:][::-1] for p in parts])
+    names = ["/".join(p[start : len(p) - end]) for p in parts]
+    return names if all(names) else ["/".join(p[max(0, start - 1) :]) for p in parts]
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many of the first parts all have in common."""
+    return next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), min(map(len, parts)))

@@ -16,13 +16,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.data.presence import Presence
-from pipeline.data.tables import complete_obs, plain_id, spread
+from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
 from pipeline.data.tenx_files import GENES, TenxError, TenxMatrix, is_tenx, open_tenx
 from pipeline.data.validate import CellTables, did_you_mean
 from pipeline.job import TenxSource
 from pipeline.stage import InputError
-
-_RANGER = ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices", "raw_feature_bc_matrix")
 
 
 @dataclass(frozen=True)
@@ -104,22 +102,6 @@ def _inside(path: Path, genome: str | None) -> list[Path]:
         names = ", ".join(p.name for p in children)
         raise InputError(f"ingest.source.genome ({genome}): {path} holds the genomes {names}; name one of them")
     return chosen
-
-
-def sample_names(paths: Sequence[Path]) -> list[str]:
-    """What tells the paths apart, without what Cell Ranger calls every output: runs/S1/outs/filtered_… is S1."""
-    parts = [[*p.parent.parts, p.stem if p.is_file() else p.name] for p in (path.absolute() for path in paths)]
-    if len(parts) == 1:
-        return [next((x for x in reversed(parts[0]) if x not in _RANGER), parts[0][-1])]
-    start = _shared(parts)
-    end = _shared([p[start:][::-1] for p in parts])
-    names = ["/".join(p[start : len(p) - end]) for p in parts]
-    return names if all(names) else ["/".join(p[max(0, start - 1) :]) for p in parts]
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many of the first parts all have in common."""
-    return next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), min(map(len, parts)))
 
 
 def _open(path: Path, name: str, source: TenxSource, notes: list[str]) -> _Sample:

@@ -1,13 +1,20 @@
 """What a job says of its source reaches the store, and no more than that."""
 
+from types import SimpleNamespace
+
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 
 from pipeline.config_io import load_job
 from pipeline.data.sources import open_source
 from pipeline.job import IngestConfig
 from pipeline.schedule import schedule
 from pipeline.sizes import data_facts
-from pipeline.stage import InputError
+from pipeline.stage import InputError, StageContext
+from pipeline.stages import ingest
 
 
 def opened(tmp_path, **source):
@@ -77,3 +84,34 @@ def test_the_size_of_a_job_counts_the_genes_of_its_vocabulary(tmp_path):
     facts = data_facts(None, config)
     assert facts.n_genes == 2
     assert sum(facts.n_cells.values()) == 500
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern", "names"),
+    [
+        (["d_train.h5ad", "d_test.h5ad"], "*.h5ad", {"d_train", "d_test"}),
+        (["t_train/adata_0.h5ad", "t_test/adata_0.h5ad"], "*/*.h5ad", {"t_train", "t_test"}),
+    ],
+)
+def test_a_file_of_test_cells_can_be_held_out(tmp_path, files, pattern, names):
+    """As the paper's data sets come: one file to train on, one to test on."""
+    for i, file in enumerate(files):
+        path = tmp_path / "data" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        x = np.random.default_rng(i).poisson(2, (40, 5)).astype(np.float32)
+        obs = pd.DataFrame({"clusters": ["a", "b"] * 20}, index=[f"c{j}" for j in range(40)])
+        anndata.AnnData(sp.csr_matrix(x), obs=obs).write_h5ad(path)
+    test = next(name for name in names if "test" in name)
+    config = IngestConfig.model_validate(
+        {
+            "source": {"type": "h5ad", "path": str(tmp_path / "data" / pattern)},
+            "labels": ["clusters"],
+            "split": {"validation": 0.1, "held_out": {"combinations": [{"dataset_id": test}]}},
+        }
+    )
+    (tmp_path / "out").mkdir()
+    facts = ingest.run(config, StageContext(tmp_path / "out", {}, 0, SimpleNamespace(), None))
+    assert facts["n_cells"]["test"] == 40
+    cells = pd.read_parquet(tmp_path / "out" / facts["cells"])
+    first = 0 if "test" in sorted(files)[0] else 40
+    assert cells.query("split == 'test'")["soma_joinid"].tolist() == list(range(first, first + 40))

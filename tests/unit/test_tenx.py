@@ -11,7 +11,8 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
-from pipeline.data.tenx import find_outputs, read_10x, sample_names
+from pipeline.data.tables import sample_names
+from pipeline.data.tenx import find_outputs, read_10x
 from pipeline.data.tenx_files import open_tenx
 from pipeline.job import TenxSource
 from pipeline.stage import InputError
