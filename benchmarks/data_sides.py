@@ -1,4 +1,4 @@
-"""The ways of reading the same cells that the data benchmark compares; each call reads and returns a number of cells."""
+"""The ways of reading the same cells that the data benchmark compares. A call reads and returns a number of cells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.data.materialise import Cells, materialise
 from pipeline.data.order import FeedOrder
 from pipeline.data.soma import TILE, SomaStore
 
-BATCH, LANES = 256, 4
+BATCH, LANES = 128, 4
 CHUNK = 64  # tiledbsoma-ml's default shuffle_chunk_size
 LABELS = ["cell_type"]
 
@@ -37,26 +37,33 @@ def scan(cells: CellsOnDisk) -> Side:
     return Side("scan", run, note="tiledbsoma, sequential, Arrow tables as they come")
 
 
-def stream(name: str, source: Any, *, block_rows: int, engine: Literal["local", "ray"], pad: bool, note: str) -> Side:
-    """An epoch of ours, shuffled, as the only worker of a training run gets it."""
+def stream(
+    name: str,
+    source: Any,
+    *,
+    block_rows: int,
+    engine: Literal["local", "ray"],
+    pad: bool,
+    note: str,
+    epochs: int = 1,
+) -> Side:
+    """Epochs of ours, shuffled, as the only worker of a training run gets them."""
 
     def run() -> int:
-        n = 0
-        for table in tables(source, block_rows=block_rows, engine=engine):
+        for table in tables(source, block_rows=block_rows, engine=engine, epochs=epochs):
             if pad:
                 padded(to_cell_batch(table, LABELS))
-            n += len(table)
-        return min(n, len(source.ids))  # the last batch is filled with repeats
+        return len(source.ids) * epochs  # the repeats that fill the last batch do not count
 
     return Side(name, run, tree=engine == "ray", note=note)
 
 
-def tables(source: Any, *, block_rows: int, engine: Literal["local", "ray"]) -> Iterator[pa.Table]:
-    """The micro batches of epoch 0."""
+def tables(source: Any, *, block_rows: int, engine: Literal["local", "ray"], epochs: int = 1) -> Iterator[pa.Table]:
+    """The micro batches of the first epochs."""
     order = FeedOrder(source.ids, source.tile, seed=0, batch_size=BATCH, lanes=LANES, block_rows=block_rows)
     steps = feed(
-        source, order, rank=0, world_size=1, start_step=0, stop_step=order.n_steps_per_epoch, micro_batch_size=BATCH,
-        engine=engine,
+        source, order, rank=0, world_size=1, start_step=0, stop_step=epochs * order.n_steps_per_epoch,
+        micro_batch_size=BATCH, engine=engine,
     )  # fmt: skip
     for step in steps:
         yield from step.micro

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import data_sides as sides_of
+import torch
 from cells_on_disk import CellsOnDisk, cells_on_disk
 from harness import Row, report
 from model_speed import resident
@@ -35,15 +36,29 @@ ROWS = {  # name: ours, baseline
 
 
 def all_sides(cells: CellsOnDisk, block_rows: int) -> list[Side]:
+    """Through Ray as many epochs as make 50,000 cells: one execution covers many epochs in training too."""
+    epochs = max(1, round(50_000 / cells.n_cells))
     source, cache = cells.source(), sides_of.cache_of(cells)
     stream = lambda *args, **kwargs: sides_of.stream(*args, block_rows=block_rows, **kwargs)  # noqa: E731
     found = [
         sides_of.scan(cells),
         stream("stream_shuffled", source, engine="local", pad=False, note="ragged Arrow batches, read in this process"),
-        stream("stream_padded", source, engine="ray", pad=True, note="through Ray Data to padded torch batches"),
+        stream(
+            "stream_padded",
+            source,
+            engine="ray",
+            pad=True,
+            epochs=epochs,
+            note="through Ray Data to padded torch batches",
+        ),
         stream("cache_shuffled", cache, engine="local", pad=False, note="our cache, ragged, read in this process"),
         stream(
-            "cache_padded", cache, engine="ray", pad=True, note="our cache through Ray Data to padded torch batches"
+            "cache_padded",
+            cache,
+            engine="ray",
+            pad=True,
+            epochs=epochs,
+            note="our cache through Ray Data to padded torch batches",
         ),
         sides_of.tiledbsoma_ml(cells),
         sides_of.cellarium(cells),
@@ -84,6 +99,7 @@ def main() -> None:
             pass
         print(resident("VmHWM"))
         return
+    torch.set_num_threads(1)  # as a training worker by default
     with ray_cluster():
         sides = all_sides(cells, block_rows)
         runs = in_rounds(sides, a.rounds)

@@ -79,7 +79,7 @@ def assemble(
 
 
 @numba.njit(cache=True, nogil=True)
-def _row_ends(cells, genes, first, rows, lut):  # type: ignore[no-untyped-def]
+def _row_ends(cells, genes, first, rows, lut):
     """Where each cell's kept entries end if they lie one after the other."""
     ends = np.zeros(len(rows), np.int64)
     for k in range(len(cells)):
@@ -94,7 +94,7 @@ def _row_ends(cells, genes, first, rows, lut):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _place_entries(cells, genes, counts, first, rows, lut, at, out_genes, out_counts):  # type: ignore[no-untyped-def]
+def _place_entries(cells, genes, counts, first, rows, lut, at, out_genes, out_counts):
     """Entries to their cells, in the order in which they come; False if a count changed on the way."""
     exact = True
     for k in range(len(cells)):
@@ -110,7 +110,7 @@ def _place_entries(cells, genes, counts, first, rows, lut, at, out_genes, out_co
 
 
 @numba.njit(cache=True, nogil=True)
-def _copy_rows(rows, starts, genes, counts, at, out_genes, out_counts):  # type: ignore[no-untyped-def]
+def _copy_rows(rows, starts, genes, counts, at, out_genes, out_counts):
     """A piece's rows behind what is already there of them."""
     for cell in range(len(rows)):
         row = rows[cell]
@@ -122,7 +122,7 @@ def _copy_rows(rows, starts, genes, counts, at, out_genes, out_counts):  # type:
 
 
 @numba.njit(cache=True, nogil=True)
-def _sort_rows(indptr, genes, counts):  # type: ignore[no-untyped-def]
+def _sort_rows(indptr, genes, counts):
     """By gene, so that a row is the same however TileDB filled its buffers; most rows come sorted."""
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
@@ -135,7 +135,7 @@ def _sort_rows(indptr, genes, counts):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _row_sums(indptr, counts):  # type: ignore[no-untyped-def]
+def _row_sums(indptr, counts):
     sums = np.empty(len(indptr) - 1, np.float32)
     for row in range(len(sums)):
         total = 0.0

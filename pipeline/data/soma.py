@@ -2,8 +2,8 @@
 
 Convention: a store is named by plain data (`SomaStore`), so that it travels to workers; open arrays stay per process.
 Rows are written in storage tiles of 2,048 cells and should be read by whole tiles (one row costs as much as a tile).
-Rows are never asked for in sorted order, which TileDB answers 17 times slower: the order wanted is folded into the row
-index from which the CSR matrix is built.
+Rows are never asked for in sorted order, which TileDB answers 17 times slower: the order wanted is folded into the
+assembly of the rows (`ragged.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,9 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
+from numpy.typing import DTypeLike
 
+from pipeline.data.ragged import Entries, Ragged, assemble
 from pipeline.data.retry import survives_faults
 from pipeline.data.s3 import S3Config, failure
 from pipeline.stage import InputError
@@ -38,15 +40,6 @@ READ_CONFIG: dict[str, Any] = {
     "sm.io_concurrency_level": 4,
 }
 _OPEN: dict[tuple, Any] = {}
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Rows of the count matrix (CSR), genes ascending in a row."""
-
-    indptr: np.ndarray  # (n + 1,)
-    genes: np.ndarray  # (nnz,) int32
-    counts: np.ndarray  # (nnz,) float32
 
 
 @dataclass(frozen=True)
@@ -148,74 +141,65 @@ class SomaStore:
         return table.to_pandas().sort_values("soma_joinid", ignore_index=True)
 
     @survives_faults
-    def read_ragged(self, ids: np.ndarray, gene_lut: np.ndarray | None = None) -> Ragged:
+    def read_ragged(
+        self,
+        ids: np.ndarray,
+        gene_lut: np.ndarray | None = None,
+        *,
+        gene_type: DTypeLike = np.int32,
+        count_type: DTypeLike = np.float32,
+    ) -> Ragged:
         """Counts of cells, in the order of `ids` (repeats allowed).
 
         Args:
             ids: soma_joinids, (n,).
             gene_lut: var soma_joinid -> gene id, -1 drops the gene; None keeps the joinids.
+
+        Raises:
+            CountsChanged: `count_type` is a whole number and a count is not, or is too large.
         """
         unique, inverse = np.unique(ids, return_inverse=True)
         if len(unique) < len(ids):
-            return _take_rows(self.read_ragged(unique, gene_lut), inverse)
-        array, n_genes = self.counts, self.shape[1] if gene_lut is None else int(gene_lut.max(initial=0)) + 1
-        i, j, d = [], [], []
-        for rows, table in self._coo(array, unique, tile=self.tile, inverse_order=np.argsort(ids, kind="stable")):
-            genes = table["soma_dim_1"].to_numpy()
-            counts = table["soma_data"].to_numpy().astype(np.float32, copy=False)
-            if gene_lut is not None:
-                genes = gene_lut[genes]
-            keep = (rows >= 0) & (genes >= 0) if gene_lut is not None else rows >= 0
-            if not keep.all():
-                rows, genes, counts = rows[keep], genes[keep], counts[keep]
-            i.append(rows.astype(np.int64, copy=False))
-            j.append(genes.astype(np.int64, copy=False))
-            d.append(counts)
-        return _compress(i, j, d, (len(ids), n_genes), array.context)
-
-    @staticmethod
-    def _coo(
-        array: Any, ids: np.ndarray, *, tile: int, inverse_order: np.ndarray
-    ) -> Iterable[tuple[np.ndarray, pa.Table]]:
-        """Result tables with, for each entry, the row it goes to (-1: a cell nobody asked for).
-
-        Args:
-            ids: Sorted and unique.
-            inverse_order: Row wanted for each of `ids`.
-        """
-        cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read in one go
-        starts, stops = np.r_[0, cuts], np.r_[cuts, len(ids)]
-        if len(ids) < SCATTERED * len(starts) and len(starts) > 1:
-            for table in array.read(coords=(pa.array(ids),)).tables():
-                yield inverse_order[np.searchsorted(ids, table["soma_dim_0"].to_numpy())], table
-            return
-        for a, b in zip(starts, stops, strict=True):
-            first, last = int(ids[a]), int(ids[b - 1])
-            row_of = np.full(last - first + 1, -1, dtype=np.int64)
-            row_of[ids[a:b] - first] = inverse_order[a:b]
-            for table in array.read(coords=(slice(first, last),)).tables():
-                yield row_of[table["soma_dim_0"].to_numpy() - first], table
+            kept = self.read_ragged(unique, gene_lut, gene_type=gene_type, count_type=count_type)
+            return _take_rows(kept, inverse)
+        lut = np.arange(self.shape[1], dtype=np.int32) if gene_lut is None else gene_lut
+        answers = _answers(self.counts, unique, tile=self.tile, row_of=np.argsort(ids, kind="stable"))
+        return assemble(answers, len(ids), lut, gene_type=gene_type, count_type=count_type)
 
 
-def _compress(i: list, j: list, d: list, shape: tuple[int, int], context: Any) -> Ragged:
-    """COO to CSR: tiledbsoma's own parallel routine (private, 2-3 times faster), scipy if it has moved."""
-    if not i:
-        return Ragged(np.zeros(shape[0] + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
-    try:
-        from tiledbsoma._fastercsx import CompressedMatrix
-    except ImportError:
-        csr = sp.csr_matrix((np.concatenate(d), (np.concatenate(i), np.concatenate(j))), shape=shape)
-        csr.sort_indices()
-        return Ragged(csr.indptr, csr.indices.astype(np.int32), csr.data)
-    # Sorted by gene, so that a block is the same to the bit however TileDB filled its buffers.
-    m = CompressedMatrix.from_ijd(tuple(i), tuple(j), tuple(d), shape, "csr", True, context)
-    return Ragged(m.indptr, m.indices.astype(np.int32, copy=False), m.data)
+def _answers(array: Any, ids: np.ndarray, *, tile: int, row_of: np.ndarray) -> Iterator[Entries]:
+    """What TileDB has on some cells.
+
+    Args:
+        ids: Sorted and unique.
+        row_of: Row wanted for each of `ids`.
+    """
+    cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read in one go
+    starts, stops = np.r_[0, cuts], np.r_[cuts, len(ids)]
+    if len(ids) < SCATTERED * len(starts) and len(starts) > 1:
+        for cells, genes, counts in _entries(array, pa.array(ids)):
+            yield Entries(0, row_of, np.searchsorted(ids, cells), genes, counts)
+        return
+    for a, b in zip(starts, stops, strict=True):
+        first, last = int(ids[a]), int(ids[b - 1])
+        rows = np.full(last - first + 1, -1, dtype=np.int64)
+        rows[ids[a:b] - first] = row_of[a:b]
+        for cells, genes, counts in _entries(array, slice(first, last)):
+            yield Entries(first, rows, cells, genes, counts)
+
+
+def _entries(array: Any, cells: Any) -> Iterator[list[np.ndarray]]:
+    for table in array.read(coords=(cells,)).tables():
+        for batch in table.to_batches():  # no copy
+            yield [batch[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")]
 
 
 def _take_rows(rows: Ragged, index: np.ndarray) -> Ragged:
-    csr = sp.csr_matrix((rows.counts, rows.genes, rows.indptr), shape=(len(rows.indptr) - 1, 1 << 31), copy=False)
-    csr = csr[index]
-    return Ragged(csr.indptr, csr.indices.astype(np.int32, copy=False), csr.data)
+    """Rows by position, repeats allowed."""
+    lengths = np.diff(rows.indptr)[index]
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    entries = np.arange(indptr[-1]) + np.repeat(rows.indptr[:-1][index] - indptr[:-1], lengths)
+    return Ragged(indptr, rows.genes[entries], rows.counts[entries])
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
