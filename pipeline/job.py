@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pipeline.data.s3 import S3Config
 from scldm.config import StrictModel
 from scldm.flow.config import EMAConfig, PathConfig, SamplerConfig
+from scldm.genes_seen import GenesSeenConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.optim.config import OptimizerConfig
 
@@ -135,7 +136,7 @@ class CellsConfig(StrictModel):
             "organism": self.organism,
         }
         found = {k: v for k, v in named.items() if v is not None} | self.where
-        return {k: v if isinstance(v, list) else [v] for k, v in found.items()}
+        return {k: list(v) if isinstance(v, list) else [v] for k, v in found.items()}
 
     @model_validator(mode="after")
     def _says_something_once(self) -> CellsConfig:
@@ -298,6 +299,21 @@ class TrainConfig(StrictModel):
 class VaeTrainConfig(TrainConfig):
     genes_per_step: PositiveInt | None = None
     """Genes scored in a training step, drawn by expression; the loss stays an estimate of the full one. Null: all."""
+    genes_seen: GenesSeenConfig = GenesSeenConfig()
+    """Genes that the encoder sees of a cell in training, drawn anew for every cell in every epoch by (seed, epoch). All
+    genes are scored, whichever are seen. Validation and encode see all expressed genes whatever is set here: a latent
+    must not depend on a draw, and what validation scores is then what encode makes. weighted draws by the gene means of
+    ingest; one that no training cell expresses is taken for as rare as the rarest that is."""
+
+    @model_validator(mode="after")
+    def _genes_are_chosen_once(self) -> VaeTrainConfig:
+        if self.feed.max_genes is not None and self.genes_seen.mode != "expressed":
+            raise ValueError(
+                f"feed.max_genes ({self.feed.max_genes}) and genes_seen (mode {self.genes_seen.mode}) both choose the "
+                "genes that the encoder sees; set one (max_genes alone is genes_seen: {mode: random_expressed}, drawn "
+                "once for all epochs)"
+            )
+        return self
 
 
 class FlowTrainConfig(TrainConfig):
