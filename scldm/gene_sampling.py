@@ -21,8 +21,6 @@ from torch import Tensor
 from scldm.batch import CellBatch
 from scldm.genes_seen import GenesSeenConfig
 
-__all__ = ["GenesSeenConfig", "see_genes"]
-
 
 def see_genes(
     cells: CellBatch, config: GenesSeenConfig, *, n_genes: int, seed: int, mean_counts: Tensor | None = None

@@ -20,7 +20,8 @@ from scldm.batch import CellBatch
 from scldm.flow.config import PathConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path, training_interval
-from scldm.gene_sampling import GenesSeenConfig, see_genes
+from scldm.gene_sampling import see_genes
+from scldm.genes_seen import GenesSeenConfig
 from scldm.nn.dit import DiT, drop_labels
 from scldm.nn.likelihood import gene_probabilities, sample_genes
 from scldm.nn.vae import VAE

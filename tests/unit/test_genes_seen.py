@@ -11,7 +11,8 @@ from pipeline.preflight import check_against_data
 from pipeline.stage import InputError, Manifest
 from pipeline.training.objectives import VaeObjective, seen_seed
 from scldm.batch import CellBatch
-from scldm.gene_sampling import GenesSeenConfig, see_genes
+from scldm.gene_sampling import see_genes
+from scldm.genes_seen import GenesSeenConfig
 from scldm.nn.config import VAEConfig
 from scldm.nn.vae import VAE
 
