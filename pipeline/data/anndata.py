@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.data.examine_h5ad import structure_problems
 from pipeline.data.presence import Presence
 from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
 from pipeline.data.validate import CellTables, did_you_mean
@@ -109,6 +110,9 @@ def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
                 "with scanpy.read_10x_h5(…).write_h5ad(…)"
             )
             return None
+    if unsound := structure_problems(path, source.layer):
+        problems += [f"{path}: {finding.text()}" for finding in unsound]
+        return None
     try:
         adata = anndata.read_h5ad(path, backed="r")
     except (OSError, KeyError, ValueError, TypeError) as error:
@@ -232,7 +236,14 @@ def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
     dense = not hasattr(matrix, "format")
     rows = max(64, CHUNK_VALUES // max(1, matrix.shape[1])) if dense else CHUNK_ROWS
     for start in range(0, matrix.shape[0], rows):
-        yield sp.csr_matrix(matrix[start : start + rows])
+        chunk = sp.csr_matrix(matrix[start : start + rows])
+        if chunk.nnz and not 0 <= chunk.indices.min() <= chunk.indices.max() < chunk.shape[1]:
+            # Before anything compiled trusts them.
+            raise InputError(
+                f"ingest.source: cells {start} to {start + chunk.shape[0]} have gene indices outside 0 to "
+                f"{chunk.shape[1] - 1}: the file is damaged; copy or download it again"
+            )
+        yield chunk
 
 
 def _places_with_counts(adata: anndata.AnnData, layer: str | None) -> list[str]:

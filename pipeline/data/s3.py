@@ -1,8 +1,8 @@
 """How object storage is spoken to: settings of `ingest.source.s3`, and what its failures mean.
 
 Three layers retry. The S3 client inside TileDB repeats a request that failed (`tries`, waits from 25 ms, doubling); a
-503 SlowDown or 429 it repeats up to a hundred times, 1.5 s apart, whatever `tries` says. Above it, `pipeline/data/retry.py`
-opens the store again and repeats the whole block. Above that, Ray repeats the task.
+503 SlowDown or a 429 it repeats up to a hundred times, 1.5 s apart, whatever `tries` says. Above it,
+`pipeline/data/retry.py` opens the store again and repeats the whole block. Above that, Ray repeats the task.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> O
     """
     source = config.source
     if isinstance(source, SomaSource):
-        store = SomaStore(source.uri, _s3_config(source), source.measurement, source.layer)
+        store = SomaStore(source.uri, soma_config(source), source.measurement, source.layer)
         return OpenSource(store, source.uri, f"SOMA experiment {source.uri}")
     if isinstance(source, CensusSource):
         return _census(source)
@@ -67,7 +67,7 @@ def _hashed(chunks: Iterable[sp.csr_matrix], content: Any) -> Iterator[sp.csr_ma
         yield chunk
 
 
-def _s3_config(source: SomaSource) -> dict[str, str]:
+def soma_config(source: SomaSource) -> dict[str, str]:
     """What TileDB needs to know; credentials it finds by itself on every machine, so none go into the facts."""
     if not source.uri.startswith("s3://"):
         if source.region or source.anonymous or source.s3 != S3Config():
