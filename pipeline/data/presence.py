@@ -108,10 +108,16 @@ def presence_of_cells(source: OpenSource, cells: pd.DataFrame, places: np.ndarra
     joinids, n_source = cells["soma_joinid"].to_numpy(), source.store.shape[1]
     if source.measured is not None:
         return source.measured.of_cells(joinids).of_genes(places)
-    group, names = pd.factorize(cells["dataset_id"].astype(str)) if "dataset_id" in cells else (None, [])
-    known = None if group is None else source.store.measured_by(list(names))
-    if known is not None:
-        return Presence(tuple(names), known, group.astype(np.int32)).of_genes(places)
+    if "dataset_id" in cells:
+        data_set = cells["dataset_id"].astype("category").cat.remove_unused_categories().cat
+        if n := int((data_set.codes < 0).sum()):
+            raise InputError(
+                f"ingest.genes.presence (true): {n} cells have no dataset_id, which says what they measured"
+            )
+        names = tuple(map(str, data_set.categories))
+        known = source.store.measured_by(names)
+        if known is not None:
+            return Presence(names, known, data_set.codes.to_numpy(np.int32)).of_genes(places)
     if (places >= 0).all():
         raise InputError(
             f"ingest.genes.presence (true): nothing says what was measured: {source.store.uri} has no "
