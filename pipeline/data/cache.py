@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pyarrow as pa
 
@@ -134,7 +135,7 @@ def _gather(pieces: list[_Piece], name: str, n: int, type_: pa.DataType) -> pa.A
 
 
 def _gather_lists(pieces: list[_Piece], name: str, n: int, type_: pa.ListType) -> pa.Array:
-    """Row by row: a copy of a few kilobytes, several times quicker than Arrow's `take` on lists."""
+    """Row by row to its place: Arrow's `take` on lists, behind a concatenation, takes many times as long."""
     sizes = np.empty(n, np.int64)
     for piece in pieces:
         sizes[piece.to] = np.diff(piece.batch.column(name).offsets.to_numpy())[piece.rows]
@@ -142,11 +143,15 @@ def _gather_lists(pieces: list[_Piece], name: str, n: int, type_: pa.ListType) -
     values = np.empty(ends[-1], type_.value_type.to_pandas_dtype())
     for piece in pieces:
         column = piece.batch.column(name)
-        source, offsets = column.values.to_numpy(), column.offsets.to_numpy()
-        starts, stops = offsets[piece.rows].tolist(), offsets[piece.rows + 1].tolist()
-        for start, stop, to in zip(starts, stops, ends[piece.to].tolist(), strict=True):
-            values[to : to + stop - start] = source[start:stop]
+        _copy_rows(column.values.to_numpy(), column.offsets.to_numpy(), piece.rows, ends[piece.to], values)
     return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values, type_.value_type))
+
+
+@numba.njit(cache=True, nogil=True)
+def _copy_rows(source, offsets, rows, places, out):
+    for i in range(len(rows)):
+        start, stop = offsets[rows[i]], offsets[rows[i] + 1]
+        out[places[i] : places[i] + stop - start] = source[start:stop]
 
 
 # ---- shards ------------------------------------------------------------------------------------------------------

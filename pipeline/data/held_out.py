@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,44 +52,53 @@ def columns_of(config: HeldOutConfig | None) -> list[str]:
     return list(dict.fromkeys(c for x in read_combinations(config) for c in x.classes))
 
 
-def hold_out(
-    cells: pd.DataFrame, split: np.ndarray, combinations: list[Combination]
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """The split with the combinations moved to their sides, and a table of them: columns, split, n_cells.
+def hold_out(cells: pd.DataFrame, split: np.ndarray, combinations: list[Combination]) -> np.ndarray:
+    """The split, with every cell of a combination moved to its side.
 
     Args:
         cells: Eligible cells, with the columns of the combinations, none missing.
         split: Side of each cell by its hash, (n,).
 
     Raises:
-        InputError: for a class that no cell has, a combination held out for two sides, or if none has cells.
+        InputError: for a class that no cell has, or a combination that is held out twice; if none has cells.
     """
     _check(cells, combinations)
-    split, n_cells = split.astype(object), np.zeros(len(combinations), np.int64)
+    moved, any_cell = split.astype(object), False
     for side in SIDES:
-        by_columns = defaultdict(list)
-        for i, x in enumerate(combinations):
-            if x.split == side:
-                by_columns[tuple(sorted(x.classes))].append(i)
-        for columns, members in by_columns.items():
-            which = _which(cells, columns, [combinations[i].classes for i in members])
-            n_cells[members] = np.bincount(which[which >= 0], minlength=len(members))
-            split[which >= 0] = side
-    if not n_cells.sum():
+        for _, which in _which(cells, [x for x in combinations if x.split == side]):
+            moved[which >= 0] = side
+            any_cell |= bool((which >= 0).any())
+    if not any_cell:
         raise InputError(f"ingest.split.held_out: none of the {len(combinations)} combinations has cells")
-    table = pd.DataFrame([{**x.classes, "split": x.split} for x in combinations]).assign(n_cells=n_cells)
-    return split.astype(str), table
+    return moved.astype(str)
 
 
-def _which(cells: pd.DataFrame, columns: tuple[str, ...], wanted: list[dict[str, str]]) -> np.ndarray:
-    """For each cell the combination that it has, -1 for none; all combinations are of the same columns."""
-    cell, combination = np.zeros(len(cells), np.int64), np.zeros(len(wanted), np.int64)
-    for column in columns:
-        values = cells[column].astype("category")
-        place = {str(c): i for i, c in enumerate(values.cat.categories)}
-        cell = cell * len(place) + values.cat.codes.to_numpy(np.int64)
-        combination = combination * len(place) + [place[x[column]] for x in wanted]
-    return pd.Index(combination).get_indexer(cell)
+def counted(cells: pd.DataFrame, combinations: list[Combination]) -> pd.DataFrame:
+    """A table of the combinations: a column for each obs column (empty for any class), split, n_cells that have it."""
+    table = pd.DataFrame([{**x.classes, "split": x.split} for x in combinations])
+    n_cells = np.zeros(len(combinations), np.int64)
+    for members, which in _which(cells, combinations):
+        n_cells[members] = np.bincount(which[which >= 0], minlength=len(members))
+    columns = [c for c in table if c != "split"]
+    return table[[*columns, "split"]].assign(n_cells=n_cells)
+
+
+def _which(cells: pd.DataFrame, combinations: list[Combination]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """For each set of columns its combinations, and which of them each cell has, -1 for none."""
+    by_columns = defaultdict(list)
+    for i, x in enumerate(combinations):
+        by_columns[tuple(sorted(x.classes))].append(i)
+    for columns, members in by_columns.items():
+        cell, wanted = np.zeros(len(cells), np.int64), np.zeros(len(members), np.int64)
+        for column in columns:
+            values = cells[column].astype("category")
+            place = {str(c): i for i, c in enumerate(values.cat.categories)}
+            # One place more, for classes that no cell has.
+            cell = cell * (len(place) + 1) + values.cat.codes.to_numpy(np.int64)
+            wanted = wanted * (len(place) + 1) + [
+                place.get(combinations[i].classes[column], len(place)) for i in members
+            ]
+        yield members, pd.Index(wanted).get_indexer(cell)
 
 
 def _check(cells: pd.DataFrame, combinations: list[Combination]) -> None:

@@ -54,8 +54,8 @@ class Ingested:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size over the vocabulary; as one
-        more label the row of `measured`, if there is one."""
+        """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size and n_expressed over the
+        vocabulary; as one more label the row of `measured`, if there is one."""
         return pd.read_parquet(self.folder / self.facts["cells"])
 
     @cached_property

@@ -15,7 +15,7 @@ import pandas as pd
 from pipeline.data.blocks import LABEL
 from pipeline.data.filters import check_values, value_filter
 from pipeline.data.genes import gene_lut, model_genes
-from pipeline.data.held_out import columns_of, held_out_facts, hold_out, notes_on, read_combinations
+from pipeline.data.held_out import columns_of, counted, held_out_facts, hold_out, notes_on, read_combinations
 from pipeline.data.presence import GROUP, Presence
 from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.split import SPLITS, label_counts, require_splits, split_cells
@@ -37,7 +37,10 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     """The stage."""
     source = open_source(config, context.folder, _columns(config))
     cells = _eligible(config, source)
-    cells["split"], held_out = _split(config, source, cells)
+    combinations = read_combinations(config.split.held_out)
+    cells["split"] = split_cells(cells, config.split, tile=source.store.tile)
+    if combinations:
+        cells["split"] = hold_out(cells, cells["split"].to_numpy(), combinations)
     genes = model_genes(config.genes, source.store)
     source.notes += genes.notes
     var = genes.table
@@ -52,8 +55,10 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     require_splits(config.split, cells)
 
     vocabulary = _vocabulary(config, cells, var)
-    if held_out is not None:
+    if combinations:
+        held_out = counted(cells, combinations)
         source.facts |= held_out_facts(held_out, context.folder)
+        source.notes += notes_on(held_out, cells, config.split.by)
     facts = _write(context, cells, var, vocabulary, stats, presence)
     train = cells[cells["split"] == "train"]
     _note_unseen_classes(vocabulary, cells, source.notes)
@@ -118,16 +123,6 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
             source.notes.append(f"{n} cells have no {column} and are left out.")
             cells = cells[~absent_here].reset_index(drop=True)
     return cells
-
-
-def _split(config: IngestConfig, source: OpenSource, cells: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame | None]:
-    """The side of each cell, and the combinations that are held out, if any."""
-    split = split_cells(cells, config.split, tile=source.store.tile)
-    if not (combinations := read_combinations(config.split.held_out)):
-        return split, None
-    split, table = hold_out(cells, split, combinations)
-    source.notes.extend(notes_on(table, cells.assign(split=split), config.split.by))
-    return split, table
 
 
 # ---- genes and statistics ----------------------------------------------------------------------------------------
@@ -212,6 +207,7 @@ def _write(
             "split": split,
             **{LABEL + name: ids for name, ids in codes.items()},
             "library_size": cells["library_size"].astype(np.float32),
+            "n_expressed": cells["n_expressed"].astype(np.int32),
             **{c: cells[c] for c in cells if c == LABEL + GROUP},
         }
     ).to_parquet(folder / "cells.parquet", index=False)
