@@ -106,8 +106,8 @@ def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
     with h5py.File(path) as f:
         if not {"obs", "var"} <= set(f):
             problems.append(
-                f"{path} is HDF5 but not .h5ad (it holds {', '.join(sorted(f)[:6])}); a Cell Ranger file is converted "
-                "with scanpy.read_10x_h5(…).write_h5ad(…)"
+                f"{path} is HDF5 but not .h5ad (it holds {', '.join(sorted(f)[:6])}); a Cell Ranger file is read with "
+                f"ingest.source: {{type: 10x, path: {path}}}"
             )
             return None
     if unsound := structure_problems(path, source.layer):

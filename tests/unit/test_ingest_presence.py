@@ -161,3 +161,13 @@ def test_training_scores_measured_genes_alone(two_files, tmp_path, genes_per_ste
     with torch.no_grad():
         vae.gene_bias[data.vocabulary.feature_ids.index(GENES[0])] += 5
     assert not torch.allclose(objective.loss(vae, table, step)[0], before)
+
+
+def test_a_cache_keeps_what_was_measured_beside_each_cell(two_files, tmp_path):
+    config = {"source": two_files, "genes": {"presence": True}, "cache": str(tmp_path / "cache")}
+    _, data = run(tmp_path / "a", **config)
+    blocks = data.blocks("train")
+    ids = blocks.ids[::-1][:30]
+    found = blocks.read(ids)
+    assert found.equals(data.all_blocks().read(ids))
+    np.testing.assert_array_equal(data.measured[found[f"label:{GROUP}"].to_numpy()], data.measured_by(ids))
