@@ -44,11 +44,9 @@ def validate_data(
     from pipeline.cli import reported
 
     with reported():
-        question = {
-            "uri": uri, "labels": label or [], "layer": layer, "gene_id": gene_id, "genome": genome, "counts": counts, "region": region,
-            "anonymous": anonymous, "endpoint": endpoint,
-        }  # fmt: skip
-        answers = _ask(question, memory_gib)
+        data = {"uri": uri, "labels": label or [], "layer": layer, "gene_id": gene_id, "genome": genome}
+        access = {"region": region, "anonymous": anonymous, "endpoint": endpoint}
+        answers = _ask({**data, **access, "counts": counts}, memory_gib)
         for answer in answers:
             typer.echo(answer["text"])
         if json_file is not None:
@@ -74,8 +72,8 @@ def _ask(question: dict[str, Any], memory_gib: float) -> list[dict[str, Any]]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
     ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     raise InputError(
-        f"{question['uri']} cannot be read: the process that read it ended with {ended} ({last!r}); the file is damaged, "
-        f"or needs more memory than {memory_gib:g} GiB (--memory-gib)"
+        f"{question['uri']} cannot be read: the process that read it ended with {ended} ({last!r}); the file is "
+        f"damaged, or needs more memory than {memory_gib:g} GiB (--memory-gib)"
     )
 
 

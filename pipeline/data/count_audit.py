@@ -1,4 +1,4 @@
-"""Are these raw counts? Totals over all values, however many pieces they come in, with the first offenders of each kind.
+"""Are these raw counts? Totals over all values, in however many pieces they come, with the first offenders of each.
 
 `value_faults` is the one list of what a count is not; ingest stops at the first piece with a fault, `scldm
 validate-data` goes on and counts them all.

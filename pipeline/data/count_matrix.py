@@ -49,7 +49,7 @@ def find_matrix(node: Any, name: str) -> CountMatrix | Finding:
     attrs = dict(node.attrs)
     encoding = attrs.get("encoding-type", attrs.get("h5sparse_format", ""))
     kind = str(encoding.decode() if isinstance(encoding, bytes) else encoding)[:3]
-    shape = np.ravel(attrs.get("shape", attrs.get("h5sparse_shape", ())))
+    shape = np.asarray(attrs.get("shape", attrs.get("h5sparse_shape", ()))).ravel()
     parts = {p: node.get(p) for p in ("data", "indices", "indptr")}
     if kind not in ("csr", "csc") or len(shape) != 2 or shape.dtype.kind not in "iu" or (shape < 0).any():
         return error(
@@ -95,8 +95,8 @@ def layout_problems(matrix: CountMatrix, name: str) -> list[Finding]:
     if pointers[0] == 0 and not len(wrong) and pointers[-1] == n_data == n_indices:
         return []
     return [error(
-        f"{name}/indptr goes from {pointers[0]} to {pointers[-1]} with {len(wrong)} steps back, for {n_data:,} data and "
-        f"{n_indices:,} indices", _MEND, count=max(1, len(wrong)), first=wrong,
+        f"{name}/indptr goes from {pointers[0]} to {pointers[-1]} with {len(wrong)} steps back, for {n_data:,} data "
+        f"and {n_indices:,} indices", _MEND, count=max(1, len(wrong)), first=wrong,
     )]  # fmt: skip
 
 

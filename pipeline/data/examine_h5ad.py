@@ -45,9 +45,11 @@ def structure_problems(path: Path, layer: str | None = None) -> list[Finding]:
         place, frames = _matrix_place(file, layer), ("obs", _var_place(file, layer))
         problems = [f for name in frames if name in file for f in _frame_problems(file[name], name)]
         matrix = find_matrix(file[place], place) if place in file else None
-        if isinstance(matrix, Finding):
-            return [*problems, matrix]
-        return problems if matrix is None else [*problems, *layout_problems(matrix, place)]
+        if matrix is None or isinstance(matrix, Finding):
+            return problems if matrix is None else [*problems, matrix]
+        if not problems:  # anndata itself opens a file whose tables are shorter than its matrix
+            problems = _length_problems(file, frames, matrix, place)
+        return [*problems, *layout_problems(matrix, place)]
 
 
 def examine_h5ad(
@@ -70,7 +72,8 @@ def examine_h5ad(
         found.findings += unsafe(file)
         if found.errors:
             return found
-        found.findings += structure_problems(path, layer)
+        unsound = structure_problems(path, layer)
+        found.findings += unsound
         if not {"obs", "var"} <= set(file):
             return found
         obs, var = _frame(file, "obs", found), _frame(file, _var_place(file, layer), found)
@@ -83,8 +86,8 @@ def examine_h5ad(
         matrix = find_matrix(file[place], place)
         if isinstance(matrix, Finding):
             return found  # reported with the structure
-        _shape(found, matrix, place, obs, var)
-        if counts and not layout_problems(matrix, place):
+        found.facts["matrix"] = f"{place}, {matrix.kind}, {matrix.shape[0]:,} x {matrix.shape[1]:,}"
+        if counts and not unsound:
             _counts(found, matrix, place, obs, var, places)
     return found
 
@@ -96,8 +99,7 @@ def _frame_problems(node: Any, name: str) -> list[Finding]:
         if node.dtype.names and node.ndim == 1:
             return []
         return [error(f"{name} is an array of {node.dtype}", f"it must be a table; {_AGAIN}")]
-    index = node.attrs.get("_index")
-    index = index.decode() if isinstance(index, bytes) else index
+    index = _index_of(node)
     if not isinstance(index, str) or not isinstance(node.get(index), h5py.Dataset) or node[index].ndim != 1:
         return [error(f"{name} has no index of names (_index is {shown(index)!r})", _AGAIN)]
     n, wrong = len(node[index]), []
@@ -109,6 +111,22 @@ def _frame_problems(node: Any, name: str) -> list[Finding]:
     if wrong:
         return [error(f"{len(wrong)} columns of {name} are not {n} long", _AGAIN, count=len(wrong), first=wrong)]
     return []
+
+
+def _length_problems(file: h5py.File, frames: Sequence[str], matrix: CountMatrix, place: str) -> list[Finding]:
+    lengths = []
+    for name in frames:
+        node = file[name]
+        lengths.append(len(node if isinstance(node, h5py.Dataset) else node[_index_of(node)]))
+    if tuple(lengths) == matrix.shape:
+        return []
+    have, want = (" x ".join(f"{n:,}" for n in shape) for shape in (lengths, matrix.shape))
+    return [error(f"lengths differ: obs and var are for {have}, {place} is {want}", _AGAIN)]
+
+
+def _index_of(node: h5py.Group) -> str:
+    index = node.attrs.get("_index")
+    return index.decode() if isinstance(index, bytes) else index
 
 
 def _frame(file: h5py.File, place: str, found: Examined) -> pd.DataFrame | None:
@@ -168,17 +186,6 @@ def _names(
 
 
 # ---- counts ------------------------------------------------------------------------------------------------------
-def _shape(
-    found: Examined, matrix: CountMatrix, place: str, obs: pd.DataFrame | None, var: pd.DataFrame | None
-) -> None:
-    found.facts["matrix"] = f"{place}, {matrix.kind}, {matrix.shape[0]:,} x {matrix.shape[1]:,}"
-    for table, name, n in ((obs, "obs", matrix.shape[0]), (var, "var", matrix.shape[1])):
-        if table is not None and len(table) != n:
-            found.findings.append(
-                error(f"lengths differ: {name} has {len(table):,} rows, {place} is for {n:,}", _AGAIN)
-            )
-
-
 def _counts(
     found: Examined, matrix: CountMatrix, place: str, obs: pd.DataFrame | None, var: pd.DataFrame | None,
     places: list[str],

@@ -46,9 +46,10 @@ def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = ()) -> Iterator
                       count=len(other), first=other)  # fmt: skip
     if len(kinds) > 1:
         counts = ", ".join(f"{n} {_ORGANISM.get(k, k)}" for k, n in kinds.most_common())
+        most, n_most = kinds.most_common(1)[0]
+        others = [x for x, m in zip(ids, matches, strict=True) if m and m[1] != most]
         yield error(f"genes are of several organisms ({counts})", "keep the genes and cells of one",
-                    count=named - kinds.most_common(1)[0][1],
-                    first=[x for x, m in zip(ids, matches, strict=True) if m and m[1] != kinds.most_common(1)[0][0]])  # fmt: skip
+                    count=named - n_most, first=others)  # fmt: skip
     if versions := [x for x, m in zip(ids, matches, strict=True) if m and m[2]]:
         yield warning(f"{len(versions)} gene ids have a version", "it is stripped", count=len(versions), first=versions)
     yield from _odd("gene ids", ids)
@@ -80,8 +81,9 @@ def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -
             continue
         absent = np.flatnonzero(missing(obs[label]))
         if len(absent):
-            yield error(f"{len(absent)} of {len(obs)} cells have no {label}", "leave them out with "
-                        "ingest.missing_label: drop, or label them", count=len(absent), first=names.iloc[absent[:FIRST]])  # fmt: skip
+            yield error(f"{len(absent)} of {len(obs)} cells have no {label}",
+                        "leave them out with ingest.missing_label: drop, or label them",
+                        count=len(absent), first=names.iloc[absent[:FIRST]])  # fmt: skip
         counts = class_counts(obs[label])
         if single := [c for c, n in counts.items() if n == 1]:
             yield warning(f"{len(single)} classes of {label} have one cell", "they cannot be both learned and scored: "
@@ -113,7 +115,7 @@ def suggested_labels(obs: pd.DataFrame, names: pd.Series) -> list[str]:
 def _odd(what: str, names: Sequence[str] | pd.Series) -> Iterator[Finding]:
     texts = [str(x) for x in names]
     if odd := [x for x in texts if _ODD.search(x)]:
-        yield warning(f"{len(odd)} {what} hold markup or control characters", "they are escaped in reports; rename them",
+        yield warning(f"{len(odd)} {what} hold markup or control characters", "reports escape them; rename them",
                       count=len(odd), first=odd)  # fmt: skip
     if long := [x for x in texts if len(x) > 2 * LONGEST]:
         yield warning(f"{len(long)} {what} are longer than {2 * LONGEST} characters", "they are cut in reports",

@@ -11,6 +11,7 @@ import pytest
 import scipy.sparse as sp
 from s3_server import REGION, FaultyProxy, free_port, moto_server, upload
 
+from pipeline.data.examine import Question, examine
 from pipeline.data.retry import Backoff, retried
 from pipeline.data.s3 import S3Config, failure
 from pipeline.data.soma import SomaStore, write_experiment
@@ -89,6 +90,15 @@ def test_a_public_bucket_is_read_without_an_account(proxy, local, tmp_path, monk
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert_same(opened(proxy.address, tmp_path, uri="s3://public/exp", anonymous=True), local)
+
+
+def test_validate_data_reads_a_bucket(proxy):
+    proxy.heal()
+    [found] = examine(Question("s3://cells/exp", labels=("cell_type",), region=REGION, endpoint=proxy.address))
+    assert found.errors == []
+    assert found.facts["cells"] == N
+    [found] = examine(Question("s3://nobody/exp", region=REGION, endpoint=proxy.address))
+    assert "there is no bucket 'nobody'" in found.errors[0].what
 
 
 @pytest.mark.parametrize("fault", [(500, "InternalError"), "reset"], ids=["500", "reset"])
