@@ -1,4 +1,4 @@
-"""A vocabulary from elsewhere: genes are found by id or symbol, counted, and keep their ids where a source lacks them."""
+"""A vocabulary from elsewhere: genes are found by id or symbol, counted, and keep ids that the source lacks."""
 
 import json
 from pathlib import Path
