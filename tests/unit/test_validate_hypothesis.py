@@ -65,7 +65,7 @@ def odd_cells(draw) -> ad.AnnData:
     label = st.one_of(NAMES, st.none(), st.just("nan"), st.just("<script>"))
     kind = draw(st.sampled_from(["text", "category", "bool", "int", "float"]))
     labels = {
-        "text": lambda: draw(st.lists(label, min_size=n, max_size=n)),
+        "text": lambda: draw(st.lists(label.map(str), min_size=n, max_size=n)),  # anndata writes no None here
         "category": lambda: pd.Categorical(draw(st.lists(label, min_size=n, max_size=n))),
         "bool": lambda: draw(st.lists(st.booleans(), min_size=n, max_size=n)),
         "int": lambda: draw(st.lists(st.integers(-5, 5), min_size=n, max_size=n)),
