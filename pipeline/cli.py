@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli_data import validate_data
 from pipeline.cli_models import convert, export
 from pipeline.cli_parity import parity
 from pipeline.cli_presets import presets
@@ -172,6 +173,7 @@ def list_runs(folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help
 
 
 app.command()(parity)
+app.command("validate-data")(validate_data)
 app.command()(convert)
 app.command()(export)
 app.command()(presets)

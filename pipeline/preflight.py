@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pipeline.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, stage_configs
+from pipeline.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
 from pipeline.stage import InputError, Manifest
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
 
         data = Ingested.open(ingest)
         read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
+    vae = configs.get("train_vae")
+    if isinstance(vae, TrainVaeConfig) and (vae.train.genes_seen.n or 0) > ingest.facts["n_genes"]:
+        raise InputError(
+            f"train_vae: train.genes_seen.n ({vae.train.genes_seen.n}) is more than the "
+            f"{ingest.facts['n_genes']} genes of the vocabulary; lower it"
+        )
     for stage, split in (("train_vae", "validation"), ("evaluate", getattr(configs.get("evaluate"), "split", None))):
         if stage in configs and split is not None and not ingest.facts["n_cells"].get(split):
             raise InputError(

@@ -125,8 +125,9 @@ def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking
         config = step.config.model_dump(mode="json")
         tracker = tracking.stage(step.stage, step.version, step.folder, config, inputs)
         context = StageContext(
-            folder=step.folder, inputs=inputs, seed=job.seed, resources=job.resources, tracker=tracker
-        )
+            folder=step.folder, inputs=inputs, seed=job.seed, resources=job.resources, tracker=tracker,
+            output=output_root(job),
+        )  # fmt: skip
         with _reported(step, tracker):
             facts = stage_function(step.stage)(step.config, context)
             manifest = _manifest(step, inputs, context, facts, tracker)

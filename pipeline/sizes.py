@@ -7,7 +7,7 @@ the framework itself are not counted. A figure that rests on an assumption is ma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFact
     source = config.source if config is not None else None
     if config is None or source is None:
         return DataFacts()
+    if config.genes.vocabulary != "source":  # as many genes as the list has, whatever the source holds
+        from pipeline.data.genes import read_vocabulary
+
+        whole = config.model_copy(update={"genes": config.genes.model_copy(update={"vocabulary": "source"})})
+        return replace(data_facts(None, whole), n_genes=len(read_vocabulary(config.genes.vocabulary).feature_ids))
     split = config.split
     if source.type == "synthetic":
         sizes = {"cell_type": source.n_types, "donor_id": source.n_donors}

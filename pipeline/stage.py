@@ -91,4 +91,5 @@ class StageContext:
     seed: int
     resources: Any  # ResourcesConfig
     tracker: Any  # pipeline.tracking.StageTracker
+    output: Path | None = None  # root folder of all pipelines, for what they share
     started: float = field(default_factory=time.time)

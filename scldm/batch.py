@@ -23,6 +23,7 @@ class CellBatch:
     conditions: Mapping[str, Tensor]  # label -> (b,) int64 class ids, null id where unknown
     joinids: Tensor  # (b,) int64, soma_joinid
     weight: Tensor  # (b,) float32; 0 for the repeats that fill the last batch of an epoch
+    measured: Tensor | None = None  # (b, g) bool: genes that a cell's data set measured; None: all of them
 
     @property
     def n_cells(self) -> int:
@@ -47,6 +48,7 @@ class CellBatch:
                 for f in ("offsets", "gene_ids", "counts", "library_size", "joinids", "weight")
             },
             conditions={k: move(v) for k, v in self.conditions.items()},
+            measured=None if self.measured is None else move(self.measured),
         )
 
     def dense(self, n_genes: int) -> Tensor:

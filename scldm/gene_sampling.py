@@ -3,6 +3,8 @@
 The likelihood still scores every gene: sample what the encoder is given, and score the cells as they were. A gene that
 is seen without a count is an entry of count 0; the library size stays that of the whole cell.
 
+A gene that a cell's data set did not measure (`cells.measured`) is never seen: its zero would say that it was.
+
 Draws are a function of (seed, joinid, gene), so that they depend neither on the batch a cell is in nor on the number of
 workers; another seed, say of the epoch, draws anew.
 
@@ -12,36 +14,12 @@ Shape letters: b cells, g genes, nnz expressed (cell, gene) pairs.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
-from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from scldm.batch import CellBatch
-from scldm.config import StrictModel
-
-GeneMode = Literal["expressed", "all", "none", "random", "weighted", "random_expressed", "expressed_zero"]
-NEEDS_N = ("random", "weighted", "random_expressed", "expressed_zero")
-
-
-class GenesSeenConfig(StrictModel):
-    """Genes that the encoder sees of a cell."""
-
-    mode: GeneMode = "expressed"
-    """expressed: those with a count, all of them. all, or none (no sampling, upstream's word): every gene, zeros too.
-    random: n genes of the vocabulary. weighted: n genes, likelier the more a cell exceeds the mean of the gene.
-    random_expressed: at most n genes with a count. expressed_zero: at most n genes with a count, then genes without,
-    up to n together."""
-    n: PositiveInt | None = None
-    """Genes seen at most; for the modes that draw."""
-
-    @model_validator(mode="after")
-    def _n_where_it_is_drawn(self) -> GenesSeenConfig:
-        if (self.n is None) == (self.mode in NEEDS_N):
-            say = "needs n" if self.n is None else f"takes no n ({self.n})"
-            raise ValueError(f"mode {self.mode} {say}; the modes that draw n genes are {', '.join(NEEDS_N)}")
-        return self
+from scldm.genes_seen import GenesSeenConfig
 
 
 def see_genes(
@@ -72,6 +50,8 @@ def see_genes(
     elif config.mode == "weighted":
         # The n smallest of exponential times with rates w are a draw without replacement by w (Efraimidis, Spirakis).
         keys = -keys.log() / _weights(dense, mean_counts)
+    if cells.measured is not None:
+        keys = keys.masked_fill(~cells.measured, torch.inf)  # drawn last, and then dropped
     columns = keys.topk(config.n or 0, dim=1, largest=False, sorted=False).indices
     return _from_columns(cells, dense, columns.sort(dim=1).values)
 
@@ -86,8 +66,13 @@ def _weights(dense: Tensor, mean_counts: Tensor | None) -> Tensor:
 
 
 def _from_columns(cells: CellBatch, dense: Tensor, columns: Tensor) -> CellBatch:
-    """The same number of genes (b, s) of each cell, with their counts."""
+    """The same number of genes (b, s) of each cell, with their counts; fewer where fewer were measured."""
     b, s = columns.shape
+    if cells.measured is not None:
+        known = cells.measured.gather(1, columns)
+        offsets = torch.zeros_like(cells.offsets)
+        offsets[1:] = known.sum(1).cumsum(0)
+        return replace(cells, offsets=offsets, gene_ids=columns[known], counts=dense.gather(1, columns)[known])
     return replace(
         cells,
         offsets=torch.arange(b + 1, device=columns.device) * s,

@@ -11,7 +11,7 @@ model may also have none at all: then `missing` says why, and asking for one is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,22 @@ class LibrarySizes:
             library_size: Sum of counts per training cell, > 0, (n,).
             labels: Class names per label, each (n,).
         """
+        coded = {}
+        for name, values in labels.items():
+            classes, codes = np.unique(np.asarray(values).astype(str), return_inverse=True)
+            coded[name] = (classes.tolist(), codes)
+        return cls.fit_codes(library_size, coded)
+
+    @classmethod
+    def fit_codes(
+        cls, library_size: np.ndarray, labels: Mapping[str, tuple[Sequence[str], np.ndarray]]
+    ) -> LibrarySizes:
+        """The same from class ids, in a few passes over the cells however many classes there are.
+
+        Args:
+            library_size: Sum of counts per training cell, > 0, (n,).
+            labels: For each label its class names, and the class id of each cell, (n,).
+        """
         size = np.asarray(library_size, dtype=np.float64)
         if not len(size):
             raise ValueError("no cells to take library-size statistics from")
@@ -63,15 +79,12 @@ class LibrarySizes:
             raise ValueError(f"library sizes must be > 0; {int((size <= 0).sum())} cells have none")
         log_size = np.log(size)
         table = {ALL: _log_normal(log_size, ALL)}
-        for name, values in labels.items():
-            for value in np.unique(values):
-                key = condition_key({name: str(value)})
-                table[key] = _log_normal(log_size[values == value], key)
+        for name, (classes, codes) in labels.items():
+            table |= _by_group(log_size, codes, [condition_key({name: str(c)}) for c in classes])
         if len(labels) > 1:
-            names = sorted(labels)
-            joint = np.array(["|".join(f"{n}={labels[n][i]}" for n in names) for i in range(len(size))])
-            for key in np.unique(joint):
-                table[str(key)] = _log_normal(log_size[joint == key], str(key))
+            combinations, joint = _combinations({name: codes for name, (_, codes) in labels.items()})
+            keys = [condition_key({n: str(labels[n][0][c]) for n, c in x.items()}) for x in combinations]
+            table |= _by_group(log_size, joint, keys)
         return cls(table)
 
     def of(self, condition: Mapping[str, str | None]) -> LogNormal:
@@ -113,3 +126,22 @@ class LibrarySizes:
 
 def _log_normal(log_size: np.ndarray, level: str) -> LogNormal:
     return LogNormal(float(log_size.mean()), float(log_size.std()), len(log_size), level)
+
+
+def _by_group(log_size: np.ndarray, group: np.ndarray, keys: Sequence[str]) -> dict[str, LogNormal]:
+    """Statistics of each group that has cells, under its key."""
+    n = np.bincount(group, minlength=len(keys))
+    mean = np.bincount(group, log_size, minlength=len(keys)) / np.maximum(n, 1)
+    square = np.bincount(group, (log_size - mean[group]) ** 2, minlength=len(keys))
+    sd = np.sqrt(square / np.maximum(n, 1))
+    return {k: LogNormal(float(mean[i]), float(sd[i]), int(n[i]), k) for i, k in enumerate(keys) if n[i]}
+
+
+def _combinations(codes: Mapping[str, np.ndarray]) -> tuple[list[dict[str, int]], np.ndarray]:
+    """The combinations of class ids that occur, and which of them each cell has."""
+    joint, seen = np.zeros(len(next(iter(codes.values()))), np.int64), np.zeros((1, 0), np.int64)
+    for column in codes.values():
+        width = int(column.max(initial=0)) + 1
+        found, joint = np.unique(joint * width + column, return_inverse=True)
+        seen = np.column_stack([seen[found // width], found % width])
+    return [dict(zip(codes, row, strict=True)) for row in seen.tolist()], joint

@@ -1,6 +1,6 @@
 """Cells from `.h5ad` files: one file by anndata's backed mode, several by cellarium-ml's collection reader.
 
-Genes are matched between files by id; a gene that a file lacks counts as zero there, and a note says so. cellarium's
+Genes are matched between files by id; a note says how many a file lacks, and `CellTables.measured` which. cellarium's
 collection asks that its files agree in everything but cells, so files are put in runs that agree (by cellarium's own
 schema) and each run gets a collection, which holds one file in memory at a time.
 """
@@ -8,7 +8,6 @@ schema) and each run gets a collection, which holds one file in memory at a time
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,15 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.data.examine_h5ad import structure_problems
+from pipeline.data.presence import Presence
+from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
 from pipeline.data.validate import CellTables, did_you_mean
 from pipeline.job import H5adSource
 from pipeline.stage import InputError
 
 CHUNK_ROWS = 4096
 CHUNK_VALUES = 1 << 24  # of a dense matrix
-UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
-_VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
         var = files[0].genes
     for f in files:
         if lacking := len(var) - len(f.genes):
-            notes.append(f"{f.path.name} lacks {lacking} of {len(var)} genes; they count as zero in its cells.")
+            notes.append(f"{f.path.name} lacks {lacking} of {len(var)} genes.")
     obs = _obs(files, source.columns, needed, notes)
     if (var["feature_length"] == 0).all():
         notes.append("var has no feature_length; 0 is written.")
@@ -69,10 +69,16 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
         for f, rows in _matrices(files, source.layer):
             columns = None if f.genes is var else target.get_indexer(f.genes["feature_id"])
             for chunk in _chunks(rows):
-                yield chunk if columns is None else _spread(chunk, columns, len(target))
+                yield chunk if columns is None else spread(chunk, columns, len(target))
 
     where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {source.path}"
-    return CellTables(obs, var, chunks, where, notes, lambda: _places_with_counts(files[0].adata, source.layer))
+    measured = None
+    if len(files) > 1:
+        target = pd.Index(var["feature_id"])
+        places = [target.get_indexer(f.genes["feature_id"]) for f in files]
+        measured = Presence.of_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
+    other_counts = lambda: _places_with_counts(files[0].adata, source.layer)  # noqa: E731
+    return CellTables(obs, var, chunks, where, notes, other_counts, measured)
 
 
 def find_files(path: str) -> list[Path]:
@@ -100,10 +106,13 @@ def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
     with h5py.File(path) as f:
         if not {"obs", "var"} <= set(f):
             problems.append(
-                f"{path} is HDF5 but not .h5ad (it holds {', '.join(sorted(f)[:6])}); a Cell Ranger file is converted "
-                "with scanpy.read_10x_h5(…).write_h5ad(…)"
+                f"{path} is HDF5 but not .h5ad (it holds {', '.join(sorted(f)[:6])}); a Cell Ranger file is read with "
+                f"ingest.source: {{type: 10x, path: {path}}}"
             )
             return None
+    if unsound := structure_problems(path, source.layer):
+        problems += [f"{path}: {finding.text()}" for finding in unsound]
+        return None
     try:
         adata = anndata.read_h5ad(path, backed="r")
     except (OSError, KeyError, ValueError, TypeError) as error:
@@ -155,7 +164,7 @@ def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
     length = var["feature_length"] if "feature_length" in var else pd.Series(0, index=var.index)
     return pd.DataFrame(
         {
-            "feature_id": [_VERSION.sub(r"\1", x) for x in text(source.gene_id)],
+            "feature_id": [plain_id(x) for x in text(source.gene_id)],
             "feature_name": list(text(source.gene_name)),
             "feature_length": pd.to_numeric(length, errors="coerce").fillna(0).astype(np.int64).to_numpy(),
         }
@@ -166,36 +175,19 @@ def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
 def _obs(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
     """obs of all files under Census names, in types that SOMA stores."""
     frames = []
-    for f in files:
+    stems = [f.path.stem for f in files]  # shards of several folders may be called the same
+    names = stems if len(set(stems)) == len(stems) else sample_names([f.path for f in files])
+    for f, name in zip(files, names, strict=True):
         frame = f.adata.obs
         renamed = frame.drop(columns=[c for c in columns if c in frame and columns[c] != c])
         renamed = renamed.rename(columns={old: new for new, old in columns.items()})
         if "obs_id" not in renamed:
             renamed.insert(0, "obs_id", frame.index.astype(str))
         if len(files) > 1 and "dataset_id" not in renamed:
-            renamed["dataset_id"] = f.path.stem
+            renamed["dataset_id"] = name
         frames.append(renamed)
     obs = pd.concat(frames, ignore_index=True)
-    reserved = [c for c in obs if str(c).startswith("soma_") or c in ("raw_sum", "nnz")]
-    obs = obs.drop(columns=reserved)
-    if reserved:
-        notes.append(f"obs columns {', '.join(reserved)} are left out: SOMA and the Census use these names.")
-    filled = [c for c in UNKNOWN if c not in obs and c not in needed]
-    obs = obs.assign(**dict.fromkeys(filled, "unknown"))
-    if filled:
-        notes.append(f'obs has no {", ".join(filled)}; "unknown" is written.')
-    if "is_primary_data" not in obs:
-        obs["is_primary_data"] = True
-        notes.append("obs has no is_primary_data; all cells are taken as primary data.")
-    return obs.rename(columns=str).apply(_storable)
-
-
-def _storable(column: pd.Series) -> pd.Series:
-    if column.name == "obs_id":
-        return column.astype(str)
-    if pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column):
-        return column
-    return column.map(lambda x: None if pd.isna(x) else str(x), na_action="ignore").astype("category")
+    return complete_obs(obs, needed, notes)
 
 
 # ---- counts ------------------------------------------------------------------------------------------------------
@@ -244,14 +236,14 @@ def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
     dense = not hasattr(matrix, "format")
     rows = max(64, CHUNK_VALUES // max(1, matrix.shape[1])) if dense else CHUNK_ROWS
     for start in range(0, matrix.shape[0], rows):
-        yield sp.csr_matrix(matrix[start : start + rows])
-
-
-def _spread(chunk: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_matrix:
-    """Columns of a file to columns of the union."""
-    moved = sp.csr_matrix((chunk.data, columns[chunk.indices], chunk.indptr), shape=(chunk.shape[0], n_genes))
-    moved.sort_indices()
-    return moved
+        chunk = sp.csr_matrix(matrix[start : start + rows])
+        if chunk.nnz and not 0 <= chunk.indices.min() <= chunk.indices.max() < chunk.shape[1]:
+            # Before anything compiled trusts them.
+            raise InputError(
+                f"ingest.source: cells {start} to {start + chunk.shape[0]} have gene indices outside 0 to "
+                f"{chunk.shape[1] - 1}: the file is damaged; copy or download it again"
+            )
+        yield chunk
 
 
 def _places_with_counts(adata: anndata.AnnData, layer: str | None) -> list[str]:

@@ -86,22 +86,24 @@ class SomaReader:
         return 32 + self.genes_per_cell * 6
 
     def read(self, rows: SomaRows) -> pa.Table:
+        from pipeline.data.ragged import CountsChanged
         from pipeline.data.soma import SomaStore
 
         store = SomaStore(self.uri, self.tiledb_config, self.measurement, self.layer)
-        r = store.read_ragged(rows.ids, self.gene_lut)
-        counts = r.counts.astype(self.count_type)
-        if self.count_type == "uint16" and not np.array_equal(counts, r.counts):
-            raise InputError(f"{self.uri}: counts changed since ingest: some are no longer whole numbers up to 65535")
-        ends = np.concatenate([[0.0], np.cumsum(r.counts, dtype=np.float64)])[r.indptr]
+        gene_type = self.gene_type.to_pandas_dtype()
+        try:
+            r = store.read_ragged(rows.ids, self.gene_lut, gene_type=gene_type, count_type=self.count_type)
+        except CountsChanged as error:
+            raise InputError(
+                f"{self.uri}: counts changed since ingest: some are no longer whole numbers up to 65535"
+            ) from error
         offsets = pa.array(r.indptr.astype(np.int32))
-        genes = pa.array(r.genes.astype(self.gene_type.to_pandas_dtype()))
         columns = [
             pa.array(rows.ids),
-            pa.ListArray.from_arrays(offsets, genes),
-            pa.ListArray.from_arrays(offsets, pa.array(counts)),
+            pa.ListArray.from_arrays(offsets, pa.array(r.genes)),
+            pa.ListArray.from_arrays(offsets, pa.array(r.counts)),
             *(pa.array(rows.codes[name]) for name in self.labels),
-            pa.array(np.diff(ends).astype(np.float32)),
+            pa.array(r.row_sums),
         ]
         return pa.Table.from_arrays(columns, schema=self.schema)
 

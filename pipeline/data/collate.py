@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.blocks import LABEL
+from pipeline.data.presence import GROUP
 from scldm.batch import CellBatch
 
 
@@ -67,6 +68,31 @@ def to_cell_batch(
         conditions=_conditions(table, label_names),
         joinids=torch.from_numpy(joinids.copy()),
         weight=_weight(table),
+    )
+
+
+def measured_group(table: pa.Table) -> Tensor:
+    """For each cell the row of `Ingested.measured` that says which genes it measured, (b,) int64."""
+    return torch.from_numpy(_column(table, LABEL + GROUP).to_numpy().astype(np.int64))
+
+
+@dataclass(frozen=True)
+class PaddedCells:
+    """Expressed genes of b cells, padded to the longest of them with gene 0 and count 0."""
+
+    gene_ids: Tensor  # (b, s) int64
+    counts: Tensor  # (b, s) float32
+    lengths: Tensor  # (b,) int64
+
+
+def padded(cells: CellBatch) -> PaddedCells:
+    """Pad on the device that the cells are on: what travels to it is ragged."""
+    longest = int(cells.lengths.max())
+    pad = torch.ops.aten._jagged_to_padded_dense_forward  # what torch.nested calls; that way costs half as much again
+    return PaddedCells(
+        pad(cells.gene_ids, [cells.offsets], [longest], 0),
+        pad(cells.counts, [cells.offsets], [longest], 0.0),
+        cells.lengths,
     )
 
 

@@ -98,14 +98,17 @@ def _steps(
     q = order.rows_per_lane
     for segment in _segments(rounds):
         blocks = [ids for r in segment for ids in r.blocks]
-        tables = _read_with_ray(source, blocks, read_cpus) if engine == "ray" else _read_here(source, blocks)
+        if engine == "ray":
+            tables = _read_with_ray(source, blocks, read_cpus)
+        else:
+            tables = _read_here(source, blocks, ahead=len(segment[0].blocks))
         for r in segment:
-            lanes = [_weighted(next(tables), w) for w in r.weights]
+            held = [_weighted(next(tables), w) for w in r.weights]
             for k in range(r.stop - r.start):
-                rows = pa.concat_tables([lane.slice(k * q, q) for lane in lanes])
+                rows = pa.concat_tables([lane.slice(k * q, q) for lane in held])
                 step = r.start + k
                 yield FeedStep(step, r.epoch, _micro(rows, micro_batch_size), order.real_cells(step))
-            del lanes  # before the next round's blocks come in
+            del held  # before the next round's blocks come in
 
 
 def _segments(rounds: Iterator[_Round]) -> Iterator[list[_Round]]:
@@ -140,17 +143,18 @@ def _read_with_ray(source: BlockSource, blocks: Sequence[np.ndarray], read_cpus:
     return iterate_blocks(source, blocks, read_cpus=read_cpus)
 
 
-def _read_here(source: BlockSource, blocks: Sequence[np.ndarray]) -> Iterator[pa.Table]:
-    """Read in one thread, up to two blocks ahead."""
+def _read_here(source: BlockSource, blocks: Sequence[np.ndarray], *, ahead: int) -> Iterator[pa.Table]:
+    """Read in one thread, `ahead` blocks before they are asked for: with one per lane, a round is read while the round
+    before it is consumed."""
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-        ahead: deque[Future[pa.Table]] = deque()
+        coming: deque[Future[pa.Table]] = deque()
         try:
             for ids in blocks:
-                ahead.append(pool.submit(source.read, ids))
-                if len(ahead) > 2:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                coming.append(pool.submit(source.read, ids))
+                if len(coming) > ahead:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
         finally:
-            for future in ahead:
+            for future in coming:
                 future.cancel()

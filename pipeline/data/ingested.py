@@ -15,6 +15,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL, SomaBlocks, SomaReader
+from pipeline.data.cache import CacheBlocks, cached
+from pipeline.data.genes import gene_lut
+from pipeline.data.presence import GROUP, read_measured
 from pipeline.data.split import SPLITS
 from pipeline.stage import InputError, Manifest
 from scldm.library_size import LibrarySizes
@@ -51,13 +54,32 @@ class Ingested:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size over the vocabulary."""
+        """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size and n_expressed over the
+        vocabulary; as one more label the row of `measured`, if there is one."""
         return pd.read_parquet(self.folder / self.facts["cells"])
 
     @cached_property
     def gene_stats(self) -> pd.DataFrame:
         """In the order of the vocabulary, over training cells: feature_id, gene_joinid, mean, variance, fraction."""
         return pd.read_parquet(self.folder / self.facts["gene_stats"])
+
+    @cached_property
+    def measured(self) -> np.ndarray | None:
+        """Genes that each group of data sets measured, (p, g) bool; None: all of them. `cells` has a cell's group."""
+        path = self.facts.get("presence")
+        return None if path is None else read_measured(self.folder / path)
+
+    def measured_by(self, joinids: np.ndarray) -> np.ndarray | None:
+        """Genes that were measured in each of some cells, (n, g) bool; None: all of them."""
+        if self.measured is None:
+            return None
+        rows = self.cells["soma_joinid"].searchsorted(joinids)
+        return self.measured[self.cells[LABEL + GROUP].to_numpy()[rows]]
+
+    @property
+    def _codes(self) -> tuple[str, ...]:
+        """Numbers that go with a cell's counts: classes of its labels, and the group that says what it measured."""
+        return (*(x.name for x in self.vocabulary.labels), *([] if "presence" not in self.facts else [GROUP]))
 
     @property
     def soma_uri(self) -> str:
@@ -67,22 +89,33 @@ class Ingested:
 
     @cached_property
     def reader(self) -> SomaReader:
-        lut = np.full(self.facts["n_genes_source"], -1, dtype=np.int32)
-        lut[self.gene_stats["gene_joinid"].to_numpy()] = np.arange(self.vocabulary.n_genes)
+        places = self.gene_stats[["gene_joinid"]].rename(columns={"gene_joinid": "soma_joinid"})
         return SomaReader(
             uri=self.soma_uri,
             tiledb_config=dict(self.facts["tiledb_config"]),
             measurement=self.facts["measurement"],
             layer=self.facts["layer"],
-            gene_lut=lut,
-            labels=tuple(x.name for x in self.vocabulary.labels),
+            gene_lut=gene_lut(places, self.facts["n_genes_source"]),
+            labels=self._codes,
             count_type=self.facts["count_type"],
             genes_per_cell=int(self.facts["mean_expressed_genes"]) + 1,
         )
 
-    def blocks(self, split: str) -> SomaBlocks:
-        """The cells of a split."""
+    def blocks(self, split: str) -> SomaBlocks | CacheBlocks:
+        """The cells of a split, from the cache if ingest made one."""
+        source = self.streamed(split)
+        if (cache := self.facts.get("cache")) is None:
+            return source
+        folder = (self.folder / cache["folder"]).resolve()
+        return cached(source, folder, self.cells["soma_joinid"].to_numpy(np.int64))
+
+    def streamed(self, split: str) -> SomaBlocks:
+        """The cells of a split, out of SOMA."""
         return self._blocks(self._of(split))
+
+    def all_blocks(self) -> SomaBlocks:
+        """The cells of all splits, out of SOMA."""
+        return self._blocks(self.cells)
 
     def anndata(self, split: str, max_cells: int | None = None, seed: int = 0) -> anndata.AnnData:
         """Cells of a split in memory: counts over the vocabulary (CSR), labels as categoricals.
@@ -132,5 +165,5 @@ class Ingested:
         return cells
 
     def _blocks(self, cells: pd.DataFrame) -> SomaBlocks:
-        codes = {x.name: cells[LABEL + x.name].to_numpy(np.int32) for x in self.vocabulary.labels}
+        codes = {name: cells[LABEL + name].to_numpy(np.int32) for name in self._codes}
         return SomaBlocks(cells["soma_joinid"].to_numpy(np.int64), codes, int(self.facts["tile"]), self.reader)

@@ -2,8 +2,8 @@
 
 Convention: a store is named by plain data (`SomaStore`), so that it travels to workers; open arrays stay per process.
 Rows are written in storage tiles of 2,048 cells and should be read by whole tiles (one row costs as much as a tile).
-Rows are never asked for in sorted order, which TileDB answers 17 times slower: the order wanted is folded into the row
-index from which the CSR matrix is built.
+Rows are never asked for in sorted order, which TileDB answers 17 times slower: the order wanted is folded into the
+assembly of the rows (`ragged.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,30 +22,24 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
+from numpy.typing import DTypeLike
 
+from pipeline.data.ragged import Entries, Ragged, assemble
+from pipeline.data.retry import survives_faults
+from pipeline.data.s3 import S3Config, failure
 from pipeline.stage import InputError
 
 TILE = 2048
 ROWS_PER_WRITE = 8 * TILE  # one TileDB fragment each
 SCATTERED = 64  # below so many ids per tile a point query reads less than the span of the ids
 READ_CONFIG: dict[str, Any] = {
+    **S3Config().tiledb(),
     "soma.init_buffer_bytes": 256 << 20,
     "sm.mem.reader.sparse_global_order.ratio_array_data": 0.3,
     "sm.compute_concurrency_level": 2,  # the default is every core in every process
     "sm.io_concurrency_level": 4,
-    "vfs.s3.connect_max_tries": 10,
-    "vfs.s3.request_timeout_ms": 30_000,
 }
 _OPEN: dict[tuple, Any] = {}
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Rows of the count matrix (CSR), genes ascending in a row."""
-
-    indptr: np.ndarray  # (n + 1,)
-    genes: np.ndarray  # (nnz,) int32
-    counts: np.ndarray  # (nnz,) float32
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,12 @@ class SomaStore:
     measurement: str = "RNA"
     layer: str = "raw"
 
+    def forget(self) -> None:
+        """Drop the handles of this process; the next read opens anew."""
+        for key in [k for k in _OPEN if k[0] == self.uri]:
+            del _OPEN[key]
+
+    @survives_faults
     def _open(self, what: str) -> Any:
         key = (self.uri, what, tuple(sorted(self.tiledb_config.items())))
         if key not in _OPEN:
@@ -64,6 +64,8 @@ class SomaStore:
             try:
                 _OPEN[key] = soma.open(f"{self.uri.rstrip('/')}/{what}", context=context)
             except (soma.DoesNotExistError, soma.SOMAError) as error:
+                if failure(error).kind != "other":
+                    raise  # the object store's: repeated or explained by `survives_faults`
                 raise InputError(
                     f"cannot open {what} of the SOMA experiment {self.uri} ({error}); check ingest.source: uri, "
                     "measurement and layer name an experiment written by tiledbsoma"
@@ -87,6 +89,13 @@ class SomaStore:
     def obs_columns(self) -> list[str]:
         return list(self._open("obs").schema.names)
 
+    def categories(self, column: str) -> list[Any] | None:
+        """What a categorical obs column may hold; None if it is not categorical."""
+        frame = self._open("obs")
+        if not pa.types.is_dictionary(frame.schema.field(column).type):
+            return None
+        return frame.get_enumeration_values([column])[column].to_pylist()
+
     def obs(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
         """Cells that pass a filter, ascending by soma_joinid; `columns` plus soma_joinid."""
         return self._table("obs", columns, value_filter, "ingest.obs_filter")
@@ -95,13 +104,35 @@ class SomaStore:
         """Genes that pass a filter, ascending by soma_joinid."""
         return self._table(f"ms/{self.measurement}/var", columns, value_filter, "ingest.genes.value_filter")
 
+    def measured_by(self, dataset_ids: Sequence[str]) -> np.ndarray | None:
+        """Which genes each data set measured, (datasets, genes) bool; None where the store does not say.
+
+        Laid out as in the Census: feature_dataset_presence_matrix stands beside X, and its rows are numbered by the
+        table of data sets, census_info/datasets (in an experiment that is no Census: its own `datasets`).
+        """
+        if "feature_dataset_presence_matrix" not in self._open(f"ms/{self.measurement}"):
+            return None
+        census, is_census, _ = self.uri.rstrip("/").rpartition("/census_data/")
+        info = SomaStore(f"{census}/census_info" if is_census else self.uri, self.tiledb_config)
+        table = info._table("datasets", ["dataset_id"], None, "")
+        number = pd.Series(table["soma_joinid"].to_numpy(), index=table["dataset_id"].astype(str))
+        if lacking := [d for d in dataset_ids if d not in number.index]:
+            raise InputError(f"{info.uri}/datasets does not know {len(lacking)} data sets (first: {lacking[0]})")
+        rows = number.loc[list(dataset_ids)].to_numpy(np.int64)
+        measured = np.zeros((int(number.max()) + 1, self.shape[1]), bool)
+        array = self._open(f"ms/{self.measurement}/feature_dataset_presence_matrix")
+        for part in array.read(coords=(pa.array(np.sort(rows)),)).tables():
+            measured[part["soma_dim_0"].to_numpy(), part["soma_dim_1"].to_numpy()] = part["soma_data"].to_numpy() != 0
+        return measured[rows]
+
+    @survives_faults
     def _table(self, what: str, columns: Sequence[str] | None, value_filter: str | None, name: str) -> pd.DataFrame:
         frame = self._open(what)
         wanted = None if columns is None else list(dict.fromkeys(["soma_joinid", *columns]))
         try:
             table = frame.read(column_names=wanted, value_filter=value_filter or None).concat()
         except (soma.SOMAError, SyntaxError, RuntimeError, ValueError, TypeError) as error:
-            if not value_filter:
+            if not value_filter or failure(error).kind != "other":
                 raise
             raise InputError(
                 f"{name} {value_filter!r} cannot be applied ({str(error).splitlines()[0]}); it compares columns with "
@@ -109,74 +140,66 @@ class SomaStore:
             ) from error
         return table.to_pandas().sort_values("soma_joinid", ignore_index=True)
 
-    def read_ragged(self, ids: np.ndarray, gene_lut: np.ndarray | None = None) -> Ragged:
+    @survives_faults
+    def read_ragged(
+        self,
+        ids: np.ndarray,
+        gene_lut: np.ndarray | None = None,
+        *,
+        gene_type: DTypeLike = np.int32,
+        count_type: DTypeLike = np.float32,
+    ) -> Ragged:
         """Counts of cells, in the order of `ids` (repeats allowed).
 
         Args:
             ids: soma_joinids, (n,).
             gene_lut: var soma_joinid -> gene id, -1 drops the gene; None keeps the joinids.
+
+        Raises:
+            CountsChanged: `count_type` is a whole number and a count is not, or is too large.
         """
         unique, inverse = np.unique(ids, return_inverse=True)
         if len(unique) < len(ids):
-            return _take_rows(self.read_ragged(unique, gene_lut), inverse)
-        array, n_genes = self.counts, self.shape[1] if gene_lut is None else int(gene_lut.max(initial=0)) + 1
-        i, j, d = [], [], []
-        for rows, table in self._coo(array, unique, tile=self.tile, inverse_order=np.argsort(ids, kind="stable")):
-            genes = table["soma_dim_1"].to_numpy()
-            counts = table["soma_data"].to_numpy().astype(np.float32, copy=False)
-            if gene_lut is not None:
-                genes = gene_lut[genes]
-            keep = (rows >= 0) & (genes >= 0) if gene_lut is not None else rows >= 0
-            if not keep.all():
-                rows, genes, counts = rows[keep], genes[keep], counts[keep]
-            i.append(rows.astype(np.int64, copy=False))
-            j.append(genes.astype(np.int64, copy=False))
-            d.append(counts)
-        return _compress(i, j, d, (len(ids), n_genes), array.context)
-
-    @staticmethod
-    def _coo(
-        array: Any, ids: np.ndarray, *, tile: int, inverse_order: np.ndarray
-    ) -> Iterable[tuple[np.ndarray, pa.Table]]:
-        """Result tables with, for each entry, the row it goes to (-1: a cell nobody asked for).
-
-        Args:
-            ids: Sorted and unique.
-            inverse_order: Row wanted for each of `ids`.
-        """
-        cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read in one go
-        starts, stops = np.r_[0, cuts], np.r_[cuts, len(ids)]
-        if len(ids) < SCATTERED * len(starts) and len(starts) > 1:
-            for table in array.read(coords=(pa.array(ids),)).tables():
-                yield inverse_order[np.searchsorted(ids, table["soma_dim_0"].to_numpy())], table
-            return
-        for a, b in zip(starts, stops, strict=True):
-            first, last = int(ids[a]), int(ids[b - 1])
-            row_of = np.full(last - first + 1, -1, dtype=np.int64)
-            row_of[ids[a:b] - first] = inverse_order[a:b]
-            for table in array.read(coords=(slice(first, last),)).tables():
-                yield row_of[table["soma_dim_0"].to_numpy() - first], table
+            kept = self.read_ragged(unique, gene_lut, gene_type=gene_type, count_type=count_type)
+            return _take_rows(kept, inverse)
+        lut = np.arange(self.shape[1], dtype=np.int32) if gene_lut is None else gene_lut
+        answers = _answers(self.counts, unique, tile=self.tile, row_of=np.argsort(ids, kind="stable"))
+        return assemble(answers, len(ids), lut, gene_type=gene_type, count_type=count_type)
 
 
-def _compress(i: list, j: list, d: list, shape: tuple[int, int], context: Any) -> Ragged:
-    """COO to CSR: tiledbsoma's own parallel routine (private, 2-3 times faster), scipy if it has moved."""
-    if not i:
-        return Ragged(np.zeros(shape[0] + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
-    try:
-        from tiledbsoma._fastercsx import CompressedMatrix
-    except ImportError:
-        csr = sp.csr_matrix((np.concatenate(d), (np.concatenate(i), np.concatenate(j))), shape=shape)
-        csr.sort_indices()
-        return Ragged(csr.indptr, csr.indices.astype(np.int32), csr.data)
-    # Sorted by gene, so that a block is the same to the bit however TileDB filled its buffers.
-    m = CompressedMatrix.from_ijd(tuple(i), tuple(j), tuple(d), shape, "csr", True, context)
-    return Ragged(m.indptr, m.indices.astype(np.int32, copy=False), m.data)
+def _answers(array: Any, ids: np.ndarray, *, tile: int, row_of: np.ndarray) -> Iterator[Entries]:
+    """What TileDB has on some cells.
+
+    Args:
+        ids: Sorted and unique.
+        row_of: Row wanted for each of `ids`.
+    """
+    cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read in one go
+    starts, stops = np.r_[0, cuts], np.r_[cuts, len(ids)]
+    if len(ids) < SCATTERED * len(starts) and len(starts) > 1:
+        for cells, genes, counts in _entries(array, pa.array(ids)):
+            yield Entries(0, row_of, np.searchsorted(ids, cells), genes, counts)
+        return
+    for a, b in zip(starts, stops, strict=True):
+        first, last = int(ids[a]), int(ids[b - 1])
+        rows = np.full(last - first + 1, -1, dtype=np.int64)
+        rows[ids[a:b] - first] = row_of[a:b]
+        for cells, genes, counts in _entries(array, slice(first, last)):
+            yield Entries(first, rows, cells, genes, counts)
+
+
+def _entries(array: Any, cells: Any) -> Iterator[list[np.ndarray]]:
+    for table in array.read(coords=(cells,)).tables():
+        for batch in table.to_batches():  # no copy
+            yield [batch[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")]
 
 
 def _take_rows(rows: Ragged, index: np.ndarray) -> Ragged:
-    csr = sp.csr_matrix((rows.counts, rows.genes, rows.indptr), shape=(len(rows.indptr) - 1, 1 << 31), copy=False)
-    csr = csr[index]
-    return Ragged(csr.indptr, csr.indices.astype(np.int32, copy=False), csr.data)
+    """Rows by position, repeats allowed."""
+    lengths = np.diff(rows.indptr)[index]
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    entries = np.arange(indptr[-1]) + np.repeat(rows.indptr[:-1][index] - indptr[:-1], lengths)
+    return Ragged(indptr, rows.genes[entries], rows.counts[entries])
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -242,13 +265,25 @@ def _write_counts(
             raw_sum[row : row + len(sums)], nnz[row : row + len(sums)] = sums, per_cell
             gene_nnz += np.bincount(coo.col, minlength=n_genes)
             if len(coo.data):
-                cells = coo.row.astype(np.int64) + row
-                data = coo.data.astype(np.float32, copy=False)
-                array.write(pa.table({"soma_dim_0": cells, "soma_dim_1": coo.col.astype(np.int64), "soma_data": data}))
+                array.write(_in_tile_order(coo, row, tile), platform_config=soma.TileDBWriteOptions(sort_coords=False))
             row += len(sums)
     if row != n_cells:
         raise ValueError(f"obs has {n_cells} cells but the chunks hold {row}")
     return raw_sum, nnz, gene_nnz
+
+
+def _in_tile_order(coo: sp.coo_matrix, first_row: int, tile: int) -> pa.Table:
+    """Entries of rows `first_row` onwards as TileDB stores them: tile by tile, by row and gene inside a tile.
+
+    Sorted here by one stable sort on the tile's number, which is four times as fast as leaving it to TileDB.
+    """
+    cells, genes = coo.row.astype(np.int64) + first_row, coo.col.astype(np.int64)
+    tiles_across = coo.shape[1] // tile + 1
+    number = (cells // tile - first_row // tile) * tiles_across + genes // tile
+    small = number.max() < 1 << 16  # numpy sorts 16 bits by radix
+    order = np.argsort(number.astype(np.uint16 if small else np.int64), kind="stable")
+    counts = coo.data.astype(np.float32, copy=False)
+    return pa.table({"soma_dim_0": cells[order], "soma_dim_1": genes[order], "soma_data": counts[order]})
 
 
 def _pieces(chunks: Iterable[sp.csr_matrix]) -> Iterable[sp.csr_matrix]:
@@ -256,7 +291,7 @@ def _pieces(chunks: Iterable[sp.csr_matrix]) -> Iterable[sp.csr_matrix]:
     held: list[sp.csr_matrix] = []
     for chunk in chunks:
         chunk = sp.csr_matrix(chunk)
-        chunk.sum_duplicates()
+        chunk.sum_duplicates()  # and sorts by gene, which `_in_tile_order` builds on
         chunk.eliminate_zeros()
         held.append(chunk)
         if sum(c.shape[0] for c in held) >= ROWS_PER_WRITE:

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.data.count_audit import value_faults
+from pipeline.data.presence import Presence
 from pipeline.stage import InputError
 
 MIN_CELLS = 20  # fewer cannot be split, trained on and scored
@@ -30,6 +32,7 @@ class CellTables:
     where: str  # for messages: the file
     notes: list[str] = field(default_factory=list)  # what a reader of the results should know
     other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
+    measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes
 
 
 def missing(values: pd.Series) -> np.ndarray:
@@ -99,11 +102,7 @@ def table_problems(tables: CellTables, labels: Sequence[str], *, drop_missing: b
 def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables) -> list[str]:
     """What shows that a chunk does not hold raw counts, with an example of each."""
     problems = []
-    for what, bad in (
-        ("are NaN or infinite", ~np.isfinite(chunk.data)),
-        ("are negative", chunk.data < 0),
-        ("are not whole numbers", np.isfinite(chunk.data) & (chunk.data != np.rint(chunk.data))),
-    ):
+    for what, bad in value_faults(chunk.data):
         if bad.any():
             k = int(np.argmax(bad))
             cell = first_cell + int(np.searchsorted(chunk.indptr, k, side="right")) - 1

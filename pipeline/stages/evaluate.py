@@ -9,6 +9,7 @@ import csv
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
         labels = [NO_LABEL]
         for adata in (held_out, training, generated):
             adata.obs[NO_LABEL] = "all"
-    decoded = decode_cells(loaded, held_out, n_cells=config.reconstruction_cells)
+    known = ingested.measured_by(held_out.obs_names.astype(np.int64).to_numpy())
+    decoded = decode_cells(loaded, held_out, n_cells=config.reconstruction_cells, measured=known)
     result = evaluate(
         held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded
     )
@@ -117,15 +119,22 @@ def cell_batch(counts: sp.csr_matrix) -> CellBatch:
 
 
 @torch.inference_mode()
-def decode_cells(loaded: LoadedVAE, cells: AnnData, *, n_cells: int) -> Decoded:
-    """Encode and decode the first cells that have counts (held-out cells come in random order)."""
+def decode_cells(loaded: LoadedVAE, cells: AnnData, *, n_cells: int, measured: np.ndarray | None = None) -> Decoded:
+    """Encode and decode the first cells that have counts (held-out cells come in random order).
+
+    Args:
+        measured: Genes that were measured in each cell, bool (n, g); all if None.
+    """
     counts = as_counts(cells.X)
     rows = np.flatnonzero(np.diff(counts.indptr))[:n_cells]
     mu, nll = [], []
     for start in range(0, len(rows), VAE_BATCH):
-        batch = cell_batch(counts[rows[start : start + VAE_BATCH]])
+        chosen = rows[start : start + VAE_BATCH]
+        batch = cell_batch(counts[chosen])
+        if measured is not None:
+            batch = replace(batch, measured=torch.from_numpy(measured[chosen]))
         z = loaded.vae.encode(batch)
-        mu.append(loaded.vae.decode_mu(z, batch.library_size).float().numpy())
+        mu.append(loaded.vae.decode_mu(z, batch.library_size, measured=batch.measured).float().numpy())
         nll.append(loaded.vae.nll(batch, z).double().numpy())
     return Decoded(rows, np.concatenate(mu), np.concatenate(nll))
 

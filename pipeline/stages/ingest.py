@@ -7,20 +7,24 @@ are read where they are. Everything but the counts is fixed here, so that later 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL
-from pipeline.data.soma import SomaStore, write_experiment
-from pipeline.data.split import SPLITS, require_splits, split_cells
+from pipeline.data.filters import check_values, value_filter
+from pipeline.data.genes import gene_lut, model_genes
+from pipeline.data.held_out import columns_of, counted, held_out_facts, hold_out, notes_on, read_combinations
+from pipeline.data.presence import GROUP, Presence
+from pipeline.data.sources import OpenSource, open_source
+from pipeline.data.split import SPLITS, label_counts, require_splits, split_cells
 from pipeline.data.statistics import CountStatistics, count_statistics
-from pipeline.data.synthetic import synthetic_cells
-from pipeline.data.validate import checked, label_problems, missing
-from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource
+from pipeline.data.validate import label_problems, missing
+from pipeline.job import IngestConfig
 from pipeline.stage import InputError, StageContext
+from pipeline.stages.ingest_cache import cache_facts
+from pipeline.stages.ingest_presence import measured_genes, over_measured
 from scldm.library_size import LibrarySizes
 from scldm.vocabulary import LabelVocabulary, Vocabulary
 
@@ -29,34 +33,37 @@ FULL_PASS_CELLS = 200_000
 SAMPLED_TILES = 50
 
 
-@dataclass
-class _Source:
-    store: SomaStore
-    uri: str  # as it goes into the facts
-    description: str
-    notes: list[str] = field(default_factory=list)
-
-
 def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     """The stage."""
-    source = _open(config, context)
+    source = open_source(config, context.folder, _columns(config))
     cells = _eligible(config, source)
-    cells["split"] = split_cells(cells, config.split)
-    var = _genes(config, source.store)
-    var, stats, sampled = _statistics(config, source, cells, var)
-
+    combinations = read_combinations(config.split.held_out)
+    cells["split"] = split_cells(cells, config.split, tile=source.store.tile)
+    if combinations:
+        cells["split"] = hold_out(cells, cells["split"].to_numpy(), combinations)
+    genes = model_genes(config.genes, source.store)
+    source.notes += genes.notes
+    var = genes.table
+    var, stats, seen = _statistics(config, source, cells, var)
     cells = cells.assign(library_size=stats.library_size, n_expressed=stats.n_expressed)
+    if (presence := measured_genes(config, source, cells, var)) is not None:
+        stats = over_measured(stats, presence, seen)
+        cells[LABEL + GROUP] = presence.group
     if empty := int((cells["library_size"] <= 0).sum()):
         source.notes.append(f"{empty} cells have no counts in the vocabulary and are left out.")
         cells = cells[cells["library_size"] > 0].reset_index(drop=True)
     require_splits(config.split, cells)
 
     vocabulary = _vocabulary(config, cells, var)
-    facts = _write(context, cells, var, vocabulary, stats)
+    if combinations:
+        held_out = counted(cells, combinations)
+        source.facts |= held_out_facts(held_out, context.folder)
+        source.notes += notes_on(held_out, cells, config.split.by)
+    facts = _write(context, cells, var, vocabulary, stats, presence)
     train = cells[cells["split"] == "train"]
     _note_unseen_classes(vocabulary, cells, source.notes)
     mean_expressed = float(train["n_expressed"].mean())
-    return {
+    facts = {
         **facts,
         "soma_uri": source.uri,
         "tiledb_config": dict(source.store.tiledb_config),
@@ -69,59 +76,44 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "n_cells": {split: int((cells["split"] == split).sum()) for split in SPLITS},
         "labels": [x.name for x in vocabulary.labels],
         "n_classes": vocabulary.n_classes,
+        "label_counts": label_counts(cells, config.labels),
         "mean_expressed_genes": mean_expressed,
         "max_expressed_genes": int(cells["n_expressed"].max()),
         "zero_fraction": 1 - mean_expressed / vocabulary.n_genes,
-        "gene_stats_cells": sampled,
+        "gene_stats_cells": int(seen.sum()),
         "source": source.description,
+        **source.facts,
+        **genes.facts,
         "notes": source.notes,
     }
+    return facts | cache_facts(config, context, facts, content=source.content or stats.content)
 
 
-# ---- source ------------------------------------------------------------------------------------------------------
-def _open(config: IngestConfig, context: StageContext) -> _Source:
-    source = config.source
-    if isinstance(source, SomaSource):
-        store = SomaStore(
-            source.uri, {"vfs.s3.region": source.region} if source.region else {}, source.measurement, source.layer
-        )
-        return _Source(store, source.uri, f"SOMA experiment {source.uri}")
-    if isinstance(source, CensusSource):
-        from pipeline.data.census import locate_census
-
-        store = locate_census(source)
-        return _Source(store, store.uri, f"CELLxGENE Census {source.version}, {source.organism}")
-    if isinstance(source, SyntheticSource):
-        tables = synthetic_cells(source)
-        description = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
-    else:
-        assert isinstance(source, H5adSource)
-        from pipeline.data.anndata import read_h5ad
-
-        tables = read_h5ad(source, _columns(config))
-        description = f"h5ad {source.path}"
-    # With a filter, cells without a label may be filtered out: they are looked at again after it.
-    lenient = config.missing_label == "drop" or config.obs_filter is not None
-    chunks = checked(tables, _columns(config), drop_missing=lenient)
-    store = write_experiment(context.folder / "soma", tables.obs, tables.var, chunks)
-    return _Source(store, "soma", description, tables.notes)
-
-
+# ---- source ----------------------------------------------------------------------------------------------------------
 def _columns(config: IngestConfig) -> list[str]:
     """obs columns that the job cannot do without."""
-    return list(dict.fromkeys([*config.labels, *([config.split.by] if config.split.by != "cell" else [])]))
+    by = [] if config.split.by in ("cell", "tile") else [config.split.by]
+    # A cell of unknown class may be of a held-out combination: these are needed as labels are.
+    return list(dict.fromkeys([*config.labels, *by, *columns_of(config.split.held_out)]))
 
 
-def _eligible(config: IngestConfig, source: _Source) -> pd.DataFrame:
+def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
     """Cells that pass the filter and have their labels."""
     available, wanted = source.store.obs_columns(), _columns(config)
     if absent := [c for c in wanted if c not in available]:
         empty = pd.DataFrame(columns=available)
         raise InputError("\n".join(label_problems(empty, absent, drop_missing=False, names=None)))
-    extra = [c for c in ("raw_sum", "nnz") if c in available]
-    cells = source.store.obs([*wanted, *extra], config.obs_filter)
+    extra = [c for c in ("raw_sum", "nnz", *(["dataset_id"] if config.genes.presence else [])) if c in available]
+    check_values(config.cells, source.store)
+    chosen = value_filter(config.cells.conditions(), config.obs_filter)
+    source.facts["value_filter"] = chosen
+    cells = source.store.obs([*wanted, *extra], chosen)
     if not len(cells):
-        raise InputError(f"ingest.obs_filter {config.obs_filter!r} leaves no cells; loosen it")
+        raise InputError(
+            f"the filter {chosen!r} (of ingest.cells and ingest.obs_filter) leaves no cells; loosen it"
+            if chosen
+            else f"{source.description} holds no cells"
+        )
     drop = config.missing_label == "drop"
     names = "soma_joinid " + cells["soma_joinid"].astype(str)
     if problems := label_problems(cells, wanted, drop_missing=drop, names=names):
@@ -134,49 +126,24 @@ def _eligible(config: IngestConfig, source: _Source) -> pd.DataFrame:
 
 
 # ---- genes and statistics ----------------------------------------------------------------------------------------
-def _genes(config: IngestConfig, store: SomaStore) -> pd.DataFrame:
-    """Genes of the source that pass the filter: soma_joinid, feature_id, feature_name."""
-    var = store.var(value_filter=config.genes.value_filter)
-    id_column = next((c for c in ("feature_id", "var_id") if c in var), None)
-    if id_column is None:
-        raise InputError(f"var of {store.uri} has no feature_id; columns: {', '.join(map(str, var.columns))}")
-    name = var["feature_name"] if "feature_name" in var else var[id_column]
-    var = pd.DataFrame(
-        {
-            "soma_joinid": var["soma_joinid"],
-            "feature_id": var[id_column].astype(str),
-            "feature_name": name.astype(str),
-        }
-    )
-    if not len(var):
-        raise InputError(f"ingest.genes.value_filter {config.genes.value_filter!r} leaves no genes; loosen it")
-    if len(twice := var["feature_id"][var["feature_id"].duplicated()].unique()):
-        raise InputError(f"{len(twice)} gene ids of {store.uri} occur more than once (first: {', '.join(twice[:3])})")
-    return var
-
-
-def _lut(var: pd.DataFrame, n_genes_source: int) -> np.ndarray:
-    lut = np.full(n_genes_source, -1, dtype=np.int32)
-    lut[var["soma_joinid"].to_numpy()] = np.arange(len(var))
-    return lut
-
-
 def _statistics(
-    config: IngestConfig, source: _Source, cells: pd.DataFrame, var: pd.DataFrame
-) -> tuple[pd.DataFrame, CountStatistics, int]:
-    """The genes that are kept, statistics over them, and how many cells the gene statistics are from."""
+    config: IngestConfig, source: OpenSource, cells: pd.DataFrame, var: pd.DataFrame
+) -> tuple[pd.DataFrame, CountStatistics, np.ndarray]:
+    """The genes that are kept, statistics over them, and which cells the gene statistics are from, bool (n,)."""
     store, ids, train = source.store, cells["soma_joinid"].to_numpy(), (cells["split"] == "train").to_numpy()
     if not train.any():
         require_splits(config.split, cells)
-    in_obs = {"raw_sum", "nnz"} <= set(cells) and not config.genes.min_cells and not config.genes.value_filter
+    whole = config.genes.vocabulary == "source" and not config.genes.min_cells and not config.genes.value_filter
+    in_obs = {"raw_sum", "nnz"} <= set(cells) and whole  # obs sums over all genes of the source
     if in_obs and len(cells) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)
-        stats = count_statistics(store, ids[some], train[some], _lut(var, store.shape[1]))
+        stats, _ = count_statistics(store, ids[some], train[some], gene_lut(var, store.shape[1]), len(var))
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
         per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
-        return var, CountStatistics(**{**vars(stats), **per_cell}), int(some.sum())
-    stats = count_statistics(store, ids, train, _lut(var, store.shape[1]))
-    enough = stats.gene_cells >= config.genes.min_cells
+        per_cell["content"] = hashlib.sha256(per_cell["n_expressed"].astype(np.int64).tobytes()).hexdigest()
+        return var, CountStatistics(**{**vars(stats), **per_cell}), some
+    lut = gene_lut(var, store.shape[1])
+    stats, enough = count_statistics(store, ids, train, lut, len(var), min_cells=config.genes.min_cells)
     if not enough.any():
         raise InputError(
             f"ingest.genes.min_cells ({config.genes.min_cells}) leaves no genes: the most expressed one is in "
@@ -186,8 +153,7 @@ def _statistics(
         source.notes.append(f"{int((~enough).sum())} genes are expressed in fewer than {config.genes.min_cells} "
                             "training cells and are left out.")  # fmt: skip
         var = var[enough].reset_index(drop=True)
-        stats = count_statistics(store, ids, train, _lut(var, store.shape[1]))
-    return var, stats, stats.n_train
+    return var, stats, train
 
 
 def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:
@@ -210,14 +176,20 @@ def _note_unseen_classes(vocabulary: Vocabulary, cells: pd.DataFrame, notes: lis
 
 
 def _write(
-    context: StageContext, cells: pd.DataFrame, var: pd.DataFrame, vocabulary: Vocabulary, stats: CountStatistics
+    context: StageContext,
+    cells: pd.DataFrame,
+    var: pd.DataFrame,
+    vocabulary: Vocabulary,
+    stats: CountStatistics,
+    presence: Presence | None,
 ) -> dict[str, Any]:
     """The files of the stage; returns the facts that name them."""
     folder = context.folder
-    names = {x.name: cells[x.name].astype(str).to_numpy() for x in vocabulary.labels}
+    codes = {x.name: x.encode(cells[x.name].astype(str).to_numpy()).astype(np.int32) for x in vocabulary.labels}
     train = (cells["split"] == "train").to_numpy()
     vocabulary.save(folder / "vocabulary.json")
-    sizes = LibrarySizes.fit(cells["library_size"].to_numpy()[train], {k: v[train] for k, v in names.items()})
+    of_train = {x.name: (x.classes, codes[x.name][train]) for x in vocabulary.labels}
+    sizes = LibrarySizes.fit_codes(cells["library_size"].to_numpy()[train], of_train)
     sizes.save(folder / "library_size.json")
     pd.DataFrame(
         {
@@ -233,17 +205,23 @@ def _write(
         {
             "soma_joinid": cells["soma_joinid"],
             "split": split,
-            **{LABEL + x.name: x.encode(names[x.name]).astype(np.int32) for x in vocabulary.labels},
+            **{LABEL + name: ids for name, ids in codes.items()},
             "library_size": cells["library_size"].astype(np.float32),
+            "n_expressed": cells["n_expressed"].astype(np.int32),
+            **{c: cells[c] for c in cells if c == LABEL + GROUP},
         }
     ).to_parquet(folder / "cells.parquet", index=False)
     digest = hashlib.sha256(vocabulary.digest.encode())
     digest.update(cells["soma_joinid"].to_numpy(np.int64).tobytes())
     digest.update(split.codes.astype(np.int8).tobytes())
+    if presence is not None:
+        presence.save(folder / "presence.parquet")
+        digest.update(np.packbits(presence.measured).tobytes() + cells[LABEL + GROUP].to_numpy(np.int32).tobytes())
     return {
         "vocabulary": "vocabulary.json",
         "library_size": "library_size.json",
         "gene_stats": "gene_stats.parquet",
         "cells": "cells.parquet",
         "digest": digest.hexdigest(),
+        **({} if presence is None else {"presence": "presence.parquet"}),
     }

@@ -6,25 +6,33 @@ Shape letters: b cells, g genes, m latent tokens, e latent width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.data.collate import LatentBatch, to_cell_batch, to_latent_batch
+from pipeline.data.collate import LatentBatch, measured_group, to_cell_batch, to_latent_batch
 from pipeline.data.order import FeedOrder
 from pipeline.training.loop import Slice
 from scldm.batch import CellBatch
 from scldm.flow.config import PathConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path, training_interval
+from scldm.gene_sampling import see_genes
+from scldm.genes_seen import GenesSeenConfig
 from scldm.nn.dit import DiT, drop_labels
 from scldm.nn.likelihood import gene_probabilities, sample_genes
 from scldm.nn.vae import VAE
 from scldm.random import generator
 
-GENES, NOISE, VALIDATION = 1, 2, 3  # streams of randomness
+GENES, NOISE, VALIDATION, SEEN = 1, 2, 3, 4  # streams of randomness
+
+
+def seen_seed(seed: int, epoch: int) -> int:
+    """Seed of the genes that the encoder sees in an epoch; with a cell's id it decides the draw."""
+    return int(np.random.SeedSequence([seed, SEEN, epoch]).generate_state(1, np.uint64)[0])
 
 
 class VaeObjective:
@@ -42,18 +50,33 @@ class VaeObjective:
         max_genes: int | None,
         seed: int,
         validation: Sequence[pa.Table],
+        measured: Tensor | None = None,
+        genes_seen: GenesSeenConfig | None = None,
     ):
         self.module, self.labels, self.seed, self.max_genes = vae, labels, seed, max_genes
+        self.measured = measured  # (p, g) bool: genes that each group of data sets measured; None: all of them
+        self.genes_seen = genes_seen or GenesSeenConfig()
+        found = mean_counts[mean_counts > 0]
+        self.mean_counts = mean_counts.clamp(min=float(found.min()) if len(found) else 1.0)  # for weighted, > 0
         self.probability = None if genes_per_step is None else gene_probabilities(mean_counts, genes_per_step)
         self._validation = validation
 
     def loss(self, model: Callable[..., Tensor], table: pa.Table, part: Slice) -> tuple[Tensor, Tensor]:
         cells, seen = self._batch(table)
+        if self.genes_seen.mode != "expressed":
+            seen = self._drawn(cells, part.epoch)
         if self.probability is None:
             return model(cells, None, seen), cells.weight
         # The same genes on every worker and in every micro batch of a step.
         drawn = sample_genes(self.probability.to(cells.counts.device), generator(self.seed, GENES, part.step))
         return model(cells, drawn, seen), cells.weight
+
+    def _drawn(self, cells: CellBatch, epoch: int) -> CellBatch:
+        """What the encoder sees of the cells in an epoch; validation sees the expressed genes instead."""
+        self.mean_counts = self.mean_counts.to(cells.counts.device)
+        seed = seen_seed(self.seed, epoch)
+        n_genes = len(self.mean_counts)
+        return see_genes(cells, self.genes_seen, n_genes=n_genes, seed=seed, mean_counts=self.mean_counts)
 
     def validation(self, rank: int, world_size: int) -> tuple[float, int]:
         total, n = 0.0, 0
@@ -67,6 +90,9 @@ class VaeObjective:
         """The cells that are scored, and what the encoder sees of them."""
         device = next(self.module.parameters()).device
         cells = to_cell_batch(table, self.labels).to(device)
+        if self.measured is not None:
+            self.measured = self.measured.to(device)
+            cells = replace(cells, measured=self.measured[measured_group(table).to(device)])
         if self.max_genes is None:
             return cells, cells
         return cells, to_cell_batch(table, self.labels, max_genes=self.max_genes, seed=self.seed).to(device)

@@ -25,7 +25,7 @@ from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.stage import InputError, Manifest
 from pipeline.tracking import StageTracker
 from pipeline.training.loop import Run, Trained, run_training
-from pipeline.training.objectives import FlowObjective, VaeObjective, validation_tables
+from pipeline.training.objectives import FlowObjective, VaeObjective, seen_seed, validation_tables
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
 from scldm.nn.dit import DiT
@@ -82,10 +82,12 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
         vae,
         labels=[x.name for x in data.vocabulary.labels],
         mean_counts=mean,
+        genes_seen=train.genes_seen,
         genes_per_step=train.genes_per_step,
         max_genes=train.feed.max_genes,
         seed=spec.seed,
         validation=tables,
+        measured=None if data.measured is None else torch.from_numpy(data.measured),
     )
     order = make_order(source, train.feed, spec.seed)
     trained = run_training(objective, source, order, train, run)
@@ -96,7 +98,8 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
         save_vae(run.folder / "model", final, data.vocabulary, data.library_sizes, card=spec.card)
     dist.barrier()
     shape = [config.model.n_latent_tokens, config.model.latent_width]
-    return _facts(trained, train.max_steps, vae) | {"latent_shape": shape}
+    seen = {**train.genes_seen.model_dump(mode="json"), "job_seed": spec.seed, "epoch_0_seed": seen_seed(spec.seed, 0)}
+    return _facts(trained, train.max_steps, vae) | {"latent_shape": shape, "genes_seen": seen}
 
 
 def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:

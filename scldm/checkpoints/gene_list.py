@@ -35,7 +35,8 @@ class GeneList:
 
 
 def read_genes(path: Path) -> GeneList:
-    """Genes of a `.json` (key `genes`), `.parquet` (column `feature_id`), `.h5ad` (var), `.csv`, `.tsv` or `.txt` file.
+    """Genes of a `.json` (key `genes`, or a model's vocabulary.json), `.parquet` (column `feature_id`), `.h5ad` (var),
+    `.csv`, `.tsv` or `.txt` file.
 
     A text file has one gene per line; with a header line that holds `feature_id` it is a table.
     """
@@ -89,6 +90,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _json_genes(path: Path) -> GeneList:
     value = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(value, dict) and {"feature_ids", "feature_names"} <= value.keys():  # a model's own
+        return GeneList.of(value["feature_ids"], value["feature_names"])
     genes = value.get("genes") if isinstance(value, dict) else value
     if not isinstance(genes, list):
         raise CheckpointError(f"{path} must hold a list, or a dictionary with a list `genes`")

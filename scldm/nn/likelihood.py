@@ -74,7 +74,8 @@ def nb_nll(cells: CellBatch, log_proportion: Tensor, theta: Tensor, sample: Gene
 
     Args:
         cells: The counts.
-        log_proportion: Log of each gene's share of the cell, (b, s): all genes, or those of `sample`.
+        log_proportion: Log of each gene's share of the cell, (b, s): all genes, or those of `sample`. Minus infinity
+            leaves a gene out: its term and its gradient are zero, exactly.
         theta: Inverse dispersion, (s,) or (b, s).
         sample: If given, the genes that the columns stand for; the sum is then an estimate of the sum over all genes.
     """
@@ -102,8 +103,11 @@ def squared_error(cells: CellBatch, mu: Tensor, sample: GeneSample | None = None
 
 
 def scored_entries(cells: CellBatch, sample: GeneSample | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cell, column and count of the entries whose genes are scored."""
+    """Cell, column and count of the entries whose genes are scored: drawn, and measured."""
     cell, column, counts = cells.cell_index, cells.gene_ids, cells.counts.to(dtype)
+    if cells.measured is not None:
+        known = cells.measured[cell, column]
+        cell, column, counts = cell[known], column[known], counts[known]
     if sample is None:
         return cell, column, counts
     column = sample.position[column]

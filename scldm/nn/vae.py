@@ -88,6 +88,7 @@ class VAE(nn.Module):
         *,
         genes: Tensor | None = None,
         condition: Tensor | None = None,
+        measured: Tensor | None = None,
         tile: int | None = None,
     ) -> CountDistribution | ExpressionDistribution:
         """Distribution of the counts of genes; of their expression, for a Gaussian head.
@@ -98,17 +99,19 @@ class VAE(nn.Module):
             genes: Ids of the genes, (p,), or (b, p) for a panel of each cell's own; all if None. Proportions are over
                 the genes asked for.
             condition: (b, d), for an adaLN decoder.
+            measured: Genes that are counted of each cell, bool, as wide as the genes asked for; proportions are over
+                them, and the mean of the others is 0. All if None.
         """
         self._check_latents(z, library_size)
         out = self._outputs(z, genes, condition, tile)
         if self.config.head == "gaussian":
-            return ExpressionDistribution(out[..., 0])
-        log_proportion = self._logits(out, genes).log_softmax(1)
+            return ExpressionDistribution(_only(measured, out[..., 0], 0.0))
+        log_proportion = _only(measured, self._logits(out, genes), -torch.inf).log_softmax(1)
         return CountDistribution(log_proportion.exp() * library_size[:, None], self._theta(out, genes))
 
-    def decode_mu(self, z: Tensor, library_size: Tensor) -> Tensor:
+    def decode_mu(self, z: Tensor, library_size: Tensor, *, measured: Tensor | None = None) -> Tensor:
         """Mean counts, (b, g); for a Gaussian head the mean of log1p(counts per 10,000)."""
-        return self.decode(z, library_size).mu
+        return self.decode(z, library_size, measured=measured).mu
 
     def nll(
         self,
@@ -121,20 +124,27 @@ class VAE(nn.Module):
     ) -> Tensor:
         """Negative log-likelihood of the cells' counts in nats, summed over genes, (b,).
 
+        Where `cells.measured` is given, the genes that a cell's data set did not measure are left out of its softmax
+        and of its sum: they are unknown, not zero.
+
         For a Gaussian head it is upstream's loss, the squared error of log1p(counts per 10,000): twice the negative
         log-likelihood of a unit Gaussian, up to a constant.
         """
         self._check_latents(z, cells.library_size)
         genes = None if sample is None else sample.gene_ids
         out = self._outputs(z, genes, condition, tile)
+        measured = cells.measured if cells.measured is None or genes is None else cells.measured[:, genes]
         if self.config.head == "gaussian":
-            return squared_error(cells, out[..., 0], sample)
-        logits = self._logits(out, genes)
+            return squared_error(cells, _only(measured, out[..., 0], 0.0), sample)
+        logits = _only(measured, self._logits(out, genes), -torch.inf)
         if sample is None:
             log_proportion = logits.log_softmax(1)
         else:  # a sampled gene stands for 1 / probability genes like it in the normaliser
             weighted = logits + sample.weight.to(logits.dtype).log()
-            log_proportion = logits - weighted.logsumexp(1, keepdim=True)
+            total = weighted.logsumexp(1, keepdim=True)
+            if measured is not None:  # a cell of which no drawn gene was measured adds nothing
+                total = total.masked_fill(total == -torch.inf, 0.0)
+            log_proportion = logits - total
         return nb_nll(cells, log_proportion, self._theta(out, genes), sample)
 
     def forward(
@@ -179,3 +189,7 @@ class VAE(nn.Module):
             )
         if library_size.shape != z.shape[:1]:
             raise ValueError(f"library_size must be ({len(z)},), one per cell of z; got {tuple(library_size.shape)}")
+
+
+def _only(measured: Tensor | None, values: Tensor, otherwise: float) -> Tensor:
+    return values if measured is None else values.masked_fill(~measured, otherwise)

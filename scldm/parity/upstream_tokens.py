@@ -13,7 +13,7 @@ from typing import get_args
 
 import numpy as np
 
-from scldm.gene_sampling import GeneMode
+from scldm.genes_seen import GeneMode
 
 PAD = 0  # upstream's token of a gene that is unknown or absent; genes count from 1
 

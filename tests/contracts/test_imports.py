@@ -52,6 +52,9 @@ def test_a_heavy_library_is_imported_in_one_module(library, home):
     "module",
     [
         "cli",
+        "cli_data",
+        "data/s3",
+        "data/retry",
         "config_io",
         "config_errors",
         "yaml_lines",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -50,3 +51,25 @@ def test_the_single_jobs_are_the_parts_of_the_demo(stage):
     assert (single.name, single.output, single.seed) == (demo.name, demo.output, demo.seed)
     for held, config in stage_configs(single).items():
         assert config == stage_configs(demo)[held]
+
+
+DATA_SETS = {
+    "census": [],
+    "dentate_gyrus": ["clusters"],
+    "tabula_muris": ["tissue"],
+    "hlca": ["cell_type"],
+    "parse1m": ["cell_type", "cytokine"],
+    "replogle": ["cell_line", "gene"],
+}
+
+
+@pytest.mark.parametrize(("folder", "labels"), DATA_SETS.items())
+def test_the_papers_data_sets_have_jobs_that_say_where_to_get_them(folder, labels):
+    path = ROOT / "jobs" / folder / "ingest.yaml"
+    job = load_job(path)
+    assert job.labels == labels
+    comments = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert "Expect:" in comments
+    assert "Get it:" in comments or "s3://" in comments
+    if job.source.type == "census":  # a preset that moved would not be the same data set
+        assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", job.source.version)

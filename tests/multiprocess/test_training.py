@@ -21,6 +21,7 @@ from pipeline.job import IngestConfig, TrainVaeConfig
 from pipeline.stage import Manifest, StageContext
 from pipeline.stages import ingest
 from pipeline.training.checkpoint import newest, verify
+from pipeline.training.objectives import seen_seed
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 12
@@ -131,3 +132,10 @@ def test_zero_stages_give_the_same_training_curve(tmp_path, whole, ingested, sta
     own, expected = curve(tmp_path / "run"), curve(whole)
     assert own.keys() == expected.keys()
     assert list(own.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+
+
+def test_genes_seen_are_drawn_in_training_and_recorded(tmp_path, ingested):
+    train(tmp_path, ingested, genes_seen={"mode": "weighted", "n": 30})
+    facts = json.loads(next(x for x in (tmp_path / "log").read_text().splitlines() if x.startswith('{"model"')))
+    assert facts["steps"] == STEPS
+    assert facts["genes_seen"] == {"mode": "weighted", "n": 30, "job_seed": 0, "epoch_0_seed": seen_seed(0, 0)}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from scldm.batch import CellBatch
-from scldm.gene_sampling import GenesSeenConfig, see_genes
+from scldm.gene_sampling import see_genes
+from scldm.genes_seen import GenesSeenConfig
 from scldm.nn.likelihood import nb_log_prob, nb_nll
 
 G = 30

@@ -1,0 +1,75 @@
+"""What is found wrong with data, and the report of it.
+
+Names come from files of strangers: whatever of them is shown goes through `shown`, which no terminal obeys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FIRST = 3  # offenders that are named
+LONGEST = 80  # characters of a name
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem: an error makes the data unusable, a warning is worth knowing."""
+
+    level: Literal["error", "warning"]
+    what: str
+    remedy: str
+    count: int = 1
+    first: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        examples = f" (first: {'; '.join(self.first)})" if self.first else ""
+        return f"{self.level}: {self.what}{examples}; {self.remedy}"
+
+
+def error(what: str, remedy: str, *, count: int = 1, first: Iterable[Any] = ()) -> Finding:
+    return Finding("error", what, remedy, count, tuple(shown(x) for x in list(first)[:FIRST]))
+
+
+def warning(what: str, remedy: str, *, count: int = 1, first: Iterable[Any] = ()) -> Finding:
+    return Finding("warning", what, remedy, count, tuple(shown(x) for x in list(first)[:FIRST]))
+
+
+def shown(value: object, longest: int = LONGEST) -> str:
+    """Text that is safe to print: one line, no control or direction characters, not too long."""
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+@dataclass
+class Examined:
+    """What one file or experiment holds, and what is wrong with it."""
+
+    where: str
+    kind: str  # h5ad, 10x, SOMA
+    facts: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def errors(self) -> Sequence[Finding]:
+        return [f for f in self.findings if f.level == "error"]
+
+    def text(self) -> str:
+        """The report for people: what it is, errors, warnings."""
+        n = len(self.errors)
+        lines = [f"{shown(self.where, 4096)} ({self.kind}): " + (f"{n} error{'s'[: n != 1]}" if n else "usable")]
+        lines += [f"  {name}: {_fact(value)}" for name, value in self.facts.items()]
+        lines += [f"  {f.text()}" for f in sorted(self.findings, key=lambda f: f.level)]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "usable": not self.errors}
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{shown(k)} {_fact(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(shown(v) for v in value) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(value)

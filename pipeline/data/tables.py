@@ -1,0 +1,76 @@
+"""What readers of files share: names of samples, obs as the Census has it, gene ids, columns of one file among all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
+_RANGER = ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices", "raw_feature_bc_matrix")
+_VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
+
+
+def plain_id(gene: object) -> str:
+    """An Ensembl id without its version: ENSG00000243485.5 is the gene ENSG00000243485."""
+    return _VERSION.sub(r"\1", str(gene))
+
+
+def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    """obs in types that SOMA stores, with the Census's columns.
+
+    Args:
+        needed: Columns that the job uses: never filled in, so that their absence is noticed.
+        notes: Gets a line for everything that is left out or filled in.
+    """
+    reserved = [c for c in obs if str(c).startswith("soma_") or c in ("raw_sum", "nnz")]
+    obs = obs.drop(columns=reserved)
+    if reserved:
+        notes.append(f"obs columns {', '.join(reserved)} are left out: SOMA and the Census use these names.")
+    filled = [c for c in UNKNOWN if c not in obs and c not in needed]
+    obs = obs.assign(**dict.fromkeys(filled, "unknown"))
+    if filled:
+        notes.append(f'obs has no {", ".join(filled)}; "unknown" is written.')
+    if "is_primary_data" not in obs:
+        obs["is_primary_data"] = True
+        notes.append("obs has no is_primary_data; all cells are taken as primary data.")
+    return obs.rename(columns=str).apply(_storable)
+
+
+def _storable(column: pd.Series) -> pd.Series:
+    if column.name == "obs_id":
+        return column.astype(str)
+    if pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column):
+        return column
+    return column.map(lambda x: None if pd.isna(x) else str(x), na_action="ignore").astype("category")
+
+
+def spread(chunk: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_matrix:
+    """Columns of a file to columns of the union of all files.
+
+    Args:
+        columns: Place of each of the file's genes in the union.
+    """
+    moved = sp.csr_matrix((chunk.data, columns[chunk.indices], chunk.indptr), shape=(chunk.shape[0], n_genes))
+    moved.sort_indices()
+    return moved
+
+
+def sample_names(paths: Sequence[Path]) -> list[str]:
+    """What tells the paths apart, without what Cell Ranger calls every output: runs/S1/outs/filtered_… is S1."""
+    parts = [[*p.parent.parts, p.stem if p.is_file() else p.name] for p in (path.absolute() for path in paths)]
+    if len(parts) == 1:
+        return [next((x for x in reversed(parts[0]) if x not in _RANGER), parts[0][-1])]
+    start = _shared(parts)
+    end = _shared([p[start:][::-1] for p in parts])
+    names = ["/".join(p[start : len(p) - end]) for p in parts]
+    return names if all(names) else ["/".join(p[max(0, start - 1) :]) for p in parts]
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many of the first parts all have in common."""
+    return next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), min(map(len, parts)))

@@ -1,0 +1,93 @@
+"""Conditions on cells become one value filter that SOMA understands, whatever stands in the values."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from pipeline.data.filters import check_values, value_filter
+from pipeline.data.soma import write_experiment
+from pipeline.job import CellsConfig
+from pipeline.stage import InputError
+
+AWKWARD = ["10x 3' v3", 'say "hi"', "back\\slash", "both ' and \"", "naïve β", "plain"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    n = 60
+    obs = pd.DataFrame(
+        {
+            "assay": pd.Categorical([AWKWARD[i % len(AWKWARD)] for i in range(n)]),
+            "class": [f"c{i % 3}" for i in range(n)],
+            "two words": np.arange(n) % 4,
+            "score": np.arange(n) / 2,
+            "is_primary_data": np.arange(n) % 5 == 0,
+            "tissue_general": pd.Categorical(["lung", "blood", "gut"] * 20),
+        }
+    )
+    var = pd.DataFrame({"feature_id": ["A"], "feature_name": ["a"], "feature_length": [0]})
+    return write_experiment(
+        tmp_path_factory.mktemp("cells") / "soma", obs, var, [sp.csr_matrix(np.ones((n, 1), np.float32))]
+    )
+
+
+def found(store, obs_filter=None, **conditions):
+    config = CellsConfig.model_validate(conditions)
+    check_values(config, store)
+    return store.obs([], value_filter(config.conditions(), obs_filter))["soma_joinid"].tolist()
+
+
+@pytest.mark.parametrize("value", AWKWARD)
+def test_every_value_is_found_whatever_its_quotes(store, value):
+    expected = [i for i in range(60) if AWKWARD[i % len(AWKWARD)] == value]
+    assert found(store, assay=value) == expected
+    assert found(store, assay=[value]) == expected
+
+
+def test_a_list_lets_any_of_its_values_through(store):
+    assert found(store, assay=AWKWARD[:2]) == [i for i in range(60) if i % 6 < 2]
+    assert found(store, where={"two words": [1, 3]}) == [i for i in range(60) if i % 2]
+    assert found(store, where={"score": [0.5, 1.5]}) == [1, 3]
+    assert found(store, where={"is_primary_data": [True, False]}) == list(range(60))
+
+
+def test_conditions_and_the_filter_hold_together(store):
+    expected = [i for i in range(60) if i % 5 == 0 and i % 3 == 0 and (i < 10 or i > 50)]
+    assert found(store, "score < 5 or score > 25", is_primary_data=True, tissue="lung") == expected
+
+
+def test_a_column_may_be_named_like_a_python_word(store):
+    assert found(store, where={"class": "c1"}) == [i for i in range(60) if i % 3 == 1]
+
+
+def test_no_condition_is_no_filter():
+    assert value_filter(CellsConfig().conditions()) is None
+    assert value_filter({}, "a == 1") == "a == 1"
+
+
+def test_false_is_a_condition(store):
+    assert found(store, is_primary_data=False) == [i for i in range(60) if i % 5]
+
+
+def test_unknown_values_and_columns_are_all_named(store):
+    with pytest.raises(InputError) as error:
+        found(store, tissue=["lungs", "blood"], organism="mouse", where={"donor": "x"})
+    text = str(error.value)
+    assert "ingest.cells.tissue: obs column 'tissue_general' has no value 'lungs' (did you mean 'lung'?" in text
+    assert "ingest.cells.organism: obs has no column 'organism'" in text
+    assert "ingest.source.organism" in text
+    assert "ingest.cells.where.donor: obs has no column 'donor'" in text
+
+
+@pytest.mark.parametrize(
+    ("conditions", "words"),
+    [
+        ({"assay": "x", "where": {"assay": "y"}}, "say it once"),
+        ({"tissue": []}, "tissue_general lists no value"),
+        ({"where": {"donor": []}}, "donor lists no value"),
+    ],
+)
+def test_conditions_that_contradict_or_say_nothing_are_refused(conditions, words):
+    with pytest.raises(ValueError, match=words):
+        CellsConfig.model_validate(conditions)

@@ -1,0 +1,188 @@
+"""Splits: no cell, donor, data set, tile or held-out combination on two sides, whatever the data."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.held_out import counted, hold_out, read_combinations
+from pipeline.data.ingested import Ingested
+from pipeline.data.split import SPLITS, split_cells
+from pipeline.job import HeldOutConfig, IngestConfig, SplitConfig
+from pipeline.stage import InputError, Manifest, StageContext
+from pipeline.stages import ingest
+
+SYNTHETIC = {"type": "synthetic", "n_cells": 600, "n_genes": 40, "n_types": 3, "n_donors": 6}
+B, MONOCYTE = "CD4-positive, alpha-beta T cell", "classical monocyte"
+
+
+def run(folder: Path, **config):
+    folder.mkdir(exist_ok=True)
+    context = StageContext(folder, {}, 0, SimpleNamespace(), None)
+    facts = ingest.run(IngestConfig.model_validate({"source": SYNTHETIC, **config}), context)
+    return facts, Ingested.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
+
+
+some_cells = st.builds(
+    lambda n, donors, types, start: pd.DataFrame(
+        {
+            "soma_joinid": np.arange(start, start + n),
+            "donor_id": [f"d{i % donors}" for i in range(n)],
+            "dataset_id": [f"s{i % max(1, donors // 2)}" for i in range(n)],
+            "cell_type": [f"t{(i * 7) % types}" for i in range(n)],
+        }
+    ),
+    st.integers(1, 400),
+    st.integers(1, 30),
+    st.integers(1, 9),
+    st.integers(0, 10**9),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cells=some_cells, by=st.sampled_from(["cell", "tile", "donor_id", "dataset_id"]), salt=st.text(max_size=5))
+def test_what_is_split_by_is_never_on_two_sides(cells, by, salt):
+    config = SplitConfig(by=by, salt=salt, validation=0.3, test=0.3)
+    split = split_cells(cells, config, tile=16)
+    assert set(split) <= set(SPLITS)
+    groups = {"cell": cells["soma_joinid"], "tile": cells["soma_joinid"] // 16}.get(by, cells.get(by))
+    assert (pd.Series(split).groupby(groups.to_numpy()).nunique() == 1).all()
+    # ... and each cell's side is its own: half of the cells, shuffled, are where they were.
+    some = np.random.default_rng(0).permutation(len(cells))[: len(cells) // 2 + 1]
+    assert (split_cells(cells.iloc[some].reset_index(drop=True), config, tile=16) == split[some]).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(cells=some_cells, data=st.data())
+def test_no_cell_of_a_held_out_combination_is_on_another_side(cells, data):
+    pairs = list(cells.groupby(["cell_type", "donor_id"]).groups)
+    chosen = data.draw(st.lists(st.sampled_from(pairs), min_size=1, unique=True))
+    side = data.draw(st.sampled_from(["validation", "test"]))
+    combinations = [{"cell_type": t, "donor_id": d} for t, d in chosen]
+    config = SplitConfig(held_out={"split": side, "combinations": combinations}, salt="x")
+    by_hash = split_cells(cells, config)
+    split = hold_out(cells, by_hash, read_combinations(config.held_out))
+    table = counted(cells, read_combinations(config.held_out))
+    has = pd.Series(list(zip(cells["cell_type"], cells["donor_id"], strict=True))).isin(chosen).to_numpy()
+    assert (split[has] == side).all()
+    assert (split[~has] == by_hash[~has]).all()
+    assert side not in split[~has]  # its share is 0 unless it is given
+    assert table["n_cells"].tolist() == [
+        int(((cells["cell_type"] == t) & (cells["donor_id"] == d)).sum()) for t, d in chosen
+    ]
+
+
+def test_combinations_of_several_columns_and_lists_of_classes(tmp_path):
+    held_out = {"combinations": [{"cell_type": [B, MONOCYTE], "donor_id": "donor 1"}, {"tissue_general": "spleen"}]}
+    facts, data = run(tmp_path / "a", labels=["cell_type", "donor_id", "tissue_general"], split={"held_out": held_out})
+    cells = named(data)
+    is_out = (cells["cell_type"].isin([B, MONOCYTE]) & (cells["donor_id"] == "donor 1")) | (
+        cells["tissue_general"] == "spleen"
+    )
+    assert ((cells["split"] == "test") == is_out).all()
+    assert facts["n_cells"]["test"] == is_out.sum() > 0
+    assert facts["n_cells"]["validation"] > 0
+    assert facts["held_out"]["columns"] == ["cell_type", "donor_id", "tissue_general"]
+    assert facts["held_out"]["n_combinations"] == {"validation": 0, "test": 3}
+    table = pd.read_parquet(tmp_path / "a" / facts["held_out"]["table"])
+    assert table["n_cells"].iloc[-1] == (cells["tissue_general"] == "spleen").sum()
+
+
+def named(data: Ingested) -> pd.DataFrame:
+    cells = data.cells
+    return pd.DataFrame(
+        {x.name: np.asarray(x.classes, object)[cells[f"label:{x.name}"]] for x in data.vocabulary.labels},
+    ).assign(split=cells["split"].astype(str).to_numpy())
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_holds_out_for_two_splits(tmp_path, ending):
+    table = pd.DataFrame(
+        {
+            "cell_type": [B, MONOCYTE, None],
+            "donor_id": ["donor 1", None, "donor 3"],
+            "split": ["test", "validation", "test"],
+        }
+    )
+    path = tmp_path / f"held_out.{ending}"
+    table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
+    split = {"validation": 0, "held_out": {"table": str(path)}}
+    facts, data = run(tmp_path / "a", labels=["cell_type", "donor_id"], split=split)
+    cells = named(data)
+    test = ((cells["cell_type"] == B) & (cells["donor_id"] == "donor 1")) | (cells["donor_id"] == "donor 3")
+    assert ((cells["split"] == "test") == test).all()
+    assert ((cells["split"] == "validation") == (~test & (cells["cell_type"] == MONOCYTE))).all()
+    assert facts["held_out"]["n_combinations"] == {"validation": 1, "test": 2}
+
+
+def test_a_column_that_is_no_label_can_be_held_out_by(tmp_path):
+    facts, _ = run(tmp_path / "a", split={"held_out": {"combinations": [{"assay": "10x 3' v2"}]}})
+    assert facts["n_cells"]["test"] > 100
+    assert facts["labels"] == ["cell_type"]
+
+
+def test_donors_on_both_sides_of_a_combination_are_noted(tmp_path):
+    split = {"by": "donor_id", "validation": 0.4, "held_out": {"combinations": [{"cell_type": B}]}}
+    facts, data = run(tmp_path / "a", labels=["cell_type", "donor_id"], split=split)
+    cells = named(data)
+    hashed = cells[cells["cell_type"] != B]
+    assert (hashed.groupby("donor_id")["split"].nunique() == 1).all()
+    assert any("donor_id have cells both in training and in held-out combinations" in n for n in facts["notes"])
+
+
+def test_label_counts_are_facts(tmp_path):
+    facts, _ = run(tmp_path / "a", split={"held_out": {"combinations": [{"cell_type": B}]}})
+    counts = facts["label_counts"]["cell_type"]
+    assert counts[B]["train"] == counts[B]["validation"] == 0
+    for split in SPLITS:
+        assert sum(c[split] for c in counts.values()) == facts["n_cells"][split]
+
+
+def test_whole_tiles_are_held_out(tmp_path):
+    source = {**SYNTHETIC, "n_cells": 30_000, "n_genes": 5}
+    _, data = run(tmp_path / "a", source=source, split={"by": "tile", "validation": 0.3, "test": 0.3})
+    sides = data.cells.groupby(data.cells["soma_joinid"] // 2048)["split"].nunique()
+    assert (sides == 1).all()
+    assert data.cells["split"].nunique() == 3
+
+
+def test_a_share_that_is_given_is_kept_beside_combinations():
+    held_out = {"combinations": [{"a": "b"}]}
+    assert SplitConfig(held_out=held_out).test == 0
+    assert SplitConfig(held_out=held_out, test=0.2).test == 0.2
+    assert SplitConfig(held_out=held_out).validation == 0.1
+    assert SplitConfig(held_out={**held_out, "split": "validation"}).validation == 0
+    assert SplitConfig.model_validate(SplitConfig(held_out=held_out).model_dump()).test == 0
+
+
+def test_mistakes_are_explained(tmp_path):
+    for held_out, words in [
+        ({"combinations": [{"cell_typ": "B cell"}]}, "obs has no column 'cell_typ' .did you mean 'cell_type'"),
+        ({"combinations": [{"cell_type": "clasical monocyte"}]}, "cell_type 'clasical monocyte' .did you mean 'class"),
+        (
+            {"combinations": [{"cell_type": B}, {"cell_type": [MONOCYTE, B]}]},
+            r"combinations\[1\]: .* is held out twice",
+        ),
+        ({"combinations": [{"tissue_general": ["blood", "lung", "spleen"]}]}, "hold out every cell"),
+        ({"table": str(tmp_path / "none.csv")}, "no such file"),
+        (
+            {"table": written(tmp_path / "a.csv", "cell_type,split\nB,train\n")},
+            "split is 'train'; it may be validation or",
+        ),
+        ({"table": written(tmp_path / "b.csv", "cell_type\n")}, "has no rows"),
+        ({"table": written(tmp_path / "c.csv", "cell_type,split\n,test\n")}, "row 1: names no class"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            run(tmp_path / "a", split={"held_out": held_out})
+    for wrong in ({}, {"combinations": []}, {"combinations": [{}]}, {"combinations": [{"a": "b"}], "table": "x"}):
+        with pytest.raises(ValueError, match="combinations"):
+            HeldOutConfig.model_validate(wrong)
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)

@@ -1,0 +1,376 @@
+"""`scldm validate-data` names every problem of a file with its number, its first offenders and a remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.data.anndata import read_h5ad
+from pipeline.data.count_matrix import PIECE
+from pipeline.data.examine import Question, examine
+from pipeline.data.soma import write_experiment
+from pipeline.job import H5adSource
+from pipeline.stage import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real cells are not at {SHARED}")
+pytestmark = pytest.mark.filterwarnings("ignore")
+N, G = 40, 6
+
+
+def counts() -> np.ndarray:
+    return np.random.default_rng(0).poisson(0.7, (N, G)).astype(np.float32) + np.eye(N, G, dtype=np.float32) + 1
+
+
+def save(path, x=None, genes=None, names=None, **obs):
+    x = sp.csr_matrix(counts()) if x is None else x
+    n, g = x.shape
+    frame = pd.DataFrame({"cell_type": (["a", "b"] * n)[:n], **obs}, index=names or [f"c{i}" for i in range(n)])
+    var = pd.DataFrame(index=genes or [f"ENSG{i:011d}" for i in range(g)])
+    ad.AnnData(x, obs=frame, var=var).write_h5ad(path)
+    return path
+
+
+def look(path, *labels, **question):
+    [found] = examine(Question(str(path), labels=labels, **question))
+    return found
+
+
+def told(found) -> str:
+    return "\n".join(f.text() for f in found.findings)
+
+
+# ---- tables and counts ---------------------------------------------------------------------------------------------
+def test_a_sound_file_is_usable_and_described(tmp_path):
+    found = look(save(tmp_path / "a.h5ad"), "cell_type")
+    assert found.findings == []
+    assert found.facts["cells"] == N
+    assert found.facts["genes"] == G
+    assert found.facts["classes"] == {"cell_type": {"a": 20, "b": 20}}
+    assert found.facts["suggested labels"] == ["cell_type"]
+    assert found.facts["values are"] == "raw counts"
+
+
+def test_all_problems_are_told_at_once_with_totals(tmp_path):
+    x = counts()
+    x[0, 0], x[5, 1], x[[7, 9], 2], x[11, 3], x[12] = np.nan, -1, 0.5, 1 << 25, 0
+    genes = ["ENSG00000000001.3", "ENSG00000000001.4", "ENSMUSG00000000002", "GAPDH", "<b>", "x" * 300]
+    names = [f"c{i}" for i in range(N - 1)] + ["c0"]
+    path = save(tmp_path / "a.h5ad", x, genes, names, rare=["one"] + ["rest"] * 38 + [None])
+    text = told(look(path, "cell_type", "rare", "absent"))
+    for words in (
+        "1 values are NaN or infinite (first: cell c0, gene ENSG00000000001.3, value nan)",
+        "1 values are negative (first: cell c5, gene ENSG00000000001.4, value -1)",
+        "2 values are not whole numbers (first: cell c7, gene ENSMUSG00000000002, value 0.5; cell c9",
+        "1 values are above 16,777,216",
+        "1 gene ids occur more than once (first: ENSG00000000001); name a var column of unique ids",
+        "several organisms (2 human, 1 mouse) (first: ENSMUSG00000000002)",
+        "2 gene ids have a version",
+        "3 of 6 gene ids are no Ensembl ids (first: GAPDH; <b>; xxx",
+        "1 gene ids hold markup or control characters",
+        "1 gene ids are longer than 160 characters",
+        "1 obs names occur more than once (first: c0)",
+        "1 of 40 cells have no rare (first: c0); leave them out with ingest.missing_label: drop",
+        "1 classes of rare have one cell (first: one)",
+        "obs has no column 'absent' (columns: cell_type, rare)",
+        "1 of 40 cells have no counts (first: cell c12)",
+    ):
+        assert words in text, f"{words}\n--- not in\n{text}"
+
+
+def test_counting_goes_on_behind_the_first_bad_piece(tmp_path):
+    x = sp.random(3000, 2000, 0.5, format="csr", random_state=0, dtype=np.float32)  # 3 M fractions: two pieces
+    assert x.nnz > PIECE
+    x.data[:] = 1
+    x.data[[0, 5, -1]] = 0.25
+    found = look(save(tmp_path / "a.h5ad", x))
+    assert [f.count for f in found.errors] == [3]
+    assert "cell c2999" in told(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "guess"),
+    [
+        (np.log1p, "log-transformed values"),
+        (lambda x: x / x.sum(1, keepdims=True) * 10_000, "values normalised to 10,000 per cell"),
+        (lambda x: (x - x.mean(0)) / x.std(0), "scaled values"),
+    ],
+    ids=["log1p", "normalised", "scaled"],
+)
+def test_what_was_done_to_counts_is_guessed_and_where_they_are_is_said(tmp_path, change, guess):
+    path = save(tmp_path / "a.h5ad", change(counts()))
+    a = ad.read_h5ad(path)
+    a.layers["umi"] = counts()
+    a.write_h5ad(path)
+    text = told(look(path))
+    assert f"these look like {guess}; this file has counts elsewhere: set ingest.source.layer: umi" in text
+    assert look(path, layer="umi").findings == []
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix, lambda x: sp.csr_matrix(x.astype(np.int64)),
+                                  lambda x: x.astype(np.uint16), lambda x: x.astype(np.float64)])  # fmt: skip
+def test_any_layout_and_type_gives_the_same_answer(tmp_path, kind):
+    found = look(save(tmp_path / "ä b.h5ad", kind(counts())), "cell_type")
+    assert not found.findings
+    assert found.facts["stored values"] == N * G
+
+
+def test_no_cells_and_no_genes_are_errors(tmp_path):
+    empty = ad.AnnData(sp.csr_matrix((0, 3), dtype=np.float32))
+    empty.write_h5ad(tmp_path / "cells.h5ad")
+    assert "0 cells are too few" in told(look(tmp_path / "cells.h5ad"))
+    ad.AnnData(np.zeros((30, 0), np.float32)).write_h5ad(tmp_path / "genes.h5ad")
+    assert "there are no genes" in told(look(tmp_path / "genes.h5ad"))
+    assert "no cell has a count" in told(look(save(tmp_path / "zeros.h5ad", sp.csr_matrix((N, G), dtype=np.float32))))
+
+
+# ---- broken and hostile files --------------------------------------------------------------------------------------
+def swap(file, name, values):
+    del file[name]
+    file[name] = values
+
+
+def far_indices(f):
+    f["X/indices"][3] = 99
+
+
+def negative_indices(f):
+    f["X/indices"][3] = -1
+
+
+def pointers_back(f):
+    f["X/indptr"][3] = 100
+
+
+def short_pointers(f):
+    swap(f, "X/indptr", f["X/indptr"][:-1])
+
+
+def short_data(f):
+    swap(f, "X/data", f["X/data"][:-5])
+
+
+def text_data(f):
+    swap(f, "X/data", np.array([b"x"] * len(f["X/data"])))
+
+
+def short_obs(f):
+    for key in ("_index", "cell_type/codes"):
+        swap(f, f"obs/{key}", f[f"obs/{key}"][:-1])
+
+
+def short_column(f):
+    swap(f, "obs/cell_type/codes", f["obs/cell_type/codes"][:-1])
+
+
+def no_ids(f):
+    del f["var/_index"]
+
+
+def no_x(f):
+    del f["X"]
+
+
+def external_link(f):
+    del f["X"]
+    f["X"] = h5py.ExternalLink("/etc/passwd", "/")
+
+
+def link_in_uns(f):
+    f["uns/x"] = h5py.ExternalLink("other.h5", "/secret")
+
+
+def soft_link(f):
+    f["uns/x"] = h5py.SoftLink("/nowhere")
+
+
+def virtual(f):
+    layout = h5py.VirtualLayout((N, G), np.float32)
+    layout[:] = h5py.VirtualSource("/tmp/other.h5", "x", (N, G))
+    del f["X"]
+    f.create_virtual_dataset("X", layout)
+
+
+def stored_outside(f):
+    del f["X"]
+    f.create_dataset("X", (N, G), np.float32, external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+
+
+def bomb(f):
+    f.create_dataset("uns/big", (1 << 40,), np.float32, chunks=(1 << 20,), compression="gzip")
+
+
+def huge_shape(f):
+    f["X"].attrs["shape"] = [1 << 40, G]
+
+
+def deep(f):
+    f.create_group("uns/" + "/".join("a" * 40))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (far_indices, "1 indices of X are outside its 6 (first: entry 3: index 99)"),
+        (negative_indices, "1 indices of X are outside its 6 (first: entry 3: index -1)"),
+        (pointers_back, "steps back"),
+        (short_pointers, "X/indptr has 40 entries, 41 are right"),
+        (short_data, "for 235 data and 240 indices"),
+        (text_data, "X is of the wrong type (data |S1"),
+        (short_obs, "lengths differ: obs and var are for 39 x 6, X is 40 x 6"),
+        (short_column, "1 columns of obs are not 40 long (first: cell_type: 39)"),
+        (no_ids, "var has no index of names"),
+        (no_x, "the file has no X; it holds no counts"),
+        (external_link, "/X is a link to another file (/etc/passwd), which could be any file of yours"),
+        (link_in_uns, "/uns/x is a link to another file (other.h5)"),
+        (soft_link, "/uns/x is a soft link"),
+        (virtual, "/X is a virtual dataset"),
+        (stored_outside, "/X is stored in another file (/etc/passwd)"),
+        (bomb, "/uns/big declares 4096.0 GiB and stores 0 bytes"),
+        (huge_shape, "X declares 1,099,511,627,776 x 6"),
+        (deep, "groups deep; at most 16 are read"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_broken_and_hostile_files_are_told_and_ingest_refuses_them(tmp_path, harm, words):
+    path = save(tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as f:
+        harm(f)
+    found = look(path)
+    assert found.errors
+    assert words in told(found)
+    with pytest.raises(InputError):  # the same checks
+        list(read_h5ad(H5adSource(type="h5ad", path=str(path))).chunks())
+
+
+def test_order_repeats_and_zeros_are_warnings(tmp_path):
+    path = save(tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as f:
+        f["X/indices"][:2] = [1, 0]
+        f["X/indices"][7] = 0
+        f["X/data"][9] = 0
+    found = look(path)
+    assert not found.errors
+    for words in ("1 entries of X come twice", "1 indices of X are not in order", "1 stored values of X are zero"):
+        assert words in told(found)
+
+
+def test_what_is_no_hdf5_or_cut_short_is_said(tmp_path):
+    whole = save(tmp_path / "a.h5ad").read_bytes()
+    for name, content, words in [
+        ("text", b"hello", "not an HDF5 file"),
+        ("nothing", b"", "the file is empty"),
+        ("cut", whole[: len(whole) // 2], "the file is truncated"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        assert words in told(look(tmp_path / name))
+
+
+def test_a_pickle_in_a_file_is_never_run(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    path = save(tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as f:
+        f["uns/payload"] = np.void(pickle.dumps(Canary()))
+        f["obs"].attrs["payload"] = np.void(pickle.dumps(Canary()))
+    text = told(look(path, "cell_type"))
+    assert "/uns/payload holds opaque bytes (a pickle?); they are never unpickled" in text
+    assert not (tmp_path / "canary").exists()
+
+
+def test_nothing_of_a_file_commands_the_terminal(tmp_path):
+    path = save(tmp_path / "a.h5ad", cell_type=["\x1b[2J\x1b]0;owned\x07"] * 20 + ["<script>\u202e"] * 20)
+    text = look(path, "cell_type").text()
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "\\x1b[2J" in text
+    assert "2 classes of cell_type hold markup or control characters" in text
+
+
+# ---- other sources -------------------------------------------------------------------------------------------------
+def test_several_files_are_looked_at_apart_and_together(tmp_path):
+    save(tmp_path / "a.h5ad")
+    save(tmp_path / "b.h5ad", counts()[:, :4])
+    save(tmp_path / "c.h5ad", np.log1p(counts()))
+    a, b, c, whole = examine(Question(str(tmp_path)))
+    assert [len(x.errors) for x in (a, b, c, whole)] == [0, 0, 1, 1]
+    assert "1 of 3 files have errors" in told(whole)
+    assert "different numbers of genes (4, 6)" in told(whole)
+
+
+def test_an_experiment_is_examined_like_a_file(tmp_path):
+    x = sp.csr_matrix(counts())
+    x.data[4] = 0.5
+    obs = pd.DataFrame({"obs_id": [f"c{i}" for i in range(N)], "cell_type": pd.Categorical(["a", "b"] * 20)})
+    var = pd.DataFrame({"feature_id": [f"ENSG{i:011d}" for i in range(G)], "feature_name": "x", "feature_length": 0})
+    write_experiment(tmp_path / "soma", obs, var, [x], tile=16)
+    found = look(tmp_path / "soma", "cell_type")
+    assert "1 values are not whole numbers (first: cell c0, gene ENSG00000000004, value 0.5)" in told(found)
+    assert found.facts["classes"] == {"cell_type": {"a": 20, "b": 20}}
+
+
+@real
+def test_odd_real_files_get_an_answer():
+    edge = SHARED / "edge"
+    answers = [f for folder in ("h5ad_versions", "10x", "10x/scanpy/1.2.0", "10x/scanpy/3.0.0", "10x/monocle3_cr3.0")
+               for f in examine(Question(str(edge / folder)))]  # fmt: skip
+    by_name = {Path(a.where).name: a for a in answers}
+    assert len(answers) > 18
+    assert by_name["cellxgene_nan.h5ad"].errors[0].count == 2556
+    assert "set ingest.source.layer: counts" in told(by_name["zellkonverter_example_anndata.h5ad"])
+    assert "has no X" in told(by_name["anndata_v0.11.4.h5ad"])
+    assert by_name["cellxgene_schema_merfish_mouse_val.h5ad"].errors == []
+    assert by_name["filtered_feature_bc_matrix.h5"].errors == []
+    assert "set ingest.source.genome to one of" in told(by_name["multiple_genomes.h5"])
+
+
+@real
+def test_real_cells_are_usable_and_the_ids_they_have_are_named():
+    text = told(look(SHARED / "pbmc3k_full.h5ad", "cell_type"))
+    assert "32738 of 32738 gene ids are no Ensembl ids" in text
+    assert "set ingest.source.gene_id: ensembl_id" in text
+    missing = look(SHARED / "edge" / "pbmc3k_2700_62missing_labels.h5ad", "cell_type")
+    assert [f.count for f in missing.errors] == [62]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+def test_the_command_exits_with_0_or_2_and_writes_json(tmp_path):
+    cli, report = CliRunner(), tmp_path / "findings.json"
+    good, bad = save(tmp_path / "good.h5ad"), save(tmp_path / "bad.h5ad", -counts())
+    done = cli.invoke(app, ["validate-data", str(good), "--label", "cell_type", "--json", str(report)])
+    assert (done.exit_code, json.loads(report.read_text())["usable"]) == (0, True)
+    assert "good.h5ad (h5ad): usable" in done.stdout
+    done = cli.invoke(app, ["validate-data", str(bad), "--json", str(report)])
+    assert done.exit_code == 2
+    [found] = json.loads(report.read_text())["found"]
+    assert found["findings"][0]["count"] == N * G
+    assert found["findings"][0]["remedy"].startswith("raw counts are needed")
+
+
+def test_a_reader_that_dies_is_a_bad_file_not_a_crash(tmp_path):
+    wide = save(tmp_path / "wide.h5ad")
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_DATA, (64 << 20,) * 2)\n"
+        "from pipeline.cli import main; import sys; sys.argv[1:] = ['validate-data', sys.argv[1]]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(wide)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 2
+    assert "the process that read it ended with" in done.stderr
+    assert "Traceback" not in done.stdout
