@@ -34,6 +34,13 @@ def structure_problems(path: Path, layer: str | None = None) -> list[Finding]:
     """What must hold before a reader may open the file: it is safe, and shapes, pointers and lengths agree."""
     if found := open_problems(path):
         return found
+    try:
+        return _structure_problems(path, layer)
+    except DAMAGE as problem:
+        return [_damaged(problem)]
+
+
+def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
     with h5py.File(path) as file:
         found = [f for f in unsafe(file) if f.level == "error"]
         if found:
@@ -67,29 +74,44 @@ def examine_h5ad(
     found.findings += open_problems(path)
     if found.errors:
         return found
+    try:
+        _look_inside(found, path, labels=labels, layer=layer, gene_id=gene_id, counts=counts)
+    except DAMAGE as problem:
+        if not found.errors:  # else it follows from what is reported
+            found.findings.append(_damaged(problem))
+    return found
+
+
+def _look_inside(
+    found: Examined, path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool
+) -> None:
     with h5py.File(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found.findings += unsafe(file)
         if found.errors:
-            return found
+            return
         unsound = structure_problems(path, layer)
         found.findings += unsound
         if not {"obs", "var"} <= set(file):
-            return found
+            return
         obs, var = _frame(file, "obs", found), _frame(file, _var_place(file, layer), found)
         _names(found, obs, var, labels, gene_id)
         place = _matrix_place(file, layer)
         places = [p for p in _places(file) if p != f"layer: {layer or 'null'}"]
         if place not in file:
             found.findings.append(error(f"the file has no {shown(place)}", _elsewhere(places)))
-            return found
+            return
         matrix = find_matrix(file[place], place)
         if isinstance(matrix, Finding):
-            return found  # reported with the structure
+            return  # reported with the structure
         found.facts["matrix"] = f"{place}, {matrix.kind}, {matrix.shape[0]:,} x {matrix.shape[1]:,}"
         if counts and not unsound:
             _counts(found, matrix, place, obs, var, places)
-    return found
+
+
+def _damaged(problem: BaseException) -> Finding:
+    lines = str(problem).splitlines() or ["no message"]
+    return error(f"the file is damaged: {shown(lines[0][:200])} ({type(problem).__name__})", _AGAIN)
 
 
 # ---- obs and var -------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.examine import Question, examine
 
-quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+# The same examples in every run; `make fuzz` is where new ones are looked for.
+quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=12)
 LAYOUTS = st.sampled_from([np.asarray, sp.csr_matrix, sp.csc_matrix])
@@ -99,7 +100,7 @@ def test_odd_cells_always_get_an_answer(a):
     assert by_words == counts_bad
 
 
-@settings(quick, max_examples=80)
+@settings(quick, max_examples=40)
 @given(valid_cells(), st.data())
 def test_flipped_and_missing_bytes_never_raise(a, data):
     with tempfile.TemporaryDirectory() as folder:
