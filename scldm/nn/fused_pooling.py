@@ -68,7 +68,7 @@ def pool_tables(
         heads: How the columns divide.
         scale: Factor of each entry's row, (n,).
         added: Row of each distinct count that is added before the scale, (u, h m + h c).
-        count_table: Bias of the logits (h m) and gain of the values (h) of each distinct count, (u, h m + h).
+        count_table: Bias of the logits (h m) and gain of the values (h c) of each distinct count, (u, h m + h c).
     """
     require_tokens(entries.sizes)
     return _Pool.apply(entries, heads, table, scale, added, count_table)
@@ -80,7 +80,7 @@ class _Cell:
 
     raw: Tensor  # (n_i, h m + h c), before the scale
     kinds: Tensor | None  # (n_i,)
-    gain: Tensor | None  # (n_i, h)
+    gain: Tensor | None  # (n_i, h c)
     unscaled_values: Tensor  # (n_i, h c), before the gain
     values: Tensor  # (n_i, h c)
     weights: Tensor  # (n_i, h m)
@@ -115,9 +115,9 @@ class _Pool(torch.autograd.Function):
             d_logits = torch._softmax_backward_data(d_weights, cell.weights, 0, cell.weights.dtype)
             if d_count is not None:
                 assert cell.gain is not None
-                d_gain = (d_values * cell.unscaled_values).unflatten(1, (heads.n_heads, -1)).sum(-1)
+                d_gain = d_values * cell.unscaled_values
                 d_count.index_add_(0, cell.kinds, torch.cat([d_logits, d_gain], dim=1))
-                d_values = _by_head(d_values, cell.gain)
+                d_values = d_values * cell.gain
             d_row = torch.cat([d_logits, d_values], dim=1)
             if tables.scale is not None:
                 if d_scale is not None:
@@ -145,15 +145,10 @@ def _gather(at: slice, entries: Entries, heads: Heads, tables: _Tables) -> _Cell
     if tables.count is not None:
         of_count = tables.count.index_select(0, kinds)
         logits, gain = logits + of_count[:, : heads.logits], of_count[:, heads.logits :]
-        values = _by_head(values, gain)
+        values = values * gain
     if entries.log_number is not None:
         logits = logits + entries.log_number[at, None]
     return _Cell(raw, kinds, gain, unscaled, values, logits.softmax(0))
-
-
-def _by_head(values: Tensor, gain: Tensor) -> Tensor:
-    """(n, h c) values times (n, h) gains."""
-    return (values.unflatten(1, (gain.shape[1], -1)) * gain[..., None]).flatten(1)
 
 
 def _weighted_values(cell: _Cell, heads: Heads) -> Tensor:

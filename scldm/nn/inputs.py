@@ -8,7 +8,7 @@ count; it rests on the token being linear in a gene's part a_g and a count's par
                                                  s = f / sqrt(f^2 var(E_g) + eps)
     additive         token = a_g + u_c           s (a_g - mean + u_c - mean) w + b, s from the variance of the sum
     count-aware      token = E_g                 and a learned function of the count adds to the logit and scales the
-                                                 value, per head
+                                                 value, channel by channel
 
 Shape letters: n entries, g genes, u distinct counts, m queries, d model width, h heads, c channels per head.
 """
@@ -24,6 +24,7 @@ from scldm.nn.attention_tables import Attention
 from scldm.nn.fused_pooling import Entries, pool_tables
 
 N_BINS, BIN_HIDDEN, COUNT_HIDDEN = 10, 64, 32  # the first two are upstream's
+COUNT_STD = 0.1  # of the last layer's weights at the start, count-aware
 
 
 @dataclass(frozen=True)
@@ -157,37 +158,36 @@ class SoftBinned(Additive):
 
 
 class CountAware(CountInput):
-    """A learned function of log1p(count) adds to the attention logit and scales the value, per head and query / head.
+    """A learned function of log1p(count) adds to the attention logit, per head and query, and scales the value, per
+    head and channel.
 
-    At the start it is the identity of a plain set encoder: no bias, gain one.
+    Near the start it is a plain set encoder, with a small random dependence on the count: from none at all it learns
+    more slowly (`benchmarks/README.md`).
     """
 
-    def __init__(self, n_heads: int, n_queries: int):
+    def __init__(self, d_model: int, n_heads: int, n_queries: int):
         super().__init__()
-        self.shape = (n_heads, n_queries)
-        self.mlp = nn.Sequential(
-            nn.Linear(1, COUNT_HIDDEN), nn.SiLU(), nn.Linear(COUNT_HIDDEN, n_heads * n_queries + n_heads)
-        )
-        nn.init.zeros_(self.mlp[2].weight)
+        self.logits, self.shape = n_heads * n_queries, (n_heads, n_queries)
+        self.mlp = nn.Sequential(nn.Linear(1, COUNT_HIDDEN), nn.SiLU(), nn.Linear(COUNT_HIDDEN, self.logits + d_model))
+        nn.init.normal_(self.mlp[2].weight, std=COUNT_STD)
         nn.init.zeros_(self.mlp[2].bias)
 
     def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
         return embedding
 
     def entries(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        h, m = self.shape
         logits, values = super().entries(attention, tokens)
-        bias, gain = self.mlp(tokens.counts.log1p()[:, None]).split([h * m, h], dim=-1)
-        return logits + bias.view(-1, h, m), values * (1 + gain)[..., None]
+        bias, gain = self.mlp(tokens.counts.log1p()[:, None]).tensor_split([self.logits], dim=-1)
+        return logits + bias.unflatten(-1, self.shape), values * (1 + gain.view_as(values))
 
     def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
         distinct, kinds = torch.unique(tokens.counts, return_inverse=True)
         centred = tokens.embedding - tokens.embedding.mean(-1, keepdim=True)
         scale = (centred.square().mean(-1) + attention.eps).rsqrt()
-        zeros = centred.new_zeros(attention.heads.logits)
-        table = attention.table(centred) * scale[:, None] + torch.cat([zeros, attention.constant().flatten()])
-        count_table = self.mlp(distinct.log1p()[:, None])
-        count_table = count_table + torch.cat([zeros, zeros.new_ones(attention.heads.n_heads)])  # the gain is 1 + …
+        zeros, constant = centred.new_zeros(self.logits), attention.constant().flatten()
+        table = attention.table(centred) * scale[:, None] + torch.cat([zeros, constant])
+        one = torch.cat([zeros, torch.ones_like(constant)])  # the gain is 1 + …
+        count_table = self.mlp(distinct.log1p()[:, None]) + one
         return pool_tables(table, replace(tokens.entries, kinds=kinds), attention.heads, count_table=count_table)
 
 
@@ -195,7 +195,7 @@ def count_input(mode: str, *, d_model: int, n_heads: int, n_queries: int) -> Cou
     """The input of a configuration."""
     match mode:
         case "count_aware":
-            return CountAware(n_heads, n_queries)
+            return CountAware(d_model, n_heads, n_queries)
         case "proj":
             return Projected(d_model)
         case "projconcat":

@@ -115,7 +115,7 @@ def test_poolings_gradient_is_that_of_its_finite_differences_and_its_value_the_p
     g = torch.Generator().manual_seed(0)
     sizes, h, c = [3, 5, 1], heads.n_heads, heads.channels
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)  # noqa: E731
-    table, scale, count_table = draw(6, heads.logits + h * c), draw(9), draw(4, heads.logits + h)
+    table, scale, count_table = draw(6, heads.logits + h * c), draw(9), draw(4, heads.logits + h * c)
     genes = torch.cat([torch.randperm(6, generator=g)[:size] for size in sizes])
     kinds, log_number = torch.randint(0, 4, (9,), generator=g), draw(9)
     entries = Entries(genes, sizes, kinds, log_number)
@@ -124,7 +124,7 @@ def test_poolings_gradient_is_that_of_its_finite_differences_and_its_value_the_p
 
     rows, of_count = table[genes] * scale[:, None], count_table[kinds]
     logits = rows[:, : heads.logits] + of_count[:, : heads.logits] + log_number[:, None]
-    values = rows[:, heads.logits :].view(9, h, c) * of_count[:, heads.logits :, None]
+    values = (rows[:, heads.logits :] * of_count[:, heads.logits :]).view(9, h, c)
     expected = pool_cells(logits.view(9, h, -1), values, sizes)
     torch.testing.assert_close(pool_tables(table, entries, heads, scale=scale, count_table=count_table), expected)
 
