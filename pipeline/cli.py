@@ -1,4 +1,4 @@
-"""The command line: `scldm run | validate | plan | submit | runs list | parity | convert | export`.
+"""The command line: `scldm run | validate | plan | submit | runs`; of models `convert | export | parity | presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
@@ -20,6 +20,7 @@ import typer
 from pipeline.cli_data import validate_data
 from pipeline.cli_models import convert, export
 from pipeline.cli_parity import parity
+from pipeline.cli_presets import presets
 
 app = typer.Typer(
     name="scldm",
@@ -175,3 +176,4 @@ app.command()(parity)
 app.command("validate-data")(validate_data)
 app.command()(convert)
 app.command()(export)
+app.command()(presets)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +16,13 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of cases: pairs NAME.safetensors and NAME.json.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows and the summary here.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print only what is not ok, and the summary.")]
+Every = Annotated[bool, typer.Option("--all", help="A line for every quantity, known faults of upstream among them.")]
 
 
-def parity(folder: Folder, json_file: JsonFile = None, quiet: Quiet = False) -> None:
+def parity(folder: Folder, json_file: JsonFile = None, every: Every = False) -> None:
     """Compare this model with outputs recorded from upstream; exit 1 if any differs or is not understood.
+
+    One line for each case: the quantity that came nearest to its tolerance, or every one that failed.
 
     Example: `scldm parity fixtures/upstream --json parity.json`
     """
@@ -32,12 +37,13 @@ def parity(folder: Folder, json_file: JsonFile = None, quiet: Quiet = False) -> 
             case_names(folder)
         except FolderError as error:
             raise InputError(str(error)) from None
-        rows = []
+        rows: list[Row] = []
         typer.echo(HEADER)
-        for row in check_folder(folder):
-            rows.append(row)
-            if not (quiet and row.status == "ok"):
-                typer.echo(line(row))
+        for _, of_case in groupby(check_folder(folder), key=lambda row: row.case):
+            found = list(of_case)
+            rows += found
+            for text in map(line, found) if every else case_lines(found):
+                typer.echo(text)
         total = summary(rows)
         typer.echo(str(total))
         if json_file is not None:
@@ -55,3 +61,15 @@ def line(row: Row) -> str:
     error, tolerance = ("-" if x is None else f"{x:.2e}" for x in (row.error, row.tolerance))
     note = f"  ({row.note})" if row.note else ""
     return f"{row.case:<36} {row.quantity:<52} {error:>13} {tolerance:>10}  {row.status}{note}"
+
+
+def case_lines(rows: list[Row]) -> Iterator[str]:
+    """The lines of one case."""
+    from scldm.parity.registry import nearest_to_failing
+
+    if failed := [row for row in rows if row.failed]:
+        yield from map(line, failed)
+        return
+    faults = sum(row.status == "known fault" for row in rows)
+    note = f"  (the nearest of {len(rows)}" + (f"; {faults} known faults of upstream: --all)" if faults else ")")
+    yield line(replace(nearest_to_failing(rows), note="")) + note

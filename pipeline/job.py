@@ -324,6 +324,14 @@ class TrainVaeConfig(StrictModel):
     model: VAEConfig = VAEConfig()
     train: VaeTrainConfig = VaeTrainConfig()
 
+    @model_validator(mode="after")
+    def _decoder_needs_no_condition(self) -> TrainVaeConfig:
+        if self.model.adaln:
+            raise ValueError(
+                "model.adaln (true) needs a condition vector per cell, which this stage has none of: false"
+            )
+        return self
+
 
 class EncodeConfig(StrictModel):
     batch_size: PositiveInt = 256
@@ -422,6 +430,15 @@ class LineJob(JobBase):
     train_flow: TrainFlowConfig = TrainFlowConfig()
     generate: GenerateConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _generates_counts(self) -> LineJob:
+        if self.train_vae.model.head == "gaussian":
+            raise ValueError(
+                "train_vae.model.head (gaussian) models log-normalised expression, and generate draws counts: "
+                "nb_shared or nb_cell"
+            )
+        return self
 
 
 class IngestJob(JobBase, IngestConfig):

@@ -59,11 +59,18 @@ class CellBatch:
 
     @classmethod
     def from_dense(cls, counts: Tensor, conditions: Mapping[str, Tensor] | None = None) -> CellBatch:
-        """From a (b, g) matrix of counts; for tests and notebooks."""
-        if counts.ndim != 2:
-            raise ValueError(f"counts must be (cells, genes); got shape {tuple(counts.shape)}")
-        if (counts < 0).any():
-            raise ValueError(f"counts must not be negative; the smallest is {counts.min().item():g}")
+        """From a (b, g) matrix of counts; for tests and notebooks.
+
+        Raises:
+            ValueError: not a matrix of numbers, or not whole numbers >= 0; conditions of other shapes or types.
+        """
+        require_counts(counts)
+        for label, ids in (conditions or {}).items():
+            if ids.shape != counts.shape[:1] or ids.dtype != torch.int64:
+                raise ValueError(
+                    f"conditions[{label!r}] must be class ids, int64 of shape ({len(counts)},); got {ids.dtype} "
+                    f"of shape {tuple(ids.shape)}"
+                )
         cell, gene = counts.nonzero(as_tuple=True)
         n = len(counts)
         offsets = torch.zeros(n + 1, dtype=torch.int64, device=counts.device)
@@ -77,3 +84,22 @@ class CellBatch:
             joinids=torch.arange(n, device=counts.device),
             weight=torch.ones(n, device=counts.device, dtype=counts.dtype),
         )
+
+
+def require_counts(counts: Tensor) -> None:
+    """Raise unless the matrix holds raw counts; the message names the first cell and gene that does not."""
+    if counts.ndim != 2:
+        raise ValueError(f"counts must be (cells, genes); got shape {tuple(counts.shape)}")
+    if counts.dtype == torch.bool or counts.is_complex():
+        raise ValueError(f"counts must be numbers; got {counts.dtype}")
+    for what, bad in (
+        ("must be finite", ~counts.isfinite()),
+        ("must not be negative", counts < 0),
+        ("must be whole numbers, not normalised or log-transformed values", counts != counts.round()),
+    ):
+        if bad.any():
+            cell, gene = (int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"counts {what}; {int(bad.sum())} are not, the first is {counts[cell, gene].item():g} "
+                f"(cell {cell}, gene {gene})"
+            )

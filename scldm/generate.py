@@ -21,6 +21,7 @@ from scldm.flow.config import SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.library_size import LogNormal
 from scldm.nn.likelihood import draw_counts
+from scldm.nn.vae import CountDistribution
 from scldm.random import generator
 
 LATENT, LIBRARY, COUNTS = 11, 12, 13  # streams of a cell's randomness
@@ -42,6 +43,11 @@ def check_pair(vae: LoadedVAE, flow: LoadedFlow) -> None:
     own = (vae.vae.config.n_latent_tokens, vae.vae.config.latent_width)
     if own != (flow.n_latent_tokens, flow.latent_width):
         raise ValueError(f"the VAE's latents are {own}, the flow's {(flow.n_latent_tokens, flow.latent_width)}")
+    if vae.vae.config.head == "gaussian":
+        raise ValueError(
+            "the VAE's head is gaussian: it models log-normalised expression, and no counts can be drawn from it; "
+            "train one with head nb_shared or nb_cell"
+        )
     if vae.vocabulary.digest != flow.vocabulary.digest:
         raise ValueError("the VAE and the flow were trained with different vocabularies")
 
@@ -72,6 +78,7 @@ def generate_cells(
     z = sample_latents(flow.dit, noise.to(device), ids, sampler, flow.path)
     size = torch.tensor([_library_size(s, generator(seed, LIBRARY, i)) for s, i in zip(library, cell_ids, strict=True)])
     decoded = vae.vae.decode(z, size.to(device))
+    assert isinstance(decoded, CountDistribution)  # check_pair refuses a Gaussian head
     mu, theta = decoded.mu.cpu(), decoded.theta.cpu()
     if not torch.isfinite(mu).all():
         bad = [int(i) for i in np.asarray(cell_ids)[~torch.isfinite(mu).all(1).numpy()]]

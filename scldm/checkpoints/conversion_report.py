@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scldm.checkpoints.foreign_pickle import shown
 from scldm.checkpoints.untrusted import ForeignCheckpoint
 from scldm.checkpoints.upstream_layout import UpstreamParts
 from scldm.checkpoints.upstream_settings import UpstreamSettings
@@ -45,7 +46,7 @@ class ConversionReport:
         numbers = {
             "checkpoint": checkpoint.name,
             "configuration": config.name,
-            **{name: str(foreign.about[name]) for name in _COUNTERS if name in foreign.about},
+            **{name: shown(foreign.about[name]) for name in _COUNTERS if name in foreign.about},
             "keys in its state dict": str(len(foreign.state)),
             "keys used": ", ".join(f"{name} {n}" for name, n in used.items() if n),
             "keys equal to a used one": str(len(parts.equal)),

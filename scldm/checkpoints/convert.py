@@ -19,7 +19,7 @@ from torch import Tensor
 from scldm.checkpoints.conversion_report import ConversionReport
 from scldm.checkpoints.native import CheckpointError, save_flow, save_vae
 from scldm.checkpoints.output_folder import check_output, written_whole
-from scldm.checkpoints.untrusted import read_checkpoint
+from scldm.checkpoints.untrusted import ForeignCheckpoint, read_checkpoint
 from scldm.checkpoints.upstream_inputs import InputFiles, Inputs, gather_inputs
 from scldm.checkpoints.upstream_layout import UpstreamParts, take_apart
 from scldm.checkpoints.upstream_names import dit_state_from_upstream, dit_state_to_upstream
@@ -43,7 +43,6 @@ class Converted:
 @dataclass(frozen=True)
 class _Networks:
     vae: VAE
-    dit: DiT | None = None
     flow_weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "model" averaged, "raw" not
 
 
@@ -55,6 +54,7 @@ def convert_upstream(
     given: InputFiles | None = None,
     genes_seq_len: int | None = None,
     force: bool = False,
+    foreign: ForeignCheckpoint | None = None,
 ) -> Converted:
     """Convert a checkpoint of upstream's VAE or LatentDiffusion.
 
@@ -65,13 +65,14 @@ def convert_upstream(
         given: Files with gene names, classes and size factors, in place of those that the configuration names.
         genes_seq_len: Tokens of a cell, pads included, in place of what the configuration says.
         force: Replace an earlier conversion in `out`.
+        foreign: What `read_checkpoint` gave for the file, where that was done before.
 
     Raises:
         CheckpointError: what is missing, unknown, contradictory or not allowed.
     """
     check_output(out, force=force, is_earlier=_is_converted)
     settings = read_settings(config, genes_seq_len=genes_seq_len)
-    foreign = read_checkpoint(checkpoint)
+    foreign = foreign or read_checkpoint(checkpoint)
     parts = take_apart(foreign.state)
     _check_kind(checkpoint, config, parts, settings)
     report = ConversionReport.begin(checkpoint, config, settings, foreign, parts)
@@ -81,7 +82,7 @@ def convert_upstream(
     report.notes.extend(inputs.notes)
     with written_whole(out) as folder:
         _write(folder, networks, settings, inputs, report)
-    return Converted(out / "vae", out / "flow" if networks.dit is not None else None, report)
+    return Converted(out / "vae", out / "flow" if settings.flow is not None else None, report)
 
 
 def _check_kind(checkpoint: Path, config: Path, parts: UpstreamParts, settings: UpstreamSettings) -> None:
@@ -98,21 +99,23 @@ def _check_kind(checkpoint: Path, config: Path, parts: UpstreamParts, settings: 
 
 
 def _build(parts: UpstreamParts, settings: UpstreamSettings, notes: list[str]) -> _Networks:
+    with torch.device("meta"):  # shapes without memory: a wrong size in the configuration may be a huge one
+        shapes = VAE(settings.vae, n_genes=settings.n_genes).state_dict()
+    _check_shapes(parts.vae, vae_state_to_upstream(shapes, settings.vae), prefix="vae_model.")
     vae = VAE(settings.vae, n_genes=settings.n_genes)
-    _check_shapes(parts.vae, vae_state_to_upstream(vae.state_dict(), settings.vae), prefix="vae_model.")
     pads = settings.vae.genes_seq_len is not None
     vae.load_state_dict(_in_single_precision(vae_state_from_upstream(parts.vae, pads=pads), notes))
     if settings.flow is None:
         return _Networks(vae)
-    dit = _new_dit(settings.flow)
-    expected = dit_state_to_upstream(dit.state_dict())
+    with torch.device("meta"):
+        expected = dit_state_to_upstream(_new_dit(settings.flow).state_dict())
     weights = {}
     for name, prefix, state in (("raw", "diffusion_model.", parts.dit), ("model", "ema_model.ema_model.", parts.ema)):
         if settings.flow.dit.label_dropout == 0:
             state = _with_null_rows(state, settings.flow, notes)
         _check_shapes(state, expected, prefix=prefix)
         weights[name] = _in_single_precision(dit_state_from_upstream(state), notes)
-    return _Networks(vae, dit, weights)
+    return _Networks(vae, weights)
 
 
 def _new_dit(flow: FlowSettings) -> DiT:

@@ -134,6 +134,7 @@ def _write(
         for which, content in (("mu", factors.mu), ("sd", factors.sd)):
             (folder / SIZE_FACTORS[which]).write_bytes(pickle.dumps(content, protocol=4))
             named[f"{which}_size_factor"] = SIZE_FACTORS[which]
+        notes.append("library sizes of all cells and numbers of cells are left out: upstream has no place for them")
         joint = joint or (len(factors.mu) == 1 and next(iter(factors.mu)) not in classes)
     else:
         notes.append("the model has no library sizes per class: upstream would generate cells of one count")

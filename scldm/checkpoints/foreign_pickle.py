@@ -68,6 +68,12 @@ class PlainDict(StandIn):
         return {}
 
 
+def shown(name: Any) -> str:
+    """A foreign name as it may be printed: one line, not long, no escape sequences."""
+    text = name if isinstance(name, str) and name.isprintable() else ascii(name)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def stand_in(name: str) -> type[StandIn]:
     """A class of its own for a foreign name."""
     kind = PlainDict if name.endswith((".defaultdict", ".AttributeDict")) else StandIn
@@ -105,6 +111,8 @@ def named_globals(stream: IO[bytes]) -> set[str]:
             pushed = (pushed[1], memo.get(arg))
         elif op.stack_after:
             pushed = (pushed[1], arg if isinstance(arg, str) else None)
+        elif op.stack_before:  # what is taken off uncovers what we do not keep
+            pushed = (None, None)
     return names
 
 
@@ -112,7 +120,8 @@ def check_names(names: Iterable[str], *, torch_too: bool) -> None:
     """Refuse a pickle that names anything else than what is listed here."""
     bad = sorted(n for n in names if n not in MADE and not is_stand_in(n) and not (torch_too and TORCH.fullmatch(n)))
     if bad:
-        raise Refused(f"its pickle asks for {', '.join(bad[:10])}, which no checkpoint of upstream needs; nothing ran")
+        asked = ", ".join(map(shown, bad[:10]))
+        raise Refused(f"its pickle asks for {asked}, which no checkpoint of upstream needs; nothing ran")
 
 
 def array_values(dtype: Any, data: Any) -> list[Any]:

@@ -32,6 +32,7 @@ def check_output(out: Path, *, force: bool, is_earlier: Callable[[Path], bool]) 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A folder to write into, renamed to `out` at the end; after an error `out` is as it was."""
+    out = Path(os.path.abspath(out))  # "." and "a/.." have no name to rename to
     staging, old = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import resource
 import sys
 import zipfile
@@ -21,7 +22,8 @@ PICKLE_BYTES = 256 << 20  # the description of a checkpoint; its tensors lie out
 def beside(name: str) -> Any:
     """A module beside this script, loaded without its package."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,12 +41,12 @@ def read_plain(path: str, out: str) -> None:
 
 
 def read_checkpoint(path: str, out: str, torch: Any, save_file: Any) -> None:
-    names, zipped = checkpoint_globals(path)
+    names, stored = checkpoint_globals(path)
     foreign.check_names(names, torch_too=True)
     replaced = sorted(n for n in names if foreign.is_stand_in(n))
     known = [(foreign.stand_in(n), n) for n in replaced] + [(foreign.MADE[n], n) for n in names & set(foreign.MADE)]
     with torch.serialization.safe_globals(known):
-        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
     if not isinstance(whole, dict):
         raise foreign.Refused(f"it holds a {type(whole).__name__}, not a dictionary")
     state = whole.get("state_dict", whole)
@@ -53,13 +55,17 @@ def read_checkpoint(path: str, out: str, torch: Any, save_file: Any) -> None:
     rest = {k: v for k, v in whole.items() if k != "state_dict"} if "state_dict" in whole else {}
     others = write_tensors(state, out, torch, save_file)
     large = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
-    about = {str(k): foreign.Plain()(v) for k, v in rest.items() if k not in large}
-    left = {str(k): len(v) if isinstance(v, (dict, list)) else 0 for k, v in rest.items()}
+    about = {foreign.shown(k): foreign.Plain()(v) for k, v in rest.items() if k not in large}
+    left = {foreign.shown(k): len(v) if isinstance(v, (dict, list)) else 0 for k, v in rest.items()}
     write_json(out, "about", {"about": about, "left": left, "same_memory": others, "stand_ins": replaced})
 
 
 def checkpoint_globals(path: str) -> tuple[set[str], bool]:
-    """Names in the pickles of a torch file, and whether it is a zip archive (what torch writes since 1.6)."""
+    """Names in the pickles of a torch file, and whether its tensors can be mapped into memory.
+
+    They can in a zip archive (what torch writes since 1.6) without compression: torch would take the compressed bytes
+    of another archive for the numbers.
+    """
     if zipfile.is_zipfile(path):
         names: set[str] = set()
         with zipfile.ZipFile(path) as archive:
@@ -68,7 +74,7 @@ def checkpoint_globals(path: str) -> tuple[set[str], bool]:
                     if entry.file_size > PICKLE_BYTES:
                         raise foreign.Refused(f"{entry.filename} in it has {entry.file_size:,} bytes")
                     names |= foreign.named_globals(io.BytesIO(archive.read(entry)))
-        return names, True
+            return names, all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
     with open(path, "rb") as f:  # five pickles in a row, then the tensors
         return set().union(*(foreign.named_globals(f) for _ in range(5))), False
 
@@ -79,7 +85,9 @@ def write_tensors(state: dict[Any, Any], out: str, torch: Any, save_file: Any) -
     same: dict[str, str] = {}
     own: dict[str, Any] = {}
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        if not isinstance(name, str) or not name.isprintable() or len(name) > 1000:
+            raise foreign.Refused(f"its state_dict has a key {foreign.shown(name)}; keys are printable names")
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise foreign.Refused(f"state_dict[{name!r}] is a {type(value).__name__}; only dense tensors are read")
         place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), name if not value.numel() else "")
         if place in first:
@@ -101,7 +109,9 @@ def limit(memory: int, seconds: int, file_size: int) -> None:
     with open("/proc/self/statm") as f:
         in_use = int(f.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + memory,) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds,) * 2)
+    so_far = resource.getrusage(resource.RUSAGE_SELF)
+    last = math.ceil(so_far.ru_utime + so_far.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (last, last + 5))  # SIGXCPU at the first, SIGKILL at the second
     resource.setrlimit(resource.RLIMIT_FSIZE, (4 * file_size + (1 << 28),) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -1,9 +1,9 @@
 """The settings of upstream's transformer VAE under its own short names, as our configuration.
 
-    n_embed n_layer n_head n_head_cross n_inducing_points n_latent multiple_of eps bias   sizes, and the like
-    agg     input: log1p, log1pzero, sqrt, anscombe, proj, projconcat, softbin
-    head    nb_shared, nb_unshared, gaussian
-    pos shared use_adaln t   zero positions, one table of gene embeddings, adaLN decoder, softmax temperature
+n_embed n_layer n_head n_head_cross n_inducing_points n_latent multiple_of eps bias   sizes, and the like
+agg     input: log1p, log1pzero, sqrt, anscombe, proj, projconcat, softbin
+head    nb_shared, nb_unshared, gaussian
+pos shared use_adaln t   zero positions, one table of gene embeddings, adaLN decoder, softmax temperature
 """
 
 from __future__ import annotations

@@ -71,12 +71,17 @@ def take_apart(state: Mapping[str, Tensor]) -> UpstreamParts:
     equal: dict[str, str] = {}
     parts = {part: _one_of(homes, found[part], equal, problems) for part, homes in _HOMES.items()}
     problems += [
-        f"{part}: {name} holds values that are not finite"
+        f"{part}: {name} {why}"
         for part, values in parts.items()
         for name, value in values.items()
-        if value.is_floating_point() and not value.isfinite().all()
+        if (why := _unusable(value))
     ]
     problems += [f"ema_model.{k} has {v.numel()} values, not one" for k, v in counters.items() if v.numel() != 1]
+    problems += [
+        f"ema_model.{k} is {v.dtype}, not a whole number"
+        for k, v in counters.items()
+        if v.is_floating_point() or v.is_complex()
+    ]
     if problems:
         raise CheckpointError("the checkpoint cannot be used:\n  " + "\n  ".join(problems))
     began = counters.get("initted")
@@ -110,12 +115,19 @@ def _one_of(
     return used
 
 
+def _unusable(value: Tensor) -> str:
+    """Why a tensor cannot be a weight, or nothing. Weights are kept in single precision, and must be finite there."""
+    if not value.is_floating_point():
+        return f"is of type {value.dtype}; weights are floating-point numbers"
+    return "" if value.float().isfinite().all() else "holds values that are not finite"
+
+
 def _difference(a: Tensor, b: Tensor) -> str:
     """How two tensors differ, or nothing."""
     if a.shape != b.shape:
         return f"one is {tuple(b.shape)}, the other {tuple(a.shape)}"
     if a.dtype != b.dtype:
         return f"one is {b.dtype}, the other {a.dtype}"
-    if torch.equal(a, b):
+    if torch.equal(a.double(), b.double()):  # not every type can be compared as it is
         return ""
     return f"they differ by up to {(a.double() - b.double()).abs().max().item():.3g}"

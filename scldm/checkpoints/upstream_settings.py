@@ -70,7 +70,10 @@ def read_settings(path: Path, *, genes_seq_len: int | None = None) -> UpstreamSe
     kind = y.target("model.module", kinds)
     y.target(_VAE, {"vae.TransformerVAE": True})
     values = _vae_values(y, left)
+    before = len(y.problems)
     n_genes = y.value(f"{_INPUT}.n_genes", int)
+    if n_genes < 1 and len(y.problems) == before:
+        y.problems.append(f"{_INPUT}.n_genes must be > 0; got {n_genes}")
     for at in (f"{_DECODER}.n_genes", f"{_HEAD}.n_genes"):
         y.same(at, n_genes, like=f"{_INPUT}.n_genes")
     length = genes_seq_len or y.value("datamodule.datamodule.genes_seq_len", int, None)
@@ -91,10 +94,13 @@ def read_settings(path: Path, *, genes_seq_len: int | None = None) -> UpstreamSe
             None if flow is None else FlowSettings(DiTConfig(**flow.pop("dit")), PathConfig(**flow.pop("path")), **flow)
         )
     except (ValidationError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from None
+        raise CheckpointError(f"{path} cannot be used:\n  {_reasons(error)}") from None
     if built is not None:
         _check_latents(path, built, config)
         classes = classes or built.class_vocab_sizes
+        if classes != built.class_vocab_sizes:
+            own = f"{_DIT}.class_vocab_sizes is {built.class_vocab_sizes}"
+            raise CheckpointError(f"{path}: {at}.class_vocab_sizes is {classes}, but {own}")
     files = {name: y.optional(f"{at}.{name}", str) for name in FILES}
     return UpstreamSettings(kind, config, n_genes, built, classes, strategy == "joint", files, left)
 
@@ -201,6 +207,13 @@ def _class_sizes(y: UpstreamYaml, at: str) -> dict[str, int]:
         f"{at}.{k} must be a whole number > 0; got {n!r}" for k, n in sizes.items() if type(n) is not int or n < 1
     ]
     return sizes
+
+
+def _reasons(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    rows = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "), e["input"]) for e in error.errors())
+    return "\n  ".join(f"{field}: {why}; got {value!r}" if field else why for field, why, value in rows)
 
 
 def _check_latents(path: Path, flow: FlowSettings, vae: VAEConfig) -> None:

@@ -69,7 +69,13 @@ def size_factors_of(sizes: LibrarySizes, classes: Mapping[str, Sequence[str]]) -
         together = [
             dict(zip(classes, combination, strict=True)) for combination in itertools.product(*classes.values())
         ]
-        named["_".join(classes)] = {"_".join(condition.values()): condition for condition in together}
+        together = [condition for condition in together if condition_key(condition) in sizes.table]
+        named["_".join(classes)] = tokens = {"_".join(condition.values()): condition for condition in together}
+        if lost := [c for c in together if tokens["_".join(c.values())] != c]:
+            raise CheckpointError(
+                f"upstream joins classes with underscores: {lost[0]} and {tokens['_'.join(lost[0].values())]} would"
+                " have one name"
+            )
     found = {
         name: {token: s for token, c in tokens.items() if (s := sizes.table.get(condition_key(c))) is not None}
         for name, tokens in named.items()

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from scldm.checkpoints.native import CheckpointError
 
 T = TypeVar("T")
-MAX_BYTES = 4 << 20
+MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 40, 10_000  # upstream's own have 14 kB, 5 levels, 700 values
 PACKAGES = ("scldm", "scg_vae")  # the second is what the first was called before its release
 _ABSENT = object()
 _REQUIRED: Any = object()
@@ -133,10 +133,7 @@ class UpstreamYaml:
             )
         try:
             text = path.read_text(encoding="utf-8")
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-                raise CheckpointError(
-                    f"{path} uses YAML aliases (*name): Hydra writes none, and they can grow without end"
-                )
+            _check_structure(path, text)
             loaded = OmegaConf.load(io.StringIO(text))
         except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, OSError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
@@ -155,6 +152,20 @@ class UpstreamYaml:
             self._calls[at] = value
             return "???"
         return value
+
+
+def _check_structure(path: Path, text: str) -> None:
+    """Refuse what makes a short file expensive, or brings libyaml down: aliases, deep nesting, a million values."""
+    depth = values = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise CheckpointError(f"{path} uses YAML aliases (*name): Hydra writes none, and they can grow without end")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise CheckpointError(f"{path} is nested more than {MAX_DEPTH} levels deep")
+        values += isinstance(event, yaml.NodeEvent)
+        if values > MAX_VALUES:
+            raise CheckpointError(f"{path} has more than {MAX_VALUES:,} names and values")
 
 
 def calls_a_resolver(text: str) -> bool:

@@ -64,6 +64,23 @@ class VAEConfig(StrictModel):
         return self
 
 
+class ScviConfig(StrictModel):
+    """The MLP VAE that upstream compares with, after scVI (Lopez et al. 2018)."""
+
+    n_hidden: PositiveInt = 128
+    """Width of the hidden layers."""
+    n_layers: PositiveInt = 1
+    """Hidden layers of the encoder, and as many of the decoder."""
+    n_latent: PositiveInt = 10
+    """Width of the latent."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of hidden units left out in training."""
+    shared_theta: bool = True
+    """One inverse dispersion per gene, or one per cell and gene."""
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of the KL term beside the likelihood."""
+
+
 class DiTConfig(StrictModel):
     """The diffusion transformer that moves noise to latents."""
 

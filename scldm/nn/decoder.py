@@ -7,7 +7,8 @@ What keeps it affordable, exactly:
 * the head reads one or two numbers per gene, so the last matrix of the SwiGLU is folded into the head;
 * genes go through in tiles and, in training, are computed again in the backward pass: nothing of size b x g x d is
   kept;
-* where heads are narrow, as in small models, `scldm.nn.fused_decoder` does the same in fewer and larger products.
+* where heads are narrow, as in small models, `scldm.nn.fused_decoder` does the same in fewer and larger products; on a
+  GPU, where asked for, `scldm.nn.triton_decoder` does it in one kernel.
 
 Upstream's adaLN variant lets a condition of the cell modulate every norm, the gene queries' too, and its Gaussian head
 has a LayerNorm of its own: there the first two savings do not exist, and the plain tiles compute it.
@@ -19,12 +20,14 @@ per head, r outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scldm.nn import triton_decoder
 from scldm.nn.config import VAEConfig
 from scldm.nn.fused_decoder import decode_genes, folds
 from scldm.nn.layers import Modulation, SelfAttentionBlock, SwiGLU, adaln, gated, merge_heads, modulated, split_heads
@@ -50,6 +53,8 @@ class Decoder(nn.Module):
         super().__init__()
         d, self.n_heads = config.d_model, config.n_heads_cross
         self.eps = config.eps
+        # Asked for, not chosen: no GPU has timed the Triton kernels yet, nor run tests/gpu.
+        self.kernels: Literal["torch", "triton"] = "torch"
         self.from_latent = nn.Linear(config.latent_width, d, bias=config.bias)
         self.blocks = nn.ModuleList(
             SelfAttentionBlock(
@@ -90,8 +95,8 @@ class Decoder(nn.Module):
             embedding: Embeddings of the genes asked for, (g, d), or (b, g, d) where every cell has genes of its own.
             condition: What modulates the norms of an adaLN decoder, (b, d).
             tile: Genes at a time; by default what fits the caches.
-            fused: Whether the hand-written block computes it or the plain one; by default what is quicker. The two
-                agree to rounding.
+            fused: Whether a hand-written block computes it (Triton's, if `kernels` says so) or the plain one; by
+                default what is quicker. They agree to rounding.
         """
         if (condition is None) != (self.adaln is None):
             need = "needs" if condition is None else "takes no"
@@ -103,12 +108,14 @@ class Decoder(nn.Module):
         context = self._context(x, c)
         possible = c is None and self.head_norm is None and embedding.ndim == 2
         if fused is None:
-            fused = possible and folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
+            quicker = folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
+            fused = self.kernels == "triton" or (possible and quicker)
         if fused:
             if not possible:
                 raise ValueError("fused: not for an adaLN decoder, a Gaussian head or genes that differ between cells")
             q = self.query(self.norm_query(embedding))  # (g, d)
-            return decode_genes(q, embedding, context.k, context.v, block=self, eps=self.eps, tile=tile)
+            decode = triton_decoder.decode_genes if self.kernels == "triton" else decode_genes
+            return decode(q, embedding, context.k, context.v, block=self, eps=self.eps, tile=tile)
         return self._plain(embedding, context, tile or TILE)
 
     def _context(self, x: Tensor, c: Tensor | None) -> Context:

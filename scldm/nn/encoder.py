@@ -75,6 +75,11 @@ class Encoder(nn.Module):
         return self.counts.pool(attention, tokens)
 
     def _tokens(self, cells: CellBatch, embedding: Tensor) -> Tokens:
+        if not cells.gene_ids.is_cuda and len(cells.gene_ids) and int(cells.gene_ids.max()) >= len(embedding):
+            raise ValueError(
+                f"gene id {int(cells.gene_ids.max())} is outside the model's {len(embedding)} genes: the cells are of "
+                "another vocabulary"
+            )
         ids, counts, sizes = cells.gene_ids, cells.counts.to(embedding.dtype), cells.lengths.tolist()
         if len(ids) < len(embedding):  # few cells: a table of their genes only
             genes, ids = torch.unique(ids, return_inverse=True)

@@ -33,9 +33,9 @@ def folds(*, n_heads: int, channels: int, dtype: torch.dtype) -> bool:
 
 
 class Weights(NamedTuple):
-    """What a tile needs beside queries and embeddings; the order is that of the autograd function's arguments."""
+    """What a tile needs beside queries and embeddings; the order is that of the autograd functions' arguments."""
 
-    keys: Tensor  # (b, d, h m), block-diagonal over heads
+    keys: Tensor  # (b, d, h m), block-diagonal over heads; (b, h, m, c) for `scldm.nn.triton_decoder`
     values: Tensor  # (b, h m, d), output projection folded in
     norm_weight: Tensor  # (d,)
     norm_bias: Tensor  # (d,)
@@ -62,6 +62,23 @@ def block_diagonal_keys(k: Tensor) -> Tensor:
     return out.view(b, h * c, h * m)
 
 
+def folded_weights(keys: Tensor, v: Tensor, block: Any) -> Weights:
+    """The block's weights with its output projection in the values and its last matrix in the head."""
+    _, h, _, c = v.shape
+    values = torch.einsum("bhmc,dhc->bhmd", v, block.out.weight.unflatten(1, (h, c))).flatten(1, 2)
+    return Weights(
+        keys,
+        values,
+        block.norm_mlp.weight,
+        block.norm_mlp.bias,
+        block.mlp.gate.weight,
+        block.mlp.up.weight,
+        block.head.weight,
+        block.head.weight @ block.mlp.down.weight,
+        block.head.bias,
+    )
+
+
 def decode_genes(
     q: Tensor, embedding: Tensor, k: Tensor, v: Tensor, *, block: Any, eps: float, tile: int | None = None
 ) -> Tensor:
@@ -77,18 +94,7 @@ def decode_genes(
     b, h, _, c = k.shape
     if block.out.bias is not None:
         embedding = embedding + block.out.bias
-    values = torch.einsum("bhmc,dhc->bhmd", v, block.out.weight.unflatten(1, (h, c))).flatten(1, 2)
-    weights = Weights(
-        block_diagonal_keys(k),
-        values,
-        block.norm_mlp.weight,
-        block.norm_mlp.bias,
-        block.mlp.gate.weight,
-        block.mlp.up.weight,
-        block.head.weight,
-        block.head.weight @ block.mlp.down.weight,
-        block.head.bias,
-    )
+    weights = folded_weights(block_diagonal_keys(k), v, block)
     sizes = Sizes(h, eps, tile or max(16, ROWS * torch.get_num_threads() // b))
     return _Decode.apply(sizes, q / math.sqrt(c), embedding, *weights)
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from scldm.nn.pooling import require_tokens
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -68,9 +70,7 @@ def pool_tables(
         added: Row of each distinct count that is added before the scale, (u, h m + h c).
         count_table: Bias of the logits (h m) and gain of the values (h) of each distinct count, (u, h m + h).
     """
-    if min(entries.sizes, default=1) < 1:
-        empty = [i for i, size in enumerate(entries.sizes) if size < 1]
-        raise ValueError(f"cells {empty[:5]} of the batch have no tokens: a softmax over nothing is not defined")
+    require_tokens(entries.sizes)
     return _Pool.apply(entries, heads, table, scale, added, count_table)
 
 

@@ -77,7 +77,7 @@ def gated(x: Tensor, by: Modulation | None) -> Tensor:
 
 
 class SelfAttentionBlock(nn.Module):
-    """Pre-norm transformer block; with `adaln` a condition scales, shifts and gates (the chunks in upstream's order)."""
+    """Pre-norm transformer block; with `adaln` a condition scales, shifts and gates (chunks in upstream's order)."""
 
     def __init__(
         self, d_model: int, n_heads: int, *, bias: bool, multiple_of: int, eps: float, adaln_condition: bool = False

@@ -1,7 +1,7 @@
 """Recorded checkpoints: each is converted, as `scldm convert` does, and its models must give the recorded outputs.
 
-The outputs were recorded from one checkpoint, which the note names. The others, with compiled keys or an old module name,
-must convert too; where they hold the same weights they must give the same outputs.
+The outputs were recorded from one checkpoint, which the note names. The others, with compiled keys or an old module
+name, must convert too; where they hold the same weights they must give the same outputs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scldm.checkpoints.gene_list import read_genes
 from scldm.checkpoints.native import load_flow, load_vae
 from scldm.checkpoints.untrusted import ForeignCheckpoint, read_checkpoint
 from scldm.nn.dit import DiT
-from scldm.nn.vae import VAE
+from scldm.nn.vae import VAE, CountDistribution
 from scldm.parity.case import Case, CaseError
 from scldm.parity.ledger import Ledger
 from scldm.parity.tolerance import EXACT, SINGLE
@@ -53,7 +53,9 @@ def files(case: Case) -> list[Path]:
     """Everything in the folder of checkpoints that can be told what it is."""
     folder = _folder(case)
     named = {folder / name for name in case.facts["files"]}
-    return [path for path in folder.iterdir() if path in named or path.suffix in (".ckpt", ".yaml") or path.name == KEYS]
+    return [
+        path for path in folder.iterdir() if path in named or path.suffix in (".ckpt", ".yaml") or path.name == KEYS
+    ]
 
 
 def _folder(case: Case) -> Path:
@@ -73,8 +75,9 @@ def check(case: Case, ledger: Ledger) -> None:
     checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.name != source[1])
     cells, first = None, None
     for path in checkpoints:
-        _check_description(ledger, path)
-        models = _converted(path, ledger)
+        found = read_checkpoint(path)  # once: each reading starts a process
+        _check_description(ledger, path.name, found)
+        models = _converted(path, ledger, found)
         cells = cells or cells_of(folder / CELLS, models.vocabulary)
         first = first or models
         _check_outputs(case, ledger, path.name, models, first, cells)
@@ -83,10 +86,9 @@ def check(case: Case, ledger: Ledger) -> None:
             ledger.fact(name)  # gone through by checkpoint
 
 
-def _check_description(ledger: Ledger, path: Path) -> None:
+def _check_description(ledger: Ledger, name: str, found: ForeignCheckpoint) -> None:
     """Keys and counters that the description lists for a checkpoint, and the names that its pickle asks for."""
-    facts, name = ledger.case.facts, path.name
-    found = read_checkpoint(path)
+    facts = ledger.case.facts
     if (keys := facts.get("keys", {}).get(name)) is not None:
         ledger.same(f"{name} keys", sorted(found.state), sorted(keys))
     if (structure := facts.get("structure", {}).get(name)) is not None:
@@ -105,9 +107,9 @@ def _check_structure(ledger: Ledger, name: str, structure: Mapping[str, Any], fo
             ledger.value(f"{name} {counter}", found.about[counter], int(match[1]), EXACT)
 
 
-def _converted(path: Path, ledger: Ledger) -> Models:
+def _converted(path: Path, ledger: Ledger, found: ForeignCheckpoint) -> Models:
     with tempfile.TemporaryDirectory(prefix="scldm-parity-") as folder:
-        converted = convert_upstream(path, config_of(path), Path(folder) / "model")
+        converted = convert_upstream(path, config_of(path), Path(folder) / "model", foreign=found)
         loaded = load_vae(converted.vae)
         ledger.same(f"{path.name} converts", True, True)
         if converted.flow is None:
@@ -151,7 +153,7 @@ def _check_outputs(case: Case, ledger: Ledger, name: str, models: Models, first:
         z = models.vae.encode(cells)
         decoded = models.vae.decode(z, cells.library_size)
         outputs = {"h_z": z, "mu": decoded.mu}
-        if "out/theta" in case.tensors:
+        if "out/theta" in case.tensors and isinstance(decoded, CountDistribution):
             outputs["theta"] = decoded.theta.expand_as(decoded.mu)
         x, t = case.tensors["out/h_z"], case.tensors["in/t"]
         for key, dit, of_first in (("dit", models.raw, first.raw), ("dit_ema", models.averaged, first.averaged)):

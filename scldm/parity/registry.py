@@ -8,13 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from scldm.parity import dit, grid, metrics, samplers, sampling, schedules, tokenize, transport
+from scldm.parity import (
+    checkpoints,
+    dit,
+    grid,
+    metrics,
+    samplers,
+    sampling,
+    schedules,
+    scvi,
+    tokenize,
+    transport,
+    vae,
+)
 from scldm.parity.case import Case, CaseError, case_names, read_case
 from scldm.parity.ledger import Ledger, Row
 
 # A kind is a module with `matches(case)`, `check(case, ledger)` and, where a case speaks of other files, `files(case)`.
 # Exactly one kind must match a case.
 KINDS: dict[str, ModuleType] = {
+    "transformer VAE": vae,
+    "MLP VAE": scvi,
     "DiT": dit,
     "sampling with a DiT": sampling,
     "transport": transport,
@@ -23,6 +37,7 @@ KINDS: dict[str, ModuleType] = {
     "likelihood grid": grid,
     "metrics": metrics,
     "tokenise": tokenize,
+    "checkpoints": checkpoints,
 }
 
 
@@ -88,6 +103,18 @@ def kind_of(case: Case) -> str:
         found = f"of {len(kinds)} kinds at once: {', '.join(kinds)}" if kinds else "of no known kind"
         raise CaseError(f"{found}; known are {', '.join(KINDS)}")
     return kinds[0]
+
+
+def nearest_to_failing(rows: list[Row]) -> Row:
+    """The row that speaks for a case: one that failed, else the comparison that came nearest to its tolerance."""
+    if failed := [row for row in rows if row.failed]:
+        return failed[0]
+    compared = [row for row in rows if row.status == "ok"] or rows
+
+    def share(row: Row) -> float:
+        return row.error / row.tolerance if row.error is not None and row.tolerance else 0.0
+
+    return max(compared, key=share)
 
 
 def summary(rows: list[Row]) -> Summary:

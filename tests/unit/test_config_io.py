@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config_io import json_schema, load_job, resolved_yaml
 from pipeline.job import LineJob, TrainVaeJob
@@ -259,3 +260,12 @@ def test_a_stage_job_may_hold_earlier_stages(write):
     job = load_job(write(text))
     assert isinstance(job, TrainVaeJob)
     assert job.ingest is not None
+
+
+def test_heads_and_decoders_that_the_line_cannot_use_are_refused_before_anything_runs():
+    ingest = {"source": {"type": "synthetic"}}
+    line = {"kind": "line", "name": "x", "ingest": ingest, "generate": {"n_cells": 5}}
+    with pytest.raises(ValidationError, match=r"gaussian.*generate draws counts"):
+        LineJob.model_validate({**line, "train_vae": {"model": {"head": "gaussian", "gene_bias": False}}})
+    with pytest.raises(ValidationError, match=r"adaln.*needs a condition vector"):
+        LineJob.model_validate({**line, "train_vae": {"model": {"adaln": True}}})

@@ -97,6 +97,13 @@ PERTURBED = [
     ("log_nb_grid", "out/log_gaussian_sigma"),
     ("metrics", "lognorm/kernel_ruzicka_xy"),
     ("metrics", "counts/mix_rbf_ratio.f64"),
+    ("vae_softbin_nbshared_pos_unshared", "out/none/h_z.f64"),
+    ("vae_proj_nbunshared_pos_shared", "out/panel/theta.f64"),
+    ("vae_adaln_decode_nbshared", "in/condition"),
+    ("vae_projconcat_gaussian_nopos_unshared", "grad/input_layer.projection.mix.weight"),
+    ("vae_log1p_nbshared_pos_shared", "grad_norms"),
+    ("scvi_vae_sharedtheta", "out/kl.f64"),
+    ("scvi_vae_unshared", "state/decoder.decoder_mlp.5.running_var"),
 ]
 
 
@@ -114,7 +121,7 @@ def test_a_changed_number_fails(tmp_path, name, key):
     change_tensor(folder, name, key, change)
     rows = check_case(folder, name)
     bad = {row.quantity for row in rows if row.status == "FAIL"}
-    assert bad if key.startswith("state/") else key in bad
+    assert bad if key.startswith(("state/", "in/")) else key in bad
 
 
 @recorded
@@ -202,7 +209,7 @@ def test_weights_of_another_width_fail_and_say_so(tmp_path):
 @recorded
 def test_the_command_prints_a_line_per_quantity_and_a_summary_and_writes_rows(tmp_path):
     folder = copy_case("log_nb_grid", tmp_path / "cases")
-    result = CliRunner().invoke(app, ["parity", str(folder), "--json", str(tmp_path / "rows.json")])
+    result = CliRunner().invoke(app, ["parity", str(folder), "--all", "--json", str(tmp_path / "rows.json")])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert len(lines) == 1 + 5 + 1
@@ -217,10 +224,11 @@ def test_the_command_prints_a_line_per_quantity_and_a_summary_and_writes_rows(tm
 def test_the_command_exits_1_where_a_file_is_not_understood(tmp_path):
     folder = copy_case("log_nb_grid", tmp_path)
     (folder / "stranger.bin").write_bytes(b"?")
-    result = CliRunner().invoke(app, ["parity", str(folder), "--quiet"])
+    result = CliRunner().invoke(app, ["parity", str(folder)])
     assert result.exit_code == 1
-    assert "stranger.bin" in result.output
-    assert "log_nb_grid" not in result.output
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == ["log_nb_grid", "stranger.bin"]
+    assert lines[2].endswith("not understood  (no case names this file)")
 
 
 def test_the_command_exits_2_for_a_folder_without_cases(tmp_path):

@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+import yaml
 from torch import nn
+from typer.testing import CliRunner
 
+from pipeline.cli import app
+from pipeline.job import TrainFlowConfig, TrainVaeConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 from scldm.presets import FlowRecipe, UnknownPresetError, preset, preset_names
@@ -47,7 +51,8 @@ def test_an_autoencoder_has_the_parameters_that_upstream_states(name):
     assert recipe.parameters == VAES[name]
     with torch.device("meta"):
         vae = VAE(recipe.model, n_genes=recipe.n_genes)
-    assert millions(vae) == pytest.approx(VAES[name], abs=half_of_the_last_digit(VAES[name]))
+    pad_rows = (2 * recipe.model.d_model + 1) / 1e6  # of embeddings and theta; upstream's tables have them
+    assert millions(vae) == pytest.approx(VAES[name], abs=half_of_the_last_digit(VAES[name]) + pad_rows)
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -75,6 +80,26 @@ def test_a_flow_fits_the_latents_of_its_autoencoder(name):
 def test_the_table_of_sizes_is_complete():
     assert set(VAES) == set(preset_names())
     assert set(FLOWS) == {name for name in preset_names() if (flow := preset(name).flow) and flow.parameters}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_command_prints_sections_that_a_job_file_may_hold_and_that_build_the_preset(name):
+    result = CliRunner().invoke(app, ["presets", name])
+    assert result.exit_code == 0, result.output
+    sections = yaml.safe_load(result.output)
+    assert TrainVaeConfig.model_validate(sections["train_vae"]).model == preset(name).vae.model
+    if (flow := preset(name).flow) is not None:
+        train_flow = TrainFlowConfig.model_validate(sections["train_flow"])
+        assert (train_flow.model, train_flow.flow) == (flow.model, flow.path)
+        assert train_flow.train.optimizer == flow.optimizer
+
+
+def test_the_command_lists_all_and_refuses_what_it_does_not_know():
+    listed = CliRunner().invoke(app, ["presets"])
+    assert [line.split()[0] for line in listed.output.splitlines()] == list(preset_names())
+    unknown = CliRunner().invoke(app, ["presets", "cd5"])
+    assert unknown.exit_code == 2
+    assert "did you mean cd4?" in unknown.output
 
 
 def test_an_unknown_preset_names_what_is_near():
