@@ -1,0 +1,63 @@
+"""What rank 0 leaves of a run to look at: the training curve on disk and in the tracker, and progress for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.order import FeedOrder
+from pipeline.job import TrainConfig
+from pipeline.progress import ProgressWriter
+
+LOG_EVERY = 10  # steps between points of the training curve
+
+
+class TrainingCurve:
+    """Rank 0: the training curve on disk, in the tracker, and progress for people."""
+
+    def __init__(self, folder: Path, tracker: Any, config: TrainConfig, start: int, order: FeedOrder):
+        self.path = folder / "metrics.jsonl"
+        self.tracker, self.config, self.order = tracker, config, order
+        self.progress = ProgressWriter(folder)
+        kept = [row for row in self._rows() if row["step"] <= start]  # what a killed attempt wrote past its checkpoint
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.recent: deque[tuple[float, int]] = deque(maxlen=50)  # the rate is that of the last steps, without start-up
+
+    def _rows(self) -> Iterator[dict[str, float]]:
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue  # the half line of a killed attempt
+
+    def last(self) -> dict[str, float]:
+        merged: dict[str, float] = {}
+        for row in self._rows():
+            merged |= {k: v for k, v in row.items() if k != "step"}
+        return merged
+
+    def write(self, step: int, metrics: dict[str, float], grad_norm: float | None) -> None:
+        self.recent.append((time.monotonic(), step))
+        (then, first), (now, _) = self.recent[0], self.recent[-1]
+        rate = (step - first) * self.order.batch_size / (now - then) if now > then else 0.0
+        shown = {"loss": metrics.get("train/loss", math.nan), "val": metrics.get("val/loss", math.nan)}
+        self.progress.update(
+            step, self.config.max_steps, **{k: v for k, v in shown.items() if math.isfinite(v)},
+            lr=metrics.get("train/lr", 0.0), cells_per_s=rate,
+        )  # fmt: skip
+        validated = step % self.config.validate_every == 0 or step == self.config.max_steps
+        if step % LOG_EVERY and not validated and step != self.config.max_steps:
+            return
+        row = {k: v for k, v in metrics.items() if k != "val/loss" or validated}
+        row |= {"perf/cells_per_s": rate, "train/cells_seen": float(step * self.order.batch_size)}
+        if grad_norm is not None:
+            row["train/grad_norm"] = grad_norm
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, **row}) + "\n")
+        self.tracker.metrics(row, step=step)
