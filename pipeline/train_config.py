@@ -30,6 +30,27 @@ class FeedConfig(StrictModel):
     """Cap on a cell's expressed genes that the encoder sees, sampled by seed; null for no cap."""
 
 
+class SpikeConfig(StrictModel):
+    """What to do about a step whose loss leaps. Off unless `factor` is given."""
+
+    factor: float | None = Field(None, gt=1)
+    """A spike is a loss above so many times the median of the last `window` steps. Null: no guard."""
+    action: Literal["log", "skip"] = "log"
+    """log says it; skip also leaves the step out, on all workers. Skipped steps count towards max_skipped."""
+    window: int = Field(100, ge=10)
+    """Steps of the median; judged from the tenth on."""
+
+
+class EarlyStoppingConfig(StrictModel):
+    """End when validation no longer improves. The learning rate's final decay is then not reached: set
+    optimizer.decay=0, or a max_steps near where the run is expected to end."""
+
+    patience: PositiveInt = 5
+    """Validations without improvement that are waited for."""
+    min_delta: float = Field(0.0, ge=0)
+    """What counts as an improvement: a validation loss lower than the best by more than this."""
+
+
 class TrainConfig(StrictModel):
     """A training run. Also the place for what DeepSpeed is told."""
 
@@ -39,6 +60,12 @@ class TrainConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu keeps the optimizer's state and its step in the host's memory, with ZeRO stages 1 to 3: room on the GPU for
+    time. The step is torch's own fused AdamW, so nothing is compiled."""
+    deepspeed: str | None = None
+    """For experts: a JSON file of further DeepSpeed options (buckets, overlap_comm, compression, …). What we set
+    ourselves it may not set: the error names both."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 pays on A100 and later; on CPU it is slower."""
     validate_every: PositiveInt = 200
@@ -49,10 +76,35 @@ class TrainConfig(StrictModel):
     """Steps between checkpoints."""
     keep_last: PositiveInt = 2
     """Checkpoints kept."""
+    keep_best: int = Field(1, ge=0)
+    """Checkpoints kept besides, of lowest validation loss among those written at a step that was validated."""
     log_every_seconds: PositiveFloat = 5.0
     """Seconds between progress lines."""
+    non_finite: Literal["skip", "stop"] = "skip"
+    """A step with a NaN or infinite loss or gradient on any worker: skip leaves it out on all workers (weights,
+    optimizer and average stay as they were), counts it and names the cells; stop ends the run at the first."""
+    max_skipped: PositiveInt = 10
+    """Steps skipped in a row before the run ends."""
+    spike: SpikeConfig = SpikeConfig()
+    early_stopping: EarlyStoppingConfig | None = None
+    """Null trains to max_steps."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become the model: those of the last step, or of the lowest validation loss. best writes a
+    checkpoint at every validation that improves."""
+    step_timeout_s: PositiveFloat = 600.0
+    """A worker without a step, validation or checkpoint finished for so long (3 times, for its first step) writes its
+    stacks to hang-rank<r>.txt and ends, so that the group starts again from the last checkpoint."""
     max_failures: int = Field(3, ge=0)
     """Worker failures survived before the job gives up."""
+
+    @model_validator(mode="after")
+    def _offload_is_of_shards(self) -> TrainConfig:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload_optimizer ({self.offload_optimizer}) needs zero_stage 1, 2 or 3; got 0: DeepSpeed offloads "
+                "shards, and stage 0 has none"
+            )
+        return self
 
 
 class VaeTrainConfig(TrainConfig):

@@ -42,7 +42,7 @@ class TrainingCurve:
             merged |= {k: v for k, v in row.items() if k != "step"}
         return merged
 
-    def write(self, step: int, metrics: dict[str, float], grad_norm: float | None) -> None:
+    def write(self, step: int, metrics: dict[str, float], grad_norm: float | None, *, last: bool) -> None:
         self.recent.append((time.monotonic(), step))
         (then, first), (now, _) = self.recent[0], self.recent[-1]
         rate = (step - first) * self.order.batch_size / (now - then) if now > then else 0.0
@@ -51,8 +51,8 @@ class TrainingCurve:
             step, self.config.max_steps, **{k: v for k, v in shown.items() if math.isfinite(v)},
             lr=metrics.get("train/lr", 0.0), cells_per_s=rate,
         )  # fmt: skip
-        validated = step % self.config.validate_every == 0 or step == self.config.max_steps
-        if step % LOG_EVERY and not validated and step != self.config.max_steps:
+        validated = step % self.config.validate_every == 0 or last
+        if step % LOG_EVERY and not validated and not last:
             return
         row = {k: v for k, v in metrics.items() if k != "val/loss" or validated}
         row |= {"perf/cells_per_s": rate, "train/cells_seen": float(step * self.order.batch_size)}
