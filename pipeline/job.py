@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.data.s3 import S3Config
+from pipeline.resources import CheckpointStorage, ResourcesConfig
 from pipeline.train_config import FeedConfig, FlowTrainConfig, TrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
 from scldm.flow.config import PathConfig, SamplerConfig
@@ -316,17 +317,6 @@ class EvaluateConfig(StrictModel):
 
 
 # ---- jobs --------------------------------------------------------------------------------------------------------
-class ResourcesConfig(StrictModel):
-    """What the job asks Ray for."""
-
-    workers: PositiveInt = 2
-    """Training workers."""
-    cpus_per_worker: PositiveFloat = 1
-    gpus_per_worker: float = Field(0, ge=0)
-    actors: PositiveInt = 2
-    """Actors of encode and generate."""
-
-
 class TrackingConfig(StrictModel):
     """MLflow."""
 
@@ -347,6 +337,8 @@ class JobBase(StrictModel):
     cluster: str | None = None
     """The cluster file that this job is sized for; for people and for `scldm plan`."""
     resources: ResourcesConfig = ResourcesConfig()
+    checkpoints: CheckpointStorage = CheckpointStorage()
+    """A second place for the checkpoints of training."""
     tracking: TrackingConfig = TrackingConfig()
     inputs: dict[str, str] = {}
     """Stage -> folder of a finished run of it; default: the newest under the output folder."""

@@ -87,7 +87,7 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
 
 def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase) -> str:
     """Steps, parameters, memory and checkpoints of a training stage."""
-    workers = job.resources.workers
+    workers = job.resources.world_sizes[0]  # the fewest there may be: each then holds the most
     per_worker = max(1, train.feed.batch_size // workers)
     rounds = math.ceil(per_worker / train.feed.micro_batch_size)
     steps = f"{train.max_steps:,} steps x {train.feed.batch_size} cells"

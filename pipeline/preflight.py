@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -30,10 +31,12 @@ def check_settings(job: JobBase) -> None:
 def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "") -> list[str]:
     """Batch, lanes and workers must divide one another."""
     feed, problems = train.feed, []
-    if feed.lanes % resources.workers:
+    if any(feed.lanes % n for n in resources.world_sizes):
+        whole = math.lcm(*resources.world_sizes)
+        every = f"{resources.workers}" if len(resources.world_sizes) == 1 else f"every number in {resources.workers}"
         problems.append(
-            f"{where}train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({resources.workers}); "
-            f"set {where}train.feed.lanes={-(-feed.lanes // resources.workers) * resources.workers}"
+            f"{where}train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({every}); "
+            f"set {where}train.feed.lanes={-(-feed.lanes // whole) * whole}"
         )
     if feed.batch_size % feed.lanes:
         problems.append(

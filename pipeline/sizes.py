@@ -117,10 +117,10 @@ def state_bytes(n: int, train: TrainConfig, workers: int) -> int:
 
 
 def checkpoint_bytes(n: int, train: TrainConfig) -> int:
-    """Checkpoints kept: weights, optimizer state, and the fp32 average where there is one; and the exported model."""
+    """Checkpoints kept: fp32 weights, optimizer state and, where there is one, the average; and the exported model."""
     average = 4 if isinstance(train, FlowTrainConfig) else 0
-    one = n * ((2 + 12 if train.precision == "bf16" else 4 + 8) + average)
-    return one * train.keep_last + n * (4 + average)
+    one = n * (4 + 8 + average)
+    return one * (train.keep_last + train.keep_best) + n * (4 + average)
 
 
 # ---- disk --------------------------------------------------------------------------------------------------------

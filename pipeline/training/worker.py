@@ -22,14 +22,20 @@ from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
 from pipeline.data.order import FeedOrder
 from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
+from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
 from pipeline.tracking import StageTracker
-from pipeline.training.loop import Run, Trained, run_training
-from pipeline.training.objectives import FlowObjective, VaeObjective, seen_seed, validation_tables
+from pipeline.training.flow_objective import FlowDraws, FlowObjective
+from pipeline.training.loop import Run, Stopped, Trained, run_training
+from pipeline.training.notice import STOP_FILE
+from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
+from pipeline.training.remote import Remote
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
+
+STOPPED_EXIT = 75  # EX_TEMPFAIL: nothing is wrong, run again
 
 
 class WorkerSpec(StrictModel):
@@ -45,16 +51,29 @@ class WorkerSpec(StrictModel):
     tracker: dict[str, Any]
     threads: int = 1
     card: str = ""
+    storage: CheckpointStorage = CheckpointStorage()
+    run_name: str = ""  # <name>/<stage>/<version>: the run's folder in the second place of checkpoints
 
 
 def train_worker(
-    raw: dict[str, Any], on_checkpoint: Callable[[dict[str, float]], None] | None = None
+    raw: dict[str, Any],
+    on_checkpoint: Callable[[dict[str, float]], None] | None = None,
+    preempted: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Train; the process group is up. Returns the facts of the stage (the same on every rank)."""
+    """Train; the process group is up. Returns the facts of the stage (the same on every rank).
+
+    Raises Stopped where a notice ended the run, with its work in a checkpoint.
+    """
     spec = WorkerSpec.model_validate(raw)
     torch.set_num_threads(spec.threads)
     tracker = StageTracker.attach(spec.tracker if dist.get_rank() == 0 else {})
-    run = Run(Path(spec.folder), spec.version, spec.feed_engine, tracker, on_checkpoint or (lambda metrics: None))
+    remote = None
+    if spec.storage.storage_path is not None and dist.get_rank() == 0:
+        remote = Remote(spec.storage, spec.run_name)
+    run = Run(
+        Path(spec.folder), spec.version, spec.feed_engine, tracker, on_checkpoint or (lambda metrics: None),
+        remote=remote, storage=spec.storage, preempted=preempted,
+    )  # fmt: skip
     inputs = {k: Manifest(**v) for k, v in spec.inputs.items()}
     try:
         return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
@@ -122,11 +141,14 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         dit,
         path=config.flow,
         n_classes=n_classes,
-        latent_shape=(m, e),
+        draws=FlowDraws(
+            spec.seed,
+            order,
+            order.lanes_of(dist.get_rank(), dist.get_world_size()),
+            latent_shape=(m, e),
+            n_labels=len(n_classes),
+        ),
         label_dropout=config.model.label_dropout,
-        order=order,
-        lanes=order.lanes_of(dist.get_rank(), dist.get_world_size()),
-        seed=spec.seed,
         validation=tables,
     )
     trained = run_training(objective, source, order, train, run, ema_config=train.ema)
@@ -155,6 +177,7 @@ def make_order(source: Any, config: FeedConfig, seed: int) -> FeedOrder:
 
 
 def _facts(trained: Trained, steps: int, module: torch.nn.Module) -> dict[str, Any]:
+    trained.close()
     return {
         "model": "model",
         "checkpoint": str(Path("checkpoints") / trained.checkpoint.name),
@@ -169,7 +192,15 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    facts = train_worker(spec)
+    if dist.get_rank() == 0:
+        (Path(spec["folder"]) / STOP_FILE).unlink(missing_ok=True)  # it was for the run before
+    dist.barrier()
+    try:
+        facts = train_worker(spec)
+    except Stopped as stopped:
+        if dist.get_rank() == 0:
+            print(stopped, flush=True)
+        sys.exit(STOPPED_EXIT)
     if dist.get_rank() == 0:
         print(json.dumps(facts), flush=True)
     dist.destroy_process_group()
