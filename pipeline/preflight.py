@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
 from pipeline.stage import InputError, Manifest
+from pipeline.training.deepspeed_options import read_options
 
 if TYPE_CHECKING:
     from scldm.config import StrictModel
@@ -20,6 +21,7 @@ def check_settings(job: JobBase) -> None:
         where = f"{stage}." if job.kind == "line" else ""  # type: ignore[attr-defined]
         if (train := getattr(config, "train", None)) is not None:
             problems += feed_problems(train, job.resources, where)
+            problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
         if isinstance(config, GenerateConfig):
             from pipeline.generation import check_choice
 
@@ -44,6 +46,22 @@ def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "
             f"({feed.lanes}); set {where}train.feed.batch_size={-(-feed.batch_size // feed.lanes) * feed.lanes}"
         )
     return problems
+
+
+def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:
+    if train.deepspeed is not None:
+        try:
+            read_options(train.deepspeed)
+        except InputError as error:
+            yield str(error)
+
+
+def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str) -> Iterator[str]:
+    if getattr(train, "decoder", "torch") == "triton" and not resources.gpus_per_worker:
+        yield (
+            f"{where}train.decoder (triton) needs a GPU in every worker, and resources.gpus_per_worker is 0; set it to "
+            f"1, or {where}train.decoder=torch"
+        )
 
 
 def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:

@@ -116,6 +116,10 @@ class VaeTrainConfig(TrainConfig):
     must not depend on a draw, and what validation scores is then what encode makes. weighted draws by the gene means of
     ingest; one that no training cell expresses is taken for as rare as the rarest that is."""
 
+    decoder: Literal["torch", "triton"] = "torch"
+    """What computes the decoder. triton: kernels for a GPU, asked for by name because no GPU has timed them yet; an
+    error at the start where a worker has no CUDA device."""
+
     @model_validator(mode="after")
     def _genes_are_chosen_once(self) -> VaeTrainConfig:
         if self.feed.max_genes is not None and self.genes_seen.mode != "expressed":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -173,8 +174,17 @@ def committed(root: Path) -> list[Found]:
 
 def to_keep(found: Sequence[Found], *, keep_last: int, keep_best: int) -> list[str]:
     """Names of the checkpoints that stay: the last ones, and the best by validation loss of those that have one."""
-    scored = sorted((f for f in found if "val/loss" in f.metrics), key=lambda f: f.metrics["val/loss"])
-    return [f.folder.name for f in [*found[:keep_last], *scored[:keep_best]]]
+    return [f.folder.name for f in [*found[:keep_last], *_by_loss(found)[:keep_best]]]
+
+
+def best(root: Path) -> Found | None:
+    """The checkpoint with the lowest validation loss of those that verify and have one."""
+    return next((f for f in _by_loss(committed(root)) if verify(f.folder) is None), None)
+
+
+def _by_loss(found: Sequence[Found]) -> list[Found]:
+    scored = [f for f in found if math.isfinite(f.metrics.get("val/loss", math.nan))]
+    return sorted(scored, key=lambda f: f.metrics["val/loss"])
 
 
 def retain(root: Path, *, newest: Path, keep_last: int, keep_best: int, busy: frozenset[str] = frozenset()) -> None:

@@ -92,6 +92,23 @@ class Keeper:
         self.latest = found.folder
         return Resumed(found.position.step, found.folder, found.more)
 
+    def back_to_best(self) -> int:
+        """Load the checkpoint with the lowest validation loss; its step."""
+        chosen: list[Any] = [checkpoint.best(self.root) if self.rank == 0 else None]
+        dist.broadcast_object_list(chosen)
+        found: Found | None = chosen[0]
+        if found is None:
+            raise RuntimeError(
+                f"no checkpoint under {self.root} has a validation loss, and train.export is best; run again with "
+                "train.export=last"
+            )
+        if found.folder != self.latest:
+            self.engine.load(found.folder, step=found.position.step)
+            if self.ema is not None:
+                self.ema.load_state_dict(load_file(found.folder / EMA_FILE, device=str(self.engine.device)))
+            self.latest = found.folder
+        return found.position.step
+
     def _choose(self) -> Found | None:
         found, rejected = checkpoint.newest(self.root)
         for line in rejected:

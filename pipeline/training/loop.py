@@ -20,7 +20,7 @@ from pipeline.data.feed import feed
 from pipeline.data.order import FeedOrder
 from pipeline.job import TrainConfig
 from pipeline.resources import CheckpointStorage
-from pipeline.training.checkpoint import Position
+from pipeline.training.checkpoint import Position, read
 from pipeline.training.clock import StepClock
 from pipeline.training.curve import LOG_EVERY, TrainingCurve
 from pipeline.training.engine import Engine
@@ -69,6 +69,8 @@ class Trained:
     metrics: dict[str, float]
     memory: Memory
     close: Callable[[], None]  # waits for what is still under way; called when the model is exported
+    steps: int  # taken in all
+    exported: int  # the step of these weights
 
 
 def accumulation_of(config: TrainConfig, world_size: int) -> tuple[int, int]:
@@ -176,7 +178,14 @@ class Training:
         """Of the weights that are to become the model."""
         assert self.keeper.latest is not None
         metrics = self.metrics or (self.curve.last() if self.curve is not None else {})
-        return Trained(self.engine, self.ema, self.keeper.latest, metrics, self.memory, self.keeper.close)
+        last = exported = read(self.keeper.latest).position.step
+        if self.config.export == "best":
+            exported = self.keeper.back_to_best()
+            metrics = metrics | {"val/loss": self.memory.best.loss}
+        return Trained(
+            self.engine, self.ema, self.keeper.latest, metrics, self.memory, self.keeper.close, steps=last,
+            exported=exported,
+        )  # fmt: skip
 
     def _update(self, at: Ready, lr: float) -> tuple[float, int]:
         """One global batch: the sum of its losses over all workers, and its cells; nothing where it was left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -18,7 +19,9 @@ from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError
 from pipeline.training.notice import STOP_FILE
 from pipeline.training.remote import check_storage
+from pipeline.training.watchdog import FIRST
 
+HOPELESS = "hopeless"  # in place of facts, where starting again would end the same: no failure that Ray may retry
 STOPPED = "stopped_at"  # in place of facts, where a notice ended the workers
 
 
@@ -26,6 +29,7 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs in every Ray Train worker; imports there, so that the driver stays light."""
     import ray.train
 
+    from pipeline.training.guard import TrainingStopped
     from pipeline.training.loop import Stopped
     from pipeline.training.worker import train_worker
 
@@ -37,6 +41,8 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
         )
     except Stopped as stopped:
         return {STOPPED: stopped.step}
+    except TrainingStopped as stopped:
+        return {HOPELESS: str(stopped)}
 
 
 def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> dict[str, Any]:
@@ -56,6 +62,10 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
             if result.error is not None:
                 raise result.error
             facts = result.return_value
+            if HOPELESS in facts:
+                from pipeline.training.guard import TrainingStopped
+
+                raise TrainingStopped(facts[HOPELESS])
             if STOPPED not in facts:
                 return facts
             if asked():
@@ -79,13 +89,18 @@ def _trainer(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfi
         _on_worker,
         train_loop_config=spec,
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=per_worker),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=collective_timeout(train)),
         run_config=RunConfig(
             name=f"{stage}-{spec['version']}-{uuid.uuid4().hex[:6]}",
             storage_path=str(Path(spec["folder"]) / "ray"),
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
+
+
+def collective_timeout(train: TrainConfig) -> int:
+    """Seconds that a collective may wait. Later than the watchdog, which says more."""
+    return math.ceil(FIRST * train.step_timeout_s) + 60
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
 from pipeline.tracking import StageTracker
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
+from pipeline.training.guard import TrainingStopped
 from pipeline.training.loop import Run, Stopped, Trained, run_training
 from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
@@ -91,6 +92,7 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
         torch.manual_seed(spec.seed)
         vae = VAE(config.model, n_genes=data.vocabulary.n_genes)
     vae.start_at(mean, variance)
+    vae.decoder.kernels = decoder_kernels(config.train.decoder)
     held_out = data.blocks("validation")
     source = data.blocks("train")
     train = config.train
@@ -118,7 +120,7 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     dist.barrier()
     shape = [config.model.n_latent_tokens, config.model.latent_width]
     seen = {**train.genes_seen.model_dump(mode="json"), "job_seed": spec.seed, "epoch_0_seed": seen_seed(spec.seed, 0)}
-    return _facts(trained, train.max_steps, vae) | {"latent_shape": shape, "genes_seen": seen}
+    return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen}
 
 
 def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
             latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,
         )  # fmt: skip
     dist.barrier()
-    return _facts(trained, train.max_steps, dit)
+    return _facts(trained, train.export, dit)
 
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
@@ -172,16 +174,29 @@ def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
     return IpcBlocks(str(encoded.path("latents")), tuple((f["file"], f["n_cells"]) for f in files))
 
 
+def decoder_kernels(asked: Literal["torch", "triton"]) -> Literal["torch", "triton"]:
+    if asked == "triton" and not torch.cuda.is_available():
+        raise InputError(
+            "train.decoder (triton) needs a CUDA device, and this worker has none; set resources.gpus_per_worker=1 on "
+            "machines with GPUs, or train.decoder=torch"
+        )
+    return asked
+
+
 def make_order(source: Any, config: FeedConfig, seed: int) -> FeedOrder:
     return FeedOrder(source.ids, source.tile, seed, config.batch_size, config.lanes, config.block_rows)
 
 
-def _facts(trained: Trained, steps: int, module: torch.nn.Module) -> dict[str, Any]:
+def _facts(trained: Trained, weights: str, module: torch.nn.Module) -> dict[str, Any]:
     trained.close()
+    guard, best = trained.memory.guard, trained.memory.best
     return {
         "model": "model",
+        "exported": {"weights": weights, "step": trained.exported},
+        "skipped_steps": guard.skipped,
+        "stopped_early": best.stopped,
         "checkpoint": str(Path("checkpoints") / trained.checkpoint.name),
-        "steps": steps,
+        "steps": trained.steps,
         "n_parameters": sum(p.numel() for p in module.parameters()),
         "metrics": trained.metrics,
     }
@@ -201,6 +216,10 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(stopped, flush=True)
         sys.exit(STOPPED_EXIT)
+    except TrainingStopped as stopped:
+        if dist.get_rank() == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        sys.exit(1)
     if dist.get_rank() == 0:
         print(json.dumps(facts), flush=True)
     dist.destroy_process_group()
