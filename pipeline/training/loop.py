@@ -154,15 +154,13 @@ class Training:
                     self.ema.update(step)
         self.watchdog.beat(f"step {step}")
         last = step == self.config.max_steps
-        if step % LOG_EVERY == 0 or last:
-            self.metrics |= {"train/loss": self.memory.losses.take(), "train/lr": lr, **self.clock.take()}
-            self.metrics["train/skipped"] = float(self.memory.guard.skipped)
-        measured: dict[str, float] = {}
+        measured, improved = {}, False
         if step % self.config.validate_every == 0 or last:
             measured, improved = self._validated(step)
             last = last or self.memory.best.stopped
-        else:
-            improved = False
+        if step % LOG_EVERY == 0 or last:
+            self.metrics |= {"train/loss": self.memory.losses.take(), "train/lr": lr, **self.clock.take()}
+            self.metrics["train/skipped"] = float(self.memory.guard.skipped)
         if self.curve is not None:
             self.curve.write(step, self.metrics, self.engine.grad_norm, last=last)
         stop = self.notice.answer() and not last

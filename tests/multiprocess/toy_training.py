@@ -93,8 +93,9 @@ def odd_loss(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
 
 def odd_gradient(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
     """A finite loss whose gradient is not: the root at zero."""
-    odd = (batch.joinids == ODD_CELL).float()
-    return loss + odd * (0 * loss).abs().sqrt()
+    odd, more = batch.joinids == ODD_CELL, torch.zeros_like(loss)
+    more[odd] = (0 * loss[odd]).abs().sqrt()
+    return loss + more
 
 
 def leap(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
