@@ -70,6 +70,9 @@ class Engine:
             config, micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available()
         )
         self._put_gate(optimizer)
+        self._engine: Any = (
+            None  # while DeepSpeed sets up, where its bf16 stage 0 would take a step of nothing but decay
+        )
         self._engine, self.optimizer, _, _ = self._deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
@@ -126,7 +129,7 @@ class Engine:
         step = optimizer.step
 
         def gated(*args: Any, **kwargs: Any) -> Any:
-            if not self._open or not self._finite():
+            if self._engine is None or not self._open or not self._finite():
                 return None
             self._stepped = True
             return step(*args, **kwargs)
