@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.data.s3 import S3Config
 from pipeline.resources import CheckpointStorage, ResourcesConfig
@@ -29,6 +29,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "generate": ("ingest", "train_vae", "train_flow"),
     "evaluate": ("ingest", "train_vae", "generate"),
 }
+
+
+def needs(stage: str, config: Any) -> tuple[str, ...]:
+    """Stages that a stage with these settings is made from."""
+    if stage == "train_flow" and config.vae.train:
+        return ("ingest", "train_vae")  # it streams counts
+    return NEEDS[stage]
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
@@ -276,10 +285,42 @@ class EncodeConfig(StrictModel):
     splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
 
 
+class JointVaeConfig(StrictModel):
+    """Whether the VAE is trained on, together with the flow."""
+
+    train: bool = False
+    """true streams counts instead of reading the latent cache, with the encoder in the graph; the stage then needs no
+    encode, and exports both networks. generate and evaluate take this VAE."""
+    weight: PositiveFloat = 1.0
+    """Of the VAE's negative log-likelihood (nats per cell) beside the flow's loss (mean square of a latent)."""
+    genes_per_step: PositiveInt | None = None
+    """Genes scored in a training step, as train_vae.train.genes_per_step."""
+
+    @model_validator(mode="after")
+    def _is_of_a_joint_training(self) -> JointVaeConfig:
+        given = [f for f in ("weight", "genes_per_step") if getattr(self, f) != JointVaeConfig.model_fields[f].default]
+        if given and not self.train:
+            raise ValueError(
+                f"{', '.join(given)} is of a VAE that is trained with the flow, and vae.train is false; set it to "
+                f"true, or leave {', '.join(given)} out"
+            )
+        return self
+
+
 class TrainFlowConfig(StrictModel):
     model: DiTConfig = DiTConfig()
     flow: PathConfig = PathConfig()
     train: FlowTrainConfig = FlowTrainConfig()
+    vae: JointVaeConfig = JointVaeConfig()
+
+    @model_validator(mode="after")
+    def _a_cap_on_genes_needs_genes(self) -> TrainFlowConfig:
+        if self.train.feed.max_genes is not None and not self.vae.train:
+            raise ValueError(
+                f"train.feed.max_genes ({self.train.feed.max_genes}) caps the genes of a cell, and the flow is trained "
+                "on cached latents, which have none; leave it out, or set vae.train=true"
+            )
+        return self
 
 
 class GenerateConfig(StrictModel):
@@ -419,4 +460,6 @@ def stage_configs(job: JobBase) -> dict[str, StrictModel]:
             found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})
         elif getattr(job, stage, None) is not None:
             found[stage] = getattr(job, stage)
+    if kind == "line" and found["train_flow"].vae.train:  # type: ignore[attr-defined]
+        del found["encode"]  # nobody would read the cache
     return found

@@ -1,10 +1,11 @@
 """Memory of a training worker by formula, for every ZeRO stage, and which A100 it fits.
 
 State is counted as DeepSpeed keeps it: weights and gradients in the precision of training, Adam's two moments and under
-bf16 an fp32 master copy, divided over the workers as far as the stage says; our average of the weights is whole on every
-worker. Activations are counted from what the backward pass keeps: nothing of size b x g x d, because the decoder
-computes its tiles again. They hold within a factor of 2 (a test measures small models on a CPU). Shape letters: b cells
-of a micro batch, g genes scored, s expressed genes, m latent tokens, d model width, h heads.
+bf16 an fp32 master copy, divided over the workers as far as the stage says; our average of the weights is whole on
+every worker. Activations are counted from what the backward pass keeps: nothing of size b x g x d, because the decoder
+computes its tiles again. They hold within a factor of 2 (a test measures small models on a CPU, with the decoder as a
+GPU runs it). Shape letters: b cells of a micro batch, g genes scored, s expressed genes, m latent tokens, d model
+width, h heads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ DEVICES = {"A100 40 GB": 42.3e9, "A100 80 GB": 85.0e9}  # bytes that the driver 
 USABLE = 0.9  # the allocator's fragments take the rest
 STAGES = (0, 1, 2, 3)
 # Numbers kept for a token of a block, in units of d: norms and their inputs, q k v, attention, SwiGLU's hidden ones.
+# Who attends to whom is not kept: torch's attention computes it again.
 BLOCK_WIDTHS = 26
 GENE_COPIES = 7  # b x g numbers that likelihood and softmax keep or make, in fp32
 
@@ -71,7 +73,7 @@ def vae_activations(config: VAEConfig, train: TrainConfig, *, cells: int, n_gene
     """
     width = 2 if train.precision == "bf16" else 4
     d, m, h = config.d_model, config.n_latent_tokens, config.n_heads_cross
-    blocks = 2 * config.n_layers * _block_numbers(d, m, config.n_heads)
+    blocks = 2 * config.n_layers * _block_numbers(d, m)
     pooling = expressed * (4 + 3 * h) + 8 * m * d  # indices, counts, and a few numbers per head and token
     outputs = n_genes * (GENE_COPIES + (2 if config.head == "nb_cell" else 0))
     hidden = 8 * d / 3
@@ -86,12 +88,12 @@ def dit_activations(
     """Bytes at the peak of a step of the flow."""
     width = 2 if train.precision == "bf16" else 4
     d, m = config.d_model, n_latent_tokens
-    per_cell = config.n_layers * (_block_numbers(d, m, config.n_heads) + 12 * d) + 8 * m * (d + latent_width)
+    per_cell = config.n_layers * (_block_numbers(d, m) + 12 * d) + 8 * m * (d + latent_width)
     return cells * width * per_cell
 
 
-def _block_numbers(d: int, m: int, heads: int) -> float:
-    return BLOCK_WIDTHS * m * d + 2 * heads * m * m
+def _block_numbers(d: int, m: int) -> float:
+    return BLOCK_WIDTHS * m * d
 
 
 def fits(total: float) -> list[str]:

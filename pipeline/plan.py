@@ -77,6 +77,9 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         flow: TrainFlowConfig = configs["train_flow"]
         n = sizes.dit_parameters(flow, vae, data) if vae is not None else None
         active = sizes.dit_step_bytes(flow, vae, job.resources.most_workers) if vae is not None else None
+        if flow.vae.train and vae is not None and n is not None and active is not None:  # the VAE is trained with it
+            n += sizes.vae_parameters(vae, data) or 0
+            active += sizes.vae_step_bytes(sizes.joint_vae(flow, vae), data, job.resources.most_workers) or 0
         lines += _training("train_flow", n, flow.train, job, active)
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
     if "generate" in configs:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.job import NEEDS, STAGES, JobBase, stage_configs
+from pipeline.job import NEEDS, STAGES, JobBase, needs, stage_configs
 from pipeline.outside_files import outside_files
 from pipeline.stage import InputError, Manifest, newest_manifest, read_manifest, stage_version
 from scldm.config import StrictModel
@@ -83,12 +83,12 @@ def look_ahead(job: JobBase) -> tuple[list[Step], list[Missing]]:
     steps: dict[str, Step] = {}
     lacking: dict[str, list[str]] = {}
     for stage, config in configs.items():
-        made = {s: _as_input(step) for s, step in steps.items() if s in NEEDS[stage]}
-        found = _find_made(job, folder, [n for n in NEEDS[stage] if n not in configs])
+        made = {s: _as_input(step) for s, step in steps.items() if s in needs(stage, config)}
+        found = _find_made(job, folder, [n for n in needs(stage, config) if n not in configs])
         for need in (n for n, manifest in found.items() if manifest is None):
             lacking.setdefault(need, []).append(stage)
         inputs = {**made, **{k: m for k, m in found.items() if m is not None}}
-        if len(inputs) < len(NEEDS[stage]):
+        if len(inputs) < len(needs(stage, config)):
             continue
         _check_lineage(stage, inputs)
         steps[stage] = _decide(job, folder, stage, config, inputs, steps)

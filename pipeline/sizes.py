@@ -125,6 +125,12 @@ def vae_step_bytes(config: TrainVaeConfig, data: DataFacts, workers: int) -> flo
     return vae_activations(config.model, config.train, cells=cells, n_genes=scored, expressed=expressed_genes(data))
 
 
+def joint_vae(flow: TrainFlowConfig, vae: TrainVaeConfig) -> TrainVaeConfig:
+    """The VAE as `train_flow` with vae.train trains it."""
+    shared = {"feed": flow.train.feed, "precision": flow.train.precision, "genes_per_step": flow.vae.genes_per_step}
+    return vae.model_copy(update={"train": vae.train.model_copy(update=shared)})
+
+
 def dit_step_bytes(config: TrainFlowConfig, vae: TrainVaeConfig, workers: int) -> float:
     """Activations of a training step of the flow, on one worker."""
     m, e = vae.model.n_latent_tokens, vae.model.latent_width

@@ -154,7 +154,8 @@ class Training:
                     self.ema.update(step)
         self.watchdog.beat(f"step {step}")
         last = step == self.config.max_steps
-        measured, improved = {}, False
+        measured: dict[str, float] = {}
+        improved = False
         if step % self.config.validate_every == 0 or last:
             measured, improved = self._validated(step)
             last = last or self.memory.best.stopped

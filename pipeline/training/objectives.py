@@ -82,7 +82,7 @@ class VaeObjective:
         return VaeBatch(cells, fewer, None if self.measured is None else measured_group(table))
 
     def loss(self, model: Callable[..., Tensor], batch: VaeBatch, part: Slice) -> Tensor:
-        cells, seen = self._scored_and_seen(batch)
+        cells, seen = self.scored_and_seen(batch)
         if self.genes_seen.mode != "expressed":
             seen = self._drawn(cells, part.epoch)
         return model(cells, self.sample(part.step, cells.counts.device), seen)
@@ -104,14 +104,14 @@ class VaeObjective:
         device = next(self.module.parameters()).device
         total, n = 0.0, 0
         for table in self._validation[rank::world_size]:
-            cells, seen = self._scored_and_seen(
+            cells, seen = self.scored_and_seen(
                 map_tensors(self.prepare(table, Slice(0, 0, 0)), lambda x: x.to(device))
             )
             total += float(self.module(cells, None, seen).double().sum())
             n += cells.n_cells
         return total, n
 
-    def _scored_and_seen(self, batch: VaeBatch) -> tuple[CellBatch, CellBatch]:
+    def scored_and_seen(self, batch: VaeBatch) -> tuple[CellBatch, CellBatch]:
         """The cells that are scored, and what the encoder sees of them."""
         cells = batch.cells
         if self.measured is not None and batch.group is not None:

@@ -27,6 +27,7 @@ from pipeline.stage import InputError, Manifest
 from pipeline.tracking import StageTracker
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
 from pipeline.training.guard import TrainingStopped
+from pipeline.training.joint_run import VAE_FOLDERS, train_joint
 from pipeline.training.loop import Run, Stopped, Trained, run_training
 from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
@@ -125,6 +126,10 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
 
 def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:
     config = TrainFlowConfig.model_validate(spec.config)
+    if config.vae.train:
+        trained, both = train_joint(config, inputs, run, seed=spec.seed, card=spec.card)
+        shape = [both.vae.config.n_latent_tokens, both.vae.config.latent_width]
+        return _facts(trained, config.train.export, both) | {"vae": VAE_FOLDERS, "latent_shape": shape}
     data = Ingested.open(inputs["ingest"])
     encoded = inputs["encode"]
     m, e = encoded.facts["latent_shape"]
