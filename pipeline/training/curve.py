@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,18 @@ LOG_EVERY = 10  # steps between points of the training curve
 class TrainingCurve:
     """Rank 0: the training curve on disk, in the tracker, and progress for people."""
 
-    def __init__(self, folder: Path, tracker: Any, config: TrainConfig, start: int, order: FeedOrder):
+    def __init__(
+        self,
+        folder: Path,
+        tracker: Any,
+        config: TrainConfig,
+        start: int,
+        order: FeedOrder,
+        mfu: Callable[[float], float | None] = lambda cells_per_s: None,
+    ):
         self.path = folder / "metrics.jsonl"
         self.tracker, self.config, self.order = tracker, config, order
+        self.mfu = mfu  # share of the devices' peak, from cells per second; None where the peak is not known
         self.progress = ProgressWriter(folder)
         kept = [row for row in self._rows() if row["step"] <= start]  # what a killed attempt wrote past its checkpoint
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -56,6 +65,8 @@ class TrainingCurve:
             return
         row = {k: v for k, v in metrics.items() if k != "val/loss" or validated}
         row |= {"perf/cells_per_s": rate, "train/cells_seen": float(step * self.order.batch_size)}
+        if (share := self.mfu(rate)) is not None:
+            row["perf/mfu"] = share
         if grad_norm is not None:
             row["train/grad_norm"] = grad_norm
         with self.path.open("a") as f:

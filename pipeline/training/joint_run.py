@@ -16,8 +16,9 @@ from pipeline.job import TrainFlowConfig
 from pipeline.stage import Manifest
 from pipeline.training.flow_objective import FlowDraws
 from pipeline.training.joint import Joint, JointObjective, part_of
-from pipeline.training.loop import Run, Trained, run_training
+from pipeline.training.loop import run_training
 from pipeline.training.objectives import VaeObjective, validation_tables
+from pipeline.training.records import Run, Trained
 from scldm.checkpoints.native import load_vae, save_flow, save_vae
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE

@@ -6,11 +6,8 @@ that was killed and goes on from a checkpoint does what the uninterrupted run wo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +15,8 @@ from torch import nn
 
 from pipeline.data.feed import feed
 from pipeline.data.order import FeedOrder
+from pipeline.flops import mfu, peak_flops
 from pipeline.job import TrainConfig
-from pipeline.resources import CheckpointStorage
 from pipeline.training.checkpoint import Position, read
 from pipeline.training.clock import StepClock
 from pipeline.training.curve import LOG_EVERY, TrainingCurve
@@ -29,48 +26,12 @@ from pipeline.training.keeper import Keeper
 from pipeline.training.memory import MeanLoss, Memory
 from pipeline.training.notice import StopNotice
 from pipeline.training.prefetch import Ready, prefetch
-from pipeline.training.remote import Remote
+from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.slices import Objective
 from pipeline.training.stopping import BestSoFar
 from pipeline.training.watchdog import Watchdog
 from scldm.optim.ema import EMA
 from scldm.optim.schedule import learning_rate_factor
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where and for whom the loop works."""
-
-    folder: Path  # of the stage
-    config_hash: str
-    feed_engine: Literal["ray", "local"]
-    tracker: Any
-    on_checkpoint: Callable[[dict[str, float]], None] = lambda metrics: None
-    remote: Remote | None = None  # second place of the checkpoints
-    storage: CheckpointStorage = field(default_factory=CheckpointStorage)
-    preempted: Callable[[], bool] | None = None  # whether a node of the run is being taken away; collective
-
-
-class Stopped(Exception):
-    """Training ended on notice, with everything up to `step` in a checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped on notice after step {step}; the same command goes on from there")
-        self.step = step
-
-
-@dataclass
-class Trained:
-    """What the loop leaves behind."""
-
-    engine: Engine
-    ema: EMA | None
-    checkpoint: Path  # of these weights
-    metrics: dict[str, float]
-    memory: Memory
-    close: Callable[[], None]  # waits for what is still under way; called when the model is exported
-    steps: int  # taken in all
-    exported: int  # the step of these weights
 
 
 def accumulation_of(config: TrainConfig, world_size: int) -> tuple[int, int]:
@@ -139,7 +100,9 @@ class Training:
         if found.folder is not None:
             self.memory.load(found.more)
         if dist.get_rank() == 0:
-            self.curve = TrainingCurve(self.run.folder, self.run.tracker, self.config, found.step, self.order)
+            self.curve = TrainingCurve(
+                self.run.folder, self.run.tracker, self.config, found.step, self.order, self._mfu
+            )
         return found.step
 
     def take(self, at: Ready) -> bool:
@@ -182,7 +145,7 @@ class Training:
             exported = self.keeper.back_to_best()
             metrics = metrics | {"val/loss": self.memory.best.loss}
         return Trained(
-            self.engine, self.ema, self.keeper.latest, metrics, self.memory, self.keeper.close, steps=last,
+            self.engine, self.ema, self.keeper.latest, metrics, self.memory, self.keeper.close, self.clock, steps=last,
             exported=exported,
         )  # fmt: skip
 
@@ -220,6 +183,16 @@ class Training:
         self.watchdog.beat(f"checkpoint at step {step}")
         if saved:
             self.run.on_checkpoint({"step": step, **self.metrics})
+
+    def _mfu(self, cells_per_s: float) -> float | None:
+        device = self.engine.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        peak = peak_flops(name, self.config.precision)
+        return (
+            None
+            if self.run.flops_per_cell is None
+            else mfu(self.run.flops_per_cell, cells_per_s, peak, self.world_size)
+        )
 
     def _position(self, step: int) -> Position:
         epoch, offset = divmod(step, self.order.n_steps_per_epoch)

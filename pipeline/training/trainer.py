@@ -30,7 +30,7 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from pipeline.training.guard import TrainingStopped
-    from pipeline.training.loop import Stopped
+    from pipeline.training.records import Stopped
     from pipeline.training.worker import train_worker
 
     try:

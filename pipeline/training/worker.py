@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
 from pipeline.data.order import FeedOrder
+from pipeline.flops import dit_flops, vae_flops
 from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
@@ -28,9 +30,10 @@ from pipeline.tracking import StageTracker
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
 from pipeline.training.guard import TrainingStopped
 from pipeline.training.joint_run import VAE_FOLDERS, train_joint
-from pipeline.training.loop import Run, Stopped, Trained, run_training
+from pipeline.training.loop import run_training
 from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
+from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.remote import Remote
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
@@ -112,7 +115,12 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
         measured=None if data.measured is None else torch.from_numpy(data.measured),
     )
     order = make_order(source, train.feed, spec.seed)
-    trained = run_training(objective, source, order, train, run)
+    n_genes = data.vocabulary.n_genes
+    flops = vae_flops(
+        config.model, n_genes=min(train.genes_per_step or n_genes, n_genes),
+        expressed=float(data.facts["mean_expressed_genes"]),
+    )  # fmt: skip
+    trained = run_training(objective, source, order, train, replace(run, flops_per_cell=flops))
     state = trained.engine.export_state(trained.checkpoint)
     if dist.get_rank() == 0:
         final = VAE(config.model, n_genes=data.vocabulary.n_genes)
@@ -158,6 +166,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         label_dropout=config.model.label_dropout,
         validation=tables,
     )
+    run = replace(run, flops_per_cell=dit_flops(config.model, n_latent_tokens=m, latent_width=e))
     trained = run_training(objective, source, order, train, run, ema_config=train.ema)
     raw = trained.engine.export_state(trained.checkpoint)
     assert trained.ema is not None

@@ -26,7 +26,8 @@ from pipeline.data.order import FeedOrder
 from pipeline.tracking import NullTracker
 from pipeline.train_config import TrainConfig
 from pipeline.training.guard import TrainingStopped
-from pipeline.training.loop import Run, run_training
+from pipeline.training.loop import run_training
+from pipeline.training.records import Run
 from scldm.flow.config import EMAConfig
 from scldm.optim.schedule import learning_rate_factor
 
