@@ -22,6 +22,7 @@ def check_settings(job: JobBase) -> None:
         if (train := getattr(config, "train", None)) is not None:
             problems += feed_problems(train, job.resources, where)
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
+            problems += _cautious_problems(train, job.resources, where)
         if isinstance(config, GenerateConfig):
             from pipeline.generation import check_choice
 
@@ -54,6 +55,15 @@ def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:
             read_options(train.deepspeed)
         except InputError as error:
             yield str(error)
+
+
+def _cautious_problems(train: TrainConfig, resources: ResourcesConfig, where: str) -> Iterator[str]:
+    if train.optimizer.cautious and train.zero_stage > 0 and len(resources.world_sizes) > 1:
+        yield (
+            f"{where}train.optimizer.cautious (true) rescales under ZeRO by what a worker holds of all parameters, so "
+            f"its steps depend on the number of workers, and resources.workers is a range ({resources.workers}); set "
+            f"{where}train.zero_stage=0, or a fixed number of workers"
+        )
 
 
 def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str) -> Iterator[str]:

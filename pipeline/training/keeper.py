@@ -89,6 +89,9 @@ class Keeper:
             self.ema.load_state_dict(load_file(found.folder / EMA_FILE, device=str(self.engine.device)))
         if found.position.world_size == self.world_size:
             _set_random_state(load_file(found.folder / random_file(self.rank)))
+        elif self.rank == 0:
+            was = found.position.world_size
+            print(f"step {found.position.step} was written by {was} workers, {self.world_size} go on", flush=True)
         self.latest = found.folder
         return Resumed(found.position.step, found.folder, found.more)
 

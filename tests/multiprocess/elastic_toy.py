@@ -72,7 +72,8 @@ def _train(folder: Path, settings: dict[str, Any], stop: int | None = None) -> N
     try:
         done = train(folder, checkpoint_every=100, **settings)
     except Stopped as stopped:
-        assert stopped.step == stop
+        if stopped.step != stop:
+            raise
         return
     finally:
         Training.take = take  # type: ignore[method-assign]

@@ -41,7 +41,7 @@ def results(folder: Path, name: str, run: str) -> dict[str, list[float]]:
     return json.loads((folder / name / run / "done.json").read_text())
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "cautious" not in name])
 def test_two_workers_then_one_then_two_come_to_the_weights_of_two(folders, name):
     straight, bent = results(folders[0], name, "straight"), results(folders[0], name, "bent")
     # bf16 adds the gradients of micro batches up in bf16, and one worker adds up more of them.
@@ -52,8 +52,8 @@ def test_two_workers_then_one_then_two_come_to_the_weights_of_two(folders, name)
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_as_many_workers_as_before_come_to_the_same_weights_bit_for_bit(folders, name):
-    checkpoints = folders[1] / name / "bent" / "checkpoints"
-    assert [p.name[:13] for p in sorted(checkpoints.glob("step-*"))][0] == f"step-{FIRST_STOP:08d}"
+    oldest = min(p.name for p in (folders[1] / name / "bent" / "checkpoints").glob("step-*"))
+    assert oldest.startswith(f"step-{FIRST_STOP:08d}-w2")
     straight, bent = results(folders[1], name, "straight"), results(folders[1], name, "bent")
     assert bent["weights"] == straight["weights"]
     assert bent["average"] == straight["average"]
