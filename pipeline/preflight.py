@@ -36,9 +36,8 @@ def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "
     feed, problems = train.feed, []
     if any(feed.lanes % n for n in resources.world_sizes):
         whole = math.lcm(*resources.world_sizes)
-        every = f"{resources.workers}" if len(resources.world_sizes) == 1 else f"every number in {resources.workers}"
         problems.append(
-            f"{where}train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({every}); "
+            f"{where}train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({resources.workers}); "
             f"set {where}train.feed.lanes={-(-feed.lanes // whole) * whole}"
         )
     if feed.batch_size % feed.lanes:
@@ -61,7 +60,7 @@ def _cautious_problems(train: TrainConfig, resources: ResourcesConfig, where: st
     if train.optimizer.cautious and train.zero_stage > 0 and len(resources.world_sizes) > 1:
         yield (
             f"{where}train.optimizer.cautious (true) rescales under ZeRO by what a worker holds of all parameters, so "
-            f"its steps depend on the number of workers, and resources.workers is a range ({resources.workers}); set "
+            f"its steps depend on the number of workers, and resources.workers is {resources.workers}; set "
             f"{where}train.zero_stage=0, or a fixed number of workers"
         )
 

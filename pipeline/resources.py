@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from typing import Any
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_serializer, model_validator
 
 from pipeline.data.s3 import S3Config
 from scldm.config import StrictModel
 
 
 class WorkerRange(StrictModel):
-    """Training workers that come and go with the nodes: the run starts again from its newest checkpoint with as many
-    as there are, and sees the same cells in the same order."""
+    """How many training workers there may be. A plain number stands for exactly so many.
+
+    Workers of a range come and go with the nodes: the run starts again from its newest checkpoint with as many as there
+    are, and sees the same cells in the same order.
+    """
 
     min: PositiveInt
     max: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_number_is_a_range(cls, given: Any) -> Any:
+        if isinstance(given, int) and not isinstance(given, bool):
+            return {"min": given, "max": given}
+        if not isinstance(given, (dict, cls)):
+            raise ValueError(f"{given!r} is no number of workers, nor a range such as {{min: 1, max: 4}}")
+        return given
 
     @model_validator(mode="after")
     def _is_a_range(self) -> WorkerRange:
@@ -21,11 +35,18 @@ class WorkerRange(StrictModel):
             raise ValueError(f"min ({self.min}) must not be more than max ({self.max})")
         return self
 
+    @model_serializer
+    def _as_written(self) -> int | dict[str, int]:
+        return self.min if self.min == self.max else {"min": self.min, "max": self.max}
+
+    def __str__(self) -> str:
+        return f"{self.min}" if self.min == self.max else f"every number from {self.min} to {self.max}"
+
 
 class ResourcesConfig(StrictModel):
     """What the job asks Ray for."""
 
-    workers: PositiveInt | WorkerRange = 2
+    workers: WorkerRange = WorkerRange(min=2, max=2)
     """Training workers: a number, or {min: 1, max: 4} to go on with fewer when nodes die and with more when they come.
     train.feed.lanes must be a multiple of every number of workers that there may be."""
     cpus_per_worker: PositiveFloat = 1
@@ -34,14 +55,9 @@ class ResourcesConfig(StrictModel):
     """Actors of encode and generate."""
 
     @property
-    def most_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers.max
-
-    @property
     def world_sizes(self) -> range:
         """Numbers of workers that training may run with."""
-        least = self.workers if isinstance(self.workers, int) else self.workers.min
-        return range(least, self.most_workers + 1)
+        return range(self.workers.min, self.workers.max + 1)
 
 
 class CheckpointStorage(StrictModel):

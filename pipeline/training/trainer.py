@@ -82,13 +82,13 @@ def _trainer(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfi
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if gpu:
         per_worker["GPU"] = resources.gpus_per_worker
-    workers = (
-        resources.workers if isinstance(resources.workers, int) else (resources.workers.min, resources.workers.max)
-    )
+    least, most = resources.workers.min, resources.workers.max
     return TorchTrainer(
         _on_worker,
         train_loop_config=spec,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=per_worker),
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else (least, most), use_gpu=gpu, resources_per_worker=per_worker
+        ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=collective_timeout(train)),
         run_config=RunConfig(
             name=f"{stage}-{spec['version']}-{uuid.uuid4().hex[:6]}",

@@ -23,14 +23,14 @@ from pipeline.stage import newest_manifest
 from pipeline.training.checkpoint import committed
 
 pytestmark = pytest.mark.chaos
-STEPS, EVERY = 1500, 100
+STEPS, EVERY = 800, 40
 JOB = {
     "kind": "train_vae",
     "name": "survivor",
     "resources": {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 1, "actors": 1},
     "ingest": {"source": {"type": "synthetic", "n_cells": 300, "n_genes": 80, "n_types": 3}},
     "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4},
-    "train": {"max_steps": STEPS, "checkpoint_every": EVERY, "validate_every": 500, "validation_cells": 32,
+    "train": {"max_steps": STEPS, "checkpoint_every": EVERY, "validate_every": 200, "validation_cells": 32,
               "keep_last": 50, "feed": {"batch_size": 32, "micro_batch_size": 16, "lanes": 4}},
 }  # fmt: skip
 QUIET = {
@@ -129,12 +129,12 @@ def test_nodes_and_the_driver_go_and_the_run_ends_with_every_step_done(tmp_path,
 
     cluster.add()
     driver = cluster.run(job)
-    wait_for(lambda: latest() >= EVERY, 240, "no first checkpoint")
+    wait_for(lambda: latest() >= EVERY, 400, "no first checkpoint")
     cluster.drain(cluster.alive()[1])
-    wait_for(lambda: "a node is taken away; step" in said(), 60, "the notice was not seen")
+    wait_for(lambda: "a node is taken away; step" in said(), 120, "the notice was not seen")
     safe = int(said().split("a node is taken away; step ")[1].split()[0])
     assert safe in {c.position.step for c in found()}, "the notice must leave a checkpoint at the very step"
-    wait_for(lambda: latest() > safe, 240, "the run does not go on without the node")
+    wait_for(lambda: latest() > safe, 400, "the run does not go on without the node")
     assert min((c for c in found() if c.position.step > safe), key=lambda c: c.position.step).position.world_size == 1
 
     kill_tree(driver)
@@ -142,7 +142,7 @@ def test_nodes_and_the_driver_go_and_the_run_ends_with_every_step_done(tmp_path,
     cluster.kill(cluster.nodes[1])
     lost = cluster.add()
     driver = cluster.run(job)
-    wait_for(lambda: latest() > before, 240, "the same command does not go on")
+    wait_for(lambda: latest() > before, 400, "the same command does not go on")
     newest = max(found(), key=lambda c: c.position.step)
     assert newest.position.world_size == 2, "the new node is not used"
 

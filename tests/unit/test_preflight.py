@@ -38,7 +38,7 @@ def test_lanes_workers_and_batch_must_fit_and_all_that_do_not_is_said_at_once():
 
 def test_a_range_of_workers_must_divide_the_lanes_whatever_it_comes_to():
     job = load_job(JOBS / "demo.yaml", ["resources.workers={min: 1, max: 3}"])
-    with pytest.raises(InputError, match=r"lanes \(4\) must be a multiple of .* set train_vae.train.feed.lanes=6"):
+    with pytest.raises(InputError, match=r"lanes \(4\) must be a multiple of .*every number from 1 to 3\); set train_vae.train.feed.lanes=6"):
         check_settings(job)
     check_settings(load_job(JOBS / "demo.yaml", ["resources.workers={min: 1, max: 2}"]))
     with pytest.raises(InputError, match=r"min \(3\) must not be more than max \(2\)"):
