@@ -66,7 +66,7 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
     disk = 0
     if "train_vae" in configs:
         n = sizes.vae_parameters(configs["train_vae"], data)
-        active = sizes.vae_step_bytes(configs["train_vae"], data, job.resources.most_workers)
+        active = sizes.vae_step_bytes(configs["train_vae"], data, job.resources.workers.max)
         lines += _training("train_vae", n, configs["train_vae"].train, job, active)
         disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
     if "encode" in configs and vae is not None:
@@ -76,10 +76,10 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
     if "train_flow" in configs:
         flow: TrainFlowConfig = configs["train_flow"]
         n = sizes.dit_parameters(flow, vae, data) if vae is not None else None
-        active = sizes.dit_step_bytes(flow, vae, job.resources.most_workers) if vae is not None else None
+        active = sizes.dit_step_bytes(flow, vae, job.resources.workers.max) if vae is not None else None
         if flow.vae.train and vae is not None and n is not None and active is not None:  # the VAE is trained with it
             n += sizes.vae_parameters(vae, data) or 0
-            active += sizes.vae_step_bytes(sizes.joint_vae(flow, vae), data, job.resources.most_workers) or 0
+            active += sizes.vae_step_bytes(sizes.joint_vae(flow, vae), data, job.resources.workers.max) or 0
         lines += _training("train_flow", n, flow.train, job, active)
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
     if "generate" in configs:

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,25 @@ class TrainingCurve:
         self.tracker, self.config, self.order = tracker, config, order
         self.mfu = mfu  # share of the devices' peak, from cells per second; None where the peak is not known
         self.progress = ProgressWriter(folder)
-        kept = [row for row in self._rows() if row["step"] <= start]  # what a killed attempt wrote past its checkpoint
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._cut(start)
         self.recent: deque[tuple[float, int]] = deque(maxlen=50)  # the rate is that of the last steps, without start-up
+
+    def _cut(self, start: int) -> None:
+        """Drop what a killed attempt wrote past its checkpoint. By rename: on a full disk the old curve stays."""
+        text = "".join(json.dumps(row) + "\n" for row in self._rows() if row["step"] <= start)
+        if not self.path.exists() or self.path.read_text() != text:
+            with self._or_say():
+                tmp = self.path.with_name(f".{self.path.name}.tmp")
+                tmp.write_text(text)
+                tmp.replace(self.path)
+
+    @contextmanager
+    def _or_say(self) -> Iterator[None]:
+        """The curve is worth a line, not the run."""
+        try:
+            yield
+        except OSError as error:
+            print(f"THE CURVE CANNOT BE WRITTEN to {self.path}: {error}. Training goes on", flush=True)
 
     def _rows(self) -> Iterator[dict[str, float]]:
         if self.path.exists():
@@ -69,6 +86,6 @@ class TrainingCurve:
             row["perf/mfu"] = share
         if grad_norm is not None:
             row["train/grad_norm"] = grad_norm
-        with self.path.open("a") as f:
+        with self._or_say(), self.path.open("a") as f:
             f.write(json.dumps({"step": step, **row}) + "\n")
         self.tracker.metrics(row, step=step)

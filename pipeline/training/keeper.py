@@ -7,7 +7,9 @@ sums of the training curve, the validation loss and the ids of the tracker's run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,10 +130,22 @@ class Keeper:
         newer = [name for name in there if found is None or name.split("-w")[0] > found.folder.name.split("-w")[0]]
         for name in newer:
             if (fetched := self._fetch(name)) is not None:
+                self._fetch_best(there)
                 return fetched
         if found is not None and found.folder.name not in there:
             self._upload(found.folder)  # an upload that an earlier attempt did not finish
         return found
+
+    def _fetch_best(self, there: Sequence[str]) -> None:
+        """What the run keeps besides its newest checkpoint it may want again."""
+        assert self.remote is not None
+        found = []
+        for name in there:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # said when it is wanted itself
+                found.append(self.remote.manifest(name, self.root / ".remote"))
+        for name in checkpoint.to_keep(found, keep_last=0, keep_best=self.keep[1]):
+            if not (self.root / name / checkpoint.MANIFEST).is_file():
+                self._fetch(name)
 
     def _fetch(self, name: str) -> Found | None:
         """A checkpoint from the second place; None, and why, if it does not verify."""
@@ -174,9 +188,9 @@ class Keeper:
             checkpoint.retain(self.root, newest=made, keep_last=self.keep[0], keep_best=self.keep[1], busy=busy)
         return True
 
-    def close(self) -> None:
-        """Wait for the last upload. Not collective."""
-        if self.uploader is not None and not self.uploader.close(self.wait_at_end):
+    def close(self, most: float = math.inf) -> None:
+        """Wait for the last upload, at most so many seconds. Not collective."""
+        if self.uploader is not None and not self.uploader.close(min(self.wait_at_end, most)):
             print(
                 f"not all checkpoints are under {self.uploader.remote.address}; see {self.root}/uploads.json",
                 flush=True,

@@ -33,6 +33,8 @@ from pipeline.training.watchdog import Watchdog
 from scldm.optim.ema import EMA
 from scldm.optim.schedule import learning_rate_factor
 
+STOP_WAIT = 20.0  # seconds that an upload may take after a notice; what is left of it, the next start does
+
 
 def accumulation_of(config: TrainConfig, world_size: int) -> tuple[int, int]:
     """(micro batch size, micro batches per step) of a worker; the global batch is what the config says."""
@@ -132,7 +134,7 @@ class Training:
         if due or last or stop:
             self._save(step, measured, must=last or stop)
         if stop:
-            self.keeper.close()
+            self.keeper.close(most=STOP_WAIT)
             raise Stopped(step)
         return last
 
