@@ -85,14 +85,13 @@ def settings(steps: int) -> VaeTrainConfig:
     return VaeTrainConfig.model_validate({"max_steps": steps, "feed": feed_, **every})
 
 
-def our_loop(size: str, steps: int) -> tuple[list[float], float]:
-    """Seconds of each step, and of a checkpoint."""
+def our_loop(size: str, steps: int, folder: Path) -> tuple[list[float], float]:
+    """Seconds of each step, and of a checkpoint. The folder is the same one for all workers, and new."""
     vae, source = build(size)
     timed, config = objective(vae, vae.n_genes), settings(steps)
     order = FeedOrder(source.ids, source.tile, 0, BATCH, LANES, config.feed.block_rows)
-    with tempfile.TemporaryDirectory() as folder:
-        trained = run_training(timed, source, order, config, Run(Path(folder), "v", "local", NullTracker()))
-        trained.close()
+    trained = run_training(timed, source, order, config, Run(folder, "v", "local", NullTracker()))
+    trained.close()
     # The clock of the loop: what a checkpoint takes is said with the next point of the curve, here after the end.
     return _differences(timed.begun), trained.clock.take()["perf/checkpoint_s"]
 
@@ -125,7 +124,8 @@ def _differences(begun: list[float]) -> list[float]:
 def loop_rows(size: str, steps: int, rounds: int) -> list[Row]:
     ours, bare, ratios, saves = [], [], [], []
     for _ in range(rounds):
-        mine, seconds = our_loop(size, steps)
+        with tempfile.TemporaryDirectory() as folder:
+            mine, seconds = our_loop(size, steps, Path(folder))
         other = bare_loop(size, steps)
         ours, bare = ours + mine, bare + other
         ratios.append(statistics.median(other) / statistics.median(mine))
@@ -166,7 +166,7 @@ def _in_processes(n: int, size: str, steps: int) -> float:
 def worker(out: str, size: str, steps: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    seconds, _ = our_loop(size, int(steps))
+    seconds, _ = our_loop(size, int(steps), Path(out).parent)
     if dist.get_rank() == 0:
         Path(out).write_text(str(statistics.median(seconds)))
     dist.destroy_process_group()

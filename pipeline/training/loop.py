@@ -17,7 +17,7 @@ from pipeline.data.feed import feed
 from pipeline.data.order import FeedOrder
 from pipeline.flops import mfu, peak_flops
 from pipeline.job import TrainConfig
-from pipeline.training.checkpoint import Position, read
+from pipeline.training.checkpoint import Position
 from pipeline.training.clock import StepClock
 from pipeline.training.curve import LOG_EVERY, TrainingCurve
 from pipeline.training.engine import Engine
@@ -93,6 +93,7 @@ class Training:
         )  # fmt: skip
         self.memory, self.clock = Memory(StepGuard(config), BestSoFar(config), MeanLoss()), StepClock()
         self.notice = StopNotice(run.folder, run.preempted)
+        self.steps = 0  # done
         self.metrics: dict[str, float] = {}
         self.curve: TrainingCurve | None = None
 
@@ -105,12 +106,13 @@ class Training:
             self.curve = TrainingCurve(
                 self.run.folder, self.run.tracker, self.config, found.step, self.order, self._mfu
             )
+        self.steps = found.step
         return found.step
 
     def take(self, at: Ready) -> bool:
         """A step, and what is due after it. Whether it was the last."""
         self.notice.ask()
-        step = at.step + 1  # steps done after this one
+        step = self.steps = at.step + 1  # steps done after this one
         lr = self.config.optimizer.lr * learning_rate_factor(at.step, self.config.max_steps, self.config.optimizer)
         with self.clock.of("step"):
             self.memory.losses.add(*self._update(at, lr))
@@ -142,13 +144,13 @@ class Training:
         """Of the weights that are to become the model."""
         assert self.keeper.latest is not None
         metrics = self.metrics or (self.curve.last() if self.curve is not None else {})
-        last = exported = read(self.keeper.latest).position.step
+        exported = self.steps
         if self.config.export == "best":
             exported = self.keeper.back_to_best()
             metrics = metrics | {"val/loss": self.memory.best.loss}
         return Trained(
-            self.engine, self.ema, self.keeper.latest, metrics, self.memory, self.keeper.close, self.clock, steps=last,
-            exported=exported,
+            self.engine, self.ema, self.keeper.latest, metrics, self.memory, self.keeper.close, self.clock,
+            steps=self.steps, exported=exported,
         )  # fmt: skip
 
     def _update(self, at: Ready, lr: float) -> tuple[float, int]:
