@@ -48,8 +48,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        self.path.unlink(missing_ok=True)  # of an attempt before
-        self._file = self.path.open("w")  # open now: at the time, no file may be to be had
+        self._file = self.path.open("a")  # beside what earlier attempts left; open now: later there may be no file
         self._beaten("the start")
         self._allowed = FIRST * self.timeout_s
         self._arm()
