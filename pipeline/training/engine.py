@@ -33,12 +33,26 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
+    with _nothing_compiled():
+        import deepspeed
+        import deepspeed.runtime.zero.muon.original_muon
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """DeepSpeed's Muon asks to be compiled as it is imported. For an optimizer that we do not use, every worker would
+    load torch's compiler at its start: seconds on a machine that has a dead worker to replace."""
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function if function is not None else lambda f: f
+    try:
+        yield
+    finally:
+        torch.compile = compile_
 
 
 class Engine:

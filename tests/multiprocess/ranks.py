@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+# The server of Python 3.11 knows no path but that of the environment, and passes in silence over what it cannot import.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ranks", "deepspeed", "pipeline.training.worker"])
+CONTEXT.set_forkserver_preload(["ranks", "warm"])
 KILLED, STOPPED = -signal.SIGKILL, 75
 
 
