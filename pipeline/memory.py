@@ -17,6 +17,9 @@ from scldm.nn.config import DiTConfig, VAEConfig
 
 TILE = 512  # genes that the decoder computes at a time
 GPU_OVERHEAD = 1.5e9  # CUDA context, NCCL's buffers, workspaces; a round figure
+# Numbers in the buffer in which DeepSpeed reduces gradients in stages 1 to 3, however small the model is; an expert's
+# file (train.deepspeed) may set zero_optimization.reduce_bucket_size lower.
+BUCKET = 500_000_000
 DEVICES = {"A100 40 GB": 42.3e9, "A100 80 GB": 85.0e9}  # bytes that the driver shows
 USABLE = 0.9  # the allocator's fragments take the rest
 STAGES = (0, 1, 2, 3)
@@ -108,12 +111,13 @@ def stage_lines(n: int, train: TrainConfig, workers: int, activations: float) ->
     lines = []
     for stage in STAGES:
         state = state_bytes(n, train, workers, stage=stage)
-        total = state.device + activations + GPU_OVERHEAD
+        fixed = GPU_OVERHEAD + (0 if stage == 0 else BUCKET * (2 if train.precision == "bf16" else 4))
+        total = state.device + activations + fixed
         held = ", ".join(fits(total)) or "no A100: lower train.feed.micro_batch_size, or take more workers"
         host = f", {human(state.offloaded)} of the host's" if state.offloaded else ""
         mark = "  <- this job" if stage == train.zero_stage else ""
         lines.append(
             f"  ZeRO {stage}: {human(total)} per GPU (state {human(state.device)}, activations {human(activations)}, "
-            f"CUDA {human(GPU_OVERHEAD)}){host}; fits {held}{mark}"
+            f"CUDA and buckets {human(fixed)}){host}; fits {held}{mark}"
         )
     return lines
