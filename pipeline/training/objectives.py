@@ -104,9 +104,7 @@ class VaeObjective:
         device = next(self.module.parameters()).device
         total, n = 0.0, 0
         for table in self._validation[rank::world_size]:
-            cells, seen = self.scored_and_seen(
-                map_tensors(self.prepare(table, Slice(0, 0, 0)), lambda x: x.to(device))
-            )
+            cells, seen = self.scored_and_seen(map_tensors(self.prepare(table, Slice(0, 0, 0)), lambda x: x.to(device)))
             total += float(self.module(cells, None, seen).double().sum())
             n += cells.n_cells
         return total, n

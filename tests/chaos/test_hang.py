@@ -17,7 +17,7 @@ from pipeline.runner import run_job
 from pipeline.stage import newest_manifest
 
 pytestmark = pytest.mark.chaos
-STEPS, TIMEOUT = 160, 12
+STEPS, TIMEOUT = 160, 40  # a loaded machine may take half a minute to its first step
 JOB = {
     "kind": "train_vae",
     "resources": {"workers": 2, "cpus_per_worker": 1, "actors": 1},
