@@ -89,7 +89,8 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
 
 def _local_options(resources: ResourcesConfig) -> dict[str, Any]:
     """Logical CPUs for the workers, and two more for data and the driver's actors, on however small a machine."""
-    cpus = max(os.cpu_count() or 1, math.ceil(resources.workers * resources.cpus_per_worker) + 2, resources.actors + 1)
+    training = math.ceil(resources.workers.max * resources.cpus_per_worker)
+    cpus = max(os.cpu_count() or 1, training + 2, resources.actors + 1)
     return {
         "address": "local",
         "num_cpus": cpus,
@@ -106,6 +107,8 @@ def runtime_env(resources: ResourcesConfig) -> dict[str, Any]:
     """What workers need to find our code and stay quiet. What the job's submitter has set already is left out."""
     submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env") or {}
     env = dict(QUIET)
+    if len(resources.world_sizes) > 1:  # the first try after a node died asks for its worker again, and waits this long
+        env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
     if resources.gpus_per_worker == 0:
         env["DS_ACCELERATOR"] = "cpu"
     if not submitted.get("working_dir"):

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.data.s3 import S3Config
+from pipeline.resources import CheckpointStorage, ResourcesConfig
+from pipeline.train_config import FeedConfig, FlowTrainConfig, TrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
-from scldm.flow.config import EMAConfig, PathConfig, SamplerConfig
-from scldm.genes_seen import GenesSeenConfig
+from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.optim.config import OptimizerConfig
+
+__all__ = ["FeedConfig", "FlowTrainConfig", "Job", "TrainConfig", "VaeTrainConfig", "stage_configs"]
 
 STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -27,6 +29,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "generate": ("ingest", "train_vae", "train_flow"),
     "evaluate": ("ingest", "train_vae", "generate"),
 }
+
+
+def needs(stage: str, config: Any) -> tuple[str, ...]:
+    """Stages that a stage with these settings is made from."""
+    if stage == "train_flow" and config.vae.train:
+        return ("ingest", "train_vae")  # it streams counts
+    return NEEDS[stage]
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
@@ -256,70 +267,6 @@ class IngestConfig(StrictModel):
     another version of ingest."""
 
 
-class FeedConfig(StrictModel):
-    """How cells reach the workers."""
-
-    batch_size: PositiveInt = 64
-    """Cells per optimizer step, over all workers."""
-    micro_batch_size: PositiveInt = 64
-    """Most cells a worker takes at once; accumulation follows."""
-    lanes: PositiveInt = 4
-    """Parallel streams of blocks that every batch is drawn from. A multiple of the workers; divides batch_size."""
-    block_rows: PositiveInt = 8192
-    """Cells in a block, read from whole storage tiles and shuffled inside."""
-    max_genes: PositiveInt | None = None
-    """Cap on a cell's expressed genes that the encoder sees, sampled by seed; null for no cap."""
-
-
-class TrainConfig(StrictModel):
-    """A training run. Also the place for what DeepSpeed is told."""
-
-    max_steps: PositiveInt = 600
-    """Optimizer steps."""
-    feed: FeedConfig = FeedConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 pays on A100 and later; on CPU it is slower."""
-    validate_every: PositiveInt = 200
-    """Steps between validations."""
-    validation_cells: PositiveInt = 512
-    """Cells of the validation split that are scored."""
-    checkpoint_every: PositiveInt = 200
-    """Steps between checkpoints."""
-    keep_last: PositiveInt = 2
-    """Checkpoints kept."""
-    log_every_seconds: PositiveFloat = 5.0
-    """Seconds between progress lines."""
-    max_failures: int = Field(3, ge=0)
-    """Worker failures survived before the job gives up."""
-
-
-class VaeTrainConfig(TrainConfig):
-    genes_per_step: PositiveInt | None = None
-    """Genes scored in a training step, drawn by expression; the loss stays an estimate of the full one. Null: all."""
-    genes_seen: GenesSeenConfig = GenesSeenConfig()
-    """Genes that the encoder sees of a cell in training, drawn anew for every cell in every epoch by (seed, epoch). All
-    genes are scored, whichever are seen. Validation and encode see all expressed genes whatever is set here: a latent
-    must not depend on a draw, and what validation scores is then what encode makes. weighted draws by the gene means of
-    ingest; one that no training cell expresses is taken for as rare as the rarest that is."""
-
-    @model_validator(mode="after")
-    def _genes_are_chosen_once(self) -> VaeTrainConfig:
-        if self.feed.max_genes is not None and self.genes_seen.mode != "expressed":
-            raise ValueError(
-                f"feed.max_genes ({self.feed.max_genes}) and genes_seen (mode {self.genes_seen.mode}) both choose the "
-                "genes that the encoder sees; set one (max_genes alone is genes_seen: {mode: random_expressed}, drawn "
-                "once for all epochs)"
-            )
-        return self
-
-
-class FlowTrainConfig(TrainConfig):
-    ema: EMAConfig = EMAConfig()
-
-
 class TrainVaeConfig(StrictModel):
     model: VAEConfig = VAEConfig()
     train: VaeTrainConfig = VaeTrainConfig()
@@ -338,10 +285,42 @@ class EncodeConfig(StrictModel):
     splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
 
 
+class JointVaeConfig(StrictModel):
+    """Whether the VAE is trained on, together with the flow."""
+
+    train: bool = False
+    """true streams counts instead of reading the latent cache, with the encoder in the graph; the stage then needs no
+    encode, and exports both networks. generate and evaluate take this VAE."""
+    weight: PositiveFloat = 1.0
+    """Of the VAE's negative log-likelihood (nats per cell) beside the flow's loss (mean square of a latent)."""
+    genes_per_step: PositiveInt | None = None
+    """Genes scored in a training step, as train_vae.train.genes_per_step."""
+
+    @model_validator(mode="after")
+    def _is_of_a_joint_training(self) -> JointVaeConfig:
+        given = [f for f in ("weight", "genes_per_step") if getattr(self, f) != JointVaeConfig.model_fields[f].default]
+        if given and not self.train:
+            raise ValueError(
+                f"{', '.join(given)} is of a VAE that is trained with the flow, and vae.train is false; set it to "
+                f"true, or leave {', '.join(given)} out"
+            )
+        return self
+
+
 class TrainFlowConfig(StrictModel):
     model: DiTConfig = DiTConfig()
     flow: PathConfig = PathConfig()
     train: FlowTrainConfig = FlowTrainConfig()
+    vae: JointVaeConfig = JointVaeConfig()
+
+    @model_validator(mode="after")
+    def _a_cap_on_genes_needs_genes(self) -> TrainFlowConfig:
+        if self.train.feed.max_genes is not None and not self.vae.train:
+            raise ValueError(
+                f"train.feed.max_genes ({self.train.feed.max_genes}) caps the genes of a cell, and the flow is trained "
+                "on cached latents, which have none; leave it out, or set vae.train=true"
+            )
+        return self
 
 
 class GenerateConfig(StrictModel):
@@ -379,17 +358,6 @@ class EvaluateConfig(StrictModel):
 
 
 # ---- jobs --------------------------------------------------------------------------------------------------------
-class ResourcesConfig(StrictModel):
-    """What the job asks Ray for."""
-
-    workers: PositiveInt = 2
-    """Training workers."""
-    cpus_per_worker: PositiveFloat = 1
-    gpus_per_worker: float = Field(0, ge=0)
-    actors: PositiveInt = 2
-    """Actors of encode and generate."""
-
-
 class TrackingConfig(StrictModel):
     """MLflow."""
 
@@ -410,6 +378,8 @@ class JobBase(StrictModel):
     cluster: str | None = None
     """The cluster file that this job is sized for; for people and for `scldm plan`."""
     resources: ResourcesConfig = ResourcesConfig()
+    checkpoints: CheckpointStorage = CheckpointStorage()
+    """A second place for the checkpoints of training."""
     tracking: TrackingConfig = TrackingConfig()
     inputs: dict[str, str] = {}
     """Stage -> folder of a finished run of it; default: the newest under the output folder."""
@@ -490,4 +460,6 @@ def stage_configs(job: JobBase) -> dict[str, StrictModel]:
             found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})
         elif getattr(job, stage, None) is not None:
             found[stage] = getattr(job, stage)
+    if kind == "line" and found["train_flow"].vae.train:  # type: ignore[attr-defined]
+        del found["encode"]  # nobody would read the cache
     return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import sizes
 from pipeline.job import STAGES, JobBase, TrainConfig, TrainFlowConfig, TrainVaeConfig, stage_configs
+from pipeline.memory import stage_lines, state_bytes
 from pipeline.progress import duration
 from pipeline.schedule import Step, command_for, look_ahead, pipeline_folder
 from pipeline.stage import InputError, Manifest, newest_manifest, read_manifest
@@ -65,7 +66,8 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
     disk = 0
     if "train_vae" in configs:
         n = sizes.vae_parameters(configs["train_vae"], data)
-        lines.append(_training("train_vae", n, configs["train_vae"].train, job))
+        active = sizes.vae_step_bytes(configs["train_vae"], data, job.resources.workers.max)
+        lines += _training("train_vae", n, configs["train_vae"].train, job, active)
         disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
     if "encode" in configs and vae is not None:
         size = sizes.latent_bytes(configs["encode"], vae, data)
@@ -74,7 +76,11 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
     if "train_flow" in configs:
         flow: TrainFlowConfig = configs["train_flow"]
         n = sizes.dit_parameters(flow, vae, data) if vae is not None else None
-        lines.append(_training("train_flow", n, flow.train, job))
+        active = sizes.dit_step_bytes(flow, vae, job.resources.workers.max) if vae is not None else None
+        if flow.vae.train and vae is not None and n is not None and active is not None:  # the VAE is trained with it
+            n += sizes.vae_parameters(vae, data) or 0
+            active += sizes.vae_step_bytes(sizes.joint_vae(flow, vae), data, job.resources.workers.max) or 0
+        lines += _training("train_flow", n, flow.train, job, active)
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
     if "generate" in configs:
         n_cells = sizes.generated_cells(configs["generate"], data)
@@ -85,21 +91,23 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
     return [*lines, f"disk: {sizes.human(disk)} in all"] if disk else lines
 
 
-def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase) -> str:
+def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase, activations: float | None) -> list[str]:
     """Steps, parameters, memory and checkpoints of a training stage."""
-    workers = job.resources.workers
+    workers = job.resources.world_sizes[0]  # the fewest there may be: each then holds the most
     per_worker = max(1, train.feed.batch_size // workers)
     rounds = math.ceil(per_worker / train.feed.micro_batch_size)
     steps = f"{train.max_steps:,} steps x {train.feed.batch_size} cells"
     feed = f"{workers} workers x {min(per_worker, train.feed.micro_batch_size)} cells x {rounds}"
     if n is None:
-        return f"{stage}: {steps} ({feed}); parameters unknown until ingest has run"
-    memory = sizes.human(sizes.state_bytes(n, train, workers))
+        return [f"{stage}: {steps} ({feed}); parameters unknown until ingest has run"]
+    state = state_bytes(n, train, workers)
+    memory = sizes.human(state.weights + state.gradients + state.optimizer)
     kept = sizes.human(sizes.checkpoint_bytes(n, train))
-    return (
+    line = (
         f"{stage}: {steps} ({feed}); {n:,} parameters; weights + gradients + optimizer {memory} per worker "
         f"(ZeRO {train.zero_stage}, {train.precision}); {train.keep_last} checkpoints and the model {kept}"
     )
+    return [line] if activations is None else [line, *stage_lines(n, train, workers, activations)]
 
 
 def _manifest(stage: str, decided: dict[str, Step], folder: Path) -> Manifest | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
 from pipeline.stage import InputError, Manifest
+from pipeline.training.deepspeed_options import read_options
 
 if TYPE_CHECKING:
     from scldm.config import StrictModel
@@ -19,6 +21,8 @@ def check_settings(job: JobBase) -> None:
         where = f"{stage}." if job.kind == "line" else ""  # type: ignore[attr-defined]
         if (train := getattr(config, "train", None)) is not None:
             problems += feed_problems(train, job.resources, where)
+            problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
+            problems += _cautious_problems(train, job.resources, where)
         if isinstance(config, GenerateConfig):
             from pipeline.generation import check_choice
 
@@ -30,10 +34,11 @@ def check_settings(job: JobBase) -> None:
 def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "") -> list[str]:
     """Batch, lanes and workers must divide one another."""
     feed, problems = train.feed, []
-    if feed.lanes % resources.workers:
+    if any(feed.lanes % n for n in resources.world_sizes):
+        whole = math.lcm(*resources.world_sizes)
         problems.append(
             f"{where}train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({resources.workers}); "
-            f"set {where}train.feed.lanes={-(-feed.lanes // resources.workers) * resources.workers}"
+            f"set {where}train.feed.lanes={-(-feed.lanes // whole) * whole}"
         )
     if feed.batch_size % feed.lanes:
         problems.append(
@@ -41,6 +46,31 @@ def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "
             f"({feed.lanes}); set {where}train.feed.batch_size={-(-feed.batch_size // feed.lanes) * feed.lanes}"
         )
     return problems
+
+
+def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:
+    if train.deepspeed is not None:
+        try:
+            read_options(train.deepspeed)
+        except InputError as error:
+            yield str(error)
+
+
+def _cautious_problems(train: TrainConfig, resources: ResourcesConfig, where: str) -> Iterator[str]:
+    if train.optimizer.cautious and train.zero_stage > 0 and len(resources.world_sizes) > 1:
+        yield (
+            f"{where}train.optimizer.cautious (true) rescales under ZeRO by what a worker holds of all parameters, so "
+            f"its steps depend on the number of workers, and resources.workers is {resources.workers}; set "
+            f"{where}train.zero_stage=0, or a fixed number of workers"
+        )
+
+
+def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str) -> Iterator[str]:
+    if getattr(train, "decoder", "torch") == "triton" and not resources.gpus_per_worker:
+        yield (
+            f"{where}train.decoder (triton) needs a GPU in every worker, and resources.gpus_per_worker is 0; set it to "
+            f"1, or {where}train.decoder=torch"
+        )
 
 
 def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:

@@ -126,7 +126,7 @@ def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking
         tracker = tracking.stage(step.stage, step.version, step.folder, config, inputs)
         context = StageContext(
             folder=step.folder, inputs=inputs, seed=job.seed, resources=job.resources, tracker=tracker,
-            output=output_root(job),
+            output=output_root(job), checkpoints=job.checkpoints,
         )  # fmt: skip
         with _reported(step, tracker):
             facts = stage_function(step.stage)(step.config, context)

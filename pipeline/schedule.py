@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.job import NEEDS, STAGES, JobBase, stage_configs
+from pipeline.job import NEEDS, STAGES, JobBase, needs, stage_configs
+from pipeline.outside_files import outside_files
 from pipeline.stage import InputError, Manifest, newest_manifest, read_manifest, stage_version
 from scldm.config import StrictModel
 
@@ -82,12 +83,12 @@ def look_ahead(job: JobBase) -> tuple[list[Step], list[Missing]]:
     steps: dict[str, Step] = {}
     lacking: dict[str, list[str]] = {}
     for stage, config in configs.items():
-        made = {s: _as_input(step) for s, step in steps.items() if s in NEEDS[stage]}
-        found = _find_made(job, folder, [n for n in NEEDS[stage] if n not in configs])
+        made = {s: _as_input(step) for s, step in steps.items() if s in needs(stage, config)}
+        found = _find_made(job, folder, [n for n in needs(stage, config) if n not in configs])
         for need in (n for n, manifest in found.items() if manifest is None):
             lacking.setdefault(need, []).append(stage)
         inputs = {**made, **{k: m for k, m in found.items() if m is not None}}
-        if len(inputs) < len(NEEDS[stage]):
+        if len(inputs) < len(needs(stage, config)):
             continue
         _check_lineage(stage, inputs)
         steps[stage] = _decide(job, folder, stage, config, inputs, steps)
@@ -107,7 +108,7 @@ def _decide(
     steps: Mapping[str, Step],
 ) -> Step:
     version = stage_version(stage, config, inputs, seed=job.seed)
-    if outside := dict(_outside_files(config)):
+    if outside := dict(outside_files(config)):
         version = hashlib.sha256(f"{version}{sorted(outside.items())}".encode()).hexdigest()[:12]
     own = folder / stage / version
     done = read_manifest(own)
@@ -212,39 +213,3 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree} if prefix else {}
     return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _outside_files(config: Any) -> Iterator[tuple[str, str]]:
-    """What tells one content of a named input file from another: same path, other file, other version."""
-    table = getattr(config, "conditions", None)
-    if table is not None:
-        path = Path(table).expanduser()
-        if not path.is_file():
-            raise InputError(f"conditions: {table}: no such file; a CSV or Parquet table of labels and n_cells")
-        yield "conditions", hashlib.sha256(path.read_bytes()).hexdigest()
-    held_out = getattr(getattr(config, "split", None), "held_out", None)
-    if held_out is not None and held_out.table is not None:
-        path = Path(held_out.table).expanduser()
-        if not path.is_file():
-            raise InputError(f"ingest.split.held_out.table: {held_out.table}: no such file")
-        yield "held_out", hashlib.sha256(path.read_bytes()).hexdigest()
-    vocabulary = getattr(getattr(config, "genes", None), "vocabulary", "source")
-    if vocabulary != "source":
-        path = Path(vocabulary).expanduser()
-        path = path / "vocabulary.json" if path.is_dir() else path
-        if not path.is_file():
-            raise InputError(f"ingest.genes.vocabulary: {vocabulary}: no such file, and no folder of a model")
-        yield "vocabulary", hashlib.sha256(path.read_bytes()).hexdigest()
-    source = getattr(config, "source", None)
-    if source is not None and source.type == "10x" and source.obs is not None:
-        path = Path(source.obs).expanduser()
-        if not path.is_file():
-            raise InputError(f"ingest.source.obs: {source.obs}: no such file; a table of barcodes and labels")
-        yield "obs", hashlib.sha256(path.read_bytes()).hexdigest()
-    if source is not None and source.type == "h5ad":
-        path = Path(source.path).expanduser()
-        # Sizes, not times: a copy of the same data must not retrain anything. Folders and globs are ingest's to read.
-        if path.is_file():
-            yield "source", str(path.stat().st_size)
-        elif not path.is_dir() and not any(c in source.path for c in "*?["):
-            raise InputError(f"ingest.source.path: {source.path}: no such file")

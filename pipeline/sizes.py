@@ -1,7 +1,6 @@
-"""How large a job is, reckoned without running it: parameters, memory of the training state, disk.
+"""How large a job is, reckoned without running it: parameters, activations, disk. Memory: `pipeline.memory`.
 
-States are counted as DeepSpeed keeps them (Adam's two moments and, under bf16, an fp32 master copy); activations and
-the framework itself are not counted. A figure that rests on an assumption is marked `about`.
+A figure that rests on an assumption is marked `about`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from pipeline.job import (
     TrainFlowConfig,
     TrainVaeConfig,
 )
+from pipeline.memory import dit_activations, vae_activations
 from pipeline.stage import Manifest
 
 ASSUMED_CLASSES = 100  # of a label that has not been read yet
@@ -109,18 +109,42 @@ def _count(module: Any) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def state_bytes(n: int, train: TrainConfig, workers: int) -> int:
-    """Weights + gradients + optimizer state of n parameters, on one worker."""
-    weights, gradients, optimizer = (2 * n, 2 * n, 12 * n) if train.precision == "bf16" else (4 * n, 4 * n, 8 * n)
-    sharded = {0: 0, 1: optimizer, 2: optimizer + gradients, 3: optimizer + gradients + weights}[train.zero_stage]
-    return weights + gradients + optimizer - sharded + -(-sharded // workers)
-
-
 def checkpoint_bytes(n: int, train: TrainConfig) -> int:
-    """Checkpoints kept: weights, optimizer state, and the fp32 average where there is one; and the exported model."""
+    """Checkpoints kept: fp32 weights, optimizer state and, where there is one, the average; and the exported model."""
     average = 4 if isinstance(train, FlowTrainConfig) else 0
-    one = n * ((2 + 12 if train.precision == "bf16" else 4 + 8) + average)
-    return one * train.keep_last + n * (4 + average)
+    one = n * (4 + 8 + average)
+    return one * (train.keep_last + train.keep_best) + n * (4 + average)
+
+
+def vae_step_bytes(config: TrainVaeConfig, data: DataFacts, workers: int) -> float | None:
+    """Activations of a training step of the VAE, on one worker."""
+    if data.n_genes is None:
+        return None
+    scored = min(config.train.genes_per_step or data.n_genes, data.n_genes)
+    cells = _micro_batch(config.train, workers)
+    return vae_activations(config.model, config.train, cells=cells, n_genes=scored, expressed=expressed_genes(data))
+
+
+def joint_vae(flow: TrainFlowConfig, vae: TrainVaeConfig) -> TrainVaeConfig:
+    """The VAE as `train_flow` with vae.train trains it."""
+    shared = {"feed": flow.train.feed, "precision": flow.train.precision, "genes_per_step": flow.vae.genes_per_step}
+    return vae.model_copy(update={"train": vae.train.model_copy(update=shared)})
+
+
+def dit_step_bytes(config: TrainFlowConfig, vae: TrainVaeConfig, workers: int) -> float:
+    """Activations of a training step of the flow, on one worker."""
+    m, e = vae.model.n_latent_tokens, vae.model.latent_width
+    cells = _micro_batch(config.train, workers)
+    return dit_activations(config.model, config.train, cells=cells, n_latent_tokens=m, latent_width=e)
+
+
+def _micro_batch(train: TrainConfig, workers: int) -> int:
+    return min(train.feed.micro_batch_size, max(1, train.feed.batch_size // workers))
+
+
+def expressed_genes(data: DataFacts) -> float:
+    """Mean of a cell; assumed where the data has not been read."""
+    return data.expressed or min(ASSUMED_EXPRESSED, ASSUMED_SHARE * (data.n_genes or 0))
 
 
 # ---- disk --------------------------------------------------------------------------------------------------------
@@ -148,8 +172,7 @@ def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:
 def generated_bytes(n_cells: int | None, data: DataFacts) -> int | None:
     if n_cells is None or data.n_genes is None:
         return None
-    expressed = data.expressed or min(ASSUMED_EXPRESSED, ASSUMED_SHARE * data.n_genes)
-    return round(n_cells * expressed * BYTES_PER_COUNT)
+    return round(n_cells * expressed_genes(data) * BYTES_PER_COUNT)
 
 
 def _by_split(n_cells: int | None, split: SplitConfig) -> dict[str, int] | None:

@@ -92,4 +92,5 @@ class StageContext:
     resources: Any  # ResourcesConfig
     tracker: Any  # pipeline.tracking.StageTracker
     output: Path | None = None  # root folder of all pipelines, for what they share
+    checkpoints: Any = None  # CheckpointStorage; of training stages
     started: float = field(default_factory=time.time)

@@ -41,6 +41,12 @@ KEY_FIGURES = {
 NO_LABEL = "cells"  # stands for the label where a model has none
 
 
+def _vae_that_made_the_cells(inputs: Mapping[str, Manifest]) -> Path:
+    """That of train_vae, or the one that was trained on together with the flow."""
+    generated = inputs["generate"]
+    return generated.path("vae") if "vae" in generated.facts else inputs["train_vae"].path("model")
+
+
 def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
     """Evaluate, write report.html, metrics.json, metrics.csv and figures/*.png, and return the facts."""
     inputs = context.inputs
@@ -51,7 +57,7 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
     n_training = config.max_cells + held_out.n_obs
     training = ingested.anndata("train", max_cells=n_training, seed=config.seed)
     generated = read_generated(inputs["generate"], max_cells=config.max_cells, rng=np.random.default_rng(config.seed))
-    loaded = load_vae(inputs["train_vae"].path("model"))
+    loaded = load_vae(_vae_that_made_the_cells(inputs))
     labels = [label.name for label in loaded.vocabulary.labels]
     if not labels:  # a model without conditions: all cells are of one kind, which the baselines are then fitted to
         labels = [NO_LABEL]

@@ -147,16 +147,19 @@ def run(config: GenerateConfig, context: StageContext) -> dict[str, Any]:
     if made != request.n_cells:
         raise RuntimeError(f"{made} cells were made instead of {request.n_cells}; delete {folder} and run again")
     context.tracker.metrics({"gen/cells": float(made), "gen/shards": float(len(records))}, step=0)
-    return {"cells": "cells", "shards": records, "n_cells": made, "request_digest": request.digest}
+    facts = {"cells": "cells", "shards": records, "n_cells": made, "request_digest": request.digest}
+    return facts | {"vae": os.path.relpath(spec["vae"], context.folder)}
 
 
 def _spec(config: GenerateConfig, context: StageContext, request: Request, folder: Path) -> dict[str, Any]:
     from scldm.checkpoints.native import folder_digest
 
     vae, flow = context.inputs["train_vae"], context.inputs["train_flow"]
+    own = flow.facts.get("vae")  # of a flow that was trained with its VAE
+    decoder = vae.path("model") if own is None else Path(flow.folder) / own[config.sampler.weights]
     provenance = {
         "schema_version": SCHEMA_VERSION,
-        "vae": folder_digest(vae.path("model")),
+        "vae": folder_digest(decoder),
         "flow": folder_digest(flow.path("model")),
         "sampler": config.sampler.model_dump_json(),
         "seed": config.seed,
@@ -166,7 +169,7 @@ def _spec(config: GenerateConfig, context: StageContext, request: Request, folde
     }
     return {
         "folder": str(folder),
-        "vae": str(vae.path("model")),
+        "vae": str(decoder),
         "flow": str(flow.path("model")),
         "sampler": config.sampler.model_dump(mode="json"),
         "seed": config.seed,

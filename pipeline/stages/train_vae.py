@@ -24,5 +24,7 @@ def run(config: TrainVaeConfig, context: StageContext) -> dict[str, Any]:
         "tracker": context.tracker.spec(),
         "threads": threads_per_worker(context.resources),
         "card": model_card("vae", config, context.inputs),
+        "storage": context.checkpoints.model_dump(mode="json"),
+        "run_name": "/".join(context.folder.parts[-3:]),
     }
     return fit(spec, config.train, context.resources, "train_vae")

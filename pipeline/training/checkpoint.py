@@ -1,18 +1,20 @@
 """Checkpoints that exist if and only if their MANIFEST.json verifies.
 
 Every worker writes its files into a folder whose name is used once, says their sizes and sha256, and rank 0 writes the
-manifest last, by rename. Resuming takes the newest folder that verifies and walks back past the others. DeepSpeed's
-files are pickles: they are opened only after their hash matched a manifest of the run's own folder.
+manifest last, by rename. Resuming takes the newest folder that verifies and walks back past the others. A checkpoint
+that could not be written (a full disk) is none: what was written of it is removed and the ones before it stay.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ import torch.distributed as dist
 from pipeline.stage import InputError, write_json_atomic
 
 MANIFEST = "MANIFEST.json"
-SCHEMA = 1
+SCHEMA = 2
+Written = dict[str, tuple[int, str]]  # file name -> (size, sha256)
 
 
 @dataclass(frozen=True)
@@ -38,35 +41,73 @@ class Position:
 
 @dataclass(frozen=True)
 class Found:
+    """A checkpoint, by what its manifest says."""
+
     folder: Path
     position: Position
+    metrics: dict[str, float] = field(default_factory=dict)  # measured at this very step
+    more: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
 
 
-def save(root: Path, position: Position, write: Callable[[Path], None], *, keep_last: int) -> Path:
-    """Commit a checkpoint. Collective: every rank calls it with the same position.
+@dataclass(frozen=True)
+class Failed:
+    """A checkpoint that could not be written, said in one line."""
+
+    problem: str
+    disk_full: bool
+
+
+def save(
+    root: Path,
+    position: Position,
+    write: Callable[[Path], Written],
+    *,
+    metrics: Mapping[str, float] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> Path | Failed:
+    """Commit a checkpoint, or say why it could not be. Collective: every rank calls it with the same position.
 
     Args:
         root: The stage's checkpoint folder, seen by all ranks.
-        write: Writes this rank's files into the folder it is given.
-        keep_last: Committed checkpoints that stay.
+        write: Writes this rank's files into the folder it is given; an OSError is a failure of the whole checkpoint.
+        metrics: Measured at this step.
+        more: Plain data for the manifest; rank 0's counts.
     """
     name = [f"step-{position.step:08d}-w{position.world_size}-{os.urandom(4).hex()}" if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(name)  # a fresh name: shards of a dead attempt can never be mixed in
     folder = root / str(name[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    write(folder)
-    dist.barrier()
-    tables: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(tables, _hash_files(_own_files(folder)))
+    written: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(written, _attempt(folder, write))
+    outcome: list[Any] = [next((w for w in written if isinstance(w, Failed)), None)]
     if dist.get_rank() == 0:
-        files = {k: v for table in tables for k, v in table.items()}
-        write_json_atomic(folder / MANIFEST, {"schema": SCHEMA, "position": asdict(position), "files": files})
-        _retain(root, keep_last)
-    dist.barrier()
-    return folder
+        if outcome[0] is None:
+            files = {k: v for table in written for k, v in table.items()}
+            about = {"metrics": dict(metrics or {}), "more": dict(more or {})}
+            outcome[0] = _commit(folder, {"schema": SCHEMA, "position": asdict(position), **about, "files": files})
+        if outcome[0] is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    dist.broadcast_object_list(outcome)
+    return outcome[0] or folder
 
 
+def _attempt(folder: Path, write: Callable[[Path], Written]) -> Written | Failed:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return write(folder)
+    except OSError as error:
+        return Failed(f"worker {dist.get_rank()}: {error}", error.errno in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _commit(folder: Path, manifest: dict[str, Any]) -> Failed | None:
+    try:
+        write_json_atomic(folder / MANIFEST, manifest)
+    except OSError as error:
+        return Failed(f"manifest: {error}", error.errno in (errno.ENOSPC, errno.EDQUOT))
+    return None
+
+
+# ---- finding -----------------------------------------------------------------------------------------------------
 def newest(root: Path) -> tuple[Found | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over."""
     rejected: list[str] = []
@@ -75,9 +116,18 @@ def newest(root: Path) -> tuple[Found | None, list[str]]:
             continue  # never finished: not a checkpoint
         problem = verify(folder)
         if problem is None:
-            return Found(folder, Position(**json.loads((folder / MANIFEST).read_text())["position"])), rejected
+            return read(folder), rejected
         rejected.append(f"{folder.name}: {problem}")
     return None, rejected
+
+
+def read(folder: Path) -> Found:
+    """A checkpoint by its manifest, unverified. Raises OSError or ValueError where there is none to read."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("schema") != SCHEMA:
+        raise ValueError(f"its manifest has schema {manifest.get('schema')}, this version reads {SCHEMA}")
+    size = sum(size for size, _ in manifest["files"].values())
+    return Found(folder, Position(**manifest["position"]), manifest["metrics"], manifest["more"], size)
 
 
 def verify(folder: Path) -> str | None:
@@ -94,51 +144,58 @@ def verify(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if _sha256(path) != sha256:
+        if sha256_of(path) != sha256:
             return f"{name} has another sha256"
     return None
 
 
 def check_fits(found: Found, position: Position) -> None:
-    """Refuse to go on with what was made under other circumstances."""
-    was = found.position
-    if was.config_hash != position.config_hash:
+    """Refuse to go on with what was made under other settings. The number of workers may differ."""
+    if found.position.config_hash != position.config_hash:
         raise InputError(f"{found.folder} was written under another configuration; use another output folder")
-    if was.world_size != position.world_size and was.zero_stage > 0:
-        raise InputError(
-            f"{found.folder} was written by {was.world_size} workers with ZeRO stage {was.zero_stage}; "
-            f"{position.world_size} cannot read their shards; run with resources.workers={was.world_size}, "
-            f"or remove the folder {found.folder.parent} to start again"
-        )
 
 
-def _own_files(folder: Path) -> list[Path]:
-    """Files that this rank answers for: its shards; rank 0 also for those of no rank."""
-    rank = dist.get_rank()
-    shards = {p for r in range(dist.get_world_size()) for p in folder.rglob(f"*zero_pp_rank_{r}_*")}
-    mine = set(folder.rglob(f"*zero_pp_rank_{rank}_*"))
-    others = {p for p in folder.rglob("*") if p.is_file()} - shards if rank == 0 else set()
-    return sorted(mine | others)
-
-
-def _hash_files(files: list[Path]) -> dict[str, tuple[int, str]]:
-    table = {}
-    for path in files:
-        with path.open("rb") as f:
-            os.fsync(f.fileno())
-        step_folder = next(p for p in path.parents if p.name.startswith("step-"))
-        table[str(path.relative_to(step_folder))] = (path.stat().st_size, _sha256(path))
-    return table
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _retain(root: Path, keep_last: int) -> None:
-    """Remove all but the newest committed checkpoints, and what was never committed before them."""
-    committed = sorted((p for p in root.glob("step-*") if (p / MANIFEST).is_file()), reverse=True)
+# ---- retention ---------------------------------------------------------------------------------------------------
+def committed(root: Path) -> list[Found]:
+    """Checkpoints whose manifest can be read, newest first; not verified."""
+    found = []
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        try:
+            found.append(read(folder))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def to_keep(found: Sequence[Found], *, keep_last: int, keep_best: int) -> list[str]:
+    """Names of the checkpoints that stay: the last ones, and the best by validation loss of those that have one."""
+    return [f.folder.name for f in [*found[:keep_last], *_by_loss(found)[:keep_best]]]
+
+
+def best(root: Path) -> Found | None:
+    """The checkpoint with the lowest validation loss of those that verify and have one."""
+    return next((f for f in _by_loss(committed(root)) if verify(f.folder) is None), None)
+
+
+def _by_loss(found: Sequence[Found]) -> list[Found]:
+    scored = [f for f in found if math.isfinite(f.metrics.get("val/loss", math.nan))]
+    return sorted(scored, key=lambda f: f.metrics["val/loss"])
+
+
+def retain(root: Path, *, newest: Path, keep_last: int, keep_best: int, busy: frozenset[str] = frozenset()) -> None:
+    """Remove what need not stay, and what was never committed before the newest.
+
+    Args:
+        newest: Just committed and so known to be whole: always stays.
+        busy: Names that are in use, by an upload.
+    """
+    stay = {newest.name, *busy, *to_keep(committed(root), keep_last=keep_last, keep_best=keep_best)}
     for folder in sorted(root.glob("step-*")):
-        if folder not in committed[:keep_last] and folder.name < committed[0].name:
+        if folder.name not in stay and folder.name < newest.name:
+            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that half a folder is never taken for a checkpoint
             shutil.rmtree(folder, ignore_errors=True)

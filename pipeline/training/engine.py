@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.job import TrainConfig
-
-TAG = "state"
+from pipeline.training.deepspeed_options import deepspeed_options
+from pipeline.training.partitions import base_optimizer, flats_of, weights_from_flats
+from pipeline.training.shards import Shards, shard_tensors
 
 
 def _import_deepspeed() -> Any:
@@ -30,12 +33,26 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
+    with _nothing_compiled():
+        import deepspeed
+        import deepspeed.runtime.zero.muon.original_muon
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """DeepSpeed's Muon asks to be compiled as it is imported. For an optimizer that we do not use, every worker would
+    load torch's compiler at its start: seconds on a machine that has a dead worker to replace."""
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function if function is not None else lambda f: f
+    try:
+        yield
+    finally:
+        torch.compile = compile_
 
 
 class Engine:
@@ -61,15 +78,15 @@ class Engine:
         self._deepspeed = _import_deepspeed()
         self.stage = config.zero_stage
         self._fp32 = config.precision == "fp32"
-        settings = {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": config.optimizer.clip,
-            "zero_optimization": {"stage": config.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 2**40,
-            "bf16": {"enabled": config.precision == "bf16"},
-        }
+        self._open, self._stepped = True, False
+        self._norm: float | None = None  # of stage 0 in fp32, which DeepSpeed computes and forgets
+        settings = deepspeed_options(
+            config, micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available()
+        )
+        self._put_gate(optimizer)
+        self._engine: Any = (
+            None  # while DeepSpeed sets up, where its bf16 stage 0 would take a step of nothing but decay
+        )
         self._engine, self.optimizer, _, _ = self._deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
@@ -77,6 +94,8 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
+        self._clip = config.optimizer.clip
+        self._engine.clip_fp32_gradients = self._clip_fp32
 
     @property
     def module(self) -> nn.Module:
@@ -92,17 +111,53 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> None:
-        """Count a micro batch; at the last one of a step, clip, update and clear the gradients."""
+    def step(self, lr: float, *, apply: bool = True) -> None:
+        """Count a micro batch; at the last one of a step, clip, update and clear the gradients.
+
+        Args:
+            apply: False leaves the update out: weights and the optimizer's state stay, gradients are dropped. Every
+                worker must say the same. A gradient that is not finite is left out whatever is said.
+        """
+        self._open, self._stepped = apply, False
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
 
     @property
+    def applied(self) -> bool:
+        """Whether the last step changed the weights; the same on every worker."""
+        return self._stepped
+
+    @property
     def grad_norm(self) -> float | None:
-        """Of the last step, before clipping; None where DeepSpeed does not compute it (stage 0 in fp32)."""
-        norm = self._engine.get_global_grad_norm()
+        """Of the last step, over all workers and before clipping; None before the first."""
+        norm = self._norm if self._norm is not None else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def _put_gate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer step only where the step is wanted and its gradient is finite.
+
+        The gate is on the optimizer, below DeepSpeed, because there every ZeRO stage comes by, with its gradients
+        reduced and their norm known, and clears them afterwards as after any step.
+        """
+        step = optimizer.step
+
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            if self._engine is None or not self._open or not self._finite():
+                return None
+            self._stepped = True
+            return step(*args, **kwargs)
+
+        optimizer.step = gated
+
+    def _finite(self) -> bool:
+        norm = self._norm if self._norm is not None else getattr(self._engine.optimizer, "_global_grad_norm", None)
+        # DeepSpeed says -1 for a norm that is not finite.
+        return norm is None or (math.isfinite(float(norm)) and float(norm) >= 0)
+
+    def _clip_fp32(self) -> None:
+        """In place of DeepSpeed's, which computes the norm and does not keep it."""
+        self._norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip))
 
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:
@@ -113,20 +168,52 @@ class Engine:
         with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
 
-    def save(self, folder: Path, position: dict[str, Any]) -> None:
-        """Every worker writes its part under `folder`. Collective; no file is written elsewhere."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"position": position}, save_latest=False)
+    def state(self) -> dict[str, Tensor]:
+        """What this worker writes into a checkpoint, by name; see `pipeline.training.shards`. Collective."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        flats = flats_of(self.optimizer, self.module, rank=rank)
+        with self._whole_untrained():
+            whole = {name: t.detach().clone() for name, t in self._untrained().items()}
+        return shard_tensors(flats, base_optimizer(self.optimizer), whole, rank=rank, world_size=world_size)
 
-    def load(self, folder: Path) -> None:
-        """Model, optimizer and counters from a folder that `save` wrote with as many workers. Collective."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
+    def load(self, folder: Path, *, step: int) -> None:
+        """Weights and optimizer state from a checkpoint, whatever the number of workers that wrote it. Collective."""
+        shards = Shards(folder)
+        for flat in flats_of(self.optimizer, self.module, rank=dist.get_rank()):
+            flat.fill(base_optimizer(self.optimizer), shards.fields)
+        weights_from_flats(self.optimizer)
+        with self._whole_untrained(), torch.no_grad():
+            for name, tensor in self._untrained().items():
+                tensor.copy_(shards.whole(name))
+        self._engine.global_steps = step
+
+    def _untrained(self) -> dict[str, Tensor]:
+        """Buffers, and parameters without gradient."""
+        frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+        return {**frozen, **dict(self.module.named_buffers())}
+
+    @contextlib.contextmanager
+    def _whole_untrained(self) -> Iterator[None]:
+        """ZeRO stage 3 cuts frozen parameters too; what worker 0 writes into them here, all get."""
+        frozen = [p for p in self.module.parameters() if not p.requires_grad]
+        if self.stage < 3 or not frozen:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(frozen, modifier_rank=0):
+            yield
 
     def export_state(self, checkpoint: Path) -> dict[str, Tensor]:
         """Weights in fp32 by name, on the CPU: from the module where it holds them whole, else from a checkpoint."""
+        names = self.module.state_dict(keep_vars=True)
         if self.stage < 3 and self._fp32:
-            return {k: v.detach().float().cpu() for k, v in self.module.state_dict().items()}
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+            return {k: v.detach().float().cpu() for k, v in names.items()}
+        shards, first = Shards(checkpoint), {id(p): name for name, p in self._trained_first()}
+        return {
+            name: shards.weight(first[id(p)], getattr(p, "ds_shape", p.shape)) if id(p) in first
+            else shards.whole(name).float()
+            for name, p in names.items()
+        }  # fmt: skip
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+    def _trained_first(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trained parameters by the first of their names, where several modules share one."""
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)

@@ -6,74 +6,34 @@ that was killed and goes on from a checkpoint does what the uninterrupted run wo
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from contextlib import closing
+from typing import Any
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.data.feed import FeedStep, feed
+from pipeline.data.feed import feed
 from pipeline.data.order import FeedOrder
+from pipeline.flops import mfu, peak_flops
 from pipeline.job import TrainConfig
-from pipeline.progress import ProgressWriter
-from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Position
+from pipeline.training.clock import StepClock
+from pipeline.training.curve import LOG_EVERY, TrainingCurve
 from pipeline.training.engine import Engine
+from pipeline.training.guard import StepGuard, StepLosses
+from pipeline.training.keeper import Keeper
+from pipeline.training.memory import MeanLoss, Memory
+from pipeline.training.notice import StopNotice
+from pipeline.training.prefetch import Ready, prefetch
+from pipeline.training.records import Run, Stopped, Trained
+from pipeline.training.slices import Objective
+from pipeline.training.stopping import BestSoFar
+from pipeline.training.watchdog import Watchdog
 from scldm.optim.ema import EMA
 from scldm.optim.schedule import learning_rate_factor
 
-LOG_EVERY = 10  # steps between points of the training curve
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Which part of a step a micro batch is."""
-
-    step: int
-    epoch: int
-    start: int  # first row of the micro batch among this worker's rows of the step
-
-
-class Objective(Protocol):
-    """What is trained."""
-
-    module: nn.Module
-    validate_with_ema: bool
-
-    def loss(self, model: Callable[..., Tensor], table: pa.Table, part: Slice) -> tuple[Tensor, Tensor]:
-        """Loss of each cell of a micro batch, and its weight; both (b,)."""
-
-    def validation(self, rank: int, world_size: int) -> tuple[float, int]:
-        """Sum of the loss over this worker's share of the validation cells, and their number."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where and for whom the loop works."""
-
-    folder: Path  # of the stage
-    config_hash: str
-    feed_engine: Literal["ray", "local"]
-    tracker: Any
-    on_checkpoint: Callable[[dict[str, float]], None] = lambda metrics: None
-
-
-@dataclass
-class Trained:
-    """What the loop leaves behind."""
-
-    engine: Engine
-    ema: EMA | None
-    checkpoint: Path
-    metrics: dict[str, float]
+STOP_WAIT = 20.0  # seconds that an upload may take after a notice; what is left of it, the next start does
 
 
 def accumulation_of(config: TrainConfig, world_size: int) -> tuple[int, int]:
@@ -86,60 +46,161 @@ def accumulation_of(config: TrainConfig, world_size: int) -> tuple[int, int]:
 def run_training(
     objective: Objective, source: Any, order: FeedOrder, config: TrainConfig, run: Run, *, ema_config: Any = None
 ) -> Trained:
-    """Train to max_steps, from the newest checkpoint that verifies or from the start. Collective."""
+    """Train to max_steps, from the newest checkpoint that verifies or from the start. Collective.
+
+    Raises:
+        Stopped: on notice; everything up to that step is in a checkpoint.
+        TrainingStopped: what the settings say about steps that are not finite.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    micro, accumulation = accumulation_of(config, world_size)
-    optimizer = _optimizer(objective.module, config)
-    engine = Engine(objective.module, optimizer, config, micro_batch_size=micro, accumulation=accumulation)
-    with engine.whole_parameters():
-        ema = None if ema_config is None else EMA(engine.module, ema_config)
-    here = lambda step: _position(step, order, config, run, world_size)  # noqa: E731
-    start, latest = _resume(engine, ema, here(0), run)
-    log = _Log(run, config, start, order) if rank == 0 else None
+    training = Training(objective, order, config, run, ema_config)
+    start = training.resume()
+    stop = start if training.memory.best.stopped else config.max_steps
     steps = feed(
-        source, order, rank=rank, world_size=world_size, start_step=start, stop_step=config.max_steps,
-        micro_batch_size=micro, engine=run.feed_engine,
+        source, order, rank=rank, world_size=world_size, start_step=start, stop_step=stop,
+        micro_batch_size=accumulation_of(config, world_size)[0], engine=run.feed_engine,
     )  # fmt: skip
-    metrics: dict[str, float] = {}
-    total, counted = torch.zeros((), dtype=torch.float64), 0
-    for feed_step in steps:
-        step = feed_step.step + 1  # steps done after this one
-        lr = config.optimizer.lr * learning_rate_factor(feed_step.step, config.max_steps, config.optimizer)
-        total += _step(engine, objective, feed_step, lr, accumulation, world_size)
-        counted += feed_step.real_cells
-        if ema is not None:
-            with engine.whole_parameters():
-                ema.update(step)
-        if step % LOG_EVERY == 0 or step == config.max_steps:
-            metrics |= {"train/loss": _mean(total, counted, engine.device), "train/lr": lr}
-            _must_be_finite(metrics["train/loss"], step, feed_step)
-            total, counted = torch.zeros((), dtype=torch.float64), 0
-        if step % config.validate_every == 0 or step == config.max_steps:
-            metrics |= {"val/loss": _validate(objective, engine, ema)}
-        if log is not None:
-            log.write(step, metrics, engine.grad_norm)
-        if step % config.checkpoint_every == 0 or step == config.max_steps:
-            latest = _save(engine, ema, here(step), run, config)
-            run.on_checkpoint({"step": step, **metrics})
-    assert latest is not None
-    return Trained(engine, ema, latest, metrics or (log.last() if log is not None else {}))
+    with (
+        Watchdog(run.folder, rank=rank, timeout_s=config.step_timeout_s) as training.watchdog,
+        closing(prefetch(steps, objective.prepare, training.engine.device)) as ready,
+        training.notice.on_sigterm(),
+    ):
+        for at in training.clock.waiting("data_wait", ready):
+            if training.take(at):
+                break
+    return training.done()
 
 
-def _step(
-    engine: Engine, objective: Objective, feed_step: FeedStep, lr: float, accumulation: int, world_size: int
-) -> Tensor:
-    """One global batch; the sum of this worker's losses."""
-    total = torch.zeros((), dtype=torch.float64)
-    start = 0
-    for table in feed_step.micro:
-        loss, weight = objective.loss(engine, table, Slice(feed_step.step, feed_step.epoch, start))
-        summed = (loss * weight).sum()
-        # The engine divides by accumulation and world size; what remains is the mean over the real cells of the batch.
-        engine.backward(summed * (accumulation * world_size / feed_step.real_cells))
-        engine.step(lr)
-        total += summed.detach().cpu().double()
-        start += table.num_rows
-    return total
+class Training:
+    """A run under way: what a step does, and what is done after it."""
+
+    watchdog: Watchdog
+
+    def __init__(self, objective: Objective, order: FeedOrder, config: TrainConfig, run: Run, ema_config: Any):
+        self.objective, self.order, self.config, self.run = objective, order, config, run
+        self.world_size = dist.get_world_size()
+        micro, self.accumulation = accumulation_of(config, self.world_size)
+        optimizer = _optimizer(objective.module, config)
+        self.engine = Engine(
+            objective.module, optimizer, config, micro_batch_size=micro, accumulation=self.accumulation
+        )
+        with self.engine.whole_parameters():
+            self.ema = None if ema_config is None else EMA(self.engine.module, ema_config)
+        self.keeper = Keeper(
+            run.folder, self.engine, self.ema, self._position, keep_last=config.keep_last,
+            keep_best=max(config.keep_best, int(config.export == "best")), remote=run.remote, tries=run.storage.tries,
+            wait_at_end=run.storage.wait_at_end,
+        )  # fmt: skip
+        self.memory, self.clock = Memory(StepGuard(config), BestSoFar(config), MeanLoss()), StepClock()
+        self.notice = StopNotice(run.folder, run.preempted)
+        self.steps = 0  # done
+        self.metrics: dict[str, float] = {}
+        self.curve: TrainingCurve | None = None
+
+    def resume(self) -> int:
+        """Steps that are done."""
+        found = self.keeper.resume()
+        if found.folder is not None:
+            self.memory.load(found.more)
+        if dist.get_rank() == 0:
+            self.curve = TrainingCurve(
+                self.run.folder, self.run.tracker, self.config, found.step, self.order, self._mfu
+            )
+        self.steps = found.step
+        return found.step
+
+    def take(self, at: Ready) -> bool:
+        """A step, and what is due after it. Whether it was the last."""
+        self.notice.ask()
+        step = self.steps = at.step + 1  # steps done after this one
+        lr = self.config.optimizer.lr * learning_rate_factor(at.step, self.config.max_steps, self.config.optimizer)
+        with self.clock.of("step"):
+            self.memory.losses.add(*self._update(at, lr))
+            if self.ema is not None and self.engine.applied:
+                with self.engine.whole_parameters():
+                    self.ema.update(step)
+        self.watchdog.beat(f"step {step}")
+        last = step == self.config.max_steps
+        measured: dict[str, float] = {}
+        improved = False
+        if step % self.config.validate_every == 0 or last:
+            measured, improved = self._validated(step)
+            last = last or self.memory.best.stopped
+        if step % LOG_EVERY == 0 or last:
+            self.metrics |= {"train/loss": self.memory.losses.take(), "train/lr": lr, **self.clock.take()}
+            self.metrics["train/skipped"] = float(self.memory.guard.skipped)
+        if self.curve is not None:
+            self.curve.write(step, self.metrics, self.engine.grad_norm, last=last)
+        stop = self.notice.answer() and not last
+        due = step % self.config.checkpoint_every == 0 or (improved and self.config.export == "best")
+        if due or last or stop:
+            self._save(step, measured, must=last or stop)
+        if stop:
+            self.keeper.close(most=STOP_WAIT)
+            raise Stopped(step)
+        return last
+
+    def done(self) -> Trained:
+        """Of the weights that are to become the model."""
+        assert self.keeper.latest is not None
+        metrics = self.metrics or (self.curve.last() if self.curve is not None else {})
+        exported = self.steps
+        if self.config.export == "best":
+            exported = self.keeper.back_to_best()
+            metrics = metrics | {"val/loss": self.memory.best.loss}
+        return Trained(
+            self.engine, self.ema, self.keeper.latest, metrics, self.memory, self.keeper.close, self.clock,
+            steps=self.steps, exported=exported,
+        )  # fmt: skip
+
+    def _update(self, at: Ready, lr: float) -> tuple[float, int]:
+        """One global batch: the sum of its losses over all workers, and its cells; nothing where it was left out."""
+        guard, seen = self.memory.guard, StepLosses(self.engine.device)
+        parts = list(at.parts())
+        for i, (part, batch) in enumerate(parts, start=1):
+            loss = self.objective.loss(self.engine, batch, part)
+            seen.add(loss, batch.weight, batch.joinids)
+            # The engine divides by accumulation and world size; what remains is the mean over the batch's real cells.
+            share = self.accumulation * self.world_size / at.real_cells
+            self.engine.backward((loss * batch.weight).sum() * share)
+            if i < len(parts):
+                self.engine.step(lr)
+        total, n_bad = seen.reduced()
+        mean = total / at.real_cells
+        self.engine.step(lr, apply=guard.wants(mean, n_bad))
+        said = guard.after(at.step + 1, mean, seen, applied=self.engine.applied)
+        if said is not None and dist.get_rank() == 0:
+            print(said, flush=True)
+        return (total, at.real_cells) if self.engine.applied else (0.0, 0)
+
+    def _validated(self, step: int) -> tuple[dict[str, float], bool]:
+        """What validation measured, and whether it is the best so far."""
+        with self.clock.of("validation"):
+            measured = {"val/loss": _validate(self.objective, self.engine, self.ema)}
+        self.metrics |= measured
+        self.watchdog.beat(f"validation at step {step}")
+        return measured, self.memory.best.see(step, measured["val/loss"])
+
+    def _save(self, step: int, measured: dict[str, float], *, must: bool) -> None:
+        with self.clock.of("checkpoint"):
+            saved = self.keeper.save(step, metrics=measured, more=self.memory.state(), must=must)
+        self.watchdog.beat(f"checkpoint at step {step}")
+        if saved:
+            self.run.on_checkpoint({"step": step, **self.metrics})
+
+    def _mfu(self, cells_per_s: float) -> float | None:
+        device = self.engine.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        peak = peak_flops(name, self.config.precision)
+        return (
+            None
+            if self.run.flops_per_cell is None
+            else mfu(self.run.flops_per_cell, cells_per_s, peak, self.world_size)
+        )
+
+    def _position(self, step: int) -> Position:
+        epoch, offset = divmod(step, self.order.n_steps_per_epoch)
+        return Position(step, epoch, offset, self.world_size, self.run.config_hash, self.config.zero_stage)
 
 
 def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -150,39 +211,6 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
         return CautiousAdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, caution=True)
     return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
-
-
-def _position(step: int, order: FeedOrder, config: TrainConfig, run: Run, world_size: int) -> Position:
-    epoch, offset = divmod(step, order.n_steps_per_epoch)
-    return Position(step, epoch, offset, world_size, run.config_hash, config.zero_stage)
-
-
-def _resume(engine: Engine, ema: EMA | None, start: Position, run: Run) -> tuple[int, Path | None]:
-    """Load the newest checkpoint that verifies, chosen by rank 0 for all."""
-    chosen: list[Any] = [None]
-    if dist.get_rank() == 0:
-        found, rejected = checkpoint.newest(run.folder / "checkpoints")
-        for line in rejected:
-            print(f"checkpoint passed over: {line}", flush=True)
-        chosen = [found]
-    dist.broadcast_object_list(chosen)
-    found = chosen[0]
-    if found is None:
-        return 0, None
-    checkpoint.check_fits(found, start)
-    engine.load(found.folder)
-    if ema is not None:
-        ema.load_state_dict(torch.load(found.folder / "ema.pt", weights_only=True, map_location=engine.device))
-    return found.position.step, found.folder
-
-
-def _save(engine: Engine, ema: EMA | None, position: Position, run: Run, config: TrainConfig) -> Path:
-    def write(folder: Path) -> None:
-        engine.save(folder, position.__dict__)
-        if ema is not None and dist.get_rank() == 0:
-            torch.save(ema.state_dict(), folder / "ema.pt")
-
-    return checkpoint.save(run.folder / "checkpoints", position, write, keep_last=config.keep_last)
 
 
 def _validate(objective: Objective, engine: Engine, ema: EMA | None) -> float:
@@ -196,64 +224,3 @@ def _validate(objective: Objective, engine: Engine, ema: EMA | None) -> float:
     sums = torch.tensor([total, n], dtype=torch.float64, device=engine.device)
     dist.all_reduce(sums)
     return float(sums[0] / sums[1])
-
-
-def _mean(total: Tensor, cells: int, device: torch.device) -> float:
-    total = total.to(device)
-    dist.all_reduce(total)
-    return float(total) / cells
-
-
-def _must_be_finite(loss: float, step: int, feed_step: FeedStep) -> None:
-    if not math.isfinite(loss):
-        cells = [int(i) for table in feed_step.micro for i in table["soma_joinid"].to_pylist()]
-        raise FloatingPointError(
-            f"the training loss is {loss} at step {step}; lower train.optimizer.lr or train.optimizer.clip. "
-            f"This worker's cells of the step have soma_joinid {cells[:8]}, …"
-        )
-
-
-class _Log:
-    """Rank 0: the training curve on disk, in the tracker, and progress for people."""
-
-    def __init__(self, run: Run, config: TrainConfig, start: int, order: FeedOrder):
-        self.path = run.folder / "metrics.jsonl"
-        self.tracker, self.config, self.order = run.tracker, config, order
-        self.progress = ProgressWriter(run.folder)
-        kept = [row for row in self._rows() if row["step"] <= start]  # what a killed attempt wrote past its checkpoint
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.recent: deque[tuple[float, int]] = deque(maxlen=50)  # the rate is that of the last steps, without start-up
-
-    def _rows(self) -> Iterator[dict[str, float]]:
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue  # the half line of a killed attempt
-
-    def last(self) -> dict[str, float]:
-        merged: dict[str, float] = {}
-        for row in self._rows():
-            merged |= {k: v for k, v in row.items() if k != "step"}
-        return merged
-
-    def write(self, step: int, metrics: dict[str, float], grad_norm: float | None) -> None:
-        self.recent.append((time.monotonic(), step))
-        (then, first), (now, _) = self.recent[0], self.recent[-1]
-        rate = (step - first) * self.order.batch_size / (now - then) if now > then else 0.0
-        shown = {"loss": metrics.get("train/loss", math.nan), "val": metrics.get("val/loss", math.nan)}
-        self.progress.update(
-            step, self.config.max_steps, **{k: v for k, v in shown.items() if math.isfinite(v)},
-            lr=metrics.get("train/lr", 0.0), cells_per_s=rate,
-        )  # fmt: skip
-        validated = step % self.config.validate_every == 0 or step == self.config.max_steps
-        if step % LOG_EVERY and not validated and step != self.config.max_steps:
-            return
-        row = {k: v for k, v in metrics.items() if k != "val/loss" or validated}
-        row |= {"perf/cells_per_s": rate, "train/cells_seen": float(step * self.order.batch_size)}
-        if grad_norm is not None:
-            row["train/grad_norm"] = grad_norm
-        with self.path.open("a") as f:
-            f.write(json.dumps({"step": step, **row}) + "\n")
-        self.tracker.metrics(row, step=step)

@@ -1,29 +1,25 @@
-"""What is trained: the VAE on cells, the flow on cached latents.
+"""Training of the VAE: the likelihood of the cells' counts.
 
-Shape letters: b cells, g genes, m latent tokens, e latent width.
+Shape letters: b cells, g genes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.data.collate import LatentBatch, measured_group, to_cell_batch, to_latent_batch
-from pipeline.data.order import FeedOrder
-from pipeline.training.loop import Slice
+from pipeline.data.collate import measured_group, to_cell_batch
+from pipeline.training.prefetch import map_tensors
+from pipeline.training.slices import Slice
 from scldm.batch import CellBatch
-from scldm.flow.config import PathConfig
-from scldm.flow.objective import flow_loss
-from scldm.flow.path import sample_path, training_interval
 from scldm.gene_sampling import see_genes
 from scldm.genes_seen import GenesSeenConfig
-from scldm.nn.dit import DiT, drop_labels
-from scldm.nn.likelihood import gene_probabilities, sample_genes
+from scldm.nn.likelihood import GeneSample, gene_probabilities, sample_genes
 from scldm.nn.vae import VAE
 from scldm.random import generator
 
@@ -33,6 +29,23 @@ GENES, NOISE, VALIDATION, SEEN = 1, 2, 3, 4  # streams of randomness
 def seen_seed(seed: int, epoch: int) -> int:
     """Seed of the genes that the encoder sees in an epoch; with a cell's id it decides the draw."""
     return int(np.random.SeedSequence([seed, SEEN, epoch]).generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class VaeBatch:
+    """Cells, and what the encoder is shown of them where a cap cuts it."""
+
+    cells: CellBatch
+    fewer: CellBatch | None
+    group: Tensor | None  # which row of `measured` a cell has, (b,)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.cells.weight
+
+    @property
+    def joinids(self) -> Tensor:
+        return self.cells.joinids
 
 
 class VaeObjective:
@@ -61,15 +74,24 @@ class VaeObjective:
         self.probability = None if genes_per_step is None else gene_probabilities(mean_counts, genes_per_step)
         self._validation = validation
 
-    def loss(self, model: Callable[..., Tensor], table: pa.Table, part: Slice) -> tuple[Tensor, Tensor]:
-        cells, seen = self._batch(table)
+    def prepare(self, table: pa.Table, part: Slice) -> VaeBatch:
+        cells = to_cell_batch(table, self.labels)
+        fewer = None
+        if self.max_genes is not None:
+            fewer = to_cell_batch(table, self.labels, max_genes=self.max_genes, seed=self.seed)
+        return VaeBatch(cells, fewer, None if self.measured is None else measured_group(table))
+
+    def loss(self, model: Callable[..., Tensor], batch: VaeBatch, part: Slice) -> Tensor:
+        cells, seen = self.scored_and_seen(batch)
         if self.genes_seen.mode != "expressed":
             seen = self._drawn(cells, part.epoch)
+        return model(cells, self.sample(part.step, cells.counts.device), seen)
+
+    def sample(self, step: int, device: torch.device) -> GeneSample | None:
+        """Genes that are scored in a step: the same on every worker and in every micro batch of it."""
         if self.probability is None:
-            return model(cells, None, seen), cells.weight
-        # The same genes on every worker and in every micro batch of a step.
-        drawn = sample_genes(self.probability.to(cells.counts.device), generator(self.seed, GENES, part.step))
-        return model(cells, drawn, seen), cells.weight
+            return None
+        return sample_genes(self.probability.to(device), generator(self.seed, GENES, step))
 
     def _drawn(self, cells: CellBatch, epoch: int) -> CellBatch:
         """What the encoder sees of the cells in an epoch; validation sees the expressed genes instead."""
@@ -79,97 +101,22 @@ class VaeObjective:
         return see_genes(cells, self.genes_seen, n_genes=n_genes, seed=seed, mean_counts=self.mean_counts)
 
     def validation(self, rank: int, world_size: int) -> tuple[float, int]:
+        device = next(self.module.parameters()).device
         total, n = 0.0, 0
         for table in self._validation[rank::world_size]:
-            cells, seen = self._batch(table)
+            cells, seen = self.scored_and_seen(map_tensors(self.prepare(table, Slice(0, 0, 0)), lambda x: x.to(device)))
             total += float(self.module(cells, None, seen).double().sum())
             n += cells.n_cells
         return total, n
 
-    def _batch(self, table: pa.Table) -> tuple[CellBatch, CellBatch]:
+    def scored_and_seen(self, batch: VaeBatch) -> tuple[CellBatch, CellBatch]:
         """The cells that are scored, and what the encoder sees of them."""
-        device = next(self.module.parameters()).device
-        cells = to_cell_batch(table, self.labels).to(device)
-        if self.measured is not None:
-            self.measured = self.measured.to(device)
-            cells = replace(cells, measured=self.measured[measured_group(table).to(device)])
-        if self.max_genes is None:
-            return cells, cells
-        return cells, to_cell_batch(table, self.labels, max_genes=self.max_genes, seed=self.seed).to(device)
-
-
-class FlowObjective:
-    """Flow-matching loss on cached latents; noise, times and dropped labels are functions of (seed, step, lane)."""
-
-    validate_with_ema = True
-
-    def __init__(
-        self,
-        dit: DiT,
-        *,
-        path: PathConfig,
-        n_classes: Mapping[str, int],
-        latent_shape: tuple[int, int],
-        label_dropout: float,
-        order: FeedOrder,
-        lanes: Sequence[int],
-        seed: int,
-        validation: Sequence[pa.Table],
-    ):
-        self.module, self.path, self.n_classes, self.latent_shape = dit, path, n_classes, latent_shape
-        self.label_dropout, self.order, self.lanes, self.seed = label_dropout, order, lanes, seed
-        self.t0, self.t1 = training_interval(path)
-        self._validation = [self._batch(table) for table in validation]
-
-    def loss(self, model: Callable[..., Tensor], table: pa.Table, part: Slice) -> tuple[Tensor, Tensor]:
-        batch = self._batch(table)
-        noise, t, coins = (x[part.start : part.start + len(batch.joinids)] for x in self._draws(part.step))
-        conditions = drop_labels(
-            batch.conditions, self.n_classes, p=self.label_dropout, uniform=coins, strategy=self.module.config.strategy
-        )
-        return self._per_cell(model, batch, noise, t, conditions), batch.weight.to(
-            next(self.module.parameters()).device
-        )
-
-    def _per_cell(
-        self,
-        model: Callable[..., Tensor],
-        batch: LatentBatch,
-        noise: Tensor,
-        t: Tensor,
-        conditions: Mapping[str, Tensor],
-    ) -> Tensor:
-        device = next(self.module.parameters()).device
-        x1, noise, t = batch.latents.to(device), noise.to(device), self.t0 + (self.t1 - self.t0) * t.to(device)
-        conditions = {k: v.to(device) for k, v in conditions.items()}
-        sample = sample_path(noise, x1, t, self.path.path)
-        return flow_loss(model(sample.x_t, t, conditions), sample, t, self.path)
-
-    def _draws(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise, times and coins for this worker's rows of a step."""
-        noise, t, coins = [], [], []
-        q = self.order.rows_per_lane
-        for lane in self.lanes:
-            g = generator(self.seed, NOISE, step, lane)
-            noise.append(torch.randn(q, *self.latent_shape, generator=g))
-            t.append(torch.rand(q, generator=g))
-            coins.append(torch.rand(q, 1 + len(self.n_classes), generator=g))
-        return torch.cat(noise), torch.cat(t), torch.cat(coins)
-
-    def validation(self, rank: int, world_size: int) -> tuple[float, int]:
-        """With noise and times fixed per batch, so that steps and runs compare."""
-        total, n = 0.0, 0
-        for i in range(rank, len(self._validation), world_size):
-            batch = self._validation[i]
-            g = generator(self.seed, VALIDATION, i)
-            noise = torch.randn(batch.latents.shape, generator=g)
-            t = torch.rand(len(noise), generator=g)
-            total += float(self._per_cell(self.module, batch, noise, t, batch.conditions).double().sum())
-            n += len(noise)
-        return total, n
-
-    def _batch(self, table: pa.Table) -> LatentBatch:
-        return to_latent_batch(table, list(self.n_classes), shape=self.latent_shape)
+        cells = batch.cells
+        if self.measured is not None and batch.group is not None:
+            # On the device: a row for each cell would be the largest part of what travels there.
+            self.measured = self.measured.to(batch.group.device)
+            cells = replace(cells, measured=self.measured[batch.group])
+        return cells, cells if batch.fewer is None else batch.fewer
 
 
 def validation_tables(source, *, n_cells: int, batch_size: int, seed: int) -> list[pa.Table]:

@@ -2,59 +2,132 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
+import threading
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.job import ResourcesConfig, TrainConfig
 from pipeline.preflight import feed_problems
 from pipeline.progress import ProgressReader
+from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError
+from pipeline.training.notice import STOP_FILE
+from pipeline.training.remote import check_storage
+from pipeline.training.watchdog import FIRST
+
+HOPELESS = "hopeless"  # in place of facts, where starting again would end the same: no failure that Ray may retry
+STOPPED = "stopped_at"  # in place of facts, where a notice ended the workers
 
 
 def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs in every Ray Train worker; imports there, so that the driver stays light."""
     import ray.train
 
+    from pipeline.training.guard import TrainingStopped
+    from pipeline.training.records import Stopped
     from pipeline.training.worker import train_worker
 
-    facts = train_worker(spec, on_checkpoint=lambda metrics: ray.train.report(metrics))
-    return facts
+    try:
+        return train_worker(
+            spec,
+            on_checkpoint=lambda metrics: ray.train.report(metrics),
+            preempted=lambda: ray.train.get_preemption_info() is not None,
+        )
+    except Stopped as stopped:
+        return {STOPPED: stopped.step}
+    except TrainingStopped as stopped:
+        return {HOPELESS: str(stopped)}
 
 
 def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> dict[str, Any]:
     """Run `train_worker` on `resources.workers` workers until it is done. Facts of the stage.
 
     A worker that dies takes the group with it; the group starts again and resumes from the newest checkpoint that
-    verifies, at most `train.max_failures` times. What Ray itself stores of a run is not needed to resume.
+    verifies, at most `train.max_failures` times. Where a node gives notice, the workers write a checkpoint, end, and
+    start again without it; that is no failure. What Ray itself stores of a run is not needed to resume.
     """
+    if problems := feed_problems(train, resources):
+        raise InputError("\n".join(problems))
+    check_storage(CheckpointStorage.model_validate(spec["storage"]), spec["run_name"])
+    folder = Path(spec["folder"])
+    with ProgressReader(folder, stage, train.log_every_seconds), stop_on_sigterm(folder / STOP_FILE) as asked:
+        while True:
+            result = _trainer(spec, train, resources, stage).fit()
+            if result.error is not None:
+                raise result.error
+            facts = result.return_value
+            if HOPELESS in facts:
+                from pipeline.training.guard import TrainingStopped
+
+                raise TrainingStopped(facts[HOPELESS])
+            if STOPPED not in facts:
+                return facts
+            if asked():
+                print(f"stopped as asked; the same command goes on after step {facts[STOPPED]}", flush=True)
+                raise SystemExit(128 + signal.SIGTERM)
+            print(f"a node is taken away; step {facts[STOPPED]} is safe, going on without the node", flush=True)
+
+
+def _trainer(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    if problems := feed_problems(train, resources):
-        raise InputError("\n".join(problems))
     gpu = resources.gpus_per_worker > 0
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if gpu:
         per_worker["GPU"] = resources.gpus_per_worker
-    folder = Path(spec["folder"])
-    trainer = TorchTrainer(
+    least, most = resources.workers.min, resources.workers.max
+    return TorchTrainer(
         _on_worker,
         train_loop_config=spec,
-        scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpu, resources_per_worker=per_worker),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else (least, most), use_gpu=gpu, resources_per_worker=per_worker
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=collective_timeout(train)),
         run_config=RunConfig(
             name=f"{stage}-{spec['version']}-{uuid.uuid4().hex[:6]}",
-            storage_path=str(folder / "ray"),
+            storage_path=str(Path(spec["folder"]) / "ray"),
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
-    with ProgressReader(folder, stage, train.log_every_seconds):
-        result = trainer.fit()
-    if result.error is not None:
-        raise result.error
-    return result.return_value
+
+
+def collective_timeout(train: TrainConfig) -> int:
+    """Seconds that a collective may wait. Later than the watchdog, which says more."""
+    return math.ceil(FIRST * train.step_timeout_s) + 60
+
+
+@contextmanager
+def stop_on_sigterm(file: Path) -> Iterator[Callable[[], bool]]:
+    """SIGTERM to the driver (`ray job stop`, a pod that ends) asks the workers for a checkpoint through `file`.
+
+    Yields whether it came. A second SIGTERM ends the driver at once. Only a main thread can take signals.
+    """
+    file.unlink(missing_ok=True)  # it was for the run before
+    came = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal came
+        if came:
+            raise SystemExit(128 + signal.SIGTERM)
+        came = True
+        file.write_text("the driver was asked to stop\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        file.unlink(missing_ok=True)
 
 
 def threads_per_worker(resources: ResourcesConfig) -> int:

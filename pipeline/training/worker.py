@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +22,25 @@ import torch.distributed as dist
 from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
 from pipeline.data.order import FeedOrder
+from pipeline.flops import dit_flops, vae_flops
 from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
+from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
 from pipeline.tracking import StageTracker
-from pipeline.training.loop import Run, Trained, run_training
-from pipeline.training.objectives import FlowObjective, VaeObjective, seen_seed, validation_tables
+from pipeline.training.flow_objective import FlowDraws, FlowObjective
+from pipeline.training.guard import TrainingStopped
+from pipeline.training.joint_run import VAE_FOLDERS, train_joint
+from pipeline.training.loop import run_training
+from pipeline.training.notice import STOP_FILE
+from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
+from pipeline.training.records import Run, Stopped, Trained
+from pipeline.training.remote import Remote
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
+
+STOPPED_EXIT = 75  # EX_TEMPFAIL: nothing is wrong, run again
 
 
 class WorkerSpec(StrictModel):
@@ -45,16 +56,29 @@ class WorkerSpec(StrictModel):
     tracker: dict[str, Any]
     threads: int = 1
     card: str = ""
+    storage: CheckpointStorage = CheckpointStorage()
+    run_name: str = ""  # <name>/<stage>/<version>: the run's folder in the second place of checkpoints
 
 
 def train_worker(
-    raw: dict[str, Any], on_checkpoint: Callable[[dict[str, float]], None] | None = None
+    raw: dict[str, Any],
+    on_checkpoint: Callable[[dict[str, float]], None] | None = None,
+    preempted: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Train; the process group is up. Returns the facts of the stage (the same on every rank)."""
+    """Train; the process group is up. Returns the facts of the stage (the same on every rank).
+
+    Raises Stopped where a notice ended the run, with its work in a checkpoint.
+    """
     spec = WorkerSpec.model_validate(raw)
     torch.set_num_threads(spec.threads)
     tracker = StageTracker.attach(spec.tracker if dist.get_rank() == 0 else {})
-    run = Run(Path(spec.folder), spec.version, spec.feed_engine, tracker, on_checkpoint or (lambda metrics: None))
+    remote = None
+    if spec.storage.storage_path is not None and dist.get_rank() == 0:
+        remote = Remote(spec.storage, spec.run_name)
+    run = Run(
+        Path(spec.folder), spec.version, spec.feed_engine, tracker, on_checkpoint or (lambda metrics: None),
+        remote=remote, storage=spec.storage, preempted=preempted,
+    )  # fmt: skip
     inputs = {k: Manifest(**v) for k, v in spec.inputs.items()}
     try:
         return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
@@ -72,6 +96,7 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
         torch.manual_seed(spec.seed)
         vae = VAE(config.model, n_genes=data.vocabulary.n_genes)
     vae.start_at(mean, variance)
+    vae.decoder.kernels = decoder_kernels(config.train.decoder)
     held_out = data.blocks("validation")
     source = data.blocks("train")
     train = config.train
@@ -90,7 +115,12 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
         measured=None if data.measured is None else torch.from_numpy(data.measured),
     )
     order = make_order(source, train.feed, spec.seed)
-    trained = run_training(objective, source, order, train, run)
+    n_genes = data.vocabulary.n_genes
+    flops = vae_flops(
+        config.model, n_genes=min(train.genes_per_step or n_genes, n_genes),
+        expressed=float(data.facts["mean_expressed_genes"]),
+    )  # fmt: skip
+    trained = run_training(objective, source, order, train, replace(run, flops_per_cell=flops))
     state = trained.engine.export_state(trained.checkpoint)
     if dist.get_rank() == 0:
         final = VAE(config.model, n_genes=data.vocabulary.n_genes)
@@ -99,11 +129,15 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     dist.barrier()
     shape = [config.model.n_latent_tokens, config.model.latent_width]
     seen = {**train.genes_seen.model_dump(mode="json"), "job_seed": spec.seed, "epoch_0_seed": seen_seed(spec.seed, 0)}
-    return _facts(trained, train.max_steps, vae) | {"latent_shape": shape, "genes_seen": seen}
+    return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen}
 
 
 def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:
     config = TrainFlowConfig.model_validate(spec.config)
+    if config.vae.train:
+        trained, both = train_joint(config, inputs, run, seed=spec.seed, card=spec.card)
+        shape = [both.vae.config.n_latent_tokens, both.vae.config.latent_width]
+        return _facts(trained, config.train.export, both) | {"vae": VAE_FOLDERS, "latent_shape": shape}
     data = Ingested.open(inputs["ingest"])
     encoded = inputs["encode"]
     m, e = encoded.facts["latent_shape"]
@@ -122,13 +156,17 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         dit,
         path=config.flow,
         n_classes=n_classes,
-        latent_shape=(m, e),
+        draws=FlowDraws(
+            spec.seed,
+            order,
+            order.lanes_of(dist.get_rank(), dist.get_world_size()),
+            latent_shape=(m, e),
+            n_labels=len(n_classes),
+        ),
         label_dropout=config.model.label_dropout,
-        order=order,
-        lanes=order.lanes_of(dist.get_rank(), dist.get_world_size()),
-        seed=spec.seed,
         validation=tables,
     )
+    run = replace(run, flops_per_cell=dit_flops(config.model, n_latent_tokens=m, latent_width=e))
     trained = run_training(objective, source, order, train, run, ema_config=train.ema)
     raw = trained.engine.export_state(trained.checkpoint)
     assert trained.ema is not None
@@ -139,7 +177,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
             latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,
         )  # fmt: skip
     dist.barrier()
-    return _facts(trained, train.max_steps, dit)
+    return _facts(trained, train.export, dit)
 
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
@@ -150,15 +188,29 @@ def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
     return IpcBlocks(str(encoded.path("latents")), tuple((f["file"], f["n_cells"]) for f in files))
 
 
+def decoder_kernels(asked: Literal["torch", "triton"]) -> Literal["torch", "triton"]:
+    if asked == "triton" and not torch.cuda.is_available():
+        raise InputError(
+            "train.decoder (triton) needs a CUDA device, and this worker has none; set resources.gpus_per_worker=1 on "
+            "machines with GPUs, or train.decoder=torch"
+        )
+    return asked
+
+
 def make_order(source: Any, config: FeedConfig, seed: int) -> FeedOrder:
     return FeedOrder(source.ids, source.tile, seed, config.batch_size, config.lanes, config.block_rows)
 
 
-def _facts(trained: Trained, steps: int, module: torch.nn.Module) -> dict[str, Any]:
+def _facts(trained: Trained, weights: str, module: torch.nn.Module) -> dict[str, Any]:
+    trained.close()
+    guard, best = trained.memory.guard, trained.memory.best
     return {
         "model": "model",
+        "exported": {"weights": weights, "step": trained.exported},
+        "skipped_steps": guard.skipped,
+        "stopped_early": best.stopped,
         "checkpoint": str(Path("checkpoints") / trained.checkpoint.name),
-        "steps": steps,
+        "steps": trained.steps,
         "n_parameters": sum(p.numel() for p in module.parameters()),
         "metrics": trained.metrics,
     }
@@ -169,7 +221,19 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    facts = train_worker(spec)
+    if dist.get_rank() == 0:
+        (Path(spec["folder"]) / STOP_FILE).unlink(missing_ok=True)  # it was for the run before
+    dist.barrier()
+    try:
+        facts = train_worker(spec)
+    except Stopped as stopped:
+        if dist.get_rank() == 0:
+            print(stopped, flush=True)
+        sys.exit(STOPPED_EXIT)
+    except TrainingStopped as stopped:
+        if dist.get_rank() == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        sys.exit(1)
     if dist.get_rank() == 0:
         print(json.dumps(facts), flush=True)
     dist.destroy_process_group()

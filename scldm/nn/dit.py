@@ -154,7 +154,7 @@ class DiT(nn.Module):
 
     def _body(self, x_t: Tensor, c: Tensor, rows: Tensor | None) -> Tensor:
         """Prediction under conditioning c (b, d), or c (u, d) where `rows` (b,) says which is a cell's own."""
-        x = self.input(x_t) + self.positions
+        x = self.input(x_t.to(self.input.weight.dtype)) + self.positions  # noise and latents stay fp32 in bf16 training
         for block in self.blocks:
             x = block(x, c, rows)
         return self.head(x, c, rows)

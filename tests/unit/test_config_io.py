@@ -96,7 +96,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(write):
     )
     assert job.train_vae.train.max_steps == 11
     assert job.ingest.labels == ["cell_type", "donor_id"]
-    assert job.resources.workers == 3
+    assert job.resources.workers.max == 3
 
 
 def test_an_override_replaces_the_whole_value(write):

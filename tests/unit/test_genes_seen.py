@@ -52,7 +52,8 @@ def objective(mode: str, n: int | None = None, *, seed: int = 0, validation=()) 
 
 def seen_in(epoch: int, table, mode: str, n: int | None, *, seed: int = 0) -> Recorder:
     model = Recorder()
-    objective(mode, n, seed=seed).loss(model, table, SimpleNamespace(step=0, epoch=epoch, start=0))
+    part, trained = SimpleNamespace(step=0, epoch=epoch, start=0), objective(mode, n, seed=seed)
+    trained.loss(model, trained.prepare(table, part), part)
     return model
 
 
@@ -95,7 +96,8 @@ def test_validation_sees_the_expressed_genes_whatever_the_mode(table, mode, n):
 @pytest.mark.parametrize(("mode", "n"), MODES)
 def test_the_loss_of_every_mode_can_be_trained_on(table, mode, n):
     trained = objective(mode, n)
-    loss, _ = trained.loss(trained.module, table, SimpleNamespace(step=0, epoch=0, start=0))
+    part = SimpleNamespace(step=0, epoch=0, start=0)
+    loss = trained.loss(trained.module, trained.prepare(table, part), part)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert all(torch.isfinite(p.grad).all() for p in trained.module.parameters() if p.grad is not None)

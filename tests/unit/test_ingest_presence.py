@@ -152,15 +152,16 @@ def test_training_scores_measured_genes_alone(two_files, tmp_path, genes_per_ste
     )  # fmt: skip
     blocks = data.blocks("train")
     table = blocks.read(blocks.ids[blocks.ids < 60][:16])  # of a.h5ad
-    step = SimpleNamespace(step=0, start=0)
-    before, _ = objective.loss(vae, table, step)
+    step = SimpleNamespace(step=0, epoch=0, start=0)
+    batch = objective.prepare(table, step)
+    before = objective.loss(vae, batch, step)
     with torch.no_grad():
         vae.gene_bias[[data.vocabulary.feature_ids.index(g) for g in GENES[6:]]] += 5
-    after, _ = objective.loss(vae, table, step)
+    after = objective.loss(vae, batch, step)
     torch.testing.assert_close(after, before)
     with torch.no_grad():
         vae.gene_bias[data.vocabulary.feature_ids.index(GENES[0])] += 5
-    assert not torch.allclose(objective.loss(vae, table, step)[0], before)
+    assert not torch.allclose(objective.loss(vae, batch, step), before)
 
 
 def test_a_cache_keeps_what_was_measured_beside_each_cell(two_files, tmp_path):

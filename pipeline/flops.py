@@ -1,0 +1,65 @@
+"""Arithmetic of a model by formula, and how much of a device's peak a run uses (MFU).
+
+Only matrix products are counted, two operations for a multiply and an add; training is three times the forward pass.
+What the decoder computes again in its backward pass is not counted: it is our choice, not the model's. Shape letters:
+g genes that are scored, s expressed genes, m latent tokens, d model width.
+"""
+
+from __future__ import annotations
+
+from scldm.nn.config import DiTConfig, VAEConfig
+
+TRAINING = 3  # forward, and two products for each in the backward pass
+# Dense peak in operations per second, by a part of the device's name: (bf16, fp32). From the vendor's data sheets.
+PEAKS = {
+    "A100": (312e12, 19.5e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "H200": (989e12, 67e12),
+    "V100": (None, 15.7e12),
+}
+
+
+def vae_flops(config: VAEConfig, *, n_genes: int, expressed: float) -> float:
+    """Of one cell, forward.
+
+    Args:
+        n_genes: Genes that are scored: `train.genes_per_step`, or all.
+        expressed: Mean expressed genes of a cell.
+    """
+    d, m = config.d_model, config.n_latent_tokens
+    hidden = _hidden(d, config.multiple_of)
+    blocks = 2 * config.n_layers * _block(d, m, hidden)  # encoder and decoder
+    pooling = expressed * 4 * m * d + m * (4 * d * d + 6 * d * hidden)
+    gene = 4 * m * d + 2 * d * d + 4 * d * hidden + 2 * (d + hidden)  # attention, its projection, SwiGLU folded in head
+    return blocks + pooling + n_genes * gene + 4 * m * d * config.latent_width
+
+
+def dit_flops(config: DiTConfig, *, n_latent_tokens: int, latent_width: int) -> float:
+    """Of one cell, forward."""
+    d, m = config.d_model, n_latent_tokens
+    conditioning = 12 * d * d  # adaLN of a block, once per cell
+    blocks = config.n_layers * (_block(d, m, _hidden(d, config.multiple_of)) + conditioning)
+    return blocks + 4 * m * d * latent_width + 2 * (256 * d + d * d) + 4 * d * d
+
+
+def peak_flops(device: str | None, precision: str) -> float | None:
+    """Operations per second that a device can do at most; None where we do not know it (a CPU, say)."""
+    for name, (bf16, fp32) in PEAKS.items():
+        if device is not None and all(part in device for part in name.split()):
+            return bf16 if precision == "bf16" else fp32
+    return None
+
+
+def mfu(flops_per_cell: float, cells_per_s: float, peak: float | None, workers: int) -> float | None:
+    """Share of the peak of all workers that training uses; None where the peak is not known."""
+    return None if peak is None else TRAINING * flops_per_cell * cells_per_s / (peak * workers)
+
+
+def _block(d: int, m: int, hidden: int) -> float:
+    """A self-attention block on m tokens: four projections, attention, SwiGLU."""
+    return m * (8 * d * d + 6 * d * hidden) + 4 * m * m * d
+
+
+def _hidden(d: int, multiple_of: int) -> int:
+    return -(-(8 * d // 3) // multiple_of) * multiple_of

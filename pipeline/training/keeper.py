@@ -1,0 +1,224 @@
+"""The checkpoints of a run as the loop sees them: resume, save, and at the end wait for the upload.
+
+What a checkpoint holds: weights in fp32 and optimizer state in pieces, the average of the weights, torch's own random
+state (ours is a function of seed and step), the position in the data, and in the manifest the schedule's place, the
+sums of the training curve, the validation loss and the ids of the tracker's run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.provenance import read_ids
+from pipeline.stage import InputError
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Failed, Found, Position, Written
+from pipeline.training.engine import Engine
+from pipeline.training.remote import Remote
+from pipeline.training.shards import shard_name, write_tensors
+from pipeline.training.upload import Uploader
+from scldm.optim.ema import EMA
+
+EMA_FILE = "average.safetensors"
+
+
+def random_file(rank: int) -> str:
+    return f"random-{rank:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where the run goes on."""
+
+    step: int
+    folder: Path | None  # None: from the start
+    more: Mapping[str, Any]
+
+
+class Keeper:
+    """A run's checkpoints. All methods are collective.
+
+    Args:
+        folder: Of the stage.
+        position: Of the run after a number of steps.
+        remote: The second place, if there is one; rank 0 alone speaks to it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        ema: EMA | None,
+        position: Callable[[int], Position],
+        *,
+        keep_last: int,
+        keep_best: int,
+        remote: Remote | None = None,
+        tries: int = 1,
+        wait_at_end: float = 600.0,
+    ):
+        self.stage_folder, self.root = folder, folder / "checkpoints"
+        self.engine, self.ema, self.position = engine, ema, position
+        self.keep, self.remote, self.wait_at_end = (keep_last, keep_best), remote, wait_at_end
+        self.latest: Path | None = None
+        self.failed = 0  # saves in a row
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.uploader: Uploader | None = None
+        if remote is not None and self.rank == 0:
+            self.uploader = Uploader(self.root, remote, self.keep, tries=tries)
+
+    # ---- resume --------------------------------------------------------------------------------------------------
+    def resume(self) -> Resumed:
+        """Load the newest checkpoint that verifies, here or in the second place, chosen by rank 0 for all."""
+        chosen: list[Any] = [self._choose() if self.rank == 0 else None]
+        dist.broadcast_object_list(chosen)
+        found: Found | None = chosen[0]
+        if found is None:
+            return Resumed(0, None, {})
+        checkpoint.check_fits(found, self.position(found.position.step))
+        self.engine.load(found.folder, step=found.position.step)
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(found.folder / EMA_FILE, device=str(self.engine.device)))
+        if found.position.world_size == self.world_size:
+            _set_random_state(load_file(found.folder / random_file(self.rank)))
+        elif self.rank == 0:
+            was = found.position.world_size
+            print(f"step {found.position.step} was written by {was} workers, {self.world_size} go on", flush=True)
+        self.latest = found.folder
+        return Resumed(found.position.step, found.folder, found.more)
+
+    def back_to_best(self) -> int:
+        """Load the checkpoint with the lowest validation loss; its step."""
+        chosen: list[Any] = [checkpoint.best(self.root) if self.rank == 0 else None]
+        dist.broadcast_object_list(chosen)
+        found: Found | None = chosen[0]
+        if found is None:
+            raise RuntimeError(
+                f"no checkpoint under {self.root} has a validation loss, and train.export is best; run again with "
+                "train.export=last"
+            )
+        if found.folder != self.latest:
+            self.engine.load(found.folder, step=found.position.step)
+            if self.ema is not None:
+                self.ema.load_state_dict(load_file(found.folder / EMA_FILE, device=str(self.engine.device)))
+            self.latest = found.folder
+        return found.position.step
+
+    def _choose(self) -> Found | None:
+        found, rejected = checkpoint.newest(self.root)
+        for line in rejected:
+            print(f"checkpoint passed over: {line}", flush=True)
+        if self.remote is None:
+            return found
+        try:
+            there = self.remote.names()
+        except OSError as error:
+            if found is None:
+                raise InputError(f"{self.remote.address} cannot be read, and no checkpoint is here: {error}") from error
+            print(f"{self.remote.address} cannot be read, going on from {found.folder}: {error}", flush=True)
+            return found
+        newer = [name for name in there if found is None or name.split("-w")[0] > found.folder.name.split("-w")[0]]
+        for name in newer:
+            if (fetched := self._fetch(name)) is not None:
+                self._fetch_best(there)
+                return fetched
+        if found is not None and found.folder.name not in there:
+            self._upload(found.folder)  # an upload that an earlier attempt did not finish
+        return found
+
+    def _fetch_best(self, there: Sequence[str]) -> None:
+        """What the run keeps besides its newest checkpoint it may want again."""
+        assert self.remote is not None
+        found = []
+        for name in there:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # said when it is wanted itself
+                found.append(self.remote.manifest(name, self.root / ".remote"))
+        for name in checkpoint.to_keep(found, keep_last=0, keep_best=self.keep[1]):
+            if not (self.root / name / checkpoint.MANIFEST).is_file():
+                self._fetch(name)
+
+    def _fetch(self, name: str) -> Found | None:
+        """A checkpoint from the second place; None, and why, if it does not verify."""
+        assert self.remote is not None
+        try:
+            folder = self.remote.get(name, self.root)
+            problem = checkpoint.verify(folder)
+        except OSError as error:
+            problem = str(error)
+        if problem is None:
+            return checkpoint.read(folder)
+        print(f"checkpoint passed over: {self.remote.address}/{name}: {problem}", flush=True)
+        return None
+
+    # ---- save ----------------------------------------------------------------------------------------------------
+    def save(self, step: int, *, metrics: Mapping[str, float], more: Mapping[str, Any], must: bool = False) -> bool:
+        """Commit a checkpoint. False if it could not be written: said loudly, and the ones before it stay.
+
+        Args:
+            metrics: Measured at this very step.
+            must: Raise instead of going on without, because the run ends here.
+        """
+        state = self.engine.state()
+        more = {**more, "tracker": dict(read_ids(self.stage_folder))}
+
+        def write(folder: Path) -> Written:
+            table = {shard_name(self.rank, self.world_size): state, random_file(self.rank): _random_state()}
+            if self.ema is not None and self.rank == 0:
+                table[EMA_FILE] = self.ema.state_dict()
+            return {name: write_tensors(folder / name, tensors) for name, tensors in table.items()}
+
+        made = checkpoint.save(self.root, self.position(step), write, metrics=metrics, more=more)
+        if isinstance(made, Failed):
+            self._say_failed(step, made, must)
+            return False
+        self.latest, self.failed = made, 0
+        if self.rank == 0:
+            self._upload(made)
+            busy = self.uploader.busy() if self.uploader is not None else frozenset()
+            checkpoint.retain(self.root, newest=made, keep_last=self.keep[0], keep_best=self.keep[1], busy=busy)
+        return True
+
+    def close(self, most: float = math.inf) -> None:
+        """Wait for the last upload, at most so many seconds. Not collective."""
+        if self.uploader is not None and not self.uploader.close(min(self.wait_at_end, most)):
+            print(
+                f"not all checkpoints are under {self.uploader.remote.address}; see {self.root}/uploads.json",
+                flush=True,
+            )
+
+    def _upload(self, folder: Path) -> None:
+        if self.uploader is not None:
+            self.uploader.put(folder)
+
+    def _say_failed(self, step: int, failed: Failed, must: bool) -> None:
+        self.failed += 1
+        before = f"the newest one is {self.latest.name}" if self.latest is not None else "THERE IS NONE YET"
+        remedy = "free space there" if failed.disk_full else "check the folder"
+        line = f"CHECKPOINT FAILED at step {step} ({self.failed} in a row): {failed.problem}; {before}; {remedy}"
+        if must:
+            raise OSError(f"{line}, then run the same command: it goes on from there")
+        if self.rank == 0:
+            print(f"{line}. Training goes on", flush=True)
+
+
+def _random_state() -> dict[str, Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

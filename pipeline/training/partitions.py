@@ -1,0 +1,152 @@
+"""Where DeepSpeed keeps the fp32 weights and the optimizer state, under every ZeRO stage and in every precision.
+
+The base optimizer updates *flats*: tensors that hold *pieces*, elements [start, start + numel) of named parameters, in
+an order and with a padding that depend on the stage and on the number of workers. Said in pieces, a state depends on
+neither. Everything of DeepSpeed's inside that we read for this is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Fields = dict[str, Tensor]  # of a piece: "weight", the optimizer's own such as "exp_avg", and its "step"
+STEP = "step"  # the one field that a flat has once, not for each element
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + numel) of a parameter, at [at, at + numel) of a flat."""
+
+    name: str
+    start: int
+    numel: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A tensor that the optimizer updates, on this worker."""
+
+    tensor: Tensor  # fp32, of any shape; the key of its optimizer state
+    pieces: list[Piece]
+    replicated: bool  # whether every worker holds the same
+
+    def fields(self, optimizer: torch.optim.Optimizer, piece: Piece) -> Fields:
+        """Views of a piece's weights and state. The step is a tensor, whatever the optimizer counts with."""
+        own = slice(piece.at, piece.at + piece.numel)
+        found = {WEIGHT: self.tensor.detach().reshape(-1)[own]}
+        for name, value in optimizer.state.get(self.tensor, {}).items():
+            if name == STEP:
+                found[STEP] = torch.as_tensor(value, dtype=torch.float64)
+            else:
+                found[name] = value.detach().reshape(-1)[own]
+        return found
+
+    @torch.no_grad()
+    def fill(self, optimizer: torch.optim.Optimizer, read: Callable[[Piece], Fields]) -> None:
+        """Take weights and state of every piece from `read`; what lies between pieces is padding, and zero."""
+        state: dict[str, Any] = {}
+        flat = self.tensor.detach().view(-1)
+        for piece in self.pieces:
+            own = slice(piece.at, piece.at + piece.numel)
+            for name, value in read(piece).items():
+                if name == WEIGHT:
+                    flat[own].copy_(value)
+                elif name == STEP:
+                    state[STEP] = _counter(optimizer, float(value), self.tensor.device)
+                else:
+                    whole = state.setdefault(name, torch.zeros_like(self.tensor, requires_grad=False))
+                    whole.view(-1)[own].copy_(value)
+        if state:
+            optimizer.state[self.tensor] = state
+
+
+def _counter(optimizer: torch.optim.Optimizer, step: float, device: torch.device) -> int | Tensor:
+    """Optimizer steps taken, as this kind of optimizer counts them."""
+    if not isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam)):
+        return int(step)
+    fused = bool(optimizer.defaults.get("fused"))
+    return torch.tensor(step, dtype=torch.float32, device=device if fused else "cpu")
+
+
+def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside DeepSpeed's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def flats_of(optimizer: Any, module: nn.Module, *, rank: int) -> list[Flat]:
+    """All flats of this worker.
+
+    Args:
+        optimizer: What DeepSpeed steps: one of its own, or the torch optimizer (stage 0 in fp32).
+    """
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return list(_stage_3(optimizer, trained, rank))
+    for held in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # stages 1 and 2; stage 1 in bf16
+        if hasattr(optimizer, held):
+            return list(_stages_1_and_2(getattr(optimizer, held), trained))
+    names = {id(p): name for name, p in trained}
+    if hasattr(optimizer, "fp32_groups"):  # stage 0 in bf16
+        pairs = [
+            (p, q)
+            for ps, qs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for p, q in zip(ps, qs, strict=True)
+        ]
+    elif optimizer is base_optimizer(optimizer):
+        pairs = [(p, p) for group in optimizer.param_groups for p in group["params"]]
+    else:
+        raise NotImplementedError(
+            f"checkpoints do not know where {type(optimizer).__name__} keeps its weights; use another "
+            "train.zero_stage or train.precision"
+        )
+    return [Flat(q, [Piece(names[id(p)], 0, p.numel(), 0)], replicated=True) for p, q in pairs]
+
+
+def _stage_3(optimizer: Any, trained: list[tuple[str, Any]], rank: int) -> Iterator[Flat]:
+    """Every parameter is cut in one part for each worker, the last ones padded."""
+    pieces: dict[int, list[Piece]] = {}
+    for name, p in trained:
+        group, at, size = optimizer.grad_position[optimizer.get_param_id(p)]
+        start = rank * size
+        if (numel := min(size, p.ds_numel - start)) > 0:
+            pieces.setdefault(group, []).append(Piece(name, start, numel, at))
+    for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        if flat.numel() == 0 and pieces.get(group):
+            raise NotImplementedError("checkpoints cannot read optimizer state that is offloaded to NVMe; use cpu")
+        yield Flat(flat, pieces.get(group, []), replicated=False)
+
+
+def _stages_1_and_2(partitions: list[Tensor], trained: list[tuple[str, Any]]) -> Iterator[Flat]:
+    """All parameters end to end are cut in one partition for each worker."""
+    pieces: dict[int, list[Piece]] = {}
+    for name, p in trained:
+        mapping = p._hp_mapping  # None where this worker holds nothing of it
+        if mapping is not None:
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            piece = Piece(name, here.start, here.numel, there.start)
+            pieces.setdefault(mapping.param_group_index, []).append(piece)
+    for group, flat in enumerate(partitions):
+        yield Flat(flat, pieces.get(group, []), replicated=False)
+
+
+@torch.no_grad()
+def weights_from_flats(optimizer: Any) -> None:
+    """Bring the weights that the network computes with up to those in the flats. Collective."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups"):
+        for ps, qs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for p, q in zip(ps, qs, strict=True):
+                p.copy_(q)

@@ -1,0 +1,166 @@
+"""Training ranks as processes that start in a second: forked from a server that has imported everything once.
+
+Each runs the entry point that torchrun runs. Faults are put in from outside at exact places, by step and by count, and
+every micro batch that a rank trains on is written down, so that a test can say which cells were seen how often.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# The server of Python 3.11 knows no path but that of the environment, and passes in silence over what it cannot import.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ranks", "warm"])
+KILLED, STOPPED = -signal.SIGKILL, 75
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls a rank, and where.
+
+    `at` is a place below; it happens when the place is reached for the `n`-th time (a step: when step n begins).
+    """
+
+    at: str
+    rank: int
+    n: int = 1
+    number: int = signal.SIGKILL
+
+
+def run(spec: dict[str, Any], world_size: int = 2, fault: Fault | None = None) -> list[int]:
+    """Exit codes of the ranks of a training run."""
+    folder = Path(spec["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
+    return start(folder, _train, world_size, fault)
+
+
+def start(
+    folder: Path, work: Callable[[Path], None], world_size: int, fault: Fault | None = None, timeout: float = 400
+) -> list[int]:
+    """Exit codes of ranks that do `work`. Where one ends badly the others are killed, as a cluster would."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    attempt = time.time_ns()
+    ranks = [
+        CONTEXT.Process(target=_rank, args=(folder, work, attempt, r, world_size, port, fault))
+        for r in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    until = time.monotonic() + timeout
+    while any(p.is_alive() for p in ranks):
+        if any(p.exitcode not in (None, 0, STOPPED) for p in ranks) or time.monotonic() > until:
+            time.sleep(0.3)  # who fails of itself shall say so
+            for p in ranks:
+                p.kill()
+        time.sleep(0.02)
+    for p in ranks:
+        p.join()
+    assert time.monotonic() < until, f"the ranks hang:\n{(folder / 'log').read_text()[-3000:]}"
+    return [int(p.exitcode or 0) for p in ranks]
+
+
+def train(spec: dict[str, Any], world_size: int = 2) -> None:
+    """To the end, or an error with the ranks' log."""
+    codes = run(spec, world_size)
+    assert codes == [0] * world_size, f"{codes}\n{(Path(spec['folder']) / 'log').read_text()[-3000:]}"
+
+
+def _rank(
+    folder: Path, work: Callable[[Path], None], attempt: int, rank: int, world_size: int, port: int, fault: Fault | None
+) -> None:
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    _write_down_cells(folder / f"cells-{attempt}-{rank}.jsonl")
+    if fault is not None and fault.rank == rank:
+        _put_in(fault)
+    work(folder)
+
+
+def _train(folder: Path) -> None:
+    from pipeline.training import worker
+
+    sys.argv = ["worker", f"{folder}/spec.json"]
+    worker.main()
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------
+def _put_in(fault: Fault) -> None:
+    """Wrap the place so that the signal comes as it is reached."""
+    from pipeline.training import checkpoint, keeper, loop, remote
+
+    owner, name = {
+        "step": (loop.Training, "take"),  # n is the number of the step
+        "backward": (loop.Engine, "backward"),
+        "write": (keeper, "write_tensors"),  # half of the file is there
+        "commit": (checkpoint, "_commit"),  # all files are there, the manifest is not
+        "retain": (checkpoint, "retain"),  # committed, nothing removed yet
+        "upload": (remote.Remote, "_put"),  # a file in the middle of an upload
+    }[fault.at]
+    original, count = getattr(owner, name), 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count = args[1].step if fault.at == "step" else count + 1
+        if count == fault.n:
+            if fault.at == "write":
+                original(*args, **kwargs)
+                os.truncate(args[0], args[0].stat().st_size // 2)
+            os.kill(os.getpid(), fault.number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+# ---- cells -------------------------------------------------------------------------------------------------------
+def _write_down_cells(path: Path) -> None:
+    from pipeline.training.objectives import VaeObjective
+
+    original = VaeObjective.loss
+
+    def loss(self: Any, model: Any, batch: Any, part: Any) -> Any:
+        seen = batch.joinids[batch.weight > 0].tolist()
+        with path.open("a") as f:
+            f.write(json.dumps({"step": part.step, "epoch": part.epoch, "start": part.start, "cells": seen}) + "\n")
+        return original(self, model, batch, part)
+
+    VaeObjective.loss = loss  # type: ignore[method-assign]
+
+
+def cells_by_step(folder: Path) -> dict[int, list[int]]:
+    """Cells of every step in the attempt that did it last: what the final weights were made of."""
+    rows: dict[int, dict[int, list[int]]] = {}
+    for file in folder.glob("cells-*.jsonl"):
+        attempt = int(file.stem.split("-")[1])
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            rows.setdefault(row["step"], {}).setdefault(attempt, []).extend(row["cells"])
+    return {step: sorted(attempts[max(attempts)]) for step, attempts in sorted(rows.items())}
+
+
+def times_begun(folder: Path) -> Counter[int]:
+    """How many attempts began each step."""
+    begun: Counter[int] = Counter()
+    for file in folder.glob("cells-*-0.jsonl"):
+        begun.update({json.loads(line)["step"] for line in file.read_text().splitlines()})
+    return begun

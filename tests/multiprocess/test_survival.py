@@ -1,0 +1,207 @@
+"""Ranks die, are told to go, or find their disk full, at exact places: the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import KILLED, STOPPED, Fault, cells_by_step, run, times_begun, train
+from safetensors.torch import load_file
+
+from pipeline.job import IngestConfig, TrainVaeConfig
+from pipeline.stage import Manifest, StageContext
+from pipeline.stages import ingest
+from pipeline.training.checkpoint import newest, read
+
+pytestmark = pytest.mark.multiprocess
+STEPS, EVERY = 12, 4
+TRAIN = {
+    "max_steps": STEPS, "checkpoint_every": EVERY, "validate_every": 6, "validation_cells": 32, "genes_per_step": 40,
+    "feed": {"batch_size": 32, "micro_batch_size": 8, "lanes": 4}, "keep_last": 2, "keep_best": 1,
+}  # fmt: skip
+MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4}
+
+
+@pytest.fixture(scope="session")
+def ingested(tmp_path_factory) -> Manifest:
+    folder = tmp_path_factory.mktemp("ingest")
+    source = {"type": "synthetic", "n_cells": 300, "n_genes": 80, "n_types": 3}
+    context = StageContext(folder, {}, 0, SimpleNamespace(), None)
+    facts = ingest.run(IngestConfig.model_validate({"source": source}), context)
+    return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
+
+
+def spec_of(folder: Path, ingested: Manifest, storage: dict[str, Any] | None = None, **settings) -> dict[str, Any]:
+    config = TrainVaeConfig.model_validate({"model": MODEL, "train": {**TRAIN, **settings}})
+    return {
+        "kind": "vae", "config": config.model_dump(mode="json"), "inputs": {"ingest": asdict(ingested)},
+        "folder": str(folder), "version": "v", "seed": 0, "feed_engine": "local", "tracker": {},
+        "storage": storage or {}, "run_name": "job/train_vae/v",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, ingested) -> Path:
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(spec_of(folder, ingested))
+    return folder
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    """Weights bit for bit, optimizer and random state too, and every step made of the same cells."""
+    last, expected = (newest(p / "checkpoints")[0] for p in (folder, whole))
+    assert last.position.step == expected.position.step == STEPS
+    pairs = [(folder / "model" / "model.safetensors", whole / "model" / "model.safetensors")]
+    pairs += [(last.folder / p.name, p) for p in expected.folder.glob("*.safetensors")]
+    for path, other in pairs:
+        one, two = load_file(path), load_file(other)
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=0, atol=0, msg=f"{path.name}: {name}")
+    assert cells_by_step(folder) == cells_by_step(whole)
+
+
+def lost_steps(folder: Path) -> int:
+    return sum(n - 1 for n in times_begun(folder).values())
+
+
+def test_the_uninterrupted_run_sees_every_cell_once_an_epoch(whole, ingested):
+    steps = cells_by_step(whole)
+    n_cells = ingested.facts["n_cells"]["train"]
+    per_epoch = -(-n_cells // 32)
+    first = Counter(cell for step in range(per_epoch) for cell in steps[step])
+    assert len(first) == n_cells
+    assert set(first.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Fault("step", rank=0, n=6), Fault("backward", rank=1, n=11)],
+        [Fault("write", rank=1, n=3), Fault("commit", rank=0, n=1), Fault("retain", rank=0, n=1)],
+    ],
+    ids=["in steps", "in checkpoints"],
+)
+def test_killed_ranks_change_nothing_and_cost_at_most_an_interval_each(tmp_path, whole, ingested, faults):
+    spec = spec_of(tmp_path, ingested)
+    for fault in faults:
+        codes = run(spec, fault=fault)
+        assert codes[fault.rank] == KILLED, f"{fault} did not happen: {codes}"
+    train(spec)
+    assert_same(tmp_path, whole)
+    assert 0 < lost_steps(tmp_path) <= EVERY * len(faults)
+
+
+def test_a_notice_costs_no_step(tmp_path, whole, ingested):
+    """SIGTERM to one rank: all write a checkpoint at the end of that step and end."""
+    spec = spec_of(tmp_path, ingested)
+    assert run(spec, fault=Fault("step", rank=1, n=6, number=signal.SIGTERM)) == [STOPPED, STOPPED]
+    assert newest(tmp_path / "checkpoints")[0].position.step == 7
+    train(spec)
+    assert_same(tmp_path, whole)
+    assert lost_steps(tmp_path) == 0
+
+
+def test_a_stop_file_is_a_notice(tmp_path, ingested):
+    """What the driver writes when it is told to go. It is taken away at the next start."""
+    spec = spec_of(tmp_path, ingested, max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
+    import threading
+
+    def ask() -> None:
+        while not times_begun(tmp_path):
+            threading.Event().wait(0.05)
+        (tmp_path / "stop.request").write_text("go")
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert run(spec) == [STOPPED, STOPPED]
+    assert newest(tmp_path / "checkpoints")[0].position.step == max(times_begun(tmp_path)) + 1
+
+
+# ---- another place, another number of workers --------------------------------------------------------------------
+def test_a_run_whose_machine_is_gone_goes_on_from_the_second_place(tmp_path, whole, ingested):
+    """Killed in the middle of an upload; then nothing is left here."""
+    storage = {"storage_path": str(tmp_path / "nfs")}
+    spec = spec_of(tmp_path / "a", ingested, storage)
+    codes = run(spec, fault=Fault("upload", rank=0, n=7))  # 2 shards, 2 random states, a manifest; then the second file
+    assert codes[0] == KILLED
+    there = tmp_path / "nfs" / "job" / "train_vae" / "v"
+    committed = [p.parent.name for p in there.glob("step-*/MANIFEST.json")]
+    assert [name.split("-")[1] for name in committed] == ["00000004"]
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    spec["folder"] = str(tmp_path / "a")
+    train(spec)
+    assert_same(tmp_path / "a", whole)
+    assert newest(there)[0].position.step == STEPS
+    assert len(list(there.glob("step-*"))) <= 3, "old checkpoints stay in the second place"
+
+
+def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_path, whole, ingested):
+    """Two, then one, then two. The weights of each ZeRO stage: test_elastic."""
+    spec = spec_of(tmp_path, ingested)
+    assert run(spec, 2, Fault("step", rank=1, n=5))[1] == KILLED
+    assert run(spec, 1, Fault("step", rank=0, n=8, number=signal.SIGTERM)) == [STOPPED]
+    found = newest(tmp_path / "checkpoints")[0]
+    assert (found.position.step, found.position.world_size) == (9, 1)
+    train(spec, 2)
+    assert cells_by_step(tmp_path) == cells_by_step(whole)
+    one, two = (load_file(p / "model" / "model.safetensors") for p in (tmp_path, whole))
+    worst = {name: float((one[name] - two[name]).abs().max()) for name in one}
+    assert max(worst.values()) < 1e-5, worst
+
+
+# ---- the disk ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(small_disk, tmp_path, whole, ingested):
+    folder = small_disk / "run"
+    spec = spec_of(folder, ingested)
+    assert run(spec, fault=Fault("step", rank=1, n=6))[1] == KILLED
+    filler = small_disk / "filler"
+    free = os.statvfs(small_disk)
+    filler.write_bytes(b"0" * (free.f_bavail * free.f_frsize - (64 << 10)))  # room for a log, not for a checkpoint
+    codes = run(spec)
+    log = (folder / "log").read_text()
+    assert "CHECKPOINT FAILED at step 8" in log
+    assert "No space left on device" in log
+    assert "the newest one is step-00000004" in log
+    assert "Training goes on" in log
+    assert 0 not in codes, "the last checkpoint could not be written either, and the run must say so"
+    assert "CHECKPOINT FAILED at step 12" in log
+    assert newest(folder / "checkpoints")[0].position.step == 4
+    filler.unlink()
+    train(spec)
+    assert_same(folder, whole)
+    assert not [p for p in (folder / "checkpoints").glob("step-*") if not (p / "MANIFEST.json").exists()]
+
+
+def test_the_manifest_says_what_a_checkpoint_holds(whole):
+    found = read(newest(whole / "checkpoints")[0].folder)
+    assert (found.position.step, found.position.epoch, found.position.offset) == (12, 1, 4)
+    assert found.position.world_size == 2
+    assert "val/loss" in found.metrics
+    assert {"guard", "best", "losses", "tracker"} <= set(found.more)
+    names = {p.name for p in found.folder.iterdir()}
+    assert names >= {"state-00000-of-00002.safetensors", "random-00001.safetensors", "MANIFEST.json"}
+    assert not [n for n in names if n.endswith((".pt", ".pkl"))], "no pickle in a checkpoint"
+    assert json.loads((found.folder / "MANIFEST.json").read_text())["schema"] == 2

@@ -1,0 +1,73 @@
+"""What DeepSpeed is told, and by whom."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.stage import InputError
+from pipeline.train_config import TrainConfig
+from pipeline.training.deepspeed_options import deepspeed_options
+
+
+def options(gpu: bool = False, **train) -> dict:
+    return deepspeed_options(TrainConfig.model_validate(train), micro_batch_size=8, accumulation=4, gpu=gpu)
+
+
+def test_batch_accumulation_clipping_stage_and_precision_come_from_our_settings():
+    found = options(zero_stage=2, precision="bf16", optimizer={"clip": 1.5})
+    assert found["train_micro_batch_size_per_gpu"] == 8
+    assert found["gradient_accumulation_steps"] == 4
+    assert found["gradient_clipping"] == 1.5
+    assert found["zero_optimization"] == {"stage": 2}
+    assert found["bf16"] == {"enabled": True}
+
+
+def test_the_optimizer_is_offloaded_where_asked():
+    assert options(zero_stage=2, offload_optimizer="cpu")["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    with pytest.raises(ValidationError, match="offload_optimizer \\(cpu\\) needs zero_stage 1, 2 or 3; got 0"):
+        TrainConfig.model_validate({"zero_stage": 0, "offload_optimizer": "cpu"})
+
+
+def test_an_experts_options_go_beside_ours(tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}, "communication_data_type": "fp32"}))
+    found = options(zero_stage=2, deepspeed=str(file))
+    assert found["zero_optimization"] == {"overlap_comm": True, "stage": 2}
+    assert found["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ({"gradient_clipping": 1}, "sets gradient_clipping, which train.optimizer.clip decides"),
+        ({"zero_optimization": {"stage": 3}}, "sets zero_optimization.stage, which train.zero_stage decides"),
+        ({"scheduler": {}}, "sets scheduler, which train.optimizer decides"),
+        ({"fp16": {"enabled": True}}, "sets fp16, which train.precision decides"),
+    ],
+)
+def test_a_key_that_is_ours_is_refused_with_the_names_of_both(tmp_path, theirs, said):
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps(theirs))
+    with pytest.raises(InputError, match=said):
+        options(deepspeed=str(file))
+
+
+def test_all_faults_of_a_file_are_said_at_once(tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"optimizer": {}, "zero_optimization": {"offload_optimizer": {}}}))
+    with pytest.raises(InputError) as error:
+        options(deepspeed=str(file))
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("[1]", "must hold a JSON object")])
+def test_a_file_that_is_no_options_file_is_refused(tmp_path, text, said):
+    file = tmp_path / "options.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=said):
+        options(deepspeed=str(file))
+    with pytest.raises(InputError, match="cannot be read"):
+        options(deepspeed=str(tmp_path / "none.json"))

@@ -1,0 +1,94 @@
+"""Steps made ready ahead: the same steps in the same order, errors and ends included."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.data.feed import FeedStep
+from pipeline.training.clock import StepClock
+from pipeline.training.prefetch import map_tensors, prefetch
+from pipeline.training.slices import Slice
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Batch:
+    x: Tensor
+    more: dict[str, Tensor]
+    none: Tensor | None = None
+
+
+def steps(n: int, log: list[str] | None = None):
+    try:
+        for i in range(n):
+            if log is not None:
+                log.append(threading.current_thread().name)
+            yield FeedStep(i, i // 2, [pa.table({"x": [i, i]}), pa.table({"x": [-i]})], 3)
+    finally:
+        if log is not None:
+            log.append("closed")
+
+
+def prepare(table: pa.Table, part: Slice) -> Batch:
+    x = torch.tensor(table["x"].to_pylist())
+    return Batch(x, {"start": torch.tensor(part.start)})
+
+
+def test_steps_come_in_order_with_the_place_of_every_micro_batch():
+    found = list(prefetch(steps(5), prepare, CPU))
+    assert [(at.step, at.epoch, at.real_cells) for at in found] == [(i, i // 2, 3) for i in range(5)]
+    for i, at in enumerate(found):
+        assert [(p.start, b.x.tolist(), int(b.more["start"])) for p, b in at.parts()] == [
+            (0, [i, i], 0),
+            (2, [-i], 2),
+        ]
+
+
+def test_tables_are_read_in_a_thread_of_their_own_which_ends_with_the_loop():
+    log: list[str] = []
+    ready = prefetch(steps(100, log), prepare, CPU)
+    next(ready)
+    ready.close()
+    assert log[0] == "prefetch"
+    assert log[-1] == "closed"
+    assert len(log) < 10, "a step or two ahead, not all"
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+def test_an_error_in_the_thread_is_raised_where_the_steps_are_used():
+    def fails(table: pa.Table, part: Slice) -> Batch:
+        if part.step == 2:
+            raise ValueError("a bad cell")
+        return prepare(table, part)
+
+    ready = prefetch(steps(5), fails, CPU)
+    assert [next(ready).step, next(ready).step] == [0, 1]
+    with pytest.raises(ValueError, match="a bad cell"):
+        next(ready)
+
+
+def test_every_tensor_of_a_batch_is_moved():
+    moved = map_tensors(Batch(torch.ones(2), {"a": torch.ones(1)}), lambda x: x + 1)
+    assert moved.x.tolist() == [2, 2]
+    assert moved.more["a"].tolist() == [2]
+    assert moved.none is None
+
+
+def test_the_clock_says_mean_seconds_since_the_last_time():
+    now = iter([0.0, 1.0, 5.0, 8.0, 10.0, 10.5])
+    clock = StepClock(lambda: next(now))
+    with clock.of("step"):  # 1 s
+        pass
+    with clock.of("step"):  # 3 s
+        pass
+    waited = clock.waiting("data_wait", iter([7]))
+    assert next(waited) == 7  # 0.5 s
+    assert clock.take() == {"perf/step_s": 2.0, "perf/data_wait_s": 0.5}
+    assert clock.take() == {}
