@@ -31,7 +31,6 @@ from scldm.parity.ledger import Ledger
 from scldm.parity.tolerance import EXACT, SINGLE
 from scldm.vocabulary import Vocabulary
 
-CELLS = "test.h5ad"
 KEYS = "state_dict_keys.json"  # a copy of what the description says
 
 
@@ -66,19 +65,25 @@ def _folder(case: Case) -> Path:
     raise CaseError(f"no folder beside {case.name}.json holds all of {', '.join(names)}")
 
 
+def _names(case: Case) -> list[str]:
+    return [name for name in case.facts["files"] if name.endswith(".ckpt")]
+
+
 def check(case: Case, ledger: Ledger) -> None:
     folder, note = _folder(case), case.facts.get("note", "")
     ledger.fact("files")
-    source = re.search(r"(\w+\.ckpt)", note)
-    if not source:
+    source = max((name for name in _names(case) if name in note), key=len, default=None)
+    if source is None:
         raise CaseError(f"{case.name}.json: the note does not say which checkpoint the outputs were recorded from")
-    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.name != source[1])
-    cells, first = None, None
+    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: path.name != source)
+    cells, first, tables = None, None, [name for name in case.facts["files"] if name.endswith(".h5ad")]
+    if len(tables) != 1:
+        raise CaseError(f"{case.name}.json: files names {len(tables)} .h5ad files; the test cells are in one")
     for path in checkpoints:
         found = read_checkpoint(path)  # once: each reading starts a process
         _check_description(ledger, path.name, found)
         models = _converted(path, ledger, found)
-        cells = cells or cells_of(folder / CELLS, models.vocabulary)
+        cells = cells or cells_of(folder / tables[0], models.vocabulary)
         first = first or models
         _check_outputs(case, ledger, path.name, models, first, cells)
     for name in ("keys", "structure", "pickle_globals", "weights_only_load"):
@@ -119,12 +124,15 @@ def _converted(path: Path, ledger: Ledger, found: ForeignCheckpoint) -> Models:
 
 
 def config_of(checkpoint: Path) -> Path:
-    """The NAME_config.yaml beside a checkpoint whose name begins with NAME; the longest such name."""
+    """The NAME_config.yaml beside a checkpoint whose name begins with NAME, the longest such name; or the only YAML."""
     configs = [
         path
         for path in checkpoint.parent.glob("*_config.yaml")
         if checkpoint.name.startswith(path.name.removesuffix("_config.yaml"))
     ]
+    every = list(checkpoint.parent.glob("*.yaml"))
+    if not configs and len(every) == 1:
+        return every[0]
     if not configs:
         raise CaseError(f"no *_config.yaml beside {checkpoint.name} goes with its name")
     return max(configs, key=lambda path: len(path.name))

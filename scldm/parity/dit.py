@@ -27,6 +27,8 @@ def dit_config(values: Mapping[str, Any]) -> DiTConfig:
     """Our configuration from upstream's arguments of a DiT."""
     if values.get("norm_layer", "layernorm") != "layernorm":
         raise CaseError(f"config.norm_layer ({values['norm_layer']}): only layernorm is known")
+    if values.get("dropout"):
+        raise CaseError(f"config.dropout ({values['dropout']}): our DiT has none; only 0 is known")
     return DiTConfig(
         d_model=values["n_embed"],
         n_layers=values["n_layer"],
@@ -51,7 +53,11 @@ def new_dit(values: Mapping[str, Any]) -> DiT:
 def recorded_dit(case: Case) -> DiT:
     """The DiT of a case, with its weights."""
     dit = new_dit(case.config)
-    dit.load_state_dict(dit_state_from_upstream(case.under("state/")))
+    state = dit_state_from_upstream(case.under("state/"))
+    for key, own in dit.state_dict().items():  # upstream makes no null class where it never drops a label
+        if key.startswith("labels.") and key in state and len(state[key]) == len(own) - 1:
+            state[key] = torch.cat([state[key], state[key].new_zeros(1, own.shape[1])])
+    dit.load_state_dict(state)
     return dit.eval()
 
 
@@ -59,12 +65,16 @@ def check(case: Case, ledger: Ledger) -> None:
     dit = recorded_dit(case)
     x, t, conditions = case.tensors["in/x"], case.tensors["in/t"], case.under("in/cond/")
     with torch.no_grad():
-        ledger.tensor("out/t_freq", time_frequencies(t), SINGLE)
-        ledger.tensor("out/t_embed", dit.time(t), SINGLE)
-        _check_forward(case, ledger, dit, x, t, conditions)
-        _check_guidance(case, ledger, dit, x, t, conditions)
-    _check_training(case, ledger, dit, x, t, conditions)
-    _check_initial_weights(case, ledger)
+        for key, ours in (("out/t_freq", time_frequencies), ("out/t_embed", dit.time)):
+            if key in case.tensors:
+                ledger.tensor(key, ours(t), SINGLE)
+        for part in (_check_forward, _check_guidance):
+            with ledger.part(part.__name__):
+                part(case, ledger, dit, x, t, conditions)
+    with ledger.part(_check_training.__name__):
+        _check_training(case, ledger, dit, x, t, conditions)
+    with ledger.part(_check_initial_weights.__name__):
+        _check_initial_weights(case, ledger)
     for key in case.under("ref/"):
         if match := re.fullmatch(r"sincos_(\d+)x(\d+)", key):
             ledger.tensor(f"ref/{key}", sincos_positions(int(match[1]), int(match[2]))[0], SINGLE)
@@ -104,14 +114,18 @@ def _check_guidance(
     half = {label: ids[n:] for label, ids in conditions.items()}
 
     def guided(scale: float | Mapping[str, float]) -> Tensor:
-        return torch.cat([null[:n], guided_prediction(dit, half, scale=scale)(x[n:], t[n:])])
+        # Upstream guides by the labels that have a scale; ours refuses a label without one.
+        used = {k: v for k, v in half.items() if k in scale} if isinstance(scale, Mapping) else half
+        return torch.cat([null[:n], guided_prediction(dit, used, scale=scale)(x[n:], t[n:])])
 
     for key in case.under("out/cfg/"):
         name = f"out/cfg/{key}"
         if key == "none":
             ledger.tensor(name, null, SINGLE)
         elif key == "mixed":
-            ledger.tensor(name, guided(_one_scale_per(dit, ledger.fact("mixed_scale"))), _wide(GUIDED, 3.0))
+            scales = _one_scale_per(dit, ledger.fact("mixed_scale"))
+            widest = max(map(abs, scales.values())) if isinstance(scales, Mapping) else scales
+            ledger.tensor(name, guided(scales), _wide(GUIDED, max(3.0, widest)))
         elif match := re.fullmatch(r"w(-?[\d.]+)", key):
             ledger.tensor(name, guided(float(match[1])), _wide(GUIDED, float(match[1])))
     for key in case.under("out/cfg_joint_method/"):

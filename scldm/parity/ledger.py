@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -61,8 +64,9 @@ class Ledger:
         return self.case.fact(key)
 
     def tensor(self, key: str, ours: Tensor, tolerance: Tolerance, note: str = "") -> None:
-        """Compare with the recorded tensor of that key."""
-        self.value(key, ours, self.given(key), tolerance, note)
+        """Compare with the recorded tensor of that key; one in single precision, beside its double if recorded."""
+        recorded = self.given(key)
+        self.value(key, ours, recorded, tolerance.with_rounding(recorded, self.case.tensors.get(f"{key}.f64")), note)
 
     def value(self, quantity: str, ours: Any, recorded: Any, tolerance: Tolerance, note: str = "") -> None:
         """Compare numbers: tensors, sequences or scalars."""
@@ -109,6 +113,17 @@ class Ledger:
 
     def fail(self, quantity: str, reason: str) -> None:
         self._add(quantity, None, None, "FAIL", reason)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of a case: what stops it is a row, and the other parts still run."""
+        try:
+            yield
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            self.fail(
+                name.strip("_"), f"stopped by {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
+            )
 
     def close(self) -> list[Row]:
         """All rows; what nobody asked for, and what the description promises but the file lacks, is added."""

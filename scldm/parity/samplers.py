@@ -46,7 +46,7 @@ def check(case: Case, ledger: Ledger) -> None:
 
 def _sample_eps(case: Case) -> float:
     """Distance from singular ends that upstream's transport was made with: the last of its arguments in the note."""
-    match = re.search(r"create_transport\([^)]*,\s*([\d.e-]+)\s*\)", case.facts.get("note", ""))
+    match = re.search(r"create_transport\([^)]*,\s*(?:sample_eps\s*=\s*)?([\d.e-]+)\s*\)", case.facts.get("note", ""))
     if not match:
         raise CaseError("the note does not say with which sample_eps upstream's transport was made")
     return float(match[1])

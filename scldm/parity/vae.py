@@ -17,6 +17,7 @@ from torch import Tensor
 from scldm.batch import CellBatch
 from scldm.checkpoints.upstream_config import vae_config_from_upstream
 from scldm.checkpoints.upstream_vae import vae_key, vae_state_from_upstream
+from scldm.nn.likelihood import nb_log_prob
 from scldm.nn.vae import VAE, CountDistribution, ExpressionDistribution
 from scldm.parity.case import Case, CaseError
 from scldm.parity.ledger import Ledger
@@ -61,6 +62,16 @@ def _genes(case: Case) -> Tensor:
     if int(genes.min()) < 0 or int(genes.max()) >= case.config["n_genes"]:
         raise CaseError(f"in/genes has ids outside 1 .. {case.config['n_genes']}")
     return genes
+
+
+def _columns(case: Case) -> Tensor | None:
+    """Genes of the recorded columns, cell by cell; None where they are the vocabulary in its order, as upstream's
+    tokeniser gives them."""
+    genes = _genes(case)
+    in_order = genes.shape[1] == case.config["n_genes"] and torch.equal(
+        genes, torch.arange(genes.shape[1]).expand_as(genes)
+    )
+    return None if in_order else genes
 
 
 def _cells(case: Case, where: str, dtype: torch.dtype) -> CellBatch:
@@ -108,7 +119,7 @@ def _check_outputs(
     size, condition = _library_size(case, dtype), _condition(case, dtype)
     with torch.no_grad():
         z = vae.encode(_cells(case, where, dtype))
-        decoded = vae.decode(z, size, condition=condition)
+        decoded = vae.decode(z, size, genes=_columns(case), condition=condition)
         ours = {"h_z": z, **dict(_distribution(decoded))}
         ours["loss"] = _loss(vae, case, z, condition).mean()
     for name, value in ours.items():
@@ -123,7 +134,13 @@ def _distribution(decoded: CountDistribution | ExpressionDistribution) -> Iterat
 
 
 def _loss(vae: VAE, case: Case, z: Tensor, condition: Tensor | None) -> Tensor:
-    """Per cell, with the recorded library sizes."""
+    """Per cell, with the recorded library sizes, over the recorded columns."""
+    if (genes := _columns(case)) is not None:
+        size, counts = _library_size(case, z.dtype), case.tensors["in/counts"].to(z.dtype)
+        decoded = vae.decode(z, size, genes=genes, condition=condition)
+        if isinstance(decoded, CountDistribution):
+            return -nb_log_prob(counts, decoded.mu, decoded.theta.expand_as(decoded.mu)).sum(1)
+        return ((counts / size[:, None] * 10_000).log1p() - decoded.mu).square().sum(1)
     scored = dataclasses.replace(_cells(case, "L0", z.dtype), library_size=_library_size(case, z.dtype))
     return vae.nll(scored, z, condition=condition)
 
