@@ -29,6 +29,8 @@ TRAIN = {
     "max_steps": STEPS, "checkpoint_every": EVERY, "validate_every": 6, "validation_cells": 32, "genes_per_step": 40,
     "feed": {"batch_size": 32, "micro_batch_size": 8, "lanes": 4}, "keep_last": 2, "keep_best": 1,
 }  # fmt: skip
+# They shift what goes into a softmax, which does not see it: their gradient is rounding, and Adam makes that large.
+SHIFTS = ("decoder.head.bias", "encoder.counts.mlp.2.bias")
 MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4}
 
 
@@ -157,7 +159,9 @@ def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_pat
     assert cells_by_step(tmp_path) == cells_by_step(whole)
     one, two = (load_file(p / "model" / "model.safetensors") for p in (tmp_path, whole))
     worst = {name: float((one[name] - two[name]).abs().max()) for name in one}
-    assert max(worst.values()) < 1e-5, worst
+    rounding = [worst.pop(name) for name in SHIFTS]
+    assert max(worst.values()) < 2e-6, worst
+    assert max(rounding) < STEPS * 1e-3  # a learning rate a step
 
 
 # ---- the disk ----------------------------------------------------------------------------------------------------
