@@ -1,5 +1,5 @@
 # make demo   set up, then the whole line on made-up cells (H5AD=file.h5ad LABELS=cell_type for your own)
-# make test   set up, then every test that needs no GPU
+# make test   set up, then every test that needs neither a GPU nor, marked slow, a machine of its own
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -42,7 +42,7 @@ demo: venv
 	$(BIN)/scldm run $(JOB) $(SETTINGS)
 
 test: venv
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

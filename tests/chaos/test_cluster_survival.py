@@ -22,7 +22,7 @@ import yaml
 from pipeline.stage import newest_manifest
 from pipeline.training.checkpoint import committed
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 STEPS, EVERY = 800, 40
 JOB = {
     "kind": "train_vae",

@@ -16,7 +16,7 @@ from pipeline.config_io import load_job
 from pipeline.runner import run_job
 from pipeline.stage import newest_manifest
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 STEPS, TIMEOUT = 160, 40  # a loaded machine may take half a minute to its first step
 JOB = {
     "kind": "train_vae",
