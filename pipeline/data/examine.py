@@ -46,8 +46,9 @@ def examine(question: Question) -> list[Examined]:
     paths = _paths(uri)
     if not paths:
         nothing = Examined(uri, "path")
+        absent = f"there is no such file, folder or pattern (from {Path.cwd()})"
         nothing.findings.append(error(
-            f"there is no such file, folder or pattern (from {Path.cwd()})",
+            "no .h5ad, Cell Ranger output or SOMA experiment is in the folder" if Path(uri).is_dir() else absent,
             "name .h5ad files, a folder of them, a Cell Ranger output, or a SOMA experiment",
         ))  # fmt: skip
         return [nothing]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 FIRST = 3  # offenders that are named
 LONGEST = 80  # characters of a name
+MOST_SHOWN = 20  # of a list of facts; the JSON has them all
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,12 @@ class Examined:
 
 def _fact(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{shown(k)} {_fact(v)}" for k, v in value.items()) or "none"
+        return _some([f"{shown(k)} {_fact(v)}" for k, v in value.items()])
     if isinstance(value, (list, tuple)):
-        return ", ".join(shown(v) for v in value) or "none"
+        return _some([shown(v) for v in value])
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(value)
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = len(texts) - MOST_SHOWN
+    return ", ".join(texts[:MOST_SHOWN] + ([f"… and {more:,} more"] if more > 0 else [])) or "none"

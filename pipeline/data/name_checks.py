@@ -85,6 +85,12 @@ def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -
                         "leave them out with ingest.missing_label: drop, or label them",
                         count=len(absent), first=names.iloc[absent[:FIRST]])  # fmt: skip
         counts = class_counts(obs[label])
+        if pd.api.types.is_float_dtype(obs[label]) and len(counts) > 1 and any(float(c) % 1 for c in counts):
+            what = f"{label} holds {len(counts):,} different measurements, not classes"
+            yield error(
+                what, "cut it into ranges with pandas.cut, or name another label", count=len(counts), first=counts
+            )
+            continue
         if single := [c for c, n in counts.items() if n == 1]:
             yield warning(f"{len(single)} classes of {label} have one cell", "they cannot be both learned and scored: "
                           "join them with others or leave them out", count=len(single), first=single)  # fmt: skip

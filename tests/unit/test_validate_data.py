@@ -374,3 +374,17 @@ def test_a_reader_that_dies_is_a_bad_file_not_a_crash(tmp_path):
     assert done.returncode == 2
     assert "the process that read it ended with" in done.stderr
     assert "Traceback" not in done.stdout
+
+
+def test_a_label_of_measurements_is_refused_and_a_long_list_of_classes_is_cut(tmp_path):
+    obs = pd.DataFrame({"age": np.linspace(0.5, 9.7, 60), "donor": [f"d{i % 30}" for i in range(60)]})
+    obs.index = [f"c{i}" for i in range(60)]
+    ad.AnnData(sp.csr_matrix(np.ones((60, 3), np.float32)), obs=obs).write_h5ad(tmp_path / "a.h5ad")
+    [found] = examine(Question(str(tmp_path / "a.h5ad"), labels=("age", "donor")))
+    assert [f.what for f in found.errors] == ["age holds 60 different measurements, not classes"]
+    assert "… and 10 more" in found.text()
+
+
+def test_a_folder_without_cells_is_not_called_absent(tmp_path):
+    [found] = examine(Question(str(tmp_path)))
+    assert found.errors[0].what == "no .h5ad, Cell Ranger output or SOMA experiment is in the folder"
