@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +159,15 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="H5AD", help="raw counts in X")
     parser.add_argument("--json", type=Path, help="write the runs here too")
     parser.add_argument("--quick", action="store_true", help="few steps, genes and runs; for a look, not a claim")
+    parser.add_argument("--inputs", nargs="+", metavar="INPUT", help=f"what to compare, {OURS} among them")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     plan = QUICK if a.quick else Plan()
+    if a.inputs:
+        if OURS not in a.inputs:
+            parser.error(f"--inputs must hold {OURS}, which the others are compared with")
+        plan = replace(plan, inputs=tuple(a.inputs))
     kept: list[Run] = []
     lost: list[Run] = []
     for path in a.files:

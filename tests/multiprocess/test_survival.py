@@ -160,7 +160,7 @@ def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_pat
     one, two = (load_file(p / "model" / "model.safetensors") for p in (tmp_path, whole))
     worst = {name: float((one[name] - two[name]).abs().max()) for name in one}
     rounding = [worst.pop(name) for name in SHIFTS]
-    assert max(worst.values()) < 2e-6, worst
+    assert max(worst.values()) < 1e-5, worst  # a hundredth of one step of Adam, which makes rounding larger
     assert max(rounding) < STEPS * 1e-3  # a learning rate a step
 
 
