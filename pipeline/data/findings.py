@@ -76,6 +76,6 @@ def _fact(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(value)
 
 
-def _some(texts: Sequence[str]) -> str:
+def _some(texts: list[str]) -> str:
     more = len(texts) - MOST_SHOWN
     return ", ".join(texts[:MOST_SHOWN] + ([f"… and {more:,} more"] if more > 0 else [])) or "none"
