@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.data.soma import SomaStore
 from pipeline.data.validate import did_you_mean
-from pipeline.job import CellsConfig, Value
+from pipeline.ingest_config import CellsConfig, Value
 from pipeline.stage import InputError
 
 

@@ -7,27 +7,13 @@ from upstream_fixtures import Fixture, load_fixture
 from scldm.checkpoints.upstream_names import dit_key, dit_state_from_upstream
 from scldm.nn.config import DiTConfig
 from scldm.nn.dit import DiT, drop_labels, sincos_positions, time_frequencies, validate_ids
+from scldm.parity.dit import new_dit
 
 CASES = ["dit_joint", "dit_me_single", "dit_me_two", "dit_me_single_nobias"]
 
 
 def dit_of(fixture: Fixture) -> DiT:
-    recorded = fixture.facts["config"]
-    config = DiTConfig(
-        d_model=recorded["n_embed"],
-        n_layers=recorded["n_layer"],
-        n_heads=recorded["n_head"],
-        strategy=recorded["condition_strategy"],
-        bias=recorded["bias"],
-        multiple_of=recorded["multiple_of"],
-        eps=recorded["layernorm_eps"],
-    )
-    dit = DiT(
-        config,
-        n_latent_tokens=recorded["seq_len"],
-        latent_width=recorded["n_embed_input"],
-        n_classes=recorded["class_vocab_sizes"],
-    )
+    dit = new_dit(fixture.facts["config"])
     dit.load_state_dict(dit_state_from_upstream(fixture.under("state/")))
     return dit
 
