@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_serializer, model_validator
 
-from pipeline.data.s3 import S3Config
+from pipeline.data.s3 import S3Client
 from scldm.config import StrictModel
 
 
@@ -68,8 +68,8 @@ class CheckpointStorage(StrictModel):
     <name>/<stage>/<version>/step-…, so jobs may share it. Credentials are looked for where AWS's own tools do."""
     region: str | None = None
     """AWS region of an s3:// path."""
-    s3: S3Config = S3Config()
-    """How s3:// is spoken to; max_parallel is not used here."""
+    s3: S3Client = S3Client()
+    """How s3:// is spoken to."""
     tries: int = Field(6, ge=1, le=20)
     """Tries of an upload; waits double from 1 s."""
     wait_at_end: PositiveFloat = 600.0
