@@ -71,7 +71,7 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
     if "encode" in configs and vae is not None:
         size = sizes.latent_bytes(configs["encode"], vae, data)
-        lines.append(f"encode: latent cache {sizes.human(size)}, {job.resources.actors} actors")
+        lines.append(f"encode: latent cache {sizes.human(size)}, {job.resources.actors_max} actors")
         disk += size or 0
     if "train_flow" in configs:
         flow: TrainFlowConfig = configs["train_flow"]

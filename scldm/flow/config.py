@@ -43,6 +43,9 @@ class SamplerConfig(StrictModel):
     """Scale w in v = v_null + w (v_cond - v_null). One number, or one per label. 1 halves the cost of any other."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of the DiT are used."""
+    temperature: PositiveFloat = 1.0
+    """Of the draw of counts: Var = mu + temperature mu^2 / theta. Means stay; 1 is the model's negative binomial, near 0
+    it is a Poisson."""
 
 
 class EMAConfig(StrictModel):
