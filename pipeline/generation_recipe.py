@@ -55,13 +55,16 @@ def _scales(
     found = [row_guidance(r, config, labels) for r in rows]
     if strategy != "joint":
         return {label: np.array([w[label] for w in found], dtype=np.float64) for label in labels}
-    for i, w in enumerate(found):
-        if len(set(w.values())) > 1:
+    together = []
+    for i, (row, w) in enumerate(zip(rows, found, strict=True)):
+        asked = {label: w[label] for label in labels if row.condition.get(label) is not None} or {"": 1.0}
+        if len(set(asked.values())) > 1:
             raise InputError(
-                f"generate: row {i + 1} guides the labels by {w}, and this model was trained with joint conditions, "
-                "which are guided together: give one scale (guidance), not one per label"
+                f"generate: row {i + 1} guides its labels by {asked}, and this model was trained with joint conditions: "
+                "they are guided together; give one scale (guidance), not one per label"
             )
-    return {JOINT: np.array([next(iter(w.values())) for w in found], dtype=np.float64)}
+        together.append(next(iter(asked.values())))
+    return {JOINT: np.array(together, dtype=np.float64)}
 
 
 def _library(row: RequestRow, config: GenerateConfig, sizes: LibrarySizes) -> tuple[float, float]:

@@ -44,8 +44,8 @@ class SamplerConfig(StrictModel):
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of the DiT are used."""
     temperature: PositiveFloat = 1.0
-    """Of the draw of counts: Var = mu + temperature mu^2 / theta. Means stay; 1 is the model's negative binomial, near 0
-    it is a Poisson."""
+    """Of the draw of counts: Var = mu + temperature mu^2 / theta, same means. 1: the model's negative binomial; near 0:
+    a Poisson."""
 
 
 class EMAConfig(StrictModel):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def joined(parts: list[GeneratedCells]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def by_ids(maker: CellMaker, cuts: list[int]) -> tuple[np.ndarray, ...]:
-    return joined([c for a, b in zip(cuts[:-1], cuts[1:], strict=True) for c in maker.cells(a, b)])
+    return joined([c for a, b in pairwise(cuts) for c in maker.cells(a, b)])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Counts and noise by counter: the published generator, the exact distribution, and nothing else that decides a count."""
+"""Counts and noise by counter: the published generator, the exact distribution, nothing else decides a count."""
 
 from __future__ import annotations
 
