@@ -78,7 +78,7 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
     """
     _exactly_one(config)
     if config.conditions is not None:
-        table, where = _read_table(Path(config.conditions)), config.conditions
+        table, where = read_table(Path(config.conditions)), config.conditions
     elif config.cells is not None:
         table, where = pd.DataFrame(config.cells), "generate.cells"
     elif config.per_label is not None:
@@ -107,7 +107,7 @@ def check_choice(config: GenerateConfig) -> list[str]:
     try:
         _exactly_one(config)
         if config.conditions is not None:
-            _read_table(Path(config.conditions))
+            read_table(Path(config.conditions))
     except InputError as error:
         return [str(error)]
     return []
@@ -131,7 +131,7 @@ def _exactly_one(config: GenerateConfig) -> None:
         raise InputError(f"generate.n_cells goes with `like` or stands alone; with {given[0]} the table says how many")
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"generate.conditions: no file {path}")
     try:

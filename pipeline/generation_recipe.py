@@ -60,7 +60,7 @@ def _scales(
         asked = {label: w[label] for label in labels if row.condition.get(label) is not None} or {"": 1.0}
         if len(set(asked.values())) > 1:
             raise InputError(
-                f"generate: row {i + 1} guides its labels by {asked}, and this model was trained with joint conditions: "
+                f"generate: row {i + 1} guides its labels by {asked}, and this model was trained with joint labels: "
                 "they are guided together; give one scale (guidance), not one per label"
             )
         together.append(next(iter(asked.values())))

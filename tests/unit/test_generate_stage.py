@@ -129,7 +129,7 @@ def test_one_unconditional_cell(inputs, tmp_path):
 
 def test_guidance_per_label_of_a_joint_model_is_refused(tmp_path):
     inputs = write_inputs(tmp_path / "models", strategy="joint")
-    with pytest.raises(InputError, match=r"trained with joint conditions.*give one scale"):
+    with pytest.raises(InputError, match=r"trained with joint labels.*give one scale"):
         generate(tmp_path / "a", inputs, cells=[{"cell_type": "T", "donor": "d1", "n_cells": 1, "guidance.donor": 2}])
     facts = generate(tmp_path / "b", inputs, cells=[{"cell_type": "T", "n_cells": 1, "guidance": 2}])
     assert read(tmp_path / "b", facts).obs["guidance_scale"].tolist() == [2.0]
