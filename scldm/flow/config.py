@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from scldm.config import StrictModel
 
-Solver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "dopri5"]
+Solver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "adams", "dopri5"]
 
 
 class PathConfig(StrictModel):
@@ -32,7 +32,8 @@ class SamplerConfig(StrictModel):
     """How latents are drawn from the trained flow."""
 
     solver: Solver = "midpoint"
-    """ODE solver. dopri5 is adaptive and uses rtol and atol; the others take exactly `steps` steps."""
+    """ODE solver. dopri5 is adaptive and uses rtol and atol; the others take exactly `steps` steps. adams evaluates the
+    network once a step, and twice more in the first. benchmarks/README.md has the error of each."""
     steps: PositiveInt = 10
     """Steps of a fixed-step solver."""
     rtol: PositiveFloat = 1e-5
