@@ -1,10 +1,10 @@
-"""Cells per second to committed shards, against upstream's recipe in the same run; memory; and the choice of the solver.
+"""Cells per second to committed shards, against upstream's recipe in the same run; memory; the choice of the solver.
 
     python benchmarks/generation.py pbmc3k_full.h5ad --json benchmarks/results/generation.json
 
-Both sides have the same weights: upstream's default VAE (width 32, 8 + 8 layers, 16 x 16 latents) and DiT (width 256, 8
-layers), 17,002 genes. Ours is the actor of a generate job without Ray around it, up to the shard's record; upstream's is
-`generation_sides.upstream_cells`. With the file of real cells the quality table is made on a pair trained on it.
+Both sides have the same weights: upstream's default VAE (width 32, 8 + 8 layers, 16 x 16 latents) and DiT (width 256,
+8 layers), 17,002 genes. Ours is the actor of a generate job without Ray around it, up to the shard's record; upstream's
+is `generation_sides.upstream_cells`. With a file of real cells the quality table is made on a pair trained on it.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def build_pair(size: Size, folder: Path) -> Pair:
     vae = VAE(config, n_genes=size.n_genes)
     dit = DiT(
         DiTConfig(d_model=size.flow_width, n_layers=size.flow_layers, n_heads=8, strategy="mutually_exclusive"),
-        n_latent_tokens=size.n_latent_tokens, latent_width=size.latent_width, n_classes={LABEL.name: len(LABEL.classes)},
+        n_latent_tokens=size.n_latent_tokens, latent_width=size.latent_width,
+        n_classes={LABEL.name: len(LABEL.classes)},
     )  # fmt: skip
     with torch.no_grad():
         vae.gene_embedding.normal_()
