@@ -96,7 +96,6 @@ def stop(
 def start_cluster(
     context: typer.Context,
     root: Annotated[Path | None, typer.Option(help="Where jobs run; default: here if it has jobs/.")] = None,
-    host: Annotated[str, typer.Option(help="Address under which further nodes would reach the head.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the cluster.")] = 6379,
     dashboard_port: Annotated[int, typer.Option(help="Of the dashboard and the job server.")] = 8265,
     temp_dir: Annotated[Path | None, typer.Option(help="Ray's logs and spilled objects; a short path.")] = None,
@@ -111,10 +110,10 @@ def start_cluster(
         from pipeline.local_cluster import start
 
         head = start(
-            root=root, host=host, port=port, dashboard_port=dashboard_port, temp_dir=temp_dir,
+            root=root, port=port, dashboard_port=dashboard_port, temp_dir=temp_dir,
             arguments=list(context.args),
         )  # fmt: skip
-        typer.echo(f"a head runs at {head.host}:{head.port}; jobs run in {head.root}; log: {head.log}")
+        typer.echo(f"a head runs at port {head.port}; jobs run in {head.root}; log: {head.log}")
         typer.echo(f"  export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS={head.submit_address}")
         typer.echo("  ray job submit jobs/train_vae.yaml        or: scldm submit jobs/train_vae.yaml")
         typer.echo(f"  dashboard: {head.submit_address} (asks for the token)    end it: scldm cluster stop")

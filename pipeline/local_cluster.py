@@ -1,4 +1,6 @@
-"""A Ray head on this machine that takes jobs: behind a token, on the loopback address, from the repository's root.
+"""A Ray head on this machine that takes jobs: behind a token, its job server on the loopback address.
+
+Ray's other ports listen on all addresses, whatever it is told; they too take nothing without the token.
 
 Started as a session of its own whose first process is remembered with the time of its birth, so that `stop` ends that
 and what it started, and never another Ray of this machine (`ray stop` ends them all).
@@ -23,7 +25,8 @@ from pipeline.cluster import REPOSITORY
 from pipeline.stage import InputError, write_json_atomic
 from pipeline.submitting import STOP_WAIT, STOP_WAIT_SECONDS
 
-START_SECONDS = 180
+START_SECONDS = 240
+STARTED = "Ray runtime started"  # in its log; the job server answers before that
 LOOPBACK = "127.0.0.1"
 
 
@@ -34,7 +37,6 @@ class Head:
     pid: int
     born: float  # of the process, as the system says: a pid is used again
     root: str
-    host: str
     port: int
     dashboard_port: int
     log: str
@@ -49,13 +51,12 @@ def state_file() -> Path:
 
 
 def start(
-    *, root: Path | None, host: str, port: int, dashboard_port: int, temp_dir: Path | None, arguments: list[str]
+    *, root: Path | None, port: int, dashboard_port: int, temp_dir: Path | None, arguments: list[str]
 ) -> Head:
     """Start a head and wait until its job server answers.
 
     Args:
         root: Where jobs run; default: this folder if it has jobs/, else the repository.
-        host: Address that further nodes would reach; the dashboard stays on the loopback address.
         arguments: More of `ray start`, for example --num-cpus=8.
     """
     if (running := find()) is not None:
@@ -66,7 +67,7 @@ def start(
     log = state_file().with_name("cluster.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=true"]
+    command += [f"--port={port}", "--include-dashboard=true"]
     command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
     command += [f"--temp-dir={temp_dir}"] if temp_dir else []
     with log.open("w") as out:
@@ -77,7 +78,7 @@ def start(
     import psutil
 
     head = Head(
-        pid=process.pid, born=psutil.Process(process.pid).create_time(), root=str(root), host=host, port=port,
+        pid=process.pid, born=psutil.Process(process.pid).create_time(), root=str(root), port=port,
         dashboard_port=dashboard_port, log=str(log),
     )  # fmt: skip
     write_json_atomic(state_file(), asdict(head))
@@ -90,6 +91,7 @@ def _environment(token: Path | None) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     env.update(RAY_AUTH_MODE="token", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
     env.setdefault(STOP_WAIT, str(STOP_WAIT_SECONDS))
+    env.setdefault("RAY_raylet_start_wait_time_s", "180")  # a loaded machine needs longer than Ray's 30 s
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     if token is not None:
         env["RAY_AUTH_TOKEN_PATH"] = str(token)
@@ -120,7 +122,7 @@ def _check_ports(ports: dict[str, int]) -> None:
 
 def _wait_until_it_answers(head: Head, process: subprocess.Popen[Any]) -> None:
     until = time.monotonic() + START_SECONDS
-    while not answers(head.submit_address):
+    while not (STARTED in Path(head.log).read_text(errors="replace") and answers(head.submit_address)):
         if process.poll() is not None or time.monotonic() > until:
             end = "ended" if process.poll() is not None else f"does not answer after {START_SECONDS} s"
             tail = "\n".join(Path(head.log).read_text(errors="replace").splitlines()[-15:])
@@ -150,6 +152,8 @@ def find() -> Head | None:
         alive = abs(psutil.Process(head.pid).create_time() - head.born) < 0.01
     except (FileNotFoundError, psutil.NoSuchProcess):
         return None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{state_file()} is not as this version writes it; delete it if no head runs") from error
     return head if alive else None
 
 
