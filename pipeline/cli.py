@@ -1,4 +1,5 @@
-"""The command line: `scldm run | validate | plan | submit | runs`; of models `convert | export | parity | presets`.
+"""The command line: `scldm run | validate | plan | runs`; of clusters `submit | status | logs | stop | cluster | doctor`;
+of models `convert | export | parity | presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
@@ -17,7 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli_cluster import cluster, logs, status, stop, submit
 from pipeline.cli_data import validate_data
+from pipeline.cli_doctor import doctor
 from pipeline.cli_models import convert, export
 from pipeline.cli_parity import parity
 from pipeline.cli_presets import presets
@@ -32,6 +35,7 @@ app = typer.Typer(
 )
 runs = typer.Typer(help="Look at what has been made.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
+app.add_typer(cluster, name="cluster")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
 Overrides = Annotated[
@@ -79,7 +83,7 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def _load(job: Path, overrides: list[str] | None) -> Any:
+def load(job: Path, overrides: list[str] | None) -> Any:
     from pipeline.config_io import load_job
     from pipeline.preflight import check_settings
 
@@ -95,7 +99,7 @@ def run(job: JobFile, overrides: Overrides = None) -> None:
     Example: `scldm run jobs/demo.yaml train_vae.train.max_steps=50`
     """
     with reported():
-        loaded = _load(job, overrides)
+        loaded = load(job, overrides)
         from pipeline.runner import run_job
 
         _stop_on_sigterm()
@@ -109,7 +113,7 @@ def validate(job: JobFile, overrides: Overrides = None) -> None:
     Example: `scldm validate jobs/train_vae.yaml resources.workers=4`
     """
     with reported():
-        loaded = _load(job, overrides)
+        loaded = load(job, overrides)
         from pipeline.job import stage_configs
 
         typer.echo(f"{job}: a valid {loaded.kind} job, {loaded.name} ({', '.join(stage_configs(loaded))})")
@@ -122,42 +126,10 @@ def plan(job: JobFile, overrides: Overrides = None) -> None:
     Example: `scldm plan jobs/demo.yaml train_vae.train.max_steps=20`
     """
     with reported():
-        loaded = _load(job, overrides)
+        loaded = load(job, overrides)
         from pipeline.plan import plan as describe
 
         typer.echo(describe(loaded))
-
-
-@app.command()
-def submit(
-    job: JobFile,
-    overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray's job server; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine.")
-    ] = None,
-    working_dir: Annotated[Path, typer.Option(help="Code that is sent to the cluster.")] = Path(),
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Follow the log and return the job's exit code.")
-    ] = True,
-) -> None:
-    """Send a job to a Ray cluster.
-
-    Example: `scldm submit jobs/train_vae.yaml train.max_steps=20 --address http://head:8265`
-    """
-    with reported():
-        loaded = _load(job, overrides)  # errors show here, not in a job's log
-        from pipeline.cluster import submit as send
-
-        code = send(
-            job,
-            overrides or [],
-            kind=loaded.kind,
-            name=loaded.name,
-            address=address,
-            working_dir=working_dir,
-            wait=wait,
-        )
-        raise typer.Exit(code)
 
 
 @runs.command("list")
@@ -172,7 +144,8 @@ def list_runs(folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help
         typer.echo(finished_stages(folder))
 
 
-app.command()(parity)
+for _command in (submit, status, logs, stop, doctor, parity):
+    app.command()(_command)
 app.command("validate-data")(validate_data)
 app.command()(convert)
 app.command()(export)

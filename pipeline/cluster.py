@@ -1,19 +1,16 @@
-"""Ray: join the cluster that RAY_ADDRESS names or start a small one here; send jobs to one; unwrap what it raises.
+"""Ray for a job that runs here: join the cluster that RAY_ADDRESS names or start a small one; unwrap what it raises.
 
-The only one of our command-line modules that imports ray, and only when something runs.
+Ray is imported only when something runs. Jobs are sent to a cluster by `pipeline.submitting`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
 import os
-import shlex
-import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +21,6 @@ from pipeline.stage import InputError
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 MAX_STORE = 1_000_000_000
-# Code goes to the cluster; data, outputs and secrets do not. .gitignore is respected as well.
-# Patterns with a leading slash mean the top folder only: pipeline/data is code.
-EXCLUDES = (
-    *(".git", ".venv", "venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", "docs/_build"),
-    *("/data", "/shared", "/runs", "/mlruns", "/mlartifacts", "mlflow.db"),
-    *("*.h5ad", "*.h5", "*.zarr", "*.soma", "*.safetensors", "*.ckpt", "*.pt", "*.whl"),
-    *(".env", ".env.*", "*.pem", "*.key", ".aws", ".ssh", ".netrc"),
-)
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_raylet_start_wait_time_s": "180",  # a loaded laptop may need longer than the default 60 s
@@ -139,61 +128,3 @@ def root_cause(error: BaseException) -> BaseException:
 def _wrapped(error: BaseException) -> BaseException | None:
     """`raise … from cause`, but only for Ray's own types: our errors explain more than their causes."""
     return error.__cause__ if type(error).__module__.partition(".")[0] == "ray" else None
-
-
-# ---- submitting --------------------------------------------------------------------------------------------------
-def submit(
-    job_file: Path,
-    overrides: Sequence[str],
-    *,
-    kind: str,
-    name: str,
-    address: str | None,
-    working_dir: Path,
-    wait: bool,
-) -> int:
-    """Send a job to a cluster, follow its log, and return its exit code."""
-    working_dir = working_dir.resolve()
-    if not job_file.resolve().is_relative_to(working_dir):
-        raise InputError(f"{job_file} is not under --working-dir {working_dir}, which is all that the cluster gets")
-    command = ["python", "-m", "pipeline", "run", str(job_file.resolve().relative_to(working_dir)), *overrides]
-    submission_id = f"scldm-{kind}-{name}-{uuid.uuid4().hex[:6]}"
-    from ray.job_submission import JobSubmissionClient
-
-    for name in ("ray", "ray.dashboard", "ray._private"):  # every ignored file, every chunk of the upload
-        logging.getLogger(name).setLevel(logging.ERROR)
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    try:
-        client = JobSubmissionClient(address or "http://127.0.0.1:8265")
-    except (ConnectionError, RuntimeError) as error:
-        raise InputError(
-            f"no Ray cluster answers at {address or 'http://127.0.0.1:8265'}: start one (ray start --head) or give "
-            f"--address. {str(error).splitlines()[0]}"
-        ) from error
-    client.submit_job(
-        entrypoint=shlex.join(command),
-        submission_id=submission_id,
-        runtime_env={"working_dir": str(working_dir), "excludes": list(EXCLUDES)},
-        metadata={"scldm.kind": kind, "scldm.name": name},
-    )
-    print(f"submitted {submission_id}: {shlex.join(command)}", flush=True)
-    print(f"  follow: ray job logs -f {submission_id}    stop: ray job stop {submission_id}", flush=True)
-    if not wait:
-        return 0
-    asyncio.run(_follow(client, submission_id))
-    return _exit_code(client, submission_id)
-
-
-async def _follow(client: Any, submission_id: str) -> None:
-    async for lines in client.tail_job_logs(submission_id):
-        print(lines, end="", flush=True)
-
-
-def _exit_code(client: Any, submission_id: str) -> int:
-    info = client.get_job_info(submission_id)
-    if info.driver_exit_code is not None:
-        return int(info.driver_exit_code)
-    if str(info.status).endswith("SUCCEEDED"):
-        return 0
-    print(f"{submission_id}: {info.status}: {info.message}", flush=True)
-    return 1

@@ -36,7 +36,7 @@ def plan(job: JobBase) -> str:
         else:
             rows.append((stage, step.version, "done" if step.done else "will run", step.why))
     todo = [s for s in steps if s.done is None]
-    lines = [f"{job.name}: writes to {folder}", "", _table(rows), ""]
+    lines = [f"{job.name}: writes to {folder}", "", table(rows), ""]
     lines += _sizes(job, decided, folder)
     lines += ["", f"{len(todo)} of {len(rows) - 1} stages will run" if todo or missing else "nothing to do"]
     return "\n".join(lines)
@@ -52,7 +52,7 @@ def finished_stages(folder: Path) -> str:
         finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.finished_at))
         sources = " ".join(f"{stage}:{version}" for stage, version in m.inputs.items())
         rows.append((m.stage, m.version, finished, duration(m.seconds), sources or "the source"))
-    return _table(rows)
+    return table(rows)
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------
@@ -126,6 +126,6 @@ def _config(stage: str, model: type[Any], configs: dict[str, Any], decided: dict
     return model.model_validate(dict(manifest.config)) if manifest is not None and manifest.config else None
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

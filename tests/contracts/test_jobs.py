@@ -54,7 +54,7 @@ def test_the_single_jobs_are_the_parts_of_the_demo(stage):
 
 
 DATA_SETS = {
-    "census": [],
+    "census": ["cell_type", "tissue_general"],
     "dentate_gyrus": ["clusters"],
     "tabula_muris": ["tissue"],
     "hlca": ["cell_type"],

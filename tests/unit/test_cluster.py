@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -59,9 +58,3 @@ def test_our_errors_are_not_replaced_by_their_causes():
     error = InputError("what, where, why, how to mend")
     error.__cause__ = KeyError("x")
     assert cluster.root_cause(error) is error
-
-
-def test_a_job_outside_what_is_sent_is_refused(tmp_path):
-    options = {"kind": "line", "name": "x", "address": None, "wait": False}
-    with pytest.raises(InputError, match="not under --working-dir"):
-        cluster.submit(Path("/elsewhere/job.yaml"), [], working_dir=tmp_path, **options)

@@ -1,0 +1,165 @@
+"""Each check of `scldm doctor`, well and broken: servers are real ones on the loopback address."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from dataclasses import replace
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import doctor, doctor_network
+from pipeline.cli import app
+from pipeline.doctor import Asked, examine, report
+
+TOKEN = "t0ken"
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return Asked(output=tmp_path / "runs", census=False)
+
+
+@pytest.fixture
+def server():
+    """Answers as told: `serve(status, skew, needs_token)` gives an address."""
+    started = []
+
+    def serve(status=200, *, skew=0.0, needs_token=False):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                refused = needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+                self.send_response_only(401 if refused else status)
+                self.send_header("Date", formatdate(time.time() - skew, usegmt=True))
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        s = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        started.append(s)
+        return f"http://127.0.0.1:{s.server_port}"
+
+    yield serve
+    for s in started:
+        s.shutdown()
+
+
+def test_a_well_machine_is_well(asked):
+    text, code = report(examine(asked), as_json=False)
+    assert code == 0, text
+    assert not list(asked.output.iterdir()), "a check left something behind"
+
+
+def test_another_version_is_named_with_the_tested_one(asked, tmp_path):
+    pins = tmp_path / "constraints.txt"
+    pins.write_text("\n".join(f"{name}==0.0.1" for name in doctor.COMPARED))
+    found = doctor.versions(asked, pins)
+    assert found.status == "fail"
+    assert "(tested: 0.0.1)" in found.says
+    assert str(pins) in found.mend
+
+
+def test_gpus_that_a_job_asks_for_and_nobody_has_fail(asked, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert doctor.gpus(replace(asked, gpus=True)).status == "fail"
+    assert doctor.gpus(asked).status == "ok"
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    assert "CUDA build" in doctor.gpus(asked).mend
+
+
+def test_a_place_that_takes_no_files_fails_and_says_what_output_must_be(asked, tmp_path):
+    (tmp_path / "file").write_text("")
+    found = doctor.storage(replace(asked, output=tmp_path / "file" / "runs"))
+    assert found.status == "fail"
+    assert "output=/shared/runs" in found.mend
+
+
+def test_a_full_disk_fails(asked, monkeypatch):
+    monkeypatch.setattr(doctor, "LEAST_FREE", 1e18)
+    assert doctor.disk(asked).status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("status", "mend"), [(200, ""), (401, "MLFLOW_TRACKING_USERNAME"), (403, "--allowed-hosts"), (500, "its log")]
+)
+def test_what_mlflow_answers_is_explained(asked, server, status, mend):
+    found = doctor_network.mlflow(replace(asked, tracking=server(status)))
+    assert (found.status == "ok") == (status == 200)
+    assert mend in found.mend
+
+
+def test_an_mlflow_that_is_down_and_a_broken_file_fail(asked, tmp_path):
+    assert doctor_network.mlflow(replace(asked, tracking="http://127.0.0.1:9")).status == "fail"
+    (tmp_path / "bad.db").write_text("no database at all, but longer than a header of SQLite" * 30)
+    assert doctor_network.mlflow(replace(asked, tracking=f"sqlite:///{tmp_path}/bad.db")).status == "fail"
+    with sqlite3.connect(tmp_path / "good.db") as database:
+        database.execute("create table runs (id text)")
+    assert "0 runs" in doctor_network.mlflow(replace(asked, tracking=f"sqlite:///{tmp_path}/good.db")).says
+
+
+def test_a_cluster_that_takes_jobs_from_anybody_fails(asked, server):
+    found = doctor_network.token(replace(asked, address=server(200)))
+    assert found.status == "fail"
+    assert "from anybody" in found.says
+
+
+def test_the_clusters_token_is_ours_or_it_fails(asked, server, monkeypatch):
+    address = server(200, needs_token=True)
+    assert "does not take our token" in doctor_network.token(replace(asked, address=address)).says
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    assert doctor_network.token(replace(asked, address=address)).status == "ok"
+
+
+def test_a_token_that_others_can_read_fails(asked, tmp_path):
+    path = tmp_path / "home" / ".ray" / "auth_token"
+    path.parent.mkdir(parents=True)
+    path.write_text(TOKEN)
+    path.chmod(0o644)
+    found = doctor_network.token(asked)
+    assert found.mend == f"chmod 600 {path}"
+    path.chmod(0o600)
+    assert doctor_network.token(asked).status == "ok"
+
+
+@pytest.mark.parametrize(("skew", "status"), [(0, "ok"), (3600, "fail"), (-3600, "fail")])
+def test_a_clock_that_is_wrong_is_noticed(asked, server, skew, status):
+    assert doctor_network.clocks(replace(asked, address=server(401, skew=skew))).status == status
+
+
+def test_the_census_is_asked_only_where_it_is_read(asked, server, monkeypatch):
+    assert doctor_network.census(asked).status == "skip"
+    monkeypatch.setattr(doctor_network, "CENSUS", server(200))
+    assert doctor_network.census(replace(asked, census=True)).status == "ok"
+    monkeypatch.setattr(doctor_network, "CENSUS", "http://127.0.0.1:9")
+    assert doctor_network.census(replace(asked, census=True)).status == "fail"
+
+
+def test_a_check_that_breaks_does_not_hide_the_others(asked, monkeypatch):
+    monkeypatch.setattr(doctor, "disk", lambda _: 1 / 0)
+    found = {f.check: f for f in examine(asked)}
+    assert "ZeroDivisionError" in found["<lambda>"].says
+    assert found["storage"].status == "ok"
+
+
+def test_the_command_fails_if_one_check_does_and_speaks_json(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor_network, "CENSUS", "http://127.0.0.1:9")
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    found = {f["check"]: f for f in json.loads(result.output)["findings"]}
+    assert found["census"]["status"] == "fail"
+    assert found["census"]["mend"]
