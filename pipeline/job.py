@@ -24,6 +24,13 @@ from pipeline.ingest_config import (
     SyntheticSource,
     TenxSource,
 )
+from pipeline.real_cells_config import (
+    EmbedConfig,
+    LogLikelihoodConfig,
+    PerturbConfig,
+    RealCellsConfig,
+    ReconstructConfig,
+)
 from pipeline.resources import CheckpointStorage, ResourcesConfig
 from pipeline.train_config import FeedConfig, FlowTrainConfig, TrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
@@ -51,6 +58,7 @@ __all__ = [
 ]
 
 STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
+REAL_CELL_STAGES = ("embed", "reconstruct", "perturb", "log_likelihood")  # jobs of their own; no part of the line
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "train_vae": ("ingest",),
@@ -65,6 +73,10 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
     """Stages that a stage with these settings is made from."""
     if stage == "train_flow" and config.vae.train:
         return ("ingest", "train_vae")  # it streams counts
+    if isinstance(config, RealCellsConfig):
+        if config.model is not None:
+            return ()
+        return ("train_vae", "train_flow") if config.uses_flow else ("train_vae",)
     return NEEDS[stage]
 
 
@@ -250,8 +262,34 @@ class EvaluateJob(JobBase, EvaluateConfig):
     kind: Literal["evaluate"]
 
 
+class EmbedJob(JobBase, EmbedConfig):
+    kind: Literal["embed"]
+
+
+class ReconstructJob(JobBase, ReconstructConfig):
+    kind: Literal["reconstruct"]
+
+
+class PerturbJob(JobBase, PerturbConfig):
+    kind: Literal["perturb"]
+
+
+class LogLikelihoodJob(JobBase, LogLikelihoodConfig):
+    kind: Literal["log_likelihood"]
+
+
 Job = Annotated[
-    LineJob | IngestJob | TrainVaeJob | EncodeJob | TrainFlowJob | GenerateJob | EvaluateJob,
+    LineJob
+    | IngestJob
+    | TrainVaeJob
+    | EncodeJob
+    | TrainFlowJob
+    | GenerateJob
+    | EvaluateJob
+    | EmbedJob
+    | ReconstructJob
+    | PerturbJob
+    | LogLikelihoodJob,
     Field(discriminator="kind"),
 ]
 STAGE_CONFIGS: dict[str, type[StrictModel]] = {
@@ -261,6 +299,10 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
     "train_flow": TrainFlowConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "embed": EmbedConfig,
+    "reconstruct": ReconstructConfig,
+    "perturb": PerturbConfig,
+    "log_likelihood": LogLikelihoodConfig,
 }
 
 
@@ -268,7 +310,7 @@ def stage_configs(job: JobBase) -> dict[str, StrictModel]:
     """The stages that a job holds, in the order in which they run."""
     kind: str = job.kind  # type: ignore[attr-defined]
     found: dict[str, StrictModel] = {}
-    for stage in STAGES:
+    for stage in (*STAGES, *REAL_CELL_STAGES):
         if stage == kind:
             config_type = STAGE_CONFIGS[stage]
             found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import sizes
 from pipeline.generation_plan import generation_lines
-from pipeline.job import STAGES, JobBase, TrainConfig, TrainFlowConfig, TrainVaeConfig, stage_configs
+from pipeline.job import REAL_CELL_STAGES, STAGES, JobBase, TrainConfig, TrainFlowConfig, TrainVaeConfig, stage_configs
 from pipeline.memory import stage_lines, state_bytes
 from pipeline.progress import duration
 from pipeline.schedule import Step, command_for, look_ahead, pipeline_folder
@@ -44,7 +44,9 @@ def plan(job: JobBase) -> str:
 
 def finished_stages(folder: Path) -> str:
     """Table of the finished stages under a pipeline's folder, oldest first."""
-    made = [m for s in STAGES for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None]
+    made = [
+        m for s in (*STAGES, *REAL_CELL_STAGES) for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None
+    ]
     if not made:
         raise InputError(f"{folder} holds no finished stage. Give <output>/<name> of a job, for example runs/demo")
     rows = [("stage", "version", "finished", "took", "made from")]
