@@ -1,5 +1,5 @@
-"""The command line: `scldm run | validate | plan | runs | cells`; of clusters `submit | status | logs | stop | cluster |
-doctor`; of models `convert | export | parity | presets`.
+"""The command line: `scldm run | validate | plan | runs | cells`; of clusters `submit | status | logs | stop |
+cluster | doctor`; of models `convert | export | parity | presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
