@@ -1,8 +1,8 @@
 """A shard of generated cells, written as it is made: an h5ad file that never is in memory as a whole.
 
-Non-zeros and latents are gathered to chunks of a fixed size, compressed (shuffle and zlib level 1) outside the
-interpreter's lock, and appended. Chunks do not depend on how the cells come, so equal cells give equal bytes. What is
-kept until the end is a few numbers per cell, for obs.
+Cells are gathered to blocks of a fixed number, their non-zeros and latents to chunks of a fixed size, which are
+compressed (shuffle and zlib level 1) outside the interpreter's lock and appended. Neither depends on how the cells
+come, so equal cells give equal bytes. What is kept until the end is a few numbers per cell, for obs.
 
 Shape letters: b cells, p genes that are written.
 """
@@ -23,6 +23,7 @@ import scipy.sparse as sp
 from anndata.io import write_elem
 
 CHUNK_BYTES = 1 << 20
+BLOCK_ROWS = 256
 
 
 class _Column:
@@ -81,6 +82,8 @@ class ShardFile:
         self.counts, self.columns = _Column(x, "data", np.int32), _Column(x, "indices", np.int32)
         self.latents = _Column(obsm, "X_scldm", np.float32, latent_width)
         self.latents.data.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        self.waiting: list[tuple[sp.csr_matrix, np.ndarray]] = []
+        self.n_waiting = 0
         self.lengths: list[np.ndarray] = []
         self.totals: list[np.ndarray] = []
         self.finished = False
@@ -95,11 +98,25 @@ class ShardFile:
 
     def add(self, counts: sp.csr_matrix, latents: np.ndarray) -> None:
         """Counts (b, p) int32 and latents (b, m * e) of the next cells."""
-        self.counts.add(counts.data)
-        self.columns.add(counts.indices)
-        self.latents.add(latents)
+        self.waiting.append((counts, latents))
+        self.n_waiting += counts.shape[0]
         self.lengths.append(np.diff(counts.indptr))
         self.totals.append(np.asarray(counts.sum(1)).ravel())
+        if self.n_waiting >= BLOCK_ROWS:
+            self._flush(self.n_waiting - self.n_waiting % BLOCK_ROWS)
+
+    def _flush(self, n: int) -> None:
+        """Hand the first n waiting cells on, block by block: the order of chunks in the file follows from that."""
+        counts, latents = zip(*self.waiting, strict=True)
+        stacked, dense = sp.vstack(counts, format="csr"), np.concatenate(latents)
+        for start in range(0, n, BLOCK_ROWS):
+            block = slice(start, min(start + BLOCK_ROWS, n))
+            entries = slice(stacked.indptr[block.start], stacked.indptr[block.stop])
+            self.counts.add(stacked.data[entries])
+            self.columns.add(stacked.indices[entries])
+            self.latents.add(dense[block])
+        self.waiting = [(stacked[n:], dense[n:].copy())]
+        self.n_waiting = len(dense) - n
 
     @property
     def n_expressed(self) -> np.ndarray:
@@ -113,6 +130,8 @@ class ShardFile:
 
     def finish(self, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[str, Any]) -> None:
         """Write the rest, close, and see the bytes on disk."""
+        if self.n_waiting:
+            self._flush(self.n_waiting)
         lengths = self.n_expressed
         if len(obs) != len(lengths):
             raise ValueError(f"obs has {len(obs)} rows, the shard {len(lengths)} cells")
