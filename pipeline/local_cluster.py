@@ -25,7 +25,10 @@ from pipeline.cluster import REPOSITORY
 from pipeline.stage import InputError, write_json_atomic
 from pipeline.submitting import STOP_WAIT, STOP_WAIT_SECONDS
 
-START_SECONDS = 240
+START_SECONDS = 120
+TRIES = 3
+# Ray gives its own processes 30 s, which no setting changes; a loaded machine needs longer at first, not with warm files.
+SLOW = "timed out during startup"
 STARTED = "Ray runtime started"  # in its log; the job server answers before that
 LOOPBACK = "127.0.0.1"
 
@@ -70,20 +73,35 @@ def start(
     command += [f"--port={port}", "--include-dashboard=true"]
     command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
     command += [f"--temp-dir={temp_dir}"] if temp_dir else []
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, *arguments], cwd=root, env=_environment(token), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+    command += arguments
+    for tries_left in reversed(range(TRIES)):
+        head, process = _launch(command, root, token, log, port=port, dashboard_port=dashboard_port)
+        if (trouble := _trouble(head, process)) is None:
+            return head
+        stop(force=True)
+        if SLOW not in trouble or not tries_left:
+            raise InputError(trouble)
+        print("Ray did not come up in the 30 s that it gives itself (a loaded machine?); once more", flush=True)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _launch(
+    command: list[str], root: Path, token: Path | None, log: Path, *, port: int, dashboard_port: int
+) -> tuple[Head, subprocess.Popen[Any]]:
+    """The head's process, remembered before anything else can go wrong."""
     import psutil
 
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=root, env=_environment(token), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
     head = Head(
         pid=process.pid, born=psutil.Process(process.pid).create_time(), root=str(root), port=port,
         dashboard_port=dashboard_port, log=str(log),
     )  # fmt: skip
     write_json_atomic(state_file(), asdict(head))
-    _wait_until_it_answers(head, process)
-    return head
+    return head, process
 
 
 def _environment(token: Path | None) -> dict[str, str]:
@@ -91,7 +109,6 @@ def _environment(token: Path | None) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     env.update(RAY_AUTH_MODE="token", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
     env.setdefault(STOP_WAIT, str(STOP_WAIT_SECONDS))
-    env.setdefault("RAY_raylet_start_wait_time_s", "180")  # a loaded machine needs longer than Ray's 30 s
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     if token is not None:
         env["RAY_AUTH_TOKEN_PATH"] = str(token)
@@ -120,15 +137,16 @@ def _check_ports(ports: dict[str, int]) -> None:
         raise InputError(f"in use already: {', '.join(taken)}; another Ray? Give other numbers")
 
 
-def _wait_until_it_answers(head: Head, process: subprocess.Popen[Any]) -> None:
+def _trouble(head: Head, process: subprocess.Popen[Any]) -> str | None:
+    """None once the head takes jobs; else what is wrong with it."""
     until = time.monotonic() + START_SECONDS
     while not (STARTED in Path(head.log).read_text(errors="replace") and answers(head.submit_address)):
         if process.poll() is not None or time.monotonic() > until:
             end = "ended" if process.poll() is not None else f"does not answer after {START_SECONDS} s"
             tail = "\n".join(Path(head.log).read_text(errors="replace").splitlines()[-15:])
-            stop(force=True)
-            raise InputError(f"the head {end}; {head.log} ends with:\n{tail}")
+            return f"the head {end}; {head.log} ends with:\n{tail}"
         time.sleep(0.5)
+    return None
 
 
 def answers(address: str) -> bool:
