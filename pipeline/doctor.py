@@ -13,6 +13,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -187,7 +188,8 @@ def storage(asked: Asked) -> Finding:
         whole = renamed.read_bytes() == b"x" * 4096
         renamed.unlink()
     except OSError as error:
-        here.unlink(missing_ok=True)
+        with suppress(OSError):
+            here.unlink()
         return Finding("storage", "fail", f"{asked.output}: {error.strerror or error}", mend)
     if not whole:
         return Finding("storage", "fail", f"{asked.output} gives back other bytes than were written", mend)

@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from pipeline.training.checkpoint import committed
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 900
-CANARY = "canary-7f3a91"
+CANARY = f"canary-{uuid.uuid4().hex}"  # not the same in this file, which goes along in a package
 JOB = {
     "kind": "train_vae",
     "name": "tiny",
