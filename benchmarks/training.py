@@ -5,8 +5,7 @@ runs on a CPU; cells in memory. `loop_vs_bare_loop` takes turns in one process: 
 guards, watchdog and curve, against ten lines of torch on the same batches, ready-made. Step times are medians, from the
 start of one step to the start of the next, so checkpoints and start-up are outside. `checkpoint_share` is a checkpoint
 in percent of the 200 steps between two (the default). `scaling_2_workers` is two processes over one at the same global
-batch, a thread each. `recover_seconds_worker` runs a small job on Ray, kills a training worker with SIGKILL and waits
-for the first step of the restarted group; most of it is Ray's and Python's start.
+batch, a thread each. `recover_seconds_…`: recovery.py.
 
     python benchmarks/training.py --json benchmarks/results/training.json
 """
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import Row, report
-from recovery import recover_seconds
+from recovery import recovery_rows
 from torch import Tensor, nn
 from training_cells import MemoryCells, make_cells
 
@@ -46,10 +45,6 @@ from scldm.presets import preset
 
 BATCH, LANES, DEFAULT_INTERVAL = 16, 2, 200
 SIZES = {"full": (2000, 400), "quick": (200, 60)}  # genes, expressed genes of a cell
-ABSENT = {
-    "recover_seconds_node": "several raylets on two cores time Ray's start, not ours; tests/chaos kills a node",
-    "recover_seconds_driver": "the same command started again: the time is that of a start; tests kill the driver",
-}
 
 
 class Timed(VaeObjective):
@@ -75,7 +70,7 @@ def objective(vae: VAE, n_genes: int) -> Timed:
         vae, labels=[], mean_counts=torch.ones(n_genes), genes_per_step=None, max_genes=None, seed=0, validation=[]
     )
     timed.begun = []
-    timed.validation = lambda rank, world_size: (0.0, 1)  # type: ignore[method-assign]
+    timed.validation = lambda rank, world_size: ({"loss": 0.0}, 1)  # type: ignore[method-assign]
     return timed
 
 
@@ -176,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="small model, few steps, no Ray: does it run at all")
+    parser.add_argument("--kills", type=int, default=5, help="of each kind")
     parser.add_argument("--worker", nargs=3, metavar=("OUT", "SIZE", "STEPS"), help="used by itself")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -189,11 +185,11 @@ def main() -> None:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         rows = [*loop_rows(size, steps, rounds), *rows]
         dist.destroy_process_group()
-    absent = dict(ABSENT)
+    absent = {}
     if args.quick:
-        absent["recover_seconds_worker"] = "needs a Ray job: not with --quick"
+        absent = {f"recover_seconds_{x}": "needs a Ray cluster: not with --quick" for x in ("worker", "node", "driver")}
     else:
-        rows.append(recover_seconds(n=2))
+        rows += recovery_rows(args.kills)
     report(rows, args.json, absent=absent, size=dict(zip(("n_genes", "expressed"), SIZES[size], strict=True)))
     print(json.dumps({"absent": absent}, indent=1))
     return None

@@ -1,5 +1,5 @@
-"""The command line: `scldm run | validate | plan | runs`; of clusters `submit | status | logs | stop | cluster | doctor`;
-of models `convert | export | parity | presets`.
+"""The command line: `scldm run | validate | plan | runs | cells`; of clusters `submit | status | logs | stop |
+cluster | doctor`; of models `convert | export | parity | presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli_cells import cells_app
 from pipeline.cli_cluster import cluster, logs, status, stop, submit
 from pipeline.cli_data import validate_data
 from pipeline.cli_doctor import doctor
@@ -36,6 +37,7 @@ app = typer.Typer(
 runs = typer.Typer(help="Look at what has been made.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(cluster, name="cluster")
+app.add_typer(cells_app, name="cells")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
 Overrides = Annotated[

@@ -137,7 +137,9 @@ def gpus(asked: Asked) -> Finding:
         names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
         return Finding("gpus", "ok", f"{torch.cuda.device_count()} x {', '.join(names)}, CUDA {torch.version.cuda}")
     if shutil.which("nvidia-smi"):
-        mend = "a CUDA build of torch no newer than the driver: compare nvidia-smi with python -m torch.utils.collect_env"
+        mend = (
+            "a CUDA build of torch no newer than the driver: compare nvidia-smi with python -m torch.utils.collect_env"
+        )
         return Finding("gpus", "fail", f"nvidia-smi is there, but torch {torch.__version__} sees no GPU", mend)
     if asked.gpus and "RAY_ADDRESS" not in os.environ and asked.address is None:
         mend = "run it where GPUs are (scldm submit), or set resources.gpus_per_worker=0"
@@ -170,7 +172,9 @@ def disk(asked: Asked) -> Finding:
     tmp = shutil.disk_usage("/tmp").free
     says = f"{free / 1e9:.0f} GB free at {there}, {tmp / 1e9:.0f} GB in /tmp (Ray's)"
     if min(free, tmp) < LEAST_FREE:
-        return Finding("disk", "fail", says, f"make room for at least {LEAST_FREE / 1e9:.0f} GB; scldm plan says how much")
+        return Finding(
+            "disk", "fail", says, f"make room for at least {LEAST_FREE / 1e9:.0f} GB; scldm plan says how much"
+        )
     return Finding("disk", "ok", says)
 
 

@@ -110,7 +110,9 @@ def token(asked: Asked) -> Finding:
         return Finding("token", "fail", f"{asked.address} takes jobs from anybody", mend)
     if ask(url, {"Authorization": f"Bearer {sent}"}).code == 200:
         return Finding("token", "ok", f"{asked.address} refuses strangers and takes ours")
-    return Finding("token", "fail", f"{asked.address} does not take our token", "copy the cluster's to ~/.ray/auth_token")
+    return Finding(
+        "token", "fail", f"{asked.address} does not take our token", "copy the cluster's to ~/.ray/auth_token"
+    )
 
 
 def clocks(asked: Asked) -> Finding:

@@ -24,6 +24,13 @@ from pipeline.ingest_config import (
     SyntheticSource,
     TenxSource,
 )
+from pipeline.real_cells_config import (
+    EmbedConfig,
+    LogLikelihoodConfig,
+    PerturbConfig,
+    RealCellsConfig,
+    ReconstructConfig,
+)
 from pipeline.resources import CheckpointStorage, ResourcesConfig
 from pipeline.train_config import FeedConfig, FlowTrainConfig, TrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
@@ -51,6 +58,7 @@ __all__ = [
 ]
 
 STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
+REAL_CELL_STAGES = ("embed", "reconstruct", "perturb", "log_likelihood")  # jobs of their own; no part of the line
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "train_vae": ("ingest",),
@@ -65,6 +73,10 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
     """Stages that a stage with these settings is made from."""
     if stage == "train_flow" and config.vae.train:
         return ("ingest", "train_vae")  # it streams counts
+    if isinstance(config, RealCellsConfig):
+        if config.model is not None:
+            return ()
+        return ("train_vae", "train_flow") if config.uses_flow else ("train_vae",)
     return NEEDS[stage]
 
 
@@ -130,7 +142,8 @@ class TrainFlowConfig(StrictModel):
 
 class GenerateConfig(StrictModel):
     conditions: str | None = None
-    """CSV or Parquet table: label columns and n_cells."""
+    """CSV, TSV or Parquet table: label columns, n_cells and, if you like, guidance (or guidance.<label>), library_size.
+    An empty field of a label: generated without that label; of another column: as the settings below say."""
     cells: list[dict[str, Any]] | None = None
     """The same table inline: [{cell_type: B, n_cells: 1000}, …]."""
     per_label: dict[str, PositiveInt] | None = None
@@ -139,10 +152,18 @@ class GenerateConfig(StrictModel):
     """As many cells of each combination of labels as this split has."""
     n_cells: PositiveInt | None = None
     """With `like`: how many cells in all, at the same composition. Alone: so many unconditional cells."""
+    library_size: Literal["statistics"] | PositiveFloat = "statistics"
+    """Sum of counts that the decoder is asked for: drawn from the training cells' statistics of the condition (its
+    combination of labels, else the label with most cells, else all cells), or one number for all cells."""
+    genes: list[str] | str | None = None
+    """Genes that are written: ids or names, or a text file with one on each line. All are decoded either way, so that
+    the counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()
     shard_size: int = Field(25_000, ge=1, le=250_000)
-    batch_size: PositiveInt = 256
-    seed: int = Field(0, ge=0)
+    batch_size: PositiveInt | None = None
+    """Cells that an actor has decoded ahead of its writer, in whole tiles (32 cells on a CPU, up to 1,024 on a GPU).
+    Null: two tiles. It decides memory, never a count."""
+    seed: int = Field(0, ge=0, lt=2**64)
 
 
 class EvaluateConfig(StrictModel):
@@ -241,8 +262,34 @@ class EvaluateJob(JobBase, EvaluateConfig):
     kind: Literal["evaluate"]
 
 
+class EmbedJob(JobBase, EmbedConfig):
+    kind: Literal["embed"]
+
+
+class ReconstructJob(JobBase, ReconstructConfig):
+    kind: Literal["reconstruct"]
+
+
+class PerturbJob(JobBase, PerturbConfig):
+    kind: Literal["perturb"]
+
+
+class LogLikelihoodJob(JobBase, LogLikelihoodConfig):
+    kind: Literal["log_likelihood"]
+
+
 Job = Annotated[
-    LineJob | IngestJob | TrainVaeJob | EncodeJob | TrainFlowJob | GenerateJob | EvaluateJob,
+    LineJob
+    | IngestJob
+    | TrainVaeJob
+    | EncodeJob
+    | TrainFlowJob
+    | GenerateJob
+    | EvaluateJob
+    | EmbedJob
+    | ReconstructJob
+    | PerturbJob
+    | LogLikelihoodJob,
     Field(discriminator="kind"),
 ]
 STAGE_CONFIGS: dict[str, type[StrictModel]] = {
@@ -252,6 +299,10 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
     "train_flow": TrainFlowConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "embed": EmbedConfig,
+    "reconstruct": ReconstructConfig,
+    "perturb": PerturbConfig,
+    "log_likelihood": LogLikelihoodConfig,
 }
 
 
@@ -259,7 +310,7 @@ def stage_configs(job: JobBase) -> dict[str, StrictModel]:
     """The stages that a job holds, in the order in which they run."""
     kind: str = job.kind  # type: ignore[attr-defined]
     found: dict[str, StrictModel] = {}
-    for stage in STAGES:
+    for stage in (*STAGES, *REAL_CELL_STAGES):
         if stage == kind:
             config_type = STAGE_CONFIGS[stage]
             found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})

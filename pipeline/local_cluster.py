@@ -53,9 +53,7 @@ def state_file() -> Path:
     return Path.home() / ".scldm" / "cluster.json"
 
 
-def start(
-    *, root: Path | None, port: int, dashboard_port: int, temp_dir: Path | None, arguments: list[str]
-) -> Head:
+def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path | None, arguments: list[str]) -> Head:
     """Start a head and wait until its job server answers.
 
     Args:

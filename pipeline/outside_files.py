@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.real_cells_config import ModelFolders
 from pipeline.stage import InputError
 
 
@@ -18,6 +19,12 @@ def outside_files(config: Any) -> Iterator[tuple[str, str]]:
         if not path.is_file():
             raise InputError(f"conditions: {table}: no such file; a CSV or Parquet table of labels and n_cells")
         yield "conditions", hashlib.sha256(path.read_bytes()).hexdigest()
+    genes = getattr(config, "genes", None)
+    if isinstance(genes, str):
+        path = Path(genes).expanduser()
+        if not path.is_file():
+            raise InputError(f"genes: {genes}: no such file; a text file with a gene on each line, or a list")
+        yield "genes", hashlib.sha256(path.read_bytes()).hexdigest()
     options = getattr(getattr(config, "train", None), "deepspeed", None)
     if options is not None:
         path = Path(options).expanduser()
@@ -37,6 +44,11 @@ def outside_files(config: Any) -> Iterator[tuple[str, str]]:
         if not path.is_file():
             raise InputError(f"ingest.genes.vocabulary: {vocabulary}: no such file, and no folder of a model")
         yield "vocabulary", hashlib.sha256(path.read_bytes()).hexdigest()
+    models = getattr(config, "model", None)
+    if isinstance(models, ModelFolders):
+        for kind, folder in (("vae", models.vae), ("flow", models.flow)):
+            if folder is not None:
+                yield f"model.{kind}", _model_digest(Path(folder).expanduser(), f"model.{kind}: {folder}")
     source = getattr(config, "source", None)
     if source is not None and source.type == "10x" and source.obs is not None:
         path = Path(source.obs).expanduser()
@@ -50,3 +62,15 @@ def outside_files(config: Any) -> Iterator[tuple[str, str]]:
             yield "source", str(path.stat().st_size)
         elif not path.is_dir() and not any(c in source.path for c in "*?["):
             raise InputError(f"ingest.source.path: {source.path}: no such file")
+
+
+def _model_digest(folder: Path, where: str) -> str:
+    """Hash of a model folder's weights and settings."""
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors"))
+    if not files:
+        raise InputError(f"{where}: no model folder; it is what training leaves in model/, or `scldm convert` writes")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as f:
+            digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()

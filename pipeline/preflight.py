@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
+from pipeline.real_cells_config import RealCellsConfig
 from pipeline.stage import InputError, Manifest
 from pipeline.training.deepspeed_options import read_options
 
@@ -27,6 +28,10 @@ def check_settings(job: JobBase) -> None:
             from pipeline.generation import check_choice
 
             problems += check_choice(config)
+        if isinstance(config, RealCellsConfig):
+            from pipeline.cells.models import model_problems
+
+            problems += model_problems(config)
     if problems:
         raise InputError("\n".join(problems))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import cluster
 from pipeline.config_io import resolved_yaml
-from pipeline.job import STAGES, JobBase
+from pipeline.job import REAL_CELL_STAGES, STAGES, JobBase
 from pipeline.lock import stage_lock
 from pipeline.preflight import check_against_data, check_settings
 from pipeline.schedule import (
@@ -187,13 +187,16 @@ def say_where_everything_is(job: JobBase, stages: list[str], *, ran: list[str]) 
     folder = pipeline_folder(job)
     if not ran:
         say(f"nothing to do: {f'all {len(stages)} stages are' if len(stages) > 1 else stages[0] + ' is'} finished")
-    made = {s: m for s in STAGES if (m := newest_manifest(folder, s)) is not None}
+    made = {s: m for s in (*STAGES, *REAL_CELL_STAGES) if (m := newest_manifest(folder, s)) is not None}
     say(f"output            {folder}")
     for stage in (s for s in stages if s in made):
         m = made[stage]
         label = {"generate": "generated cells", "evaluate": "report"}.get(stage, stage)
         say(f"{label:<17} {m.path('report') if 'report' in m.facts else m.folder}")
     say("compare runs      make ui")
+    if stages[-1] in REAL_CELL_STAGES:
+        say(f"next              scldm cells head {made[stages[-1]].folder}")
+        return
     following = [s for s in STAGES[STAGES.index(stages[-1]) + 1 :] if s not in made]
     if following:
         say(f"next              {command_for(following[0])}")

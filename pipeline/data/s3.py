@@ -18,18 +18,15 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from scldm.config import StrictModel
 
 
-class S3Config(StrictModel):
+class S3Client(StrictModel):
     """Requests to S3, or to what speaks like it (MinIO, Ceph)."""
 
     endpoint: str | None = None
     """Address of a server that is not AWS, for example https://minio.lab:9000; null for AWS."""
     addressing: Literal["virtual", "path"] = "virtual"
     """How a bucket is named: bucket.host (AWS) or host/bucket (most other servers)."""
-    max_parallel: PositiveInt = Field(8, le=256)
-    """Requests in flight of one process (its two computing threads may add one each); all processes together make the
-    load that a store answers with SlowDown."""
     tries: PositiveInt = Field(7, le=12)
-    """Tries of one request inside TileDB; waits double from 25 ms, so 7 tries are 3 seconds and 12 are 100."""
+    """Tries of one request inside the client; TileDB waits 25 ms, then doubles: 7 are 3 seconds, 12 are 100."""
     connect_seconds: PositiveFloat = 3.0
     """How long a connection may take to be made."""
     request_seconds: PositiveFloat = 30.0
@@ -43,6 +40,14 @@ class S3Config(StrictModel):
         if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
             raise ValueError(f"{value!r} is no address of a server: http:// or https://, host and port, nothing more")
         return value
+
+
+class S3Config(S3Client):
+    """Reading cells from there."""
+
+    max_parallel: PositiveInt = Field(8, le=256)
+    """Requests in flight of one process (its two computing threads may add one each); all processes together make the
+    load that a store answers with SlowDown."""
 
     def tiledb(self) -> dict[str, str]:
         """The same in TileDB's words."""

@@ -1,4 +1,4 @@
-"""Counts in TileDB-SOMA: the only module that knows tiledbsoma.
+"""Counts in TileDB-SOMA: with `soma_export.py`, which writes generated cells, all that knows tiledbsoma.
 
 Convention: a store is named by plain data (`SomaStore`), so that it travels to workers; open arrays stay per process.
 Rows are written in storage tiles of 2,048 cells and should be read by whole tiles (one row costs as much as a tile).
@@ -227,8 +227,8 @@ def write_experiment(
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         raw_sum, nnz, gene_nnz = _write_counts(tmp, len(obs), len(var), chunks, tile)
-        _write_frame(tmp, "obs", obs.assign(raw_sum=raw_sum, nnz=nnz))
-        _write_frame(tmp / "ms" / "RNA", "var", var.assign(nnz=gene_nnz))
+        write_frame(tmp, "obs", obs.assign(raw_sum=raw_sum, nnz=nnz))
+        write_frame(tmp / "ms" / "RNA", "var", var.assign(nnz=gene_nnz))
         if folder.exists():
             shutil.rmtree(folder)  # left by a run that never finished its stage
         tmp.rename(folder)
@@ -244,19 +244,13 @@ def _write_counts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The experiment with its X; returns sum and number of genes per cell, and number of cells per gene."""
     raw_sum, nnz, gene_nnz = np.zeros(n_cells), np.zeros(n_cells, np.int64), np.zeros(n_genes, np.int64)
-    shuffled = {"filters": ["ByteShuffleFilter", _ZSTD]}
-    create = {
-        "capacity": 1 << 16,
-        "dims": {"soma_dim_0": {"tile": tile, "filters": [_ZSTD]}, "soma_dim_1": {"tile": tile, **shuffled}},
-        "attrs": {"soma_data": shuffled},
-        "cell_order": "row-major",
-        "tile_order": "row-major",
-        "allows_duplicates": True,
-    }
     with soma.Experiment.create(str(folder)) as experiment:
         rna = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
         array = rna.add_new_collection("X").add_new_sparse_ndarray(
-            "raw", type=pa.float32(), shape=(n_cells, n_genes), platform_config={"tiledb": {"create": create}}
+            "raw",
+            type=pa.float32(),
+            shape=(n_cells, n_genes),
+            platform_config={"tiledb": {"create": x_layout(tile, tile)}},
         )
         row = 0
         for chunk in _pieces(chunks):
@@ -265,14 +259,27 @@ def _write_counts(
             raw_sum[row : row + len(sums)], nnz[row : row + len(sums)] = sums, per_cell
             gene_nnz += np.bincount(coo.col, minlength=n_genes)
             if len(coo.data):
-                array.write(_in_tile_order(coo, row, tile), platform_config=soma.TileDBWriteOptions(sort_coords=False))
+                array.write(in_tile_order(coo, row, tile), platform_config=soma.TileDBWriteOptions(sort_coords=False))
             row += len(sums)
     if row != n_cells:
         raise ValueError(f"obs has {n_cells} cells but the chunks hold {row}")
     return raw_sum, nnz, gene_nnz
 
 
-def _in_tile_order(coo: sp.coo_matrix, first_row: int, tile: int) -> pa.Table:
+def x_layout(tile: int, across: int) -> dict[str, Any]:
+    """How TileDB stores X: tiles of so many cells by so many genes (or other columns)."""
+    shuffled = {"filters": ["ByteShuffleFilter", _ZSTD]}
+    return {
+        "capacity": 1 << 16,
+        "dims": {"soma_dim_0": {"tile": tile, "filters": [_ZSTD]}, "soma_dim_1": {"tile": across, **shuffled}},
+        "attrs": {"soma_data": shuffled},
+        "cell_order": "row-major",
+        "tile_order": "row-major",
+        "allows_duplicates": True,
+    }
+
+
+def in_tile_order(coo: sp.coo_matrix, first_row: int, tile: int) -> pa.Table:
     """Entries of rows `first_row` onwards as TileDB stores them: tile by tile, by row and gene inside a tile.
 
     Sorted here by one stable sort on the tile's number, which is four times as fast as leaving it to TileDB.
@@ -291,7 +298,7 @@ def _pieces(chunks: Iterable[sp.csr_matrix]) -> Iterable[sp.csr_matrix]:
     held: list[sp.csr_matrix] = []
     for chunk in chunks:
         chunk = sp.csr_matrix(chunk)
-        chunk.sum_duplicates()  # and sorts by gene, which `_in_tile_order` builds on
+        chunk.sum_duplicates()  # and sorts by gene, which `in_tile_order` builds on
         chunk.eliminate_zeros()
         held.append(chunk)
         if sum(c.shape[0] for c in held) >= ROWS_PER_WRITE:
@@ -301,7 +308,7 @@ def _pieces(chunks: Iterable[sp.csr_matrix]) -> Iterable[sp.csr_matrix]:
         yield sp.vstack(held, format="csr")
 
 
-def _write_frame(parent: Path, name: str, frame: pd.DataFrame) -> None:
+def write_frame(parent: Path, name: str, frame: pd.DataFrame) -> None:
     frame = frame.reset_index(drop=True).drop(columns="soma_joinid", errors="ignore")
     frame.insert(0, "soma_joinid", np.arange(len(frame), dtype=np.int64))
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata()

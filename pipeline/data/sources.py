@@ -19,7 +19,7 @@ from pipeline.data.presence import Presence
 from pipeline.data.s3 import S3Config
 from pipeline.data.soma import SomaStore, write_experiment
 from pipeline.data.synthetic import synthetic_cells
-from pipeline.data.validate import CellTables, checked
+from pipeline.data.validate import MIN_CELLS, CellTables, checked
 from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource, TenxSource
 from pipeline.stage import InputError
 
@@ -37,11 +37,14 @@ class OpenSource:
     content: str | None = None  # hash of all counts, of a store that we wrote
 
 
-def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> OpenSource:
+def open_source(
+    config: IngestConfig, folder: Path, columns: Sequence[str], *, min_cells: int = MIN_CELLS
+) -> OpenSource:
     """The experiment of a job; written to `folder/soma` if the source is not one already.
 
     Args:
         columns: obs columns that the job cannot do without.
+        min_cells: Fewer are an error, where the source is not in SOMA yet.
     """
     source = config.source
     if isinstance(source, SomaSource):
@@ -52,7 +55,7 @@ def open_source(config: IngestConfig, folder: Path, columns: Sequence[str]) -> O
     tables, description = _tables(source, [*columns, *config.cells.conditions()])
     # With a filter, cells without a label may be filtered out: they are looked at again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
-    chunks = checked(tables, columns, drop_missing=lenient)
+    chunks = checked(tables, columns, drop_missing=lenient, min_cells=min_cells)
     content = hashlib.sha256()
     store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
     measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))

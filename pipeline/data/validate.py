@@ -78,12 +78,14 @@ def label_problems(
     return problems
 
 
-def table_problems(tables: CellTables, labels: Sequence[str], *, drop_missing: bool) -> list[str]:
+def table_problems(
+    tables: CellTables, labels: Sequence[str], *, drop_missing: bool, min_cells: int = MIN_CELLS
+) -> list[str]:
     """What is wrong with obs and var, before any count is read; adds notes to `tables`."""
     obs, ids = tables.obs, tables.var["feature_id"]
     problems = []
-    if len(obs) < MIN_CELLS:
-        problems.append(f"{len(obs)} cells are too few to split, train and score; at least {MIN_CELLS} are needed")
+    if len(obs) < min_cells:
+        problems.append(f"{len(obs)} cells are too few to split, train and score; at least {min_cells} are needed")
     if not len(ids):
         problems.append("there are no genes")
     names = obs.get("obs_id")
@@ -115,14 +117,16 @@ def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables)
     return problems
 
 
-def checked(tables: CellTables, labels: Sequence[str], *, drop_missing: bool = False) -> Iterator[sp.csr_matrix]:
+def checked(
+    tables: CellTables, labels: Sequence[str], *, drop_missing: bool = False, min_cells: int = MIN_CELLS
+) -> Iterator[sp.csr_matrix]:
     """The chunks of a source, each checked.
 
     Raises:
         InputError: at the first chunk that is not counts, or before any if the tables are wrong; with everything that
             is wrong so far.
     """
-    problems = table_problems(tables, labels, drop_missing=drop_missing)
+    problems = table_problems(tables, labels, drop_missing=drop_missing, min_cells=min_cells)
     n_cells = empty = 0
     for chunk in tables.chunks():
         chunk = sp.csr_matrix(chunk)

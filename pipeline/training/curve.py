@@ -80,7 +80,7 @@ class TrainingCurve:
         validated = step % self.config.validate_every == 0 or last
         if step % LOG_EVERY and not validated and not last:
             return
-        row = {k: v for k, v in metrics.items() if k != "val/loss" or validated}
+        row = {k: v for k, v in metrics.items() if validated or not k.startswith("val/")}
         row |= {"perf/cells_per_s": rate, "train/cells_seen": float(step * self.order.batch_size)}
         if (share := self.mfu(rate)) is not None:
             row["perf/mfu"] = share

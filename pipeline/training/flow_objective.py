@@ -112,7 +112,7 @@ class FlowObjective:
         )  # fmt: skip
         return flow_losses(model, batch.latents, batch.draws, conditions, self.path)
 
-    def validation(self, rank: int, world_size: int) -> tuple[float, int]:
+    def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
         device = next(self.module.parameters()).device
         total, n = 0.0, 0
         for held in self._validation[rank::world_size]:
@@ -120,7 +120,7 @@ class FlowObjective:
             loss = flow_losses(self.module, batch.latents, batch.draws, batch.conditions, self.path)
             total += float(loss.double().sum())
             n += len(loss)
-        return total, n
+        return {"loss": total}, n
 
     def _batch(self, table: pa.Table, part: Slice | None) -> FlowBatch:
         cells = to_latent_batch(table, list(self.n_classes), shape=self.draws.shape)

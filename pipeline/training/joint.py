@@ -50,9 +50,20 @@ class Joint(nn.Module):
             seen: What the encoder is shown of the same cells.
             sample: Genes that are scored; all if None.
         """
+        flow, nll = self.parts(cells, seen, draws, conditions, sample)
+        return flow + self.weight * nll
+
+    def parts(
+        self,
+        cells: CellBatch,
+        seen: CellBatch,
+        draws: Draws,
+        conditions: Mapping[str, Tensor],
+        sample: GeneSample | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The flow's loss and the negative log-likelihood of each cell, (b,) both."""
         z = self.vae.encode(seen)  # (b, m, e)
-        flow = flow_losses(self.dit, z, draws, conditions, self.path)
-        return flow + self.weight * self.vae.nll(cells, z, sample=sample)
+        return flow_losses(self.dit, z, draws, conditions, self.path), self.vae.nll(cells, z, sample=sample)
 
 
 @dataclass(frozen=True)
@@ -104,17 +115,18 @@ class JointObjective:
         )  # fmt: skip
         return model(cells, seen, batch.draws, conditions, self.counts.sample(part.step, cells.counts.device))
 
-    def validation(self, rank: int, world_size: int) -> tuple[float, int]:
+    def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
+        """Sums of the loss, and of its two parts unweighted."""
         device = next(self.module.parameters()).device
-        total, n = 0.0, 0
+        flow, nll, n = 0.0, 0.0, 0
         for table in self._validation[rank::world_size]:
             counts = self.counts.prepare(table, Slice(0, 0, 0))
             held = JointBatch(counts, self.draws.of_validation(counts.joinids))
             batch: Any = map_tensors(held, lambda x: x.to(device))
             cells, seen = self.counts.scored_and_seen(batch.cells)
-            total += float(self.module(cells, seen, batch.draws, cells.conditions).double().sum())
-            n += cells.n_cells
-        return total, n
+            flows, nlls = self.module.parts(cells, seen, batch.draws, cells.conditions)
+            flow, nll, n = flow + float(flows.double().sum()), nll + float(nlls.double().sum()), n + cells.n_cells
+        return {"loss": flow + self.module.weight * nll, "flow": flow, "nll": nll}, n
 
 
 def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

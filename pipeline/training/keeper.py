@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ class Keeper:
         self.keep, self.remote, self.wait_at_end = (keep_last, keep_best), remote, wait_at_end
         self.latest: Path | None = None
         self.failed = 0  # saves in a row
+        self.longest = 0.0  # seconds that a save took
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.uploader: Uploader | None = None
         if remote is not None and self.rank == 0:
@@ -168,6 +170,7 @@ class Keeper:
             metrics: Measured at this very step.
             must: Raise instead of going on without, because the run ends here.
         """
+        began = time.monotonic()
         state = self.engine.state()
         more = {**more, "tracker": dict(read_ids(self.stage_folder))}
 
@@ -181,7 +184,7 @@ class Keeper:
         if isinstance(made, Failed):
             self._say_failed(step, made, must)
             return False
-        self.latest, self.failed = made, 0
+        self.latest, self.failed, self.longest = made, 0, max(self.longest, time.monotonic() - began)
         if self.rank == 0:
             self._upload(made)
             busy = self.uploader.busy() if self.uploader is not None else frozenset()

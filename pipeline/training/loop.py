@@ -24,7 +24,7 @@ from pipeline.training.engine import Engine
 from pipeline.training.guard import StepGuard, StepLosses
 from pipeline.training.keeper import Keeper
 from pipeline.training.memory import MeanLoss, Memory
-from pipeline.training.notice import StopNotice
+from pipeline.training.notice import Notice, StopNotice
 from pipeline.training.prefetch import Ready, prefetch
 from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.slices import Objective
@@ -33,6 +33,7 @@ from pipeline.training.watchdog import Watchdog
 from scldm.optim.ema import EMA
 from scldm.optim.schedule import learning_rate_factor
 
+STOP_MARGIN = 8.0  # seconds before a node goes, and three times what a checkpoint took so far
 STOP_WAIT = 20.0  # seconds that an upload may take after a notice; what is left of it, the next start does
 
 
@@ -92,7 +93,7 @@ class Training:
             wait_at_end=run.storage.wait_at_end,
         )  # fmt: skip
         self.memory, self.clock = Memory(StepGuard(config), BestSoFar(config), MeanLoss()), StepClock()
-        self.notice = StopNotice(run.folder, run.preempted)
+        self.notice = StopNotice(run.folder, run.preempted, margin=lambda: STOP_MARGIN + 3 * self.keeper.longest)
         self.steps = 0  # done
         self.metrics: dict[str, float] = {}
         self.curve: TrainingCurve | None = None
@@ -131,8 +132,10 @@ class Training:
             self.metrics["train/skipped"] = float(self.memory.guard.skipped)
         if self.curve is not None:
             self.curve.write(step, self.metrics, self.engine.grad_norm, last=last)
-        stop = self.notice.answer() and not last
+        notice = self.notice.answer()
+        stop = notice is Notice.STOP and not last
         due = step % self.config.checkpoint_every == 0 or (improved and self.config.export == "best")
+        due = due or notice is Notice.SAVE
         if due or last or stop:
             self._save(step, measured, must=last or stop)
         if stop:
@@ -176,7 +179,7 @@ class Training:
     def _validated(self, step: int) -> tuple[dict[str, float], bool]:
         """What validation measured, and whether it is the best so far."""
         with self.clock.of("validation"):
-            measured = {"val/loss": _validate(self.objective, self.engine, self.ema)}
+            measured = {f"val/{k}": v for k, v in _validate(self.objective, self.engine, self.ema).items()}
         self.metrics |= measured
         self.watchdog.beat(f"validation at step {step}")
         return measured, self.memory.best.see(step, measured["val/loss"])
@@ -213,14 +216,15 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
 
 
-def _validate(objective: Objective, engine: Engine, ema: EMA | None) -> float:
+def _validate(objective: Objective, engine: Engine, ema: EMA | None) -> dict[str, float]:
+    """Means over the validation cells, by name; `loss` is one of them."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with engine.whole_parameters(), torch.no_grad():
         if ema is not None and objective.validate_with_ema:
             with ema.swapped(engine.module):
-                total, n = objective.validation(rank, world_size)
+                totals, n = objective.validation(rank, world_size)
         else:
-            total, n = objective.validation(rank, world_size)
-    sums = torch.tensor([total, n], dtype=torch.float64, device=engine.device)
+            totals, n = objective.validation(rank, world_size)
+    sums = torch.tensor([*totals.values(), n], dtype=torch.float64, device=engine.device)
     dist.all_reduce(sums)
-    return float(sums[0] / sums[1])
+    return dict(zip(totals, (sums[:-1] / sums[-1]).tolist(), strict=True))

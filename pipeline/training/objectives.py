@@ -100,14 +100,14 @@ class VaeObjective:
         n_genes = len(self.mean_counts)
         return see_genes(cells, self.genes_seen, n_genes=n_genes, seed=seed, mean_counts=self.mean_counts)
 
-    def validation(self, rank: int, world_size: int) -> tuple[float, int]:
+    def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
         device = next(self.module.parameters()).device
         total, n = 0.0, 0
         for table in self._validation[rank::world_size]:
             cells, seen = self.scored_and_seen(map_tensors(self.prepare(table, Slice(0, 0, 0)), lambda x: x.to(device)))
             total += float(self.module(cells, None, seen).double().sum())
             n += cells.n_cells
-        return total, n
+        return {"loss": total}, n
 
     def scored_and_seen(self, batch: VaeBatch) -> tuple[CellBatch, CellBatch]:
         """The cells that are scored, and what the encoder sees of them."""

@@ -27,7 +27,7 @@ class Run:
     remote: Remote | None = None  # second place of the checkpoints
     storage: CheckpointStorage = field(default_factory=CheckpointStorage)
     flops_per_cell: float | None = None  # of a forward pass
-    preempted: Callable[[], bool] | None = None  # whether a node of the run is being taken away; collective
+    preempted: Callable[[], float | None] | None = None  # when a node of the run is taken away; see StopNotice
 
 
 class Stopped(Exception):

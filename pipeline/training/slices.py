@@ -31,5 +31,5 @@ class Objective(Protocol):
     def loss(self, model: Callable[..., Tensor], batch: Any, part: Slice) -> Tensor:
         """Loss of each cell of a micro batch, (b,); the batch is on the module's device."""
 
-    def validation(self, rank: int, world_size: int) -> tuple[float, int]:
-        """Sum of the loss over this worker's share of the validation cells, and their number."""
+    def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
+        """Sums over this worker's share of the validation cells, by name, `loss` among them; and the cells' number."""

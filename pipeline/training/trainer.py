@@ -22,6 +22,7 @@ from pipeline.training.remote import check_storage
 from pipeline.training.watchdog import FIRST
 
 HOPELESS = "hopeless"  # in place of facts, where starting again would end the same: no failure that Ray may retry
+TAKEN_AWAY = "a node is taken away; step {step} is safe, going on without the node"
 STOPPED = "stopped_at"  # in place of facts, where a notice ended the workers
 
 
@@ -30,6 +31,7 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from pipeline.training.guard import TrainingStopped
+    from pipeline.training.preemption import node_goes_at
     from pipeline.training.records import Stopped
     from pipeline.training.worker import train_worker
 
@@ -37,7 +39,7 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
         return train_worker(
             spec,
             on_checkpoint=lambda metrics: ray.train.report(metrics),
-            preempted=lambda: ray.train.get_preemption_info() is not None,
+            preempted=node_goes_at,
         )
     except Stopped as stopped:
         return {STOPPED: stopped.step}
@@ -49,7 +51,7 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
     """Run `train_worker` on `resources.workers` workers until it is done. Facts of the stage.
 
     A worker that dies takes the group with it; the group starts again and resumes from the newest checkpoint that
-    verifies, at most `train.max_failures` times. Where a node gives notice, the workers write a checkpoint, end, and
+    verifies, at most `train.max_failures` times. Where a node gives notice, the workers write checkpoints, end, and
     start again without it; that is no failure. What Ray itself stores of a run is not needed to resume.
     """
     if problems := feed_problems(train, resources):
@@ -58,10 +60,9 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
     folder = Path(spec["folder"])
     with ProgressReader(folder, stage, train.log_every_seconds), stop_on_sigterm(folder / STOP_FILE) as asked:
         while True:
-            result = _trainer(spec, train, resources, stage).fit()
-            if result.error is not None:
-                raise result.error
-            facts = result.return_value
+            facts = _attempt(spec, train, resources, stage)
+            if facts is None:
+                continue
             if HOPELESS in facts:
                 from pipeline.training.guard import TrainingStopped
 
@@ -71,7 +72,24 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
             if asked():
                 print(f"stopped as asked; the same command goes on after step {facts[STOPPED]}", flush=True)
                 raise SystemExit(128 + signal.SIGTERM)
-            print(f"a node is taken away; step {facts[STOPPED]} is safe, going on without the node", flush=True)
+            print(TAKEN_AWAY.format(step=facts[STOPPED]), flush=True)
+
+
+def _attempt(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> dict[str, Any] | None:
+    """What rank 0 returned; None where a node was taken away, and is gone now."""
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    from pipeline.training.preemption import newest_step, wait_until_gone
+
+    try:
+        result = _trainer(spec, train, resources, stage).fit()
+        if result.error is not None:
+            raise result.error
+        return result.return_value
+    except PreemptionError as taken:
+        print(TAKEN_AWAY.format(step=newest_step(Path(spec["folder"]))), flush=True)
+        wait_until_gone(taken.preemption_info)
+        return None
 
 
 def _trainer(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> Any:
@@ -93,7 +111,9 @@ def _trainer(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfi
         run_config=RunConfig(
             name=f"{stage}-{spec['version']}-{uuid.uuid4().hex[:6]}",
             storage_path=str(Path(spec["folder"]) / "ray"),
-            failure_config=FailureConfig(max_failures=train.max_failures),
+            # A node taken away ends this fit, and `fit` above begins another: Ray would count the node that goes among
+            # those to start workers on, and time out on it again and again.
+            failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=0),
         ),
     )
 

@@ -63,7 +63,7 @@ class WorkerSpec(StrictModel):
 def train_worker(
     raw: dict[str, Any],
     on_checkpoint: Callable[[dict[str, float]], None] | None = None,
-    preempted: Callable[[], bool] | None = None,
+    preempted: Callable[[], float | None] | None = None,
 ) -> dict[str, Any]:
     """Train; the process group is up. Returns the facts of the stage (the same on every rank).
 

@@ -17,7 +17,9 @@ from pipeline.training.notice import LOOK_EVERY
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
-RAY_UP = sorted(p for p in CLUSTER.glob("*.yaml") if "available_node_types" in p.read_text() or "worker_ips" in p.read_text())
+RAY_UP = sorted(
+    p for p in CLUSTER.glob("*.yaml") if "available_node_types" in p.read_text() or "worker_ips" in p.read_text()
+)
 TEXT = sorted(p for p in CLUSTER.rglob("*") if p.is_file())
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
@@ -87,7 +89,9 @@ def test_ray_starts_from_the_root_of_the_repository_with_the_clusters_environmen
 
 def test_the_environment_has_a_token_and_time_for_a_checkpoint():
     command = f"set -eu; . {CLUSTER}/env.sh; env"
-    out = subprocess.run(["bash", "-c", command], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        ["bash", "-c", command], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    )
     env = dict(line.split("=", 1) for line in out.stdout.splitlines() if "=" in line)
     assert env["RAY_AUTH_MODE"] == "token"
     assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) >= 300 > LOOK_EVERY
@@ -140,7 +144,9 @@ def test_the_image_is_not_roots_and_does_not_take_in_data_or_secrets():
     dockerfile = (CLUSTER / "Dockerfile").read_text()
     assert [u for u in re.findall(r"^USER (\w+)", dockerfile, re.M)][-1] == "ray"
     assert "--constraint constraints.txt" in dockerfile
-    assert {".env", ".git", "/data", "/runs", "**/*.h5ad"} <= set((CLUSTER / "Dockerfile.dockerignore").read_text().split())
+    assert {".env", ".git", "/data", "/runs", "**/*.h5ad"} <= set(
+        (CLUSTER / "Dockerfile.dockerignore").read_text().split()
+    )
 
 
 # ---- jobs fit the clusters that they name ----------------------------------------------------------------------------

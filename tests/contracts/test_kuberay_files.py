@@ -101,7 +101,9 @@ def test_a_job_has_an_end_whatever_happens(stage):
     assert 0 < job["backoffLimit"] <= 5
     rules = [(r["policy"], *sorted(r["condition"].items())) for r in job["deletionStrategy"]["deletionRules"]]
     assert len(rules) == len(set(rules))
-    ends = {tuple(r["condition"].items())[0] for r in job["deletionStrategy"]["deletionRules"] if "Cluster" in r["policy"]}
+    ends = {
+        tuple(r["condition"].items())[0] for r in job["deletionStrategy"]["deletionRules"] if "Cluster" in r["policy"]
+    }
     assert ends == {("jobStatus", "SUCCEEDED"), ("jobStatus", "FAILED"), ("jobDeploymentStatus", "Failed")}
 
 

@@ -70,6 +70,10 @@ def test_both_networks_learn_and_are_exported_as_a_pair(tmp_path, inputs):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [r["val/loss"] for r in rows if "val/loss" in r]
     assert losses == sorted(losses, reverse=True)
+    last = rows[-1]
+    assert last["val/loss"] == pytest.approx(last["val/flow"] + 0.1 * last["val/nll"]), (
+        "its parts stand beside the loss"
+    )
 
     before = load_vae(inputs["train_vae"].path("model")).vae.state_dict()
     for side, folder in facts["vae"].items():

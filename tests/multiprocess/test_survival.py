@@ -8,48 +8,25 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from ranks import KILLED, STOPPED, Fault, cells_by_step, run, times_begun, train
 from safetensors.torch import load_file
+from small_job import EVERY, STEPS, ingest_small, spec_of
 
-from pipeline.job import IngestConfig, TrainVaeConfig
-from pipeline.stage import Manifest, StageContext
-from pipeline.stages import ingest
+from pipeline.stage import Manifest
 from pipeline.training.checkpoint import newest, read
 
 pytestmark = pytest.mark.multiprocess
-STEPS, EVERY = 12, 4
-TRAIN = {
-    "max_steps": STEPS, "checkpoint_every": EVERY, "validate_every": 6, "validation_cells": 32, "genes_per_step": 40,
-    "feed": {"batch_size": 32, "micro_batch_size": 8, "lanes": 4}, "keep_last": 2, "keep_best": 1,
-}  # fmt: skip
 # They shift what goes into a softmax, which does not see it: their gradient is rounding, and Adam makes that large.
 SHIFTS = ("decoder.head.bias", "encoder.counts.mlp.2.bias")
-MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4}
 
 
 @pytest.fixture(scope="session")
 def ingested(tmp_path_factory) -> Manifest:
-    folder = tmp_path_factory.mktemp("ingest")
-    source = {"type": "synthetic", "n_cells": 300, "n_genes": 80, "n_types": 3}
-    context = StageContext(folder, {}, 0, SimpleNamespace(), None)
-    facts = ingest.run(IngestConfig.model_validate({"source": source}), context)
-    return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
-
-
-def spec_of(folder: Path, ingested: Manifest, storage: dict[str, Any] | None = None, **settings) -> dict[str, Any]:
-    config = TrainVaeConfig.model_validate({"model": MODEL, "train": {**TRAIN, **settings}})
-    return {
-        "kind": "vae", "config": config.model_dump(mode="json"), "inputs": {"ingest": asdict(ingested)},
-        "folder": str(folder), "version": "v", "seed": 0, "feed_engine": "local", "tracker": {},
-        "storage": storage or {}, "run_name": "job/train_vae/v",
-    }  # fmt: skip
+    return ingest_small(tmp_path_factory.mktemp("ingest"))
 
 
 @pytest.fixture(scope="session")

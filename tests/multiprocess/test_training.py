@@ -1,4 +1,4 @@
-"""Two real ranks under torchrun, with DeepSpeed and without Ray: kills, damaged checkpoints, and the same weights."""
+"""Two real ranks with DeepSpeed and without Ray: kills under torchrun, damaged checkpoints, and the same weights."""
 
 from __future__ import annotations
 
@@ -9,46 +9,31 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import train
 from safetensors.torch import load_file
+from small_job import STEPS, ingest_small, spec_of
 
-from pipeline.job import IngestConfig, TrainVaeConfig
-from pipeline.stage import Manifest, StageContext
-from pipeline.stages import ingest
+from pipeline.stage import Manifest
 from pipeline.training.checkpoint import newest, verify
 from pipeline.training.objectives import seen_seed
 
 pytestmark = pytest.mark.multiprocess
-STEPS = 12
-TRAIN = {
-    "max_steps": STEPS, "checkpoint_every": 4, "validate_every": 6, "validation_cells": 32, "genes_per_step": 40,
-    "feed": {"batch_size": 32, "micro_batch_size": 8, "lanes": 4}, "keep_last": 3,
-}  # fmt: skip
-MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4}
+KEEP = {"keep_last": 3}
 
 
 @pytest.fixture(scope="module")
 def ingested(tmp_path_factory) -> Manifest:
-    folder = tmp_path_factory.mktemp("ingest")
-    source = {"type": "synthetic", "n_cells": 300, "n_genes": 80, "n_types": 3}
-    context = StageContext(folder, {}, 0, SimpleNamespace(), None)
-    facts = ingest.run(IngestConfig.model_validate({"source": source}), context)
-    return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
+    return ingest_small(tmp_path_factory.mktemp("ingest"))
 
 
-def start(folder: Path, ingested: Manifest, **train) -> subprocess.Popen:
+def torchrun(folder: Path, ingested: Manifest) -> subprocess.Popen:
+    """Ranks as processes of their own, started as on a machine without Ray."""
     folder.mkdir(exist_ok=True)
-    config = TrainVaeConfig.model_validate({"model": MODEL, "train": {**TRAIN, **train}})
-    spec = {
-        "kind": "vae", "config": config.model_dump(mode="json"), "inputs": {"ingest": asdict(ingested)},
-        "folder": str(folder), "version": "v", "seed": 0, "feed_engine": "local", "tracker": {},
-    }  # fmt: skip
-    (folder / "spec.json").write_text(json.dumps(spec))
+    (folder / "spec.json").write_text(json.dumps(spec_of(folder, ingested, **KEEP)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "pipeline.training.worker", str(folder / "spec.json")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -56,16 +41,12 @@ def start(folder: Path, ingested: Manifest, **train) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def train(folder: Path, ingested: Manifest, **settings) -> None:
-    process = start(folder, ingested, **settings)
-    assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, ingested) -> Path:
     """A run that nobody interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, ingested)
+    process = torchrun(folder, ingested)
+    assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
     return folder
 
 
@@ -94,7 +75,7 @@ def test_training_lowers_the_loss_and_commits_checkpoints_that_verify(whole):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_path, whole, ingested):
-    process = start(tmp_path / "run", ingested)
+    process = torchrun(tmp_path / "run", ingested)
     deadline = time.monotonic() + 240
     checkpoints = tmp_path / "run" / "checkpoints"
     while not list(checkpoints.glob("step-*4-*/MANIFEST.json")) and time.monotonic() < deadline:
@@ -104,7 +85,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_
     found, _ = newest(checkpoints)
     assert found is not None
     assert found.position.step < STEPS, "the run was over before it was killed"
-    train(tmp_path / "run", ingested)
+    train(spec_of(tmp_path / "run", ingested, **KEEP))
     assert_same_model(tmp_path / "run", whole)
 
 
@@ -120,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path
     found, rejected = newest(folder / "checkpoints")
     assert found.position.step == 8
     assert "another sha256" in rejected[0]
-    train(folder, ingested)
+    train(spec_of(folder, ingested, **KEEP))
     assert "passed over" in (folder / "log").read_text()
     assert_same_model(folder, whole)
 
@@ -128,14 +109,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path
 @pytest.mark.parametrize("stage", [0, 3])
 def test_zero_stages_give_the_same_training_curve(tmp_path, whole, ingested, stage):
     """Not the same weights: the head's bias, say, has no gradient but rounding, which Adam makes large."""
-    train(tmp_path / "run", ingested, zero_stage=stage)
+    train(spec_of(tmp_path / "run", ingested, zero_stage=stage))
     own, expected = curve(tmp_path / "run"), curve(whole)
     assert own.keys() == expected.keys()
     assert list(own.values()) == pytest.approx(list(expected.values()), rel=1e-5)
 
 
 def test_genes_seen_are_drawn_in_training_and_recorded(tmp_path, ingested):
-    train(tmp_path, ingested, genes_seen={"mode": "weighted", "n": 30})
+    train(spec_of(tmp_path, ingested, genes_seen={"mode": "weighted", "n": 30}))
     facts = json.loads(next(x for x in (tmp_path / "log").read_text().splitlines() if x.startswith('{"model"')))
     assert facts["steps"] == STEPS
     assert facts["genes_seen"] == {"mode": "weighted", "n": 30, "job_seed": 0, "epoch_0_seed": seen_seed(0, 0)}

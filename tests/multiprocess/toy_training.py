@@ -79,9 +79,9 @@ class Toy:
         loss = (model(x)[:, 0].float() - batch.x.sum(1)).square()
         return loss if self.harm is None else self.harm(loss, batch, self.module)
 
-    def validation(self, rank: int, world_size: int) -> tuple[float, int]:
+    def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
         self.calls += 1
-        return (self.losses[self.calls - 1], 1) if self.losses else (1.0, 1)
+        return {"loss": self.losses[self.calls - 1] if self.losses else 1.0}, 1
 
 
 def cells() -> Cells:

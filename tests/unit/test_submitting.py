@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = ("pipeline/cli.py", "pipeline/data/soma.py", "jobs/demo.yaml", "scldm/nn/vae.py", "cluster/env.sh")
 KEPT_BACK = (
     *(".env", ".env.production", "deploy.pem", "host.key", ".aws/credentials", ".ssh/id_ed25519", ".netrc"),
-    *("data/cells.csv", "runs/demo/train_vae/1/checkpoints/step/x.bin", "mlruns/0/meta.yaml", "mlflow.db", "cells.h5ad"),
+    *(
+        "data/cells.csv",
+        "runs/demo/train_vae/1/checkpoints/step/x.bin",
+        "mlruns/0/meta.yaml",
+        "mlflow.db",
+        "cells.h5ad",
+    ),
     *(".git/config", ".venv/bin/python", "models/vae/model.safetensors", "jobs/.env", ".ray/auth_token"),
 )
 

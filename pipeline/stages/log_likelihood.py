@@ -1,0 +1,54 @@
+"""How likely real cells are: the VAE's negative log-likelihood of their counts, and the flow's of their latents.
+
+obs of the output holds `nll` (nats, summed over genes), `nll_per_gene` (over the genes that were scored) and, where the
+flow is asked, `flow_log_prob` (nats).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.cells.actor import Made, Tile
+from pipeline.cells.models import load_models
+from pipeline.real_cells_config import LogLikelihoodConfig
+from pipeline.stage import StageContext
+from pipeline.stages.cell_batches import Output, Pool, run_batches
+
+
+class Maker:
+    """The stage's part of an actor."""
+
+    synthetic = False
+
+    def __init__(self, spec: dict[str, Any], device: Any):
+        self.config = LogLikelihoodConfig.model_validate(spec["config"])
+        weights = self.config.flow.weights if self.config.flow is not None else "ema"
+        self.vae, self.flow = load_models(spec["models"], device, weights=weights, counts=True)
+        self.vocabulary, self.seed = self.vae.vocabulary, spec["seed"]
+
+    def __call__(self, tile: Tile) -> Made:
+        import torch
+
+        from scldm.flow.config import SamplerConfig
+        from scldm.real_cells import latent_log_prob
+
+        with torch.no_grad():  # not inference_mode: the divergence of the flow is a gradient at these latents
+            z = self.vae.vae.encode(tile.seen)
+            nll = self.vae.vae.nll(tile.cells, z)
+        measured = tile.cells.measured
+        scored = self.vocabulary.n_genes if measured is None else measured.sum(1)
+        obs = {"nll": nll.float().cpu().numpy(), "nll_per_gene": (nll / scored).float().cpu().numpy()}
+        if self.config.flow is not None and self.flow is not None:
+            settings = self.config.flow.model_dump()
+            labels, probes = settings.pop("labels"), settings.pop("probes")
+            log_prob = latent_log_prob(
+                self.flow, z, tile.conditions if labels == "own" else {}, tile.ids.tolist(),
+                sampler=SamplerConfig(**settings), n_probes=probes, seed=self.seed,
+            )  # fmt: skip
+            obs["flow_log_prob"] = log_prob.float().cpu().numpy()
+        return Made(obs=obs)
+
+
+def run(config: LogLikelihoodConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
+    """Facts as `run_batches`."""
+    return run_batches(config, context, stage="log_likelihood", output=Output(), pool=pool)
