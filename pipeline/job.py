@@ -198,7 +198,7 @@ class TrackingConfig(StrictModel):
     def _holds_no_password(cls, value: str | None) -> str | None:
         if value is not None and urlsplit(value).password:
             raise ValueError(
-                f"the address of {urlsplit(value).hostname} holds a password, and job files are kept with every output; "
+                f"the address of {urlsplit(value).hostname} holds a password, and jobs are kept with every output; "
                 "leave it out and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
         return value

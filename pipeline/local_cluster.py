@@ -27,7 +27,7 @@ from pipeline.submitting import STOP_WAIT, STOP_WAIT_SECONDS
 
 START_SECONDS = 120
 TRIES = 3
-# Ray gives its own processes 30 s, which no setting changes; a loaded machine needs longer at first, not with warm files.
+# Ray gives its own processes 30 s, which no setting changes; a busy machine needs longer, less so with warm files.
 SLOW = "timed out during startup"
 STARTED = "Ray runtime started"  # in its log; the job server answers before that
 LOOPBACK = "127.0.0.1"

@@ -105,7 +105,7 @@ def _time_and_cost(
     flow = _config("train_flow", TrainFlowConfig, configs, decided, folder) if "generate" in configs else None
     lines = []
     for stage, config in configs.items():
-        used = job.resources.workers.max if stage.startswith("train") else job.resources.actors
+        used = job.resources.workers.max if stage.startswith("train") else job.resources.actors_max
         gpus = max(1, round(used * job.resources.gpus_per_worker))
         if (found := sizing.stage_estimate(stage, config, vae, data, gpus, flow)) is not None:
             lines.append(f"{stage}: {found}")

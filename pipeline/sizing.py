@@ -3,9 +3,9 @@
     hours = 3 x flops of a cell x cells x steps' share / (workers x peak x MFU) / 3600       (training; 1 x for encode)
     cost  = hours x nodes x price of a node
 
-The arithmetic is exact (`pipeline.flops`); the MFU is ASSUMED: none of our code has run on a GPU, so every estimate is a
-range. Its low end is near the one figure that is known: upstream's Dentate Gyrus VAE took 2.17 h on one A100, which is 4.5 %
-of the bf16 peak by the same arithmetic if those were 500 epochs of 14,570 cells. Prices are examples: put your own in.
+The arithmetic is exact (`pipeline.flops`); the MFU is ASSUMED: none of our code has run on a GPU, so all is a
+range. Its low end is near the one figure that is known: upstream's Dentate Gyrus VAE took 2.17 h on one A100, which is
+4.5 % of the bf16 peak by the same arithmetic if those were 500 epochs of 14,570 cells. Prices are examples.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def train_flow_flops(model: DiTConfig, *, cells: float, n_latent_tokens: int, la
     return TRAINING * cells * dit_flops(model, n_latent_tokens=n_latent_tokens, latent_width=latent_width)
 
 
-def generate_flops(
-    flow: DiTConfig, vae: VAEConfig, sampler: SamplerConfig, *, cells: float, n_genes: int
-) -> float:
+def generate_flops(flow: DiTConfig, vae: VAEConfig, sampler: SamplerConfig, *, cells: float, n_genes: int) -> float:
     """Network evaluations of the solver, twice where guidance is neither 0 nor 1, and one decoding of all genes."""
     plain = sampler.guidance in (0.0, 1.0)
     evaluations = sampler.steps * EVALUATIONS[sampler.solver] * (1 if plain else 2)
@@ -154,7 +152,9 @@ def paper_table() -> str:
     rows.append(("train_vae, dentate_gyrus, 500 epochs of 13,113 cells", estimate(flops, 8)))
     lines = ["| what | PFLOP | A100s | hours | dollars |", "|---|---|---|---|---|"]
     for what, found in rows:
-        hours, dollars = (" – ".join(f(x) for x in pair) for f, pair in ((_hours, found.hours), (_dollars, found.dollars)))
+        hours, dollars = (
+            " – ".join(f(x) for x in pair) for f, pair in ((_hours, found.hours), (_dollars, found.dollars))
+        )
         lines.append(f"| {what} | {found.flops / 1e15:,.0f} | {found.nodes * GPUS_PER_NODE} | {hours} | {dollars} |")
     return "\n".join(lines)
 

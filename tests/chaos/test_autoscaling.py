@@ -1,7 +1,7 @@
-"""cluster/aws.yaml's node types under Ray's own autoscaler: a generate job brings GPU nodes from none, and they go again.
+"""cluster/aws.yaml's node types under Ray's own autoscaler: a generate job brings GPU nodes from none, and they go.
 
-The nodes are raylets of this machine with the CPUs and GPUs that the file says (Ray's provider for tests), so nothing of
-a cloud is shown; what is shown is that our job's requests are those which make this file's pools grow and shrink.
+The nodes are raylets of this machine with the CPUs and GPUs that the file says (Ray's provider for tests), so nothing
+of a cloud is shown; what is shown is that our job's requests are those which make this file's pools grow and shrink.
 """
 
 from __future__ import annotations

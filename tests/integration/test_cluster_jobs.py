@@ -183,7 +183,11 @@ def test_no_secret_is_in_any_file_or_answer(head, stopped):
     """Whatever Ray, MLflow and we wrote; the token too."""
     secrets = [CANARY.encode(), head.token().encode()]
     looked_at = 0
-    for path in [*(head.folder / "ray").rglob("*"), *(head.folder / "runs").rglob("*"), *(head.folder / "home").rglob("*")]:
+    for path in [
+        *(head.folder / "ray").rglob("*"),
+        *(head.folder / "runs").rglob("*"),
+        *(head.folder / "home").rglob("*"),
+    ]:
         if path.is_symlink() or not path.is_file() or path.name == "auth_token":
             continue
         content = path.read_bytes()
