@@ -23,8 +23,8 @@ GPUS_PER_NODE = 8
 # Dollars an hour for 8 A100s, on demand, list prices of 2024 as remembered: not looked up, and they have moved since.
 PRICES = {"p4d.24xlarge": 32.8, "p4de.24xlarge": 41.0, "a2-highgpu-8g": 29.4, "a2-ultragpu-8g": 40.5}
 NODE = "p4d.24xlarge"
-# Evaluations of the network in a step of a solver.
-EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "dopri5": 6}
+# Evaluations of the network in a step of a solver. dopri5 chooses its steps itself: `steps` of them is a guess.
+EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "adams": 1, "dopri5": 6}
 
 
 @dataclass(frozen=True)

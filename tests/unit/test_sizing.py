@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pipeline import sizing
 from pipeline.config_io import load_job
 from pipeline.plan import plan
-from scldm.flow.config import SamplerConfig
+from scldm.flow.config import SamplerConfig, Solver
 from scldm.nn.config import DiTConfig, VAEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,10 @@ def test_guidance_doubles_the_networks_share_and_a_midpoint_step_is_two():
     decode = cost(solver="euler", steps=1) * 2 - cost(solver="euler", steps=2)
     assert cost(guidance=2.0) - decode == pytest.approx(2 * (cost(guidance=1.0) - decode))
     assert cost(solver="midpoint", steps=5) == pytest.approx(cost(solver="euler", steps=10))
+
+
+def test_every_solver_has_a_cost():
+    assert set(sizing.EVALUATIONS) == set(get_args(Solver))
 
 
 def test_encoding_is_less_than_half_a_forward_pass():
