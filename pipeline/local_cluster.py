@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 from pipeline.cluster import REPOSITORY
 from pipeline.stage import InputError, write_json_atomic
-from pipeline.submitting import STOP_WAIT, STOP_WAIT_SECONDS
+from pipeline.submitting import FINAL, STOP_WAIT, STOP_WAIT_SECONDS
 
 START_SECONDS = 120
 TRIES = 3
@@ -54,7 +53,7 @@ def state_file() -> Path:
 
 
 def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path | None, arguments: list[str]) -> Head:
-    """Start a head and wait until its job server answers.
+    """Start a head and wait until it has run a job.
 
     Args:
         root: Where jobs run; default: this folder if it has jobs/, else the repository.
@@ -64,6 +63,7 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
         raise InputError(f"a head runs already (process {running.pid}, {running.submit_address}): scldm cluster stop")
     _check_ports({"--port": port, "--dashboard-port": dashboard_port})
     token = ensure_token()
+    secret = token.read_text().strip() if token is not None else os.environ["RAY_AUTH_TOKEN"]
     root = (root or (Path.cwd() if Path("jobs").is_dir() else REPOSITORY)).resolve()
     log = state_file().with_name("cluster.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
     command += arguments
     for tries_left in reversed(range(TRIES)):
         head, process = _launch(command, root, token, log, port=port, dashboard_port=dashboard_port)
-        if (trouble := _trouble(head, process)) is None:
+        if (trouble := _trouble(head, process, secret)) is None:
             return head
         stop(force=True)
         if SLOW not in trouble or not tries_left:
@@ -135,27 +135,40 @@ def _check_ports(ports: dict[str, int]) -> None:
         raise InputError(f"in use already: {', '.join(taken)}; another Ray? Give other numbers")
 
 
-def _trouble(head: Head, process: subprocess.Popen[Any]) -> str | None:
-    """None once the head takes jobs; else what is wrong with it."""
-    until = time.monotonic() + START_SECONDS
-    while not (STARTED in Path(head.log).read_text(errors="replace") and answers(head.submit_address)):
+def _trouble(head: Head, process: subprocess.Popen[Any], token: str) -> str | None:
+    """None once the head has run a job; else what is wrong with it."""
+    until, ready = time.monotonic() + START_SECONDS, False
+    while not ready:
         if process.poll() is not None or time.monotonic() > until:
-            end = "ended" if process.poll() is not None else f"does not answer after {START_SECONDS} s"
+            end = "ended" if process.poll() is not None else f"runs no job after {START_SECONDS} s"
             tail = "\n".join(Path(head.log).read_text(errors="replace").splitlines()[-15:])
             return f"the head {end}; {head.log} ends with:\n{tail}"
         time.sleep(0.5)
+        ready = STARTED in Path(head.log).read_text(errors="replace") and _runs_a_job(head, token, until)
     return None
 
 
-def answers(address: str) -> bool:
-    """Whether a job server is there, be it one that wants a token."""
+def _runs_a_job(head: Head, token: str, until: float) -> bool:
+    """Whether `true` ends well as a job. The job server answers before there is an agent to run what it takes."""
+    name = f"scldm-ready-{secrets.token_hex(3)}"
+    jobs, body = f"{head.submit_address}/api/jobs/", json.dumps({"entrypoint": "true", "submission_id": name}).encode()
+    status = None
     try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=5):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code in (401, 403)
-    except OSError:
+        _ask("POST", jobs, token, body)
+        while status not in FINAL and time.monotonic() < until:
+            time.sleep(0.5)
+            status = json.loads(_ask("GET", f"{jobs}{name}", token))["status"]
+        _ask("DELETE", f"{jobs}{name}", token)
+    except OSError:  # an error of HTTP is one: asked again until the time is over
         return False
+    return status == "SUCCEEDED"
+
+
+def _ask(method: str, url: str, token: str, body: bytes | None = None) -> bytes:
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=body, method=method, headers=headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return bytes(response.read())
 
 
 # ---- stopping ------------------------------------------------------------------------------------------------------
@@ -195,7 +208,7 @@ def stop(*, force: bool) -> str:
 
 
 def _running_jobs(head: Head) -> list[str]:
-    from pipeline.submitting import FINAL, client
+    from pipeline.submitting import client
 
     with client(head.submit_address) as jobs:
         return [j.submission_id for j in jobs.list_jobs() if j.status.value not in FINAL]
