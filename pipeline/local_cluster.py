@@ -71,7 +71,8 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
     command += [f"--port={port}", "--include-dashboard=true"]
     command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
     command += [f"--temp-dir={temp_dir}"] if temp_dir else []
-    command += arguments
+    # Ray's own choice is a fixed port: a second Ray of the machine then has an agent that runs no job, without a word.
+    command += [f"--dashboard-agent-listen-port={_free_port()}", *arguments]
     for tries_left in reversed(range(TRIES)):
         head, process = _launch(command, root, token, log, port=port, dashboard_port=dashboard_port)
         if (trouble := _trouble(head, process, secret)) is None:
@@ -123,6 +124,12 @@ def ensure_token() -> Path | None:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
             f.write(secrets.token_hex(32))
     return path
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
 
 
 def _check_ports(ports: dict[str, int]) -> None:
