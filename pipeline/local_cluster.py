@@ -27,7 +27,7 @@ from pipeline.submitting import FINAL, STOP_WAIT, STOP_WAIT_SECONDS
 START_SECONDS = 120
 TRIES = 3
 # Ray gives its own processes 30 s, which no setting changes; a busy machine needs longer, less so with warm files.
-SLOW = "timed out during startup"
+SLOW = ("timed out during startup", "Timed out waiting for node info")
 STARTED = "Ray runtime started"  # in its log; the job server answers before that
 LOOPBACK = "127.0.0.1"
 
@@ -71,14 +71,15 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
     command += [f"--port={port}", "--include-dashboard=true"]
     command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
     command += [f"--temp-dir={temp_dir}"] if temp_dir else []
-    # Ray's own choice is a fixed port: a second Ray of the machine then has an agent that runs no job, without a word.
-    command += [f"--dashboard-agent-listen-port={_free_port()}", *arguments]
+    # Ray's own choices are fixed ports: beside another Ray of this machine the agent would run no job, without a word, and
+    # the client server, which nothing here uses and no option turns off, would end the head.
+    command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}", *arguments]
     for tries_left in reversed(range(TRIES)):
         head, process = _launch(command, root, token, log, port=port, dashboard_port=dashboard_port)
         if (trouble := _trouble(head, process, secret)) is None:
             return head
         stop(force=True)
-        if SLOW not in trouble or not tries_left:
+        if not tries_left or not any(slow in trouble for slow in SLOW):
             raise InputError(trouble)
         print("Ray did not come up in the 30 s that it gives itself (a loaded machine?); once more", flush=True)
     raise AssertionError("unreachable: the last try returns or raises")
