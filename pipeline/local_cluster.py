@@ -71,8 +71,8 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
     command += [f"--port={port}", "--include-dashboard=true"]
     command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
     command += [f"--temp-dir={temp_dir}"] if temp_dir else []
-    # Ray's own choices are fixed ports: beside another Ray of this machine the agent would run no job, without a word, and
-    # the client server, which nothing here uses and no option turns off, would end the head.
+    # Ray's own choices are fixed ports: beside another Ray of this machine the agent would run no job, without a word,
+    # and the client server, which nothing here uses and no option turns off, would end the head.
     command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}", *arguments]
     for tries_left in reversed(range(TRIES)):
         head, process = _launch(command, root, token, log, port=port, dashboard_port=dashboard_port)
