@@ -40,7 +40,8 @@ def submit(
         from pipeline.submitting import submit as send
 
         code = send(
-            job, overrides or [], kind=loaded.kind, name=loaded.name, address=address, working_dir=working_dir, wait=wait
+            job, overrides or [], kind=loaded.kind, name=loaded.name, address=address, working_dir=working_dir,
+            wait=wait,
         )  # fmt: skip
         raise typer.Exit(code)
 
@@ -100,7 +101,7 @@ def start_cluster(
     dashboard_port: Annotated[int, typer.Option(help="Of the dashboard and the job server.")] = 8265,
     temp_dir: Annotated[Path | None, typer.Option(help="Ray's logs and spilled objects; a short path.")] = None,
 ) -> None:
-    """Start a head: token on (made if there is none), dashboard on the loopback address. More of `ray start` is passed on.
+    """Start a head: token on (made if there is none), dashboard on the loopback address. Options of `ray start` pass.
 
     Example: `scldm cluster start --num-cpus=8`
     """

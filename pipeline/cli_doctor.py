@@ -20,7 +20,7 @@ def doctor(
 ) -> None:
     """Check this machine: versions, GPUs, NCCL, disk, storage, MLflow, the Census, the token, clocks.
 
-    Each line is ok or says how to mend it; exit code 1 if one is not. Example: `scldm doctor jobs/census/train_vae.yaml`
+    Each line is ok or says how to mend it; exit code 1 if not. Example: `scldm doctor jobs/census/train_vae.yaml`
     """
     from pipeline.cli import load, reported
 

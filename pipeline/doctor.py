@@ -13,6 +13,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -111,8 +112,6 @@ def report(findings: Sequence[Finding], *, as_json: bool) -> tuple[str, int]:
 
 # ---- this machine ----------------------------------------------------------------------------------------------------
 def versions(asked: Asked, constraints: Path = REPOSITORY / "constraints.txt") -> Finding:
-    if sys.version_info < (3, 11):
-        return Finding("versions", "fail", f"Python {sys.version.split()[0]}", "make venv with Python 3.11 or newer")
     if not constraints.is_file():
         return Finding("versions", "skip", f"no {constraints}: installed without the repository")
     pinned = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", constraints.read_text(), re.M))
@@ -178,7 +177,7 @@ def disk(asked: Asked) -> Finding:
 
 
 def storage(asked: Asked) -> Finding:
-    """Stages need a file system: a file written, forced to disk, renamed, read; and the second place for checkpoints."""
+    """A file written, forced to disk, renamed, read, as stages do; and the second place for checkpoints."""
     mend = "output must be a folder that you may write, on every node the same: output=/shared/runs"
     here = asked.output / f".doctor-{uuid.uuid4().hex[:8]}"
     try:
@@ -191,7 +190,8 @@ def storage(asked: Asked) -> Finding:
         whole = renamed.read_bytes() == b"x" * 4096
         renamed.unlink()
     except OSError as error:
-        here.unlink(missing_ok=True)
+        with suppress(OSError):
+            here.unlink()
         return Finding("storage", "fail", f"{asked.output}: {error.strerror or error}", mend)
     if not whole:
         return Finding("storage", "fail", f"{asked.output} gives back other bytes than were written", mend)

@@ -8,8 +8,9 @@ section is looked up under `output` (or under `inputs`), and must have been made
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from pipeline.ingest_config import (
     CellsConfig,
@@ -188,9 +189,19 @@ class TrackingConfig(StrictModel):
     """MLflow."""
 
     uri: str | None = None
-    """Tracking server; null keeps a SQLite file under the output folder."""
+    """Tracking server; null takes MLFLOW_TRACKING_URI, and without it keeps a SQLite file under the output folder."""
     experiment: str | None = None
     """Null: scldm/<name of the job>."""
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).password:
+            raise ValueError(
+                f"the address of {urlsplit(value).hostname} holds a password, and jobs are kept with every output; "
+                "leave it out and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return value
 
 
 class JobBase(StrictModel):

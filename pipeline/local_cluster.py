@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +22,12 @@ from typing import Any
 
 from pipeline.cluster import REPOSITORY
 from pipeline.stage import InputError, write_json_atomic
-from pipeline.submitting import STOP_WAIT, STOP_WAIT_SECONDS
+from pipeline.submitting import FINAL, STOP_WAIT, STOP_WAIT_SECONDS
 
-START_SECONDS = 240
+START_SECONDS = 120
+TRIES = 3
+# Ray gives its own processes 30 s, which no setting changes; a busy machine needs longer, less so with warm files.
+SLOW = ("timed out during startup", "Timed out waiting for node info")
 STARTED = "Ray runtime started"  # in its log; the job server answers before that
 LOOPBACK = "127.0.0.1"
 
@@ -51,7 +53,7 @@ def state_file() -> Path:
 
 
 def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path | None, arguments: list[str]) -> Head:
-    """Start a head and wait until its job server answers.
+    """Start a head and wait until it has run a job.
 
     Args:
         root: Where jobs run; default: this folder if it has jobs/, else the repository.
@@ -61,6 +63,7 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
         raise InputError(f"a head runs already (process {running.pid}, {running.submit_address}): scldm cluster stop")
     _check_ports({"--port": port, "--dashboard-port": dashboard_port})
     token = ensure_token()
+    secret = token.read_text().strip() if token is not None else os.environ["RAY_AUTH_TOKEN"]
     root = (root or (Path.cwd() if Path("jobs").is_dir() else REPOSITORY)).resolve()
     log = state_file().with_name("cluster.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -68,20 +71,37 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
     command += [f"--port={port}", "--include-dashboard=true"]
     command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
     command += [f"--temp-dir={temp_dir}"] if temp_dir else []
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, *arguments], cwd=root, env=_environment(token), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+    # Ray's own choices are fixed ports: beside another Ray of this machine the agent would run no job, without a word,
+    # and the client server, which nothing here uses and no option turns off, would end the head.
+    command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}", *arguments]
+    for tries_left in reversed(range(TRIES)):
+        head, process = _launch(command, root, token, log, port=port, dashboard_port=dashboard_port)
+        if (trouble := _trouble(head, process, secret)) is None:
+            return head
+        stop(force=True)
+        if not tries_left or not any(slow in trouble for slow in SLOW):
+            raise InputError(trouble)
+        print("Ray did not come up in the 30 s that it gives itself (a loaded machine?); once more", flush=True)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _launch(
+    command: list[str], root: Path, token: Path | None, log: Path, *, port: int, dashboard_port: int
+) -> tuple[Head, subprocess.Popen[Any]]:
+    """The head's process, remembered before anything else can go wrong."""
     import psutil
 
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=root, env=_environment(token), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
     head = Head(
         pid=process.pid, born=psutil.Process(process.pid).create_time(), root=str(root), port=port,
         dashboard_port=dashboard_port, log=str(log),
     )  # fmt: skip
     write_json_atomic(state_file(), asdict(head))
-    _wait_until_it_answers(head, process)
-    return head
+    return head, process
 
 
 def _environment(token: Path | None) -> dict[str, str]:
@@ -89,7 +109,6 @@ def _environment(token: Path | None) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     env.update(RAY_AUTH_MODE="token", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
     env.setdefault(STOP_WAIT, str(STOP_WAIT_SECONDS))
-    env.setdefault("RAY_raylet_start_wait_time_s", "180")  # a loaded machine needs longer than Ray's 30 s
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     if token is not None:
         env["RAY_AUTH_TOKEN_PATH"] = str(token)
@@ -108,6 +127,12 @@ def ensure_token() -> Path | None:
     return path
 
 
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
 def _check_ports(ports: dict[str, int]) -> None:
     taken = []
     for option, port in ports.items():
@@ -118,26 +143,40 @@ def _check_ports(ports: dict[str, int]) -> None:
         raise InputError(f"in use already: {', '.join(taken)}; another Ray? Give other numbers")
 
 
-def _wait_until_it_answers(head: Head, process: subprocess.Popen[Any]) -> None:
-    until = time.monotonic() + START_SECONDS
-    while not (STARTED in Path(head.log).read_text(errors="replace") and answers(head.submit_address)):
+def _trouble(head: Head, process: subprocess.Popen[Any], token: str) -> str | None:
+    """None once the head has run a job; else what is wrong with it."""
+    until, ready = time.monotonic() + START_SECONDS, False
+    while not ready:
         if process.poll() is not None or time.monotonic() > until:
-            end = "ended" if process.poll() is not None else f"does not answer after {START_SECONDS} s"
+            end = "ended" if process.poll() is not None else f"runs no job after {START_SECONDS} s"
             tail = "\n".join(Path(head.log).read_text(errors="replace").splitlines()[-15:])
-            stop(force=True)
-            raise InputError(f"the head {end}; {head.log} ends with:\n{tail}")
+            return f"the head {end}; {head.log} ends with:\n{tail}"
         time.sleep(0.5)
+        ready = STARTED in Path(head.log).read_text(errors="replace") and _runs_a_job(head, token, until)
+    return None
 
 
-def answers(address: str) -> bool:
-    """Whether a job server is there, be it one that wants a token."""
+def _runs_a_job(head: Head, token: str, until: float) -> bool:
+    """Whether `true` ends well as a job. The job server answers before there is an agent to run what it takes."""
+    name = f"scldm-ready-{secrets.token_hex(3)}"
+    jobs, body = f"{head.submit_address}/api/jobs/", json.dumps({"entrypoint": "true", "submission_id": name}).encode()
+    status = None
     try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=5):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code in (401, 403)
-    except OSError:
+        _ask("POST", jobs, token, body)
+        while status not in FINAL and time.monotonic() < until:
+            time.sleep(0.5)
+            status = json.loads(_ask("GET", f"{jobs}{name}", token))["status"]
+        _ask("DELETE", f"{jobs}{name}", token)
+    except OSError:  # an error of HTTP is one: asked again until the time is over
         return False
+    return status == "SUCCEEDED"
+
+
+def _ask(method: str, url: str, token: str, body: bytes | None = None) -> bytes:
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=body, method=method, headers=headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return bytes(response.read())
 
 
 # ---- stopping ------------------------------------------------------------------------------------------------------
@@ -177,7 +216,7 @@ def stop(*, force: bool) -> str:
 
 
 def _running_jobs(head: Head) -> list[str]:
-    from pipeline.submitting import FINAL, client
+    from pipeline.submitting import client
 
     with client(head.submit_address) as jobs:
         return [j.submission_id for j in jobs.list_jobs() if j.status.value not in FINAL]

@@ -90,7 +90,26 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         said, size = generation_lines(configs["generate"], data, vae, job.resources, before)
         lines += said
         disk += size
+    lines += _time_and_cost(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {sizes.human(disk)} in all"] if disk else lines
+
+
+def _time_and_cost(
+    job: JobBase, configs: dict[str, Any], vae: Any, data: sizes.DataFacts, decided: dict[str, Step], folder: Path
+) -> list[str]:
+    """A line for each stage that GPUs do; none on CPUs, which nobody pays by the node."""
+    if not job.resources.gpus_per_worker:
+        return []
+    from pipeline import sizing
+
+    flow = _config("train_flow", TrainFlowConfig, configs, decided, folder) if "generate" in configs else None
+    lines = []
+    for stage, config in configs.items():
+        used = job.resources.workers.max if stage.startswith("train") else job.resources.actors_max
+        gpus = max(1, round(used * job.resources.gpus_per_worker))
+        if (found := sizing.stage_estimate(stage, config, vae, data, gpus, flow)) is not None:
+            lines.append(f"{stage}: {found}")
+    return lines
 
 
 def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase, activations: float | None) -> list[str]:

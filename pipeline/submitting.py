@@ -1,7 +1,7 @@
 """Jobs on a Ray cluster from outside: send, follow, look, stop. Talks to Ray's job server over HTTP, nothing else.
 
-What goes along is the code under `working_dir` without EXCLUDES, and no environment: credentials belong to the cluster's
-machines (an instance's role, a pod's account), never to a job.
+What goes along is the code under `working_dir` without EXCLUDES, and no environment: credentials belong to the
+cluster's machines (an instance's role, a pod's account), never to a job.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 from pipeline.stage import InputError
 
 HERE = "http://127.0.0.1:8265"
-# Seconds between SIGTERM and SIGKILL when a job is stopped: Ray's 3 are too few to write a checkpoint. Read by the job's
-# supervisor in its environment: from cluster/env.sh, or from what `submit` sends.
+# Seconds between SIGTERM and SIGKILL when a job is stopped: Ray's 3 are too few to write a checkpoint. Read by the
+# job's supervisor in its environment: from cluster/env.sh, or from what `submit` sends.
 STOP_WAIT_SECONDS = 600
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 STOPPED_BY_SIGNAL = 143

@@ -183,8 +183,9 @@ class Tracking:
     def __init__(self, job: JobBase, root: Path, source: str) -> None:
         self.root = root.absolute()
         self.folder = self.root / job.name
-        self.uri = job.tracking.uri or f"sqlite:///{self.root / 'mlflow.db'}"
-        self.local = job.tracking.uri is None
+        given = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's own name; clusters set it
+        self.uri = given or f"sqlite:///{self.root / 'mlflow.db'}"
+        self.local = given is None
         self.experiment = job.tracking.experiment or f"scldm/{job.name}"
         self.pipeline = f"{job.name}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
         self.source = source

@@ -53,6 +53,13 @@ def test_a_heavy_library_is_imported_in_one_module(library, home):
     [
         "cli",
         "cli_data",
+        "cli_cluster",
+        "cli_doctor",
+        "submitting",
+        "local_cluster",
+        "doctor",
+        "doctor_network",
+        "sizing",
         "cli_cells",
         "real_cells_config",
         "data/s3",

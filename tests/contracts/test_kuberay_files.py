@@ -102,7 +102,7 @@ def test_a_job_has_an_end_whatever_happens(stage):
     rules = [(r["policy"], *sorted(r["condition"].items())) for r in job["deletionStrategy"]["deletionRules"]]
     assert len(rules) == len(set(rules))
     ends = {
-        tuple(r["condition"].items())[0] for r in job["deletionStrategy"]["deletionRules"] if "Cluster" in r["policy"]
+        next(iter(r["condition"].items())) for r in job["deletionStrategy"]["deletionRules"] if "Cluster" in r["policy"]
     }
     assert ends == {("jobStatus", "SUCCEEDED"), ("jobStatus", "FAILED"), ("jobDeploymentStatus", "Failed")}
 
@@ -118,7 +118,7 @@ def test_a_job_runs_a_file_whose_workers_fit_a_pod(stage):
         has = {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))}
         want = {"CPU": job.resources.cpus_per_worker, "GPU": job.resources.gpus_per_worker}
         room += int(min(has[r] // n for r, n in want.items() if n)) * group["maxReplicas"]
-    assert room >= max(job.resources.workers.max, job.resources.actors)
+    assert room >= max(job.resources.workers.max, job.resources.actors_max)
 
 
 def test_only_the_clusters_own_pods_and_the_operator_reach_it():
@@ -131,7 +131,7 @@ def test_only_the_clusters_own_pods_and_the_operator_reach_it():
             assert group["template"]["metadata"]["labels"]["app"] in guarded
 
 
-# ---- KubeRay's own schema, where it is at hand ------------------------------------------------------------------------
+# ---- KubeRay's own schema, where it is at hand ---------------------------------------------------------------------
 def strict(schema: Any) -> Any:
     """A structural schema of Kubernetes as a JSON schema in which an unknown field is an error."""
     if not isinstance(schema, dict):

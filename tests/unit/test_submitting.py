@@ -118,3 +118,25 @@ def test_a_missing_token_is_said_with_where_to_put_it(tmp_path, monkeypatch):
     said = submitting._explained("http://head:8265", RuntimeError("status code 401: Unauthorized"))
     assert "found none" in said
     assert "~/.ray/auth_token" in said
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):
+    from pipeline.config_io import load_job
+
+    with pytest.raises(InputError) as error:
+        load_job(ROOT / "jobs" / "demo.yaml", ["tracking.uri=postgresql://me:hunter2@db/mlflow"])
+    assert "MLFLOW_TRACKING_PASSWORD" in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_clusters_mlflow_is_used_where_the_job_names_none(tmp_path, monkeypatch):
+    from pipeline.config_io import load_job
+    from pipeline.tracking import Tracking
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://head:5000")
+    job = load_job(ROOT / "jobs" / "demo.yaml")
+    assert Tracking(job, tmp_path, "job.yaml").uri == "http://head:5000"
+    named = load_job(ROOT / "jobs" / "demo.yaml", ["tracking.uri=http://lab:5000"])
+    assert Tracking(named, tmp_path, "job.yaml").uri == "http://lab:5000"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert Tracking(job, tmp_path, "job.yaml").uri == f"sqlite:///{tmp_path}/mlflow.db"
