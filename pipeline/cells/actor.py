@@ -167,7 +167,7 @@ class RowsActor:
     # ---- writing ---------------------------------------------------------------------------------------------------
     def _obs(self, rows: pa.Table) -> pd.DataFrame:
         """Names and columns of the input, in its order."""
-        obs = pd.DataFrame(index=pd.Index(rows[NAME].to_pandas().astype(str), name=None))
+        obs = pd.DataFrame(index=pd.Index(rows[NAME].to_pylist(), dtype=str))
         for column in self.spec["obs_columns"]:
             values = rows["obs:" + column].to_pandas()
             categories = self.spec["categories"].get(column)

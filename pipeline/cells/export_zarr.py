@@ -113,7 +113,11 @@ def _sharded(write: Any, store: Any, key: str, element: Any, dataset_kwargs: Any
         chunk = min(SPARSE_CHUNK, max(1, element.nnz))
         shard = min(SPARSE_SHARD, -(-max(1, element.nnz) // chunk) * chunk)
         kwargs |= {"chunks": (chunk,), "shards": (shard,), **options}
-    elif iospec.encoding_type == "array" and any(part in f"{store.name}/{key}" for part in ("obsm/", "layers/")) and len(element):
+    elif (
+        iospec.encoding_type == "array"
+        and any(part in f"{store.name}/{key}" for part in ("obsm/", "layers/"))
+        and len(element)
+    ):
         chunk = min(DENSE_CHUNK, len(element))
         shard = min(DENSE_SHARD, -(-len(element) // chunk) * chunk)
         kwargs |= {"chunks": (chunk, *element.shape[1:]), "shards": (shard, *element.shape[1:]), **options}

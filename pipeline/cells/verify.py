@@ -56,7 +56,9 @@ def verify(folder: Path) -> Verdict:
     verdict = Verdict(str(folder), manifest.stage, manifest.n_cells, len(manifest.shards))
     facts = manifest.raw["facts"]
     if facts.get("n_cells") != manifest.n_cells:
-        verdict.problems.append(f"the manifest says n_cells {facts.get('n_cells')}, its shards sum to {manifest.n_cells}")
+        verdict.problems.append(
+            f"the manifest says n_cells {facts.get('n_cells')}, its shards sum to {manifest.n_cells}"
+        )
     frames, var = [], None
     for shard in manifest.shards:
         found = _shard(shard, var, verdict.problems)

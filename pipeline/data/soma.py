@@ -247,7 +247,10 @@ def _write_counts(
     with soma.Experiment.create(str(folder)) as experiment:
         rna = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
         array = rna.add_new_collection("X").add_new_sparse_ndarray(
-            "raw", type=pa.float32(), shape=(n_cells, n_genes), platform_config={"tiledb": {"create": x_layout(tile, tile)}}
+            "raw",
+            type=pa.float32(),
+            shape=(n_cells, n_genes),
+            platform_config={"tiledb": {"create": x_layout(tile, tile)}},
         )
         row = 0
         for chunk in _pieces(chunks):

@@ -49,7 +49,9 @@ def export_soma(cells: Cells, out: Path, *, rows_per_write: int = ROWS_PER_WRITE
     _begin(partial, mark, {"cells": [s.sha256 for s in cells.shards], "rows_per_write": rows_per_write})
     raw_sum, nnz, gene_nnz = _write_x(partial, cells, rows_per_write)
     _write_obsm(partial, cells, rows_per_write)
-    var = pd.DataFrame({"feature_id": cells.var.index.astype(str), "feature_name": cells.var["feature_name"].to_numpy()})
+    var = pd.DataFrame(
+        {"feature_id": cells.var.index.astype(str), "feature_name": cells.var["feature_name"].to_numpy()}
+    )
     obs = cells.obs.rename(columns={"nnz": "nnz_", "raw_sum": "raw_sum_"}).assign(raw_sum=raw_sum, nnz=nnz)
     obs.insert(0, "obs_id", cells.obs_names.astype(str))
     for parent, name, frame in ((partial / "ms" / "RNA", "var", var.assign(nnz=gene_nnz)), (partial, "obs", obs)):
@@ -81,7 +83,9 @@ def _write_x(folder: Path, cells: Cells, rows_per_write: int) -> tuple[np.ndarra
         raw_sum[start:stop] = np.asarray(chunk.sum(1, dtype=np.float64)).ravel()
         nnz[start:stop] = np.diff(chunk.indptr)
         gene_nnz += np.bincount(chunk.indices, minlength=cells.n_vars)
-        if chunk.nnz and start > written:  # a write is whole or absent, and begins behind the last row of the one before
+        if (
+            chunk.nnz and start > written
+        ):  # a write is whole or absent, and begins behind the last row of the one before
             table = in_tile_order(chunk.tocoo(), start, TILE)
             with soma.open(str(folder / "ms" / "RNA" / "X" / "raw"), "w") as array:
                 array.write(table, platform_config=soma.TileDBWriteOptions(sort_coords=False))

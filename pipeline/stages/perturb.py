@@ -66,4 +66,3 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
     check_target(config, Vocabulary.load(Path(models.vae) / "vocabulary.json"))
     output = Output(genes=True, counts=True, obsm={"X_scldm": latent_width(models.vae)})
     return run_batches(config, context, stage="perturb", output=output, pool=pool)
-

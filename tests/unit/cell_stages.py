@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from small_models import CELL_TYPES, DONORS, GENES, write_flow, write_vae
 
 from pipeline.cells.actor import RowsActor
+from pipeline.data.soma import write_experiment
 from pipeline.job import STAGE_CONFIGS
 from pipeline.resources import ResourcesConfig
 from pipeline.stage import Manifest, StageContext, write_manifest
@@ -52,6 +53,15 @@ def write_cells(path: Path, adata: anndata.AnnData | None = None) -> Path:
     return path
 
 
+def write_soma(folder: Path) -> dict[str, Any]:
+    """The same cells as a SOMA experiment, which a job reads where it is; the source, as a job names it."""
+    adata = real_cells()
+    obs = adata.obs.reset_index(names="obs_id")
+    ids = list(adata.var_names)
+    var = pd.DataFrame({"feature_id": ids, "feature_name": ids, "feature_length": 0})
+    return {"type": "soma", "uri": write_experiment(folder, obs, var, [adata.X]).uri}
+
+
 def here(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
     """Makes the shards in this process, one after the other, as one actor would."""
     actor = RowsActor(spec)
@@ -65,9 +75,7 @@ def run_stage(stage: str, folder: Path, settings: dict[str, Any], *, pool: Any =
 
     config = STAGE_CONFIGS[stage].model_validate(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    context = StageContext(
-        folder=folder, inputs={}, seed=seed, resources=ResourcesConfig(actors=1), tracker=TRACKER
-    )
+    context = StageContext(folder=folder, inputs={}, seed=seed, resources=ResourcesConfig(actors=1), tracker=TRACKER)
     facts = importlib.import_module(f"pipeline.stages.{stage}").run(config, context, pool=pool)
     write_manifest(Manifest(stage, "v", str(folder), config.model_dump(mode="json"), {}, facts, 1.0, 1.0))
     return folder
