@@ -1,4 +1,4 @@
-"""The command line: `scldm run | validate | plan | submit | runs | cells`; of models `convert | export | parity | presets`.
+"""The command line: `scldm run | validate | plan | submit | runs | cells`; `convert | export | parity | presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.

@@ -139,8 +139,8 @@ class RowsActor:
         if not keep.all() and self.spec["empty_cells"] == "error":
             names = rows[NAME].to_pandas()[~keep]
             raise InputError(
-                f"{len(names)} cells express none of the model's genes (first: {', '.join(map(str, names[:5]))}); leave "
-                "them out with empty_cells: drop, or check genes.match"
+                f"{len(names)} cells express none of the model's genes (first: {', '.join(map(str, names[:5]))}); "
+                "leave them out with empty_cells: drop, or check genes.match"
             )
         return keep
 

@@ -250,7 +250,7 @@ def _codes(
         if (absent | unknown).any() and not lenient:
             problems.append(_unknown_cells(label, values, absent, unknown, cells[NAME]))
             continue
-        known = np.where(absent | unknown, None, values)
+        known = [None if out else v for v, out in zip(values, absent | unknown, strict=True)]
         codes[label.name] = label.encode(known).astype(np.int32)
     return codes
 

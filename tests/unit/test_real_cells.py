@@ -317,10 +317,8 @@ def test_a_target_that_the_model_does_not_know_is_refused(place, tmp_path, stage
 
 
 def test_models_that_do_not_belong_together_are_refused(place, tmp_path):
-    _, source, folders = place
-    write_flow(tmp_path / "flow", CELL_TYPES)
-    assert "different vocabularies" in refused(place, tmp_path, "log_likelihood",
-                                               model={"vae": folders["vae"], "flow": str(tmp_path / "flow")})  # fmt: skip
+    model = {"vae": place[2]["vae"], "flow": str(write_flow(tmp_path / "flow", CELL_TYPES))}
+    assert "different vocabularies" in refused(place, tmp_path, "log_likelihood", model=model)
     write_vae(tmp_path / "gaussian", CELL_TYPES, DONORS, genes_seq_len=None, head="gaussian")
     model = {"vae": str(tmp_path / "gaussian")}
     assert "no counts can be drawn" in refused(place, tmp_path, "reconstruct", name="g", model=model)
