@@ -90,7 +90,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
 def _local_options(resources: ResourcesConfig) -> dict[str, Any]:
     """Logical CPUs for the workers, and two more for data and the driver's actors, on however small a machine."""
     training = math.ceil(resources.workers.max * resources.cpus_per_worker)
-    cpus = max(os.cpu_count() or 1, training + 2, resources.actors + 1)
+    cpus = max(os.cpu_count() or 1, training + 2, resources.actors_max + 1)
     return {
         "address": "local",
         "num_cpus": cpus,

@@ -2,20 +2,25 @@
 
 A request is a table of conditions with a number of cells each. Cell ids count over the whole request, row after row;
 shard k holds ids [k * shard_size, (k + 1) * shard_size). So a shard is a function of (request, k).
+
+Columns of the table: a label of the model, `n_cells`, `guidance` (or `guidance.<label>`) and `library_size`. A column
+that is a label is a label, whatever its name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pipeline.generation_table import check_guidance, read_rows
+from pipeline.generation_table import genes_to_write as genes_to_write
 from pipeline.job import GenerateConfig
 from pipeline.stage import InputError
 from scldm.vocabulary import UnknownNameError, Vocabulary
@@ -27,6 +32,8 @@ MOST_CELLS = 10**9
 class RequestRow:
     condition: Mapping[str, str | None]  # label -> class; None or absent: no label asked for
     n_cells: int
+    guidance: Mapping[str, float] = field(default_factory=dict)  # label, or "" for all -> scale, where the row says it
+    library_size: float | None = None  # of all cells of the row; None: as the settings say
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,15 @@ class Request:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps([[dict(r.condition), r.n_cells] for r in self.rows]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.as_plain()).encode()).hexdigest()
+
+    def as_plain(self) -> list[list[Any]]:
+        """Plain data, for JSON and for actors."""
+        return [[dict(r.condition), r.n_cells, dict(r.guidance), r.library_size] for r in self.rows]
+
+    @classmethod
+    def of_plain(cls, rows: list[list[Any]]) -> Request:
+        return cls(tuple(RequestRow(*row) for row in rows))
 
     def slice(self, start: int, stop: int) -> list[tuple[dict[str, str | None], int]]:
         """(condition, cells) of ids [start, stop), in order."""
@@ -63,7 +78,7 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
     """
     _exactly_one(config)
     if config.conditions is not None:
-        table, where = _read_table(Path(config.conditions)), config.conditions
+        table, where = read_table(Path(config.conditions)), config.conditions
     elif config.cells is not None:
         table, where = pd.DataFrame(config.cells), "generate.cells"
     elif config.per_label is not None:
@@ -72,7 +87,19 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
         table, where = _scaled(compositions[config.like], config.n_cells), f"generate.like={config.like}"
     else:
         table, where = pd.DataFrame({"n_cells": [config.n_cells]}), "generate.n_cells"
-    return _checked(table, where, vocabulary)
+    problems = check_guidance(config.sampler.guidance, vocabulary)
+    try:
+        genes_to_write(config.genes, vocabulary)
+    except InputError as error:
+        problems.append(str(error))
+    rows = read_rows(table, where, vocabulary, problems)
+    if not problems and sum(r["n_cells"] for r in rows) > MOST_CELLS:
+        problems.append(
+            f"{where} asks for {sum(r['n_cells'] for r in rows):,} cells; at most {MOST_CELLS:,} in one job"
+        )
+    if problems:
+        raise InputError("\n".join(problems))
+    return Request(tuple(RequestRow(**row) for row in rows))
 
 
 def check_choice(config: GenerateConfig) -> list[str]:
@@ -80,7 +107,7 @@ def check_choice(config: GenerateConfig) -> list[str]:
     try:
         _exactly_one(config)
         if config.conditions is not None:
-            _read_table(Path(config.conditions))
+            read_table(Path(config.conditions))
     except InputError as error:
         return [str(error)]
     return []
@@ -104,7 +131,7 @@ def _exactly_one(config: GenerateConfig) -> None:
         raise InputError(f"generate.n_cells goes with `like` or stands alone; with {given[0]} the table says how many")
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"generate.conditions: no file {path}")
     try:
@@ -134,42 +161,3 @@ def _scaled(composition: pd.DataFrame, n_cells: int | None) -> pd.DataFrame:
     n = np.floor(share).astype(int)
     n.iloc[np.argsort(-(share - n).to_numpy(), kind="stable")[: n_cells - int(n.sum())]] += 1
     return composition.assign(n_cells=n)[n > 0]
-
-
-def _checked(table: pd.DataFrame, where: str, vocabulary: Vocabulary) -> Request:
-    problems = []
-    labels = [c for c in table.columns if c != "n_cells"]
-    if "n_cells" not in table.columns:
-        problems.append(f"{where} has no column n_cells (it has: {', '.join(map(str, table.columns))})")
-    known = [x.name for x in vocabulary.labels]
-    problems += [
-        f"{where}: the model knows no label {c!r}; it knows {', '.join(known) or 'none'}"
-        for c in labels
-        if c not in known
-    ]
-    for name in (c for c in labels if c in known):
-        given = {None if pd.isna(v) else str(v) for v in table[name]}
-        try:
-            vocabulary.label(name).encode(sorted(v for v in given if v is not None))
-        except UnknownNameError as error:
-            problems.append(f"{where}: {error}")
-    counts = pd.to_numeric(table.get("n_cells", pd.Series(dtype=float)), errors="coerce")
-    bad = counts.isna() | (counts < 0) | (counts % 1 != 0)
-    if bad.any():
-        first = int(np.flatnonzero(bad)[0])
-        problems.append(
-            f"{where}: n_cells must be whole numbers >= 0; {int(bad.sum())} are not, the first in row {first + 1} "
-            f"({table['n_cells'].iloc[first]!r})"
-        )
-    if not problems and counts.sum() > MOST_CELLS:
-        problems.append(f"{where} asks for {counts.sum():,.0f} cells; at most {MOST_CELLS:,} in one job")
-    if problems:
-        raise InputError("\n".join(problems))
-    return Request(tuple(_rows(table, labels, counts)))
-
-
-def _rows(table: pd.DataFrame, labels: Sequence[str], counts: pd.Series) -> list[RequestRow]:
-    return [
-        RequestRow({c: None if pd.isna(row[c]) else str(row[c]) for c in labels}, int(n))
-        for (_, row), n in zip(table.iterrows(), counts, strict=True)
-    ]

@@ -142,7 +142,8 @@ class TrainFlowConfig(StrictModel):
 
 class GenerateConfig(StrictModel):
     conditions: str | None = None
-    """CSV or Parquet table: label columns and n_cells."""
+    """CSV, TSV or Parquet table: label columns, n_cells and, if you like, guidance (or guidance.<label>), library_size.
+    An empty field of a label: generated without that label; of another column: as the settings below say."""
     cells: list[dict[str, Any]] | None = None
     """The same table inline: [{cell_type: B, n_cells: 1000}, …]."""
     per_label: dict[str, PositiveInt] | None = None
@@ -151,10 +152,18 @@ class GenerateConfig(StrictModel):
     """As many cells of each combination of labels as this split has."""
     n_cells: PositiveInt | None = None
     """With `like`: how many cells in all, at the same composition. Alone: so many unconditional cells."""
+    library_size: Literal["statistics"] | PositiveFloat = "statistics"
+    """Sum of counts that the decoder is asked for: drawn from the training cells' statistics of the condition (its
+    combination of labels, else the label with most cells, else all cells), or one number for all cells."""
+    genes: list[str] | str | None = None
+    """Genes that are written: ids or names, or a text file with one on each line. All are decoded either way, so that
+    the counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()
     shard_size: int = Field(25_000, ge=1, le=250_000)
-    batch_size: PositiveInt = 256
-    seed: int = Field(0, ge=0)
+    batch_size: PositiveInt | None = None
+    """Cells that an actor has decoded ahead of its writer, in whole tiles (32 cells on a CPU, up to 1,024 on a GPU).
+    Null: two tiles. It decides memory, never a count."""
+    seed: int = Field(0, ge=0, lt=2**64)
 
 
 class EvaluateConfig(StrictModel):

@@ -19,6 +19,12 @@ def outside_files(config: Any) -> Iterator[tuple[str, str]]:
         if not path.is_file():
             raise InputError(f"conditions: {table}: no such file; a CSV or Parquet table of labels and n_cells")
         yield "conditions", hashlib.sha256(path.read_bytes()).hexdigest()
+    genes = getattr(config, "genes", None)
+    if isinstance(genes, str):
+        path = Path(genes).expanduser()
+        if not path.is_file():
+            raise InputError(f"genes: {genes}: no such file; a text file with a gene on each line, or a list")
+        yield "genes", hashlib.sha256(path.read_bytes()).hexdigest()
     options = getattr(getattr(config, "train", None), "deepspeed", None)
     if options is not None:
         path = Path(options).expanduser()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import sizes
+from pipeline.generation_plan import generation_lines
 from pipeline.job import REAL_CELL_STAGES, STAGES, JobBase, TrainConfig, TrainFlowConfig, TrainVaeConfig, stage_configs
 from pipeline.memory import stage_lines, state_bytes
 from pipeline.progress import duration
@@ -73,7 +74,7 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
     if "encode" in configs and vae is not None:
         size = sizes.latent_bytes(configs["encode"], vae, data)
-        lines.append(f"encode: latent cache {sizes.human(size)}, {job.resources.actors} actors")
+        lines.append(f"encode: latent cache {sizes.human(size)}, {job.resources.actors_max} actors")
         disk += size or 0
     if "train_flow" in configs:
         flow: TrainFlowConfig = configs["train_flow"]
@@ -85,11 +86,10 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         lines += _training("train_flow", n, flow.train, job, active)
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
     if "generate" in configs:
-        n_cells = sizes.generated_cells(configs["generate"], data)
-        size = sizes.generated_bytes(n_cells, data)
-        disk += size or 0
-        amount = f"{n_cells:,}" if n_cells is not None else "as many as the table says"
-        lines.append(f"generate: {amount} cells, about {sizes.human(size)}, {job.resources.actors} actors")
+        before = newest_manifest(folder, "generate")
+        said, size = generation_lines(configs["generate"], data, vae, job.resources, before)
+        lines += said
+        disk += size
     return [*lines, f"disk: {sizes.human(disk)} in all"] if disk else lines
 
 

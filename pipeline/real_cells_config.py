@@ -119,8 +119,8 @@ class PerturbConfig(UnknownLabelsConfig):
     """Labels that change, and to what: {cytokine: IFN-beta}; null takes the label away. The others stay the cell's."""
     start: Literal["latents", "noise"] = "latents"
     """latents: the flow is run backwards from the cell's latents, under its own labels and without guidance, to the
-    noise that they come from, and forwards under the new ones. noise: forwards from fresh noise; of the cell itself only
-    labels and library size are used."""
+    noise that they come from, and forwards under the new ones. noise: forwards from fresh noise; of the cell itself
+    only labels and library size are used."""
     flow: FlowConfig = FlowConfig()
     guidance: dict[str, float] | float = 1.0
     """Of the way forwards, as generate.sampler.guidance."""

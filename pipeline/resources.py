@@ -43,6 +43,19 @@ class WorkerRange(StrictModel):
         return f"{self.min}" if self.min == self.max else f"every number from {self.min} to {self.max}"
 
 
+class ActorRange(StrictModel):
+    """How many actors a batch job may have."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ActorRange:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not be more than max ({self.max})")
+        return self
+
+
 class ResourcesConfig(StrictModel):
     """What the job asks Ray for."""
 
@@ -51,8 +64,18 @@ class ResourcesConfig(StrictModel):
     train.feed.lanes must be a multiple of every number of workers that there may be."""
     cpus_per_worker: PositiveFloat = 1
     gpus_per_worker: float = Field(0, ge=0)
-    actors: PositiveInt = 2
-    """Actors of encode and generate."""
+    actors: PositiveInt | ActorRange = 2
+    """Actors of the batch jobs (encode, generate): at most so many, from one on; or {min: 2, max: 16}, of which min are
+    asked for at once and the rest come while shards wait. Each takes cpus_per_worker and gpus_per_worker (0.5: two
+    share a GPU)."""
+
+    @property
+    def actors_min(self) -> int:
+        return self.actors.min if isinstance(self.actors, ActorRange) else 1
+
+    @property
+    def actors_max(self) -> int:
+        return self.actors.max if isinstance(self.actors, ActorRange) else self.actors
 
     @property
     def world_sizes(self) -> range:

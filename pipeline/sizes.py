@@ -169,12 +169,6 @@ def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:
     return None
 
 
-def generated_bytes(n_cells: int | None, data: DataFacts) -> int | None:
-    if n_cells is None or data.n_genes is None:
-        return None
-    return round(n_cells * expressed_genes(data) * BYTES_PER_COUNT)
-
-
 def _by_split(n_cells: int | None, split: SplitConfig) -> dict[str, int] | None:
     """The split is by hash, so these are expectations."""
     if n_cells is None:

@@ -25,12 +25,11 @@ import scipy.sparse as sp
 
 from pipeline.data.blocks import LABEL, SomaReader, SomaRows
 from pipeline.data.presence import GROUP
+from pipeline.generation_actor import shard_name
 from pipeline.stage import InputError, write_json_atomic
 from scldm.vocabulary import Vocabulary
 
 NAME, JOINID = "obs_name", "soma_joinid"
-CPU_TILE, GPU_TILE = 32, 1024  # cells
-GPU_DECODE_BYTES = 2**30  # that the outputs of the decoder for a tile may take
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Made:
 class Maker(Protocol):
     """A stage's own part: holds models, turns tiles into what is written. class `Maker` of its module."""
 
+    vae: Any  # LoadedVAE
     vocabulary: Vocabulary
     synthetic: bool  # whether the model made the cells
 
@@ -72,13 +72,15 @@ class RowsActor:
     def __init__(self, spec: dict[str, Any]):
         import torch
 
+        from scldm.generate import tile_cells
+
         torch.set_num_threads(spec["threads"])
         self.spec, self.folder = spec, Path(spec["folder"])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.reader = SomaReader(**{**spec["reader"], "labels": tuple(spec["reader"]["labels"])})
         self.maker: Maker = importlib.import_module(f"pipeline.stages.{spec['stage']}").Maker(spec, self.device)
         self.measured = None if spec["measured"] is None else torch.from_numpy(spec["measured"]).to(self.device)
-        self.tile = tile_cells(self.maker.vocabulary.n_genes, self.device.type)
+        self.tile = tile_cells(self.maker.vae, self.device)
         self.read_at_once = -(-spec["batch_size"] // self.tile) * self.tile
 
     def __call__(self, shards: pa.Table) -> pa.Table:
@@ -87,7 +89,7 @@ class RowsActor:
     def make(self, shard: int) -> dict[str, Any]:
         """Write and commit a shard; its record."""
         adata, n_empty = self.shard(shard)
-        file = f"part-{shard:05d}.h5ad"
+        file = shard_name(shard)
         path = self.folder / file
         tmp = path.with_name(f".{file}.{os.getpid()}.tmp")
         try:
@@ -203,28 +205,3 @@ class RowsActor:
             layers["mean"] = np.concatenate([np.zeros((0, len(var)), np.float32), *(m.layers["mean"] for m in made)])
         uns = {"scldm": json.loads(json.dumps(self.spec["provenance"]))}
         return anndata.AnnData(x, obs=obs, var=var, obsm=obsm, layers=layers, uns=uns)
-
-
-def tile_cells(n_genes: int, device: str) -> int:
-    """Cells of a tile: a power of two that depends on the model and the kind of device, never on free memory."""
-    if device == "cpu":
-        return CPU_TILE
-    tile = GPU_TILE
-    while tile > CPU_TILE and tile * n_genes * 4 * 5 > GPU_DECODE_BYTES:
-        tile //= 2
-    return tile
-
-
-def committed(root: Path, folder: Path) -> list[dict[str, Any]]:
-    """Records of shards of an earlier attempt that still are what their record says."""
-    records = []
-    for path in sorted(folder.glob("part-*.h5ad.json")):
-        try:
-            record = json.loads(path.read_text())
-            with (root / record["file"]).open("rb") as f:
-                whole = hashlib.file_digest(f, "sha256").hexdigest() == record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):  # no file, or a record that is none: made again
-            continue
-        if whole:
-            records.append(record)
-    return records

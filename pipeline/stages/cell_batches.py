@@ -21,7 +21,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cells.actor import JOINID, NAME, RowsActor, committed
+from pipeline.actors import actor_pool
+from pipeline.cells.actor import JOINID, NAME, RowsActor
 from pipeline.cells.index import write_index
 from pipeline.cells.models import ModelPaths, locate_models
 from pipeline.data.blocks import LABEL, SomaReader
@@ -30,6 +31,7 @@ from pipeline.data.genes import gene_lut, model_genes
 from pipeline.data.presence import GROUP, presence_of_cells
 from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.validate import did_you_mean, missing
+from pipeline.generation_actor import committed
 from pipeline.ingest_config import GenesConfig, IngestConfig
 from pipeline.progress import ProgressReader, ProgressWriter
 from pipeline.real_cells_config import RealCellsConfig, ScoredGenesConfig
@@ -99,18 +101,15 @@ def run_batches(
 def ray_pool(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
     """Records of the shards to do, as actors commit them."""
     import ray.data
-    from ray.data import ActorPoolStrategy
 
     resources = context.resources
-    most = min(getattr(resources, "actors_max", resources.actors), len(todo))
-    least = min(getattr(resources, "actors_min", 1), most)
     shards = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo))
     made = shards.map_batches(
         RowsActor,
         fn_constructor_args=(spec,),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=least, max_size=most),
+        compute=actor_pool(resources, len(todo)),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker or None,
     )

@@ -130,7 +130,7 @@ def _encoded(
         fn_constructor_args=(model, str(folder), labels, config.batch_size, threads),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=resources.actors),
+        compute=ActorPoolStrategy(min_size=resources.actors_min, max_size=resources.actors_max),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker or None,
     )

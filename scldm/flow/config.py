@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from scldm.config import StrictModel
 
-Solver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "dopri5"]
+Solver = Literal["euler", "midpoint", "heun", "heun3", "rk4", "adams", "dopri5"]
 
 
 class PathConfig(StrictModel):
@@ -32,7 +32,8 @@ class SamplerConfig(StrictModel):
     """How latents are drawn from the trained flow."""
 
     solver: Solver = "midpoint"
-    """ODE solver. dopri5 is adaptive and uses rtol and atol; the others take exactly `steps` steps."""
+    """ODE solver. dopri5 is adaptive and uses rtol and atol; the others take exactly `steps` steps. adams evaluates the
+    network once a step, and twice more in the first. benchmarks/README.md has the error of each."""
     steps: PositiveInt = 10
     """Steps of a fixed-step solver."""
     rtol: PositiveFloat = 1e-5
@@ -43,6 +44,9 @@ class SamplerConfig(StrictModel):
     """Scale w in v = v_null + w (v_cond - v_null). One number, or one per label. 1 halves the cost of any other."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of the DiT are used."""
+    temperature: PositiveFloat = 1.0
+    """Of the draw of counts: Var = mu + temperature mu^2 / theta, same means. 1: the model's negative binomial; near 0:
+    a Poisson."""
 
 
 class EMAConfig(StrictModel):

@@ -4,7 +4,9 @@
 
 joint: v_cond has all labels set, and one scale guides them together. mutually_exclusive: labels are set one at a time,
 v = v_null + sum_l w_l (v_l - v_null). Either way the result is a weighted sum of network outputs; those with weight 0
-are never computed (w = 1: the conditional one alone, w = 0: the null one alone), the rest are one batch.
+are never computed (w = 1: the conditional one alone, w = 0: the null one alone), the rest are one batch. A scale may
+also be a number for each cell (`PerCell`); then each cell brings the outputs that it needs into the one batch, and a
+label that a cell has not got (its id is null) costs it nothing.
 
 Guidance acts on predictions. A velocity is an affine function of a score or a noise and the weights add to 1, so that
 guiding the velocity is the same.
@@ -23,6 +25,9 @@ from scldm.flow.config import PathConfig
 from scldm.flow.objective import to_velocity
 
 Field = Callable[[Tensor, Tensor], Tensor]  # (x (b, ...), t (b,)) -> (b, ...)
+PerCell = Mapping[str, Tensor]  # label -> scale of each cell (b,); of joint conditions the label JOINT alone
+JOINT = "*"
+NOTHING = 1e-12  # weights as small as this are not computed
 
 
 class ConditionalModel(Protocol):
@@ -70,7 +75,7 @@ def guidance_terms(
     else:
         terms = [Term(scales[label], (label,)) for label in labels]
     null = Term(1.0 - sum(term.weight for term in terms), ())
-    kept = tuple(term for term in (null, *terms) if abs(term.weight) > 1e-12)
+    kept = tuple(term for term in (null, *terms) if abs(term.weight) > NOTHING)
     return kept
 
 
@@ -137,16 +142,80 @@ def _stacked_ids(
     }
 
 
+def per_cell_prediction(
+    model: ConditionalModel, conditions: Mapping[str, Tensor], scale: PerCell, *, one_time: bool = False
+) -> Field:
+    """The guided prediction where each cell has scales of its own. Reads ids and scales on the host, once.
+
+    Args:
+        conditions: Label to ids (b,); the null id where a cell has no such label.
+        scale: For every label a scale per cell; {JOINT: (b,)} where labels are joint.
+    """
+    expected = {JOINT} if model.strategy == "joint" else set(conditions)
+    if set(scale) != expected:
+        raise ValueError(f"scales must be given for {sorted(expected)} ({model.strategy}); got {sorted(scale)}")
+    parts = _cells_of_terms(conditions, scale, model)
+    stacked = torch.cat([rows for _, rows, _ in parts])
+    ids = {
+        label: torch.cat([
+            own[rows] if label in labels else torch.full_like(own[rows], model.n_classes[label])
+            for labels, rows, _ in parts
+        ])
+        for label, own in conditions.items()
+    }  # fmt: skip
+    network = model.at_one_time(ids) if one_time and isinstance(model, SharesTime) else _with_conditions(model, ids)
+    n_cells = len(next(iter(scale.values()), stacked))
+    if len(parts) == 1 and len(stacked) == n_cells and bool((parts[0][2] == 1).all()):
+        return network  # every cell once, in order, by itself
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        outputs = network(x[stacked], t[stacked])
+        total = torch.zeros_like(x, dtype=outputs.dtype)
+        start = 0
+        for _, rows, weight in parts:  # one term after the other: a sum in a fixed order, on a GPU too
+            part = outputs[start : start + len(rows)]
+            total[rows] += weight.to(part.dtype).view(-1, *[1] * (x.ndim - 1)) * part
+            start += len(rows)
+        return total
+
+    return predict
+
+
+def _cells_of_terms(
+    conditions: Mapping[str, Tensor], scale: PerCell, model: ConditionalModel
+) -> list[tuple[tuple[str, ...], Tensor, Tensor]]:
+    """Terms as (labels that are set, cells that need it, their weights); the weights of a cell add to 1."""
+    given = {label: ids != model.n_classes[label] for label, ids in conditions.items()}
+    if model.strategy == "joint":
+        some = torch.stack(list(given.values())).any(0) if given else torch.zeros_like(scale[JOINT], dtype=torch.bool)
+        weights = [(tuple(conditions), torch.where(some, scale[JOINT].double(), 0.0))]
+    else:
+        weights = [((label,), torch.where(given[label], scale[label].double(), 0.0)) for label in conditions]
+    if not weights:
+        raise ValueError("scales of each cell need at least one label")
+    null = 1 - torch.stack([w for _, w in weights]).sum(0)
+    found = []
+    for labels, weight in [((), null), *weights]:
+        rows = (weight.abs() > NOTHING).nonzero().squeeze(1)
+        if len(rows):
+            found.append((labels, rows, weight[rows]))
+    return found
+
+
 def guided_velocity(
     model: ConditionalModel,
     conditions: Mapping[str, Tensor],
     *,
-    scale: float | Mapping[str, float],
+    scale: float | Mapping[str, float] | PerCell,
     path: PathConfig,
     one_time: bool = False,
 ) -> Field:
-    """The guided velocity field, whatever the network predicts. Arguments as in `guided_prediction`."""
-    predict = guided_prediction(model, conditions, scale=scale, one_time=one_time)
+    """The guided velocity field, whatever the network predicts. Arguments as in `guided_prediction`; the scales may be
+    those of each cell."""
+    if isinstance(scale, Mapping) and any(isinstance(w, Tensor) for w in scale.values()):
+        predict = per_cell_prediction(model, conditions, scale, one_time=one_time)  # type: ignore[arg-type]
+    else:
+        predict = guided_prediction(model, conditions, scale=scale, one_time=one_time)  # type: ignore[arg-type]
     if path.prediction == "velocity":
         return predict
     return lambda x, t: to_velocity(predict(x, t), x, t, path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scldm.flow.config import PathConfig, SamplerConfig
-from scldm.flow.guidance import ConditionalModel, guided_velocity
+from scldm.flow.guidance import ConditionalModel, PerCell, guided_velocity
 from scldm.flow.path import sampling_interval
 from scldm.flow.solvers import solve_ode
 
@@ -30,6 +30,7 @@ def sample_latents(
     config: SamplerConfig,
     path: PathConfig,
     times: Sequence[float] | None = None,
+    scale: PerCell | None = None,
 ) -> Tensor:
     """Carry noise x0 (b, m, e) to latents (b, m, e).
 
@@ -40,10 +41,12 @@ def sample_latents(
         config: Solver, steps, tolerances and guidance.
         path: Path and prediction the network was trained with.
         times: Times to step through instead of equal steps.
+        scale: Guidance of each cell instead of the configuration's.
     """
     for label, ids in conditions.items():
         if ids.shape != x0.shape[:1]:
             raise ValueError(f"conditions[{label!r}] must have one id per cell, ({len(x0)},); got {tuple(ids.shape)}")
-    velocity = guided_velocity(model, conditions, scale=config.guidance, path=path, one_time=True)
+    guidance = config.guidance if scale is None else scale
+    velocity = guided_velocity(model, conditions, scale=guidance, path=path, one_time=True)
     grid = time_grid(config, path) if times is None else times
     return solve_ode(velocity, x0, grid, solver=config.solver, rtol=config.rtol, atol=config.atol).x

@@ -1,4 +1,4 @@
-"""ODE solvers for x' = v(x, t): explicit Runge-Kutta, with fixed steps or adaptive.
+"""ODE solvers for x' = v(x, t): explicit Runge-Kutta, with fixed steps or adaptive, and Adams-Bashforth.
 
 The velocity takes x (b, ...) and t (b,). Fixed-step solvers never read a tensor on the host, so that a GPU runs ahead.
 dopri5 picks one step for the whole batch from the root mean square of the scaled error, as torchdiffeq does, and reads
@@ -8,46 +8,21 @@ one number per step; a cell's result therefore depends, within the tolerances, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from scldm.flow.adams import solve_adams
 from scldm.flow.config import Solver
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
+from scldm.flow.runge_kutta import TABLEAUX as TABLEAUX
+from scldm.flow.runge_kutta import Solution, Tableau, Velocity, combined, stages_of, times_of
 
 MAX_STEPS = 10_000  # of dopri5, counting rejected ones
 MIN_STEP = 1e-10  # of dopri5: far below what fp32 can tell, so that only a singular field asks for it
 
-
-@dataclass(frozen=True)
-class Solution:
-    """The end of a trajectory."""
-
-    x: Tensor  # (b, ...)
-    nfe: int  # evaluations of the velocity
-
-
-@dataclass(frozen=True)
-class Tableau:
-    """Explicit Runge-Kutta: stage i is at t + c_i h and x + h sum_j a_ij k_j; the step is h sum_i b_i k_i."""
-
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-
-
-TABLEAUX: dict[str, Tableau] = {
-    "euler": Tableau(c=(0,), a=((),), b=(1,)),
-    "midpoint": Tableau(c=(0, 1 / 2), a=((), (1 / 2,)), b=(0, 1)),
-    "heun": Tableau(c=(0, 1), a=((), (1,)), b=(1 / 2, 1 / 2)),
-    "heun3": Tableau(c=(0, 1 / 3, 2 / 3), a=((), (1 / 3,), (0, 2 / 3)), b=(1 / 4, 0, 3 / 4)),
-    # Kutta's 3/8 rule, which is what torchdiffeq calls rk4.
-    "rk4": Tableau(c=(0, 1 / 3, 2 / 3, 1), a=((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), b=(1 / 8, 3 / 8, 3 / 8, 1 / 8)),
-}
 
 DOPRI5 = Tableau(
     c=(0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
@@ -106,10 +81,12 @@ def solve_ode(
         raise ValueError(f"times must hold a start and another end; got {list(times)}")
     if solver == "dopri5":
         return solve_dopri5(velocity, x0, times[0], times[-1], rtol=rtol, atol=atol)
+    if solver == "adams":
+        return solve_adams(velocity, x0, times)
     tableau, x = TABLEAUX[solver], x0
     for t, t_next in pairwise(times):
-        stages = _stages(velocity, x, t, t_next, tableau)
-        x = x + (t_next - t) * _combine(tableau.b, stages)
+        stages = stages_of(velocity, x, t, t_next, tableau)
+        x = x + (t_next - t) * combined(tableau.b, stages)
     return Solution(x=x, nfe=len(tableau.b) * (len(times) - 1))
 
 
@@ -162,17 +139,17 @@ def _dopri5_steps(
 ) -> Iterator[_Step]:
     """Accepted steps from t0 up to the one that reaches t1."""
     x, t, sign = x0, t0, math.copysign(1.0, t1 - t0)
-    first = velocity(x, _times(x, t))
+    first = velocity(x, times_of(x, t))
     size, nfe = _first_step(velocity, x, t, first, sign=sign, rtol=rtol, atol=atol), 2
     for _ in range(MAX_STEPS):
         ends = not overshoot and size >= abs(t1 - t)
         t_next = t1 if ends else t + sign * size
         if not ends and size < MIN_STEP * max(1.0, abs(t)):
             raise RuntimeError(f"dopri5: the step underflows at t = {t:.6g}; the field is singular or not finite there")
-        stages = _stages(velocity, x, t, t_next, DOPRI5, first=first)
+        stages = stages_of(velocity, x, t, t_next, DOPRI5, first=first)
         nfe += len(stages) - 1
-        x_next = x + (t_next - t) * _combine(DOPRI5.b, stages)
-        error = (t_next - t) * _combine(DOPRI5_ERROR, stages)
+        x_next = x + (t_next - t) * combined(DOPRI5.b, stages)
+        error = (t_next - t) * combined(DOPRI5_ERROR, stages)
         ratio = float(_rms(error / (atol + rtol * torch.maximum(x.abs(), x_next.abs()))))  # the one read per step
         size = abs(t_next - t) * _step_factor(ratio)
         if ratio <= 1:
@@ -181,30 +158,6 @@ def _dopri5_steps(
                 return
             x, t, first = x_next, t_next, stages[-1]  # the last stage is the first of the next step
     raise RuntimeError(f"dopri5: no end after {MAX_STEPS} steps, at t = {t:.6g}; rtol {rtol}, atol {atol}")
-
-
-def _times(x: Tensor, t: float) -> Tensor:
-    """(b,) in at least fp32: bfloat16 cannot tell 0.999 from 1."""
-    return torch.full(x.shape[:1], t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-
-
-def _stages(
-    velocity: Velocity, x: Tensor, t: float, t_next: float, tableau: Tableau, *, first: Tensor | None = None
-) -> list[Tensor]:
-    stages = [velocity(x, _times(x, t)) if first is None else first]
-    for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
-        # The end exactly: t + (t_next - t) may round to a time past it.
-        stage_t = t_next if c == 1 else t + c * (t_next - t)
-        stages.append(velocity(x + (t_next - t) * _combine(row, stages), _times(x, stage_t)))
-    return stages
-
-
-def _combine(weights: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
-    terms = [stage if weight == 1 else weight * stage for weight, stage in zip(weights, stages, strict=True) if weight]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -220,7 +173,7 @@ def _first_step(
     if not math.isfinite(d0 + d1):
         raise RuntimeError(f"dopri5: the start or the field is not finite at t = {t:.6g}")
     h0 = 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1
-    second = velocity(x + sign * h0 * first, _times(x, t + sign * h0))
+    second = velocity(x + sign * h0 * first, times_of(x, t + sign * h0))
     d2 = float(_rms((second - first) / scale)) / h0
     h1 = max(1e-6, 1e-3 * h0) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / 5)
     return min(100 * h0, h1)
@@ -237,7 +190,7 @@ def _step_factor(ratio: float) -> float:
 def _interpolate(x: Tensor, x_next: Tensor, stages: Sequence[Tensor], t: float, t_next: float, at: float) -> Tensor:
     """Fourth-order polynomial through the ends, their slopes and the middle of a step."""
     h, u = t_next - t, (at - t) / (t_next - t)
-    middle, f0, f1 = x + h * _combine(DOPRI5_MIDDLE, stages), stages[0], stages[-1]
+    middle, f0, f1 = x + h * combined(DOPRI5_MIDDLE, stages), stages[0], stages[-1]
     quartic = 2 * h * (f1 - f0) - 8 * (x_next + x) + 16 * middle
     cubic = h * (5 * f0 - 3 * f1) + 18 * x + 14 * x_next - 32 * middle
     square = h * (f1 - 4 * f0) - 11 * x - 5 * x_next + 16 * middle

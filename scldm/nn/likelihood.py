@@ -113,10 +113,3 @@ def scored_entries(cells: CellBatch, sample: GeneSample | None, dtype: torch.dty
     column = sample.position[column]
     kept = column >= 0
     return cell[kept], column[kept], counts[kept]
-
-
-def draw_counts(mu: Tensor, theta: Tensor, generator: torch.Generator) -> Tensor:
-    """Counts drawn from the negative binomial (a Poisson with a gamma rate), same shape as mu."""
-    shape = theta.expand_as(mu)
-    rate = torch._standard_gamma(shape, generator=generator) * (mu / shape)
-    return torch.poisson(rate, generator=generator)

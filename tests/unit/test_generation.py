@@ -5,9 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from pipeline.generation import Request, RequestRow, check_choice, n_shards, read_request
-from pipeline.job import GenerateConfig
-from pipeline.stage import InputError
+from pipeline.generation import Request, RequestRow, check_choice, genes_to_write, n_shards, read_request
+from pipeline.generation_plan import generation_lines
+from pipeline.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
+from pipeline.sizes import DataFacts
+from pipeline.stage import InputError, Manifest
 from scldm.vocabulary import LabelVocabulary, Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -78,3 +80,93 @@ def test_a_request_for_no_cells_is_one_empty_shard():
     assert nothing.n_cells == 0
     assert n_shards(nothing, 100) == 1
     assert nothing.slice(0, 0) == []
+
+
+def test_rows_may_set_guidance_and_library_size(tmp_path):
+    path = tmp_path / "conditions.csv"
+    path.write_text("cell_type,n_cells,guidance,guidance.donor_id,library_size\nB,3,2,,5000\nNK,1,,0.5,\n")
+    rows = request(conditions=str(path)).rows
+    assert [dict(r.guidance) for r in rows] == [{"": 2.0}, {"donor_id": 0.5}]
+    assert [r.library_size for r in rows] == [5000.0, None]
+    assert Request.of_plain(request(conditions=str(path)).as_plain()).rows == rows
+
+
+def test_a_parquet_table_with_numbers_for_classes_is_read(tmp_path):
+    vocabulary = Vocabulary(("g",), ("G",), (LabelVocabulary("day", ("1", "2")),))
+    path = tmp_path / "conditions.parquet"
+    pd.DataFrame({"day": [1.0, None, 2.0], "n_cells": [1, 2, 3]}).to_parquet(path)
+    rows = read_request(GenerateConfig(conditions=str(path)), vocabulary, {}).rows
+    assert [r.condition["day"] for r in rows] == ["1", None, "2"]
+
+
+def test_settings_that_do_not_fit_the_model_are_said_with_the_table(tmp_path):
+    with pytest.raises(InputError) as error:
+        request(
+            cells=[{"cell_type": "B", "n_cells": 1, "guidance.tissue": 2, "library_size": 0}],
+            genes=["g1", "A", "nope"],
+            sampler={"guidance": {"cell_typ": 2.0}},
+        )
+    message = str(error.value)
+    assert "guides 'tissue', and the model knows no such label" in message
+    assert "library_size must be numbers above 0; 1 are not, the first in row 1" in message
+    assert "no gene 'nope'" in message
+    assert "knows no label 'cell_typ'" in message
+    assert "names no scale for cell_type, donor_id" in message
+
+
+def test_genes_are_found_by_id_and_by_name_and_one_name_for_two_is_refused(tmp_path):
+    vocabulary = Vocabulary(("e1", "e2", "e3"), ("X", "Y", "Y"))
+    assert genes_to_write(None, vocabulary) is None
+    assert genes_to_write(["e3", "X"], vocabulary).tolist() == [0, 2]
+    (tmp_path / "genes.txt").write_text("X\n\ne2\n")
+    assert genes_to_write(str(tmp_path / "genes.txt"), vocabulary).tolist() == [0, 1]
+    with pytest.raises(InputError, match="Y is the name of 2 genes; give the id: e2, e3"):
+        genes_to_write(["Y"], vocabulary)
+    with pytest.raises(InputError, match="no file"):
+        genes_to_write(str(tmp_path / "none.txt"), vocabulary)
+
+
+def test_more_than_a_billion_cells_are_refused():
+    with pytest.raises(InputError, match="asks for 1,000,000,001 cells; at most 1,000,000,000"):
+        request(n_cells=10**9 + 1)
+
+
+# ---- what `scldm plan` says --------------------------------------------------------------------------------------
+DATA = DataFacts(n_genes=20_000, expressed=2_000)
+VAE = TrainVaeConfig.model_validate({"model": {"n_latent_tokens": 16, "latent_width": 16}})
+
+
+def planned(config: GenerateConfig, before=None, **resources) -> tuple[str, int]:
+    lines, size = generation_lines(config, DATA, VAE, ResourcesConfig(**resources), before)
+    return "\n".join(lines), size
+
+
+def test_plan_counts_cells_shards_and_bytes():
+    text, size = planned(GenerateConfig(n_cells=10**9), actors={"min": 2, "max": 8})
+    assert "1,000,000,000 cells in 40,000 shards" in text
+    assert "17.0 TB" in text
+    assert "2 to 8 actors" in text
+    assert size == 10**9 * (2_000 * 8 + 16 * 16 * 4)
+    assert "time unknown: no generation of this pipeline has finished" in text
+
+
+def test_plan_reckons_time_with_the_rate_of_the_last_generation():
+    config = GenerateConfig(n_cells=36_000)
+    facts = {"cells_per_s": 10.0, "n_cells": 500}
+    before = Manifest("generate", "abc", "", config.model_dump(mode="json"), {}, facts, 1.0, 1.0)
+    text, _ = planned(config, before)
+    assert "about 1h00m at 10 cells/s, which is what generate abc made (500 cells, with the same sampler" in text
+    other = GenerateConfig(n_cells=36_000, sampler={"steps": 99})
+    assert "with another sampler" in planned(other, before)[0]
+
+
+def test_plan_reads_the_table(tmp_path):
+    path = tmp_path / "conditions.csv"
+    path.write_text("cell_type,n_cells\nB,70000\nNK,5\n")
+    assert "70,005 cells in 3 shards" in planned(GenerateConfig(conditions=str(path)))[0]
+
+
+def test_a_range_of_actors_must_be_one():
+    with pytest.raises(ValueError, match=r"min \(3\) must not be more than max \(2\)"):
+        ResourcesConfig(actors={"min": 3, "max": 2})
+    assert (ResourcesConfig(actors=5).actors_min, ResourcesConfig(actors=5).actors_max) == (1, 5)

@@ -42,6 +42,19 @@ def test_a_fixed_step_solver_converges_at_its_order(solver):
     assert math.log2(error(20) / error(40)) == pytest.approx(ORDER[solver], abs=0.15)
 
 
+@pytest.mark.parametrize("uneven", [False, True])
+def test_adams_converges_at_third_order_with_one_evaluation_a_step(uneven):
+    x0 = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+
+    def error(n: int) -> float:
+        times = [t**1.5 for t in even_times(n)] if uneven else even_times(n)
+        solution = solve_ode(linear_field, x0, times, solver="adams")
+        assert solution.nfe == n + 2
+        return (solution.x - x0 * math.exp(-0.5)).abs().max().item()
+
+    assert math.log2(error(40) / error(80)) == pytest.approx(3, abs=0.3)
+
+
 @pytest.mark.parametrize("overshoot", [False, True])
 def test_dopri5_meets_its_tolerance_forwards_and_backwards(overshoot):
     x0 = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)

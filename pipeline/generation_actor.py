@@ -1,0 +1,169 @@
+"""What makes one shard: an actor that holds both models.
+
+The networks run in a thread of their own; the draw, the compression and the writing of one tile overlap with the next
+tile's. A shard is committed in three steps, and a process may die between any two of them: its file is written beside
+its name and flushed, renamed, and recorded. A shard without a record is made again, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from pipeline.faults import arm, fault_point
+from pipeline.generation import Request
+from pipeline.generation_progress import ShardProgress, count_attempt
+from pipeline.generation_recipe import recipe_of, row_guidance
+from pipeline.job import GenerateConfig
+from pipeline.overlap import ahead
+from pipeline.shard_file import ShardFile
+from pipeline.stage import write_json_atomic
+
+DEFAULT_AHEAD = 2  # tiles
+TRIES = 3  # of a shard whose file could not be written
+WAIT_SECONDS = 2.0
+
+
+def shard_name(shard: int) -> str:
+    return f"part-{shard:05d}.h5ad"
+
+
+class Generator:
+    """A Ray Data actor; also called without Ray, with the same effect.
+
+    Args:
+        spec: Plain data (`pipeline.stages.generate`): folders of the models, settings, the whole request.
+    """
+
+    def __init__(self, spec: dict[str, Any]):
+        import torch
+
+        from scldm.checkpoints.native import load_flow, load_vae
+        from scldm.generate import CellMaker
+
+        arm(spec["fault"])
+        torch.set_num_threads(spec["threads"])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.spec, self.folder = spec, Path(spec["folder"])
+        self.config = GenerateConfig.model_validate(spec["config"])
+        self.request = Request.of_plain(spec["request"])
+        vae = load_vae(Path(spec["vae"]), device=device)
+        flow = load_flow(Path(spec["flow"]), weights=self.config.sampler.weights, device=device)
+        self.vocabulary = flow.vocabulary
+        recipe = recipe_of(self.request, self.config, flow.vocabulary, flow.library_sizes, flow.dit.strategy)
+        genes = None if spec["genes"] is None else np.array(spec["genes"], dtype=np.int64)
+        self.genes = np.arange(flow.vocabulary.n_genes) if genes is None else genes
+        pool = ThreadPoolExecutor(spec["threads"]) if spec["threads"] > 1 else None
+        self.maker = CellMaker(
+            vae, flow, recipe, sampler=self.config.sampler, seed=self.config.seed, genes=genes, pool=pool
+        )
+        batch = self.config.batch_size
+        self.ahead = DEFAULT_AHEAD if batch is None else max(1, -(-batch // self.maker.tile))
+
+    def __call__(self, shards: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self.make(row["shard"]) for row in shards.to_pylist()])
+
+    def make(self, shard: int) -> dict[str, Any]:
+        """Write and commit a shard; its record. A write that fails is tried again."""
+        count_attempt(self.folder, shard, self.spec["run"])
+        for wait in (*(WAIT_SECONDS * 2**i for i in range(TRIES - 1)), None):
+            try:
+                return self._make(shard)
+            except OSError as error:
+                if wait is None:
+                    raise OSError(f"shard {shard} could not be written in {TRIES} tries: {error}") from error
+                print(f"shard {shard}: {error}; again in {wait:.0f} s", flush=True)
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _make(self, shard: int) -> dict[str, Any]:
+        file = shard_name(shard)
+        path = self.folder / file
+        tmp = path.with_name(f".{file}.{os.getpid()}.tmp")
+        n_cells = self._write(tmp, shard)
+        with tmp.open("rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        fault_point("generate.before_rename")
+        tmp.replace(path)
+        fault_point("generate.before_record")
+        record = {"shard": shard, "file": f"cells/{file}", "n_cells": n_cells, "sha256": sha256}
+        write_json_atomic(self.folder / f"{file}.json", record)
+        fault_point("generate.after_record")
+        return record
+
+    def _write(self, tmp: Path, shard: int) -> int:
+        start = shard * self.config.shard_size
+        stop = min(start + self.config.shard_size, self.request.n_cells)
+        latent_width = self.spec["latent_shape"][0] * self.spec["latent_shape"][1]
+        sizes: list[np.ndarray] = []
+        progress = ShardProgress(self.folder, shard)
+        with progress, ShardFile(tmp, n_genes=len(self.genes), latent_width=latent_width) as out:
+            for tile in ahead(self.maker.decoded(start, stop), self.ahead):
+                cells = self.maker.drawn(tile)
+                out.add(cells.counts, cells.latents)
+                sizes.append(cells.library_size)
+                progress.add(len(cells.cell_ids))
+                fault_point("generate.after_batch")
+            ids = np.arange(start, stop, dtype=np.int64)
+            library = np.concatenate([np.zeros(0, np.float32), *sizes])
+            out.finish(self._obs(ids, library, out, shard), self._var(), {"scldm": self.spec["provenance"]})
+        return len(ids)
+
+    def _obs(self, ids: np.ndarray, library: np.ndarray, out: ShardFile, shard: int) -> pd.DataFrame:
+        """The AnnData contract of generated cells (README: "Ask for cells")."""
+        rows = self.maker.recipe.rows(ids)
+        width = self.spec["digits"]
+        names = [f"{self.spec['prefix']}-{i:0{width}d}" for i in ids.tolist()]
+        obs = pd.DataFrame(index=pd.Index(names, dtype=str))
+        for label in self.vocabulary.labels:
+            codes = self.maker.recipe.conditions[label.name][rows]
+            codes = np.where(codes == label.null_id, -1, codes)
+            obs[label.name] = pd.Categorical.from_codes(codes, categories=list(label.classes))
+        obs["is_synthetic"] = True
+        obs["gen_shard"] = np.int32(shard)
+        obs["gen_index"] = ids
+        for column, values in self._guidance().items():
+            obs[column] = values[rows].astype(np.float32)
+        obs["library_size"] = library
+        obs["total_counts"] = out.total_counts.astype(np.int64)
+        obs["n_genes"] = out.n_expressed.astype(np.int32)
+        return obs
+
+    def _guidance(self) -> dict[str, np.ndarray]:
+        """Columns of the request's rows: one scale, and one for each label where any row's differ."""
+        labels = [x.name for x in self.vocabulary.labels]
+        scales = [row_guidance(r, self.config, labels) for r in self.request.rows]
+        single = [next(iter(w.values())) if len(set(w.values())) == 1 else np.nan for w in scales]
+        columns = {"guidance_scale": np.array(single if labels else [1.0] * len(scales))}
+        if np.isnan(columns["guidance_scale"]).any():
+            columns |= {f"guidance_scale.{x}": np.array([w[x] for w in scales]) for x in labels}
+        return columns
+
+    def _var(self) -> pd.DataFrame:
+        ids = [self.vocabulary.feature_ids[i] for i in self.genes]
+        names = [self.vocabulary.feature_names[i] for i in self.genes]
+        return pd.DataFrame({"feature_name": names}, index=pd.Index(ids, name="feature_id"))
+
+
+def committed(root: Path, folder: Path) -> list[dict[str, Any]]:
+    """Shards of an earlier attempt that still are what their record says."""
+    records = []
+    for path in sorted(folder.glob("part-*.h5ad.json")):
+        try:
+            record = json.loads(path.read_text())
+            with (root / record["file"]).open("rb") as f:
+                whole = hashlib.file_digest(f, "sha256").hexdigest() == record["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):  # no file, or a record that is none: made again
+            continue
+        if whole:
+            records.append(record)
+    return records

@@ -1,0 +1,151 @@
+"""Generation is killed at every point of a shard's commit, its shards are damaged, two jobs want one output: the same
+command again makes exactly the cells asked for, with the bytes of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import anndata
+import psutil
+import pytest
+from generation_case import REFUSED, generate, hashes, run_in_process, write_inputs
+
+from pipeline.faults import VARIABLE
+from pipeline.job import ResourcesConfig
+from pipeline.stage import InputError
+from pipeline.stages.generate import ray_pool
+
+pytestmark = pytest.mark.chaos
+KILLED = -signal.SIGKILL
+ASKED = {"cells": [{"cell_type": "T", "n_cells": 70}, {"donor": "d1", "n_cells": 50}], "shard_size": 30, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """Hashes of the shards of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    generate(folder, inputs, **ASKED)
+    found = hashes(folder)
+    assert len(found) == 4
+    return found
+
+
+def ends(process, timeout: float = 120) -> int:
+    process.join(timeout)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+POINTS = [
+    "generate.after_batch:n=3:kill",  # in the middle of the second shard
+    "generate.before_rename:n=2:kill",
+    "generate.before_record:n=2:kill",
+    "generate.after_record:n=4:kill",
+    "generate.before_manifest:kill",
+]
+
+
+def test_killed_at_any_point_the_same_command_gives_the_same_bytes(inputs, whole, tmp_path):
+    """One output, killed five times, each time at a later point; then left alone."""
+    for fault in POINTS:
+        folder = tmp_path / fault.split(":")[0]
+        assert ends(run_in_process(folder, inputs, fault, **ASKED)) == KILLED, fault
+        assert not (folder / "manifest.json").exists()
+        assert ends(run_in_process(folder, inputs, **ASKED)) == 0, fault
+        assert hashes(folder) == whole, fault
+        left = [p.name for p in (folder / "cells").iterdir() if p.name.startswith(".")]
+        assert not left, f"{fault} leaves {left}"
+    many = tmp_path / "many"
+    for fault in POINTS * 2:  # any number of kills
+        ends(run_in_process(many, inputs, fault.replace("n=2", "n=1").replace("n=4", "n=1"), **ASKED))
+    assert ends(run_in_process(many, inputs, **ASKED)) == 0
+    assert hashes(many) == whole
+
+
+def test_only_damaged_and_lost_shards_are_made_again(inputs, whole, tmp_path):
+    folder = tmp_path / "damaged"
+    generate(folder, inputs, **ASKED)
+    cells = folder / "cells"
+    (folder / "manifest.json").unlink()
+    (cells / "part-00000.h5ad").unlink()
+    bytes_ = bytearray((cells / "part-00001.h5ad").read_bytes())
+    bytes_[len(bytes_) // 2] ^= 1
+    (cells / "part-00001.h5ad").write_bytes(bytes_)
+    (cells / "part-00002.h5ad.json").write_text("{")
+    kept = (cells / "part-00003.h5ad").stat().st_mtime_ns
+    generate(folder, inputs, **ASKED)
+    assert hashes(folder) == whole
+    assert (cells / "part-00003.h5ad").stat().st_mtime_ns == kept
+
+
+def test_two_jobs_on_one_output_are_refused(inputs, whole, tmp_path):
+    folder = tmp_path / "shared"
+    first = run_in_process(folder, inputs, "generate.before_record:sleep=5", **ASKED)
+    while not (folder / "lock.json").is_file():
+        time.sleep(0.01)
+    assert ends(run_in_process(folder, inputs, **ASKED)) == REFUSED
+    said = (tmp_path / "shared.refused").read_text()
+    assert f"is being written by process {first.pid}" in said
+    assert ends(first) == 0
+    assert hashes(folder) == whole
+
+
+def test_wrong_labels_are_refused_all_at_once_and_leave_no_shard(inputs, tmp_path):
+    wrong = [{"cell_type": "NKK", "n_cells": 1}, {"cell_type": "B", "tissue": "lung", "n_cells": -1}]
+    with pytest.raises(InputError) as error:
+        generate(tmp_path / "wrong", inputs, cells=wrong, genes=["g1", "g99"])
+    for said in ("no class 'NKK' (did you mean 'NK'?)", "knows no label 'tissue'", "n_cells must be", "no gene 'g99'"):
+        assert said in str(error.value)
+    assert not (tmp_path / "wrong" / "cells").exists()
+
+
+def test_a_quarter_of_a_million_cells_and_one_more(inputs, tmp_path):
+    facts = generate(
+        tmp_path / "many", inputs, n_cells=250_001, shard_size=250_000, sampler={"solver": "euler", "steps": 1}
+    )
+    assert [s["n_cells"] for s in facts["shards"]] == [250_000, 1]
+    last = anndata.read_h5ad(tmp_path / "many" / facts["shards"][1]["file"])
+    assert last.obs["gen_index"].tolist() == [250_000]
+
+
+def kill_an_actor(cells: Path, killed: list[int]) -> None:
+    """SIGKILL to an actor that is in the middle of a shard: its file is there, under its temporary name."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for tmp in cells.glob(".part-*.tmp"):
+            pid = int(tmp.name.split(".")[-2])
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                return
+        time.sleep(0.01)
+
+
+def test_a_killed_actor_costs_nothing_but_time(inputs, whole, tmp_path, ray_cluster, monkeypatch):
+    """Under Ray, with two actors that each wait a moment in every shard."""
+    monkeypatch.setenv(VARIABLE, "generate.after_batch:n=1:sleep=1")
+    folder, killed = tmp_path / "ray", []
+    killer = threading.Thread(target=kill_an_actor, args=(folder / "cells", killed), daemon=True)
+    killer.start()
+
+    def two_actors(todo, spec, context):
+        context.resources = ResourcesConfig(cpus_per_worker=1, actors={"min": 1, "max": 2})
+        return ray_pool(todo, spec, context)
+
+    facts = generate(folder, inputs, pool=two_actors, **ASKED)
+    killer.join(timeout=5)
+    assert killed, "no actor was found to kill"
+    assert facts["n_cells"] == 120
+    assert hashes(folder) == whole
+    attempts = [json.loads(p.read_text()) for p in (folder / "cells").glob(".shard-*.attempts")]
+    assert not attempts
