@@ -25,6 +25,7 @@ import scipy.sparse as sp
 
 from pipeline.data.blocks import LABEL, SomaReader, SomaRows
 from pipeline.data.presence import GROUP
+from pipeline.faults import arm, fault_point
 from pipeline.generation_actor import shard_name
 from pipeline.stage import InputError, write_json_atomic
 from scldm.vocabulary import Vocabulary
@@ -74,6 +75,7 @@ class RowsActor:
 
         from scldm.generate import tile_cells
 
+        arm(spec["fault"])
         torch.set_num_threads(spec["threads"])
         self.spec, self.folder = spec, Path(spec["folder"])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,9 +99,11 @@ class RowsActor:
             with tmp.open("rb") as f:
                 os.fsync(f.fileno())
                 sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+            fault_point("cells.before_rename")
             tmp.replace(path)
         finally:
             tmp.unlink(missing_ok=True)
+        fault_point("cells.before_record")
         record = {"shard": shard, "file": f"cells/{file}", "n_cells": adata.n_obs, "sha256": sha256, "empty": n_empty}
         write_json_atomic(self.folder / f"{file}.json", record)
         return record

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from pipeline.data.genes import gene_lut, model_genes
 from pipeline.data.presence import GROUP, presence_of_cells
 from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.validate import did_you_mean, missing
+from pipeline.faults import VARIABLE, fault_point
 from pipeline.generation_actor import committed
 from pipeline.ingest_config import GenesConfig, IngestConfig
 from pipeline.progress import ProgressReader, ProgressWriter
@@ -79,6 +81,7 @@ def run_batches(
         "config": config.model_dump(mode="json"),
         "models": asdict(models),
         "seed": context.seed,
+        "fault": os.environ.get(VARIABLE, ""),
         "threads": threads_per_worker(context.resources),
         **{k: getattr(config, k) for k in ("batch_size", "max_genes", "empty_cells")},
         **{"genes_out": output.genes, "counts_out": output.counts, "mean_out": output.mean, "shapes": output.obsm},
@@ -92,6 +95,7 @@ def run_batches(
     if made + empty != len(rows):
         raise RuntimeError(f"{made + empty} cells were made instead of {len(rows)}; delete {folder} and run again")
     index = write_index(context.folder, records)
+    fault_point("cells.before_manifest")
     shutil.rmtree(context.folder / "soma", ignore_errors=True)  # a copy of the input, for the actors
     context.tracker.metrics({f"{stage}/cells": float(made), f"{stage}/shards": float(len(records))}, step=0)
     facts = {"schema_version": SCHEMA_VERSION, "cells": "cells", "shards": records, "index": index, "n_cells": made}
