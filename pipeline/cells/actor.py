@@ -58,6 +58,7 @@ class Maker(Protocol):
 
     vae: Any  # LoadedVAE
     vocabulary: Vocabulary
+    encodes: bool  # whether it looks at a cell's genes
     synthetic: bool  # whether the model made the cells
 
     def __call__(self, tile: Tile) -> Made: ...
@@ -121,7 +122,7 @@ class RowsActor:
                 kept.append(keep)
                 if keep.any():
                     mask = pa.array(keep)
-                    made.append(self._tile(part.filter(mask).combine_chunks()))
+                    made.append(self._tile(part.filter(mask).combine_chunks(), names[NAME].filter(mask)))
         keep = np.concatenate(kept) if kept else np.zeros(0, bool)
         obs = self._obs(rows.filter(pa.array(keep, pa.bool_())))
         return self._anndata(made, obs), int((~keep).sum())
@@ -150,7 +151,7 @@ class RowsActor:
             )
         return keep
 
-    def _tile(self, table: pa.Table) -> Made:
+    def _tile(self, table: pa.Table, names: pa.ChunkedArray) -> Made:
         from dataclasses import replace
 
         from pipeline.data.collate import measured_group, to_cell_batch
@@ -161,6 +162,8 @@ class RowsActor:
         if self.spec["max_genes"] is not None:
             seen = to_cell_batch(table, labels, max_genes=self.spec["max_genes"], seed=self.spec["seed"])
             seen = seen.to(self.device)
+        if self.maker.encodes:
+            self._require_room(seen, names)
         if self.measured is not None:
             measured = self.measured[measured_group(table).to(self.device)]
             cells, seen = replace(cells, measured=measured), replace(seen, measured=measured)
@@ -169,6 +172,18 @@ class RowsActor:
         if made.counts is None:
             made.obs["n_genes"] = cells.lengths.cpu().numpy().astype(np.int32)
         return made
+
+    def _require_room(self, seen: Any, names: pa.ChunkedArray) -> None:
+        """Models of upstream take so many tokens and no more."""
+        most = self.maker.vae.vae.config.genes_seq_len
+        if most is None or int(seen.lengths.max()) <= most:
+            return
+        long = (seen.lengths > most).cpu().numpy()
+        first = ", ".join(names.to_pandas()[long][:5])
+        raise InputError(
+            f"{int(long.sum())} cells express more genes than the {most} that model.vae takes (first: {first}; up to "
+            f"{int(seen.lengths.max())}); set max_genes={most}, which draws so many of them by seed"
+        )
 
     # ---- writing ---------------------------------------------------------------------------------------------------
     def _obs(self, rows: pa.Table) -> pd.DataFrame:

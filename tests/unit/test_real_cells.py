@@ -340,6 +340,16 @@ def test_settings_that_would_be_ignored_are_refused(stage, wrong, said):
         STAGE_CONFIGS[stage].model_validate({"source": {"type": "synthetic"}, **wrong})
 
 
+def test_a_cell_with_more_genes_than_a_model_of_upstream_takes_is_named(place, tmp_path):
+    model = {"vae": str(write_vae(tmp_path / "upstream", CELL_TYPES, DONORS, genes_seq_len=4))}
+    message = refused(place, tmp_path, "embed", model=model)
+    cells = real_cells()[:40]
+    expressed = np.asarray((cells[:, 1:7].X > 0).sum(1)).ravel()
+    assert f"(first: {cells.obs_names[expressed > 4][0]}" in message
+    assert "set max_genes=4" in message
+    assert made(place, tmp_path, "embed", name="few", model=model, max_genes=4).n_obs == 70
+
+
 def test_unmeasured_genes_are_left_out_of_likelihood_and_mean(place, tmp_path):
     cells = real_cells()[:, [g != "g5" for g in real_cells().var_names]].copy()
     source = {"type": "h5ad", "path": str(write_cells(tmp_path / "few.h5ad", cells))}
