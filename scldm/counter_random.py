@@ -25,7 +25,7 @@ TO_UNIT = 2.0**-32
 
 
 @numba.njit(cache=True, nogil=True)
-def philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+def philox(c0, c1, c2, c3, k0, k1):
     """Four random words (as uint64, each < 2^32) of a counter and a key (uint64, each < 2^32)."""
     for _ in range(10):
         p0, p1 = M0 * c0, M1 * c2
@@ -35,7 +35,7 @@ def philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _normals(out, cells, k0, k1, stream):  # type: ignore[no-untyped-def]
+def _normals(out, cells, k0, k1, stream):
     """Fill out (b, n) by Box and Muller's method: four words make four normals."""
     n = out.shape[1]
     for row in range(out.shape[0]):

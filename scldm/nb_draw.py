@@ -28,7 +28,7 @@ MOST = float(2**31 - 1)
 
 
 @numba.njit(cache=True, nogil=True)
-def _uniforms(gene, low, high, stream, n, k0, k1):  # type: ignore[no-untyped-def]
+def _uniforms(gene, low, high, stream, n, k0, k1):
     """The n-th pair of uniforms in (0, 1) of a gene of a cell, of 53 bits."""
     w0, w1, w2, w3 = philox(gene, low, high, stream + SEQUENCE + (np.uint64(n) << np.uint64(12)), k0, k1)
     a = ((w0 << np.uint64(21)) ^ (w1 >> np.uint64(11))) + 0.5
@@ -37,7 +37,7 @@ def _uniforms(gene, low, high, stream, n, k0, k1):  # type: ignore[no-untyped-de
 
 
 @numba.njit(cache=True, nogil=True)
-def _inverted(v, mu, theta):  # type: ignore[no-untyped-def]
+def _inverted(v, mu, theta):
     """The smallest k with P(X > k) <= v."""
     log_zero = -theta * math.log1p(mu / theta)
     above = -math.expm1(log_zero)  # P(X > 0)
@@ -50,7 +50,7 @@ def _inverted(v, mu, theta):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _gamma(shape, gene, low, high, stream, n, k0, k1):  # type: ignore[no-untyped-def]
+def _gamma(shape, gene, low, high, stream, n, k0, k1):
     """Gamma of unit scale (Marsaglia and Tsang 2000), and the next free n."""
     boost, a = 1.0, shape
     if a < 1.0:
@@ -70,7 +70,7 @@ def _gamma(shape, gene, low, high, stream, n, k0, k1):  # type: ignore[no-untype
 
 
 @numba.njit(cache=True, nogil=True)
-def _poisson(rate, gene, low, high, stream, n, k0, k1):  # type: ignore[no-untyped-def]
+def _poisson(rate, gene, low, high, stream, n, k0, k1):
     """Poisson: the distribution function followed up, or transformed rejection (Hörmann 1993, PTRS) from 10 on."""
     if rate < 10.0:
         u, _ = _uniforms(gene, low, high, stream, n, k0, k1)
@@ -99,7 +99,7 @@ def _poisson(rate, gene, low, high, stream, n, k0, k1):  # type: ignore[no-untyp
 
 
 @numba.njit(cache=True, nogil=True)
-def _rows(mu, theta, genes, cells, k0, k1, stream, out_gene, out_count, n_out):  # type: ignore[no-untyped-def]
+def _rows(mu, theta, genes, cells, k0, k1, stream, out_gene, out_count, n_out):
     """Draw rows; `out_gene` and `out_count` (b, p) hold a row's non-zeros first, `n_out` (b,) how many."""
     for row in range(mu.shape[0]):
         low, high, of = cells[row] & MASK, cells[row] >> SHIFT, row if theta.shape[0] > 1 else 0

@@ -213,9 +213,9 @@ def guided_velocity(
     """The guided velocity field, whatever the network predicts. Arguments as in `guided_prediction`; the scales may be
     those of each cell."""
     if isinstance(scale, Mapping) and any(isinstance(w, Tensor) for w in scale.values()):
-        predict = per_cell_prediction(model, conditions, scale, one_time=one_time)  # type: ignore[arg-type]
+        predict = per_cell_prediction(model, conditions, scale, one_time=one_time)
     else:
-        predict = guided_prediction(model, conditions, scale=scale, one_time=one_time)  # type: ignore[arg-type]
+        predict = guided_prediction(model, conditions, scale=scale, one_time=one_time)
     if path.prediction == "velocity":
         return predict
     return lambda x, t: to_velocity(predict(x, t), x, t, path)

@@ -26,6 +26,9 @@ from pipeline.stages.generate import run
 
 HERE = Path(__file__).resolve().parent
 LABELS = (CELL_TYPES, DONORS)
+# The server knows no path but that of the environment, and passes in silence over what it cannot import.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["generation_case"])
 REFUSED = 2
