@@ -16,6 +16,7 @@ import pytest
 import scanpy as sc
 import zarr
 from cell_stages import models, run_stage, write_soma
+from generation_case import generate, write_inputs
 from typer.testing import CliRunner
 
 import scldm
@@ -373,3 +374,23 @@ def test_a_newer_manifest_is_refused_by_every_command(folder, tmp_path):
         assert "upgrade it" in result.output
     with pytest.raises(CellsError):
         scldm.open_cells(folder)
+
+
+def test_what_the_generate_stage_made_is_opened_and_counted_against_its_request(tmp_path):
+    inputs = write_inputs(tmp_path / "inputs")
+    place, ingest = tmp_path / "line" / "generate" / "g1", tmp_path / "line" / "ingest" / "0"
+    ingest.parent.mkdir(parents=True)
+    shutil.copytree(tmp_path / "inputs" / "ingest", ingest)
+    write_manifest(Manifest("ingest", "0", str(ingest), {}, {}, inputs["ingest"].facts, 1.0, 1.0))
+    asked = {"cells": [{"cell_type": "T", "n_cells": 70}, {"donor": "d1", "n_cells": 50}], "shard_size": 32}
+    facts = generate(place, inputs, **asked)
+    config = GenerateConfig.model_validate(asked).model_dump(mode="json")
+    write_manifest(Manifest("generate", "g1", str(place), config, {"ingest": "0"}, facts, 1.0, 1.0))
+    cells = scldm.open_cells(place)
+    assert cells.shape == (120, 6)
+    assert cells.where(cell_type="T").n_obs == 70
+    assert cells.where(cell_type=None, donor="d1").n_obs == 50
+    shards = [anndata.read_h5ad(p) for p in sorted((place / "cells").glob("*.h5ad"))]
+    equal(cells[:], anndata.concat(shards, merge="same", uns_merge="same"))
+    verdict = verify(place)
+    assert (verdict.problems, verdict.not_checked) == ([], [])
