@@ -1,4 +1,4 @@
-"""The commands `scldm cells head | verify | concat | export`: cells of a finished stage, looked at, checked, carried on.
+"""The commands `scldm cells head | verify | concat | export`: cells of a finished stage, seen, checked, carried on.
 
 Exit codes: 0 done, 1 what `verify` found, 2 a folder that holds no finished stage of cells.
 """
@@ -58,7 +58,7 @@ def verify(
         Path | None, typer.Option("--json", metavar="FILE", help="Write what was found there too.")
     ] = None,
 ) -> None:
-    """Check every byte: sizes, sha256, names, counts, NaN, and the number of cells of each condition that was asked for.
+    """Check every byte: sizes, sha256, names, counts, NaN, and that each condition has the cells asked for.
 
     Example: `scldm cells verify runs/demo/generate/1a2b3c4d5e6f --json verdict.json`
     """

@@ -22,6 +22,9 @@ POINTS: dict[str, str] = {
     "generate.before_record": "a shard has its name, and no record yet",
     "generate.after_record": "a shard and its record are committed",
     "generate.before_manifest": "all shards are committed, the stage's manifest is not written",
+    "cells.before_rename": "embed, reconstruct, perturb, log_likelihood: a shard is whole, under its temporary name",
+    "cells.before_record": "the same: a shard has its name, and no record yet",
+    "cells.before_manifest": "the same: all shards and the index are there, the stage's manifest is not written",
 }
 
 

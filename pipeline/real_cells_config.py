@@ -70,8 +70,8 @@ class RealCellsConfig(StrictModel):
     likelihood always scores all."""
     shard_size: int = Field(25_000, ge=1, le=250_000)
     batch_size: PositiveInt = 2048
-    """Cells that an actor has read at once. It decides memory, never a number: the networks see tiles of 32 cells (1,024
-    on a GPU), cut by the cells' place in the shard."""
+    """Cells that an actor has read at once. It decides memory, never a number: the networks see tiles of 32 cells (up
+    to 1,024 on a GPU), cut by the cells' place in the shard."""
 
     @property
     def uses_flow(self) -> bool:
@@ -119,8 +119,8 @@ class PerturbConfig(UnknownLabelsConfig):
     """Labels that change, and to what: {cytokine: IFN-beta}; null takes the label away. The others stay the cell's."""
     start: Literal["latents", "noise"] = "latents"
     """latents: the flow is run backwards from the cell's latents, under its own labels and without guidance, to the
-    noise that they come from, and forwards under the new ones. noise: forwards from fresh noise of the cell; of the cell
-    itself only labels and library size are used."""
+    noise that they come from, and forwards under the new ones. noise: forwards from fresh noise; of the cell itself
+    only labels and library size are used."""
     flow: FlowConfig = FlowConfig()
     guidance: dict[str, float] | float = 1.0
     """Of the way forwards, as generate.sampler.guidance."""

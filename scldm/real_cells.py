@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from scldm.checkpoints.native import LoadedFlow
+from scldm.counter_random import normals
 from scldm.flow.config import SamplerConfig
 from scldm.flow.guidance import guided_velocity
 from scldm.flow.likelihood import log_likelihood, rademacher
 from scldm.flow.sampler import sample_latents, time_grid
+from scldm.nb_draw import draw_counts
 from scldm.nn.vae import CountDistribution
 from scldm.random import generator
 
@@ -26,7 +28,7 @@ NOISE, COUNTS, PROBE = 21, 22, 23  # streams of a cell's randomness; generated c
 
 
 def draw_sparse(decoded: CountDistribution, cell_ids: Sequence[int], *, seed: int) -> sp.csr_matrix:
-    """Counts drawn from the decoder's negative binomial (a Poisson with a gamma rate), (b, g) int32.
+    """Counts drawn from the decoder's negative binomial, (b, g) int32.
 
     Raises:
         FloatingPointError: means that are not finite, with the cells.
@@ -36,19 +38,15 @@ def draw_sparse(decoded: CountDistribution, cell_ids: Sequence[int], *, seed: in
         raise FloatingPointError(
             f"the decoder gave no finite means for cells {bad[:5].tolist()}; the model is not usable"
         )
-    mu, theta = decoded.mu.double().cpu().numpy(), decoded.theta.double().cpu().numpy()
-    rows = []
-    for row, cell in enumerate(cell_ids):
-        of_cell = theta if theta.ndim == 1 else theta[row]
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, COUNTS, int(cell)])))
-        rows.append(sp.csr_matrix(rng.poisson(rng.gamma(of_cell, mu[row] / of_cell)).astype(np.int32)[None]))
-    return sp.vstack(rows, format="csr")
+    mu, theta = decoded.mu.float().cpu().numpy(), decoded.theta.float().cpu().numpy()
+    return draw_counts(mu, theta, np.asarray(cell_ids), seed=seed, stream=COUNTS)
 
 
 def fresh_noise(flow: LoadedFlow, cell_ids: Sequence[int], *, seed: int) -> Tensor:
     """Noise of each cell, (b, m, e)."""
     shape = (flow.n_latent_tokens, flow.latent_width)
-    return torch.stack([torch.randn(shape, generator=generator(seed, NOISE, int(i))) for i in cell_ids])
+    flat = normals(np.asarray(cell_ids), shape[0] * shape[1], seed=seed, stream=NOISE)
+    return torch.from_numpy(flat).unflatten(1, shape)
 
 
 def to_noise(flow: LoadedFlow, z: Tensor, conditions: Mapping[str, Tensor], sampler: SamplerConfig) -> Tensor:

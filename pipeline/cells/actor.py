@@ -25,12 +25,12 @@ import scipy.sparse as sp
 
 from pipeline.data.blocks import LABEL, SomaReader, SomaRows
 from pipeline.data.presence import GROUP
+from pipeline.faults import arm, fault_point
+from pipeline.generation_actor import shard_name
 from pipeline.stage import InputError, write_json_atomic
 from scldm.vocabulary import Vocabulary
 
 NAME, JOINID = "obs_name", "soma_joinid"
-CPU_TILE, GPU_TILE = 32, 1024  # cells
-GPU_DECODE_BYTES = 2**30  # that the outputs of the decoder for a tile may take
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Made:
 class Maker(Protocol):
     """A stage's own part: holds models, turns tiles into what is written. class `Maker` of its module."""
 
+    vae: Any  # LoadedVAE
     vocabulary: Vocabulary
+    encodes: bool  # whether it looks at a cell's genes
     synthetic: bool  # whether the model made the cells
 
     def __call__(self, tile: Tile) -> Made: ...
@@ -72,13 +74,16 @@ class RowsActor:
     def __init__(self, spec: dict[str, Any]):
         import torch
 
+        from scldm.generate import tile_cells
+
+        arm(spec["fault"])
         torch.set_num_threads(spec["threads"])
         self.spec, self.folder = spec, Path(spec["folder"])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.reader = SomaReader(**{**spec["reader"], "labels": tuple(spec["reader"]["labels"])})
         self.maker: Maker = importlib.import_module(f"pipeline.stages.{spec['stage']}").Maker(spec, self.device)
         self.measured = None if spec["measured"] is None else torch.from_numpy(spec["measured"]).to(self.device)
-        self.tile = tile_cells(self.maker.vocabulary.n_genes, self.device.type)
+        self.tile = tile_cells(self.maker.vae, self.device)
         self.read_at_once = -(-spec["batch_size"] // self.tile) * self.tile
 
     def __call__(self, shards: pa.Table) -> pa.Table:
@@ -87,7 +92,7 @@ class RowsActor:
     def make(self, shard: int) -> dict[str, Any]:
         """Write and commit a shard; its record."""
         adata, n_empty = self.shard(shard)
-        file = f"part-{shard:05d}.h5ad"
+        file = shard_name(shard)
         path = self.folder / file
         tmp = path.with_name(f".{file}.{os.getpid()}.tmp")
         try:
@@ -95,9 +100,11 @@ class RowsActor:
             with tmp.open("rb") as f:
                 os.fsync(f.fileno())
                 sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+            fault_point("cells.before_rename")
             tmp.replace(path)
         finally:
             tmp.unlink(missing_ok=True)
+        fault_point("cells.before_record")
         record = {"shard": shard, "file": f"cells/{file}", "n_cells": adata.n_obs, "sha256": sha256, "empty": n_empty}
         write_json_atomic(self.folder / f"{file}.json", record)
         return record
@@ -115,7 +122,7 @@ class RowsActor:
                 kept.append(keep)
                 if keep.any():
                     mask = pa.array(keep)
-                    made.append(self._tile(part.filter(mask).combine_chunks()))
+                    made.append(self._tile(part.filter(mask).combine_chunks(), names[NAME].filter(mask)))
         keep = np.concatenate(kept) if kept else np.zeros(0, bool)
         obs = self._obs(rows.filter(pa.array(keep, pa.bool_())))
         return self._anndata(made, obs), int((~keep).sum())
@@ -139,12 +146,12 @@ class RowsActor:
         if not keep.all() and self.spec["empty_cells"] == "error":
             names = rows[NAME].to_pandas()[~keep]
             raise InputError(
-                f"{len(names)} cells express none of the model's genes (first: {', '.join(map(str, names[:5]))}); leave "
-                "them out with empty_cells: drop, or check genes.match"
+                f"{len(names)} cells express none of the model's genes (first: {', '.join(map(str, names[:5]))}); "
+                "leave them out with empty_cells: drop, or check genes.match"
             )
         return keep
 
-    def _tile(self, table: pa.Table) -> Made:
+    def _tile(self, table: pa.Table, names: pa.ChunkedArray) -> Made:
         from dataclasses import replace
 
         from pipeline.data.collate import measured_group, to_cell_batch
@@ -155,6 +162,8 @@ class RowsActor:
         if self.spec["max_genes"] is not None:
             seen = to_cell_batch(table, labels, max_genes=self.spec["max_genes"], seed=self.spec["seed"])
             seen = seen.to(self.device)
+        if self.maker.encodes:
+            self._require_room(seen, names)
         if self.measured is not None:
             measured = self.measured[measured_group(table).to(self.device)]
             cells, seen = replace(cells, measured=measured), replace(seen, measured=measured)
@@ -164,10 +173,22 @@ class RowsActor:
             made.obs["n_genes"] = cells.lengths.cpu().numpy().astype(np.int32)
         return made
 
+    def _require_room(self, seen: Any, names: pa.ChunkedArray) -> None:
+        """Models of upstream take so many tokens and no more."""
+        most = self.maker.vae.vae.config.genes_seq_len
+        if most is None or int(seen.lengths.max()) <= most:
+            return
+        long = (seen.lengths > most).cpu().numpy()
+        first = ", ".join(names.to_pandas()[long][:5])
+        raise InputError(
+            f"{int(long.sum())} cells express more genes than the {most} that model.vae takes (first: {first}; up to "
+            f"{int(seen.lengths.max())}); set max_genes={most}, which draws so many of them by seed"
+        )
+
     # ---- writing ---------------------------------------------------------------------------------------------------
     def _obs(self, rows: pa.Table) -> pd.DataFrame:
         """Names and columns of the input, in its order."""
-        obs = pd.DataFrame(index=pd.Index(rows[NAME].to_pandas().astype(str), name=None))
+        obs = pd.DataFrame(index=pd.Index(rows[NAME].to_pylist(), dtype=str))
         for column in self.spec["obs_columns"]:
             values = rows["obs:" + column].to_pandas()
             categories = self.spec["categories"].get(column)
@@ -203,28 +224,3 @@ class RowsActor:
             layers["mean"] = np.concatenate([np.zeros((0, len(var)), np.float32), *(m.layers["mean"] for m in made)])
         uns = {"scldm": json.loads(json.dumps(self.spec["provenance"]))}
         return anndata.AnnData(x, obs=obs, var=var, obsm=obsm, layers=layers, uns=uns)
-
-
-def tile_cells(n_genes: int, device: str) -> int:
-    """Cells of a tile: a power of two that depends on the model and the kind of device, never on free memory."""
-    if device == "cpu":
-        return CPU_TILE
-    tile = GPU_TILE
-    while tile > CPU_TILE and tile * n_genes * 4 * 5 > GPU_DECODE_BYTES:
-        tile //= 2
-    return tile
-
-
-def committed(root: Path, folder: Path) -> list[dict[str, Any]]:
-    """Records of shards of an earlier attempt that still are what their record says."""
-    records = []
-    for path in sorted(folder.glob("part-*.h5ad.json")):
-        try:
-            record = json.loads(path.read_text())
-            with (root / record["file"]).open("rb") as f:
-                whole = hashlib.file_digest(f, "sha256").hexdigest() == record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):  # no file, or a record that is none: made again
-            continue
-        if whole:
-            records.append(record)
-    return records

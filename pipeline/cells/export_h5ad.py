@@ -54,7 +54,8 @@ def export_h5ad(cells: Cells, out: Path) -> None:
 
 def _copy(cells: Cells, out: h5py.File) -> None:
     """X, obsm and layers of all shards."""
-    n_values, dense = 0, {}
+    n_values, has_x = 0, False
+    dense: dict[str, Any] = {}  # name -> (shape behind the cells, type)
     for shard in cells.shards:
         with h5py.File(shard.path, "r") as f:
             n_values += len(f["X/data"]) if "X" in f else 0

@@ -32,7 +32,7 @@ def requested_cells(manifest: CellsManifest) -> dict[Condition, int]:
     data = Ingested.open(ingest)
     try:
         config = GenerateConfig.model_validate(manifest.raw["config"])
-        compositions = {config.like: data.composition(config.like)} if config.like else {}
+        compositions = {str(config.like): data.composition(config.like)} if config.like else {}
         request = read_request(config, data.vocabulary, compositions)
     except (InputError, ValueError, KeyError) as error:
         raise CannotTell(f"the request cannot be read again ({str(error).splitlines()[0]})") from error

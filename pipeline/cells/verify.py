@@ -1,4 +1,4 @@
-"""Is every cell of a finished stage there, whole, and what was asked for? All problems are found, one shard at a time."""
+"""Is every cell of a finished stage there, whole, and what was asked for? All problems, one shard at a time."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from pipeline.stages.cell_batches import Output, Pool, run_batches
 class Maker:
     """The stage's part of an actor."""
 
+    encodes = True
     synthetic = False
 
     def __init__(self, spec: dict[str, Any], device: Any):

@@ -25,6 +25,7 @@ class Maker:
     def __init__(self, spec: dict[str, Any], device: Any):
         self.config = PerturbConfig.model_validate(spec["config"])
         self.vae, self.flow = load_models(spec["models"], device, weights=self.config.flow.weights, counts=True)
+        self.encodes = self.config.start == "latents"
         self.vocabulary, self.seed = self.vae.vocabulary, spec["seed"]
 
     def __call__(self, tile: Tile) -> Made:

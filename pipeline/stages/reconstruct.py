@@ -17,6 +17,7 @@ MOST_DENSE_BYTES = 4 << 30  # of means in one shard
 class Maker:
     """The stage's part of an actor."""
 
+    encodes = True
     synthetic = True
 
     def __init__(self, spec: dict[str, Any], device: Any):

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from small_models import CELL_TYPES, DONORS, GENES, write_flow, write_vae
 
 from pipeline.cells.actor import RowsActor
+from pipeline.data.soma import write_experiment
 from pipeline.job import STAGE_CONFIGS
 from pipeline.resources import ResourcesConfig
 from pipeline.stage import Manifest, StageContext, write_manifest
@@ -50,6 +51,15 @@ def real_cells(n: int = 70, seed: int = 0) -> anndata.AnnData:
 def write_cells(path: Path, adata: anndata.AnnData | None = None) -> Path:
     (real_cells() if adata is None else adata).write_h5ad(path)
     return path
+
+
+def write_soma(folder: Path) -> dict[str, Any]:
+    """The same cells as a SOMA experiment, which a job reads where it is; the source, as a job names it."""
+    adata = real_cells()
+    obs = adata.obs.reset_index(names="obs_id")
+    ids = list(adata.var_names)
+    var = pd.DataFrame({"feature_id": ids, "feature_name": ids, "feature_length": 0})
+    return {"type": "soma", "uri": write_experiment(folder, obs, var, [adata.X]).uri}
 
 
 def here(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
