@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.actors import actor_pool
+from pipeline.cells.index import write_index
 from pipeline.data.ingested import Ingested
 from pipeline.faults import VARIABLE, fault_point
 from pipeline.generation import Request, genes_to_write, n_shards, read_request
@@ -51,7 +52,7 @@ def ray_pool(todo: list[int], spec: dict[str, Any], context: StageContext) -> It
 
 
 def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) -> dict[str, Any]:
-    """Facts: cells (folder), shards (file, n_cells, sha256), n_cells, request_digest, notes, cells_per_s."""
+    """Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, request_digest, notes, cells_per_s."""
     data = Ingested.open(context.inputs["ingest"])
     request = read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
     folder = context.folder / "cells"
@@ -79,6 +80,7 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     )
     fault_point("generate.before_manifest")
     facts = {"cells": "cells", "shards": records, "n_cells": made, "request_digest": request.digest}
+    facts["index"] = write_index(context.folder, records)
     facts |= {"notes": spec["provenance"]["notes"], "vae": os.path.relpath(spec["vae"], context.folder)}
     return facts | ({"cells_per_s": round(rate, 2)} if todo else {})
 
