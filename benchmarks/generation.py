@@ -39,6 +39,7 @@ from rounds import markdown
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.sampler import sample_latents
 
+N_CELLS = 32  # of an end-to-end row: one tile
 SAME = SamplerConfig(solver="dopri5", rtol=1e-5, atol=1e-5)
 
 
@@ -124,12 +125,12 @@ def main() -> None:
         return
     size: Size = QUICK if a.quick else UPSTREAM
     rows: list[Row] = []
-    more: dict[str, object] = {"cells": 64}
+    more: dict[str, object] = {"cells": N_CELLS}
     if a.only in (None, "speed"):
         with tempfile.TemporaryDirectory() as root:
             pair = build_pair(size, Path(root))
-            rows += speed_rows(pair, 64, 1 if a.quick else 3)
-            phases = [our_phases(our_actor(pair, 64, SamplerConfig())) for _ in range(1 if a.quick else 3)]
+            rows += speed_rows(pair, N_CELLS, 1 if a.quick else 5)
+            phases = [our_phases(our_actor(pair, N_CELLS, SamplerConfig())) for _ in range(1 if a.quick else 5)]
             more["phases"] = {k: float(f"{statistics.median(p[k] for p in phases):.4g}") for k in phases[0]}
             more["latent_errors"] = latent_errors(pair, 16)
     if a.only in (None, "memory"):

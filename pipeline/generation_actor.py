@@ -1,8 +1,8 @@
 """What makes one shard: an actor that holds both models.
 
-The networks run in a thread of their own; the draw, the compression and the writing of one tile overlap with the next
-tile's. A shard is committed in three steps, and a process may die between any two of them: its file is written beside
-its name and flushed, renamed, and recorded. A shard without a record is made again, to the same bytes.
+The draw, the compression and the writing of a tile have a thread of their own, beside the networks of the next tile. A
+shard is committed in three steps, and a process may die between any two of them: its file is written beside its name and
+flushed, renamed, and recorded. A shard without a record is made again, to the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +24,12 @@ from pipeline.generation import Request
 from pipeline.generation_progress import ShardProgress, count_attempt
 from pipeline.generation_recipe import recipe_of, row_guidance
 from pipeline.job import GenerateConfig
-from pipeline.overlap import ahead
+from pipeline.overlap import Behind
 from pipeline.shard_file import ShardFile
 from pipeline.stage import write_json_atomic
+
+if TYPE_CHECKING:
+    from scldm.generate import DecodedTile
 
 DEFAULT_AHEAD = 2  # tiles
 TRIES = 3  # of a shard whose file could not be written
@@ -106,13 +109,18 @@ class Generator:
         latent_width = self.spec["latent_shape"][0] * self.spec["latent_shape"][1]
         sizes: list[np.ndarray] = []
         progress = ShardProgress(self.folder, shard)
+
+        def add(tile: DecodedTile) -> None:
+            cells = self.maker.drawn(tile)
+            out.add(cells.counts, cells.latents)
+            sizes.append(cells.library_size)
+            progress.add(len(cells.cell_ids))
+            fault_point("generate.after_batch")
+
         with progress, ShardFile(tmp, n_genes=len(self.genes), latent_width=latent_width) as out:
-            for tile in ahead(self.maker.decoded(start, stop), self.ahead):
-                cells = self.maker.drawn(tile)
-                out.add(cells.counts, cells.latents)
-                sizes.append(cells.library_size)
-                progress.add(len(cells.cell_ids))
-                fault_point("generate.after_batch")
+            with Behind(self.ahead) as writer:
+                for tile in self.maker.decoded(start, stop):
+                    writer.do(add, tile)
             ids = np.arange(start, stop, dtype=np.int64)
             library = np.concatenate([np.zeros(0, np.float32), *sizes])
             out.finish(self._obs(ids, library, out, shard), self._var(), {"scldm": self.spec["provenance"]})

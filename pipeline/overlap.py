@@ -1,51 +1,44 @@
-"""Two halves of a job at once: a thread makes the next thing while the caller uses this one."""
+"""Two halves of a job at once: the caller makes the next thing while a thread deals with this one.
+
+It is the second half that gets the thread: torch computes a third slower in any thread but the first, whose memory
+comes from pools of its own that are handed back to the system after every layer.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from collections.abc import Iterator
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
 
 
-def ahead(items: Iterator[T], n: int) -> Iterator[T]:
-    """The items, made in a thread, at most n of them waiting. Errors of the maker are raised here.
+class Behind:
+    """Does one thing after the other, in order, in a thread: `with Behind(2) as behind: behind.do(write, tile)`.
 
-    The thread ends with the iterator, also where that is left half-way.
+    Leaving waits until all is done; leaving by an error drops what has not begun.
+
+    Args:
+        most: Things that may wait or be under way; `do` waits while there are so many.
     """
-    ready: queue.Queue[Any] = queue.Queue(n)
-    over = threading.Event()
 
-    def put(kind: str, item: Any) -> None:
-        while not over.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put((kind, item), timeout=0.2)
-                return
+    def __init__(self, most: int):
+        self._most = most
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
+        self._given: deque[Future[Any]] = deque()
 
-    def work() -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def do(self, function: Callable[..., Any], *args: Any) -> None:
+        """Hand over. Raises the error of something that was handed over before."""
+        while self._given and (self._given[0].done() or len(self._given) >= self._most):
+            self._given.popleft().result()
+        self._given.append(self._pool.submit(function, *args))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
-            for item in items:
-                put("item", item)
-                if over.is_set():
-                    return
-            put("end", None)
-        except BaseException as error:  # goes to who iterates
-            put("error", error)
-
-    thread = threading.Thread(target=work, name="maker", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, item = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise item
-            yield item
-            del item  # else it lives until the next one comes
-    finally:
-        over.set()
-        thread.join(timeout=60)
+            while self._given and kind is None:
+                self._given.popleft().result()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Items made ahead in a thread come in order, errors come through, and a caller that leaves ends the maker."""
+"""What is handed over is done in order in one thread, errors come through, and nothing outlives the caller."""
 
 from __future__ import annotations
 
@@ -7,42 +7,54 @@ import time
 
 import pytest
 
-from pipeline.overlap import ahead
+from pipeline.overlap import Behind
 
 
-def test_items_come_in_order_and_no_more_than_asked_wait():
-    made = []
+def test_things_are_done_in_order_by_another_thread_and_few_wait():
+    done, threads = [], set()
 
-    def items():
-        for i in range(20):
-            made.append(i)
-            yield i
-
-    found = []
-    for item in ahead(items(), 2):
-        found.append(item)
+    def deal_with(i: int) -> None:
         time.sleep(0.002)
-        assert len(made) - len(found) <= 4  # two wait, one is in the maker's hand, one is made
-    assert found == list(range(20))
+        done.append(i)
+        threads.add(threading.get_ident())
+
+    with Behind(2) as behind:
+        for i in range(20):
+            behind.do(deal_with, i)
+            assert i + 1 - len(done) <= 2
+    assert done == list(range(20))
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
 
 
-def test_an_error_of_the_maker_is_raised_where_its_items_are_used():
-    def items():
-        yield 1
+def test_an_error_comes_to_who_hands_over_next():
+    failed = threading.Event()
+
+    def fail() -> None:
+        failed.set()
         raise KeyError("broken")
 
-    made = ahead(items(), 1)
-    assert next(made) == 1
-    with pytest.raises(KeyError, match="broken"):
-        next(made)
+    with pytest.raises(KeyError, match="broken"), Behind(4) as behind:  # noqa: PT012
+        behind.do(fail)
+        failed.wait(5)
+        time.sleep(0.05)
+        behind.do(print)
+        pytest.fail("the error was not raised")
 
 
-def test_a_caller_that_leaves_ends_the_thread():
-    before = threading.active_count()
-    for item in ahead(iter(range(1000)), 1):
-        if item == 3:
-            break
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
+def test_an_error_of_the_last_thing_is_raised_on_leaving():
+    def fail() -> None:
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"), Behind(4) as behind:
+        behind.do(fail)
+
+
+def test_an_error_of_the_caller_drops_what_has_not_begun_and_ends_the_thread():
+    before, done = threading.active_count(), []
+    with pytest.raises(ValueError, match="mine"), Behind(4) as behind:  # noqa: PT012
+        behind.do(time.sleep, 0.2)
+        behind.do(done.append, 1)
+        raise ValueError("mine")
+    assert done == []
     assert threading.active_count() == before
