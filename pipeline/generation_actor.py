@@ -1,8 +1,8 @@
 """What makes one shard: an actor that holds both models.
 
 The draw, the compression and the writing of a tile have a thread of their own, beside the networks of the next tile. A
-shard is committed in three steps, and a process may die between any two of them: its file is written beside its name and
-flushed, renamed, and recorded. A shard without a record is made again, to the same bytes.
+shard is committed in three steps, and a process may die between any two of them: its file is written beside its name
+and flushed, renamed, and recorded. A shard without a record is made again, to the same bytes.
 """
 
 from __future__ import annotations
