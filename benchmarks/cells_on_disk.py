@@ -20,7 +20,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.data.blocks import SomaBlocks, SomaReader
-from pipeline.data.soma import TILE, SomaStore, write_experiment
+from pipeline.data.soma import TILE, SomaStore
+from pipeline.data.soma_write import write_experiment
 
 VERSION = 1
 MEAN_EXPRESSED, EXPRESSED_SD = 1900, 0.45  # genes of a cell, and the sd of their log

@@ -8,7 +8,6 @@ and flushed, renamed, and recorded. A shard without a record is made again, to t
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -160,18 +159,3 @@ class Generator:
         ids = [self.vocabulary.feature_ids[i] for i in self.genes]
         names = [self.vocabulary.feature_names[i] for i in self.genes]
         return pd.DataFrame({"feature_name": names}, index=pd.Index(ids, name="feature_id"))
-
-
-def committed(root: Path, folder: Path) -> list[dict[str, Any]]:
-    """Shards of an earlier attempt that still are what their record says."""
-    records = []
-    for path in sorted(folder.glob("part-*.h5ad.json")):
-        try:
-            record = json.loads(path.read_text())
-            with (root / record["file"]).open("rb") as f:
-                whole = hashlib.file_digest(f, "sha256").hexdigest() == record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):  # no file, or a record that is none: made again
-            continue
-        if whole:
-            records.append(record)
-    return records

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.ingest_config import (
     CellsConfig,
@@ -33,16 +33,24 @@ from pipeline.real_cells_config import (
     ReconstructConfig,
 )
 from pipeline.resources import CheckpointStorage, ResourcesConfig
+from pipeline.stage_config import (
+    EncodeConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    TrainFlowConfig,
+    TrainVaeConfig,
+)
 from pipeline.train_config import FeedConfig, FlowTrainConfig, TrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
-from scldm.flow.config import PathConfig, SamplerConfig
-from scldm.nn.config import DiTConfig, VAEConfig
 
 __all__ = [
     "CellsConfig",
     "CensusSource",
+    "EncodeConfig",
+    "EvaluateConfig",
     "FeedConfig",
     "FlowTrainConfig",
+    "GenerateConfig",
     "GenesConfig",
     "H5adSource",
     "HeldOutConfig",
@@ -54,6 +62,8 @@ __all__ = [
     "SyntheticSource",
     "TenxSource",
     "TrainConfig",
+    "TrainFlowConfig",
+    "TrainVaeConfig",
     "VaeTrainConfig",
     "stage_configs",
 ]
@@ -82,106 +92,6 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-
-
-# ---- stages ------------------------------------------------------------------------------------------------------
-class TrainVaeConfig(StrictModel):
-    model: VAEConfig = VAEConfig()
-    train: VaeTrainConfig = VaeTrainConfig()
-
-    @model_validator(mode="after")
-    def _decoder_needs_no_condition(self) -> TrainVaeConfig:
-        if self.model.adaln:
-            raise ValueError(
-                "model.adaln (true) needs a condition vector per cell, which this stage has none of: false"
-            )
-        return self
-
-
-class EncodeConfig(StrictModel):
-    batch_size: PositiveInt = 256
-    splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
-
-
-class JointVaeConfig(StrictModel):
-    """Whether the VAE is trained on, together with the flow."""
-
-    train: bool = False
-    """true streams counts instead of reading the latent cache, with the encoder in the graph; the stage then needs no
-    encode, and exports both networks. generate and evaluate take this VAE."""
-    weight: PositiveFloat = 1.0
-    """Of the VAE's negative log-likelihood (nats per cell) beside the flow's loss (mean square of a latent)."""
-    genes_per_step: PositiveInt | None = None
-    """Genes scored in a training step, as train_vae.train.genes_per_step."""
-
-    @model_validator(mode="after")
-    def _is_of_a_joint_training(self) -> JointVaeConfig:
-        given = [f for f in ("weight", "genes_per_step") if getattr(self, f) != JointVaeConfig.model_fields[f].default]
-        if given and not self.train:
-            raise ValueError(
-                f"{', '.join(given)} is of a VAE that is trained with the flow, and vae.train is false; set it to "
-                f"true, or leave {', '.join(given)} out"
-            )
-        return self
-
-
-class TrainFlowConfig(StrictModel):
-    model: DiTConfig = DiTConfig()
-    flow: PathConfig = PathConfig()
-    train: FlowTrainConfig = FlowTrainConfig()
-    vae: JointVaeConfig = JointVaeConfig()
-
-    @model_validator(mode="after")
-    def _a_cap_on_genes_needs_genes(self) -> TrainFlowConfig:
-        if self.train.feed.max_genes is not None and not self.vae.train:
-            raise ValueError(
-                f"train.feed.max_genes ({self.train.feed.max_genes}) caps the genes of a cell, and the flow is trained "
-                "on cached latents, which have none; leave it out, or set vae.train=true"
-            )
-        return self
-
-
-class GenerateConfig(StrictModel):
-    conditions: str | None = None
-    """CSV, TSV or Parquet table: label columns, n_cells and, if you like, guidance (or guidance.<label>), library_size.
-    An empty field of a label: generated without that label; of another column: as the settings below say."""
-    cells: list[dict[str, Any]] | None = None
-    """The same table inline: [{cell_type: B, n_cells: 1000}, …]."""
-    per_label: dict[str, PositiveInt] | None = None
-    """So many cells for each class of a label: {cell_type: 200}."""
-    like: Literal["train", "validation", "test"] | None = None
-    """As many cells of each combination of labels as this split has."""
-    n_cells: PositiveInt | None = None
-    """With `like`: how many cells in all, at the same composition. Alone: so many unconditional cells."""
-    library_size: Literal["statistics"] | PositiveFloat = "statistics"
-    """Sum of counts that the decoder is asked for: drawn from the training cells' statistics of the condition (its
-    combination of labels, else the label with most cells, else all cells), or one number for all cells."""
-    genes: list[str] | str | None = None
-    """Genes that are written: ids or names, or a text file with one on each line. All are decoded either way, so that
-    the counts of a gene do not depend on which others are written."""
-    sampler: SamplerConfig = SamplerConfig()
-    shard_size: int = Field(25_000, ge=1, le=250_000)
-    batch_size: PositiveInt | None = None
-    """Cells that an actor has decoded ahead of its writer, in whole tiles (32 cells on a CPU, up to 1,024 on a GPU).
-    Null: two tiles. It decides memory, never a count."""
-    seed: int = Field(0, ge=0, lt=2**64)
-
-
-class EvaluateConfig(StrictModel):
-    split: Literal["validation", "test"] = "test"
-    n_pcs: PositiveInt = 30
-    n_top_genes: PositiveInt = 2000
-    max_cells: PositiveInt = 5000
-    """Real and generated cells scored at most; drawn by seed."""
-    n_neighbors: PositiveInt = 15
-    """Of the label classifier."""
-    transport_cells: PositiveInt = 1000
-    """Cells a side in the exact Wasserstein distances; time grows as its cube."""
-    reconstruction_cells: PositiveInt = 512
-    """Held-out cells that the VAE encodes and decodes."""
-    umap: bool = True
-    """False draws the first two principal components instead, which is quicker."""
-    seed: int = Field(0, ge=0)
 
 
 # ---- jobs --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_serializer, model_validator
 
@@ -10,15 +10,23 @@ from pipeline.data.s3 import S3Client
 from scldm.config import StrictModel
 
 
-class WorkerRange(StrictModel):
+class _Range(StrictModel):
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not be more than max ({self.max})")
+        return self
+
+
+class WorkerRange(_Range):
     """How many training workers there may be. A plain number stands for exactly so many.
 
     Workers of a range come and go with the nodes: the run starts again from its newest checkpoint with as many as there
     are, and sees the same cells in the same order.
     """
-
-    min: PositiveInt
-    max: PositiveInt
 
     @model_validator(mode="before")
     @classmethod
@@ -29,12 +37,6 @@ class WorkerRange(StrictModel):
             raise ValueError(f"{given!r} is no number of workers, nor a range such as {{min: 1, max: 4}}")
         return given
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> WorkerRange:
-        if self.min > self.max:
-            raise ValueError(f"min ({self.min}) must not be more than max ({self.max})")
-        return self
-
     @model_serializer
     def _as_written(self) -> int | dict[str, int]:
         return self.min if self.min == self.max else {"min": self.min, "max": self.max}
@@ -43,17 +45,8 @@ class WorkerRange(StrictModel):
         return f"{self.min}" if self.min == self.max else f"every number from {self.min} to {self.max}"
 
 
-class ActorRange(StrictModel):
+class ActorRange(_Range):
     """How many actors a batch job may have."""
-
-    min: PositiveInt
-    max: PositiveInt
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> ActorRange:
-        if self.min > self.max:
-            raise ValueError(f"min ({self.min}) must not be more than max ({self.max})")
-        return self
 
 
 class ResourcesConfig(StrictModel):

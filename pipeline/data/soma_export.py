@@ -2,7 +2,7 @@
 
 X first, in order and in big writes; then latents; obs and var last. TileDB makes each write visible at once or not at
 all, and writes go in order, so that what is there says where a killed export goes on. The experiment appears under its
-name when it is whole. tiledbsoma is known here and in `soma.py` only.
+name when it is whole. tiledbsoma is known here, in `soma.py` and in `soma_write.py` only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
 
-from pipeline.data.soma import TILE, in_tile_order, write_frame, x_layout
+from pipeline.data.soma import TILE
+from pipeline.data.soma_write import in_tile_order, write_frame, x_layout
 from pipeline.stage import InputError
 from scldm.cells import Cells
 

@@ -17,7 +17,8 @@ import scipy.sparse as sp
 
 from pipeline.data.presence import Presence
 from pipeline.data.s3 import S3Config
-from pipeline.data.soma import SomaStore, write_experiment
+from pipeline.data.soma import SomaStore
+from pipeline.data.soma_write import write_experiment
 from pipeline.data.synthetic import synthetic_cells
 from pipeline.data.validate import MIN_CELLS, CellTables, checked
 from pipeline.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource, TenxSource

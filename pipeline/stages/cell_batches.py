@@ -19,15 +19,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.actors import actor_pool
 from pipeline.cells.actor import RowsActor
 from pipeline.cells.index import write_index
 from pipeline.cells.models import ModelPaths, locate_models
 from pipeline.cells.rows import SourceRows, source_rows
 from pipeline.faults import VARIABLE, fault_point
-from pipeline.generation_actor import committed
 from pipeline.progress import ProgressReader, ProgressWriter
 from pipeline.real_cells_config import RealCellsConfig
+from pipeline.shards import committed, made_by_actors
 from pipeline.stage import StageContext
 from pipeline.training.trainer import threads_per_worker
 
@@ -100,21 +99,7 @@ def _spec(
 
 
 def ray_pool(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
-    """Records of the shards to do, as actors commit them."""
-    import ray.data
-
-    resources = context.resources
-    shards = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo))
-    made = shards.map_batches(
-        RowsActor,
-        fn_constructor_args=(spec,),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=actor_pool(resources, len(todo)),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
-    )
-    yield from made.iter_rows()
+    return made_by_actors(RowsActor, todo, spec, context.resources)
 
 
 def _make_all(

@@ -7,7 +7,6 @@ storage order through Ray Data; actors that hold the VAE write one Arrow IPC sha
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.data.blocks import LABEL, RECORD_BATCH_ROWS
 from pipeline.data.ingested import Ingested
 from pipeline.job import EncodeConfig
 from pipeline.progress import ProgressReader, ProgressWriter
+from pipeline.shards import actor_pool, committed
 from pipeline.stage import StageContext, write_json_atomic
 from pipeline.training.trainer import threads_per_worker
 
@@ -85,7 +85,7 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     folder = context.folder / "latents"
     folder.mkdir(exist_ok=True)
     labels = [x.name for x in data.vocabulary.labels]
-    records = _committed(folder)
+    records = committed(folder, folder, "*.arrow.json")
     total = sum(data.n_cells[split] for split in config.splits)
     progress = ProgressWriter(context.folder)
     done = sum(r["n_cells"] for r in records)
@@ -114,7 +114,6 @@ def _encoded(
     config: EncodeConfig, context: StageContext,
 ) -> Any:  # fmt: skip
     """Records of the shards, as they are written."""
-    from ray.data import ActorPoolStrategy
 
     resources = context.resources
 
@@ -130,24 +129,11 @@ def _encoded(
         fn_constructor_args=(model, str(folder), labels, config.batch_size, threads),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=resources.actors_min, max_size=resources.actors_max),
+        compute=actor_pool(resources, len(shard_of)),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker or None,
     )
     yield from written.iter_rows()
-
-
-def _committed(folder: Path) -> list[dict[str, Any]]:
-    """Records of shards that an earlier attempt finished and that still have their bytes."""
-    records = []
-    for path in folder.glob("*.arrow.json"):
-        record = json.loads(path.read_text())
-        shard = folder / record["file"]
-        if shard.is_file():
-            with shard.open("rb") as f:
-                if _sha256(f) == record["sha256"]:
-                    records.append(record)
-    return records
 
 
 def _sha256(file: Any) -> str:

@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.actors import actor_pool
 from pipeline.cells.index import write_index
 from pipeline.data.ingested import Ingested
 from pipeline.faults import VARIABLE, fault_point
 from pipeline.generation import Request, genes_to_write, n_shards, read_request
-from pipeline.generation_actor import Generator, committed
+from pipeline.generation_actor import Generator
 from pipeline.generation_progress import JobProgress, clear_hints
 from pipeline.generation_recipe import notes_on, recipe_of
 from pipeline.job import GenerateConfig
 from pipeline.progress import ProgressReader
+from pipeline.shards import committed, made_by_actors
 from pipeline.stage import StageContext
 from pipeline.training.trainer import threads_per_worker
 from scldm.library_size import LibrarySizes
@@ -34,21 +34,7 @@ Pool = Callable[[list[int], dict[str, Any], StageContext], Iterator[dict[str, An
 
 
 def ray_pool(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
-    """Records of the shards to do, as actors commit them. An actor that dies is started again with its shard."""
-    import ray.data
-
-    resources = context.resources
-    shards = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo))
-    made = shards.map_batches(
-        Generator,
-        fn_constructor_args=(spec,),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=actor_pool(resources, len(todo)),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
-    )
-    yield from made.iter_rows()
+    return made_by_actors(Generator, todo, spec, context.resources)
 
 
 def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) -> dict[str, Any]:

@@ -31,9 +31,9 @@ from scldm.nn.vae import VAE
 class Joint(nn.Module):
     """Both networks as one module, so that one engine averages, clips and steps them."""
 
-    def __init__(self, vae: VAE, dit: DiT, *, path: PathConfig, weight: float):
+    def __init__(self, vae: VAE, dit: DiT, *, path: PathConfig):
         super().__init__()
-        self.vae, self.dit, self.path, self.weight = vae, dit, path, weight
+        self.vae, self.dit, self.path = vae, dit, path
 
     def forward(
         self,
@@ -42,26 +42,14 @@ class Joint(nn.Module):
         draws: Draws,
         conditions: Mapping[str, Tensor],
         sample: GeneSample | None = None,
-    ) -> Tensor:
-        """Loss of each cell, (b,).
+    ) -> tuple[Tensor, Tensor]:
+        """The flow's loss and the negative log-likelihood (nats) of each cell, (b,) both.
 
         Args:
             cells: What is scored.
             seen: What the encoder is shown of the same cells.
             sample: Genes that are scored; all if None.
         """
-        flow, nll = self.parts(cells, seen, draws, conditions, sample)
-        return flow + self.weight * nll
-
-    def parts(
-        self,
-        cells: CellBatch,
-        seen: CellBatch,
-        draws: Draws,
-        conditions: Mapping[str, Tensor],
-        sample: GeneSample | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The flow's loss and the negative log-likelihood of each cell, (b,) both."""
         z = self.vae.encode(seen)  # (b, m, e)
         return flow_losses(self.dit, z, draws, conditions, self.path), self.vae.nll(cells, z, sample=sample)
 
@@ -87,6 +75,7 @@ class JointObjective:
 
     Args:
         counts: Prepares cells, as in the training of the VAE alone.
+        weight: Of the likelihood.
     """
 
     validate_with_ema = True
@@ -97,23 +86,26 @@ class JointObjective:
         counts: VaeObjective,
         draws: FlowDraws,
         *,
+        weight: float,
         n_classes: Mapping[str, int],
         label_dropout: float,
         validation: Sequence[pa.Table],
     ):
-        self.module, self.counts, self.draws = module, counts, draws
+        self.module, self.counts, self.draws, self.weight = module, counts, draws, weight
         self.n_classes, self.label_dropout, self._validation = n_classes, label_dropout, validation
 
     def prepare(self, table: pa.Table, part: Slice) -> JointBatch:
         return JointBatch(self.counts.prepare(table, part), self.draws.of(part, len(table)))
 
-    def loss(self, model: Callable[..., Tensor], batch: JointBatch, part: Slice) -> Tensor:
+    def loss(self, model: Callable[..., tuple[Tensor, Tensor]], batch: JointBatch, part: Slice) -> Tensor:
         cells, seen = self.counts.scored_and_seen(batch.cells)
         conditions = drop_labels(
             cells.conditions, self.n_classes, p=self.label_dropout, uniform=batch.draws.coins,
             strategy=self.module.dit.config.strategy,
         )  # fmt: skip
-        return model(cells, seen, batch.draws, conditions, self.counts.sample(part.step, cells.counts.device))
+        sample = self.counts.sample(part.step, cells.counts.device)
+        flow, nll = model(cells, seen, batch.draws, conditions, sample)
+        return flow + self.weight * nll
 
     def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
         """Sums of the loss, and of its two parts unweighted."""
@@ -124,9 +116,9 @@ class JointObjective:
             held = JointBatch(counts, self.draws.of_validation(counts.joinids))
             batch: Any = map_tensors(held, lambda x: x.to(device))
             cells, seen = self.counts.scored_and_seen(batch.cells)
-            flows, nlls = self.module.parts(cells, seen, batch.draws, cells.conditions)
+            flows, nlls = self.module(cells, seen, batch.draws, cells.conditions)
             flow, nll, n = flow + float(flows.double().sum()), nll + float(nlls.double().sum()), n + cells.n_cells
-        return {"loss": flow + self.module.weight * nll, "flow": flow, "nll": nll}, n
+        return {"loss": flow + self.weight * nll, "flow": flow, "nll": nll}, n
 
 
 def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def train_joint(
     lanes = order.lanes_of(dist.get_rank(), dist.get_world_size())
     objective = JointObjective(
         module, counts, FlowDraws(seed, order, lanes, latent_shape=(m, e), n_labels=len(labels)),
-        n_classes=data.vocabulary.n_classes, label_dropout=config.model.label_dropout,
+        weight=config.vae.weight, n_classes=data.vocabulary.n_classes, label_dropout=config.model.label_dropout,
         validation=validation_tables(
             data.blocks("validation"), n_cells=train.validation_cells, batch_size=feed.micro_batch_size, seed=seed
         ),
@@ -72,7 +72,7 @@ def _networks(config: TrainFlowConfig, inputs: Mapping[str, Manifest], data: Ing
             config.model, n_latent_tokens=vae.config.n_latent_tokens, latent_width=vae.config.latent_width,
             n_classes=data.vocabulary.n_classes,
         )  # fmt: skip
-    return Joint(vae, dit, path=config.flow, weight=config.vae.weight)
+    return Joint(vae, dit, path=config.flow)
 
 
 def _export(

@@ -27,14 +27,16 @@ def wait_until_gone(info: Any) -> None:
     """Until the nodes of a PreemptionInfo are dead, or should long have been.
 
     Ray counts a draining node among those to start workers on, and a start that waits for it times out. The workers
-    ended shortly before the node's time, so there is little to wait for.
+    ended shortly before the node's time, so there is little to wait for; where they ended of another reason, long
+    before it, the other nodes are not kept waiting.
     """
     import ray
 
-    at = time.time() + UNKNOWN_S if info.deadline_ms is None else info.deadline_ms / 1000
+    most = time.time() + UNKNOWN_S
+    until = LATE_S + (most if info.deadline_ms is None else min(most, info.deadline_ms / 1000))
     going = set(info.preempted_node_ids)
     while going & {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
-        if time.time() > at + LATE_S:
+        if time.time() > until:
             print("the node is still there; trying all the same", flush=True)
             return
         time.sleep(0.5)

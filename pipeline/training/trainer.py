@@ -18,11 +18,11 @@ from pipeline.progress import ProgressReader
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError
 from pipeline.training.notice import STOP_FILE
+from pipeline.training.preemption import newest_step, node_goes_at, wait_until_gone
 from pipeline.training.remote import check_storage
 from pipeline.training.watchdog import FIRST
 
 HOPELESS = "hopeless"  # in place of facts, where starting again would end the same: no failure that Ray may retry
-TAKEN_AWAY = "a node is taken away; step {step} is safe, going on without the node"
 STOPPED = "stopped_at"  # in place of facts, where a notice ended the workers
 
 
@@ -31,7 +31,6 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from pipeline.training.guard import TrainingStopped
-    from pipeline.training.preemption import node_goes_at
     from pipeline.training.records import Stopped
     from pipeline.training.worker import train_worker
 
@@ -60,9 +59,7 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
     folder = Path(spec["folder"])
     with ProgressReader(folder, stage, train.log_every_seconds), stop_on_sigterm(folder / STOP_FILE) as asked:
         while True:
-            facts = _attempt(spec, train, resources, stage)
-            if facts is None:
-                continue
+            facts, taken = _attempt(spec, train, resources, stage)
             if HOPELESS in facts:
                 from pipeline.training.guard import TrainingStopped
 
@@ -72,24 +69,24 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
             if asked():
                 print(f"stopped as asked; the same command goes on after step {facts[STOPPED]}", flush=True)
                 raise SystemExit(128 + signal.SIGTERM)
-            print(TAKEN_AWAY.format(step=facts[STOPPED]), flush=True)
+            print(f"a node is taken away; step {facts[STOPPED]} is safe, going on without the node", flush=True)
+            if taken is not None:
+                wait_until_gone(taken)
 
 
-def _attempt(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> dict[str, Any] | None:
-    """What rank 0 returned; None where a node was taken away, and is gone now."""
+def _attempt(
+    spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str
+) -> tuple[dict[str, Any], Any]:
+    """What rank 0 returned; of workers whose node was taken away, the newest step and Ray's word on the nodes."""
     from ray.train.v2.api.exceptions import PreemptionError
-
-    from pipeline.training.preemption import newest_step, wait_until_gone
 
     try:
         result = _trainer(spec, train, resources, stage).fit()
         if result.error is not None:
             raise result.error
-        return result.return_value
+        return result.return_value, None
     except PreemptionError as taken:
-        print(TAKEN_AWAY.format(step=newest_step(Path(spec["folder"]))), flush=True)
-        wait_until_gone(taken.preemption_info)
-        return None
+        return {STOPPED: newest_step(Path(spec["folder"]))}, taken.preemption_info
 
 
 def _trainer(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> Any:

@@ -17,6 +17,7 @@ from pipeline.faults import VARIABLE
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 ASKED = {"cells": [{"cell_type": "T", "n_cells": 150}, {"donor": "d1", "n_cells": 90}], "shard_size": 30, "seed": 3}
+N_SHARDS = 8
 DRIVER = """
 import json, sys
 from pathlib import Path
@@ -57,8 +58,10 @@ def test_a_killed_node_costs_nothing_but_time(tmp_path):
         wait_for(lambda: has_an_actor(node) or driver.poll() is not None, 200, "no actor on the node")
         assert driver.poll() is None, log.read_text()[-2000:]
         cluster.kill(node)
+        assert len(list(folder.glob("cells/*.json"))) < N_SHARDS, "the job was over before the node was killed"
         assert driver.wait(timeout=300) == 0, log.read_text()[-3000:]
     finally:
         cluster.close()
     assert "made 240" in log.read_text()
+    assert len(hashes(folder)) == N_SHARDS
     assert hashes(folder) == hashes(tmp_path / "whole")

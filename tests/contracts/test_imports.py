@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NEVER_IN_SCLDM = {"pipeline", "ray", "mlflow", "deepspeed", "tiledbsoma", "click", "typer"}
 ONLY_IN = {
-    "tiledbsoma": ("pipeline/data/soma.py", "pipeline/data/soma_export.py"),
+    "tiledbsoma": ("pipeline/data/soma.py", "pipeline/data/soma_write.py", "pipeline/data/soma_export.py"),
     "deepspeed": ("pipeline/training/engine.py",),
     "mlflow": ("pipeline/tracking.py",),
     "cellarium": ("pipeline/data/anndata.py",),

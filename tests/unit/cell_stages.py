@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from small_models import CELL_TYPES, DONORS, GENES, write_flow, write_vae
 
 from pipeline.cells.actor import RowsActor
-from pipeline.data.soma import write_experiment
+from pipeline.data.soma_write import write_experiment
 from pipeline.job import STAGE_CONFIGS
 from pipeline.resources import ResourcesConfig
 from pipeline.stage import Manifest, StageContext, write_manifest

@@ -13,7 +13,7 @@ import torch
 from pipeline.data.blocks import IpcBlocks, SomaBlocks, SomaReader
 from pipeline.data.feed import feed, to_cell_batch, to_latent_batch
 from pipeline.data.order import FeedOrder
-from pipeline.data.soma import write_experiment
+from pipeline.data.soma_write import write_experiment
 
 N, G, TILE = 300, 30, 16
 

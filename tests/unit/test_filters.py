@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 
 from pipeline.data.filters import check_values, value_filter
-from pipeline.data.soma import write_experiment
+from pipeline.data.soma_write import write_experiment
 from pipeline.job import CellsConfig
 from pipeline.stage import InputError
 

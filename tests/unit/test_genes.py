@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from pipeline.data.genes import LACKING, gene_lut, model_genes
 from pipeline.data.ingested import Ingested
-from pipeline.data.soma import write_experiment
+from pipeline.data.soma_write import write_experiment
 from pipeline.job import GenesConfig, IngestConfig
 from pipeline.stage import InputError, Manifest, StageContext
 from pipeline.stages import ingest

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.data.ingested import Ingested
 from pipeline.data.presence import GROUP
-from pipeline.data.soma import write_experiment
+from pipeline.data.soma_write import write_experiment
 from pipeline.job import IngestConfig
 from pipeline.stage import InputError, Manifest, StageContext
 from pipeline.stages import ingest

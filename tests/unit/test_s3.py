@@ -14,7 +14,8 @@ from s3_server import REGION, FaultyProxy, free_port, moto_server, upload
 from pipeline.data.examine import Question, examine
 from pipeline.data.retry import Backoff, retried
 from pipeline.data.s3 import S3Config, failure
-from pipeline.data.soma import SomaStore, write_experiment
+from pipeline.data.soma import SomaStore
+from pipeline.data.soma_write import write_experiment
 from pipeline.data.sources import open_source
 from pipeline.job import IngestConfig
 from pipeline.stage import InputError

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from pipeline import sizing
 from pipeline.config_io import load_job
 from pipeline.plan import plan
 from scldm.flow.config import SamplerConfig, Solver
+from scldm.flow.solvers import solve_ode
 from scldm.nn.config import DiTConfig, VAEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +42,13 @@ def test_guidance_doubles_the_networks_share_and_a_midpoint_step_is_two():
 
 def test_every_solver_has_a_cost():
     assert set(sizing.EVALUATIONS) == set(get_args(Solver))
+
+
+@pytest.mark.parametrize("solver", sorted(set(get_args(Solver)) - {"dopri5"}))
+def test_a_solver_evaluates_as_often_as_its_cost_says(solver):
+    times = [i / 14 for i in range(15)]
+    solution = solve_ode(lambda x, t: -x, torch.ones(1, 1), times, solver=solver, rtol=1e-5, atol=1e-5)
+    assert solution.nfe == 14 * sizing.EVALUATIONS[solver] + sizing.STARTING.get(solver, 0)
 
 
 def test_encoding_is_less_than_half_a_forward_pass():

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.data.soma import SomaStore, write_experiment
+from pipeline.data.soma import SomaStore
+from pipeline.data.soma_write import write_experiment
 from pipeline.stage import InputError
 
 N, G = 700, 40

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from pipeline.data import rare_genes, statistics
 from pipeline.data.rare_genes import Entries, HeldEntries
-from pipeline.data.soma import write_experiment
+from pipeline.data.soma_write import write_experiment
 from pipeline.data.statistics import count_statistics
 
 N, G, TILE = 700, 40, 32

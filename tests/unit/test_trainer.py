@@ -1,0 +1,95 @@
+"""What the driver does with what its workers come back with; Ray is played."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from ray.train.v2.api.exceptions import PreemptionError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from pipeline.resources import ResourcesConfig
+from pipeline.train_config import VaeTrainConfig
+from pipeline.training import preemption, trainer
+
+GOING = PreemptionInfo(deadline_ms=1_000, preempted_node_to_ranks={"n1": [0]})
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch):
+    """`fit` where attempt after attempt ends as given: with facts, or with an error."""
+    waited: list[PreemptionInfo] = []
+    monkeypatch.setattr(trainer, "wait_until_gone", waited.append)
+    monkeypatch.setattr(trainer, "newest_step", lambda folder: 7)
+
+    def fit(ends: list, *, asked: bool = False):
+        left = iter(ends)
+
+        def attempt() -> SimpleNamespace:
+            end = next(left)
+            if isinstance(end, Exception):
+                raise end
+            return SimpleNamespace(error=None, return_value=end)
+
+        @contextmanager
+        def told(file):
+            yield lambda: asked
+
+        monkeypatch.setattr(trainer, "_trainer", lambda *a: SimpleNamespace(fit=attempt))
+        monkeypatch.setattr(trainer, "stop_on_sigterm", told)
+        spec = {"folder": str(tmp_path), "storage": {}, "run_name": "r"}
+        return trainer.fit(spec, VaeTrainConfig(), ResourcesConfig(), "train_vae"), waited, list(left)
+
+    return fit
+
+
+def test_a_node_taken_away_is_waited_for_and_the_run_goes_on(play, capsys):
+    facts, waited, left = play([PreemptionError(GOING), {"steps": 9}])
+    assert (facts, left) == ({"steps": 9}, [])
+    assert waited == [GOING]
+    assert "a node is taken away; step 7 is safe" in capsys.readouterr().out
+
+
+def test_workers_that_stopped_before_ray_knew_why_start_again(play, capsys):
+    facts, waited, _ = play([{trainer.STOPPED: 5}, {"steps": 9}])
+    assert facts == {"steps": 9}
+    assert waited == []
+    assert "step 5 is safe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", [{trainer.STOPPED: 7}, PreemptionError(GOING)])
+def test_who_was_asked_to_stop_stops_also_where_a_node_goes_at_that_moment(play, end, capsys):
+    with pytest.raises(SystemExit) as ended:
+        play([end, {"steps": 9}], asked=True)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "goes on after step 7" in capsys.readouterr().out
+
+
+def test_another_error_is_the_callers(play):
+    with pytest.raises(ValueError, match="broken"):
+        play([ValueError("broken"), {"steps": 9}])
+
+
+@pytest.mark.parametrize(
+    ("deadline", "alive_until", "ends"),
+    [
+        (1_020.0, 1_025.0, 1_025.0),  # a little late
+        (1_020.0, 9_999.0, 1_050.0),  # it does not go at all
+        (None, 9_999.0, 1_090.0),
+        (5_000.0, 9_999.0, 1_090.0),  # the workers ended for another reason: nobody waits an hour
+    ],
+)
+def test_a_node_is_waited_for_but_not_for_ever(monkeypatch, deadline, alive_until, ends):
+    now = 1_000.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(preemption, "time", SimpleNamespace(time=lambda: now, sleep=sleep))
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "n1", "Alive": now < alive_until}])
+    ms = None if deadline is None else int(deadline * 1000)
+    preemption.wait_until_gone(PreemptionInfo(deadline_ms=ms, preempted_node_to_ranks={"n1": [0]}))
+    assert now == pytest.approx(ends, abs=1)
