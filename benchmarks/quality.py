@@ -28,7 +28,7 @@ from pipeline.data.ingested import Ingested
 from pipeline.job import EvaluateConfig
 from pipeline.report.evaluation import evaluate
 from pipeline.stage import Manifest, newest_manifest
-from pipeline.stages.evaluate import decode_cells, read_generated
+from pipeline.stages.evaluate import decode_cells, open_generated, read_generated
 from scldm.checkpoints.native import load_vae
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,8 @@ def score(made: dict[str, Manifest], labels: tuple[str, ...], extra: dict[str, a
     held_out = ingested.anndata("test", max_cells=config.max_cells, seed=config.seed)
     training = ingested.anndata("train")
     rng = np.random.default_rng(config.seed)
-    generated = read_generated(made["generate"], max_cells=config.max_cells, rng=rng)
+    cells = open_generated(made["generate"], held_out.var_names)
+    generated = read_generated(cells, max_cells=config.max_cells, rng=rng)
     decoded = decode_cells(load_vae(made["train_vae"].path("model")), held_out, n_cells=config.reconstruction_cells)
     for cells in extra.values():
         for other in labels:

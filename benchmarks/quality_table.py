@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from scldm.metrics.compare import departure
+from scldm.metrics.score import departure
 
 DISTANCES = ("w2", "mmd2", "frechet", "auroc")
 SHOWN = (
