@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -95,11 +94,10 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     data = Ingested.open(inputs["ingest"])
     stats = pd.read_parquet(inputs["ingest"].path("gene_stats"))
     mean = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
-    variance = torch.tensor(stats["variance"].to_numpy(), dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         vae = VAE(config.model, n_genes=data.vocabulary.n_genes)
-    vae.start_at(mean, variance, size_cv2=size_cv2(data))
+    vae.start_at(mean)
     vae.decoder.kernels = decoder_kernels(config.train.decoder)
     held_out = data.blocks("validation")
     source = data.blocks("train")
@@ -137,13 +135,6 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     shape = [config.model.n_latent_tokens, config.model.latent_width]
     seen = {**train.genes_seen.model_dump(mode="json"), "job_seed": spec.seed, "epoch_0_seed": seen_seed(spec.seed, 0)}
     return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen, "theta": fitted}
-
-
-def size_cv2(data: Ingested) -> float:
-    """Squared coefficient of variation of the training cells' library sizes."""
-    cells = data.cells
-    sizes = cells.loc[cells["split"] == "train", "library_size"].to_numpy(np.float64)
-    return float(sizes.var() / sizes.mean() ** 2)
 
 
 def fit_dispersions(
