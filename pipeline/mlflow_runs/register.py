@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.mlflow_runs.client import mlflow_client
 from pipeline.provenance import read_ids
 from pipeline.stage import InputError, Manifest, newest_manifest, read_manifest
+from scldm.flow.config import SamplerConfig
 from scldm.vocabulary import Vocabulary
 
 PACKAGES = ("mlflow", "torch", "numpy", "pandas", "scipy", "pydantic", "safetensors", "numba")
@@ -166,11 +167,13 @@ def signature(models: ModelFolders) -> Any:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     labels = [x.name for x in Vocabulary.load(models.flow / "vocabulary.json").labels]
+    numbers = ["guidance", *(f"guidance.{x}" for x in labels), "library_size"]
     columns = [ColSpec(DataType.string, x, required=False) for x in labels]
     columns += [ColSpec(DataType.long, "n_cells", required=False)]
-    columns += [ColSpec(DataType.double, x, required=False) for x in ("guidance", "library_size")]
+    columns += [ColSpec(DataType.double, x, required=False) for x in numbers]
+    usual = SamplerConfig()
     params = [
         ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, 1.0),
-        ParamSpec("steps", DataType.long, 14), ParamSpec("temperature", DataType.double, 1.0),
+        ParamSpec("steps", DataType.long, usual.steps), ParamSpec("temperature", DataType.double, usual.temperature),
     ]  # fmt: skip
     return ModelSignature(inputs=Schema(columns), outputs=None, params=ParamSchema(params))
