@@ -13,16 +13,20 @@ import typer
 mlflow_app = typer.Typer(help="MLflow: complete runs after an outage, register models.", no_args_is_help=True)
 
 Folder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="A pipeline (runs/demo) or a stage (runs/demo/train_flow/1a2b3c4d5e6f).")
+    Path,
+    typer.Argument(metavar="FOLDER", help="A pipeline (runs/demo) or a stage (runs/demo/train_flow/1a2b3c4d5e6f)."),
 ]
 Uri = Annotated[
     str | None,
-    typer.Option("--uri", metavar="URI", help="MLflow store; default: that of the runs, MLFLOW_TRACKING_URI, runs/mlflow.db."),
+    typer.Option(
+        "--uri", metavar="URI", help="MLflow store; default: that of the runs, MLFLOW_TRACKING_URI, runs/mlflow.db."
+    ),
 ]
 Things = Annotated[
     list[str],
     typer.Argument(
-        metavar="A B …", help="Pipelines (runs/demo), stages (runs/demo/train_flow/1a2b…), MLflow run ids, models:/name@alias."
+        metavar="A B …",
+        help="Pipelines (runs/demo), stages (runs/demo/train_flow/1a2b…), MLflow run ids, models:/name@alias.",
     ),
 ]
 
@@ -46,7 +50,9 @@ def sync(folder: Folder, uri: Uri = None) -> None:
 @mlflow_app.command()
 def register(
     folder: Folder,
-    name: Annotated[str | None, typer.Option("--name", help="Of the registered model; default: scldm-<pipeline>.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the registered model; default: scldm-<pipeline>.")
+    ] = None,
     alias: Annotated[
         list[str] | None, typer.Option("--alias", help="Moves to this version, such as champion; may be given again.")
     ] = None,

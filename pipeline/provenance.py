@@ -1,4 +1,4 @@
-"""Where a result comes from: what code ran, and what its inputs were made of. Tags, note and data sets of MLflow runs."""
+"""Where a result comes from: what code ran, and what its inputs were made of. For MLflow: tags, note, data sets."""
 
 from __future__ import annotations
 

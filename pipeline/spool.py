@@ -3,8 +3,8 @@
 One background thread takes records from a bounded queue and delivers them in order. What cannot be delivered goes to
 a JSONL file beside the work, and is sent from there once the service answers. The caller's side is one `put_nowait`.
 
-A record may be sent twice (a request that was cut off, a process that was killed while it replayed), never lost: whoever
-receives them must see that two are the same. A queue that fills faster than the service takes goes to the file as well.
+A record may be sent twice (a request that was cut off, a process that was killed while it replayed), never lost:
+whoever receives them must see that two are the same. A queue that fills faster than it empties goes to the file too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pipeline.spool_file import Record, append, claim, parse, put_back
 

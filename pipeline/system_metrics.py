@@ -1,7 +1,7 @@
 """What a machine does while it trains: CPU, memory, network, GPUs, under the names that MLflow's own page reads.
 
-MLflow's monitor sends by itself and waits for the server; this one hands its numbers to the spooled tracker. One process
-of each machine takes them, the one with local rank 0; other machines than the first carry their number in the name.
+MLflow's monitor sends by itself and waits for the server; this one hands its numbers to the spooled tracker. One
+process of each machine takes them, that of local rank 0; machines but the first carry their number in the name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ MB = 1e6
 
 
 @contextmanager
-def node_metrics(spec: Mapping[str, Any], tracker: NullTracker, *, rank: int, interval: float = INTERVAL) -> Iterator[None]:
+def node_metrics(
+    spec: Mapping[str, Any], tracker: NullTracker, *, rank: int, interval: float = INTERVAL
+) -> Iterator[None]:
     """Sample this machine in the background, if this process is the one that does.
 
     Args:

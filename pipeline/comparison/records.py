@@ -1,7 +1,7 @@
 """What is known of one run of a stage, wherever it was written down, and the line of stages that it belongs to.
 
-A record comes from a stage's manifest on disk (`of_folder`) or from a run of MLflow (`pipeline.mlflow_runs.fetch`). Both
-name the versions of what the stage was made from, which is all that is needed to follow a line back to its cells.
+A record comes from a stage's manifest on disk (`of_folder`) or from a run of MLflow (`pipeline.mlflow_runs.fetch`).
+Both name the versions of what the stage was made from: all that is needed to follow a line back to its cells.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def of_folder(folder: Path) -> list[StageRecord]:
         made.append(manifest)
     if not made:
         raise InputError(
-            f"{folder} holds no finished stage; give a pipeline (runs/demo), a stage (runs/demo/train_flow/1a2b3c4d5e6f), "
+            f"{folder} holds no finished stage; give a pipeline (runs/demo), a stage in it (train_flow/1a2b3c4d5e6f), "
             "an MLflow run id or models:/name@alias"
         )
     chosen = None if manifest is None else record_of(manifest)

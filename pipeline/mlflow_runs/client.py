@@ -13,7 +13,7 @@ from pipeline.stage import InputError
 
 SENTENCES = {
     401: "user or password are refused: export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    403: "access is refused: the user may not write there, or the server was started without --allowed-hosts of its name",
+    403: "access is refused: the user may not write there, or the server runs without --allowed-hosts of its name",
     404: "it knows no such run or experiment: deleted for good, or the address is of another server",
     429: "too many requests",
 }
@@ -45,11 +45,13 @@ def chosen_uri(given: str | None, near: Path | None = None) -> str:
         if (place / "mlflow.db").is_file():
             return f"sqlite:///{place / 'mlflow.db'}"
     looked = ", ".join(str(p / "mlflow.db") for p in places)
-    raise InputError(f"no MLflow store: give --uri, export MLFLOW_TRACKING_URI, or make a run first (looked for {looked})")
+    raise InputError(
+        f"no MLflow store: give --uri, export MLFLOW_TRACKING_URI, or make a run first (looked for {looked})"
+    )
 
 
 def clean_key(name: str) -> str:
-    """MLflow's alphabet for keys, without parts that a path would swallow; at most 250 characters, long ones distinct."""
+    """MLflow's alphabet for keys, without parts that a path swallows; at most 250 characters, long ones distinct."""
     parts = [re.sub(r"[^\w\-.: ]", "_", part) for part in name.split("/")]
     key = "/".join(part for part in parts if part.strip(" .")) or "_"
     return key if len(key) <= 250 else f"{key[:239]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"

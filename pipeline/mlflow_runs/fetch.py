@@ -33,7 +33,9 @@ def of_run(name: str, uri: str) -> list[StageRecord]:
         run = client.get_run(_run_id(name, client))
         key = run.data.tags.get("scldm.pipeline")
         if key is None:
-            raise InputError(f"{name}: run {run.info.run_id} of {uri} was not made by scldm (it has no tag scldm.pipeline)")
+            raise InputError(
+                f"{name}: run {run.info.run_id} of {uri} was not made by scldm (it has no tag scldm.pipeline)"
+            )
         runs = _all_runs(client, run.info.experiment_id, key)
     except MlflowException as error:
         raise InputError(f"{name}: {uri} says: {str(error).splitlines()[0][:300]}") from error

@@ -1,4 +1,4 @@
-"""Put a pipeline's models into MLflow's registry: the VAE and the flow as one model with `predict(conditions) -> counts`.
+"""Put a pipeline's models into MLflow's registry: VAE and flow as one model with `predict(conditions) -> counts`.
 
 The model folders are copied as they are (safetensors and JSON) beside a small file of code (`predictor`); nothing is
 pickled. The same folders are registered once: asking again moves the alias and makes no second version.
@@ -68,7 +68,9 @@ def find_models(folder: Path) -> ModelFolders:
     place = Path(stage.folder).parent.parent / "train_vae" / stage.inputs["train_vae"]
     vae = read_manifest(place)
     if vae is None:
-        raise InputError(f"the VAE that this flow was trained on is not in {place}; put it back there, or train the flow again")
+        raise InputError(
+            f"the VAE that this flow was trained on is not in {place}; put it back there, or train the flow again"
+        )
     return ModelFolders(vae.path("model"), stage.path("model"), stage)
 
 
@@ -159,7 +161,7 @@ def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run
 
 
 def signature(models: ModelFolders) -> Any:
-    """Labels of the model as optional text, the other columns of a table of conditions; genes come out as whole numbers.
+    """Labels of the model as optional text, the other columns of a table of conditions, settings of the sampler.
 
     The genes are not listed one by one: a signature of 60,000 columns helps nobody. They are the output's columns.
     """

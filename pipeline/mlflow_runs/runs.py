@@ -1,7 +1,7 @@
 """Find or make the runs of a pipeline: a parent, and a child for each version of a stage.
 
-What is needed to make them is plain data that lies in the stage's folder from the start, so that `scldm mlflow sync` can
-make the run of a stage whose server never answered.
+What is needed to make them is plain data that lies in the stage's folder from the start, so that `scldm mlflow sync`
+can make the run of a stage whose server never answered.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Complete the runs of stages from the records that waited on disk, after an outage. Safe to do twice, or beside a run.
+"""Complete the runs of stages from the records that waited on disk. Safe to do twice, and beside a running job.
 
-A run that was never made is made, with its tags and the times at which things happened. What was sent before and is sent
-again leaves nothing new (see `delivery`). The store is the one that the stage tracked to, unless another is named.
+A run that was never made is made, with its tags and the times at which things happened. What was sent before leaves
+nothing new if it is sent again (see `delivery`). The store is the one that the stage tracked to, or one that is given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MLflow is never in the way: whatever a real server does, a training loop goes on, and `sync` completes the run.
 
-The rows M1 to M9 are those of the project's list of faults. A loop of many short steps tracks through a worker's tracker,
-as rank 0 does, while the server or a proxy before it misbehaves. Every call is timed.
+The rows M1 to M9 are those of the project's list of faults. A loop of many short steps tracks as rank 0 does, while the
+server or a proxy before it misbehaves. Every call is timed.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def test_M4_errors_refusals_and_slowness_cost_no_step_and_no_point(proxy, tmp_pa
         return lambda: setattr(proxy, "mode", value)
 
     done = train(tmp_path, proxy.uri, {STEPS // 3: set_mode(mode)})
-    assert mode == "slow" or mode == 429 and 429 in proxy.answered or 500 in proxy.answered
+    assert mode == "slow" or {"some_500": 500}.get(mode, mode) in proxy.answered
     proxy.mode = "pass"
     done.was_not_held_up()
     assert not any(s.problem for s in sync(tmp_path / "demo"))

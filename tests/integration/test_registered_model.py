@@ -114,7 +114,9 @@ def test_a_process_that_knows_nothing_of_us_gets_the_same_cells_from_the_code_in
         "print(pipeline.__file__)\n"
     )
     TABLE.to_json(tmp_path / "table.json")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "/code/pipeline/" in done.stdout
     np.testing.assert_array_equal(pd.read_csv(tmp_path / "counts.csv").to_numpy(), expected)

@@ -25,7 +25,9 @@ def stage(root: Path, name: str, version: str, inputs: dict, *, config: dict | N
     return folder
 
 
-def pipeline(root: Path, *, layers: int, scores: dict[str, tuple[float, float]], digest: str = "d1", seed: str = "") -> Path:
+def pipeline(
+    root: Path, *, layers: int, scores: dict[str, tuple[float, float]], digest: str = "d1", seed: str = ""
+) -> Path:
     """A finished line whose scores are name -> (value, floor)."""
     i, v, f, g, e = (f"{x}{seed}0" for x in "ivfge")
     stage(root, "ingest", i, {}, digest=digest, census_version="2025-01-30")
