@@ -104,7 +104,7 @@ class Proxy:
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, str, bytes]:
         mode = self.mode
         if isinstance(mode, int):
-            return mode, "application/json", b'{"error_code": "SOME", "message": "made up by the proxy"}'
+            return mode, "text/plain", b"made up by the proxy"
         if mode == "some_500" and self.random.random() < 0.3:
             return 500, "text/html", b"<html>made up by the proxy</html>"
         if mode == "slow":

@@ -167,6 +167,10 @@ def test_M3_a_frozen_server_holds_up_neither_the_loop_nor_its_end(server, tmp_pa
     server.signal(signal.SIGCONT)
     done.was_not_held_up()
     assert done.closing < 4
+    until = time.monotonic() + 10  # the threads that were given up would have ended with their processes
+    while list(done.folder.glob(".mlflow_spool*")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
     assert not any(s.problem for s in sync(tmp_path / "demo"))
     all_is_there(done, server.uri)
 
