@@ -74,6 +74,7 @@ class StageTracker(NullTracker):
         self._runs = runs  # None in a worker: the driver makes the run
         self._opening = opening
         self._delivery: Delivery | None = None
+        self._since = None if runs is not None else int(time.time() * 1000)  # a worker may repeat steps
 
     @classmethod
     def attach(cls, spec: Mapping[str, Any], who: str = "worker") -> NullTracker:
@@ -157,7 +158,7 @@ class StageTracker(NullTracker):
         """Deliver; called by the writer's thread only."""
         try:
             if self._delivery is None:
-                self._delivery = Delivery(*self._open(), self.name)
+                self._delivery = Delivery(*self._open(), self.name, since=self._since)
             return self._delivery.send(records)
         except Exception as error:
             raise ConnectionError(explain(error, self.uri)) from error

@@ -23,11 +23,17 @@ REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class Delivery:
-    """The run of one stage, open."""
+    """The run of one stage, open.
 
-    def __init__(self, client: Any, run_id: str, name: str) -> None:
-        self.client, self.run_id, self.name = client, run_id, name
+    Args:
+        since: Of a worker that may repeat steps which an earlier attempt took past its checkpoint: when it began, ms.
+            Points from then on, at steps that the run holds already, are left out, so that a curve has no step twice.
+    """
+
+    def __init__(self, client: Any, run_id: str, name: str, *, since: int | None = None) -> None:
+        self.client, self.run_id, self.name, self.since = client, run_id, name, since
         self._start: int | None = None  # of the run, ms
+        self._held: dict[str, int] | None = None  # metric -> last step of earlier attempts
 
     def send(self, records: list[Record]) -> list[Record]:
         """Raises where the server cannot be reached or the run is gone; returns what is refused for good."""
@@ -48,7 +54,7 @@ class Delivery:
     def _metrics(self, records: list[Record]) -> list[Record]:
         from mlflow.entities import Metric
 
-        points = [(k, v, r) for r in records for k, v in r["value"].items()]
+        points = [(k, v, r) for r in records for k, v in r["value"].items() if not self._repeated(k, r)]
         steps = {id(r): r["step"] if r["kind"] == "metrics" else self._seconds(r["at"]) for r in records}
 
         def entity(point: tuple[str, float, Record]) -> Any:
@@ -58,6 +64,17 @@ class Delivery:
             self.client.log_batch(self.run_id, metrics=[entity(p) for p in some])
 
         return [{**r, "value": {k: v}} for k, v, r in self._each(points, send, METRICS_AT_ONCE)]
+
+    def _repeated(self, key: str, record: Record) -> bool:
+        if self.since is None or record["kind"] != "metrics":
+            return False
+        if self._held is None:
+            held = self.client.get_run(self.run_id).data.metrics
+            self._held = {k: max(m.step for m in self.client.get_metric_history(self.run_id, k)) for k in held}
+        if record["at"] < self.since:  # of an earlier attempt, from its spool
+            self._held[key] = max(record["step"], self._held.get(key, -1))
+            return False
+        return bool(record["step"] <= self._held.get(key, -1))
 
     def _tags(self, records: list[Record]) -> list[Record]:
         from mlflow.entities import RunTag

@@ -237,6 +237,7 @@ def test_M6_a_resume_with_another_learning_rate_keeps_the_param_and_says_what_ch
     assert run.data.tags["scldm.changed_params"] == "train.lr 0.1 -> 0.05"
     assert run.data.tags["mlflow.note.content"].endswith("went on with other settings: train.lr 0.1 -> 0.05")
     assert run.data.tags["scldm.attempt"] == "2"
+    assert done.steps_in(server.uri) == list(range(1, STEPS + 1))  # the steps that were taken twice are there once
 
 
 def test_M7_a_flood_stays_bounded_and_arrives_whole(server, tmp_path):
