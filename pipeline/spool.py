@@ -27,6 +27,10 @@ RETRY_SECONDS = 20.0
 WARN_SECONDS = 600.0
 
 
+class NotReadyError(Exception):
+    """The service will be ready in a moment, as always at the start: records wait, and nobody is warned."""
+
+
 class Target(Protocol):
     """Where records go."""
 
@@ -155,7 +159,8 @@ class SpooledWriter:
         try:
             refused = target.send(records)
         except Exception as error:
-            self._warn(target, error)
+            if not isinstance(error, NotReadyError):
+                self._warn(target, error)
             self._down_until[id(target)] = time.monotonic() + self.retry_seconds
             return False
         if refused:

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.job import JobBase
-from pipeline.mlflow_runs.client import clean_key, explain
+from pipeline.mlflow_runs.client import clean_key, clean_keys, explain
 from pipeline.mlflow_runs.client import mlflow_client as mlflow_client
 from pipeline.mlflow_runs.delivery import Delivery
 from pipeline.mlflow_runs.runs import Opening, ParentTarget, Pipeline, PipelineRuns
 from pipeline.provenance import code_versions, datasets, inputs_of, read_ids
 from pipeline.schedule import flat
-from pipeline.spool import SpooledWriter
+from pipeline.spool import NotReadyError, SpooledWriter
 from pipeline.spool_file import Record, waiting
 from pipeline.stage import MANIFEST, Manifest
 
@@ -94,18 +94,18 @@ class StageTracker(NullTracker):
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Settings, flattened. Only those that the run does not hold yet are sent: MLflow never changes a param."""
-        self._put("params", {clean_key(k): str(v)[:6000] for k, v in flat(values).items()})
+        self._put("params", clean_keys({k: str(v)[:6000] for k, v in flat(values).items()}))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Numbers at a step. NaN and infinity are skipped and counted; the tag scldm.skipped_metrics says how many."""
-        finite = {clean_key(k): float(v) for k, v in values.items() if math.isfinite(v)}
+        finite = {k: float(v) for k, v in values.items() if math.isfinite(v)}
         self.skipped += len(values) - len(finite)
         if finite:
-            self._put("metrics", finite, step=int(step))
+            self._put("metrics", clean_keys(finite), step=int(step))
 
     def system(self, values: Mapping[str, float]) -> None:
         """Numbers of a machine; their step is the number of seconds since the run began."""
-        self._put("system", {clean_key(k): float(v) for k, v in values.items() if math.isfinite(v)})
+        self._put("system", clean_keys({k: float(v) for k, v in values.items() if math.isfinite(v)}))
 
     def tag(self, key: str, value: Any) -> None:
         self._put("tag", {clean_key(key): str(value)[:8000]})
@@ -160,6 +160,8 @@ class StageTracker(NullTracker):
             if self._delivery is None:
                 self._delivery = Delivery(*self._open(), self.name, since=self._since)
             return self._delivery.send(records)
+        except NotReadyError:
+            raise
         except Exception as error:
             raise ConnectionError(explain(error, self.uri)) from error
 
@@ -168,7 +170,7 @@ class StageTracker(NullTracker):
             return self._runs.open_stage(self.folder, self._opening)
         ids = read_ids(self.folder)
         if not ids:
-            raise ConnectionError("the driver has not made the run yet")
+            raise NotReadyError("the driver has not made the run yet")
         return mlflow_client(self.uri), ids["run_id"]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def mlflow_client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
@@ -55,6 +57,17 @@ def clean_key(name: str) -> str:
     parts = [re.sub(r"[^\w\-.: ]", "_", part) for part in name.split("/")]
     key = "/".join(part for part in parts if part.strip(" .")) or "_"
     return key if len(key) <= 250 else f"{key[:239]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+
+
+def clean_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All of them under clean keys; two that become one, such as classes `CD4+` and `CD4?`, are kept apart by a hash."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = clean_key(name)
+        if key in found:
+            key = f"{key[:239]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+        found[key] = value
+    return found
 
 
 def status_of(error: BaseException) -> int | None:

@@ -30,7 +30,8 @@ from pipeline.tracking import StageTracker, Tracking
 pytestmark = pytest.mark.chaos
 STEPS = 200
 STEP_SECONDS = 0.005
-TYPICAL_SECONDS, WORST_SECONDS = 0.003, 0.1  # of a call: 99 of 100, and every one on a machine that does other things
+TYPICAL_SECONDS = 0.003  # of a call, 95 of 100
+WORST_SECONDS = 0.5  # of any, on a machine that does other things: less than any request may take
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ class Trained:
 
     def was_not_held_up(self) -> None:
         times = sorted(self.seconds)
-        assert times[int(len(times) * 0.99)] < TYPICAL_SECONDS, times[-5:]
+        assert times[int(len(times) * 0.95)] < TYPICAL_SECONDS, times[-10:]
         assert times[-1] < WORST_SECONDS, times[-5:]
 
     def steps_in(self, uri: str, key: str = "train/loss") -> list[int]:
