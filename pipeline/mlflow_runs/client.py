@@ -60,7 +60,7 @@ def clean_key(name: str) -> str:
 
 
 def clean_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """All of them under clean keys; two that become one, such as classes `CD4+` and `CD4?`, are kept apart by a hash."""
+    """All of them under clean keys; two that become one, such as `CD4+` and `CD4?`, are kept apart by a hash."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         key = clean_key(name)
