@@ -12,6 +12,8 @@ from pipeline import tracking
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
+    import mlflow  # noqa: F401  (now, because to import it takes every thread's time for seconds)
+
     made = Server(tmp_path_factory.mktemp("mlflow"))
     made.start()
     yield made

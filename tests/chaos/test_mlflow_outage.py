@@ -1,6 +1,6 @@
 """MLflow is never in the way: whatever a real server does, a training loop goes on, and `sync` completes the run.
 
-Rows M1 to M5 of the project's list of faults: the server, or a proxy before it, is down, killed, frozen, slow, or refuses.
+Rows M1 to M5 of the project's list of faults: a server, or a proxy before it, is down, killed, frozen, slow, refuses.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ def open_driver(root: Path, uri: str) -> Tracking:
 
 def synced(done: Trained) -> list[str]:
     """Send what waits; the problems. Threads that `close` gave up would have ended with their processes."""
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "20"  # the fixture that shortened it puts it back
     until = time.monotonic() + 60
     while list(done.folder.glob(".mlflow_spool*")):
         assert time.monotonic() < until
