@@ -151,12 +151,19 @@ class Delivery:
         try:
             self._store(record)
         except Exception as error:
-            self.client.get_run(self.run_id)  # raises where it is the server that is away, and not its artifact store
+            self._must_answer()
             what = record["value"]["path"] if record["kind"] == "artifact" else "the list of packages"
             cause = (str(error).splitlines() or [type(error).__name__])[0][:200]
             log.warning("tracking of %s: %s is not stored: %s", self.name, what, cause)
             return [record]
         return []
+
+    def _must_answer(self) -> None:
+        """Raises where it is the server that is away, and not its artifact store."""
+        try:
+            self.client.get_run(self.run_id)
+        except Exception:  # after an upload that it refused half-way, a server closes the connection that is used next
+            self.client.get_run(self.run_id)
 
     def _store(self, record: Record) -> None:
         if record["kind"] == "packages":
