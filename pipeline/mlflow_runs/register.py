@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.mlflow_runs.client import mlflow_client
+from pipeline.mlflow_runs.runs import experiment_id
 from pipeline.provenance import read_ids
 from pipeline.stage import InputError, Manifest, newest_manifest, read_manifest
 from scldm.flow.config import SamplerConfig
@@ -83,8 +84,11 @@ def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[
     """
     from mlflow.exceptions import MlflowException
 
+    import mlflow
+
     models = find_models(folder)
     client = mlflow_client(uri)
+    mlflow.set_tracking_uri(uri)  # the registry's client asks the global one where a logged model is
     model_name = name or f"scldm-{re.sub(r'[^A-Za-z0-9._-]', '-', models.pipeline)}"
     ids = read_ids(Path(models.stage.folder))
     run_id = str(ids.get("run_id", "")) if ids.get("uri") == uri else ""
@@ -119,7 +123,7 @@ def _version_of(client: Any, name: str, digest: str) -> str | None:
 
 def _make(client: Any, models: ModelFolders, name: str, run_id: str, digest: str) -> str:
     """A logged model with its files, and a version of the registered model that points to it."""
-    experiment = client.get_run(run_id).info.experiment_id if run_id else "0"
+    experiment = client.get_run(run_id).info.experiment_id if run_id else _own_experiment(client, models)
     tags = {DIGEST: digest, "scldm.train_flow_version": models.stage.version, "scldm.output_uri": models.stage.folder}
     logged = client.create_logged_model(
         experiment, name=name, source_run_id=run_id or None, tags=tags, model_type="scldm",
@@ -136,9 +140,16 @@ def _make(client: Any, models: ModelFolders, name: str, run_id: str, digest: str
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="scLDM: a table of conditions in, counts out.")
     made = client.create_model_version(
-        name, source=f"models:/{logged.model_id}", run_id=run_id or None, model_id=logged.model_id, tags=tags
+        name, source=logged.artifact_location, run_id=run_id or None, model_id=logged.model_id, tags=tags
     )
     return str(made.version)
+
+
+def _own_experiment(client: Any, models: ModelFolders) -> str:
+    """For models whose run this store does not have."""
+    uri = str(client.tracking_uri)
+    beside = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
+    return experiment_id(client, f"scldm/{models.pipeline}", beside)
 
 
 def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run_id: str | None = None) -> None:

@@ -106,7 +106,8 @@ class PipelineRuns:
         with self._alone():  # two processes that create one SQLite file at once break it
             client = self._client = mlflow_client(self.pipeline.uri)
             try:
-                self._experiment_id = self._experiment(client)
+                place = Path(self.pipeline.root) / "mlartifacts" if self.pipeline.local else None
+                self._experiment_id = experiment_id(client, self.pipeline.experiment, place)
                 self.parent_id = self._find(**{"scldm.stage": "pipeline"}) or self._create_parent()
                 if self.runs_now:
                     client.update_run(self.parent_id, status="RUNNING")
@@ -114,13 +115,6 @@ class PipelineRuns:
                 self._client = None
                 raise
         return client
-
-    def _experiment(self, client: Any) -> str:
-        found = client.get_experiment_by_name(self.pipeline.experiment)
-        if found:
-            return str(found.experiment_id)
-        place = (Path(self.pipeline.root) / "mlartifacts").as_uri() if self.pipeline.local else None
-        return str(client.create_experiment(self.pipeline.experiment, artifact_location=place))
 
     def _create_parent(self) -> str:
         tags = {**self.pipeline.tags, "mlflow.runName": self.pipeline.name, "scldm.stage": "pipeline"}
@@ -144,6 +138,14 @@ class PipelineRuns:
             with contextlib.suppress(OSError):  # a file system without locks: no worse than without this
                 fcntl.flock(f, fcntl.LOCK_EX)
             yield
+
+
+def experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
+    """The experiment of that name, made if need be, with its files in `artifacts` or where the server keeps them."""
+    found = client.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    return str(client.create_experiment(name, artifact_location=None if artifacts is None else artifacts.as_uri()))
 
 
 class ParentTarget:

@@ -14,6 +14,7 @@ import pytest
 from generation_case import generate, write_inputs
 from typer.testing import CliRunner
 
+from pipeline import tracking
 from pipeline.cli import app
 from pipeline.comparison.records import StageRecord
 from pipeline.job import EvaluateJob
@@ -27,6 +28,13 @@ pytestmark = pytest.mark.integration
 CELLS = [{"cell_type": "B", "donor": "d_2", "n_cells": 3}, {"cell_type": None, "donor": "d1", "n_cells": 2}]
 TABLE = pd.DataFrame(CELLS)
 SEED = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "CLOSE_SECONDS", 120.0)
+        yield
 
 
 @pytest.fixture(scope="module")
