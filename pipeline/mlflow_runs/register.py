@@ -84,11 +84,8 @@ def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[
     """
     from mlflow.exceptions import MlflowException
 
-    import mlflow
-
     models = find_models(folder)
     client = mlflow_client(uri)
-    mlflow.set_tracking_uri(uri)  # the registry's client asks the global one where a logged model is
     model_name = name or f"scldm-{re.sub(r'[^A-Za-z0-9._-]', '-', models.pipeline)}"
     ids = read_ids(Path(models.stage.folder))
     run_id = str(ids.get("run_id", "")) if ids.get("uri") == uri else ""

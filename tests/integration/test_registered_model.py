@@ -83,7 +83,8 @@ def model(registered, uri):
     import mlflow
 
     mlflow.set_tracking_uri(uri)
-    return mlflow.pyfunc.load_model("models:/scldm-demo@champion")
+    yield mlflow.pyfunc.load_model("models:/scldm-demo@champion")
+    mlflow.set_tracking_uri(None)  # it is global, and in the environment too
 
 
 def test_the_command_names_the_version_its_alias_and_its_run(registered, root):
