@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 records still wait, 2 bad input.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -106,7 +107,7 @@ def compare(
         typer.echo(found.to_json() if as_json else as_text(found))
 
 
-def _reported():  # type: ignore[no-untyped-def]
+def _reported() -> AbstractContextManager[None]:
     from pipeline.cli import reported
 
     return reported()

@@ -157,6 +157,7 @@ def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run
     code = folder.parent / "code"
     for package in ("scldm", "pipeline"):
         shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    # No input example: MLflow would run it once, and which classes there are is in the vocabulary beside it.
     mlflow.pyfunc.save_model(
         path=str(folder),
         python_model=str(Path(__file__).with_name("predictor.py")),

@@ -120,7 +120,7 @@ def _counted(records: list[Record]) -> Counter[str]:
     found: Counter[str] = Counter()
     for r in records:
         names = {"metrics": "points", "system": "points of the machine", "tag": "tags", "artifact": "files"}
-        name = names.get(r["kind"], r["kind"])
+        name = names.get(r["kind"], str(r["kind"]))
         found[name] += len(r["value"]) if r["kind"] in ("metrics", "system", "tag", "params") else 1
     return found
 
