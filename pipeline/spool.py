@@ -56,7 +56,7 @@ class SpooledWriter:
         self._warned: dict[int, float] = {}
         self._targets: dict[int, Target] = {}
         self._met: set[int] = set()  # targets whose spools of earlier processes were looked for
-        self._in_flight: tuple[Target, list[Record]] | None = None
+        self._in_flight: list[tuple[Target, list[Record]]] = []  # taken from the queue, and nowhere else
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="tracking writer", daemon=True)
         self._thread.start()
@@ -84,9 +84,12 @@ class SpooledWriter:
     def _abandon(self) -> None:
         """The thread is stuck in a request. It is a daemon; its work is spooled here (a record may arrive twice)."""
         self._abandoned = True
-        if self._in_flight is not None:
-            append(self._in_flight[0].spool, self._in_flight[1])
+        self._keep_in_flight()
         self._set_aside(everything=True)
+
+    def _keep_in_flight(self) -> None:
+        for target, records in list(self._in_flight):
+            append(target.spool, records)
 
     # ---- the thread ------------------------------------------------------------------------------------------------
     def _run(self) -> None:
@@ -114,25 +117,23 @@ class SpooledWriter:
             else:
                 self._targets[id(item[0])] = item[0]
                 together.setdefault(id(item[0]), []).append(item[1])
-        for key, records in together.items():
-            self._deliver(self._targets[key], records)
+        self._in_flight = [(self._targets[key], records) for key, records in together.items()]
+        if self._abandoned:  # just now: who did it may not have seen them
+            self._keep_in_flight()
+        while self._in_flight and not self._abandoned:
+            if not self._deliver(*self._in_flight[0]) and not self._abandoned:
+                append(self._in_flight[0][0].spool, self._in_flight[0][1])
+            if not self._abandoned:
+                del self._in_flight[0]
         return closing
 
-    def _deliver(self, target: Target, records: list[Record]) -> None:
+    def _deliver(self, target: Target, records: list[Record]) -> bool:
         if time.monotonic() < self._down_until.get(id(target), 0.0):
-            append(target.spool, records)
-            return
+            return False
         self._set_aside()
         first, self._met = id(target) not in self._met, self._met | {id(target)}
         older = target.spools() if first else [target.spool] if target.spool.is_file() else []
-        if not all(self._replay(target, spool) for spool in older):  # older records first
-            append(target.spool, records)
-            return
-        self._in_flight = (target, records)
-        delivered = self._try(target, records)
-        self._in_flight = None
-        if not delivered and not self._abandoned:  # whoever abandoned this thread has spooled them
-            append(target.spool, records)
+        return all(self._replay(target, spool) for spool in older) and self._try(target, records)  # older ones first
 
     def _set_aside(self, *, everything: bool = False) -> None:
         """Where more comes than goes, the queue goes to the spools: slower than memory, but it does not end."""

@@ -98,6 +98,23 @@ def test_records_stay_in_order_through_an_outage(tmp_path):
     assert target.got == list(range(900))
 
 
+def test_records_of_all_targets_survive_a_thread_that_is_given_up(tmp_path):
+    class Stuck(Taking):
+        def send(self, some):
+            time.sleep(30)
+
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    targets = [Stuck(folder) for folder in folders]
+    writer = SpooledWriter()
+    for n in range(300):  # more than a batch; the two take turns
+        writer.put(targets[n % 2], {"n": n})
+    writer.close(0.3)
+    kept = [{r["n"] for r in records(t.spool)} for t in targets]
+    assert kept == [set(range(0, 300, 2)), set(range(1, 300, 2))]
+
+
 def test_a_refused_record_is_kept_apart_and_the_others_go_on(tmp_path):
     target = Taking(tmp_path)
     target.refuses = (3, 5)
@@ -117,11 +134,11 @@ def test_a_queue_that_fills_goes_to_disk_and_nothing_is_dropped(tmp_path):
             return super().send(some)
 
     target = Slow(tmp_path)
-    writer = SpooledWriter(capacity=1000)
+    writer = SpooledWriter(capacity=2000)
     for n in range(6000):
         writer.put(target, {"n": n})
         if n % 100 == 0:
-            time.sleep(0.005)
+            time.sleep(0.01)
     writer.close(30)
     assert writer.dropped == 0
     assert sorted(target.got) == list(range(6000))
