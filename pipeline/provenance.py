@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.stage import Manifest
+from pipeline.stage import Manifest, read_manifest
 
 IDS = "tracking.json"
 Inputs = Mapping[str, Mapping[str, Any]]  # stage -> version, folder, tracking, facts, config; plain data
@@ -58,6 +58,22 @@ def lineage(inputs: Inputs) -> dict[str, str]:
             with weights:
                 tags["scldm.vae_ckpt_sha256"] = hashlib.file_digest(weights, "sha256").hexdigest()
     return tags
+
+
+def settings_behind(inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, Any]]:
+    """Stage -> settings of everything that a stage was made from, so that runs of `evaluate` alone can be compared."""
+    found: dict[str, Mapping[str, Any]] = {}
+    todo = list(inputs.values())
+    while todo:
+        manifest = todo.pop()
+        if manifest.stage in found:
+            continue
+        found[manifest.stage] = manifest.config
+        for stage, version in manifest.inputs.items():
+            place = Path(manifest.folder).parent.parent / stage / version
+            if stage not in found and (parent := read_manifest(place)) is not None:
+                todo.append(parent)
+    return found
 
 
 def note(tags: Mapping[str, str], inputs: Inputs, *, experiment_id: str) -> str:

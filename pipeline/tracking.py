@@ -23,7 +23,7 @@ from pipeline.mlflow_runs.client import clean_key, clean_keys, explain
 from pipeline.mlflow_runs.client import mlflow_client as mlflow_client
 from pipeline.mlflow_runs.delivery import Delivery
 from pipeline.mlflow_runs.runs import Opening, ParentTarget, Pipeline, PipelineRuns
-from pipeline.provenance import code_versions, datasets, inputs_of, read_ids
+from pipeline.provenance import code_versions, datasets, inputs_of, read_ids, settings_behind
 from pipeline.schedule import flat
 from pipeline.spool import NotReadyError, SpooledWriter
 from pipeline.spool_file import Record, waiting
@@ -217,7 +217,7 @@ class Tracking:
         opening = Opening(self.pipeline, tags, inputs_of(inputs), int(time.time() * 1000))
         opening.write(folder)
         tracker = StageTracker(folder, self.uri, self._writer, self._runs, opening)
-        tracker.params(config)
+        tracker.params({**config, **(settings_behind(inputs) if stage == "evaluate" else {})})
         if "ingest" in inputs:
             tracker.datasets(datasets(stage, config, inputs["ingest"], self.pipeline.name))
         if (folder / "config.yaml").is_file():

@@ -25,7 +25,7 @@ def as_text(found: Comparison) -> str:
 
 
 def _scores_table(rows: Sequence[MetricRow], letters: Sequence[str]) -> str:
-    one_floor = all(len({f for f in r.floors if f is not None}) <= 1 for r in rows)
+    one_floor = all(len({text for text in _numbers(r.floors) if text != "–"}) <= 1 for r in rows)
     floors = ["floor"] if one_floor else [f"floor {x}" for x in letters]
     lines = [["score", "better", *floors, *letters]]
     for r in rows:

@@ -81,7 +81,7 @@ def record_of(run: Any) -> StageRecord:
         stage=stage,
         version=tags.get("scldm.version", "?"),
         inputs={s: tags[f"scldm.{s}_version"] for s in STAGES if f"scldm.{s}_version" in tags},
-        params=dict(run.data.params),
+        params={k: v for k, v in run.data.params.items() if k.partition(".")[0] not in STAGES},  # of the stage itself
         metrics=_scores(run.data.metrics) if stage == "evaluate" else _trained(run.data.metrics),
         finished_at=(run.info.end_time or 0) / 1000,
         place=run.info.run_id,

@@ -22,6 +22,7 @@ from pipeline.stage import write_json_atomic
 
 OPENING = ".mlflow_run.json"
 PARENT_SPOOL = "mlflow_parent.jsonl"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages open with runs, not with chats
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
     found = client.get_experiment_by_name(name)
     if found:
         return str(found.experiment_id)
-    return str(client.create_experiment(name, artifact_location=None if artifacts is None else artifacts.as_uri()))
+    place = None if artifacts is None else artifacts.as_uri()
+    return str(client.create_experiment(name, artifact_location=place, tags=EXPERIMENT_TAGS))
 
 
 class ParentTarget:

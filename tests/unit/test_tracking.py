@@ -13,9 +13,9 @@ import pytest
 from pipeline import tracking as tracking_module
 from pipeline.job import EvaluateJob, TrackingConfig
 from pipeline.mlflow_runs.client import clean_key, clean_keys
-from pipeline.provenance import IDS, lineage, read_ids
+from pipeline.provenance import IDS, lineage, read_ids, settings_behind
 from pipeline.spool import SpooledWriter
-from pipeline.stage import Manifest
+from pipeline.stage import Manifest, write_manifest
 from pipeline.system_metrics import node_metrics
 from pipeline.tracking import SPOOL, NullTracker, StageTracker, Tracking, mlflow_client
 
@@ -120,6 +120,19 @@ def test_the_data_sets_of_a_run_are_described_and_not_read(store):
     assert found["train"].source_type == "census"
     assert json.loads(found["train"].profile) == {"num_rows": 90, "num_elements": 630}
     assert json.loads(found["validation"].source)["soma_uri"] == "s3://cells"
+
+
+def test_an_evaluation_carries_the_settings_of_all_that_it_was_made_from(tmp_path):
+    def made(stage: str, config: dict, inputs: dict[str, str]) -> Manifest:
+        folder = tmp_path / stage / "v"
+        folder.mkdir(parents=True)
+        manifest = Manifest(stage, "v", str(folder), config, inputs, {}, 1.0, 1.0)
+        write_manifest(manifest)
+        return manifest
+
+    made("train_flow", {"train": {"max_steps": 7}}, {})
+    cells = made("generate", {"seed": 1}, {"train_flow": "v"})
+    assert settings_behind({"generate": cells}) == {"generate": {"seed": 1}, "train_flow": {"train": {"max_steps": 7}}}
 
 
 def test_a_rerun_continues_the_same_runs(store):
