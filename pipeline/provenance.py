@@ -69,8 +69,8 @@ def settings_behind(inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, An
         if manifest.stage in found:
             continue
         found[manifest.stage] = manifest.config
-        for stage, version in manifest.inputs.items():
-            place = Path(manifest.folder).parent.parent / stage / version
+        for stage, made in manifest.inputs.items():
+            place = Path(manifest.folder).parent.parent / stage / made
             if stage not in found and (parent := read_manifest(place)) is not None:
                 todo.append(parent)
     return found
