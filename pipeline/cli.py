@@ -1,4 +1,4 @@
-"""The command line: `scldm run | validate | plan | runs | cells`; of clusters `submit | status | logs | stop |
+"""The command line: `scldm run | validate | plan | runs | cells | mlflow`; of clusters `submit | status | logs | stop |
 cluster | doctor`; of models `convert | export | parity | presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
@@ -22,6 +22,7 @@ from pipeline.cli_cells import cells_app
 from pipeline.cli_cluster import cluster, logs, status, stop, submit
 from pipeline.cli_data import validate_data
 from pipeline.cli_doctor import doctor
+from pipeline.cli_mlflow import compare, mlflow_app
 from pipeline.cli_models import convert, export
 from pipeline.cli_parity import parity
 from pipeline.cli_presets import presets
@@ -38,6 +39,7 @@ runs = typer.Typer(help="Look at what has been made.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(cluster, name="cluster")
 app.add_typer(cells_app, name="cells")
+app.add_typer(mlflow_app, name="mlflow")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
 Overrides = Annotated[
@@ -146,6 +148,7 @@ def list_runs(folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help
         typer.echo(finished_stages(folder))
 
 
+runs.command("compare")(compare)
 for _command in (submit, status, logs, stop, doctor, parity):
     app.command()(_command)
 app.command("validate-data")(validate_data)

@@ -26,6 +26,7 @@ from pipeline.flops import dit_flops, vae_flops
 from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig, VaeTrainConfig
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
+from pipeline.system_metrics import node_metrics
 from pipeline.tracking import StageTracker
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
 from pipeline.training.guard import TrainingStopped
@@ -75,6 +76,7 @@ def train_worker(
     spec = WorkerSpec.model_validate(raw)
     torch.set_num_threads(spec.threads)
     tracker = StageTracker.attach(spec.tracker if dist.get_rank() == 0 else {})
+    tracker.tag("scldm.world_size", dist.get_world_size())
     remote = None
     if spec.storage.storage_path is not None and dist.get_rank() == 0:
         remote = Remote(spec.storage, spec.run_name)
@@ -84,7 +86,8 @@ def train_worker(
     )  # fmt: skip
     inputs = {k: Manifest(**v) for k, v in spec.inputs.items()}
     try:
-        return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
+        with node_metrics(spec.tracker, tracker, rank=dist.get_rank()):
+            return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
     finally:
         tracker.close()
 
