@@ -15,8 +15,8 @@ from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics import expression
 from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
-from scldm.metrics.cell_set import CellSet
-from scldm.metrics.compare import Compared, Comparison, CompareSettings
+from scldm.metrics.cell_set import CellSet, shown
+from scldm.metrics.compare import Compared, CompareSettings, Comparison
 from scldm.metrics.conditional import ClassTable, ConditionalSettings
 from scldm.metrics.labels import labelled
 from scldm.metrics.reconstruction import reconstruction_table
@@ -138,9 +138,7 @@ def compare_settings(config: EvaluateConfig, given: Sequence[str]) -> CompareSet
     )
 
 
-def _baselines(
-    parts: Parts, pools: Pools, fitted: LabelBaseline, rng: np.random.Generator
-) -> dict[str, CellSet]:
+def _baselines(parts: Parts, pools: Pools, fitted: LabelBaseline, rng: np.random.Generator) -> dict[str, CellSet]:
     """Cells of the labels of the held-out ones, as each baseline makes them."""
     reference = parts.reference.counts
     counts = {
@@ -171,9 +169,7 @@ def _add_reconstruction(
 ) -> None:
     """Rows of the VAE, and of the baselines' means and draws at each cell's own library size."""
     real = parts.real[decoded.rows]
-    halves = Halves.draw(
-        real.crossed(parts.given), config.resamples, np.random.default_rng((config.seed, HALVES))
-    )
+    halves = Halves.draw(real.crossed(parts.given), config.resamples, np.random.default_rng((config.seed, HALVES)))
     table = lambda mu, draws, nll=None: reconstruction_table(  # noqa: E731
         real.counts, mu, halves, refits=config.refits, nll=nll, draws=draws
     )
@@ -210,18 +206,12 @@ def _left_out(generated: Compared) -> list[str]:
     notes = []
     for name, table in generated.classes.items():
         if table.left_out:
-            named = [f"{shown_class} ({n}, {m})" for shown_class, (n, m) in list(_shown(table).items())[:8]]
+            named = [f"{shown(c)} ({n}, {m})" for c, (n, m) in list(table.left_out.items())[:8]]
             more = f" and {len(table.left_out) - 8} more" if len(table.left_out) > 8 else ""
             notes.append(
                 f"Too few cells for scores within classes of {name} (real, generated): {', '.join(named)}{more}."
             )
     return notes
-
-
-def _shown(table: ClassTable) -> dict[str, tuple[int, int]]:
-    from scldm.metrics.cell_set import shown
-
-    return {shown(k): n for k, n in table.left_out.items()}
 
 
 def _chance(values: np.ndarray) -> float:
@@ -233,7 +223,8 @@ def _facts(parts: Parts, config: EvaluateConfig) -> dict[str, str]:
     points = min(parts.real.n_cells, parts.generated.n_cells, config.transport_cells)
     fitted_on = "held-out cells" if config.space_from == "held_out" else "training cells"
     rule = {"variance": "most variable (log1p CP10k)", "seurat_v3": "most variable (seurat_v3)"}[config.gene_rule]
-    facts = {
+    control = ", ".join(f"{k} = {v}" for k, v in (config.control or {}).items())
+    return {
         "held-out real cells": f"{parts.real.n_cells:,} ({config.split})",
         "generated cells": f"{parts.generated.n_cells:,} scored of {parts.all_generated.n_cells:,} read",
         "real training cells": f"{parts.reference.n_cells:,} to fit on, {parts.floor.n_cells:,} for the floor",
@@ -248,11 +239,10 @@ def _facts(parts: Parts, config: EvaluateConfig) -> dict[str, str]:
         "intervals": (
             f"95 %, from {config.resamples} random halves of the cells ({config.refits} where a score is solved anew)"
         ),
-        "log fold changes": "against " + (", ".join(f"{k} = {v}" for k, v in (config.control or {}).items()) or "all other cells"),
+        "log fold changes": f"against {control or 'all other cells'}",
         "protocol": PROTOCOL_FACTS[config.protocol],
         "seed": str(config.seed),
     }
-    return facts
 
 
 PROTOCOL_FACTS = {

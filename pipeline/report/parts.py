@@ -80,7 +80,15 @@ def split_parts(
         n_top_genes=config.n_top_genes, n_pcs=config.n_pcs, seed=config.seed, gene_rule=config.gene_rule,
     )  # fmt: skip
     return Parts(
-        real, reference, chosen.pop("training (floor)"), chosen.pop("generated"), made, chosen, given, tuple(notes), space
+        real,
+        reference,
+        chosen.pop("training (floor)"),
+        chosen.pop("generated"),
+        made,
+        chosen,
+        given,
+        tuple(notes),
+        space,
     )
 
 

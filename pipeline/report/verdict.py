@@ -50,4 +50,7 @@ def _copies(share: MetricRow, ratio: MetricRow) -> str:
         if low > share.score.ideal
         else "no sign of copies of training cells"
     )
-    return f"{said} ({share.score.value:.1%} nearer than 1 % of held-out cells are; median distance ratio {ratio.score.value:.2f})"
+    return (
+        f"{said} ({share.score.value:.1%} nearer than 1 % of held-out cells are; median distance ratio "
+        f"{ratio.score.value:.2f})"
+    )

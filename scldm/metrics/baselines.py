@@ -1,11 +1,12 @@
 """What a model must beat (per-label baselines), what it must not be (copies), and what it cannot beat (real cells).
 
-* `poisson` and `negative_binomial` know a training cell's class and nothing else: within a class, genes are independent.
-  They draw a library size from the real training cells of the class and spread it by the class's mean profile.
-* `copies` are training cells of the class, drawn with replacement: a model that has learnt its training cells by heart.
-  No distance of distributions tells them from real cells; the memorisation scores do.
-* `shuffled` are training cells of the class in which every gene is permuted over the cells, uniformly and on its own: each
-  gene keeps its distribution, all that joins genes (correlations, library sizes) is broken.
+* `poisson` and `negative_binomial` know a training cell's class and nothing else: within a class, genes are
+  independent. They draw a library size from the real training cells of the class and spread it by the class's mean
+  profile.
+* Copies (`Pools.draw`) are training cells of the class, drawn with replacement: a model that has learnt its training
+  cells by heart. No distance of distributions tells them from real cells; the memorisation scores do.
+* `shuffled` cells are training cells of the class in which every gene is permuted over the cells, uniformly and on its
+  own: each gene keeps its distribution, all that joins genes (correlations, library sizes) is broken.
 
 A cell's class is its combination of labels where at least MIN_COMBINATION training cells have it, else its first label;
 one that the training cells lack is drawn from all training cells.

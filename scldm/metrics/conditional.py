@@ -1,9 +1,9 @@
 """Distances and fold changes inside classes: is a generated B cell near real B cells?
 
-A distance of all cells is small if the classes stand where they should, even if each is wrong inside, and it does not see
-cells that carry each other's labels. So the same distances are taken within every class of a label, and of the crossing
-of all labels, and averaged: by the number of real cells, or each class alike (CFGen's way). Classes with fewer than
-`min_cells` on either side are not scored but listed by name.
+A distance of all cells is small if the classes stand where they should, even if each is wrong inside, and it does not
+see cells that carry each other's labels. So the same distances are taken within every class of a label, and of the
+crossing of all labels, and averaged: by the number of real cells, or each class alike (CFGen's way). Classes with fewer
+than `min_cells` on either side are not scored but listed by name.
 
 Shape letters: n cells, p coordinates, h genes, r resamples.
 """
@@ -75,7 +75,9 @@ def conditional_scores(
     tables: dict[str, ClassTable] = {}
     for name, crossed in label_sets(labels).items():
         own, other = real.cells.crossed(crossed), made.cells.crossed(crossed)
-        counts = {c: (int((own == c).sum()), int((other == c).sum())) for c in sorted({v for v in own if v is not None})}
+        counts = {
+            c: (int((own == c).sum()), int((other == c).sum())) for c in sorted({v for v in own if v is not None})
+        }
         scored = [c for c, n in counts.items() if min(n) >= settings.min_cells]
         found = {c: _class_distances(real, made, own == c, other == c, settings.transport_cells) for c in scored}
         changes = _changes(cp10k, (real, made), (own, other), crossed, scored, settings)
@@ -143,7 +145,7 @@ def _changes(
     scored: Sequence[str],
     settings: ConditionalSettings,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Class -> lfc_pearson and lfc_slope, (1 + refits,); without the control, and classes whose control is too small."""
+    """Class -> lfc_pearson and lfc_slope, (1 + refits,); without the control, and classes that have none."""
     weights = [side.weights[: 1 + side.refits] for side in sides]
     totals = [weighted_sum(x, np.arange(x.shape[0]), w) for x, w in zip(cp10k, weights, strict=True)]
     out = {}

@@ -17,7 +17,7 @@ TOP = 200  # genes: 19,900 pairs; more would be pairs of genes that are zero in 
 
 
 def correlation_matrix(x: np.ndarray) -> np.ndarray:
-    """Pearson correlation of the columns of x (n, h), (h, h); 0 with a column that does not vary: it moves with none."""
+    """Pearson correlation of the columns of x (n, h), (h, h); 0 with a column that is constant: it moves with none."""
     centred = x - x.mean(0)
     norm = np.sqrt((centred**2).sum(0))
     varies = np.ptp(x, axis=0) > 0

@@ -1,8 +1,8 @@
 """Do cells carry the label that they were asked for? Two classifiers trained on real cells are asked.
 
 k nearest neighbours see any shape of a class; logistic regression sees halfspaces and is harder to fool by a few stray
-neighbours. Their ceiling is the same number on held-out real cells; well above it, generated cells are more typical than
-real ones. Space: PCA of log1p CP10k fitted on real. Source: CFGen, scDiffusion (label agreement).
+neighbours. Their ceiling is the same number on held-out real cells; well above it, generated cells are more typical
+than real ones. Space: PCA of log1p CP10k fitted on real. Source: CFGen, scDiffusion (label agreement).
 
 Shape letters: n cells, p coordinates, k classes, r resamples.
 """
@@ -128,8 +128,8 @@ class LabelJudges:
         `label_logistic_*` (no recalls). A label that no cell has is absent.
 
         Args:
-            weights: Of resamples of the cells, (r, n). The classifiers stay as they are, so the interval is of the scored
-                cells, not of the training cells.
+            weights: Of resamples of the cells, (r, n). The classifiers stay as they are, so the interval is of the
+                scored cells, not of the training cells.
         """
         out: dict[str, Score] = {}
         for name, values in labels.items():

@@ -53,8 +53,8 @@ def distance_ratio(real: np.ndarray, made: np.ndarray) -> float:
     median = float(np.median(real))
     if median == 0:
         raise ValueError(
-            "half of the held-out cells are equal to a training cell in the space: the split leaks, and no memorisation "
-            "can be measured"
+            "half of the held-out cells are equal to a training cell in the space: the split leaks, and no "
+            "memorisation can be measured"
         )
     return float(np.median(made)) / median
 

@@ -65,10 +65,7 @@ class RealSpace:
 
 def most_variable(counts: sp.csr_matrix, n: int, rule: GeneRule) -> np.ndarray:
     """Positions of the n most variable genes by a rule, ascending."""
-    if rule == "variance":
-        score = gene_moments(chunks(counts)).variance
-    else:
-        score = seurat_v3_variance(counts)
+    score = gene_moments(chunks(counts)).variance if rule == "variance" else seurat_v3_variance(counts)
     return np.sort(np.argsort(-score, kind="stable")[:n])
 
 

@@ -81,9 +81,7 @@ def reconstruction_scores(counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray
     )
 
 
-def _in_log_space(
-    counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _in_log_space(counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """log1p CP10k of counts and of means, (n, g) each; refuses shapes and values that do not fit."""
     if mu.shape != counts.shape:
         raise ValueError(f"mu must have the shape of the counts, {counts.shape}; got {mu.shape}")
@@ -149,7 +147,13 @@ def _against(
     varies = (np.ptp(real, axis=1) > 0) & (np.ptp(decoded, axis=1) > 0)
     by_cell, _ = correlations(real[varies].T, decoded[varies].T)
     genes = Score(
-        float(by_gene[0]), "higher", 1.0, "reconstruction", f"Pearson per gene, {how}", np.array(by_gene[1:]), (-1.0, 1.0)
+        float(by_gene[0]),
+        "higher",
+        1.0,
+        "reconstruction",
+        f"Pearson per gene, {how}",
+        np.array(by_gene[1:]),
+        (-1.0, 1.0),
     )
     return {
         f"reconstruction_gene_pearson{suffix}": genes,

@@ -1,9 +1,9 @@
 """How far a score would move with other cells: intervals from random halves.
 
-The bootstrap gives each cell a random weight of mean 1 and variance 1. Drawing with replacement does so by copies, and a
-copy is its own nearest neighbour, which breaks every score of neighbours. Here the weights are 0 and 2: a random *half*
-of the cells, without replacement. To first and second order its spread about the full sample is the same (Præstgaard &
-Wellner 1993, exchangeable weights; Shao & Wu 1989, the delete-half jackknife), and no cell occurs twice.
+The bootstrap gives each cell a random weight of mean 1 and variance 1. Drawing with replacement does so by copies, and
+a copy is its own nearest neighbour, which breaks every score of neighbours. Here the weights are 0 and 2: a random
+*half* of the cells, without replacement. To first and second order its spread about the full sample is the same
+(Præstgaard & Wellner 1993, exchangeable weights; Shao & Wu 1989, the delete-half jackknife), and no cell occurs twice.
 
 A score of n/2 cells is biased against one of n (a distance grows as samples shrink). So only the *spread* of the halves
 is used: the interval is value ± t sd, with t of Student's law for the number of halves. It says where the score of as

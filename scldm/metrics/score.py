@@ -11,7 +11,15 @@ import numpy as np
 from scldm.metrics.resampling import half_width
 
 Group = Literal[
-    "expression", "cells", "distance", "two-sample", "conditional", "label", "memorisation", "reconstruction", "streamed"
+    "expression",
+    "cells",
+    "distance",
+    "two-sample",
+    "conditional",
+    "label",
+    "memorisation",
+    "reconstruction",
+    "streamed",
 ]
 Judgement = Literal["nearer", "farther", "not told apart"]
 
@@ -69,8 +77,8 @@ def departure(score: Score, floor: Score) -> float:
 def judge(score: Score, other: Score, floor: Score) -> Judgement | None:
     """Is `score` nearer to the floor than `other`, as far as the intervals allow to say?
 
-    Of D = |score - floor| - |other - floor|: nearer if D + t sd(D) < 0, farther if D - t sd(D) > 0. Resample k is of the
-    same half of the real cells in all three, so what these have in common cancels. None where there are no resamples.
+    Of D = |score - floor| - |other - floor|: nearer if D + t sd(D) < 0, farther if D - t sd(D) > 0. Resample k is of
+    the same half of the real cells in all three, so what these have in common cancels. None without resamples.
     """
     if score.replicates is None or other.replicates is None or floor.replicates is None:
         return None

@@ -34,7 +34,14 @@ class Side:
 
     @classmethod
     def of(
-        cls, cells: CellSet, points: np.ndarray, strata: np.ndarray, *, resamples: int, refits: int, key: tuple[int, ...]
+        cls,
+        cells: CellSet,
+        points: np.ndarray,
+        strata: np.ndarray,
+        *,
+        resamples: int,
+        refits: int,
+        key: tuple[int, ...],
     ) -> Side:
         """`key` decides the halves and the order, nothing else does."""
         rng = np.random.default_rng(key)

@@ -1,7 +1,8 @@
-"""Statistics of any number of cells, a chunk at a time: memory is that of a chunk and of a few numbers per gene and cell.
+"""Statistics of any number of cells, a chunk at a time: memory is a chunk's, and a few numbers per gene and cell.
 
-Cells have weights, so that all generated cells can be taken at the composition of the held-out ones: the weight of a cell
-is (share of its class among the real cells) / (its class's generated cells). Classes that were not generated are named.
+Cells have weights, so that all generated cells can be taken at the composition of the held-out ones: the weight of a
+cell is (share of its class among the real cells) / (its class's generated cells). Classes that were not generated are
+named.
 
 Shape letters: n cells of a chunk, g genes, N all cells.
 """
@@ -34,7 +35,7 @@ class StreamedCells:
 
 
 def composition_weights(classes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Weight of each cell (N,), sum 1, so that classes weigh as often as in `wanted`; and wanted classes that are missing.
+    """Weight of each cell (N,), sum 1, so that classes weigh as they do in `wanted`; and those that are missing.
 
     A class that is not wanted has weight 0.
     """
@@ -44,7 +45,8 @@ def composition_weights(classes: np.ndarray, wanted: np.ndarray) -> tuple[np.nda
     total = float((per_class * counts).sum())
     if not total:
         raise ValueError(
-            f"no cell has a class that is wanted; there are {', '.join(names[:5])}, wanted are {', '.join(list(share)[:5])}"
+            f"no cell has a class that is wanted; there are {', '.join(names[:5])}, wanted are "
+            f"{', '.join(list(share)[:5])}"
         )
     return per_class[codes] / total, sorted(set(share) - set(names))
 
@@ -80,7 +82,7 @@ def stream(chunks: Iterable[sp.csr_matrix], weights: np.ndarray) -> StreamedCell
 def streamed_scores(real: GeneMoments, sizes: np.ndarray, genes: np.ndarray, made: StreamedCells) -> dict[str, Score]:
     """`streamed_*`: gene statistics and KS of all cells of `made` against the held-out real cells; see `expression`.
 
-    Without resamples: these cells are many, what is left of chance is that of the held-out ones, and the floor shows it.
+    Without resamples: these cells are many; what is left of chance is of the held-out ones, and the floor shows it.
 
     Args:
         real: Moments of the held-out cells, log1p CP10k.
