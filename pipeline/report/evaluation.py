@@ -104,7 +104,7 @@ def evaluate(
     pools = Pools.like(parts.reference, parts.real, labels)
     fitted = LabelBaseline.of_pools(parts.reference.counts, pools.members)
     candidates = {"generated": parts.generated, "floor": parts.floor, **_baselines(parts, pools, fitted, rng)}
-    found = {name: comparison.scores(cells, name) for name, cells in (candidates | dict(parts.extra)).items()}
+    found = comparison.all_scores(candidates | dict(parts.extra))
     scores = _with_label_floor(found, comparison)
     facts = _facts(parts, config)
     if decoded is not None:

@@ -100,11 +100,10 @@ def _class_heatmaps(evaluation: Evaluation) -> Iterator[Picture]:
         ratios = {}
         for candidate in ("generated", *others):
             own = evaluation.classes[candidate][name].classes
-            rows = [
-                [_ratio(own[c].values[m], floor[c].values[m]) if c in own else np.nan for m in IN_CLASSES]
-                for c in common
-            ]
-            ratios[candidate] = np.array(rows)
+            ratios[candidate] = np.full((len(common), len(IN_CLASSES)), np.nan)
+            for i, c in enumerate(common):
+                if c in own:
+                    ratios[candidate][i] = [_ratio(own[c].values[m][0], floor[c].values[m][0]) for m in IN_CLASSES]
         classes = [f"{shown(c)} ({table.classes[c].n_real:,})" for c in common]
         caption = (
             "Distance of a class's cells to the held-out real ones, over the floor's: 1 is as real cells are. In "

@@ -52,7 +52,7 @@ def class_rows(result: Evaluation) -> list[dict[str, Any]]:
             for name, found in table.classes.items():
                 about = {"candidate": candidate, "label": label, "class": shown(name)}
                 about |= {"real_cells": found.n_real, "cells": found.n_made}
-                rows += [{**about, "metric": m, "value": v} for m, v in found.values.items()]
+                rows += [{**about, "metric": m, "value": float(v[0])} for m, v in found.values.items()]
             for name, (n, m) in table.left_out.items():
                 about = {"candidate": candidate, "label": label, "class": shown(name), "real_cells": n, "cells": m}
                 rows.append({**about, "metric": "too few cells", "value": None})

@@ -9,7 +9,7 @@ Every score has resamples (see `resampling`): resample k takes the same half of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -18,7 +18,7 @@ import numpy as np
 
 from scldm.metrics import distances, expression, two_sample
 from scldm.metrics.cell_set import CellSet
-from scldm.metrics.conditional import ClassTable, ConditionalSettings, conditional_scores
+from scldm.metrics.conditional import ClassTable, ConditionalSettings, class_averages, class_tables
 from scldm.metrics.fold_change import cp10k
 from scldm.metrics.gene_correlation import gene_correlation_scores
 from scldm.metrics.labels import LabelJudges
@@ -78,8 +78,19 @@ class Comparison:
             resamples=s.resamples, refits=s.refits, key=(s.seed, stream),
         )  # fmt: skip
 
+    def all_scores(self, candidates: Mapping[str, CellSet]) -> dict[str, Compared]:
+        """Every candidate's scores, those within classes averaged over the classes that all of them have."""
+        found = {name: self.scores(cells, name) for name, cells in candidates.items()}
+        averages = class_averages(
+            {name: compared.classes for name, compared in found.items()}, self.settings.conditional.average
+        )
+        return {
+            name: Compared(compared.scores | checked(averages[name], name), compared.classes)
+            for name, compared in found.items()
+        }
+
     def scores(self, candidate: CellSet, name: str = "the candidate") -> Compared:
-        """Score a candidate: generated cells, training cells (the floor) or a baseline's.
+        """Score a candidate: generated cells, training cells (the floor) or a baseline's; classes one by one.
 
         Args:
             candidate: Of real's number and composition.
@@ -89,7 +100,7 @@ class Comparison:
             FloatingPointError: scores that are NaN or infinite, by name.
         """
         made = self.side(candidate)
-        conditional, classes = conditional_scores(
+        classes = class_tables(
             self.real, made, labels=self.labels, cp10k=(self._changes, cp10k(candidate.counts, self.space.genes)),
             settings=self.settings.conditional,
         )  # fmt: skip
@@ -98,7 +109,6 @@ class Comparison:
             **gene_correlation_scores(self.real, made),
             **self._distance_scores(made),
             **self._refitted_scores(made),
-            **conditional,
             **self.judges.scores(made.points, candidate.labels, made.weights[1:]),
             **self.nearest.scores(self._real_nearest, self.nearest.distances(made.points), self.real, made),
         }

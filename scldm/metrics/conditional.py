@@ -3,7 +3,8 @@
 A distance of all cells is small if the classes stand where they should, even if each is wrong inside, and it does not
 see cells that carry each other's labels. So the same distances are taken within every class of a label, and of the
 crossing of all labels, and averaged: by the number of real cells, or each class alike (CFGen's way). Classes with fewer
-than `min_cells` on either side are not scored but listed by name.
+than `min_cells` on either side are not scored but listed by name, and averages are over the classes that every candidate
+has a score of, so that all of them mean the same.
 
 Shape letters: n cells, p coordinates, h genes, r resamples.
 """
@@ -45,7 +46,7 @@ class ConditionalSettings:
 class ClassScores:
     n_real: int
     n_made: int
-    values: dict[str, float]  # metric -> value
+    values: dict[str, np.ndarray]  # metric -> (1 + refits,): of all cells, then of halves
 
 
 @dataclass(frozen=True)
@@ -57,55 +58,59 @@ class ClassTable:
     left_out: dict[str, tuple[int, int]]  # class -> real and candidate cells
 
 
-def conditional_scores(
+def class_tables(
     real: Side,
     made: Side,
     *,
     labels: Sequence[str],
     cp10k: tuple[sp.csr_matrix, sp.csr_matrix],
     settings: ConditionalSettings,
-) -> tuple[dict[str, Score], dict[str, ClassTable]]:
-    """`conditional_<metric>.<label>`, means over classes, and the classes themselves.
+) -> dict[str, ClassTable]:
+    """Scores within the classes of every label and of the crossing of all.
 
     Args:
         labels: Those that the cells of both sides have; what they are compared within follows (`label_sets`).
         cp10k: Counts per 10,000 of the space's genes, (n, h), of both sides.
     """
-    scores: dict[str, Score] = {}
     tables: dict[str, ClassTable] = {}
     for name, crossed in label_sets(labels).items():
         own, other = real.cells.crossed(crossed), made.cells.crossed(crossed)
-        counts = {
-            c: (int((own == c).sum()), int((other == c).sum())) for c in sorted({v for v in own if v is not None})
-        }
+        names = sorted({v for v in own if v is not None})
+        counts = {c: (int((own == c).sum()), int((other == c).sum())) for c in names}
         scored = [c for c, n in counts.items() if min(n) >= settings.min_cells]
         found = {c: _class_distances(real, made, own == c, other == c, settings.transport_cells) for c in scored}
-        changes = _changes(cp10k, (real, made), (own, other), crossed, scored, settings)
-        for c, values in changes.items():
+        for c, values in _changes(cp10k, (real, made), (own, other), crossed, scored, settings).items():
             found[c] |= values
         tables[name] = ClassTable(
             crossed,
-            {c: ClassScores(*counts[c], {k: float(v[0]) for k, v in found[c].items()}) for c in scored},
+            {c: ClassScores(*counts[c], found[c]) for c in scored},
             {c: n for c, n in counts.items() if c not in scored},
         )
-        shares = {c: counts[c][0] if settings.average == "cells" else 1 for c in scored}
-        scores |= _averages(name, found, shares)
-    return scores, tables
+    return tables
 
 
-def _averages(name: str, found: Mapping[str, Mapping[str, np.ndarray]], shares: Mapping[str, int]) -> dict[str, Score]:
-    out = {}
-    for metric in {**DISTANCES, **CHANGES}:
-        having = [c for c in found if metric in found[c]]
-        if not having:
-            continue
-        weights = np.array([shares[c] for c in having], dtype=float)
-        mean = weights @ np.stack([found[c][metric] for c in having]) / weights.sum()
-        title = f"within {name.replace(LABELS, ' × ')}: {({**DISTANCES, **CHANGES})[metric]}"
-        better, ideal, bounds = _reading(metric)
-        out[f"conditional_{metric}.{name}"] = Score(
-            float(mean[0]), better, ideal, "conditional", title, mean[1:], bounds
-        )
+def class_averages(
+    tables: Mapping[str, Mapping[str, ClassTable]], average: Literal["cells", "classes"]
+) -> dict[str, dict[str, Score]]:
+    """Candidate -> `conditional_<metric>.<label>`: means over the classes that all candidates have the metric of.
+
+    Args:
+        tables: Candidate -> label -> its classes.
+        average: "cells" weighs a class by its real cells, "classes" weighs all alike.
+    """
+    out: dict[str, dict[str, Score]] = {candidate: {} for candidate in tables}
+    for label in next(iter(tables.values()), {}):
+        own = {candidate: table[label].classes for candidate, table in tables.items()}
+        for metric, title in {**DISTANCES, **CHANGES}.items():
+            having = [{c for c, found in classes.items() if metric in found.values} for classes in own.values()]
+            common = sorted(set.intersection(*having))
+            for candidate, classes in own.items() if common else ():
+                weights = np.array([classes[c].n_real if average == "cells" else 1 for c in common], dtype=float)
+                mean = weights @ np.stack([classes[c].values[metric] for c in common]) / weights.sum()
+                better, ideal, bounds = _reading(metric)
+                said = f"within {label.replace(LABELS, ' × ')}: {title} ({len(common)} classes)"
+                score = Score(float(mean[0]), better, ideal, "conditional", said, mean[1:], bounds)
+                out[candidate][f"conditional_{metric}.{label}"] = score
     return out
 
 
