@@ -59,6 +59,15 @@ class TrainFlowConfig(StrictModel):
     vae: JointVaeConfig = JointVaeConfig()
 
     @model_validator(mode="after")
+    def _samples_are_of_a_flow_alone(self) -> TrainFlowConfig:
+        if self.train.sample_every is not None and self.vae.train:
+            raise ValueError(
+                f"train.sample_every ({self.train.sample_every}) generates with the VAE of train_vae, and vae.train "
+                "trains it on; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_cap_on_genes_needs_genes(self) -> TrainFlowConfig:
         if self.train.feed.max_genes is not None and not self.vae.train:
             raise ValueError(

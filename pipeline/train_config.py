@@ -133,3 +133,9 @@ class VaeTrainConfig(TrainConfig):
 
 class FlowTrainConfig(TrainConfig):
     ema: EMAConfig = EMAConfig()
+    sample_every: PositiveInt | None = None
+    """Validations between two generations of a few cells with the averaged weights, scored by the metrics of evaluate
+    against cells of the validation split and logged as val/gen_*; the first validation has one. Null: none. Worker 0
+    makes them and the others wait: some seconds on a CPU."""
+    sample_cells: int = Field(256, ge=32)
+    """Cells that are generated then: the labels and library sizes of so many held-out cells."""

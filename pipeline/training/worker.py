@@ -28,6 +28,7 @@ from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
 from pipeline.tracking import StageTracker
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
+from pipeline.training.flow_samples import FlowSamples
 from pipeline.training.guard import TrainingStopped
 from pipeline.training.joint_run import VAE_FOLDERS, train_joint
 from pipeline.training.loop import run_training
@@ -35,7 +36,7 @@ from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
 from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.remote import Remote
-from scldm.checkpoints.native import save_flow, save_vae
+from scldm.checkpoints.native import load_vae, save_flow, save_vae
 from scldm.config import StrictModel
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
@@ -165,6 +166,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         ),
         label_dropout=config.model.label_dropout,
         validation=tables,
+        samples=flow_samples(config, inputs, data, spec.seed) if dist.get_rank() == 0 else None,
     )
     run = replace(run, flops_per_cell=dit_flops(config.model, n_latent_tokens=m, latent_width=e))
     trained = run_training(objective, source, order, train, run, ema_config=train.ema)
@@ -178,6 +180,18 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         )  # fmt: skip
     dist.barrier()
     return _facts(trained, train.export, dit)
+
+
+def flow_samples(config: TrainFlowConfig, inputs: dict[str, Manifest], data: Ingested, seed: int) -> FlowSamples | None:
+    """Cells to generate on a schedule, where `train.sample_every` asks for it."""
+    every, n = config.train.sample_every, config.train.sample_cells
+    if every is None:
+        return None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    vae = load_vae(inputs["train_vae"].path("model"), device=device)
+    held_out = data.anndata("validation", max_cells=n, seed=seed)
+    training = data.anndata("train", max_cells=4 * n, seed=seed)
+    return FlowSamples(held_out, training, vae, path=config.flow, every=every, seed=seed)
 
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:

@@ -3,8 +3,8 @@
 A distance of all cells is small if the classes stand where they should, even if each is wrong inside, and it does not
 see cells that carry each other's labels. So the same distances are taken within every class of a label, and of the
 crossing of all labels, and averaged: by the number of real cells, or each class alike (CFGen's way). Classes with fewer
-than `min_cells` on either side are not scored but listed by name, and averages are over the classes that every candidate
-has a score of, so that all of them mean the same.
+than `min_cells` on either side are not scored but listed by name, and averages are over the classes that every
+candidate has a score of, so that all of them mean the same.
 
 Shape letters: n cells, p coordinates, h genes, r resamples.
 """

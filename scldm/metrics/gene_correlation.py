@@ -48,7 +48,7 @@ def gene_correlation_scores(real: Side, made: Side, top: int = TOP) -> dict[str,
     halves = [
         correlation_agreement(x[real.halves.members(k)], y[made.halves.members(k)]) for k in range(len(real.halves))
     ]
-    pearson, difference = np.array(halves).T
+    pearson, difference = np.array(halves).reshape(-1, 2).T
     names = f"top {len(genes)} genes"
     return {
         "gene_correlation_pearson": Score(

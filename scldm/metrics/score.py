@@ -38,7 +38,7 @@ class Score:
 
     @property
     def half_width(self) -> float | None:
-        return None if self.replicates is None else half_width(self.replicates)
+        return None if self.replicates is None or len(self.replicates) < 2 else half_width(self.replicates)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -80,15 +80,17 @@ def judge(score: Score, other: Score, floor: Score) -> Judgement | None:
     Of D = |score - floor| - |other - floor|: nearer if D + t sd(D) < 0, farther if D - t sd(D) > 0. Resample k is of
     the same half of the real cells in all three, so what these have in common cancels. None without resamples.
     """
-    if score.replicates is None or other.replicates is None or floor.replicates is None:
+    a, b, base = score.replicates, other.replicates, floor.replicates
+    if a is None or b is None or base is None or min(len(a), len(b), len(base)) < 2:
         return None
     gap = departure(score, floor) - departure(other, floor)
-    width = half_width(abs(score.replicates - floor.replicates) - abs(other.replicates - floor.replicates))
+    width = half_width(abs(a - base) - abs(b - base))
     return "nearer" if gap + width < 0 else "farther" if gap - width > 0 else "not told apart"
 
 
 def at_floor(score: Score, floor: Score) -> bool | None:
     """Whether the interval of score - floor holds 0."""
-    if score.replicates is None or floor.replicates is None:
+    a, base = score.replicates, floor.replicates
+    if a is None or base is None or min(len(a), len(base)) < 2:
         return None
-    return departure(score, floor) <= half_width(score.replicates - floor.replicates)
+    return departure(score, floor) <= half_width(a - base)

@@ -42,7 +42,7 @@ def test_a_class_is_scored_by_the_plain_functions_on_its_own_cells(compared):
 
 
 def test_means_are_weighted_by_real_cells_or_every_class_alike(compared):
-    c, _, _, found = compared
+    _, _, _, found = compared
     classes = found.classes["day"].classes
     assert {k: v.n_real for k, v in classes.items()} == {"one": 140, "two": 60}
     one, two = (classes[k].values["w2"][0] for k in ("one", "two"))

@@ -109,7 +109,7 @@ def test_extra_candidates_need_names_and_labels_of_their_own():
     with pytest.raises(ValueError, match=r"scVI cells must have the 36 genes .* got 30"):
         evaluate(**given, config=CONFIG, extra={"scVI": toy(90, 3)[:, :30]})
     control = CONFIG.model_copy(update={"control": {"drug": "none"}})
-    with pytest.raises(ValueError, match="evaluate.control names drug, which is no label .* there are kind"):
+    with pytest.raises(ValueError, match=r"evaluate\.control names drug, which is no label .* there are kind"):
         evaluate(**given, config=control)
 
 
@@ -191,7 +191,8 @@ def test_report_is_one_small_file_that_escapes_labels_and_needs_no_network(resul
     stage = {"stage": "ingest", "version": "abc", "seconds": "1.0", "finished": "now", "detail": {"config": EVIL}}
     inputs = ReportInputs(
         title="t", verdict=f"{result.verdict} {EVIL}", notes=[EVIL], facts=result.facts, rows=result.rows,
-        baseline_names=list(result.baselines), yardstick=NB, pictures=pictures, provenance=[stage], reproduce=f"run {EVIL}",
+        baseline_names=list(result.baselines), yardstick=NB, pictures=pictures,
+        provenance=[stage], reproduce=f"run {EVIL}",
     )  # fmt: skip
     write_report(tmp_path / "report.html", inputs)
     text = (tmp_path / "report.html").read_text()
