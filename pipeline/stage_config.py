@@ -137,7 +137,8 @@ class EvaluateConfig(StrictModel):
     min_class_cells: int = Field(20, ge=8)
     """Real and generated cells that a class must have to be scored on its own; the others are listed."""
     control: dict[str, str] | None = None
-    """Class that the others are compared with in log fold changes, {cytokine: PBS}. Null: all other cells."""
+    """Class that the others are compared with in log fold changes, {cytokine: PBS}: its real training cells, of the
+    same other labels where labels are crossed. Null: all other cells."""
     reconstruction_cells: PositiveInt = 512
     """Held-out cells that the VAE encodes and decodes."""
     resamples: int = Field(100, ge=5)

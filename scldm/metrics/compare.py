@@ -18,7 +18,7 @@ import numpy as np
 
 from scldm.metrics import distances, expression, two_sample
 from scldm.metrics.cell_set import CellSet
-from scldm.metrics.conditional import ClassTable, ConditionalSettings, class_averages, class_tables
+from scldm.metrics.conditional import ClassTable, ConditionalSettings, Controls, class_averages, class_tables
 from scldm.metrics.fold_change import cp10k
 from scldm.metrics.gene_correlation import gene_correlation_scores
 from scldm.metrics.labels import LabelJudges
@@ -69,6 +69,7 @@ class Comparison:
         self.reference_points = space.project(reference.counts)
         self.judges = LabelJudges(self.reference_points, reference.labels, n_neighbors=settings.n_neighbors)
         self.nearest = NearestTraining(self.reference_points)
+        self.controls = Controls(reference, cp10k(reference.counts, space.genes))
         self.real = self.side(real, REAL)
 
     def side(self, cells: CellSet, stream: int = OTHER) -> Side:
@@ -102,7 +103,7 @@ class Comparison:
         made = self.side(candidate)
         classes = class_tables(
             self.real, made, labels=self.labels, cp10k=(self._changes, cp10k(candidate.counts, self.space.genes)),
-            settings=self.settings.conditional,
+            controls=self.controls, settings=self.settings.conditional,
         )  # fmt: skip
         found = {
             **expression_scores(self.real, made),

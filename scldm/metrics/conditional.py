@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm.metrics import distances
-from scldm.metrics.cell_set import CLASSES, LABELS, label_sets
+from scldm.metrics.cell_set import CLASSES, LABELS, CellSet, label_sets
 from scldm.metrics.fold_change import log_fold_change, recovery, weighted_sum
 from scldm.metrics.score import Score
 from scldm.metrics.side import Side
@@ -64,6 +64,7 @@ def class_tables(
     *,
     labels: Sequence[str],
     cp10k: tuple[sp.csr_matrix, sp.csr_matrix],
+    controls: Controls,
     settings: ConditionalSettings,
 ) -> dict[str, ClassTable]:
     """Scores within the classes of every label and of the crossing of all.
@@ -71,6 +72,7 @@ def class_tables(
     Args:
         labels: Those that the cells of both sides have; what they are compared within follows (`label_sets`).
         cp10k: Counts per 10,000 of the space's genes, (n, h), of both sides.
+        controls: Asked for the labels that have a control.
     """
     tables: dict[str, ClassTable] = {}
     for name, crossed in label_sets(labels).items():
@@ -79,7 +81,8 @@ def class_tables(
         counts = {c: (int((own == c).sum()), int((other == c).sum())) for c in names}
         scored = [c for c, n in counts.items() if min(n) >= settings.min_cells]
         found = {c: _class_distances(real, made, own == c, other == c, settings.transport_cells) for c in scored}
-        for c, values in _changes(cp10k, (real, made), (own, other), crossed, scored, settings).items():
+        against = _against(crossed, scored, settings, controls)
+        for c, values in _changes(cp10k, (real, made), (own, other), scored, against).items():
             found[c] |= values
         tables[name] = ClassTable(
             crossed,
@@ -142,41 +145,58 @@ def _distances(x: np.ndarray, y: np.ndarray, transport_cells: int) -> dict[str, 
     }
 
 
+@dataclass(frozen=True, eq=False)
+class Controls:
+    """Real training cells: where fold changes are against a control, all candidates have the same one."""
+
+    cells: CellSet
+    cp10k: sp.csr_matrix  # (n, h)
+
+    def mean(self, crossed: tuple[str, ...], name: str) -> np.ndarray | None:
+        """Mean counts per 10,000 of a class, (h,); None where no training cell has it."""
+        rows = np.flatnonzero(self.cells.crossed(crossed) == name)
+        return np.asarray(self.cp10k[rows].mean(0)).ravel() if len(rows) else None
+
+
 def _changes(
     cp10k: tuple[sp.csr_matrix, sp.csr_matrix],
     sides: tuple[Side, Side],
     keys: tuple[np.ndarray, np.ndarray],
-    crossed: tuple[str, ...],
     scored: Sequence[str],
-    settings: ConditionalSettings,
+    against: Mapping[str, np.ndarray | None] | None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Class -> lfc_pearson and lfc_slope, (1 + refits,); without the control, and classes that have none."""
+    """Class -> lfc_pearson and lfc_slope, (1 + refits,); classes that have nothing to be compared with have none.
+
+    Args:
+        against: Class -> mean of its control, None for the control itself and where there is none. None: the rest.
+    """
+    if against is None and len(scored) < 2:
+        return {}
     weights = [side.weights[: 1 + side.refits] for side in sides]
     totals = [weighted_sum(x, np.arange(x.shape[0]), w) for x, w in zip(cp10k, weights, strict=True)]
     out = {}
-    for c in scored:
-        control = _control(c, crossed, settings.control)
-        if control == c or (control is None and len(scored) < 2):
-            continue
+    for c in scored if against is None else (c for c in scored if against[c] is not None):
         lfc = []
         for x, key, w, total in zip(cp10k, keys, weights, totals, strict=True):
             inside = weighted_sum(x, np.flatnonzero(key == c), w)
-            if control is None:
-                against = (total[0] - inside[0], total[1] - inside[1])
-            else:
-                against = weighted_sum(x, np.flatnonzero(key == control), w)
-            if (against[1] <= 0).any():
-                break
-            lfc.append(log_fold_change(inside[0] / inside[1], np.maximum(against[0], 0) / against[1]))
-        if len(lfc) == 2:
-            pearson, slope = np.array([recovery(a, b) for a, b in zip(*lfc, strict=True)]).T
-            out[c] = {"lfc_pearson": pearson, "lfc_slope": slope}
+            rest = np.maximum(total[0] - inside[0], 0) / (total[1] - inside[1])  # rounding may leave a hair below 0
+            lfc.append(log_fold_change(inside[0] / inside[1], rest if against is None else against[c]))
+        pearson, slope = np.array([recovery(a, b) for a, b in zip(*lfc, strict=True)]).T
+        out[c] = {"lfc_pearson": pearson, "lfc_slope": slope}
     return out
 
 
-def _control(name: str, crossed: tuple[str, ...], control: Mapping[str, str]) -> str | None:
-    """The class that a class is compared with: the same but for the labels that have a control. None: all the rest."""
-    if not set(crossed) & set(control):
+def _against(
+    crossed: tuple[str, ...], scored: Sequence[str], settings: ConditionalSettings, controls: Controls
+) -> dict[str, np.ndarray | None] | None:
+    """Of every class the mean of its control; None where these labels have no control: classes go against the rest."""
+    if not set(crossed) & set(settings.control):
         return None
+    names = {c: _control(c, crossed, settings.control) for c in scored}
+    return {c: None if name == c else controls.mean(crossed, name) for c, name in names.items()}
+
+
+def _control(name: str, crossed: tuple[str, ...], control: Mapping[str, str]) -> str:
+    """The class that a class is compared with: the same but for the labels that have a control."""
     parts = name.split(CLASSES) if len(crossed) > 1 else [name]
     return CLASSES.join(control.get(label, part) for label, part in zip(crossed, parts, strict=True))

@@ -1,8 +1,9 @@
 """Does a class differ from the other cells as it does among real ones? Log fold changes, real against generated.
 
 LFC_g = log2((m_class,g + 1) / (m_against,g + 1)), m the mean counts per 10,000 of gene g: one count per 10,000 added,
-so that rare genes do not decide by their noise. `against` is all other cells, or the cells of a control class. Over the
-genes of the space. A generator that shrinks effects has a slope below 1 and may still have a high correlation.
+so that rare genes do not decide by their noise. `against` is all other cells of the same side, or real training cells
+of a control class, the same ones for real and generated. Over the genes of the space. A generator that shrinks effects
+has a slope below 1 and may still have a high correlation.
 Source: perturbation benchmarks (log-fold-change recovery and attenuation).
 
 Shape letters: n cells, h genes, w rows of weights.

@@ -93,16 +93,16 @@ def test_fold_changes_are_those_of_numpy(compared):
     assert values["lfc_slope"][0] == pytest.approx(np.polyfit(*lfc, 1)[0])
 
 
-def test_a_control_takes_the_place_of_the_rest_within_the_other_labels():
+def test_training_cells_of_a_control_take_the_place_of_the_rest_within_the_other_labels():
     real, reference = with_days(200, 1), with_days(300, 3)
     c = comparison(real, reference, labels=("type", "day"), min_cells=20, control={"day": "one"})
     classes = c.scores(with_days(200, 2)).classes
     key = CLASSES.join(("even", "two"))
     assert "lfc_slope" not in classes["day"].classes["one"].values
-    x = cp10k(real.counts, c.space.genes).toarray()
-    even, two = real.labels["type"] == "even", real.labels["day"] == "two"
-    y = cp10k(with_days(200, 2).counts, c.space.genes).toarray()
-    lfc = [log_fold_change(m[even & two].mean(0), m[even & ~two].mean(0)) for m in (x, y)]
+    dense = [cp10k(m.counts, c.space.genes).toarray() for m in (real, with_days(200, 2), reference)]
+    chosen = [(m.labels["type"] == "even") & (m.labels["day"] == "two") for m in (real, with_days(200, 2))]
+    control = (reference.labels["type"] == "even") & (reference.labels["day"] == "one")
+    lfc = [log_fold_change(m[rows].mean(0), dense[2][control].mean(0)) for m, rows in zip(dense, chosen, strict=False)]
     assert classes["type+day"].classes[key].values["lfc_slope"][0] == pytest.approx(recovery(*lfc)[1])
 
 
