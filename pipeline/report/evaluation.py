@@ -26,6 +26,7 @@ from scldm.metrics.streaming import StreamedCells, composition_weights, stream, 
 
 POISSON, NB, COPIES, SHUFFLED = "per-label Poisson", "per-label NB", "training copies", "shuffled genes"
 BASELINES = (POISSON, NB, COPIES, SHUFFLED)
+RESERVED = (*BASELINES, "generated", "floor", "training", "training (floor)", "held-out")  # names of our own
 HALVES = 2  # stream of the halves of reconstructed cells, beside those of `compare`
 
 
@@ -94,7 +95,7 @@ def evaluate(
     """
     rng = np.random.default_rng(config.seed)
     extra = extra or {}
-    taken = [name for name in extra if name in (*BASELINES, "generated", "floor")]
+    taken = [name for name in extra if name in RESERVED]
     if taken:
         raise ValueError(f"extra candidates need names of their own; {', '.join(taken)} is taken")
     parts = split_parts(held_out, training, generated, extra, labels=labels, config=config, rng=rng)

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import scipy.sparse as sp
 
 from scldm.metrics import distances, expression, two_sample
 from scldm.metrics.cell_set import CellSet
@@ -121,7 +122,7 @@ class Comparison:
 
     # ---- of the real cells, once ---------------------------------------------------------------------------------
     @cached_property
-    def _changes(self):  # type: ignore[no-untyped-def]  # csr_matrix (n, h)
+    def _changes(self) -> sp.csr_matrix:
         return cp10k(self.real.cells.counts, self.space.genes)
 
     @cached_property
