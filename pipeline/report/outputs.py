@@ -50,7 +50,7 @@ def class_rows(result: Evaluation) -> list[dict[str, Any]]:
     for candidate, tables in result.classes.items():
         for label, table in tables.items():
             for name, found in table.classes.items():
-                about = {"candidate": candidate, "label": label, "class": shown(name)}
+                about: dict[str, Any] = {"candidate": candidate, "label": label, "class": shown(name)}
                 about |= {"real_cells": found.n_real, "cells": found.n_made}
                 rows += [{**about, "metric": m, "value": float(v[0])} for m, v in found.values.items()]
             for name, (n, m) in table.left_out.items():

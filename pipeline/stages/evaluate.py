@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
@@ -33,7 +34,6 @@ from scldm.batch import CellBatch
 from scldm.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.metrics.expression import as_counts
-from scldm.metrics.streaming import StreamedCells
 from scldm.nn.vae import CountDistribution
 from scldm.real_cells import draw_sparse
 
@@ -56,7 +56,7 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
         raise InputError(f"the {config.split} split holds no cells; set evaluate.split, or ingest.split.{config.split}")
     n_training = config.max_cells + held_out.n_obs
     training = ingested.anndata("train", max_cells=n_training, seed=config.seed)
-    cells = open_generated(inputs["generate"])
+    cells = open_generated(inputs["generate"], held_out.var_names)
     generated = read_generated(cells, max_cells=config.max_cells, rng=np.random.default_rng(config.seed))
     loaded = load_vae(_vae_that_made_the_cells(inputs))
     labels = [label.name for label in loaded.vocabulary.labels]
@@ -65,7 +65,7 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
         for adata in (held_out, training, generated):
             adata.obs[NO_LABEL] = "all"
         cells.obs[NO_LABEL] = "all"
-    streamed, missing = stream_all(cells, held_out, labels)
+    streamed, missing = stream_generated(cells, cell_set(held_out, labels), labels)
     known = ingested.measured_by(held_out.obs_names.astype(np.int64).to_numpy())
     decoded = decode_cells(loaded, held_out, n_cells=config.reconstruction_cells, measured=known, seed=config.seed)
     result = evaluate(
@@ -109,11 +109,16 @@ def metric_key(name: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
-def open_generated(manifest: Manifest) -> Cells:
-    """All committed shards, lazily."""
+def open_generated(manifest: Manifest, genes: pd.Index) -> Cells:
+    """All committed shards, lazily; refused where there are no cells, or not all genes were written."""
     cells = open_cells(manifest.folder)
     if not cells.n_obs:
         raise InputError(f"{manifest.folder} holds no generated cells")
+    if not cells.var.index.equals(genes):
+        raise InputError(
+            f"{manifest.folder} holds {len(cells.var)} genes and the vocabulary has {len(genes)}: evaluate needs all of "
+            "them, in order; generate without generate.genes"
+        )
     return cells
 
 
@@ -121,13 +126,6 @@ def read_generated(cells: Cells, *, max_cells: int, rng: np.random.Generator) ->
     """At most so many generated cells, drawn without replacement from all shards; nothing else is read."""
     rows = np.sort(rng.choice(cells.n_obs, min(max_cells, cells.n_obs), replace=False))
     return cells[rows]
-
-
-def stream_all(cells: Cells, held_out: AnnData, labels: Sequence[str]) -> tuple[StreamedCells | None, list[str]]:
-    """Of all generated cells, and classes that are missing among them; nothing of cells of fewer genes."""
-    if not cells.var.index.equals(held_out.var_names):
-        return None, []  # `evaluate` says what is wrong with them
-    return stream_generated(cells, cell_set(held_out, labels), labels)
 
 
 def cell_batch(counts: sp.csr_matrix) -> CellBatch:

@@ -42,7 +42,7 @@ class CellSet:
 
 def label_sets(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """What is compared within classes: every label, and, where there are several, the crossing of them all."""
-    single = {name: (name,) for name in labels}
+    single: dict[str, tuple[str, ...]] = {name: (name,) for name in labels}
     return single if len(labels) < 2 else single | {LABELS.join(labels): tuple(labels)}
 
 

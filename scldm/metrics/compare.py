@@ -224,8 +224,8 @@ def expression_scores(real: Side, made: Side) -> dict[str, Score]:
     title = "zero fraction, absolute difference"
     out["zero_fraction_difference"] = _score(zeros, "lower", 0.0, "expression", title, (0.0, 1.0))
     sizes = [expression.library_sizes(s.cells.counts) for s in (real, made)]
-    for name, values in (("library_size", sizes), ("genes_per_cell", [a, b])):
-        ks = expression.weighted_ks(*values, real.weights, made.weights)
+    for name, (x, y) in (("library_size", sizes), ("genes_per_cell", (a, b))):
+        ks = expression.weighted_ks(x, y, real.weights, made.weights)
         title = f"{name.replace('_', ' ')}, KS"
         out[f"{name}_ks"] = _score(ks, "lower", 0.0, "cells", title, (0.0, 1.0))
     return out

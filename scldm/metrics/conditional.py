@@ -175,12 +175,15 @@ def _changes(
     weights = [side.weights[: 1 + side.refits] for side in sides]
     totals = [weighted_sum(x, np.arange(x.shape[0]), w) for x, w in zip(cp10k, weights, strict=True)]
     out = {}
-    for c in scored if against is None else (c for c in scored if against[c] is not None):
+    for c in scored:
+        control = None if against is None else against[c]
+        if against is not None and control is None:
+            continue
         lfc = []
         for x, key, w, total in zip(cp10k, keys, weights, totals, strict=True):
             inside = weighted_sum(x, np.flatnonzero(key == c), w)
             rest = np.maximum(total[0] - inside[0], 0) / (total[1] - inside[1])  # rounding may leave a hair below 0
-            lfc.append(log_fold_change(inside[0] / inside[1], rest if against is None else against[c]))
+            lfc.append(log_fold_change(inside[0] / inside[1], rest if control is None else control))
         pearson, slope = np.array([recovery(a, b) for a, b in zip(*lfc, strict=True)]).T
         out[c] = {"lfc_pearson": pearson, "lfc_slope": slope}
     return out
