@@ -116,8 +116,8 @@ def open_generated(manifest: Manifest, genes: pd.Index) -> Cells:
         raise InputError(f"{manifest.folder} holds no generated cells")
     if not cells.var.index.equals(genes):
         raise InputError(
-            f"{manifest.folder} holds {len(cells.var)} genes and the vocabulary has {len(genes)}: evaluate needs all of "
-            "them, in order; generate without generate.genes"
+            f"{manifest.folder} holds {len(cells.var)} genes and the vocabulary has {len(genes)}: evaluate needs all "
+            "of them, in order; generate without generate.genes"
         )
     return cells
 
