@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from scldm.metrics.score import Score
 
-WIDTH, LINE, PAD = 210.0, 7.0, 4.0  # px
+WIDTH, LINE, PAD = 190.0, 7.0, 4.0  # px
 GENERATED, OTHERS = "#e07b2e", ("#6b7785", "#a3adb8", "#8d6cab", "#c9b48f", "#2f8f83", "#b0487a")
 
 

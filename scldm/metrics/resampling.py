@@ -70,4 +70,6 @@ def half_width(replicates: np.ndarray, level: float = LEVEL) -> float:
     """
     if len(replicates) < 2:
         raise ValueError(f"an interval needs at least 2 resamples; got {len(replicates)}")
+    if np.ptp(replicates) <= 1e-12 * abs(replicates).max():
+        return 0.0  # what is left is rounding
     return float(student.ppf((1 + level) / 2, len(replicates) - 1) * np.std(replicates, ddof=1))
