@@ -64,7 +64,11 @@ def test_a_model_that_makes_no_numbers_costs_a_line_and_not_the_run(models, caps
     assert "have no scores" in capsys.readouterr().out
 
 
-def test_a_vae_that_is_trained_on_has_no_samples():
+def test_weights_that_no_worker_has_whole_and_a_vae_that_is_trained_on_have_no_samples():
+    with pytest.raises(
+        ValueError, match=r"sample_every \(1\) lets worker 0 run the network alone, and zero_stage \(3\)"
+    ):
+        TrainFlowConfig.model_validate({"train": {"sample_every": 1, "zero_stage": 3}})
     assert TrainFlowConfig().train.sample_every is None
     with pytest.raises(ValueError, match=r"train\.sample_every \(1\) generates with the VAE of train_vae"):
         TrainFlowConfig.model_validate({"train": {"sample_every": 1}, "vae": {"train": True}})
