@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pipeline.job import EvaluateConfig
-from pipeline.report.parts import Parts, split_parts
+from pipeline.report.parts import EvaluationError, Parts, split_parts
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics import expression
@@ -90,14 +90,15 @@ def evaluate(
         streamed: Statistics of all generated cells, where `generated` is a sample of them.
 
     Raises:
-        ValueError: inputs that do not fit, or a score that does not exist for them.
+        EvaluationError: inputs that do not fit.
+        ValueError: a score that does not exist for these cells.
         FloatingPointError: scores that are NaN or infinite, by name.
     """
     rng = np.random.default_rng(config.seed)
     extra = extra or {}
     taken = [name for name in extra if name in RESERVED]
     if taken:
-        raise ValueError(f"extra candidates need names of their own; {', '.join(taken)} is taken")
+        raise EvaluationError(f"extra candidates need names of their own; {', '.join(taken)} is taken")
     parts = split_parts(held_out, training, generated, extra, labels=labels, config=config, rng=rng)
     comparison = Comparison(
         parts.real, parts.reference, parts.space, compare_settings(config, parts.given), labels=parts.given
@@ -124,12 +125,12 @@ def compare_settings(config: EvaluateConfig, given: Sequence[str]) -> CompareSet
     """Of a job's settings.
 
     Raises:
-        ValueError: a control of a label that the generated cells do not have.
+        EvaluationError: a control of a label that the generated cells do not have.
     """
     control = config.control or {}
     unknown = sorted(set(control) - {*given})
     if unknown:
-        raise ValueError(
+        raise EvaluationError(
             f"evaluate.control names {', '.join(unknown)}, which is no label that all generated cells have; there are "
             f"{', '.join(given) or 'none'}"
         )

@@ -18,6 +18,11 @@ from scldm.metrics.cell_set import CellSet, shown
 from scldm.metrics.projection import RealSpace
 
 SHORT_NAMED = 5  # classes named in a note
+MIN_CELLS = 16  # a side: halves of fewer have too few neighbours and folds
+
+
+class EvaluationError(ValueError):
+    """Cells or settings that cannot be evaluated; the message says what, and what is needed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def cell_set(adata: AnnData, labels: Sequence[str]) -> CellSet:
     """Counts and labels of an AnnData; a missing label value becomes None."""
     missing = [name for name in labels if name not in adata.obs]
     if missing:
-        raise ValueError(f"obs lacks {', '.join(missing)}; it has {', '.join(adata.obs.columns) or 'no columns'}")
+        raise EvaluationError(f"obs lacks {', '.join(missing)}; it has {', '.join(adata.obs.columns) or 'no columns'}")
     return CellSet(expression.as_counts(adata.X), {n: class_names(adata.obs[n]) for n in labels})
 
 
@@ -73,6 +78,7 @@ def split_parts(
         selection = select_like(cells.crossed(given), wanted, rng)
         chosen[what], selections[what] = cells[selection.indices], selection
         notes += _short(what, selection)
+    _check_numbers(real, chosen)
     rest = np.setdiff1d(np.arange(train.n_cells), selections["training (floor)"].indices)
     reference = train[rest]
     space = RealSpace.fit(
@@ -102,19 +108,28 @@ def _short(what: str, selection: Selection) -> list[str]:
 
 def _check(held_out: AnnData, others: Mapping[str, AnnData], labels: Sequence[str]) -> None:
     if not labels:
-        raise ValueError("evaluation needs at least one label column, for the classifier and the baselines")
+        raise EvaluationError("evaluation needs at least one label column, for the classifier and the baselines")
     for name, adata in {"held-out": held_out, **others}.items():
         if not adata.n_obs:
-            raise ValueError(f"there are no {name} cells to evaluate with")
+            raise EvaluationError(f"there are no {name} cells to evaluate with")
         if not adata.var_names.equals(held_out.var_names):
-            raise ValueError(
+            raise EvaluationError(
                 f"{name} cells must have the {held_out.n_vars} genes of the held-out cells in their order; got "
                 f"{adata.n_vars} genes"
             )
     if others["training"].n_obs <= held_out.n_obs:
-        raise ValueError(
+        raise EvaluationError(
             f"the floor takes as many training as held-out cells ({held_out.n_obs}) and leaves none to fit on: got "
             f"{others['training'].n_obs} training cells"
+        )
+
+
+def _check_numbers(real: CellSet, chosen: Mapping[str, CellSet]) -> None:
+    few = {name: c.n_cells for name, c in {"held-out": real, **chosen}.items() if c.n_cells < MIN_CELLS}
+    if few:
+        said = ", ".join(f"{n} {name}" for name, n in few.items())
+        raise EvaluationError(
+            f"an evaluation needs at least {MIN_CELLS} cells a side, of the classes of the held-out ones; there are {said}"
         )
 
 
@@ -125,4 +140,4 @@ def _check_extra(extra: Mapping[str, CellSet], given: Sequence[str]) -> None:
     }
     if any(bad.values()):
         said = "; ".join(f"{name} lacks {', '.join(found)}" for name, found in bad.items() if found)
-        raise ValueError(f"extra candidates need the labels that the generated cells have, for every cell: {said}")
+        raise EvaluationError(f"extra candidates need the labels that the generated cells have, for every cell: {said}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import scipy.sparse as sp
 
-from pipeline.report.parts import class_names
+from pipeline.report.parts import EvaluationError, class_names
 from scldm.cells import Cells
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.streaming import StreamedCells, composition_weights, stream
@@ -24,8 +24,13 @@ def stream_generated(cells: Cells, real: CellSet, labels: Sequence[str]) -> tupl
     """
     columns = {name: class_names(cells.obs[name]) for name in labels if name in cells.obs}
     given = [name for name, values in columns.items() if all(isinstance(v, str) for v in values)]
-    empty = sp.csr_matrix((cells.n_obs, 0))
-    weights, missing = composition_weights(CellSet(empty, columns).crossed(given), real.crossed(given))
+    classes = CellSet(sp.csr_matrix((cells.n_obs, 0)), columns).crossed(given)
+    if not set(classes) & set(real.crossed(given)):
+        raise EvaluationError(
+            f"no generated cell has a combination of {', '.join(given)} that a held-out cell has; evaluate another "
+            "split, or generate the conditions of this one (generate.like)"
+        )
+    weights, missing = composition_weights(classes, real.crossed(given))
     return stream(_counts(cells), weights), missing
 
 

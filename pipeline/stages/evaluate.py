@@ -27,12 +27,13 @@ from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluat
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
-from pipeline.report.parts import cell_set
+from pipeline.report.parts import EvaluationError, cell_set
 from pipeline.report.streamed import stream_generated
 from pipeline.stage import InputError, Manifest, StageContext
 from scldm.batch import CellBatch
 from scldm.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
+from scldm.metrics.cell_set import shown
 from scldm.metrics.expression import as_counts
 from scldm.nn.vae import CountDistribution
 from scldm.real_cells import draw_sparse
@@ -49,33 +50,12 @@ def _vae_that_made_the_cells(inputs: Mapping[str, Manifest]) -> Path:
 
 def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
     """Evaluate, write report.html, metrics.json, metrics.csv, classes.csv and figures/*.png, and return the facts."""
-    inputs = context.inputs
-    ingested = Ingested.open(inputs["ingest"])
-    held_out = ingested.anndata(config.split, max_cells=config.max_cells, seed=config.seed)
-    if not held_out.n_obs:
-        raise InputError(f"the {config.split} split holds no cells; set evaluate.split, or ingest.split.{config.split}")
-    n_training = config.max_cells + held_out.n_obs
-    training = ingested.anndata("train", max_cells=n_training, seed=config.seed)
-    cells = open_generated(inputs["generate"], held_out.var_names)
-    generated = read_generated(cells, max_cells=config.max_cells, rng=np.random.default_rng(config.seed))
-    loaded = load_vae(_vae_that_made_the_cells(inputs))
-    labels = [label.name for label in loaded.vocabulary.labels]
-    if not labels:  # a model without conditions: all cells are of one kind, which the baselines are then fitted to
-        labels = [NO_LABEL]
-        for adata in (held_out, training, generated):
-            adata.obs[NO_LABEL] = "all"
-        cells.obs[NO_LABEL] = "all"
-    streamed, missing = stream_generated(cells, cell_set(held_out, labels), labels)
-    known = ingested.measured_by(held_out.obs_names.astype(np.int64).to_numpy())
-    decoded = decode_cells(loaded, held_out, n_cells=config.reconstruction_cells, measured=known, seed=config.seed)
-    result = evaluate(
-        held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded,
-        streamed=streamed,
-    )  # fmt: skip
-    if missing:
-        result.notes.append(f"{len(missing)} classes of held-out cells were not generated, the first is {missing[0]}.")
-    pictures = list(gallery(result, config, training_records(inputs)))
-    write_outputs(context.folder, result, pictures, inputs=inputs, config=config)
+    try:
+        result = _evaluated(config, context.inputs)
+    except EvaluationError as error:
+        raise InputError(f"evaluate: {error}") from error
+    pictures = list(gallery(result, config, training_records(context.inputs)))
+    write_outputs(context.folder, result, pictures, inputs=context.inputs, config=config)
     _track(context, result, pictures)
     print_key_figures(result, Console())
     values = {name: {k: s.value for k, s in scores.items()} for name, scores in result.baselines.items()}
@@ -88,6 +68,32 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
         "baselines": values,
         "verdict": result.verdict,
     }
+
+
+def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evaluation:
+    """Read the cells of all roles, and score them."""
+    ingested = Ingested.open(inputs["ingest"])
+    held_out = ingested.anndata(config.split, max_cells=config.max_cells, seed=config.seed)
+    training = ingested.anndata("train", max_cells=config.max_cells + held_out.n_obs, seed=config.seed)
+    cells = open_generated(inputs["generate"], held_out.var_names)
+    generated = read_generated(cells, max_cells=config.max_cells, rng=np.random.default_rng(config.seed))
+    loaded = load_vae(_vae_that_made_the_cells(inputs))
+    labels = [label.name for label in loaded.vocabulary.labels]
+    if not labels:  # a model without conditions: all cells are of one kind, which the baselines are then fitted to
+        labels = [NO_LABEL]
+        for obs in (held_out.obs, training.obs, generated.obs, cells.obs):
+            obs[NO_LABEL] = "all"
+    streamed, missing = stream_generated(cells, cell_set(held_out, labels), labels)
+    known = ingested.measured_by(held_out.obs_names.astype(np.int64).to_numpy())
+    decoded = decode_cells(loaded, held_out, n_cells=config.reconstruction_cells, measured=known, seed=config.seed)
+    result = evaluate(
+        held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded,
+        streamed=streamed,
+    )  # fmt: skip
+    if missing:
+        said = f"{len(missing)} classes of held-out cells were not generated, the first is {shown(missing[0])}."
+        result.notes.append(said)
+    return result
 
 
 def _track(context: StageContext, result: Evaluation, pictures: Sequence[Picture]) -> None:

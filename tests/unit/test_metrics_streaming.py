@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse as sp
 from metric_cells import cells
 
+from pipeline.report.parts import EvaluationError
 from pipeline.report.streamed import stream_generated
 from pipeline.stage import InputError, Manifest, write_manifest
 from pipeline.stages.evaluate import open_generated, read_generated
@@ -101,3 +102,10 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
 def test_cells_of_fewer_genes_are_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="holds 300 genes and the vocabulary has 301: evaluate needs all"):
         open_generated(folder_of(tmp_path / "few", 1), pd.Index([f"g{i}" for i in range(301)]))
+
+
+def test_generated_cells_of_other_classes_than_the_held_out_ones_are_refused(tmp_path):
+    real = CellSet(sp.csr_matrix(np.ones((2, GENES))), {"kind": np.array(["x", "y"], dtype=object)})
+    opened = open_generated(folder_of(tmp_path / "other", 1), pd.Index([f"g{i}" for i in range(GENES)]))
+    with pytest.raises(EvaluationError, match="no generated cell has a combination of kind that a held-out cell has"):
+        stream_generated(opened, real, ["kind"])

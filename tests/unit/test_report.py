@@ -17,6 +17,7 @@ from pipeline.report.evaluation import BASELINES, COPIES, NB, POISSON, SHUFFLED,
 from pipeline.report.gallery import gallery
 from pipeline.report.html import MAX_BYTES, Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
+from pipeline.report.parts import EvaluationError
 from pipeline.report.rows import MetricRow
 from scldm.metrics.expression import chunks
 from scldm.metrics.score import Score
@@ -110,6 +111,12 @@ def test_extra_candidates_need_names_and_labels_of_their_own():
     control = CONFIG.model_copy(update={"control": {"drug": "none"}})
     with pytest.raises(ValueError, match=r"evaluate\.control names drug, which is no label .* there are kind"):
         evaluate(**given, config=control)
+
+
+def test_too_few_cells_of_the_held_out_classes_are_named():
+    few = toy(90, 3, classes=("a", "x"))
+    with pytest.raises(EvaluationError, match=r"at least 16 cells a side.* there are 6 generated"):
+        evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=few[:12], labels=["kind"], config=CONFIG)
 
 
 def test_tables_hold_every_candidate_with_its_interval(result, tmp_path, capsys):
