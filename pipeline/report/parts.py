@@ -129,7 +129,8 @@ def _check_numbers(real: CellSet, chosen: Mapping[str, CellSet]) -> None:
     if few:
         said = ", ".join(f"{n} {name}" for name, n in few.items())
         raise EvaluationError(
-            f"an evaluation needs at least {MIN_CELLS} cells a side, of the classes of the held-out ones; there are {said}"
+            f"an evaluation needs at least {MIN_CELLS} cells a side, of the classes of the held-out ones; there are "
+            f"{said}"
         )
 
 
