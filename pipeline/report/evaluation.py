@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pipeline.job import EvaluateConfig
-from pipeline.report.parts import EvaluationError, Parts, split_parts
+from pipeline.report.parts import EvaluationError, Parts, fit_space, split_parts
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics import expression
@@ -101,8 +101,9 @@ def evaluate(
         raise EvaluationError(f"extra candidates need names of their own; {', '.join(taken)} is taken")
     parts = split_parts(held_out, training, generated, extra, labels=labels, config=config, rng=rng)
     comparison = Comparison(
-        parts.real, parts.reference, parts.space, compare_settings(config, parts.given), labels=parts.given
-    )
+        parts.real, parts.reference, parts.space, compare_settings(config, parts.given), labels=parts.given,
+        training_space=None if config.space_from == "training" else fit_space(parts.reference, config),
+    )  # fmt: skip
     pools = Pools.like(parts.reference, parts.real, labels)
     fitted = LabelBaseline.of_pools(parts.reference.counts, pools.members)
     candidates = {"generated": parts.generated, "floor": parts.floor, **_baselines(parts, pools, fitted, rng)}

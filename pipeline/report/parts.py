@@ -81,10 +81,7 @@ def split_parts(
     _check_numbers(real, chosen)
     rest = np.setdiff1d(np.arange(train.n_cells), selections["training (floor)"].indices)
     reference = train[rest]
-    space = RealSpace.fit(
-        real.counts if config.space_from == "held_out" else reference.counts,
-        n_top_genes=config.n_top_genes, n_pcs=config.n_pcs, seed=config.seed, gene_rule=config.gene_rule,
-    )  # fmt: skip
+    space = fit_space(real if config.space_from == "held_out" else reference, config)
     return Parts(
         real,
         reference,
@@ -95,6 +92,12 @@ def split_parts(
         given,
         tuple(notes),
         space,
+    )
+
+
+def fit_space(cells: CellSet, config: EvaluateConfig) -> RealSpace:
+    return RealSpace.fit(
+        cells.counts, n_top_genes=config.n_top_genes, n_pcs=config.n_pcs, seed=config.seed, gene_rule=config.gene_rule
     )
 
 

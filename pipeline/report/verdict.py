@@ -45,9 +45,10 @@ def _against(rows: Sequence[MetricRow], name: str) -> str | None:
 
 def _copies(share: MetricRow, ratio: MetricRow) -> str:
     low = share.score.interval[0] if share.score.interval else share.score.value
+    usual = share.score.ideal if share.floor is None or share.floor.interval is None else share.floor.interval[1]
     said = (
         "more generated cells than real ones sit next to a training cell: they may be copies"
-        if low > share.score.ideal
+        if low > max(usual, share.score.ideal)
         else "no sign of copies of training cells"
     )
     return (

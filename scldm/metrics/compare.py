@@ -54,6 +54,8 @@ class Comparison:
         real: Held-out real cells.
         reference: Real training cells: the label classifiers learn from them, and copies are looked for among them.
         space: Fitted on real cells.
+        training_space: Fitted on training cells, to look for copies in. In a space that is fitted on the held-out cells
+            these lie farther out than others do, and everything else would look copied. None: `space` is such a one.
         labels: Labels that all candidates have: halves are drawn within them, and scores taken within their classes.
     """
 
@@ -65,11 +67,13 @@ class Comparison:
         settings: CompareSettings,
         *,
         labels: Sequence[str] = (),
+        training_space: RealSpace | None = None,
     ):
+        self.training_space = training_space
         self.space, self.settings, self.labels = space, settings, tuple(labels)
         self.reference_points = space.project(reference.counts)
         self.judges = LabelJudges(self.reference_points, reference.labels, n_neighbors=settings.n_neighbors)
-        self.nearest = NearestTraining(self.reference_points)
+        self.nearest = NearestTraining(self._among_training(reference, self.reference_points))
         self.controls = Controls(reference, cp10k(reference.counts, space.genes))
         self.real = self.side(real, REAL)
 
@@ -112,7 +116,7 @@ class Comparison:
             **self._distance_scores(made),
             **self._refitted_scores(made),
             **self.judges.scores(made.points, candidate.labels, made.weights[1:]),
-            **self.nearest.scores(self._real_nearest, self.nearest.distances(made.points), self.real, made),
+            **self.nearest.scores(self._real_nearest, self._nearest(made), self.real, made),
         }
         return Compared(checked(found, name), classes)
 
@@ -127,7 +131,7 @@ class Comparison:
 
     @cached_property
     def _real_nearest(self) -> np.ndarray:
-        return self.nearest.distances(self.real.points)
+        return self._nearest(self.real)
 
     @cached_property
     def _kernels(self) -> dict[str, distances.Kernel]:
@@ -147,6 +151,12 @@ class Comparison:
     def _real_gaussians(self) -> list[distances.Gaussian]:
         halves = [self.real.half(k) for k in range(len(self.real.halves))]
         return [distances.gaussian(x) for x in [self.real.points, *halves]]
+
+    def _nearest(self, side: Side) -> np.ndarray:
+        return self.nearest.distances(self._among_training(side.cells, side.points))
+
+    def _among_training(self, cells: CellSet, points: np.ndarray) -> np.ndarray:
+        return points if self.training_space is None else self.training_space.project(cells.counts)
 
     # ---- families of scores --------------------------------------------------------------------------------------
     def _distance_scores(self, made: Side) -> dict[str, Score]:

@@ -22,6 +22,7 @@ from sklearn.decomposition import PCA
 from scldm.metrics.expression import as_counts, chunks, gene_moments, log1p_cp10k
 
 GeneRule = Literal["variance", "seurat_v3"]
+MIN_CELLS = 3  # with the gene, for seurat_v3
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def most_variable(counts: sp.csr_matrix, n: int, rule: GeneRule) -> np.ndarray:
 
 
 def seurat_v3_variance(counts: sp.csr_matrix) -> np.ndarray:
-    """Variance of standardised counts clipped at sqrt(n), (g,); 0 for a gene of one value.
+    """Variance of standardised counts clipped at sqrt(n), (g,); 0 for a gene of one value or in fewer than MIN_CELLS.
+
+    Rare genes are left out, as is usual before this rule: thousands of genes of one count share one mean, and the local
+    fit is singular there.
 
     sum over cells of min(x, c)² and of min(x, c), with c = mean + sd sqrt(n) and sd = 10^(loess / 2), give
     (n mean² + sum min² - 2 mean sum min) / ((n - 1) sd²).
@@ -80,10 +84,16 @@ def seurat_v3_variance(counts: sp.csr_matrix) -> np.ndarray:
     counts = as_counts(counts)
     n = counts.shape[0]
     moments = gene_moments(chunks(counts), log_normalise=False)
-    varies = moments.variance > 0
+    varies = (moments.variance > 0) & (n - moments.n_zero >= MIN_CELLS)
     mean = moments.mean
     fit = loess(np.log10(mean[varies]), np.log10(moments.variance[varies]), span=0.3, degree=2)
-    fit.fit()
+    try:
+        fit.fit()
+    except ValueError as error:
+        raise ValueError(
+            f"seurat_v3 cannot fit variance on mean of {int(varies.sum())} genes in {n} cells ({error}): too many "
+            "genes have equal means; give it more cells, or take gene_rule=variance"
+        ) from error
     sd = np.ones_like(mean)
     sd[varies] = np.sqrt(10**fit.outputs.fitted_values)
     clipped = np.minimum(counts.data, (mean + sd * np.sqrt(n))[counts.indices])
