@@ -181,7 +181,9 @@ class Training:
         """What validation measured, and whether it is the best so far."""
         with self.clock.of("validation"):
             measured = {f"val/{k}": v for k, v in _validate(self.objective, self.engine, self.ema).items()}
-        self.metrics |= measured
+        sampled = getattr(self.objective, "sampled", {})  # of worker 0, in some validations of a flow
+        self.metrics = {k: v for k, v in self.metrics.items() if not k.startswith("val/gen_")}  # they would be stale
+        self.metrics |= measured | {f"val/{k}": v for k, v in sampled.items()}
         self.watchdog.beat(f"validation at step {step}")
         return measured, self.memory.best.see(step, measured["val/loss"])
 

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,24 +23,23 @@ from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
 from pipeline.data.order import FeedOrder
 from pipeline.flops import dit_flops, vae_flops
-from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig, VaeTrainConfig
+from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
 from pipeline.system_metrics import node_metrics
 from pipeline.tracking import StageTracker
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
+from pipeline.training.flow_samples import FlowSamples
 from pipeline.training.guard import TrainingStopped
 from pipeline.training.joint_run import VAE_FOLDERS, train_joint
 from pipeline.training.loop import run_training
 from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
-from pipeline.training.prefetch import map_tensors
 from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.remote import Remote
-from pipeline.training.slices import Slice
-from scldm.checkpoints.native import save_flow, save_vae
+from pipeline.training.theta import fit_dispersions
+from scldm.checkpoints.native import load_vae, save_flow, save_vae
 from scldm.config import StrictModel
-from scldm.nn.dispersion import fit_theta
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 
@@ -140,18 +139,6 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen, "theta": fitted}
 
 
-def fit_dispersions(
-    vae: VAE, objective: VaeObjective, source: Any, train: VaeTrainConfig, *, seed: int
-) -> dict[str, float]:
-    """Fit theta on training cells, drawn by seed: a function of the trained weights alone, whoever trained them."""
-    device = next(objective.module.parameters()).device
-    tables = validation_tables(source, n_cells=train.theta_cells, batch_size=train.feed.micro_batch_size, seed=seed)
-    batches = (map_tensors(objective.prepare(t, Slice(0, 0, 0)), lambda x: x.to(device)) for t in tables)
-    fit = fit_theta(vae.to(device), (objective.scored_and_seen(b)[0] for b in batches))
-    vae.cpu()
-    return asdict(fit)
-
-
 def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:
     config = TrainFlowConfig.model_validate(spec.config)
     if config.vae.train:
@@ -185,6 +172,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         ),
         label_dropout=config.model.label_dropout,
         validation=tables,
+        samples=flow_samples(config, inputs, data, spec.seed) if dist.get_rank() == 0 else None,
     )
     run = replace(run, flops_per_cell=dit_flops(config.model, n_latent_tokens=m, latent_width=e))
     trained = run_training(objective, source, order, train, run, ema_config=train.ema)
@@ -198,6 +186,18 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         )  # fmt: skip
     dist.barrier()
     return _facts(trained, train.export, dit)
+
+
+def flow_samples(config: TrainFlowConfig, inputs: dict[str, Manifest], data: Ingested, seed: int) -> FlowSamples | None:
+    """Cells to generate on a schedule, where `train.sample_every` asks for it."""
+    every, n = config.train.sample_every, config.train.sample_cells
+    if every is None:
+        return None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    vae = load_vae(inputs["train_vae"].path("model"), device=device)
+    held_out = data.anndata("validation", max_cells=n, seed=seed)
+    training = data.anndata("train", max_cells=4 * n, seed=seed)
+    return FlowSamples(held_out, training, vae, path=config.flow, every=every, seed=seed)
 
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
