@@ -22,6 +22,7 @@ from pipeline.cli_cells import cells_app
 from pipeline.cli_cluster import cluster, logs, status, stop, submit
 from pipeline.cli_data import validate_data
 from pipeline.cli_doctor import doctor
+from pipeline.cli_init import init
 from pipeline.cli_models import convert, export
 from pipeline.cli_parity import parity
 from pipeline.cli_presets import presets
@@ -148,6 +149,7 @@ def list_runs(folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help
 
 for _command in (submit, status, logs, stop, doctor, parity):
     app.command()(_command)
+app.command()(init)
 app.command("validate-data")(validate_data)
 app.command()(convert)
 app.command()(export)
