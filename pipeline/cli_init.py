@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.init_choices import Choices
-    from pipeline.init_labels import Labels
     from pipeline.init_look import Looked
 
 CENSUS = re.compile(r"census(?::(?P<version>[A-Za-z0-9._-]+))?(?:/(?P<organism>[a-z_]+))?")
@@ -62,23 +60,18 @@ def init(
         _check(source, path, given, tissue, force)
         access = {**given, "obs": None if obs is None else str(obs), "anonymous": anonymous, "counts": counts}
         looked = _census(source) or _look(source, access, memory_gib)
-        made = _make(looked, named, path, given | {"anonymous": anonymous}, label or [], tissue or [], gpus)
-        _write(path, made.text, force)
-        typer.echo(made.story)
-
-
-class Made:
-    """A job file before it is written, and what is said of it."""
-
-    def __init__(self, text: str, story: str):
-        self.text, self.story = text, story
+        text, words = _make(looked, named, path, given | {"anonymous": anonymous}, label or [], tissue or [], gpus)
+        _write(path, text, force)
+        typer.echo(words)
 
 
 def _make(looked: Looked, name: str, path: Path, given: dict[str, Any], asked: list[str], tissues: list[str],
-          gpus: int) -> Made:  # fmt: skip
+          gpus: int) -> tuple[str, str]:  # fmt: skip
+    """The job file, and what is said of it."""
     from pipeline.init_choices import choose
     from pipeline.init_job import job_text
     from pipeline.init_labels import Labels, Verdict, choose_labels
+    from pipeline.init_story import story
 
     if looked.kind == "Census":
         taken = tuple(asked) or ("cell_type", *(["tissue_general"] if len(tissues) > 1 else []))
@@ -91,7 +84,7 @@ def _make(looked: Looked, name: str, path: Path, given: dict[str, Any], asked: l
     text = job_text(looked, labels, choices, name=name, source=_source(looked, given), cells=cells,
                     command=_command(looked.uri, path, gpus, asked, tissues), path=str(path))  # fmt: skip
     _validated(text, path)
-    return Made(text, _story(looked, labels, choices, path))
+    return text, story(looked, labels, choices, path)
 
 
 def _look(source: str, access: dict[str, Any], memory_gib: float) -> Looked:
@@ -208,57 +201,3 @@ def _command(uri: str, path: Path, gpus: int, asked: list[str], tissues: list[st
     words = ["scldm", "init", uri, "-o", str(path)]
     words += [w for x in asked for w in ("--label", x)] + [w for x in tissues for w in ("--tissue", x)]
     return shlex.join(words + (["--gpus", str(gpus)] if gpus else []))
-
-
-def _story(looked: Looked, labels: Labels, choices: Choices, path: Path) -> str:
-    """What was found, what was chosen and why, and what to do next."""
-    from pipeline.data.findings import shown
-
-    rows = [("counts", *_counts(looked)), ("genes", *_genes(looked))]
-    rows += [("label", shown(v.column), v.why) for v in labels.verdicts if v.taken]
-    rows += [("left out", shown(v.column), v.why) for v in labels.verdicts if not v.taken]
-    if not labels.columns:
-        rows.append(("label", "none", "no column was fit: the model generates cells without conditions"))
-    if choices.missing_label == "drop":
-        rows.append(("left out", f"{labels.drops:,} cells", "they have no value of a label (missing_label: drop)"))
-    rows += [
-        ("split", f"by {choices.split.value['by']}", choices.split.why),
-        ("min_cells", str(choices.min_cells.value), choices.min_cells.why),
-        ("VAE", f"width {choices.vae.value['d_model']}", choices.vae.why),
-        ("", f"genes_per_step {choices.genes_per_step.value or 'all'}", choices.genes_per_step.why),
-        ("", "steps", choices.vae_train.why),
-        ("flow", f"width {choices.flow.value['d_model']}", choices.flow.why),
-        ("", "steps", choices.flow_train.why),
-        ("generate", f"{choices.n_generated.value:,} cells", choices.n_generated.why),
-    ]
-    a, b = max(len(r[0]) for r in rows), min(32, max(len(r[1]) for r in rows))
-    lines = [f"{r[0]:<{a}}  {r[1]:<{b}}  {r[2]}" for r in rows]
-    lines += [f"note: {w.removeprefix('warning: ')}" for w in looked.warnings[:12]]
-    where = shlex.quote(str(path))
-    return "\n".join([*lines, f"wrote {path}; next:", f"  scldm plan {where}", f"  scldm run {where}"])
-
-
-def _counts(looked: Looked) -> tuple[str, str]:
-    if looked.kind == "Census":
-        return "Census", "raw counts of every release; nothing was looked at"
-    from pipeline.data.findings import shown
-
-    place = (
-        {None: "X", "raw": "raw"}.get(looked.layer, f"layer {shown(looked.layer)}")
-        if looked.kind == "h5ad"
-        else "as is"
-    )
-    many = f" in {looked.n_files} files" if looked.n_files > 1 else ""
-    said = "not read (--no-counts)" if looked.values_are is None else f"{looked.values_are}, {looked.n_stored:,} stored"
-    return place, f"{looked.n_cells:,} cells x {looked.n_genes:,} genes{many}; {said}"
-
-
-def _genes(looked: Looked) -> tuple[str, str]:
-    from pipeline.data.findings import shown
-
-    if looked.kind != "h5ad":
-        return "as is", "the source names them by id"
-    if looked.gene_id is not None:
-        return f"var {shown(looked.gene_id)}", "ids, each once; models and files are matched by them"
-    return "var index", "no column of var holds Ensembl ids, each once" if looked.gene_name is None else (
-        f"ids; names in {shown(looked.gene_name)}")  # fmt: skip

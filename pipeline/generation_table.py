@@ -1,4 +1,4 @@
-"""The columns of a conditions table and the genes that are written, read by `scldm.request_table`; errors are bad input."""
+"""Columns of a conditions table, genes that are written: `scldm.request_table`, with errors that are bad input."""
 
 from __future__ import annotations
 

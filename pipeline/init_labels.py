@@ -21,7 +21,8 @@ MOST_MISSING = 0.2  # share of the cells
 TYPES = ("cell_type", "celltype", "cell_ontology_class", "annotation", "annotations", "cell_label", "celltypes",
          "cell_types", "cluster", "clusters", "leiden", "louvain", "seurat_clusters")  # fmt: skip
 TREATED = ("perturbation", "cytokine", "treatment", "condition", "stimulation", "stim", "drug", "compound",
-           "target_gene", "gene", "guide", "genotype", "time_point", "timepoint", "disease", "tissue", "cell_line")  # fmt: skip
+           "target_gene", "gene", "guide", "genotype", "time_point", "timepoint", "disease",
+           "tissue", "cell_line")  # fmt: skip
 DONORS = ("donor_id", "donor", "patient", "patient_id", "individual", "subject", "subject_id", "animal", "mouse_id")
 TECHNICAL = (*DONORS, "batch", "sample", "sample_id", "library", "library_id", "orig_ident", "dataset_id", "dataset",
              "run", "lane", "plate", "barcode", "assay", "replicate", "phase", "predicted_doublet")  # fmt: skip

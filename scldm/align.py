@@ -86,8 +86,8 @@ def align(
     for what, keys in (("the data name", have), ("the model names", wanted)):
         if (match == "id" or what == "the data name") and len(twice := keys[keys.duplicated()].unique()):
             raise CellsError(
-                f"{what} {len(twice)} genes more than once (first: {', '.join(twice[:3])}); give a var column of unique "
-                "ids with genes="
+                f"{what} {len(twice)} genes more than once (first: {', '.join(twice[:3])}); give a var column "
+                "of unique ids with genes="
             )
     place = pd.Index(wanted[~wanted.duplicated(keep=False)])
     gene_of = np.flatnonzero(~wanted.duplicated(keep=False))
@@ -166,7 +166,8 @@ def _require_counts(counts: sp.csr_matrix, adata: anndata.AnnData) -> None:
         cell = adata.obs_names[int(np.searchsorted(counts.indptr, k, side="right")) - 1]
         raise CellsError(
             f"{int(bad.sum())} values are no raw counts, the first is {values[k]:g} in cell {cell}; the model takes "
-            f"counts, not normalised or log-transformed values: name their layer ({', '.join(adata.layers) or 'there is none'})"
+            "counts, not normalised or log-transformed values: name their layer "
+            f"({', '.join(adata.layers) or 'there is none'})"
         )
     empty = np.diff(counts.indptr) == 0
     if empty.any():

@@ -16,30 +16,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
-from torch import Tensor
 
-from scldm.align import AlignedCells, CellsError, Match, align, class_ids
+from scldm.align import Match, align, class_ids
 from scldm.api_conditions import Conditions, read_conditions, sampler_settings
-from scldm.checkpoints.native import CheckpointError, LoadedFlow, LoadedVAE, folder_digest, load_flow, load_vae
+from scldm.api_parts import LATENTS, digests, flat, joined, made_cells, require_counts_head, tiles
+from scldm.checkpoints.native import CheckpointError, LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.flow.config import SamplerConfig
-from scldm.generate import CellMaker, check_pair, tile_cells
+from scldm.generate import CellMaker, check_pair
 from scldm.model_folders import ModelFolders, Weights, find_models
 from scldm.nn.vae import CountDistribution
 from scldm.real_cells import draw_sparse, latent_log_prob
-from scldm.recipe import generated_obs, genes_table, recipe_of
+from scldm.recipe import generated_obs, recipe_of
 from scldm.request import Settings
 from scldm.vocabulary import Vocabulary
-
-LATENTS = "X_scldm"
 
 
 def load(
@@ -132,7 +129,9 @@ class Model:
         """
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         out = adata.copy() if adata.is_view else adata
-        out.obsm[LATENTS] = self._latents(cells, out)
+        with torch.inference_mode():
+            parts = [flat(self.vae.vae.encode(batch)) for batch in tiles(self.vae, cells, out)]
+        out.obsm[LATENTS] = joined(parts, self.latent_shape)
         return out
 
     def reconstruct(
@@ -148,22 +147,23 @@ class Model:
         >>> model.reconstruct(adata, seed=1).shape
         (70, 6)
         """
-        self._require_counts()
+        require_counts_head(self.vae, self.folders)
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         counts, latents, means = [], [], []
-        for batch in self._batches(cells, adata):
+        for batch in tiles(self.vae, cells, adata):
             with torch.inference_mode():
                 z = self.vae.vae.encode(batch)
                 out = self.vae.vae.decode(z, batch.library_size)
-            assert isinstance(out, CountDistribution)  # `_require_counts` refused a Gaussian head
+            assert isinstance(out, CountDistribution)  # `require_counts_head` refused a Gaussian head
             counts.append(draw_sparse(out, batch.joinids.tolist(), seed=seed))
-            latents.append(_flat(z))
+            latents.append(flat(z))
             if mean:
                 means.append(out.mu.float().cpu().numpy())
         obs = adata.obs.copy()
         obs["is_synthetic"] = True
         obs["library_size"] = np.asarray(cells.counts.sum(1)).ravel().astype(np.float32)
-        made = self._made(counts, latents, obs, {"kind": "reconstruct", "seed": seed})
+        about = {"kind": "reconstruct", "seed": seed, **digests(self.folders)}
+        made = made_cells(self.vae, counts, latents, obs, about)
         if mean:
             made.layers["mean"] = np.concatenate(means)
         return made
@@ -184,14 +184,14 @@ class Model:
         >>> model.log_likelihood(adata).columns.tolist()
         ['nll', 'nll_per_gene']
         """
-        self._require_counts()
+        require_counts_head(self.vae, self.folders)
         if flow and self.flow is None:
             raise CheckpointError(f"{self.folders.vae} has no flow beside it; scldm.load(vae, flow=folder)")
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         conditions = class_ids(adata, self.vocabulary) if flow else {}
         sampler = SamplerConfig(solver="midpoint", steps=20)  # as a log_likelihood job
         rows = []
-        for batch in self._batches(cells, adata, conditions):
+        for batch in tiles(self.vae, cells, adata, conditions):
             with torch.no_grad():
                 z = self.vae.vae.encode(batch)
                 nll = self.vae.vae.nll(batch, z)
@@ -242,16 +242,16 @@ class Model:
         rules = Settings(settings.guidance, library_size)
         recipe = recipe_of(request, rules, self.vocabulary, self.flow.library_sizes, self.flow.dit.strategy)
         maker = CellMaker(self.vae, self.flow, recipe, sampler=settings, seed=seed, genes=kept)
-        tiles = list(maker.cells(0, request.n_cells))
+        made = list(maker.cells(0, request.n_cells))
         about = {"kind": "generate", "seed": seed, "sampler": settings.model_dump_json(), "request": request.digest,
-                 "library_size": str(library_size)}  # fmt: skip
-        prefix = hashlib.sha256(json.dumps({**about, **self._digests()}, sort_keys=True).encode()).hexdigest()[:8]
+                 "library_size": str(library_size), **digests(self.folders)}  # fmt: skip
+        prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         digits = len(str(max(1, request.n_cells - 1)))
         ids = np.arange(request.n_cells, dtype=np.int64)
         names = [f"{prefix}-{i:0{digits}d}" for i in ids.tolist()]
         obs = generated_obs(ids, names, recipe, request, rules, self.vocabulary)
-        obs["library_size"] = np.concatenate([np.zeros(0, np.float32), *(t.library_size for t in tiles)])
-        return self._made([t.counts for t in tiles], [t.latents for t in tiles], obs, about, kept)
+        obs["library_size"] = np.concatenate([np.zeros(0, np.float32), *(t.library_size for t in made)])
+        return made_cells(self.vae, [t.counts for t in made], [t.latents for t in made], obs, about, kept)
 
     # ---- folders -------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
@@ -272,50 +272,3 @@ class Model:
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
         """The model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded."""
         return load(folder, device=device)
-
-    # ---- shared --------------------------------------------------------------------------------------------------
-    def _batches(
-        self, cells: AlignedCells, adata: anndata.AnnData, conditions: Mapping[str, np.ndarray] | None = None
-    ) -> Iterator[Any]:
-        """Tiles of cells on the device, cut as in a job: a cell's numbers do not depend on how many there are."""
-        most = self.vae.vae.config.genes_seq_len
-        lengths = np.diff(cells.counts.indptr)
-        if most is not None and len(lengths) and lengths.max() > most:
-            first = ", ".join(map(str, adata.obs_names[lengths > most][:3]))
-            raise CellsError(
-                f"{int((lengths > most).sum())} cells express more genes than the {most} that the model takes (first: "
-                f"{first}); jobs/embed.yaml draws so many of them with max_genes={most}"
-            )
-        size = tile_cells(self.vae, self.device)
-        for start in range(0, cells.counts.shape[0], size):
-            yield cells.batch(start, start + size, conditions).to(self.device)
-
-    @torch.inference_mode()
-    def _latents(self, cells: AlignedCells, adata: anndata.AnnData) -> np.ndarray:
-        m, e = self.latent_shape
-        parts = [_flat(self.vae.vae.encode(batch)) for batch in self._batches(cells, adata)]
-        return np.concatenate([np.zeros((0, m * e), np.float32), *parts])
-
-    def _require_counts(self) -> None:
-        if self.vae.vae.config.head == "gaussian":
-            raise CheckpointError(f"{self.folders.vae} has a gaussian head: it has no distribution of counts")
-
-    def _made(
-        self, counts: Sequence[sp.csr_matrix], latents: Sequence[np.ndarray], obs: pd.DataFrame, about: dict[str, Any],
-        genes: np.ndarray | None = None,
-    ) -> anndata.AnnData:  # fmt: skip
-        var = genes_table(self.vocabulary, genes)
-        m, e = self.latent_shape
-        x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.int32), *counts], format="csr")
-        obs["total_counts"] = np.asarray(x.sum(1)).ravel().astype(np.int64)
-        obs["n_genes"] = np.diff(x.indptr).astype(np.int32)
-        obsm = {LATENTS: np.concatenate([np.zeros((0, m * e), np.float32), *latents])}
-        return anndata.AnnData(x, obs=obs, var=var, obsm=obsm, uns={"scldm": {**about, **self._digests()}})
-
-    def _digests(self) -> dict[str, str]:
-        found = {"vae": folder_digest(self.folders.vae)}
-        return found if self.folders.flow is None else {**found, "flow": folder_digest(self.folders.flow)}
-
-
-def _flat(z: Tensor) -> np.ndarray:
-    return z.flatten(1).float().cpu().numpy()

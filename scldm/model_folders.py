@@ -43,8 +43,8 @@ def find_models(folder: str | Path, *, weights: Weights = "ema") -> ModelFolders
         hub = "/" in str(folder) and not place.parent.is_dir()
         raise CheckpointError(
             f"{folder} is no folder (from {Path.cwd()})"
-            + (f"; nothing is downloaded: fetch it first, `huggingface-cli download {folder} --local-dir DIR`, and give "
-               "DIR" if hub else "; name a model folder, a finished stage or a pipeline, for example runs/demo")
+            + ("; nothing is downloaded: fetch it with huggingface-cli download and give its folder" if hub
+               else "; name a model folder, a finished stage or a pipeline, for example runs/demo")
         )  # fmt: skip
     if (place / CONFIG).is_file():
         return _of_model(place)

@@ -1,4 +1,4 @@
-"""A folder that can be put on a hub as it is, and read from a disk: `Model.save_pretrained`, `scldm export --to huggingface`.
+"""A folder that can be put on a hub as it is: `Model.save_pretrained`, `scldm export --to huggingface`.
 
     README.md            the model card
     model_index.json     which parts there are

@@ -1,7 +1,7 @@
 """Generated cells beside real ones, in one call: the scores of the evaluate stage with their floor.
 
-The **floor** is real against real: no generator should be expected to be nearer. Real cells are halved by seed; one half
-fits the space and teaches the label classifier, the other is what both sides are compared with.
+The **floor** is real against real: no generator should be expected to be nearer. Real cells are halved by seed; one
+half fits the space and teaches the label classifier, the other is what both sides are compared with.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def score(
         real: Cells that the models were not trained on, with at least those genes, by var_names or `feature_id`.
         label: obs column of both; adds how well a kNN trained on real cells recovers it.
         layer: Where the real counts are; None: X.
-        max_cells: Cells a side, drawn by seed; the exact Wasserstein distances grow as the cube of (at most 1,000 of) them.
+        max_cells: Cells a side, drawn by seed.
         n_pcs: Coordinates of the space, fewer for few cells or genes.
 
     Raises:
