@@ -20,6 +20,7 @@ import typer
 
 from pipeline.cli_cells import cells_app
 from pipeline.cli_cluster import cluster, logs, status, stop, submit
+from pipeline.cli_config import config_app
 from pipeline.cli_data import validate_data
 from pipeline.cli_doctor import doctor
 from pipeline.cli_init import init
@@ -39,6 +40,7 @@ runs = typer.Typer(help="Look at what has been made.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(cluster, name="cluster")
 app.add_typer(cells_app, name="cells")
+app.add_typer(config_app, name="config")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
 Overrides = Annotated[

@@ -13,6 +13,8 @@ from scldm.nn.config import DiTConfig, VAEConfig
 
 
 class TrainVaeConfig(StrictModel):
+    """The VAE: its sizes, and how it is trained."""
+
     model: VAEConfig = VAEConfig()
     train: VaeTrainConfig = VaeTrainConfig()
 
@@ -26,8 +28,12 @@ class TrainVaeConfig(StrictModel):
 
 
 class EncodeConfig(StrictModel):
+    """The latent cache that the flow is trained on."""
+
     batch_size: PositiveInt = 256
+    """Cells that an actor encodes at once."""
     splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
+    """Splits that are encoded."""
 
 
 class JointVaeConfig(StrictModel):
@@ -53,6 +59,8 @@ class JointVaeConfig(StrictModel):
 
 
 class TrainFlowConfig(StrictModel):
+    """The flow on the VAE's latents: its sizes, path, and how it is trained."""
+
     model: DiTConfig = DiTConfig()
     flow: PathConfig = PathConfig()
     train: FlowTrainConfig = FlowTrainConfig()
@@ -69,6 +77,8 @@ class TrainFlowConfig(StrictModel):
 
 
 class GenerateConfig(StrictModel):
+    """Which cells are made, and how."""
+
     conditions: str | None = None
     """CSV, TSV or Parquet table: label columns, n_cells and, if you like, guidance (or guidance.<label>), library_size.
     An empty field of a label: generated without that label; of another column: as the settings below say."""
@@ -88,16 +98,23 @@ class GenerateConfig(StrictModel):
     the counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()
     shard_size: int = Field(25_000, ge=1, le=250_000)
+    """Cells of a file."""
     batch_size: PositiveInt | None = None
     """Cells that an actor has decoded ahead of its writer, in whole tiles (32 cells on a CPU, up to 1,024 on a GPU).
     Null: two tiles. It decides memory, never a count."""
     seed: int = Field(0, ge=0, lt=2**64)
+    """Of noise, library sizes and counts: another seed, other cells."""
 
 
 class EvaluateConfig(StrictModel):
+    """Generated cells beside held-out real ones."""
+
     split: Literal["validation", "test"] = "test"
+    """Held-out cells that are compared with."""
     n_pcs: PositiveInt = 30
+    """Principal components of the space, fitted on real training cells."""
     n_top_genes: PositiveInt = 2000
+    """Genes of the space, of highest variance of log1p CP10k."""
     max_cells: PositiveInt = 5000
     """Real and generated cells scored at most; drawn by seed."""
     n_neighbors: PositiveInt = 15
@@ -109,3 +126,4 @@ class EvaluateConfig(StrictModel):
     umap: bool = True
     """False draws the first two principal components instead, which is quicker."""
     seed: int = Field(0, ge=0)
+    """Of the cells that are drawn, of the classifiers and the pictures."""
