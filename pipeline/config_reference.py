@@ -89,7 +89,7 @@ def _section(model: type[BaseModel], path: str, written: dict[type[BaseModel], s
     for name, field in fields.items():
         below = f"{path}.{name}" if path else name
         for inner in _models(field):
-            if written.get(inner) in (None, below):
+            if inner not in written:
                 written[inner] = below
                 lines += [_heading(below, inner), "", _about(inner), "", *_section(inner, below, written)]
     return lines

@@ -230,6 +230,7 @@ class IngestConfig(StrictModel):
     """Vocabularies, split and statistics of a source; the counts stay in SOMA."""
 
     source: Source
+    """Where the cells are; `type` says which kind of source."""
     labels: list[str] = ["cell_type"]
     """obs columns that generation is conditioned on."""
     cells: CellsConfig = CellsConfig()
