@@ -57,8 +57,10 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Single-cell latent diffusion at Census scale: one YAML file per job. Begin with `scldm run jobs/demo.yaml`, or with
-    `scldm init cells.h5ad` for your own cells."""
+    """Single-cell latent diffusion at Census scale: one YAML file per job.
+
+    Begin with `scldm run jobs/demo.yaml`, or with `scldm init cells.h5ad` for your own cells.
+    """
 
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]

@@ -1,4 +1,4 @@
-"""`scldm.load` and what a model does in a notebook: the cells and numbers of the batch jobs, errors that say what to do."""
+"""What a model does in a notebook: the cells and numbers of the batch jobs, errors that say what to do."""
 
 from __future__ import annotations
 
