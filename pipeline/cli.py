@@ -183,5 +183,5 @@ for _command in (submit, status, logs, stop, doctor):
     app.command(rich_help_panel=CLUSTERS)(_command)
 app.command(rich_help_panel=DATA)(init)
 app.command("validate-data", rich_help_panel=DATA)(validate_data)
-for _command in (convert, export, parity, presets):
-    app.command(rich_help_panel=MODELS)(_command)
+for _model_command in (convert, export, parity, presets):
+    app.command(rich_help_panel=MODELS)(_model_command)

@@ -75,7 +75,7 @@ def choose_labels(columns: Mapping[str, Mapping[str, Any]], n_cells: int, asked:
 
 def donor_column(columns: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The column that says whose cells they are."""
-    named = {_plain(c): c for c in reversed(columns)}
+    named = {_plain(c): c for c in reversed(list(columns))}
     return next((named[d] for d in DONORS if d in named and columns[named[d]]["n_classes"] > 1), None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from scldm.request import Request, RequestRow
 from scldm.request_table import RequestError, check_guidance, genes_to_write, read_rows
 from scldm.vocabulary import Vocabulary
 
-Conditions = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, str | None] | None
+Conditions: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, str | None] | None
 
 
 def read_conditions(
