@@ -43,7 +43,9 @@ def row_guidance(row: RequestRow, settings: Settings, labels: list[str]) -> dict
     """Scale of every label in a row: the row's own for the label, else the row's for all, else that of the settings."""
     default = settings.guidance
     return {
-        label: row.guidance.get(label, row.guidance.get("", default[label] if isinstance(default, Mapping) else default))
+        label: row.guidance.get(
+            label, row.guidance.get("", default[label] if isinstance(default, Mapping) else default)
+        )
         for label in labels
     }
 

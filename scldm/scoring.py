@@ -1,7 +1,7 @@
 """Generated cells beside real ones, in one call: the scores of the evaluate stage with their floor.
 
-The **floor** is real against real: no generator should be expected to be nearer. Real cells are halved by seed; one
-half fits the space and teaches the label classifier, the other is what both sides are compared with.
+The **floor** is real against real: no generator should be expected to be nearer. Real cells are dealt to three parts by
+seed: one fits the space and teaches the label classifier, one is what both sides are compared with, one is the floor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scldm.align import CellsError
 from scldm.metrics.compare import CellSet, CompareSettings, compare
 from scldm.metrics.projection import RealSpace
 
-FEWEST = 40  # real cells; fewer leave halves that say nothing
+FEWEST = 60  # real cells; fewer leave thirds that say nothing
 
 
 def score(
@@ -48,14 +48,14 @@ def score(
     rng = np.random.default_rng(seed)
     known, made = _cell_set(real, generated, label, layer), _own(generated, label)
     order = rng.permutation(known.n_cells)
-    half = min(known.n_cells // 2, max_cells)
-    reference, held_out = known[order[:half]], known[order[half : 2 * half]]
-    made = made[np.sort(rng.permutation(made.n_cells)[:half])]
-    n_pcs = min(n_pcs, half - 1, generated.n_vars - 1)
+    n = min(known.n_cells // 3, max_cells)
+    reference, held_out, others = (known[order[k * n : (k + 1) * n]] for k in range(3))
+    made = made[np.sort(rng.permutation(made.n_cells)[:n])]
+    n_pcs = min(n_pcs, n - 1, generated.n_vars - 1)
     space = RealSpace.fit(reference.counts, n_top_genes=2000, n_pcs=n_pcs, seed=seed)
-    settings = CompareSettings(n_neighbors=min(15, half), transport_cells=1000, seed=seed)
+    settings = CompareSettings(n_neighbors=min(15, n), transport_cells=1000, seed=seed)
     scores, floor = (
-        compare(held_out, side, reference=reference, space=space, settings=settings) for side in (made, reference)
+        compare(held_out, side, reference=reference, space=space, settings=settings) for side in (made, others)
     )
     rows = {
         name: {"generated": s.value, "floor": floor[name].value, "better": s.better, "title": s.title}
@@ -68,9 +68,9 @@ def score(
 def _require(generated: anndata.AnnData, real: anndata.AnnData, label: str | None) -> None:
     problems = []
     if real.n_obs < FEWEST:
-        problems.append(f"{real.n_obs} real cells are too few to halve; at least {FEWEST} are needed")
-    if generated.n_obs < FEWEST // 2:
-        problems.append(f"{generated.n_obs} generated cells are too few; at least {FEWEST // 2} are needed")
+        problems.append(f"{real.n_obs} real cells are too few to deal to three parts; at least {FEWEST} are needed")
+    if generated.n_obs < FEWEST // 3:
+        problems.append(f"{generated.n_obs} generated cells are too few; at least {FEWEST // 3} are needed")
     lacking = [g for g in generated.var_names if g not in _gene_names(real)]
     if lacking:
         problems.append(

@@ -174,7 +174,7 @@ def test_counts_are_found_in_a_layer_and_genes_in_a_column(tmp_path):
     adata.write_h5ad(tmp_path / "a.h5ad")
     found = seen(tmp_path / "a.h5ad")
     assert (found["layer"], found["gene_id"], found["values_are"]) == ("umi", "ensembl", "raw counts")
-    assert found["other_places"] == ["layer: rounded"] or found["other_places"] == ("layer: rounded",)
+    assert list(found["other_places"]) == ["layer: rounded"]
 
 
 def test_repeated_symbols_are_no_obstacle_where_a_column_has_ids(tmp_path):
@@ -183,7 +183,8 @@ def test_repeated_symbols_are_no_obstacle_where_a_column_has_ids(tmp_path):
     adata.write_h5ad(tmp_path / "a.h5ad")
     assert seen(tmp_path / "a.h5ad")["gene_id"] == "ensembl"
     cells(genes=["g"] * 12).write_h5ad(tmp_path / "b.h5ad")
-    assert "11" in str(seen(tmp_path / "b.h5ad")["errors"]) or "1 gene ids occur" in str(seen(tmp_path / "b.h5ad"))
+    [said] = seen(tmp_path / "b.h5ad")["errors"]
+    assert "1 gene ids occur more than once" in said
 
 
 def test_several_files_are_one_collection(tmp_path):
@@ -221,7 +222,7 @@ def test_the_command_writes_a_commented_program_and_says_what_it_chose(tmp_path,
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 600), "damaged"),
+        (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 600), "the file is"),
         (lambda p: p.write_text("a,b"), "not an HDF5 file"),
         (
             lambda p: ad.AnnData(np.random.default_rng(0).random((N, 12)), obs=table()).write_h5ad(p),

@@ -118,7 +118,7 @@ def test_a_view_is_copied_and_an_anndata_is_filled(model):
     view = adata[:10]
     encoded = model.encode(view)
     assert encoded is not view
-    np.testing.assert_array_equal(encoded.obsm["X_scldm"], adata.obsm["X_scldm"][:10])
+    np.testing.assert_allclose(encoded.obsm["X_scldm"], adata.obsm["X_scldm"][:10], rtol=0, atol=1e-5)
 
 
 def test_latents_do_not_depend_on_the_cells_beside(model):
@@ -133,7 +133,7 @@ def test_what_a_model_cannot_take_is_said_with_its_remedy(model):
     logged.X = np.log1p(adata.X.toarray())
     logged.layers["counts"] = adata.X
     with pytest.raises(
-        CellsError, match=r"no raw counts, the first is 0\.\d+ in cell cell-\d+.*their layer \(counts\)"
+        CellsError, match=r"no raw counts, the first is \d\.\d+ in cell cell-\d+.*their layer \(counts\)"
     ):
         model.encode(logged)
     with pytest.raises(CellsError, match="no layer 'raw'; there are: counts"):

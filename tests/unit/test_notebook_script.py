@@ -15,7 +15,7 @@ PARAMETERS = {"model_folder": "runs/mine", "cells_file": "cells.h5ad"}
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     models(tmp_path / "mine")
-    real_cells(200).write_h5ad("small.h5ad")
+    real_cells(300).write_h5ad("small.h5ad")
     text = SCRIPT.read_text()
     for name, value in {"model_folder": str(tmp_path / "mine"), "cells_file": "small.h5ad"}.items():
         line = f'{name} = "{PARAMETERS[name]}"'
@@ -24,6 +24,6 @@ def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     names: dict[str, object] = {}
     exec(compile(text, str(SCRIPT), "exec"), names)
     assert names["cells"].n_obs == 200
-    assert names["adata"].obsm["X_scldm"].shape == (200, 12)
+    assert names["adata"].obsm["X_scldm"].shape == (300, 12)
     assert "auroc" in capsys.readouterr().out
     assert Path("shared_model", "README.md").is_file()
