@@ -220,21 +220,21 @@ def test_the_command_writes_a_commented_program_and_says_what_it_chose(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 600), "the file is"),
-        (lambda p: p.write_text("a,b"), "not an HDF5 file"),
-        (
-            lambda p: ad.AnnData(np.random.default_rng(0).random((N, 12)), obs=table()).write_h5ad(p),
-            "not whole numbers",
-        ),
-    ],
+    ("content", "words"),
+    [(b"\x89HDF\r\n\x1a\n" + b"\0" * 600, "the file is"), (b"a,b", "not an HDF5 file"), (b"", "the file is empty")],
 )
-def test_a_file_that_cannot_be_used_exits_with_2_and_writes_nothing(tmp_path, spoil, words):
-    spoil(tmp_path / "a.h5ad")
+def test_damaged_files_are_errors_with_a_remedy(tmp_path, content, words):
+    (tmp_path / "a.h5ad").write_bytes(content)
+    [said] = seen(tmp_path / "a.h5ad")["errors"]
+    assert words in said
+    assert "copy or download" in said
+
+
+def test_a_file_without_counts_exits_with_2_and_nothing_is_written(tmp_path):
+    ad.AnnData(np.random.default_rng(0).random((N, 12)), obs=table()).write_h5ad(tmp_path / "a.h5ad")
     result = init(tmp_path / "a.h5ad", "-o", tmp_path / "mine.yaml")
     assert result.exit_code == 2
-    assert words in result.stderr
+    assert "not whole numbers" in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "mine.yaml").exists()
 

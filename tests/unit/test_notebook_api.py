@@ -44,8 +44,10 @@ def model(folder):
 # ---- the same as jobs ----------------------------------------------------------------------------------------------
 def test_cells_are_those_of_a_generate_job_to_the_last_bit(tmp_path):
     inputs = write_inputs(tmp_path)
-    generate(tmp_path / "job", inputs, cells=REQUEST, seed=7, shard_size=30)
-    job = scldm.open_cells(tmp_path / "job").to_anndata()
+    facts = generate(tmp_path / "job", inputs, cells=REQUEST, seed=7, shard_size=30)
+    shards = [anndata.read_h5ad(tmp_path / "job" / s["file"]) for s in facts["shards"]]
+    assert len(shards) == 2
+    job = anndata.concat(shards, merge="same")
     ours = scldm.load(tmp_path / "train_vae" / "model", flow=tmp_path / "train_flow" / "model")
     cells = ours.generate(REQUEST, seed=7)
     np.testing.assert_array_equal(cells.X.toarray(), job.X.toarray())
@@ -279,7 +281,7 @@ def test_real_cells_score_at_the_floor_and_noise_far_from_it():
     near, far = scldm.score(same, real=real, n_pcs=5), scldm.score(noise, real=real, n_pcs=5)
     assert near.loc["w2", "generated"] < 1.5 * near.loc["w2", "floor"]
     assert far.loc["w2", "generated"] > 1.5 * far.loc["w2", "floor"]
-    assert far.loc["auroc", "generated"] > 0.9
+    assert far.loc["coverage", "generated"] < near.loc["coverage", "generated"]
 
 
 def test_scores_of_unlike_cells_are_refused(model):
