@@ -96,8 +96,8 @@ def _of_pipeline(folder: Path, weights: Weights) -> ModelFolders:
             return _of_stage(max(finished)[1], weights)
     holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
     raise CheckpointError(
-        f"{folder} has no finished train_vae or train_flow, and is no model folder (it holds {holds}); name a pipeline "
-        "(runs/demo), one of its stages, or a folder with vae/ and flow/"
+        f"{folder} has no config.json and no vae/, and no finished train_vae or train_flow (it holds {holds}); name a "
+        "model folder, a folder with vae/ and flow/, a finished stage, or a pipeline (runs/demo)"
     )
 
 
