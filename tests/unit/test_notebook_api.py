@@ -236,7 +236,7 @@ def test_a_folder_without_models_is_refused_with_what_to_name(tmp_path, folder):
     with pytest.raises(CheckpointError, match="nothing is downloaded"):
         scldm.load("czi/scldm-census")
     (tmp_path / "other").mkdir()
-    with pytest.raises(CheckpointError, match="has no config.json.*no finished train_vae or train_flow"):
+    with pytest.raises(CheckpointError, match=r"has no config.json.*no finished train_vae or train_flow"):
         scldm.load(tmp_path / "other")
     _manifest(tmp_path / "ingest" / "a", "ingest", {}, {})
     with pytest.raises(CheckpointError, match="a stage ingest, which has no model"):
