@@ -153,7 +153,8 @@ def _flow(looked: Looked, gpus: int) -> Chosen:
 def _cpu_steps(n_train: int, workers: int, *, flow: bool, looked: Looked | None = None) -> Chosen:
     """As in jobs/demo_h5ad.yaml; more steps for more cells, within what two cores do in minutes."""
     batch = 128 if flow else 64
-    steps = _hundreds(min(max(1200, 15 * n_train // batch), 3000))
+    few = max(200, 200 * n_train // batch) if n_train > 0 else 1200  # what a handful of cells can take
+    steps = _hundreds(min(max(min(1200, few), 15 * n_train // batch), 3000))
     many = looked is not None and looked.n_genes > MANY_GENES
     train = {
         "max_steps": steps,

@@ -128,7 +128,8 @@ def _sizes(p: Mapping[str, Any]) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
+    """Lower case, words joined by _; a column of ontology terms goes by the name of the column beside it."""
+    return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_").removesuffix("_ontology_term_id")
 
 
 def _quoted(name: str) -> str:

@@ -55,10 +55,20 @@ def look(question: Question) -> dict[str, Any]:
             gene_id = None
         elif any(f.errors for f in found):  # of the index, which is then not asked
             found = examine(replace(question, layer=layer, gene_id=gene_id))
+        else:
+            _speak_of_names(found, named)
     errors = [f"{_where(found, e)}{f.text()}" for e in found for f in e.errors]
     if errors:
         return {"errors": errors}
     return asdict(_looked(question.uri, found, layer, gene_id))
+
+
+def _speak_of_names(found: list[Examined], named: list[Examined]) -> None:
+    """What is odd about gene ids is said of the column that was chosen, not of the index."""
+    of_genes = lambda f: "gene ids" in f.what  # noqa: E731
+    for one, other in zip(found, named, strict=True):
+        kept = [f for f in one.findings if not of_genes(f)]
+        one.findings[:] = [*kept, *(f for f in other.findings if of_genes(f))]
 
 
 def _elsewhere(question: Question, found: list[Examined]) -> tuple[str | None, list[Examined]]:

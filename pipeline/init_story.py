@@ -32,7 +32,8 @@ def story(looked: Looked, labels: Labels, choices: Choices, path: Path) -> str:
     ]
     a, b = max(len(r[0]) for r in rows), min(32, max(len(r[1]) for r in rows))
     lines = [f"{r[0]:<{a}}  {r[1]:<{b}}  {r[2]}" for r in rows]
-    lines += [f"note: {w.removeprefix('warning: ')}" for w in looked.warnings[:12]]
+    notes = [w for w in looked.warnings if not (choices.min_cells.value and "genes are in no cell" in w)]
+    lines += [f"note: {w.removeprefix('warning: ')}" for w in notes[:12]]
     where = shlex.quote(str(path))
     return "\n".join([*lines, f"wrote {path}; next:", f"  scldm plan {where}", f"  scldm run {where}"])
 

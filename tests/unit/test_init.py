@@ -88,6 +88,8 @@ def test_cell_types_and_treatments_are_labels_and_each_other_column_has_a_reason
 def test_names_are_read_loosely_and_without_any_the_first_usable_column_is_taken():
     types = (["T", "B", "NK"] * N)[:N]
     assert labels_of(pd.DataFrame({"x": ["p", "q"] * 120, "Seurat.Clusters": types})).columns == ("Seurat.Clusters",)
+    terms = pd.DataFrame({"x": ["p", "q"] * 120, "cell_type_ontology_term_id": types})
+    assert labels_of(terms).columns == ("cell_type_ontology_term_id",)
     assert labels_of(pd.DataFrame({"x": types, "y": ["p", "q"] * 120})).columns == ("x",)
     assert labels_of(pd.DataFrame({"score": np.random.default_rng(0).random(N)})).columns == ()
 
@@ -175,6 +177,7 @@ def test_counts_are_found_in_a_layer_and_genes_in_a_column(tmp_path):
     found = seen(tmp_path / "a.h5ad")
     assert (found["layer"], found["gene_id"], found["values_are"]) == ("umi", "ensembl", "raw counts")
     assert list(found["other_places"]) == ["layer: rounded"]
+    assert not found["warnings"]  # the ids of the column are sound, whatever the index holds
 
 
 def test_repeated_symbols_are_no_obstacle_where_a_column_has_ids(tmp_path):
