@@ -30,7 +30,6 @@ from pipeline.cli_presets import presets
 
 app = typer.Typer(
     name="scldm",
-    help="Single-cell latent diffusion at Census scale: one YAML file per job.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
