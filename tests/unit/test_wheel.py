@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,10 @@ pytestmark = pytest.mark.slow
 
 
 def run(*words: object, cwd: Path) -> str:
-    done = subprocess.run([str(w) for w in words], cwd=cwd, capture_output=True, text=True, timeout=1800, check=False)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(w) for w in words], cwd=cwd, env=env, capture_output=True, text=True, timeout=1800, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
