@@ -12,9 +12,9 @@ from scldm.config import StrictModel
 
 class _Range(StrictModel):
     min: PositiveInt
-    """So many are asked for at once."""
+    """The fewest."""
     max: PositiveInt
-    """So many there may be."""
+    """The most."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -60,7 +60,7 @@ class ResourcesConfig(StrictModel):
     cpus_per_worker: PositiveFloat = 1
     """CPU cores of a worker or actor."""
     gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of a worker or actor; a training worker takes whole ones."""
+    """GPUs of a worker or actor; 0.5: two actors share one."""
     actors: PositiveInt | ActorRange = 2
     """Actors of the batch jobs (encode, generate): at most so many, from one on; or {min: 2, max: 16}, of which min are
     asked for at once and the rest come while shards wait. Each takes cpus_per_worker and gpus_per_worker (0.5: two

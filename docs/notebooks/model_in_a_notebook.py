@@ -3,11 +3,11 @@
 # Load, encode, generate, score. Open this file as a notebook in Jupyter (jupytext) or VS Code, or run it as it is.
 
 # %% tags=["parameters"]
+# --8<-- [start]
 model_folder = "runs/mine"  # a pipeline, a stage, or a folder of models
 cells_file = "cells.h5ad"  # raw counts
 
 # %%
-# --8<-- [start]
 import anndata
 
 import scldm

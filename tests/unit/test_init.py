@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from cell_stages import write_soma
 from h5ad_cases import SHARED, counts, real
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.cli_init import _make
 from pipeline.config_io import load_job
 from pipeline.data.column_profile import obs_profile
 from pipeline.data.examine import Question
@@ -279,6 +281,19 @@ def test_a_cell_ranger_output_takes_its_labels_from_a_table(tmp_path):
     assert found["kind"] == "10x"
     assert choose_labels(found["columns"], found["n_cells"]).columns == ("cell_type",)
     assert choose_labels(seen(folder)["columns"], found["n_cells"]).columns == ()
+
+
+def test_an_experiment_is_read_where_it_is(tmp_path):
+    write_soma(tmp_path / "cells.soma")
+    found = seen(tmp_path / "cells.soma")
+    assert (found["kind"], found["n_cells"], found["n_genes"]) == ("SOMA", 70, 8)
+    given = {"region": None, "anonymous": False}
+    text, words = _make(Looked(**found), "mine", tmp_path / "mine.yaml", given, [], [], 0)
+    (tmp_path / "mine.yaml").write_text(text)
+    job = load_job(tmp_path / "mine.yaml")
+    assert job.ingest.source.uri == str(tmp_path / "cells.soma")
+    assert job.ingest.labels == ["cell_type"]
+    assert "donor" in words
 
 
 @real
