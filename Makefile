@@ -27,7 +27,7 @@ ifdef LABELS
 SETTINGS += 'ingest.labels=[$(LABELS)]'
 endif
 
-.PHONY: venv demo test lint ui docs wheel chaos clean
+.PHONY: venv demo test lint ui docs wheel chaos quality clean
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -69,6 +69,15 @@ wheel: venv
 
 chaos: venv
 	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
+
+# scVI wants other versions of numpy and torch than we do: an environment of its own, used by this target alone.
+quality: venv .venv-scvi/.installed
+	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json
+
+.venv-scvi/.installed: benchmarks/scvi_requirements.txt
+	$(PYTHON) -m venv .venv-scvi
+	$(UV_ENV) VIRTUAL_ENV=.venv-scvi $(BIN)/uv pip install --quiet --requirement benchmarks/scvi_requirements.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,10 +11,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
 from pipeline.data.order import FeedOrder
 from pipeline.flops import dit_flops, vae_flops
-from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
+from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig, VaeTrainConfig
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
 from pipeline.tracking import StageTracker
@@ -33,10 +34,13 @@ from pipeline.training.joint_run import VAE_FOLDERS, train_joint
 from pipeline.training.loop import run_training
 from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
+from pipeline.training.prefetch import map_tensors
 from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.remote import Remote
+from pipeline.training.slices import Slice
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
+from scldm.nn.dispersion import fit_theta
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 
@@ -95,7 +99,7 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         vae = VAE(config.model, n_genes=data.vocabulary.n_genes)
-    vae.start_at(mean, variance)
+    vae.start_at(mean, variance, size_cv2=size_cv2(data))
     vae.decoder.kernels = decoder_kernels(config.train.decoder)
     held_out = data.blocks("validation")
     source = data.blocks("train")
@@ -122,14 +126,36 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     )  # fmt: skip
     trained = run_training(objective, source, order, train, replace(run, flops_per_cell=flops))
     state = trained.engine.export_state(trained.checkpoint)
+    fitted: dict[str, Any] = {}
     if dist.get_rank() == 0:
         final = VAE(config.model, n_genes=data.vocabulary.n_genes)
         final.load_state_dict(state)
+        if train.theta_cells and final.log_theta is not None:
+            fitted = fit_dispersions(final, objective, source, train, seed=spec.seed)
         save_vae(run.folder / "model", final, data.vocabulary, data.library_sizes, card=spec.card)
     dist.barrier()
     shape = [config.model.n_latent_tokens, config.model.latent_width]
     seen = {**train.genes_seen.model_dump(mode="json"), "job_seed": spec.seed, "epoch_0_seed": seen_seed(spec.seed, 0)}
-    return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen}
+    return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen, "theta": fitted}
+
+
+def size_cv2(data: Ingested) -> float:
+    """Squared coefficient of variation of the training cells' library sizes."""
+    cells = data.cells
+    sizes = cells.loc[cells["split"] == "train", "library_size"].to_numpy(np.float64)
+    return float(sizes.var() / sizes.mean() ** 2)
+
+
+def fit_dispersions(
+    vae: VAE, objective: VaeObjective, source: Any, train: VaeTrainConfig, *, seed: int
+) -> dict[str, float]:
+    """Fit theta on training cells, drawn by seed: a function of the trained weights alone, whoever trained them."""
+    device = next(objective.module.parameters()).device
+    tables = validation_tables(source, n_cells=train.theta_cells, batch_size=train.feed.micro_batch_size, seed=seed)
+    batches = (map_tensors(objective.prepare(t, Slice(0, 0, 0)), lambda x: x.to(device)) for t in tables)
+    fit = fit_theta(vae.to(device), (objective.scored_and_seen(b)[0] for b in batches))
+    vae.cpu()
+    return asdict(fit)
 
 
 def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:

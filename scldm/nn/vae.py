@@ -56,15 +56,17 @@ class VAE(nn.Module):
         self.gene_bias = nn.Parameter(torch.zeros(n_genes)) if config.gene_bias else None
 
     @torch.no_grad()
-    def start_at(self, mean: Tensor, variance: Tensor) -> None:
+    def start_at(self, mean: Tensor, variance: Tensor, *, size_cv2: float = 0.0) -> None:
         """Let an untrained model of ours (`gene_bias`) begin at the mean profile and dispersion of the training cells.
 
         A gene that no training cell expresses starts at a tenth of the rarest one, not at minus infinity. theta comes
-        by moments, within [0.1, 100].
+        by moments, within [0.1, 100]: of x ~ NB(p L, theta), E[x² - x] = p² E[L²] (1 + 1 / theta). What the library
+        sizes L vary by is thus not taken for dispersion.
 
         Args:
             mean: Mean count of each gene over the training cells, (g,).
             variance: Variance of the same, (g,).
+            size_cv2: Squared coefficient of variation of the cells' library sizes.
         """
         if mean.shape != (self.n_genes,) or variance.shape != mean.shape:
             raise ValueError(
@@ -74,7 +76,8 @@ class VAE(nn.Module):
             return
         self.gene_bias.copy_((mean.clamp(min=mean[mean > 0].min() / 10) / mean.sum()).log())
         if self.log_theta is not None:
-            theta = mean.square() / (variance - mean).clamp(min=1e-6)
+            expected = mean.square() * (1 + size_cv2)
+            theta = expected / (variance + mean.square() - mean - expected).clamp(min=1e-6)
             self.log_theta.copy_(theta.clamp(0.1, 100).log())
 
     def encode(self, cells: CellBatch) -> Tensor:
