@@ -108,6 +108,8 @@ class TrainConfig(StrictModel):
 
 
 class VaeTrainConfig(TrainConfig):
+    """The training run of the VAE."""
+
     genes_per_step: PositiveInt | None = None
     """Genes scored in a training step, drawn by expression; the loss stays an estimate of the full one. Null: all."""
     genes_seen: GenesSeenConfig = GenesSeenConfig()
@@ -135,6 +137,8 @@ class VaeTrainConfig(TrainConfig):
 
 
 class FlowTrainConfig(TrainConfig):
+    """The training run of the flow."""
+
     ema: EMAConfig = EMAConfig()
     sample_every: PositiveInt | None = None
     """Validations between two generations of a few cells with the averaged weights, scored by the metrics of evaluate

@@ -52,7 +52,9 @@ def test_a_heavy_library_is_imported_in_one_module(library, home):
     "module",
     [
         "cli",
+        "cli_config",
         "cli_data",
+        "cli_init",
         "cli_cluster",
         "cli_doctor",
         "submitting",
