@@ -284,6 +284,19 @@ def test_real_cells_score_at_the_floor_and_noise_far_from_it():
     assert far.loc["coverage", "generated"] < near.loc["coverage", "generated"]
 
 
+def test_labels_of_generated_cells_are_judged_by_real_ones():
+    rng = np.random.default_rng(0)
+    rates, kinds = rng.gamma(0.5, 8.0, (3, 60)), rng.integers(3, size=450)
+    obs = pd.DataFrame({"kind": pd.Categorical.from_codes(kinds, ["a", "b", "c"])}).set_axis(map(str, range(450)))
+    cells = anndata.AnnData(sp.csr_matrix(rng.poisson(rates[kinds]).astype(np.float32)), obs=obs)
+    real, right = cells[:300].copy(), cells[300:].copy()
+    wrong = right.copy()
+    wrong.obs["kind"] = pd.Categorical.from_codes((kinds[300:] + 1) % 3, ["a", "b", "c"])
+    accuracy = [scldm.score(x, real=real, label="kind", n_pcs=5).loc["label_accuracy"] for x in (right, wrong)]
+    assert accuracy[0]["generated"] > 0.9 > 0.1 > accuracy[1]["generated"]
+    assert accuracy[0]["floor"] > 0.9
+
+
 def test_scores_of_unlike_cells_are_refused(model):
     cells = model.generate(n=60)
     adata = real_cells()[:, 1:-2].copy()
