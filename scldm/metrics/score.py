@@ -77,9 +77,9 @@ def departure(score: Score, floor: Score) -> float:
 def judge(score: Score, other: Score, floor: Score) -> Judgement | None:
     """Is `score` nearer to the floor than `other`, as far as the intervals allow to say?
 
-    Of D = |score - floor| - |other - floor|: nearer if D + t sd < 0, farther if D - t sd > 0. sd is of D in the resamples
-    with the signs that the differences have in the full sample (an absolute value near 0 would fold its spread); where a
-    difference from the floor is within its own interval, both signs are tried and the larger sd is taken.
+    Of D = |score - floor| - |other - floor|: nearer if D + t sd < 0, farther if D - t sd > 0. sd is of D in the
+    resamples with the signs that the differences have in the full sample (an absolute value near 0 would fold its
+    spread); where a difference from the floor is within its own interval, both signs are tried and the larger sd taken.
     Resample k is of the same half of the real cells in all three, so what these have in common cancels. None without
     resamples.
     """
