@@ -27,7 +27,7 @@ ifdef LABELS
 SETTINGS += 'ingest.labels=[$(LABELS)]'
 endif
 
-.PHONY: venv demo test lint ui chaos clean
+.PHONY: venv demo test lint ui docs wheel chaos quality clean
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -52,8 +52,32 @@ lint: venv
 ui: venv
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(or $(OUTPUT),runs)/mlflow.db --host 127.0.0.1 --port $(or $(PORT),5000)
 
+# The pages need the model's own libraries, for its docstrings; Sphinx is added to the same environment.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	@echo docs/_build/index.html
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# Built, then installed in an environment of its own and asked to work.
+wheel: venv
+	rm -rf dist
+	$(UV_ENV) $(BIN)/uv build --quiet --wheel --python $(BIN)/python --out-dir dist
+	$(BIN)/python -m pytest -m slow tests/unit/test_wheel.py $(PYTEST_ARGS)
+
 chaos: venv
 	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
+
+# scVI wants other versions of numpy and torch than we do: an environment of its own, used by this target alone.
+quality: venv .venv-scvi/.installed
+	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json
+
+.venv-scvi/.installed: benchmarks/scvi_requirements.txt
+	$(PYTHON) -m venv .venv-scvi
+	$(UV_ENV) VIRTUAL_ENV=.venv-scvi $(BIN)/uv pip install --quiet --requirement benchmarks/scvi_requirements.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

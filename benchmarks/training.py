@@ -8,6 +8,7 @@ in percent of the 200 steps between two (the default). `scaling_2_workers` is tw
 batch, a thread each. `recover_seconds_…`: recovery.py.
 
     python benchmarks/training.py --json benchmarks/results/training.json
+    python benchmarks/training.py --only recovery --kills 3
 """
 
 from __future__ import annotations
@@ -167,27 +168,38 @@ def worker(out: str, size: str, steps: str) -> None:
     dist.destroy_process_group()
 
 
+def step_rows(size: str, steps: int, rounds: int, *, scaling_rounds: int) -> list[Row]:
+    """Rows of the loop alone, in this process and under torchrun."""
+    scaling = scaling_row(size, steps, scaling_rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        rows = loop_rows(size, steps, rounds)
+        dist.destroy_process_group()
+    return [*rows, scaling]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="small model, few steps, no Ray: does it run at all")
     parser.add_argument("--kills", type=int, default=5, help="of each kind")
+    parser.add_argument("--only", choices=("steps", "recovery"), help="steps need no Ray and six minutes")
     parser.add_argument("--worker", nargs=3, metavar=("OUT", "SIZE", "STEPS"), help="used by itself")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if args.worker:
         return worker(*args.worker)
     size, steps, rounds = ("quick", 8, 2) if args.quick else ("full", 24, 5)
-    rows = [scaling_row(size, steps, 1 if args.quick else 3)]
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{folder}/store"
-        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        rows = [*loop_rows(size, steps, rounds), *rows]
-        dist.destroy_process_group()
+    rows: list[Row] = []
+    if args.only != "recovery":
+        rows += step_rows(size, steps, rounds, scaling_rounds=1 if args.quick else 3)
+        report(rows, None)  # what follows takes long: seen before it
     absent = {}
-    if args.quick:
-        absent = {f"recover_seconds_{x}": "needs a Ray cluster: not with --quick" for x in ("worker", "node", "driver")}
+    if args.quick or args.only == "steps":
+        why = "not with --quick or --only steps: needs a Ray cluster"
+        absent = {f"recover_seconds_{x}": why for x in ("worker", "node", "driver")}
     else:
         rows += recovery_rows(args.kills)
     report(rows, args.json, absent=absent, size=dict(zip(("n_genes", "expressed"), SIZES[size], strict=True)))

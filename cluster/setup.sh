@@ -14,4 +14,4 @@ done
 
 want="$(sha256sum constraints.txt | cut -d' ' -f1)"
 [ "$(cat /opt/scldm-constraints.sha256 2>/dev/null)" = "$want" ] ||
-  python -m pip install --quiet --no-cache-dir --constraint constraints.txt .
+  python -m pip install --quiet --no-cache-dir --constraint constraints.txt '.[pipeline]'

@@ -1,6 +1,6 @@
-"""`python -m pipeline`, and what a job file's #! line calls.
+"""`python -m pipeline`, what a job file's #! line calls, and the console script `scldm`.
 
-That line finds whatever `python` comes first on the PATH. If it lacks our libraries, another one is used: that of the
+A #! line finds whatever `python` comes first on the PATH. If it lacks our libraries, another one is used: that of the
 Ray node which runs this job, or the repository's own .venv. Until then only the standard library may be imported.
 """
 
@@ -13,17 +13,35 @@ from importlib.util import find_spec
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+NEEDED = ("pydantic", "yaml", "typer", "ray")
 CHOSEN = "SCLDM_PYTHON_CHOSEN"  # one change of interpreter is enough; two could go on for ever
 
 
 def main() -> None:
     """Run the command line in an interpreter that has the dependencies."""
-    lacking = [name for name in ("pydantic", "yaml", "typer", "ray") if find_spec(name) is None]
-    if lacking:
+    if lacking := _lacking():
         use_another_python(f"{sys.executable} lacks {', '.join(lacking)}")
     from pipeline.cli import main as run
 
     run()
+
+
+def console() -> None:
+    """The console script. It belongs to one interpreter, so none is looked for; the model alone has no command line."""
+    if lacking := _lacking():
+        print(
+            f"the command line needs {', '.join(lacking)}, which `pip install scldm` leaves out: "
+            "pip install 'scldm[pipeline]' (in a checkout: pip install '.[pipeline]', or make venv)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    from pipeline.cli import main as run
+
+    run()
+
+
+def _lacking() -> list[str]:
+    return [name for name in NEEDED if find_spec(name) is None]
 
 
 def use_another_python(lack: str) -> None:

@@ -1,5 +1,6 @@
-"""The command line: `scldm run | validate | plan | runs | cells`; of clusters `submit | status | logs | stop |
-cluster | doctor`; of models `convert | export | parity | presets`.
+"""The command line: `scldm run | validate | plan | runs | cells | config | mlflow`; of your own cells `init |
+validate-data`; of clusters `submit | status | logs | stop | cluster | doctor`; of models `convert | export | parity |
+presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
@@ -20,24 +21,49 @@ import typer
 
 from pipeline.cli_cells import cells_app
 from pipeline.cli_cluster import cluster, logs, status, stop, submit
+from pipeline.cli_config import config_app
 from pipeline.cli_data import validate_data
 from pipeline.cli_doctor import doctor
+from pipeline.cli_init import init
+from pipeline.cli_mlflow import compare, mlflow_app
 from pipeline.cli_models import convert, export
 from pipeline.cli_parity import parity
 from pipeline.cli_presets import presets
 
 app = typer.Typer(
     name="scldm",
-    help="Single-cell latent diffusion at Census scale: one YAML file per job.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 runs = typer.Typer(help="Look at what has been made.", no_args_is_help=True)
-app.add_typer(runs, name="runs")
-app.add_typer(cluster, name="cluster")
-app.add_typer(cells_app, name="cells")
+JOBS, DATA, CLUSTERS, MODELS = "Jobs", "Your cells", "Clusters", "Models"  # groups of --help
+app.add_typer(runs, name="runs", rich_help_panel=JOBS)
+app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTERS)
+app.add_typer(cells_app, name="cells", rich_help_panel=DATA)
+app.add_typer(config_app, name="config", rich_help_panel=JOBS)
+app.add_typer(mlflow_app, name="mlflow", rich_help_panel=JOBS)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"scldm {version('scldm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Single-cell latent diffusion at Census scale: one YAML file per job.
+
+    Begin with `scldm run jobs/demo.yaml`, or with `scldm init cells.h5ad` for your own cells.
+    """
+
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
 Overrides = Annotated[
@@ -94,7 +120,7 @@ def load(job: Path, overrides: list[str] | None) -> Any:
     return loaded
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def run(job: JobFile, overrides: Overrides = None) -> None:
     """Run a job: what is finished is looked up, what a changed setting touches runs again.
 
@@ -108,7 +134,7 @@ def run(job: JobFile, overrides: Overrides = None) -> None:
         run_job(loaded, job, overrides or [])
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def validate(job: JobFile, overrides: Overrides = None) -> None:
     """Check a job file; say all that is wrong with it at once.
 
@@ -121,7 +147,7 @@ def validate(job: JobFile, overrides: Overrides = None) -> None:
         typer.echo(f"{job}: a valid {loaded.kind} job, {loaded.name} ({', '.join(stage_configs(loaded))})")
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def plan(job: JobFile, overrides: Overrides = None) -> None:
     """Say what would run and why, with steps, parameters, memory and disk. Starts nothing.
 
@@ -135,20 +161,30 @@ def plan(job: JobFile, overrides: Overrides = None) -> None:
 
 
 @runs.command("list")
-def list_runs(folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help="For example runs/demo.")]) -> None:
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help="For example runs/demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list, oldest first.")] = False,
+) -> None:
     """Table of the finished stages of a pipeline.
 
     Example: `scldm runs list runs/demo`
     """
     with reported():
-        from pipeline.plan import finished_stages
+        from pipeline.plan import finished_manifests, finished_stages
 
-        typer.echo(finished_stages(folder))
+        if as_json:
+            import json
+            from dataclasses import asdict
+
+            typer.echo(json.dumps([asdict(m) for m in finished_manifests(folder)], indent=1))
+        else:
+            typer.echo(finished_stages(folder))
 
 
-for _command in (submit, status, logs, stop, doctor, parity):
-    app.command()(_command)
-app.command("validate-data")(validate_data)
-app.command()(convert)
-app.command()(export)
-app.command()(presets)
+runs.command("compare")(compare)
+for _command in (submit, status, logs, stop, doctor):
+    app.command(rich_help_panel=CLUSTERS)(_command)
+app.command(rich_help_panel=DATA)(init)
+app.command("validate-data", rich_help_panel=DATA)(validate_data)
+for _model_command in (convert, export, parity, presets):
+    app.command(rich_help_panel=MODELS)(_model_command)

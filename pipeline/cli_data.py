@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ import typer
 Labels = Annotated[list[str] | None, typer.Option("--label", help="obs column to condition on; may be repeated.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings there too.")]
 _CHILD = "from pipeline.cli_data import child; child()"
+Answer = Callable[[Any], Any]
 
 
 def validate_data(
@@ -46,7 +48,7 @@ def validate_data(
     with reported():
         data = {"uri": uri, "labels": label or [], "layer": layer, "gene_id": gene_id, "genome": genome}
         access = {"region": region, "anonymous": anonymous, "endpoint": endpoint}
-        answers = _ask({**data, **access, "counts": counts}, memory_gib)
+        answers = ask({**data, **access, "counts": counts}, memory_gib)
         for answer in answers:
             typer.echo(answer["text"])
         if json_file is not None:
@@ -56,8 +58,12 @@ def validate_data(
             raise typer.Exit(2)
 
 
-def _ask(question: dict[str, Any], memory_gib: float) -> list[dict[str, Any]]:
-    """The child's answers."""
+def ask(question: dict[str, Any], memory_gib: float, child: str = _CHILD) -> Any:
+    """What a child process answers; its code ends in `serve`.
+
+    Raises:
+        InputError: the child was killed, by the file or by the limit on its memory.
+    """
     from pipeline.stage import InputError
 
     with tempfile.TemporaryDirectory(prefix="scldm-") as folder:
@@ -65,7 +71,7 @@ def _ask(question: dict[str, Any], memory_gib: float) -> list[dict[str, Any]]:
         order = json.dumps({"question": question, "out": str(out), "memory": int(memory_gib * 2**30)})
         # The same code in the child, wherever the parent was started.
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        done = subprocess.run([sys.executable, "-c", _CHILD], input=order, text=True, stderr=subprocess.PIPE,
+        done = subprocess.run([sys.executable, "-c", child], input=order, text=True, stderr=subprocess.PIPE,
                               env={**os.environ, "PYTHONPATH": path}, check=False)  # fmt: skip
         if done.returncode == 0 and out.is_file():
             return json.loads(out.read_text())
@@ -78,13 +84,19 @@ def _ask(question: dict[str, Any], memory_gib: float) -> list[dict[str, Any]]:
 
 
 def child() -> None:
-    """Reads the question from stdin, writes the answers to the file that it names."""
+    """The child of validate-data."""
+    from pipeline.data.examine import examine  # before the limit: libraries are mapped, not data
+
+    serve(lambda question: [{**found.to_json(), "text": found.text()} for found in examine(question)])
+
+
+def serve(answer: Answer) -> None:
+    """Read a question from stdin, write the answer as JSON to the file that it names."""
     order = json.loads(sys.stdin.read())
-    from pipeline.data.examine import Question, examine  # before the limit: libraries are mapped, not data
+    from pipeline.data.examine import Question
 
     if "://" not in order["question"]["uri"]:
         # Private memory, without the libraries' mapped files.
         resource.setrlimit(resource.RLIMIT_DATA, (order["memory"], order["memory"]))
-    question = Question(**{**order["question"], "labels": tuple(order["question"]["labels"])})
-    answers = [{**found.to_json(), "text": found.text()} for found in examine(question)]
-    Path(order["out"]).write_text(json.dumps(answers))
+    question = Question(**{**order["question"], "labels": tuple(order["question"].get("labels", ()))})
+    Path(order["out"]).write_text(json.dumps(answer(question)))

@@ -34,7 +34,10 @@ SeqLen = Annotated[
     typer.Option("--genes-seq-len", min=1, help="Tokens of a cell, pads included; default: the configuration's."),
 ]
 ModelFolder = Annotated[
-    Path, typer.Argument(metavar="MODEL_DIR", help="Folder with vae/ and flow/, or the model folder of a VAE.")
+    Path,
+    typer.Argument(
+        metavar="MODEL_DIR", help="Folder with vae/ and flow/, a model folder, a finished stage, or a pipeline."
+    ),
 ]
 FlowFolder = Annotated[
     Path | None, typer.Option("--flow", metavar="DIR", help="Model folder of a flow, if it is not MODEL_DIR/flow.")
@@ -43,6 +46,7 @@ FlowFolder = Annotated[
 
 class Target(StrEnum):
     upstream = "upstream"
+    huggingface = "huggingface"
 
 
 def convert(
@@ -76,21 +80,29 @@ def convert(
 
 def export(
     model: ModelFolder,
-    to: Annotated[Target, typer.Option("--to", help="Format.")],
+    to: Annotated[
+        Target,
+        typer.Option("--to", help="upstream: a checkpoint it loads. huggingface: a folder with a card, for a hub."),
+    ],
     out: Out,
     flow: FlowFolder = None,
     force: Force = False,
 ) -> None:
-    """Write a model as a checkpoint that upstream scLDM loads, with its configuration and metadata.
+    """Write a model for others: as a checkpoint that upstream scLDM loads, or as a folder with a model card.
 
     Example: `scldm export models/dentate --to upstream --out exported`
     """
     with _reported():
         from scldm.checkpoints.export_upstream import export_upstream
+        from scldm.model_folders import find_models
 
-        vae = model / "vae" if (model / "vae").is_dir() else model
-        beside = model / "flow"
-        done = export_upstream(vae, flow or (beside if beside.is_dir() else None), out, force=force)
+        if to is Target.huggingface:
+            from scldm.api import load
+
+            typer.echo(f"wrote {load(model, flow=flow).save_pretrained(out, force=force)}: README.md is its card")
+            return
+        found = find_models(model)
+        done = export_upstream(found.vae, flow or found.flow, out, force=force)
         typer.echo(f"wrote {done.folder}: {', '.join(done.files)} (format: {to.value})")
         for note in done.notes:
             typer.echo(f"note: {note}")

@@ -75,7 +75,7 @@ def locate(loc: tuple[Key, ...], data: Any) -> tuple[KeyPath, str, Any]:
             if i and part not in model.model_fields and part == _tag(here, data):
                 continue  # the member of a discriminated union
             holder, field = model, model.model_fields.get(str(part))
-            here = _annotation(field) if field else None
+            here = annotation_of(field) if field else None
         elif isinstance(data, dict) and part in data:
             here = _item(here, dict)
         elif isinstance(data, list) and isinstance(part, int):
@@ -99,12 +99,12 @@ def _child(data: Any, part: Key) -> Any:
 def job_model(data: Any) -> type[BaseModel] | None:
     """The model of this kind of job."""
     kind = data.get("kind") if isinstance(data, dict) else None
-    return next((m for m in _members(Job) if kind in get_args(m.model_fields["kind"].annotation)), None)
+    return next((m for m in members_of(Job) if kind in get_args(m.model_fields["kind"].annotation)), None)
 
 
 def model_of(annotation: Any, data: Any) -> type[BaseModel] | None:
     """The model that an annotation means here; of a union with a `type`, the one that the data names."""
-    models = [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+    models = [m for m in members_of(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
     if len(models) < 2:
         return models[0] if models else None
     tag = _tag(annotation, data)
@@ -112,10 +112,10 @@ def model_of(annotation: Any, data: Any) -> type[BaseModel] | None:
 
 
 def _tag(annotation: Any, data: Any) -> Any:
-    return data.get("type") if isinstance(data, dict) and len(list(_members(annotation))) > 1 else None
+    return data.get("type") if isinstance(data, dict) and len(list(members_of(annotation))) > 1 else None
 
 
-def _annotation(field: FieldInfo) -> Any:
+def annotation_of(field: FieldInfo) -> Any:
     """A field's annotation with its constraints put back."""
     result: Any = field.annotation
     for extra in field.metadata:
@@ -123,7 +123,7 @@ def _annotation(field: FieldInfo) -> Any:
     return result
 
 
-def _members(annotation: Any) -> Iterator[Any]:
+def members_of(annotation: Any) -> Iterator[Any]:
     """Members of a union, without Annotated around it; the annotation itself if it is none."""
     if annotation is None:
         return
@@ -131,14 +131,14 @@ def _members(annotation: Any) -> Iterator[Any]:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
         for member in get_args(annotation):
-            yield from _members(member)
+            yield from members_of(member)
     else:
         yield annotation
 
 
 def _item(annotation: Any, container: type, index: int = -1) -> Any:
     """Annotation of the values of a dict, list or tuple member."""
-    for member in _members(annotation):
+    for member in members_of(annotation):
         if get_origin(member) is container:
             return get_args(member)[-1]
         if get_origin(member) is tuple and container is list:
@@ -148,7 +148,7 @@ def _item(annotation: Any, container: type, index: int = -1) -> Any:
 
 def describe(annotation: Any) -> str:
     """What an annotation allows, in words."""
-    return " or ".join(dict.fromkeys(_describe_one(m) for m in _members(annotation))) or "nothing"
+    return " or ".join(dict.fromkeys(_describe_one(m) for m in members_of(annotation))) or "nothing"
 
 
 def _describe_one(member: Any) -> str:
@@ -208,7 +208,7 @@ def shown(value: Any) -> str:
 def _tag_choices(item: Any) -> str:
     tags = item.get("ctx", {}).get("expected_tags")
     if tags is None and item["type"] == "union_tag_not_found":
-        names = [get_args(m.model_fields["kind"].annotation)[0] for m in _members(Job)]
+        names = [get_args(m.model_fields["kind"].annotation)[0] for m in members_of(Job)]
         tags = ", ".join(f"'{n}'" for n in names) if not item["loc"] else None
     return "one of " + tags.replace("'", '"') if tags else ""
 
@@ -233,6 +233,6 @@ def all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted path that a model allows."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        for member in _members(field.annotation):
+        for member in members_of(field.annotation):
             if isinstance(member, type) and issubclass(member, BaseModel):
                 yield from all_paths(member, f"{prefix}{name}.")

@@ -9,10 +9,7 @@ that is a label is a label, whatever its name.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +20,11 @@ from pipeline.generation_table import check_guidance, read_rows
 from pipeline.generation_table import genes_to_write as genes_to_write
 from pipeline.job import GenerateConfig
 from pipeline.stage import InputError
+from scldm.request import Request as Request
+from scldm.request import RequestRow as RequestRow
 from scldm.vocabulary import UnknownNameError, Vocabulary
 
 MOST_CELLS = 10**9
-
-
-@dataclass(frozen=True)
-class RequestRow:
-    condition: Mapping[str, str | None]  # label -> class; None or absent: no label asked for
-    n_cells: int
-    guidance: Mapping[str, float] = field(default_factory=dict)  # label, or "" for all -> scale, where the row says it
-    library_size: float | None = None  # of all cells of the row; None: as the settings say
-
-
-@dataclass(frozen=True)
-class Request:
-    rows: tuple[RequestRow, ...]
-
-    @property
-    def n_cells(self) -> int:
-        return sum(r.n_cells for r in self.rows)
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.as_plain()).encode()).hexdigest()
-
-    def as_plain(self) -> list[list[Any]]:
-        """Plain data, for JSON and for actors."""
-        return [[dict(r.condition), r.n_cells, dict(r.guidance), r.library_size] for r in self.rows]
-
-    @classmethod
-    def of_plain(cls, rows: list[list[Any]]) -> Request:
-        return cls(tuple(RequestRow(*row) for row in rows))
-
-    def slice(self, start: int, stop: int) -> list[tuple[dict[str, str | None], int]]:
-        """(condition, cells) of ids [start, stop), in order."""
-        out, first = [], 0
-        for row in self.rows:
-            n = min(stop, first + row.n_cells) - max(start, first)
-            if n > 0:
-                out.append((dict(row.condition), n))
-            first += row.n_cells
-        return out
 
 
 def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: Mapping[str, pd.DataFrame]) -> Request:

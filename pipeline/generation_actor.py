@@ -21,11 +21,12 @@ import pyarrow as pa
 from pipeline.faults import arm, fault_point
 from pipeline.generation import Request
 from pipeline.generation_progress import ShardProgress, count_attempt
-from pipeline.generation_recipe import recipe_of, row_guidance
+from pipeline.generation_recipe import recipe_of, settings_of
 from pipeline.job import GenerateConfig
 from pipeline.overlap import Behind
 from pipeline.shard_file import ShardFile
 from pipeline.stage import write_json_atomic
+from scldm.recipe import generated_obs, genes_table
 
 if TYPE_CHECKING:
     from scldm.generate import DecodedTile
@@ -122,40 +123,21 @@ class Generator:
                     writer.do(add, tile)
             ids = np.arange(start, stop, dtype=np.int64)
             library = np.concatenate([np.zeros(0, np.float32), *sizes])
-            out.finish(self._obs(ids, library, out, shard), self._var(), {"scldm": self.spec["provenance"]})
+            out.finish(
+                self._obs(ids, library, out, shard),
+                genes_table(self.vocabulary, self.genes),
+                {"scldm": self.spec["provenance"]},
+            )
         return len(ids)
 
     def _obs(self, ids: np.ndarray, library: np.ndarray, out: ShardFile, shard: int) -> pd.DataFrame:
         """The AnnData contract of generated cells (README: "Ask for cells")."""
-        rows = self.maker.recipe.rows(ids)
         width = self.spec["digits"]
         names = [f"{self.spec['prefix']}-{i:0{width}d}" for i in ids.tolist()]
-        obs = pd.DataFrame(index=pd.Index(names, dtype=str))
-        for label in self.vocabulary.labels:
-            codes = self.maker.recipe.conditions[label.name][rows]
-            codes = np.where(codes == label.null_id, -1, codes)
-            obs[label.name] = pd.Categorical.from_codes(codes, categories=list(label.classes))
-        obs["is_synthetic"] = True
-        obs["gen_shard"] = np.int32(shard)
-        obs["gen_index"] = ids
-        for column, values in self._guidance().items():
-            obs[column] = values[rows].astype(np.float32)
+        settings = settings_of(self.config)
+        obs = generated_obs(ids, names, self.maker.recipe, self.request, settings, self.vocabulary)
+        obs.insert(obs.columns.get_loc("gen_index"), "gen_shard", np.int32(shard))
         obs["library_size"] = library
         obs["total_counts"] = out.total_counts.astype(np.int64)
         obs["n_genes"] = out.n_expressed.astype(np.int32)
         return obs
-
-    def _guidance(self) -> dict[str, np.ndarray]:
-        """Columns of the request's rows: one scale, and one for each label where any row's differ."""
-        labels = [x.name for x in self.vocabulary.labels]
-        scales = [row_guidance(r, self.config, labels) for r in self.request.rows]
-        single = [next(iter(w.values())) if len(set(w.values())) == 1 else np.nan for w in scales]
-        columns = {"guidance_scale": np.array(single if labels else [1.0] * len(scales))}
-        if np.isnan(columns["guidance_scale"]).any():
-            columns |= {f"guidance_scale.{x}": np.array([w[x] for w in scales]) for x in labels}
-        return columns
-
-    def _var(self) -> pd.DataFrame:
-        ids = [self.vocabulary.feature_ids[i] for i in self.genes]
-        names = [self.vocabulary.feature_names[i] for i in self.genes]
-        return pd.DataFrame({"feature_name": names}, index=pd.Index(ids, name="feature_id"))

@@ -16,10 +16,15 @@ class SyntheticSource(StrictModel):
 
     type: Literal["synthetic"]
     n_cells: PositiveInt = 4000
+    """Cells that are made."""
     n_genes: PositiveInt = 1000
+    """Genes of the vocabulary."""
     n_types: PositiveInt = 6
+    """Classes of cell_type."""
     n_donors: PositiveInt = 4
+    """Classes of donor_id."""
     seed: int = Field(0, ge=0)
+    """Of the cells; not the job's."""
 
 
 class H5adSource(StrictModel):
@@ -71,7 +76,9 @@ class SomaSource(StrictModel):
     s3: S3Config = S3Config()
     """How an s3:// address is read."""
     measurement: str = "RNA"
+    """Measurement of the experiment: ms[measurement]."""
     layer: str = "raw"
+    """Layer of raw counts: ms[measurement].X[layer]."""
 
 
 class CensusSource(StrictModel):
@@ -82,6 +89,7 @@ class CensusSource(StrictModel):
     """A dated release such as 2025-01-30. "stable" and "latest" move: they are looked up once, and what they stood for
     is kept in the facts of the stage (census_version) and read by every later one."""
     organism: Literal["homo_sapiens", "mus_musculus"] = "homo_sapiens"
+    """One organism is one experiment of the Census."""
     s3: S3Config = S3Config()
     """How the bucket is read."""
 
@@ -189,7 +197,9 @@ class SplitConfig(StrictModel):
     """Share of cells held out, by a hash of `by`: the same cell always falls on the same side."""
 
     validation: float = Field(0.1, ge=0, lt=1)
+    """Share of the cells that training is validated on."""
     test: float = Field(0.1, ge=0, lt=1)
+    """Share of the cells that are never trained on; evaluate compares with them."""
     by: Literal["cell", "tile", "donor_id", "dataset_id"] = "cell"
     """What is hashed. donor_id or dataset_id keep donors or data sets whole. cell scatters the held-out cells over the
     store, where reading them costs nearly as much as reading all; tile holds out whole storage tiles of 2,048
@@ -220,6 +230,7 @@ class IngestConfig(StrictModel):
     """Vocabularies, split and statistics of a source; the counts stay in SOMA."""
 
     source: Source
+    """Where the cells are; `type` says which kind of source."""
     labels: list[str] = ["cell_type"]
     """obs columns that generation is conditioned on."""
     cells: CellsConfig = CellsConfig()

@@ -122,6 +122,7 @@ class JobBase(StrictModel):
     output: str = "runs"
     """Root folder; this pipeline writes to <output>/<name>. On a cluster: a path that every node sees."""
     seed: int = Field(0, ge=0)
+    """Of weights, order of cells and noise in training. A part of every version."""
     cluster: str | None = None
     """The cluster file that this job is sized for; for people and for `scldm plan`."""
     resources: ResourcesConfig = ResourcesConfig()

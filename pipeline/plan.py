@@ -44,17 +44,26 @@ def plan(job: JobBase) -> str:
 
 def finished_stages(folder: Path) -> str:
     """Table of the finished stages under a pipeline's folder, oldest first."""
+    rows = [("stage", "version", "finished", "took", "made from")]
+    for m in finished_manifests(folder):
+        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.finished_at))
+        sources = " ".join(f"{stage}:{version}" for stage, version in m.inputs.items())
+        rows.append((m.stage, m.version, finished, duration(m.seconds), sources or "the source"))
+    return table(rows)
+
+
+def finished_manifests(folder: Path) -> list[Manifest]:
+    """The same as manifests.
+
+    Raises:
+        InputError: there are none.
+    """
     made = [
         m for s in (*STAGES, *REAL_CELL_STAGES) for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None
     ]
     if not made:
         raise InputError(f"{folder} holds no finished stage. Give <output>/<name> of a job, for example runs/demo")
-    rows = [("stage", "version", "finished", "took", "made from")]
-    for m in sorted(made, key=lambda m: m.finished_at):
-        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.finished_at))
-        sources = " ".join(f"{stage}:{version}" for stage, version in m.inputs.items())
-        rows.append((m.stage, m.version, finished, duration(m.seconds), sources or "the source"))
-    return table(rows)
+    return sorted(made, key=lambda m: m.finished_at)
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline.gauges import Gauges
+
 PROGRESS = "progress.json"
 
 
@@ -25,6 +27,7 @@ class ProgressWriter:
         self.path = Path(folder) / PROGRESS
         self.every_seconds = every_seconds
         self.clock = clock
+        self.gauges = Gauges(Path(folder))
         self._written = float("-inf")
 
     def update(self, step: int, total: int, **fields: float) -> None:
@@ -33,6 +36,9 @@ class ProgressWriter:
         if now - self._written < self.every_seconds and step < total:
             return
         self._written = now
+        self.gauges.set(
+            {"progress/step": step, "progress/total": total, **{f"progress/{k}": v for k, v in fields.items()}}
+        )
         tmp = self.path.with_name(f".{PROGRESS}.tmp")
         try:
             tmp.write_text(json.dumps({"step": step, "total": total, "at": time.time(), "fields": fields}))

@@ -15,6 +15,7 @@ class ModelFolders(StrictModel):
     """Model folders, as training leaves them in `model/` and as `scldm convert` writes them."""
 
     vae: str
+    """Model folder of a VAE."""
     flow: str | None = None
     """Only for a job that uses one: perturb, and log_likelihood with `flow`."""
 
@@ -40,6 +41,7 @@ class FlowConfig(StrictModel):
     """How the flow is integrated, and with which weights."""
 
     solver: Solver = "midpoint"
+    """ODE solver, as generate.sampler.solver."""
     steps: PositiveInt = 20
     """Of a fixed-step solver."""
     rtol: PositiveFloat = 1e-5
@@ -47,6 +49,7 @@ class FlowConfig(StrictModel):
     atol: PositiveFloat = 1e-5
     """Absolute tolerance of dopri5."""
     weights: Literal["ema", "raw"] = "ema"
+    """Averaged or raw weights of the DiT."""
 
 
 class RealCellsConfig(StrictModel):
@@ -69,6 +72,7 @@ class RealCellsConfig(StrictModel):
     """Most expressed genes of a cell that the encoder is shown, drawn by seed and soma_joinid; null: all of them. The
     likelihood always scores all."""
     shard_size: int = Field(25_000, ge=1, le=250_000)
+    """Cells of a file."""
     batch_size: PositiveInt = 2048
     """Cells that an actor has read at once. It decides memory, never a number: the networks see tiles of 32 cells (up
     to 1,024 on a GPU), cut by the cells' place in the shard."""

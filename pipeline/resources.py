@@ -12,7 +12,9 @@ from scldm.config import StrictModel
 
 class _Range(StrictModel):
     min: PositiveInt
+    """The fewest."""
     max: PositiveInt
+    """The most."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -56,7 +58,9 @@ class ResourcesConfig(StrictModel):
     """Training workers: a number, or {min: 1, max: 4} to go on with fewer when nodes die and with more when they come.
     train.feed.lanes must be a multiple of every number of workers that there may be."""
     cpus_per_worker: PositiveFloat = 1
+    """CPU cores of a worker or actor."""
     gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of a worker or actor; 0.5: two actors share one."""
     actors: PositiveInt | ActorRange = 2
     """Actors of the batch jobs (encode, generate): at most so many, from one on; or {min: 2, max: 16}, of which min are
     asked for at once and the rest come while shards wait. Each takes cpus_per_worker and gpus_per_worker (0.5: two

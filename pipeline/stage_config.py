@@ -13,6 +13,8 @@ from scldm.nn.config import DiTConfig, VAEConfig
 
 
 class TrainVaeConfig(StrictModel):
+    """The VAE: its sizes, and how it is trained."""
+
     model: VAEConfig = VAEConfig()
     train: VaeTrainConfig = VaeTrainConfig()
 
@@ -26,8 +28,12 @@ class TrainVaeConfig(StrictModel):
 
 
 class EncodeConfig(StrictModel):
+    """The latent cache that the flow is trained on."""
+
     batch_size: PositiveInt = 256
+    """Cells that an actor encodes at once."""
     splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
+    """Splits that are encoded."""
 
 
 class JointVaeConfig(StrictModel):
@@ -53,6 +59,8 @@ class JointVaeConfig(StrictModel):
 
 
 class TrainFlowConfig(StrictModel):
+    """The flow on the VAE's latents: its sizes, path, and how it is trained."""
+
     model: DiTConfig = DiTConfig()
     flow: PathConfig = PathConfig()
     train: FlowTrainConfig = FlowTrainConfig()
@@ -78,6 +86,8 @@ class TrainFlowConfig(StrictModel):
 
 
 class GenerateConfig(StrictModel):
+    """Which cells are made, and how."""
+
     conditions: str | None = None
     """CSV, TSV or Parquet table: label columns, n_cells and, if you like, guidance (or guidance.<label>), library_size.
     An empty field of a label: generated without that label; of another column: as the settings below say."""
@@ -97,10 +107,12 @@ class GenerateConfig(StrictModel):
     the counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()
     shard_size: int = Field(25_000, ge=1, le=250_000)
+    """Cells of a file."""
     batch_size: PositiveInt | None = None
     """Cells that an actor has decoded ahead of its writer, in whole tiles (32 cells on a CPU, up to 1,024 on a GPU).
     Null: two tiles. It decides memory, never a count."""
     seed: int = Field(0, ge=0, lt=2**64)
+    """Of noise, library sizes and counts: another seed, other cells."""
 
 
 CFGEN: dict[str, Any] = {
@@ -114,13 +126,18 @@ PROTOCOLS: dict[str, dict[str, Any]] = {"default": {}, "cfgen": CFGEN, "paper": 
 
 
 class EvaluateConfig(StrictModel):
+    """Generated cells beside held-out real ones."""
+
     protocol: Literal["default", "cfgen", "paper"] = "default"
     """Named settings. cfgen: as CFGen was evaluated (2,000 genes by seurat_v3, log1p CP10k, 30 components fitted on the
     real cells that are compared with, classes averaged alike). paper: the scLDM paper's, which is not published: the
     nearest published one, cfgen's. A setting that a protocol owns can be set to its value only."""
     split: Literal["validation", "test"] = "test"
+    """Held-out cells that are compared with."""
     n_pcs: PositiveInt = 30
+    """Principal components of the space."""
     n_top_genes: PositiveInt = 2000
+    """Genes of the space."""
     gene_rule: Literal["variance", "seurat_v3"] = "variance"
     """Which genes the PCA sees: of highest variance of log1p CP10k, or of highest standardised variance of counts."""
     space_from: Literal["training", "held_out"] = "training"
@@ -149,6 +166,7 @@ class EvaluateConfig(StrictModel):
     umap: bool = True
     """False draws the first two principal components instead, which is quicker."""
     seed: int = Field(0, ge=0)
+    """Of the cells that are drawn, of the classifiers and the pictures."""
 
     @model_validator(mode="before")
     @classmethod

@@ -108,6 +108,8 @@ class TrainConfig(StrictModel):
 
 
 class VaeTrainConfig(TrainConfig):
+    """The training run of the VAE."""
+
     genes_per_step: PositiveInt | None = None
     """Genes scored in a training step, drawn by expression; the loss stays an estimate of the full one. Null: all."""
     genes_seen: GenesSeenConfig = GenesSeenConfig()
@@ -116,6 +118,9 @@ class VaeTrainConfig(TrainConfig):
     must not depend on a draw, and what validation scores is then what encode makes. weighted draws by the gene means of
     ingest; one that no training cell expresses is taken for as rare as the rarest that is."""
 
+    theta_cells: int = Field(2048, ge=0)
+    """Training cells that each gene's inverse dispersion is fitted on when training ends, by maximum likelihood given
+    the trained means (head nb_shared); drawn by seed. 0 keeps the values that the optimizer left, which lag behind."""
     decoder: Literal["torch", "triton"] = "torch"
     """What computes the decoder. triton: kernels for a GPU, asked for by name because no GPU has timed them yet; an
     error at the start where a worker has no CUDA device."""
@@ -132,6 +137,8 @@ class VaeTrainConfig(TrainConfig):
 
 
 class FlowTrainConfig(TrainConfig):
+    """The training run of the flow."""
+
     ema: EMAConfig = EMAConfig()
     sample_every: PositiveInt | None = None
     """Validations between two generations of a few cells with the averaged weights, scored by the metrics of evaluate

@@ -1,18 +1,39 @@
-"""scLDM: the model, and what it made. `scldm.open_cells(folder)` opens generated cells as one lazy object."""
+"""scLDM: the model in a notebook, and the cells that jobs made.
+
+    import scldm
+    model = scldm.load("runs/demo")                     # a pipeline, a stage, or a folder of models
+    model.encode(adata)                                 # AnnData with raw counts in, obsm["X_scldm"] out
+    model.generate({"cell_type": "B cell"}, n=500)      # AnnData
+    scldm.score(cells, real=adata)                      # beside the real-vs-real floor
+    scldm.open_cells("runs/demo/generate/1a2b3c4d5e6f") # cells of a finished job, read as they are asked for
+
+Needs torch and anndata, nothing of the pipeline (`pip install scldm`; `scldm[pipeline]` brings Ray and the rest).
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scldm.api import Model, load
     from scldm.cells import open_cells
+    from scldm.scoring import score
 
-__all__ = ["open_cells"]
+__all__ = ["Model", "load", "open_cells", "score"]
+
+_HOME = {"Model": "scldm.api", "load": "scldm.api", "open_cells": "scldm.cells", "score": "scldm.scoring"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "open_cells":  # on demand: anndata and pandas take a second to load
-        from scldm.cells import open_cells
+    if name in _HOME:  # on demand: torch and anndata take seconds to load
+        return getattr(import_module(_HOME[name]), name)
+    if name == "__version__":  # pyproject.toml is where it is written
+        from importlib.metadata import version
 
-        return open_cells
+        return version("scldm")
     raise AttributeError(f"module 'scldm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

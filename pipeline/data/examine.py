@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.data.column_profile import obs_profile
 from pipeline.data.count_audit import CountAudit
 from pipeline.data.count_matrix import Entries
 from pipeline.data.examine_h5ad import examine_h5ad
@@ -36,6 +37,8 @@ class Question:
     region: str | None = None
     anonymous: bool = False
     endpoint: str | None = None
+    obs: str | None = None  # table of what is known of the cells of a Cell Ranger output
+    profile: bool = False  # say what every column of obs and var is like
 
 
 def examine(question: Question) -> list[Examined]:
@@ -81,7 +84,7 @@ def _one(path: Path, q: Question) -> Examined:
 
     if is_tenx(path):
         return _tenx(path, q)
-    return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts)
+    return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile)
 
 
 def _together(uri: str, found: Sequence[Examined]) -> Examined:
@@ -118,8 +121,9 @@ def _tenx(path: Path, q: Question) -> Examined:
         if found.errors:
             return found
     try:
-        tables = read_10x(TenxSource(type="10x", path=str(path), genome=q.genome))
-        _tables(found, tables.obs[["obs_id", "barcode", "dataset_id"]], tables.var["feature_id"], q, "obs_id")
+        tables = read_10x(TenxSource(type="10x", path=str(path), genome=q.genome, obs=q.obs))
+        obs = tables.obs if q.obs is not None else tables.obs[["obs_id", "barcode", "dataset_id"]]
+        _tables(found, obs, tables.var["feature_id"], q, "obs_id")
         if q.counts:
             audit = _audit(tables.obs["obs_id"], tables.var["feature_id"])
             row = 0
@@ -186,6 +190,8 @@ def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, nam
         "classes": {c: class_counts(obs[c]) for c in q.labels if c in obs},
         "genes": len(ids),
     }
+    if q.profile:
+        found.facts["profile"] = {"obs": obs_profile(shown_obs)}
     found.findings += [
         *cell_findings(names),
         *label_findings(shown_obs, q.labels, names),

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from pipeline.data.column_profile import obs_profile, var_profile
 from pipeline.data.count_audit import CountAudit, value_faults
 from pipeline.data.count_matrix import CountMatrix, find_matrix, layout_problems, pieces
 from pipeline.data.findings import Examined, Finding, error, shown
@@ -60,7 +61,7 @@ def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
 
 
 def examine_h5ad(
-    path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool
+    path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool, profile: bool = False
 ) -> Examined:
     """Everything about one file.
 
@@ -69,13 +70,14 @@ def examine_h5ad(
         layer: As `ingest.source.layer`.
         gene_id: As `ingest.source.gene_id`.
         counts: Read the values too.
+        profile: Say what every column is like, and where else whole numbers are.
     """
     found = Examined(str(path), "h5ad")
     found.findings += open_problems(path)
     if found.errors:
         return found
     try:
-        _look_inside(found, path, labels=labels, layer=layer, gene_id=gene_id, counts=counts)
+        _look_inside(found, path, labels=labels, layer=layer, gene_id=gene_id, counts=counts, profile=profile)
     except DAMAGE as problem:
         if not found.errors:  # else it follows from what is reported
             found.findings.append(_damaged(problem))
@@ -83,8 +85,9 @@ def examine_h5ad(
 
 
 def _look_inside(
-    found: Examined, path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool
-) -> None:
+    found: Examined, path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool,
+    profile: bool,
+) -> None:  # fmt: skip
     with h5py.File(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found.findings += unsafe(file)
@@ -98,6 +101,9 @@ def _look_inside(
         _names(found, obs, var, labels, gene_id)
         place = _matrix_place(file, layer)
         places = [p for p in _places(file) if p != f"layer: {layer or 'null'}"]
+        if profile:
+            found.facts["profile"] = {"obs": {} if obs is None else obs_profile(obs), "places": _places(file)}
+            found.facts["profile"] |= {} if var is None else {"var": var_profile(var)}
         if place not in file:
             found.findings.append(error(f"the file has no {shown(place)}", _elsewhere(places)))
             return

@@ -86,6 +86,7 @@ class TrainingCurve:
             row["perf/mfu"] = share
         if grad_norm is not None:
             row["train/grad_norm"] = grad_norm
+        self.progress.gauges.set(row)
         with self._or_say(), self.path.open("a") as f:
             f.write(json.dumps({"step": step, **row}) + "\n")
         self.tracker.metrics(row, step=step)

@@ -103,6 +103,7 @@ class Training:
         found = self.keeper.resume()
         if found.folder is not None:
             self.memory.load(found.more)
+            self.run.tracker.tag("scldm.resumed_from_step", found.step)
         if dist.get_rank() == 0:
             self.curve = TrainingCurve(
                 self.run.folder, self.run.tracker, self.config, found.step, self.order, self._mfu

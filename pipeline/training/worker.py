@@ -26,6 +26,7 @@ from pipeline.flops import dit_flops, vae_flops
 from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
+from pipeline.system_metrics import node_metrics
 from pipeline.tracking import StageTracker
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
 from pipeline.training.flow_samples import FlowSamples
@@ -36,6 +37,7 @@ from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
 from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.remote import Remote
+from pipeline.training.theta import fit_dispersions
 from scldm.checkpoints.native import load_vae, save_flow, save_vae
 from scldm.config import StrictModel
 from scldm.nn.dit import DiT
@@ -73,6 +75,7 @@ def train_worker(
     spec = WorkerSpec.model_validate(raw)
     torch.set_num_threads(spec.threads)
     tracker = StageTracker.attach(spec.tracker if dist.get_rank() == 0 else {})
+    tracker.tag("scldm.world_size", dist.get_world_size())
     remote = None
     if spec.storage.storage_path is not None and dist.get_rank() == 0:
         remote = Remote(spec.storage, spec.run_name)
@@ -82,7 +85,8 @@ def train_worker(
     )  # fmt: skip
     inputs = {k: Manifest(**v) for k, v in spec.inputs.items()}
     try:
-        return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
+        with node_metrics(spec.tracker, tracker, rank=dist.get_rank()):
+            return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
     finally:
         tracker.close()
 
@@ -92,11 +96,10 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     data = Ingested.open(inputs["ingest"])
     stats = pd.read_parquet(inputs["ingest"].path("gene_stats"))
     mean = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
-    variance = torch.tensor(stats["variance"].to_numpy(), dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         vae = VAE(config.model, n_genes=data.vocabulary.n_genes)
-    vae.start_at(mean, variance)
+    vae.start_at(mean)
     vae.decoder.kernels = decoder_kernels(config.train.decoder)
     held_out = data.blocks("validation")
     source = data.blocks("train")
@@ -123,14 +126,17 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     )  # fmt: skip
     trained = run_training(objective, source, order, train, replace(run, flops_per_cell=flops))
     state = trained.engine.export_state(trained.checkpoint)
+    fitted: dict[str, Any] = {}
     if dist.get_rank() == 0:
         final = VAE(config.model, n_genes=data.vocabulary.n_genes)
         final.load_state_dict(state)
+        if train.theta_cells and final.log_theta is not None:
+            fitted = fit_dispersions(final, objective, source, train, seed=spec.seed)
         save_vae(run.folder / "model", final, data.vocabulary, data.library_sizes, card=spec.card)
     dist.barrier()
     shape = [config.model.n_latent_tokens, config.model.latent_width]
     seen = {**train.genes_seen.model_dump(mode="json"), "job_seed": spec.seed, "epoch_0_seed": seen_seed(spec.seed, 0)}
-    return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen}
+    return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen, "theta": fitted}
 
 
 def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:

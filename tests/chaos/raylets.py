@@ -40,10 +40,10 @@ class RealCluster:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
         command += ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"]
         command += how or (f"--address={self.address}",)
-        before = self.alive() if self.nodes else []
+        before = set(self.alive()) if self.nodes else set()  # one that was killed may still be among them
         for _ in range(TRIES):  # on a loaded machine a raylet gives up on its own agent
             node = self._start(command)
-            wait_for(lambda: node.poll() is not None or len(self.alive()) > len(before), 200, "the node does not join")  # noqa: B023
+            wait_for(lambda: node.poll() is not None or set(self.alive()) - before, 200, "the node does not join")  # noqa: B023
             if node.poll() is None:
                 self.nodes.append(node)
                 return node

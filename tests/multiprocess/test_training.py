@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from ranks import train
 from safetensors.torch import load_file
 from small_job import STEPS, ingest_small, spec_of
 
+from pipeline.gauges import gauge_name
 from pipeline.stage import Manifest
 from pipeline.training.checkpoint import newest, verify
 from pipeline.training.objectives import seen_seed
@@ -48,6 +50,16 @@ def whole(tmp_path_factory, ingested) -> Path:
     process = torchrun(folder, ingested)
     assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
     return folder
+
+
+def test_the_grafana_board_draws_numbers_that_training_says(whole):
+    board = (Path(__file__).resolve().parents[2] / "cluster" / "grafana" / "scldm.json").read_text()
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    progress = json.loads((whole / "progress.json").read_text())["fields"]
+    said = {gauge_name(k) for row in rows for k in row}
+    said |= {gauge_name(f"progress/{k}") for k in ("step", "total", *progress)}
+    drawn = set(re.findall(r"\bray_(scldm_[a-z_]+)", board))
+    assert drawn - said == {"scldm_perf_mfu"}, "which is said where the peak of the device is known"
 
 
 def curve(folder: Path) -> dict[str, float]:

@@ -1,0 +1,69 @@
+"""What the quality benchmark prints: a table of candidates, and the goals with a verdict each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scldm.metrics.score import departure
+
+DISTANCES = ("w2", "mmd2", "frechet", "auroc")
+SHOWN = (
+    *("w1", "w2", "mmd2", "mmd2_median", "energy", "frechet", "auroc", "one_nn_accuracy"),
+    *("precision", "recall", "density", "coverage", "gene_mean_r2", "gene_variance_r2", "gene_zero_fraction_r2"),
+    *("library_size_ks", "genes_per_cell_ks"),
+)
+RIVALS = ("per-label NB", "scVI prior")
+POINTS = 0.05  # of label agreement
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A goal: ours nearer the floor than the rival, or label agreement within five points of real cells."""
+
+    goal: str
+    ours: float
+    rival: float
+    floor: float
+    met: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def judge(result: Any, label: str) -> list[Judged]:
+    """Goals of issue 7, each with the numbers behind it; of rivals that are there."""
+    out = []
+    for name in DISTANCES:
+        ours, floor = result.generated[name], result.floor[name]
+        for rival in RIVALS:
+            if rival in result.baselines:
+                other = result.baselines[rival][name]
+                met = departure(ours, floor) < departure(other, floor)
+                out.append(Judged(f"{name} nearer the floor than {rival}", ours.value, other.value, floor.value, met))
+    key = f"label_accuracy.{label}"
+    ours, real = result.generated[key].value, result.floor[key].value
+    out.append(
+        Judged(f"kNN label agreement ({label}) within 5 points of real", ours, real, real, abs(ours - real) <= POINTS)
+    )
+    return out
+
+
+def print_table(name: str, result: Any, judged: list[Judged]) -> None:
+    console = Console(width=140)
+    table = Table(title=f"{name}: generated cells against {result.parts.real.n_cells:,} held-out real ones")
+    table.add_column("metric")
+    for column in ("scLDM", "floor", *result.baselines):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        if row.name in SHOWN or row.name.startswith(("label_accuracy.", "reconstruction_")):
+            others = [row.floor, *(row.baselines.get(b) for b in result.baselines)]
+            table.add_row(row.score.title, *("–" if s is None else f"{s.value:.4g}" for s in (row.score, *others)))
+    console.print(table)
+    for j in judged:
+        console.print(
+            f"{'met  ' if j.met else 'NOT MET'} {j.goal}: {j.ours:.4g} against {j.rival:.4g}, floor {j.floor:.4g}"
+        )

@@ -1,0 +1,55 @@
+"""Numbers of a running stage for Prometheus, through the exporter that every Ray node has anyway.
+
+`train/loss` of run demo becomes `ray_scldm_train_loss{Pipeline="demo", Stage="train_vae", Version="1a2b3c4d5e6f"}` on
+the metrics port of the node whose process says it. Outside Ray (under torchrun, in tests of a loop) nothing is
+exported. `cluster/grafana/scldm.json` draws them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("scldm.gauges")
+TAGS = ("Pipeline", "Stage", "Version")
+
+
+class Gauges:
+    """The gauges of one stage version, made when their number is first said."""
+
+    def __init__(self, folder: Path):
+        folder = folder.absolute()
+        values = (folder.parent.parent.name, folder.parent.name, folder.name)
+        self.tags = dict(zip(TAGS, values, strict=True))
+        self._gauges: dict[str, Any] = {}
+        self._broken = False
+
+    def set(self, values: Mapping[str, float]) -> None:
+        """Say what the numbers are now; NaN and infinity are left out. Never raises: a picture is not worth a run."""
+        ray = sys.modules.get("ray")  # whoever runs under Ray has it loaded; nobody else shall load it for this
+        if self._broken or ray is None or not ray.is_initialized():
+            return
+        try:
+            for key, value in values.items():
+                if math.isfinite(value):
+                    self._gauge(key).set(float(value), tags=self.tags)
+        except Exception as error:
+            self._broken = True
+            log.warning("numbers of %s are not exported to Prometheus: %s", "/".join(self.tags.values()), error)
+
+    def _gauge(self, key: str) -> Any:
+        if key not in self._gauges:
+            from ray.util.metrics import Gauge
+
+            self._gauges[key] = Gauge(gauge_name(key), description=f"{key} of a stage of scLDM", tag_keys=TAGS)
+        return self._gauges[key]
+
+
+def gauge_name(key: str) -> str:
+    """In Prometheus' alphabet, without Ray's own prefix: `perf/step_s` is `scldm_perf_step_s`."""
+    return "scldm_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)

@@ -1,0 +1,135 @@
+"""Which models a folder stands for: a model folder, a pair of them, a finished stage, or a whole pipeline.
+
+    models/dentate/vae                        config.json of a VAE
+    models/dentate                            vae/ and, perhaps, flow/ (`scldm convert`, `Model.save_pretrained`)
+    runs/demo/train_flow/1a2b3c4d5e6f         a stage: its manifest names the versions that it was made from
+    runs/demo                                 a pipeline: its newest flow, or its newest VAE
+
+Nothing is guessed: a stage's own VAE is the one whose version its manifest names.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from scldm.checkpoints.native import CheckpointError
+
+MANIFEST, CONFIG = "manifest.json", "config.json"
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class ModelFolders:
+    """Folders that hold models."""
+
+    vae: Path
+    flow: Path | None
+
+
+def find_models(folder: str | Path, *, weights: Weights = "ema") -> ModelFolders:
+    """The models of a folder.
+
+    Args:
+        weights: Which weights of a flow are used: of a VAE that was trained with it, the same kind is taken.
+
+    Raises:
+        CheckpointError: none are there, or one that is needed is missing.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        hub = "/" in str(folder) and not place.parent.is_dir()
+        raise CheckpointError(
+            f"{folder} is no folder (from {Path.cwd()})"
+            + ("; nothing is downloaded: fetch it with huggingface-cli download and give its folder" if hub
+               else "; name a model folder, a finished stage or a pipeline, for example runs/demo")
+        )  # fmt: skip
+    if (place / CONFIG).is_file():
+        return _of_model(place)
+    if (place / "vae" / CONFIG).is_file():
+        return ModelFolders(place / "vae", place / "flow" if (place / "flow" / CONFIG).is_file() else None)
+    if (place / MANIFEST).is_file():
+        return _of_stage(place, weights)
+    return _of_pipeline(place, weights)
+
+
+def _of_model(folder: Path) -> ModelFolders:
+    kind = _json(folder / CONFIG).get("kind")
+    if kind == "vae":
+        return ModelFolders(folder, None)
+    beside = folder.parent / "vae"
+    if kind == "flow" and (beside / CONFIG).is_file():
+        return ModelFolders(beside, folder)
+    if kind == "flow":
+        stage = folder.parent  # <pipeline>/train_flow/<version>/model
+        if (stage / MANIFEST).is_file():
+            return _of_stage(stage, "ema")
+        raise CheckpointError(f"{folder} holds a flow, and there is no vae/ beside it: name the folder that holds both")
+    raise CheckpointError(f"{folder / CONFIG} says kind {kind!r}; expected vae or flow")
+
+
+def _of_stage(folder: Path, weights: Weights) -> ModelFolders:
+    """Models that a finished stage is, or was made with."""
+    manifest = _json(folder / MANIFEST)
+    stage, facts, inputs = manifest.get("stage"), manifest.get("facts", {}), manifest.get("inputs", {})
+    if stage == "train_vae":
+        return ModelFolders(_inside(folder, facts["model"]), None)
+    if stage == "train_flow":
+        own = facts.get("vae")  # of a flow that was trained with its VAE
+        vae = _inside(folder, own[weights]) if own else _stage_model(folder, "train_vae", inputs)
+        return ModelFolders(vae, _inside(folder, facts["model"]))
+    if "train_flow" in inputs:
+        return _of_stage(_stage_folder(folder, "train_flow", inputs), weights)
+    if "train_vae" in inputs:
+        return ModelFolders(_stage_model(folder, "train_vae", inputs), None)
+    raise CheckpointError(
+        f"{folder} is a stage {stage}, which has no model; name train_vae, train_flow or the pipeline"
+    )
+
+
+def _of_pipeline(folder: Path, weights: Weights) -> ModelFolders:
+    for stage in ("train_flow", "train_vae"):
+        finished = [(_json(p).get("finished_at", 0.0), p.parent) for p in folder.glob(f"{stage}/*/{MANIFEST}")]
+        if finished:
+            return _of_stage(max(finished)[1], weights)
+    holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+    raise CheckpointError(
+        f"{folder} has no config.json and no vae/, and no finished train_vae or train_flow (it holds {holds}); name a "
+        "model folder, a folder with vae/ and flow/, a finished stage, or a pipeline (runs/demo)"
+    )
+
+
+def _stage_folder(folder: Path, stage: str, inputs: Any) -> Path:
+    version = inputs.get(stage)
+    found = folder.parent.parent / stage / str(version)
+    if version is None or not (found / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} was made with {stage} {version}, and {found} is not there; name the folders: "
+            "scldm.load(vae_folder, flow=flow_folder)"
+        )
+    return found
+
+
+def _stage_model(folder: Path, stage: str, inputs: Any) -> Path:
+    found = _stage_folder(folder, stage, inputs)
+    return _inside(found, _json(found / MANIFEST)["facts"]["model"])
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A folder that a manifest names; a manifest of a stranger could name any."""
+    found = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which is outside the folder; it is not ours")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold a dictionary; it holds a {type(found).__name__}")
+    return found

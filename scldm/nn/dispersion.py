@@ -1,0 +1,163 @@
+"""The inverse dispersion theta of genes: its most probable value, given the means that a trained model decodes.
+
+Adam moves log theta by at most a learning rate a step, in a direction that is noise for most genes, so after a short
+training theta is still near where it began. Too small a theta makes cells that are too noisy to be told by type, and
+costs more likelihood than the latents win. Given the means, theta of a gene is one number with a concave likelihood
+nearby: a few Newton steps find it.
+
+Shape letters: n cells, g genes, k non-zero entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scldm.batch import CellBatch
+from scldm.nn.likelihood import nb_nll
+from scldm.nn.vae import VAE
+
+LOWEST, HIGHEST = 1e-2, 1e3  # of theta; at 1e3 a count of 100 is a Poisson but for a tenth of its variance
+PRIOR_SD = 1.5  # of log theta about that of all genes: what a gene of few counts falls back to
+NEWTON_STEPS = 20
+CHUNK = 1024  # genes at once: bounds the temporaries to n CHUNK numbers
+
+
+@dataclass(frozen=True)
+class ThetaFit:
+    """What a fit did to the negative log-likelihood of its cells, in nats summed over genes."""
+
+    n_cells: int
+    nll_before: float
+    nll_after: float
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Counts that are not zero, ordered by gene."""
+
+    gene: Tensor  # (k,)
+    cell: Tensor  # (k,)
+    count: Tensor  # (k,) float64
+
+    def of(self, start: int, stop: int) -> Entries:
+        low, high = torch.searchsorted(self.gene, torch.tensor([start, stop], device=self.gene.device)).tolist()
+        return Entries(self.gene[low:high] - start, self.cell[low:high], self.count[low:high])
+
+
+@torch.no_grad()
+def fit_theta(vae: VAE, batches: Iterable[CellBatch]) -> ThetaFit:
+    """Set the theta of a model with one theta a gene to its most probable value, given the means that it decodes.
+
+    The prior of log theta is a normal about the value that fits all genes at once; a gene that no cell expresses is
+    left as it is. Reads the cells once and holds their means, n g numbers.
+
+    Args:
+        vae: With the head `nb_shared`.
+        batches: Training cells; what is not `measured` is left out.
+
+    Raises:
+        ValueError: the model has no theta of its own for each gene, or there are no cells.
+    """
+    if vae.log_theta is None:
+        raise ValueError(f"theta is fitted for the head nb_shared; this model has {vae.config.head}")
+    means, known, cells, before = [], [], list(batches), 0.0
+    if not cells:
+        raise ValueError("theta cannot be fitted on no cells")
+    for batch in cells:
+        z = vae.encode(batch)
+        before += float(vae.nll(batch, z).double().sum())
+        means.append(vae.decode_mu(z, batch.library_size, measured=batch.measured).float())
+        known.append(batch.measured)
+    mu = torch.cat(means)
+    measured = None if known[0] is None else torch.cat([m for m in known if m is not None])
+    vae.log_theta.copy_(most_probable(vae.log_theta, mu, entries_of(cells), measured=measured))
+    after = sum(_nll(vae, batch, m) for batch, m in zip(cells, means, strict=True))
+    return ThetaFit(len(mu), before / len(mu), after / len(mu))
+
+
+def _nll(vae: VAE, batch: CellBatch, mu: Tensor) -> float:
+    assert vae.log_theta is not None
+    log_proportion = (mu / batch.library_size[:, None]).log()  # minus infinity where a gene was not measured
+    return float(nb_nll(batch, log_proportion, vae.log_theta.exp()).double().sum())
+
+
+def entries_of(cells: Iterable[CellBatch]) -> Entries:
+    """Non-zero counts of measured genes of all cells."""
+    genes, rows, counts, n = [], [], [], 0
+    for batch in cells:
+        cell, gene = batch.cell_index, batch.gene_ids
+        kept = torch.ones_like(gene, dtype=torch.bool) if batch.measured is None else batch.measured[cell, gene]
+        genes.append(gene[kept])
+        rows.append(cell[kept] + n)
+        counts.append(batch.counts[kept].double())
+        n += batch.n_cells
+    gene = torch.cat(genes)
+    order = gene.argsort(stable=True)
+    return Entries(gene[order], torch.cat(rows)[order], torch.cat(counts)[order])
+
+
+def most_probable(log_theta: Tensor, mu: Tensor, entries: Entries, *, measured: Tensor | None = None) -> Tensor:
+    """Log theta of every gene, (g,).
+
+    Args:
+        log_theta: Where to start, (g,).
+        mu: Means, (n, g).
+        entries: Non-zero counts.
+        measured: Which genes of which cells count, (n, g); all if None.
+    """
+    n_genes = len(log_theta)
+    seen = torch.bincount(entries.gene, minlength=n_genes) > 0
+    centre = _centre(mu, entries, seen, measured)
+    out = log_theta.double().clone()
+    for start in range(0, n_genes, CHUNK):
+        stop = min(start + CHUNK, n_genes)
+        part, here = mu[:, start:stop].double(), entries.of(start, stop)
+        mask = None if measured is None else measured[:, start:stop]
+        eta = out[start:stop].clamp(torch.tensor(LOWEST).log().item(), torch.tensor(HIGHEST).log().item())
+        for _ in range(NEWTON_STEPS):
+            slope, bend = slopes(eta, part, here, mask)
+            eta = _step(eta, slope - (eta - centre) / PRIOR_SD**2, bend - 1 / PRIOR_SD**2)
+        out[start:stop] = torch.where(seen[start:stop], eta, out[start:stop])
+    return out.to(log_theta.dtype)
+
+
+def _centre(mu: Tensor, entries: Entries, seen: Tensor, measured: Tensor | None) -> float:
+    """Log theta that fits all genes at once, over the genes of most counts (the others say little)."""
+    total = torch.zeros(len(seen), dtype=torch.float64, device=mu.device).index_add(0, entries.gene, entries.count)
+    genes = total.argsort(descending=True)[: min(CHUNK, int(seen.sum()))].sort().values
+    place = torch.full((len(seen),), -1, device=mu.device, dtype=torch.int64)
+    place[genes] = torch.arange(len(genes), device=mu.device)
+    kept = place[entries.gene] >= 0
+    few = Entries(place[entries.gene[kept]], entries.cell[kept], entries.count[kept])
+    part, mask = mu[:, genes].double(), None if measured is None else measured[:, genes]
+    eta = torch.zeros(1, dtype=torch.float64, device=mu.device)
+    for _ in range(NEWTON_STEPS):
+        slope, bend = slopes(eta.expand(len(genes)), part, few, mask)
+        eta = _step(eta, slope.sum()[None], bend.sum()[None])
+    return float(eta)
+
+
+def _step(eta: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+    """A Newton step upwards, at most 1 long; where the function is not concave, a step of 1 along the slope."""
+    step = torch.where(bend < 0, -slope / bend, slope.sign()).clamp(-1, 1)
+    return (eta + step).clamp(torch.tensor(LOWEST).log().item(), torch.tensor(HIGHEST).log().item())
+
+
+def slopes(eta: Tensor, mu: Tensor, entries: Entries, measured: Tensor | None) -> tuple[Tensor, Tensor]:
+    """First and second derivative of the log-likelihood by eta = log theta, (g,) each, summed over cells."""
+    theta, both = eta.exp(), eta.exp() + mu  # (g,), (n, g)
+    zero_1 = eta + 1 - both.log() - theta / both
+    zero_2 = 1 / theta - 1 / both - mu / both.square()
+    if measured is not None:
+        zero_1, zero_2 = zero_1 * measured, zero_2 * measured
+    x, t, b = entries.count, theta[entries.gene], both[entries.cell, entries.gene]
+    one = -x / b + torch.digamma(x + t) - torch.digamma(t)
+    two = x / b.square() + torch.polygamma(1, x + t) - torch.polygamma(1, t)
+    by_theta = zero_1.sum(0).index_add(0, entries.gene, one)
+    by_theta_2 = zero_2.sum(0).index_add(0, entries.gene, two)
+    slope = theta * by_theta
+    return slope, slope + theta.square() * by_theta_2
