@@ -1,6 +1,6 @@
 """Two or more lines of stages side by side: settings that differ, scores with their floors, where each came from.
 
-The best is the one nearest to *its own* floor (`scldm.metrics.compare.departure`): the floor is real cells against real
+The best is the one nearest to *its own* floor (`scldm.metrics.score.departure`): the floor is real cells against real
 cells, and lines that were scored on other cells have other floors. A score without a floor (a training loss) is shown
 and not judged, because the loss of a flow depends on the latents that it was trained on.
 """
@@ -119,7 +119,7 @@ def _row(name: str, sides: Sequence[dict[str, Measured]]) -> MetricRow:
 
 
 def departure(measured: Measured | None) -> float | None:
-    """|value - floor|, as `scldm.metrics.compare.departure`, which a light command cannot import; None without both."""
+    """|value - floor|, as `scldm.metrics.score.departure`, which a light command cannot import; None without both."""
     if measured is None or measured.floor is None or not math.isfinite(measured.value):
         return None
     return abs(measured.value - measured.floor)

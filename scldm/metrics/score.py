@@ -77,15 +77,23 @@ def departure(score: Score, floor: Score) -> float:
 def judge(score: Score, other: Score, floor: Score) -> Judgement | None:
     """Is `score` nearer to the floor than `other`, as far as the intervals allow to say?
 
-    Of D = |score - floor| - |other - floor|: nearer if D + t sd(D) < 0, farther if D - t sd(D) > 0. Resample k is of
-    the same half of the real cells in all three, so what these have in common cancels. None without resamples.
+    Of D = |score - floor| - |other - floor|: nearer if D + t sd < 0, farther if D - t sd > 0. sd is of D in the
+    resamples with the signs that the differences have in the full sample (an absolute value near 0 would fold its
+    spread); where a difference from the floor is within its own interval, both signs are tried and the larger sd taken.
+    Resample k is of the same half of the real cells in all three, so what these have in common cancels. None without
+    resamples.
     """
     a, b, base = score.replicates, other.replicates, floor.replicates
     if a is None or b is None or base is None or min(len(a), len(b), len(base)) < 2:
         return None
     gap = departure(score, floor) - departure(other, floor)
-    width = half_width(abs(a - base) - abs(b - base))
+    width = max(half_width(i * (a - base) - j * (b - base)) for i in _signs(score, floor) for j in _signs(other, floor))
     return "nearer" if gap + width < 0 else "farther" if gap - width > 0 else "not told apart"
+
+
+def _signs(score: Score, floor: Score) -> tuple[float, ...]:
+    """Of score - floor; both where it may be either."""
+    return (1.0, -1.0) if at_floor(score, floor) else (float(np.sign(score.value - floor.value)),)
 
 
 def at_floor(score: Score, floor: Score) -> bool | None:

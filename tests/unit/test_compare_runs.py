@@ -13,7 +13,7 @@ from pipeline.comparison.compare import Side, compare, departure
 from pipeline.comparison.records import Measured, of_folder
 from pipeline.comparison.text import as_text
 from pipeline.stage import InputError, Manifest, write_manifest
-from scldm.metrics import compare as scores
+from scldm.metrics import score as scores
 
 SCORES = {"w2": ("lower", 0.0), "auroc": ("ideal", 0.5), "label_recall.cell_type.B cell": ("higher", 1.0)}
 

@@ -79,6 +79,16 @@ def test_a_difference_is_called_only_where_the_intervals_permit_it():
     assert not at_floor(far, floor)
 
 
+def test_equal_scores_are_seldom_told_apart():
+    """Both at the floor: an absolute difference folds the spread, which must not turn chance into a verdict."""
+    rng = np.random.default_rng(0)
+    called = 0
+    for _ in range(200):
+        values = rng.normal(0, 0.1, 3)
+        called += judge(*(score(v, v + rng.normal(0, 0.1, 10)) for v in values)) != "not told apart"
+    assert called <= 10
+
+
 def test_better_than_the_floor_is_as_bad_as_worse():
     rng = np.random.default_rng(0)
     floor, below, above = (score(v, v + rng.normal(0, 0.01, 50)) for v in (2.0, 1.0, 2.5))
