@@ -48,11 +48,11 @@ class Dataset:
 
 
 DATASETS = {
-    "pbmc3k": Dataset("pbmc3k_full.h5ad", ("cell_type",), 1200, 3000),
-    "worm": Dataset("worm_embryo_neurons.h5ad", ("cell_type", "time_point"), 1200, 3000),
+    "pbmc3k": Dataset("pbmc3k_full.h5ad", ("cell_type",), 1000, 1000),
+    "worm": Dataset("worm_embryo_neurons.h5ad", ("cell_type", "time_point"), 1000, 1000),
 }
 COMMON = {
-    "ingest.genes": "{min_cells: 3}",
+    "ingest.genes": "{min_cells: 10}",
     "ingest.split": "{validation: 0.05, test: 0.25}",
     "generate.like": "test",
     "evaluate.umap": "false",
