@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
 from scldm.metrics.score import departure
 
 DISTANCES = ("w2", "mmd2", "frechet", "auroc")

@@ -95,7 +95,7 @@ def build(config: VAEConfig, train: sp.csr_matrix, seed: int) -> VAE:
         bare = VAE(config.model_copy(update={"input": "log1p"}), n_genes=train.shape[1])
     vae.load_state_dict(bare.state_dict(), strict=False)
     moments = gene_moments([train], log_normalise=False)
-    vae.start_at(torch.from_numpy(moments.mean).float(), torch.from_numpy(moments.variance).float())
+    vae.start_at(torch.from_numpy(moments.mean).float())
     return vae
 
 

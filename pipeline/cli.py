@@ -1,5 +1,6 @@
-"""The command line: `scldm run | validate | plan | runs | cells | config`; of your own cells `init | validate-data`; of
-clusters `submit | status | logs | stop | cluster | doctor`; of models `convert | export | parity | presets`.
+"""The command line: `scldm run | validate | plan | runs | cells | config | mlflow`; of your own cells `init |
+validate-data`; of clusters `submit | status | logs | stop | cluster | doctor`; of models `convert | export | parity |
+presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
@@ -24,6 +25,7 @@ from pipeline.cli_config import config_app
 from pipeline.cli_data import validate_data
 from pipeline.cli_doctor import doctor
 from pipeline.cli_init import init
+from pipeline.cli_mlflow import compare, mlflow_app
 from pipeline.cli_models import convert, export
 from pipeline.cli_parity import parity
 from pipeline.cli_presets import presets
@@ -40,6 +42,7 @@ app.add_typer(runs, name="runs", rich_help_panel=JOBS)
 app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTERS)
 app.add_typer(cells_app, name="cells", rich_help_panel=DATA)
 app.add_typer(config_app, name="config", rich_help_panel=JOBS)
+app.add_typer(mlflow_app, name="mlflow", rich_help_panel=JOBS)
 
 
 def _version(wanted: bool) -> None:
@@ -178,6 +181,7 @@ def list_runs(
             typer.echo(finished_stages(folder))
 
 
+runs.command("compare")(compare)
 for _command in (submit, status, logs, stop, doctor):
     app.command(rich_help_panel=CLUSTERS)(_command)
 app.command(rich_help_panel=DATA)(init)

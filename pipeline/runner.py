@@ -132,6 +132,7 @@ def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking
             facts = stage_function(step.stage)(step.config, context)
             manifest = _manifest(step, inputs, context, facts, tracker)
             write_manifest(manifest)
+            tracker.describe(manifest)
         say(f"{step.stage} {step.version} finished in {manifest.seconds:.0f} s")
         return manifest
 

@@ -2,35 +2,46 @@
 
 One background thread takes records from a bounded queue and delivers them in order. What cannot be delivered goes to
 a JSONL file beside the work, and is sent from there once the service answers. The caller's side is one `put_nowait`.
+
+A record may be sent twice (a request that was cut off, a process that was killed while it replayed), never lost:
+whoever receives them must see that two are the same. A queue that fills faster than it empties goes to the file too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import queue
 import threading
 import time
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from pipeline.spool_file import Record, append, claim, parse, put_back
 
 log = logging.getLogger("scldm.tracking")
-Record = dict[str, Any]
 CAPACITY = 20_000
 BATCH = 200
 RETRY_SECONDS = 20.0
+WARN_SECONDS = 600.0
+
+
+class NotReadyError(Exception):
+    """The service will be ready in a moment, as always at the start: records wait, and nobody is warned."""
 
 
 class Target(Protocol):
     """Where records go."""
 
     name: str
-    spool: Path
+    spool: Path  # where this process leaves what it cannot deliver
 
-    def send(self, records: list[Record]) -> None:
-        """Deliver; raise if the service cannot be reached."""
+    def spools(self) -> list[Path]:
+        """Every file that waits for this target, also those that other processes left."""
+
+    def send(self, records: list[Record]) -> list[Record]:
+        """Deliver; raise if the service cannot be reached. Returns the records that it refuses for good."""
 
 
 class SpooledWriter:
@@ -39,10 +50,13 @@ class SpooledWriter:
     def __init__(self, capacity: int = CAPACITY, retry_seconds: float = RETRY_SECONDS) -> None:
         self.dropped = 0
         self.retry_seconds = retry_seconds
+        self.capacity = capacity
         self._queue: queue.Queue[tuple[Target, Record] | None] = queue.Queue(capacity)
         self._down_until: dict[int, float] = {}
+        self._warned: dict[int, float] = {}
         self._targets: dict[int, Target] = {}
-        self._in_flight: tuple[Target, list[Record]] | None = None
+        self._met: set[int] = set()  # targets whose spools of earlier processes were looked for
+        self._in_flight: list[tuple[Target, list[Record]]] = []  # taken from the queue, and nowhere else
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="tracking writer", daemon=True)
         self._thread.start()
@@ -70,15 +84,12 @@ class SpooledWriter:
     def _abandon(self) -> None:
         """The thread is stuck in a request. It is a daemon; its work is spooled here (a record may arrive twice)."""
         self._abandoned = True
-        if self._in_flight is not None:
-            _append(*self._in_flight)
-        while True:
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:
-                return
-            if item is not None:
-                _append(item[0], [item[1]])
+        self._keep_in_flight()
+        self._set_aside(everything=True)
+
+    def _keep_in_flight(self) -> None:
+        for target, records in list(self._in_flight):
+            append(target.spool, records)
 
     # ---- the thread ------------------------------------------------------------------------------------------------
     def _run(self) -> None:
@@ -86,73 +97,95 @@ class SpooledWriter:
         while not closing and not self._abandoned:
             closing = self._deliver_queued()
         for target in self._targets.values():  # a last try, even where the service was down
-            if target.spool.is_file() and not self._abandoned:
-                self._down_until.pop(id(target), None)
-                self._replay(target)
+            self._down_until.pop(id(target), None)
+            for spool in target.spools():
+                if self._abandoned or not self._replay(target, spool):
+                    break
 
     def _deliver_queued(self) -> bool:
-        """Wait for a record, take what else is queued for the same target, deliver. True at the end of the queue."""
-        item = self._queue.get()
-        while item is not None:
-            target, records = item[0], [item[1]]
-            item = None
-            while len(records) < BATCH and not self._queue.empty():
-                item = self._queue.get()
-                if item is None or item[0] is not target:
-                    break
-                records.append(item[1])
-                item = None
+        """Wait for a record, take what else is queued, deliver. True at the end of the queue."""
+        taken, closing = [self._queue.get()], False
+        while len(taken) < BATCH:
+            try:
+                taken.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        together: dict[int, list[Record]] = {}
+        for item in taken:
+            if item is None:
+                closing = True
             else:
-                self._deliver(target, records)
-                return False
-            self._deliver(target, records)
-        return True
+                self._targets[id(item[0])] = item[0]
+                together.setdefault(id(item[0]), []).append(item[1])
+        self._in_flight = [(self._targets[key], records) for key, records in together.items()]
+        if self._abandoned:  # just now: who did it may not have seen them
+            self._keep_in_flight()
+        while self._in_flight and not self._abandoned:
+            if not self._deliver(*self._in_flight[0]) and not self._abandoned:
+                append(self._in_flight[0][0].spool, self._in_flight[0][1])
+            if not self._abandoned:
+                del self._in_flight[0]
+        return closing
 
-    def _deliver(self, target: Target, records: list[Record]) -> None:
-        self._targets[id(target)] = target
+    def _deliver(self, target: Target, records: list[Record]) -> bool:
         if time.monotonic() < self._down_until.get(id(target), 0.0):
-            _append(target, records)
+            return False
+        self._set_aside()
+        first, self._met = id(target) not in self._met, self._met | {id(target)}
+        older = target.spools() if first else [target.spool] if target.spool.is_file() else []
+        return all(self._replay(target, spool) for spool in older) and self._try(target, records)  # older ones first
+
+    def _set_aside(self, *, everything: bool = False) -> None:
+        """Where more comes than goes, the queue goes to the spools: slower than memory, but it does not end."""
+        if not everything and self._queue.qsize() <= self.capacity // 2:
             return
-        if target.spool.is_file() and not self._replay(target):  # older records first
-            _append(target, records)
-            return
-        if not self._try(target, records):
-            _append(target, records)
+        together: dict[int, tuple[Target, list[Record]]] = {}
+        closing = False
+        for _ in range(self.capacity):
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if item is None:
+                closing = True
+            else:
+                together.setdefault(id(item[0]), (item[0], []))[1].append(item[1])
+        for key, (target, records) in together.items():
+            self._targets[key] = target
+            append(target.spool, records)
+        if closing:
+            self._queue.put(None)
 
     def _try(self, target: Target, records: list[Record]) -> bool:
-        self._in_flight = (target, records)
         try:
-            target.send(records)
+            refused = target.send(records)
         except Exception as error:
-            if id(target) not in self._down_until:
-                cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                log.warning("tracking of %s waits in %s: %s", target.name, target.spool, cause)
+            if not isinstance(error, NotReadyError):
+                self._warn(target, error)
             self._down_until[id(target)] = time.monotonic() + self.retry_seconds
             return False
-        finally:
-            self._in_flight = None
+        if refused:
+            append(target.spool.with_name(f"refused.{target.spool.name}"), refused)
         self._down_until.pop(id(target), None)
         return True
 
-    def _replay(self, target: Target) -> bool:
-        """Send the spool. It is renamed first, so that other processes can go on appending to a new one."""
-        taken = target.spool.with_name(f".{target.spool.name}.{os.getpid()}")
-        try:
-            target.spool.rename(taken)
-            records = [json.loads(line) for line in taken.read_text().splitlines() if line.strip()]
-        except (OSError, ValueError):
+    def _warn(self, target: Target, error: Exception) -> None:
+        """Once in ten minutes: a service that comes and goes would fill the log."""
+        now = time.monotonic()
+        if now - self._warned.get(id(target), -WARN_SECONDS) >= WARN_SECONDS:
+            cause = str(error).splitlines()[0][:400] if str(error) else type(error).__name__
+            log.warning("tracking of %s waits in %s: %s", target.name, target.spool, cause)
+            self._warned[id(target)] = now
+
+    def _replay(self, target: Target, spool: Path) -> bool:
+        """Send a spool. It is renamed first, so that other processes can go on appending to a new one."""
+        taken = claim(spool)
+        if taken is None:
             return True
-        for start in range(0, len(records), BATCH):
-            if not self._try(target, records[start : start + BATCH]):
-                _append(target, records[start:])
-                break
+        with taken.open() as f:
+            while lines := list(islice(f, BATCH)):
+                if self._abandoned or not self._try(target, parse(lines, spool)):
+                    return put_back(taken, target.spool, [*lines, *f])
+                self._set_aside()
         taken.unlink(missing_ok=True)
-        return not target.spool.is_file()
-
-
-def _append(target: Target, records: list[Record]) -> None:
-    try:
-        with target.spool.open("a") as f:
-            f.write("".join(json.dumps(r) + "\n" for r in records))
-    except OSError as error:
-        log.warning("tracking of %s: %d records lost, %s: %s", target.name, len(records), target.spool, error)
+        return True

@@ -67,6 +67,15 @@ class TrainFlowConfig(StrictModel):
     vae: JointVaeConfig = JointVaeConfig()
 
     @model_validator(mode="after")
+    def _samples_are_of_a_flow_alone(self) -> TrainFlowConfig:
+        if self.train.sample_every is not None and self.vae.train:
+            raise ValueError(
+                f"train.sample_every ({self.train.sample_every}) generates with the VAE of train_vae, and vae.train "
+                "trains it on; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_cap_on_genes_needs_genes(self) -> TrainFlowConfig:
         if self.train.feed.max_genes is not None and not self.vae.train:
             raise ValueError(
@@ -106,24 +115,75 @@ class GenerateConfig(StrictModel):
     """Of noise, library sizes and counts: another seed, other cells."""
 
 
+CFGEN: dict[str, Any] = {
+    "n_pcs": 30,
+    "n_top_genes": 2000,
+    "gene_rule": "seurat_v3",
+    "space_from": "held_out",
+    "class_average": "classes",
+}
+PROTOCOLS: dict[str, dict[str, Any]] = {"default": {}, "cfgen": CFGEN, "paper": CFGEN}
+
+
 class EvaluateConfig(StrictModel):
     """Generated cells beside held-out real ones."""
 
+    protocol: Literal["default", "cfgen", "paper"] = "default"
+    """Named settings. cfgen: as CFGen was evaluated (2,000 genes by seurat_v3, log1p CP10k, 30 components fitted on the
+    real cells that are compared with, classes averaged alike). paper: the scLDM paper's, which is not published: the
+    nearest published one, cfgen's. A setting that a protocol owns can be set to its value only."""
     split: Literal["validation", "test"] = "test"
     """Held-out cells that are compared with."""
     n_pcs: PositiveInt = 30
-    """Principal components of the space, fitted on real training cells."""
+    """Principal components of the space."""
     n_top_genes: PositiveInt = 2000
-    """Genes of the space, of highest variance of log1p CP10k."""
+    """Genes of the space."""
+    gene_rule: Literal["variance", "seurat_v3"] = "variance"
+    """Which genes the PCA sees: of highest variance of log1p CP10k, or of highest standardised variance of counts."""
+    space_from: Literal["training", "held_out"] = "training"
+    """Real cells that genes and PCA are fitted on."""
+    class_average: Literal["cells", "classes"] = "cells"
+    """Means over classes: weighted by their real cells, or every class alike."""
     max_cells: PositiveInt = 5000
-    """Real and generated cells scored at most; drawn by seed."""
+    """Real and generated cells scored at most; drawn by seed. Statistics of genes and of cells are also taken over all
+    generated cells."""
     n_neighbors: PositiveInt = 15
     """Of the label classifier."""
     transport_cells: PositiveInt = 1000
     """Cells a side in the exact Wasserstein distances; time grows as its cube."""
+    min_class_cells: int = Field(20, ge=8)
+    """Real and generated cells that a class must have to be scored on its own; the others are listed."""
+    control: dict[str, str] | None = None
+    """Class that the others are compared with in log fold changes, {cytokine: PBS}: its real training cells, of the
+    same other labels where labels are crossed. Null: all other cells."""
     reconstruction_cells: PositiveInt = 512
     """Held-out cells that the VAE encodes and decodes."""
+    resamples: int = Field(100, ge=5)
+    """Random halves of the cells behind the 95 % intervals of scores that are sums over cells or pairs."""
+    refits: int = Field(10, ge=5)
+    """The same for scores that are solved anew for each: Wasserstein, neighbours, classifier, classes, reconstruction.
+    Time grows with it."""
     umap: bool = True
     """False draws the first two principal components instead, which is quicker."""
     seed: int = Field(0, ge=0)
     """Of the cells that are drawn, of the classifiers and the pictures."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_protocol_says(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("protocol") not in PROTOCOLS:
+            return given  # said by the type
+        name = given["protocol"]
+        owned = PROTOCOLS[name]
+        wrong = [f"{k} is {v} in it, got {given[k]}" for k, v in owned.items() if k in given and given[k] != v]
+        if wrong:
+            raise ValueError(
+                f"protocol ({name}) owns these settings: {'; '.join(wrong)}; leave them out, or take protocol=default"
+            )
+        return {**given, **owned}
+
+    @model_validator(mode="after")
+    def _refits_are_among_the_resamples(self) -> EvaluateConfig:
+        if self.refits > self.resamples:
+            raise ValueError(f"refits ({self.refits}) must not exceed resamples ({self.resamples})")
+        return self

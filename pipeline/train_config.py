@@ -140,3 +140,18 @@ class FlowTrainConfig(TrainConfig):
     """The training run of the flow."""
 
     ema: EMAConfig = EMAConfig()
+    sample_every: PositiveInt | None = None
+    """Validations between two generations of a few cells with the averaged weights, scored by the metrics of evaluate
+    against cells of the validation split and logged as val/gen_*; the first validation has one. Null: none. Worker 0
+    makes them and the others wait: some seconds on a CPU."""
+    sample_cells: int = Field(256, ge=32)
+    """Cells that are generated then: the labels and library sizes of so many held-out cells."""
+
+    @model_validator(mode="after")
+    def _samples_need_whole_weights_on_one_worker(self) -> FlowTrainConfig:
+        if self.sample_every is not None and self.zero_stage == 3:
+            raise ValueError(
+                f"sample_every ({self.sample_every}) lets worker 0 run the network alone, and zero_stage (3) needs all "
+                "workers in every pass; set zero_stage to 0, 1 or 2, or leave sample_every out"
+            )
+        return self

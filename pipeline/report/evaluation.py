@@ -1,27 +1,33 @@
-"""Score generated cells against held-out real ones: scores, figures and a verdict, all in memory.
-
-Candidates (generated cells, floor, baselines) are cut to the number and the composition of the held-out real cells
-before they are scored, so that neither sample size nor composition is taken for a fault of the cells.
-"""
+"""Score generated cells against held-out real ones: scores, intervals, baselines and a verdict, all in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 from anndata import AnnData
 
 from pipeline.job import EvaluateConfig
-from pipeline.report.html import MetricRow
+from pipeline.report.parts import EvaluationError, Parts, fit_space, split_parts
+from pipeline.report.rows import MetricRow
+from pipeline.report.verdict import verdict
 from scldm.metrics import expression
-from scldm.metrics.baselines import LabelBaseline, select_like
-from scldm.metrics.compare import CellSet, CompareSettings, Group, Score, compare, label_scores
-from scldm.metrics.projection import RealSpace
-from scldm.metrics.reconstruction import Reconstruction, reconstruction_scores
+from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
+from scldm.metrics.cell_set import CellSet, shown
+from scldm.metrics.compare import Compared, CompareSettings, Comparison
+from scldm.metrics.conditional import ClassTable, ConditionalSettings
+from scldm.metrics.labels import labelled
+from scldm.metrics.reconstruction import reconstruction_table
+from scldm.metrics.resampling import Halves
+from scldm.metrics.score import Score, checked
+from scldm.metrics.streaming import StreamedCells, composition_weights, stream, streamed_scores
 
-POISSON, NB = "per-label Poisson", "per-label NB"
-SHORT_NAMED = 5  # classes named in a note
+POISSON, NB, COPIES, SHUFFLED = "per-label Poisson", "per-label NB", "training copies", "shuffled genes"
+BASELINES = (POISSON, NB, COPIES, SHUFFLED)
+RESERVED = (*BASELINES, "generated", "floor", "training", "training (floor)", "held-out")  # names of our own
+HALVES = 2  # stream of the halves of reconstructed cells, beside those of `compare`
 
 
 @dataclass(frozen=True)
@@ -31,20 +37,7 @@ class Decoded:
     rows: np.ndarray  # (n,) positions among the held-out cells
     mu: np.ndarray  # (n, g) mean counts
     nll: np.ndarray  # (n,) nats summed over genes
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Cells by the role they play."""
-
-    real: CellSet  # held out
-    reference: CellSet  # training cells that fit the space, the label classifier and the baselines
-    floor: CellSet  # other training cells, as many as held out
-    generated: CellSet  # as many as held out, of the same composition
-    all_generated: CellSet
-    given: tuple[str, ...]  # labels that every generated cell has
-    notes: tuple[str, ...]
-    space: RealSpace
+    draws: sp.csr_matrix | None = None  # (n, g) counts drawn from the decoded distribution
 
 
 @dataclass(frozen=True)
@@ -52,10 +45,12 @@ class Evaluation:
     parts: Parts
     generated: dict[str, Score]
     floor: dict[str, Score]
-    baselines: dict[str, dict[str, Score]]
+    baselines: dict[str, dict[str, Score]]  # the four of ours, then the extra candidates
+    classes: dict[str, dict[str, ClassTable]]  # candidate -> label or crossing of labels
     chance: dict[str, float]  # label -> share of its most frequent class
     notes: list[str]
     facts: dict[str, str]
+    comparison: Comparison
 
     @property
     def rows(self) -> list[MetricRow]:
@@ -66,17 +61,9 @@ class Evaluation:
 
     @property
     def verdict(self) -> str:
-        """One sentence; counts distribution metrics only, as every class has its own label row."""
-        judged = [r for r in self.rows if r.score.group not in ("label", "reconstruction") and r.nearer is not None]
-        better = sum(bool(r.nearer) for r in judged)
-        words = [f"{better} of {len(judged)} metrics are nearer to the real-vs-real floor than the {POISSON} baseline"]
-        for name, chance in self.chance.items():
-            key = f"label_accuracy.{name}"
-            words.append(
-                f"kNN trained on real cells recovers {name} of {self.generated[key].value:.1%} of generated cells "
-                f"({self.floor[key].value:.1%} of held-out real ones, chance {chance:.1%})"
-            )
-        return "; ".join(words) + "."
+        """What to take away, in a few sentences; differences only where the intervals permit it."""
+        yardsticks = [NB, POISSON, *(name for name in self.baselines if name not in BASELINES)]
+        return verdict(self.rows, yardsticks, self.chance)
 
 
 def evaluate(
@@ -87,143 +74,186 @@ def evaluate(
     labels: Sequence[str],
     config: EvaluateConfig,
     decoded: Decoded | None = None,
+    extra: Mapping[str, AnnData] | None = None,
+    streamed: StreamedCells | None = None,
 ) -> Evaluation:
-    """Compare generated cells with held-out real cells, beside the floor and per-label baselines.
+    """Compare generated cells with held-out real cells, beside the floor, baselines and other candidates.
 
     Args:
         held_out: Real cells that no training has seen; counts over the vocabulary.
         training: Real training cells, more than held_out: the floor is cut out of them, the rest is the reference.
         generated: Generated cells, same genes; label columns may hold NaN.
-        labels: obs columns, at least one; the first one is the baselines' label.
-        config: n_pcs, n_top_genes, n_neighbors, transport_cells, seed.
+        labels: obs columns, at least one; the baselines go by their combination, and by the first where that is rare.
+        config: Settings of the scores.
         decoded: Held-out cells through the VAE, if there is one.
+        extra: Cells of other models by name, same genes and labels: scored as the generated ones are.
+        streamed: Statistics of all generated cells, where `generated` is a sample of them.
+
+    Raises:
+        EvaluationError: inputs that do not fit.
+        ValueError: a score that does not exist for these cells.
+        FloatingPointError: scores that are NaN or infinite, by name.
     """
     rng = np.random.default_rng(config.seed)
-    parts = _parts(held_out, training, generated, labels=labels, config=config, rng=rng)
-    settings = CompareSettings(config.n_neighbors, config.transport_cells, config.seed)
-
-    def score(cells: CellSet) -> dict[str, Score]:
-        return compare(parts.real, cells, reference=parts.reference, space=parts.space, settings=settings)
-
-    held_out_labels = label_scores(
-        parts.real, reference=parts.reference, space=parts.space, n_neighbors=config.n_neighbors
-    )
-    floor = {k: v for k, v in score(parts.floor).items() if v.group != "label"} | held_out_labels
-    first = labels[0]
-    fitted = LabelBaseline.fit(parts.reference.counts, parts.reference.labels[first])
-    asked = {first: parts.real.labels[first]}
-    baselines = {
-        name: score(CellSet(draw(asked[first], rng), asked))
-        for name, draw in ((POISSON, fitted.poisson), (NB, fitted.negative_binomial))
-    }
-    generated_scores = score(parts.generated)
+    extra = extra or {}
+    taken = [name for name in extra if name in RESERVED]
+    if taken:
+        raise EvaluationError(f"extra candidates need names of their own; {', '.join(taken)} is taken")
+    parts = split_parts(held_out, training, generated, extra, labels=labels, config=config, rng=rng)
+    comparison = Comparison(
+        parts.real, parts.reference, parts.space, compare_settings(config, parts.given), labels=parts.given,
+        training_space=None if config.space_from == "training" else fit_space(parts.reference, config),
+    )  # fmt: skip
+    pools = Pools.like(parts.reference, parts.real, labels)
+    fitted = LabelBaseline.of_pools(parts.reference.counts, pools.members)
+    candidates = {"generated": parts.generated, "floor": parts.floor, **_baselines(parts, pools, fitted, rng)}
+    found = comparison.all_scores(candidates | dict(parts.extra))
+    scores = _with_label_floor(found, comparison)
     facts = _facts(parts, config)
     if decoded is not None:
-        real = parts.real[decoded.rows]
-        ours = reconstruction_scores(real.counts, decoded.mu, decoded.nll)
-        means = fitted.mean(real.labels[first], expression.library_sizes(real.counts))
-        generated_scores |= _reconstruction(ours)
-        baselines[POISSON] |= _reconstruction(reconstruction_scores(real.counts, means))
-        facts["reconstruction"] = (
-            f"{ours.n_cells:,} held-out cells; {ours.n_genes_excluded:,} genes without variance left out"
+        _add_reconstruction(scores, facts, parts, decoded, (pools, fitted), config, rng)
+    if streamed is not None:
+        _add_streamed(scores, facts, parts, streamed)
+    made = parts.generated
+    chance = {n: _chance(made.labels[n]) for n in labels if f"label_accuracy.{n}" in scores["generated"]}
+    return Evaluation(
+        parts, scores.pop("generated"), scores.pop("floor"), scores, {k: v.classes for k, v in found.items()}, chance,
+        [*parts.notes, *_left_out(found["generated"])], facts, comparison,
+    )  # fmt: skip
+
+
+def compare_settings(config: EvaluateConfig, given: Sequence[str]) -> CompareSettings:
+    """Of a job's settings.
+
+    Raises:
+        EvaluationError: a control of a label that the generated cells do not have.
+    """
+    control = config.control or {}
+    unknown = sorted(set(control) - {*given})
+    if unknown:
+        raise EvaluationError(
+            f"evaluate.control names {', '.join(unknown)}, which is no label that all generated cells have; there are "
+            f"{', '.join(given) or 'none'}"
         )
-    chance = {n: _chance(parts.generated.labels[n]) for n in labels if f"label_accuracy.{n}" in generated_scores}
-    return Evaluation(parts, generated_scores, floor, baselines, chance, list(parts.notes), facts)
+    conditional = ConditionalSettings(config.min_class_cells, config.transport_cells, config.class_average, control)
+    return CompareSettings(
+        config.n_neighbors, config.transport_cells, config.seed, conditional, config.resamples, config.refits
+    )
 
 
-def cell_set(adata: AnnData, labels: Sequence[str]) -> CellSet:
-    """Counts and labels of an AnnData; a missing label value becomes None."""
-    missing = [name for name in labels if name not in adata.obs]
-    if missing:
-        raise ValueError(f"obs lacks {', '.join(missing)}; it has {', '.join(adata.obs.columns) or 'no columns'}")
-    columns = {n: np.array([v if isinstance(v, str) else None for v in adata.obs[n]], dtype=object) for n in labels}
-    return CellSet(expression.as_counts(adata.X), columns)
+def _baselines(parts: Parts, pools: Pools, fitted: LabelBaseline, rng: np.random.Generator) -> dict[str, CellSet]:
+    """Cells of the labels of the held-out ones, as each baseline makes them."""
+    reference = parts.reference.counts
+    counts = {
+        POISSON: fitted.poisson(pools.wanted, rng),
+        NB: fitted.negative_binomial(pools.wanted, rng),
+        COPIES: reference[pools.draw(rng)],
+        SHUFFLED: shuffled(reference[pools.draw_each_once(rng)], pools.wanted, rng),
+    }
+    return {name: CellSet(x, parts.real.labels) for name, x in counts.items()}
 
 
-def composition(cells: CellSet, labels: Sequence[str]) -> np.ndarray:
-    """One key per cell out of all the labels; the same for all cells if there are no labels."""
-    keys = np.full(cells.n_cells, "", dtype=object)
-    for name in labels:
-        keys = keys + "|" + cells.labels[name].astype(str)
-    return keys
+def _with_label_floor(found: Mapping[str, Compared], comparison: Comparison) -> dict[str, dict[str, Score]]:
+    """Scores by candidate; label scores of the floor are those of the held-out cells themselves."""
+    scores = {name: dict(compared.scores) for name, compared in found.items()}
+    own = {k: v for k, v in scores["floor"].items() if v.group != "label"}
+    scores["floor"] = own | comparison.real_label_scores()
+    return scores
 
 
-def _parts(
-    held_out: AnnData,
-    training: AnnData,
-    generated: AnnData,
-    *,
-    labels: Sequence[str],
+def _add_reconstruction(
+    scores: dict[str, dict[str, Score]],
+    facts: dict[str, str],
+    parts: Parts,
+    decoded: Decoded,
+    baseline: tuple[Pools, LabelBaseline],
     config: EvaluateConfig,
     rng: np.random.Generator,
-) -> Parts:
-    _check(held_out, training, generated, labels)
-    real, train, made = (cell_set(a, labels) for a in (held_out, training, generated))
-    given = tuple(n for n in labels if all(isinstance(v, str) for v in made.labels[n]))
-    notes = [
-        f"Generated cells lack {n} in part or altogether: that label is not matched." for n in set(labels) - {*given}
-    ]
-    wanted = composition(real, given)
-    chosen = {}
-    for what, cells in (("generated", made), ("training (floor)", train)):
-        selection = select_like(composition(cells, given), wanted, rng)
-        chosen[what] = cells[selection.indices]
-        if selection.short:
-            named = ", ".join(f"{k.strip('|')} ({v})" for k, v in sorted(selection.short.items())[:SHORT_NAMED])
-            more = f" and {len(selection.short) - SHORT_NAMED} more" if len(selection.short) > SHORT_NAMED else ""
-            notes.append(f"Too few {what} cells to match the held-out composition, missing: {named}{more}.")
-        if what != "generated":
-            rest = np.setdiff1d(np.arange(train.n_cells), selection.indices)
-    reference = train[rest]
-    space = RealSpace.fit(reference.counts, n_top_genes=config.n_top_genes, n_pcs=config.n_pcs, seed=config.seed)
-    return Parts(real, reference, chosen["training (floor)"], chosen["generated"], made, given, tuple(notes), space)
+) -> None:
+    """Rows of the VAE, and of the baselines' means and draws at each cell's own library size."""
+    real = parts.real[decoded.rows]
+    halves = Halves.draw(real.crossed(parts.given), config.resamples, np.random.default_rng((config.seed, HALVES)))
+    table = lambda mu, draws, nll=None: reconstruction_table(  # noqa: E731
+        real.counts, mu, halves, refits=config.refits, nll=nll, draws=draws
+    )
+    pools, fitted = baseline
+    classes, sizes = pools.wanted[decoded.rows], expression.library_sizes(real.counts)
+    means = fitted.mean(classes, sizes)
+    scores["generated"] |= checked(table(decoded.mu, decoded.draws, decoded.nll), "the VAE")
+    scores[POISSON] |= checked(table(means, fitted.poisson(classes, rng, sizes)), POISSON)
+    scores[NB] |= checked(table(means, fitted.negative_binomial(classes, rng, sizes)), NB)
+    facts["reconstruction"] = f"{real.n_cells:,} held-out cells; genes and cells without variance have no correlation"
 
 
-def _check(held_out: AnnData, training: AnnData, generated: AnnData, labels: Sequence[str]) -> None:
-    if not labels:
-        raise ValueError("evaluation needs at least one label column, for the classifier and the baselines")
-    for name, adata in (("held-out", held_out), ("training", training), ("generated", generated)):
-        if not adata.n_obs:
-            raise ValueError(f"there are no {name} cells to evaluate with")
-        if not adata.var_names.equals(held_out.var_names):
-            raise ValueError(
-                f"{name} cells must have the {held_out.n_vars} genes of the held-out cells in their order; got "
-                f"{adata.n_vars} genes"
+def _add_streamed(
+    scores: dict[str, dict[str, Score]], facts: dict[str, str], parts: Parts, streamed: StreamedCells
+) -> None:
+    """Rows of all generated cells; their floor is all training cells that were read, weighted the same way."""
+    real = parts.real
+    moments = expression.gene_moments(expression.chunks(real.counts))
+    own = (moments, expression.library_sizes(real.counts), expression.genes_per_cell(real.counts))
+    train = [parts.reference, parts.floor]
+    classes = np.concatenate([cells.crossed(parts.given) for cells in train])
+    weights, _ = composition_weights(classes, real.crossed(parts.given))
+    chunks = (chunk for cells in train for chunk in expression.chunks(cells.counts))
+    scores["generated"] |= streamed_scores(*own, streamed)
+    scores["floor"] |= streamed_scores(*own, stream(chunks, weights))
+    facts["streamed"] = (
+        f"all {streamed.n_cells:,} generated cells, weighted to the held-out composition; floor: {len(weights):,} "
+        "training cells, the same way"
+    )
+
+
+def _left_out(generated: Compared) -> list[str]:
+    """Classes that no score of their own could be given to."""
+    notes = []
+    for name, table in generated.classes.items():
+        if table.left_out:
+            named = [f"{shown(c)} ({n}, {m})" for c, (n, m) in list(table.left_out.items())[:8]]
+            more = f" and {len(table.left_out) - 8} more" if len(table.left_out) > 8 else ""
+            notes.append(
+                f"Too few cells for scores within classes of {name} (real, generated): {', '.join(named)}{more}."
             )
-    if training.n_obs <= held_out.n_obs:
-        raise ValueError(
-            f"the floor takes as many training as held-out cells ({held_out.n_obs}) and leaves none to fit on: got "
-            f"{training.n_obs} training cells"
-        )
+    return notes
 
 
 def _chance(values: np.ndarray) -> float:
-    known = values[[isinstance(v, str) for v in values]].astype(str)
+    known = values[labelled(values)].astype(str)
     return float(np.unique(known, return_counts=True)[1].max() / len(known))
-
-
-def _reconstruction(scores: Reconstruction) -> dict[str, Score]:
-    group: Group = "reconstruction"
-    out = {
-        "reconstruction_gene_pearson": Score(scores.gene_pearson, "higher", 1.0, group, "Pearson per gene, on means"),
-        "reconstruction_cell_pearson": Score(scores.cell_pearson, "higher", 1.0, group, "Pearson per cell, on means"),
-        "reconstruction_mse": Score(scores.mse, "lower", 0.0, group, "MSE (log1p CP10k), on means"),
-    }
-    if scores.nll is not None:
-        title = "negative log-likelihood, nats per cell over all genes"
-        out = {"reconstruction_nll": Score(scores.nll, "lower", 0.0, group, title)} | out
-    return out
 
 
 def _facts(parts: Parts, config: EvaluateConfig) -> dict[str, str]:
     points = min(parts.real.n_cells, parts.generated.n_cells, config.transport_cells)
+    fitted_on = "held-out cells" if config.space_from == "held_out" else "training cells"
+    rule = {"variance": "most variable (log1p CP10k)", "seurat_v3": "most variable (seurat_v3)"}[config.gene_rule]
+    control = ", ".join(f"{k} = {v}" for k, v in (config.control or {}).items())
     return {
         "held-out real cells": f"{parts.real.n_cells:,} ({config.split})",
         "generated cells": f"{parts.generated.n_cells:,} scored of {parts.all_generated.n_cells:,} read",
         "real training cells": f"{parts.reference.n_cells:,} to fit on, {parts.floor.n_cells:,} for the floor",
-        "genes": f"{parts.space.n_genes:,}, of which {len(parts.space.genes):,} most variable in PCA",
-        "PCA": f"{config.n_pcs} components, {parts.space.explained.sum():.1%} of variance",
-        "Wasserstein": f"exact, {points:,} cells a side",
-        "label classifier": f"kNN, k = {config.n_neighbors}",
+        "genes": f"{parts.space.n_genes:,}, of which {len(parts.space.genes):,} {rule} in PCA",
+        "PCA": f"{config.n_pcs} components fitted on {fitted_on}, {parts.space.explained.sum():.1%} of variance",
+        "Wasserstein": f"exact, {points:,} cells a side; within classes at most {config.transport_cells:,}",
+        "label classifiers": f"kNN, k = {config.n_neighbors}; logistic regression",
+        "within classes": (
+            f"of {config.min_class_cells} real and generated cells or more; mean "
+            + {"cells": "by number of real cells", "classes": "over classes alike"}[config.class_average]
+        ),
+        "intervals": (
+            f"95 %, from {config.resamples} random halves of the cells ({config.refits} where a score is solved anew)"
+        ),
+        "log fold changes": f"against {control or 'all other cells'}",
+        "protocol": PROTOCOL_FACTS[config.protocol],
         "seed": str(config.seed),
     }
+
+
+PROTOCOL_FACTS = {
+    "default": "default: genes and PCA from training cells",
+    "cfgen": "cfgen: as CFGen's evaluation; its rows are conditional_w1, conditional_w2 and conditional_mmd2",
+    "paper": (
+        "paper: W2, MMD², Fréchet, 1-NN accuracy, precision and recall on variable genes are named in the paper; its "
+        "script, number of genes, components and cells are not published, so cfgen's are taken. Not known either: k of "
+        "precision and recall, whether W2 is per class."
+    ),
+}

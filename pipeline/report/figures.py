@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scldm.metrics.expression import GeneMoments
-from scldm.metrics.two_sample import LabelAgreement
+from scldm.metrics.labels import LabelAgreement
 
 REAL, GENERATED, UNLABELLED = "#2f6db3", "#e07b2e", "#c4c4c4"
 DPI = 100
@@ -169,6 +169,32 @@ def _shares(ax: Axes, agreement: LabelAgreement, classes: list[str]) -> matplotl
             color="white" if share[i, j] > 0.5 else "black",
         )
     return ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+
+
+def class_heatmap(ratios: Mapping[str, np.ndarray], classes: Sequence[str], metrics: Sequence[str]) -> bytes:
+    """Distances within classes over those of the floor, one panel per candidate; white: as real cells are.
+
+    Args:
+        ratios: Candidate -> (classes, metrics), NaN where a ratio does not exist.
+        classes: With their numbers of cells.
+    """
+    height = float(np.clip(0.3 * len(classes) + 2.0, 3, 14))
+    figure = Figure(figsize=(2.6 + 0.75 * len(metrics) * len(ratios), height))
+    axes = np.atleast_1d(figure.subplots(1, len(ratios), sharey=True))
+    for ax, (name, table) in zip(axes, ratios.items(), strict=True):
+        image = ax.imshow(np.log2(table), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+        ax.set_xticks(range(len(metrics)), metrics, rotation=45, ha="right", size=8)
+        ax.set_yticks(range(len(classes)), classes, size=8 if len(classes) <= 30 else 6)
+        ax.set_title(name, size=10)
+        for (i, j), value in np.ndenumerate(table) if len(classes) <= 30 else ():
+            ax.text(
+                j, i, f"{value:.2g}" if np.isfinite(value) else "–", ha="center", va="center", size=7,
+                color="white" if abs(np.log2(value)) > 2 else "black",
+            )  # fmt: skip
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[-3, -2, -1, 0, 1, 2, 3])
+    bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    bar.set_label("over the floor's")
+    return _png(figure)
 
 
 def training_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:

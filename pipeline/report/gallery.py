@@ -9,13 +9,16 @@ from scipy.sparse import vstack
 
 from pipeline.job import EvaluateConfig
 from pipeline.report import figures
-from pipeline.report.evaluation import Evaluation, Parts, composition
+from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import Picture
+from pipeline.report.parts import Parts
 from scldm.metrics import expression
 from scldm.metrics.baselines import select_like
-from scldm.metrics.compare import CellSet, label_agreements
+from scldm.metrics.cell_set import LABELS, CellSet, shown
 
 EMBEDDED = 2000  # cells a side in the UMAP
+MAX_CLASSES = 40  # rows of a heat map, those of most real cells
+IN_CLASSES = ("w2", "mmd2", "frechet", "energy")
 
 
 def gallery(
@@ -48,7 +51,8 @@ def gallery(
         for c in (parts.real, parts.generated)
     )
     yield Picture("cells", "Cells", "Shares of cells, raw counts.", figures.cell_histograms(real, generated))
-    yield from _heatmaps(parts, config)
+    yield from _heatmaps(evaluation)
+    yield from _class_heatmaps(evaluation)
     if curves:
         caption = "Loss by optimizer step: training batches grey, validation red. Early high values are cut off."
         yield Picture("training", "Training", caption, figures.training_curves(curves))
@@ -58,7 +62,7 @@ def _embedding(parts: Parts, config: EvaluateConfig) -> Picture:
     rng = np.random.default_rng(config.seed)
     real = _concat(parts.real, parts.reference)
     real = real[np.sort(rng.permutation(real.n_cells)[:EMBEDDED])]
-    like = select_like(composition(parts.all_generated, parts.given), composition(real, parts.given), rng)
+    like = select_like(parts.all_generated.crossed(parts.given), real.crossed(parts.given), rng)
     made = parts.all_generated[like.indices]
     x, y = parts.space.project(real.counts), parts.space.project(made.counts)
     if config.umap:
@@ -73,15 +77,45 @@ def _embedding(parts: Parts, config: EvaluateConfig) -> Picture:
     return Picture("embedding", "Real and generated cells", caption, png)
 
 
-def _heatmaps(parts: Parts, config: EvaluateConfig) -> Iterator[Picture]:
-    agreement = [
-        label_agreements(c, reference=parts.reference, space=parts.space, n_neighbors=config.n_neighbors)
-        for c in (parts.real, parts.generated)
-    ]
-    for name in agreement[1]:
-        png = figures.label_heatmap(agreement[0][name], agreement[1][name], name=name)
+def _heatmaps(evaluation: Evaluation) -> Iterator[Picture]:
+    comparison = evaluation.comparison
+    held_out, generated = (
+        comparison.judges.agreements(comparison.space.project(c.counts), c.labels)
+        for c in (evaluation.parts.real, evaluation.parts.generated)
+    )
+    for name in generated:
+        png = figures.label_heatmap(held_out[name], generated[name], name=name)
         caption = "Rows: the label of the cell (for generated ones: asked for). Columns: kNN trained on real cells."
         yield Picture(f"labels_{name}", f"Label agreement: {name}", caption, png)
+
+
+def _class_heatmaps(evaluation: Evaluation) -> Iterator[Picture]:
+    """Distances within classes, of generated cells and of the NB baseline and extra candidates, over the floor's."""
+    others = [n for n in evaluation.baselines if n == NB or n in evaluation.parts.extra]
+    for name, table in evaluation.classes["generated"].items():
+        floor = evaluation.classes["floor"][name].classes
+        common = sorted(set(table.classes) & set(floor), key=lambda c: -table.classes[c].n_real)[:MAX_CLASSES]
+        if not common:
+            continue
+        ratios = {}
+        for candidate in ("generated", *others):
+            own = evaluation.classes[candidate][name].classes
+            ratios[candidate] = np.full((len(common), len(IN_CLASSES)), np.nan)
+            for i, c in enumerate(common):
+                if c in own:
+                    ratios[candidate][i] = [_ratio(own[c].values[m][0], floor[c].values[m][0]) for m in IN_CLASSES]
+        classes = [f"{shown(c)} ({table.classes[c].n_real:,})" for c in common]
+        caption = (
+            "Distance of a class's cells to the held-out real ones, over the floor's: 1 is as real cells are. In "
+            f"brackets: real cells. {len(common)} of {len(table.classes) + len(table.left_out)} classes."
+        )
+        title = f"Distances within classes: {name.replace(LABELS, ' × ')}"
+        yield Picture(f"conditional_{name}", title, caption, figures.class_heatmap(ratios, classes, IN_CLASSES))
+
+
+def _ratio(value: float, floor: float) -> float:
+    """NaN, drawn as a dash, where a distance is 0 and its logarithm does not exist."""
+    return value / floor if value > 0 and floor > 0 else np.nan
 
 
 def _concat(a: CellSet, b: CellSet) -> CellSet:

@@ -5,53 +5,30 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from scldm.metrics.compare import Score, departure
+from pipeline.report.bars import bar_svg, colors
+from pipeline.report.rows import MetricRow
+from scldm.metrics.score import Score
 
 MAX_BYTES = 5_000_000
+MAX_CLASS_ROWS = 60  # label_recall rows; a label with thousands of classes would bury the table
 GROUPS = {
-    "reconstruction": "Reconstruction of held-out real cells (VAE)",
-    "label": "Labels: does a cell carry the condition that it was asked for?",
     "distance": "Distances in the PCA space fitted on real",
     "two-sample": "Can generated be told from real?",
+    "conditional": "Within classes: means over the classes",
+    "label": "Labels: does a cell carry the condition that it was asked for?",
     "expression": "Genes (log1p CP10k)",
     "cells": "Cells",
+    "streamed": "All generated cells, streamed and weighted to the held-out composition",
+    "memorisation": "Copies: is a generated cell nearer to a training cell than a held-out real one is?",
+    "reconstruction": "Reconstruction of held-out real cells (VAE)",
 }
-
-
-@dataclass(frozen=True)
-class MetricRow:
-    """One line of the table."""
-
-    name: str
-    score: Score
-    floor: Score | None = None
-    baselines: Mapping[str, Score] = field(default_factory=dict)
-
-    @property
-    def position(self) -> float | None:
-        """0 at the floor, 1 as far from it as the first baseline; None where that scale does not exist."""
-        if self.floor is None or not self.baselines:
-            return None
-        scale = departure(next(iter(self.baselines.values())), self.floor)
-        return departure(self.score, self.floor) / scale if scale > 0 else None
-
-    @property
-    def nearer(self) -> bool | None:
-        """At least as near to the floor as the first baseline; None where there is nothing to compare."""
-        if self.floor is None or not self.baselines:
-            return None
-        return departure(self.score, self.floor) <= departure(next(iter(self.baselines.values())), self.floor)
-
-    @property
-    def hint(self) -> str:
-        ideal = f"{self.score.ideal:g}"
-        return {"lower": "↓ lower", "higher": "↑ higher", "ideal": f"→ near {ideal}"}[self.score.better]
 
 
 @dataclass(frozen=True)
@@ -69,7 +46,8 @@ class ReportInputs:
     notes: Sequence[str]  # what a reader must know before believing the numbers
     facts: Mapping[str, str]  # numbers of cells, seeds, settings
     rows: Sequence[MetricRow]
-    baseline_names: Sequence[str]  # columns, the first one is the yardstick
+    baseline_names: Sequence[str]  # columns besides generated and floor
+    yardstick: str  # the column that the verdicts of rows are about; "" for none
     pictures: Sequence[Picture]
     provenance: Sequence[Mapping[str, Any]]  # one per stage: stage, version, config, …
     reproduce: str
@@ -83,11 +61,23 @@ def render(inputs: ReportInputs) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, base64=lambda b: base64.b64encode(b).decode(), pretty=_pretty)
+    palette = colors(list(inputs.baseline_names))
+    environment.filters.update(
+        number=number, width=width, base64=lambda b: base64.b64encode(b).decode(), pretty=_pretty,
+        bars=lambda row: Markup(bar_svg(row.all, palette)),  # of numbers and colours alone
+    )  # fmt: skip
     groups = {title: [r for r in inputs.rows if r.score.group == key] for key, title in GROUPS.items()}
+    groups = {title: _without_many_classes(rows) for title, rows in groups.items() if rows}
+    hidden = len(inputs.rows) - sum(map(len, groups.values()))
     return environment.get_template("report.html.jinja").render(
-        inputs=inputs, groups={title: rows for title, rows in groups.items() if rows}
+        inputs=inputs, groups=groups, palette=palette, hidden=hidden
     )
+
+
+def _without_many_classes(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    classes = [row.name for row in rows if row.name.startswith("label_recall.")]
+    cut = set(classes[MAX_CLASS_ROWS:])
+    return [row for row in rows if row.name not in cut]
 
 
 def write_report(path: Path, inputs: ReportInputs) -> None:
@@ -103,10 +93,15 @@ def write_report(path: Path, inputs: ReportInputs) -> None:
     path.write_bytes(data)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.2e}"
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def width(score: Score) -> str:
+    """Half of the interval, "" where there is none."""
+    return "" if score.half_width is None else f"± {number(score.half_width)}"
 
 
 def _pretty(value: Any) -> str:

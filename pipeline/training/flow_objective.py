@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.data.collate import to_latent_batch
 from pipeline.data.order import FeedOrder
+from pipeline.training.flow_samples import FlowSamples
 from pipeline.training.objectives import NOISE, VALIDATION
 from pipeline.training.prefetch import map_tensors
 from pipeline.training.slices import Slice
@@ -97,7 +98,10 @@ class FlowObjective:
         draws: FlowDraws,
         label_dropout: float,
         validation: Sequence[pa.Table],
+        samples: FlowSamples | None = None,
     ):
+        self.samples = samples  # of worker 0
+        self.sampled: dict[str, float] = {}  # scores of generated cells in the last validation, if it had any
         self.module, self.path, self.n_classes, self.draws = dit, path, n_classes, draws
         self.label_dropout = label_dropout
         self._validation = [self._batch(table, None) for table in validation]
@@ -120,6 +124,7 @@ class FlowObjective:
             loss = flow_losses(self.module, batch.latents, batch.draws, batch.conditions, self.path)
             total += float(loss.double().sum())
             n += len(loss)
+        self.sampled = {} if self.samples is None else self.samples.scores(self.module)
         return {"loss": total}, n
 
     def _batch(self, table: pa.Table, part: Slice | None) -> FlowBatch:

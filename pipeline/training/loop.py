@@ -103,6 +103,7 @@ class Training:
         found = self.keeper.resume()
         if found.folder is not None:
             self.memory.load(found.more)
+            self.run.tracker.tag("scldm.resumed_from_step", found.step)
         if dist.get_rank() == 0:
             self.curve = TrainingCurve(
                 self.run.folder, self.run.tracker, self.config, found.step, self.order, self._mfu
@@ -180,7 +181,9 @@ class Training:
         """What validation measured, and whether it is the best so far."""
         with self.clock.of("validation"):
             measured = {f"val/{k}": v for k, v in _validate(self.objective, self.engine, self.ema).items()}
-        self.metrics |= measured
+        sampled = getattr(self.objective, "sampled", {})  # of worker 0, in some validations of a flow
+        self.metrics = {k: v for k, v in self.metrics.items() if not k.startswith("val/gen_")}  # they would be stale
+        self.metrics |= measured | {f"val/{k}": v for k, v in sampled.items()}
         self.watchdog.beat(f"validation at step {step}")
         return measured, self.memory.best.see(step, measured["val/loss"])
 

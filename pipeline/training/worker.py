@@ -11,11 +11,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -24,23 +23,23 @@ from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
 from pipeline.data.order import FeedOrder
 from pipeline.flops import dit_flops, vae_flops
-from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig, VaeTrainConfig
+from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
+from pipeline.system_metrics import node_metrics
 from pipeline.tracking import StageTracker
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
+from pipeline.training.flow_samples import FlowSamples
 from pipeline.training.guard import TrainingStopped
 from pipeline.training.joint_run import VAE_FOLDERS, train_joint
 from pipeline.training.loop import run_training
 from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
-from pipeline.training.prefetch import map_tensors
 from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.remote import Remote
-from pipeline.training.slices import Slice
-from scldm.checkpoints.native import save_flow, save_vae
+from pipeline.training.theta import fit_dispersions
+from scldm.checkpoints.native import load_vae, save_flow, save_vae
 from scldm.config import StrictModel
-from scldm.nn.dispersion import fit_theta
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 
@@ -76,6 +75,7 @@ def train_worker(
     spec = WorkerSpec.model_validate(raw)
     torch.set_num_threads(spec.threads)
     tracker = StageTracker.attach(spec.tracker if dist.get_rank() == 0 else {})
+    tracker.tag("scldm.world_size", dist.get_world_size())
     remote = None
     if spec.storage.storage_path is not None and dist.get_rank() == 0:
         remote = Remote(spec.storage, spec.run_name)
@@ -85,7 +85,8 @@ def train_worker(
     )  # fmt: skip
     inputs = {k: Manifest(**v) for k, v in spec.inputs.items()}
     try:
-        return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
+        with node_metrics(spec.tracker, tracker, rank=dist.get_rank()):
+            return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
     finally:
         tracker.close()
 
@@ -95,11 +96,10 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     data = Ingested.open(inputs["ingest"])
     stats = pd.read_parquet(inputs["ingest"].path("gene_stats"))
     mean = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
-    variance = torch.tensor(stats["variance"].to_numpy(), dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         vae = VAE(config.model, n_genes=data.vocabulary.n_genes)
-    vae.start_at(mean, variance, size_cv2=size_cv2(data))
+    vae.start_at(mean)
     vae.decoder.kernels = decoder_kernels(config.train.decoder)
     held_out = data.blocks("validation")
     source = data.blocks("train")
@@ -139,25 +139,6 @@ def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[
     return _facts(trained, train.export, vae) | {"latent_shape": shape, "genes_seen": seen, "theta": fitted}
 
 
-def size_cv2(data: Ingested) -> float:
-    """Squared coefficient of variation of the training cells' library sizes."""
-    cells = data.cells
-    sizes = cells.loc[cells["split"] == "train", "library_size"].to_numpy(np.float64)
-    return float(sizes.var() / sizes.mean() ** 2)
-
-
-def fit_dispersions(
-    vae: VAE, objective: VaeObjective, source: Any, train: VaeTrainConfig, *, seed: int
-) -> dict[str, float]:
-    """Fit theta on training cells, drawn by seed: a function of the trained weights alone, whoever trained them."""
-    device = next(objective.module.parameters()).device
-    tables = validation_tables(source, n_cells=train.theta_cells, batch_size=train.feed.micro_batch_size, seed=seed)
-    batches = (map_tensors(objective.prepare(t, Slice(0, 0, 0)), lambda x: x.to(device)) for t in tables)
-    fit = fit_theta(vae.to(device), (objective.scored_and_seen(b)[0] for b in batches))
-    vae.cpu()
-    return asdict(fit)
-
-
 def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:
     config = TrainFlowConfig.model_validate(spec.config)
     if config.vae.train:
@@ -191,6 +172,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         ),
         label_dropout=config.model.label_dropout,
         validation=tables,
+        samples=flow_samples(config, inputs, data, spec.seed) if dist.get_rank() == 0 else None,
     )
     run = replace(run, flops_per_cell=dit_flops(config.model, n_latent_tokens=m, latent_width=e))
     trained = run_training(objective, source, order, train, run, ema_config=train.ema)
@@ -204,6 +186,18 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         )  # fmt: skip
     dist.barrier()
     return _facts(trained, train.export, dit)
+
+
+def flow_samples(config: TrainFlowConfig, inputs: dict[str, Manifest], data: Ingested, seed: int) -> FlowSamples | None:
+    """Cells to generate on a schedule, where `train.sample_every` asks for it."""
+    every, n = config.train.sample_every, config.train.sample_cells
+    if every is None:
+        return None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    vae = load_vae(inputs["train_vae"].path("model"), device=device)
+    held_out = data.anndata("validation", max_cells=n, seed=seed)
+    training = data.anndata("train", max_cells=4 * n, seed=seed)
+    return FlowSamples(held_out, training, vae, path=config.flow, every=every, seed=seed)
 
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:

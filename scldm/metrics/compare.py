@@ -1,162 +1,254 @@
 """One comparison of two sets of cells: a flat dict of named scores.
 
 The same function scores generated cells, the floor and every baseline, on one held-out real set, in one space, at one
-number of cells. **Floor**: held-out real cells against as many *training* real cells (which the space, the classifier
+number of cells. **Floor**: held-out real cells against as many *training* real cells (which the space, the classifiers
 and the baselines have not seen); halves of a held-out set would be too small. No model should be expected to be nearer.
 
-Label scores are of a classifier trained on real reference cells; their floor is the score of the held-out real cells.
+Every score has resamples (see `resampling`): resample k takes the same half of the real cells for every candidate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
 
 from scldm.metrics import distances, expression, two_sample
+from scldm.metrics.cell_set import CellSet
+from scldm.metrics.conditional import ClassTable, ConditionalSettings, Controls, class_averages, class_tables
+from scldm.metrics.fold_change import cp10k
+from scldm.metrics.gene_correlation import gene_correlation_scores
+from scldm.metrics.labels import LabelJudges
+from scldm.metrics.memorisation import NearestTraining
 from scldm.metrics.projection import RealSpace
+from scldm.metrics.score import Score, checked
+from scldm.metrics.side import Side
 
-Group = Literal["expression", "cells", "distance", "two-sample", "label", "reconstruction"]
-
-
-@dataclass(frozen=True)
-class CellSet:
-    """Counts over the vocabulary and class names per label (None where no label was given)."""
-
-    counts: sp.csr_matrix  # (n, g)
-    labels: Mapping[str, np.ndarray]  # label -> (n,) of str or None
-
-    def __post_init__(self) -> None:
-        for name, values in self.labels.items():
-            if len(values) != self.n_cells:
-                raise ValueError(f"label {name!r} has {len(values)} values for {self.n_cells} cells")
-
-    @property
-    def n_cells(self) -> int:
-        return self.counts.shape[0]
-
-    def __getitem__(self, index: np.ndarray) -> CellSet:
-        return CellSet(self.counts[index], {k: v[index] for k, v in self.labels.items()})
-
-
-@dataclass(frozen=True)
-class Score:
-    """A value and how to read it."""
-
-    value: float
-    better: Literal["lower", "higher", "ideal"]  # "ideal": the nearer to `ideal`, the better
-    ideal: float
-    group: Group
-    title: str
-
-
-def departure(score: Score, floor: Score) -> float:
-    """Distance from the floor, to either side; 0 at best.
-
-    Doing better than real against real is no merit: cells that are all typical have a lower W2, a higher precision and
-    labels that are easier to recognise than real cells have.
-    """
-    return abs(score.value - floor.value)
+REAL, OTHER = 0, 1  # streams of halves
 
 
 @dataclass(frozen=True)
 class CompareSettings:
     n_neighbors: int  # of the label classifier
-    transport_cells: int  # most cells in the exact Wasserstein distance
+    transport_cells: int  # most cells in an exact Wasserstein distance
     seed: int
+    conditional: ConditionalSettings
+    resamples: int = 100  # halves of scores that are sums over cells or pairs
+    refits: int = 10  # halves of scores that are solved anew: transport, neighbours, classifier, classes
 
 
-def compare(
-    real: CellSet, candidate: CellSet, *, reference: CellSet, space: RealSpace, settings: CompareSettings
-) -> dict[str, Score]:
-    """Score a candidate set of cells against held-out real cells.
+@dataclass(frozen=True)
+class Compared:
+    scores: dict[str, Score]
+    classes: dict[str, ClassTable]
+
+
+class Comparison:
+    """Held-out real cells, and what candidates are scored with.
 
     Args:
         real: Held-out real cells.
-        candidate: Generated cells, training cells (the floor) or a baseline's; of real's number and composition.
-        reference: Real training cells that the label classifier learns from.
-        space: Fitted on real training cells.
+        reference: Real training cells: the label classifiers learn from them, and copies are looked for among them.
+        space: Fitted on real cells.
+        training_space: Fitted on training cells, to look for copies in. In a space that is fitted on the held-out cells
+            these lie farther out than others do, and everything else would look copied. None: `space` is such a one.
+        labels: Labels that all candidates have: halves are drawn within them, and scores taken within their classes.
     """
-    return {
-        **_expression_scores(real, candidate),
-        **_space_scores(space.project(real.counts), space.project(candidate.counts), settings),
-        **label_scores(candidate, reference=reference, space=space, n_neighbors=settings.n_neighbors),
-    }
+
+    def __init__(
+        self,
+        real: CellSet,
+        reference: CellSet,
+        space: RealSpace,
+        settings: CompareSettings,
+        *,
+        labels: Sequence[str] = (),
+        training_space: RealSpace | None = None,
+    ):
+        self.training_space = training_space
+        self.space, self.settings, self.labels = space, settings, tuple(labels)
+        self.reference_points = space.project(reference.counts)
+        self.judges = LabelJudges(self.reference_points, reference.labels, n_neighbors=settings.n_neighbors)
+        self.nearest = NearestTraining(self._among_training(reference, self.reference_points))
+        self.controls = Controls(reference, cp10k(reference.counts, space.genes))
+        self.real = self.side(real, REAL)
+
+    def side(self, cells: CellSet, stream: int = OTHER) -> Side:
+        s = self.settings
+        return Side.of(
+            cells, self.space.project(cells.counts), cells.crossed(self.labels),
+            resamples=s.resamples, refits=s.refits, key=(s.seed, stream),
+        )  # fmt: skip
+
+    def all_scores(self, candidates: Mapping[str, CellSet]) -> dict[str, Compared]:
+        """Every candidate's scores, those within classes averaged over the classes that all of them have."""
+        found = {name: self.scores(cells, name) for name, cells in candidates.items()}
+        averages = class_averages(
+            {name: compared.classes for name, compared in found.items()}, self.settings.conditional.average
+        )
+        return {
+            name: Compared(compared.scores | checked(averages[name], name), compared.classes)
+            for name, compared in found.items()
+        }
+
+    def scores(self, candidate: CellSet, name: str = "the candidate") -> Compared:
+        """Score a candidate: generated cells, training cells (the floor) or a baseline's; classes one by one.
+
+        Args:
+            candidate: Of real's number and composition.
+            name: For errors.
+
+        Raises:
+            FloatingPointError: scores that are NaN or infinite, by name.
+        """
+        made = self.side(candidate)
+        classes = class_tables(
+            self.real, made, labels=self.labels, cp10k=(self._changes, cp10k(candidate.counts, self.space.genes)),
+            controls=self.controls, settings=self.settings.conditional,
+        )  # fmt: skip
+        found = {
+            **expression_scores(self.real, made),
+            **gene_correlation_scores(self.real, made),
+            **self._distance_scores(made),
+            **self._refitted_scores(made),
+            **self.judges.scores(made.points, candidate.labels, made.weights[1:]),
+            **self.nearest.scores(self._real_nearest, self._nearest(made), self.real, made),
+        }
+        return Compared(checked(found, name), classes)
+
+    def real_label_scores(self) -> dict[str, Score]:
+        """What the classifiers make of held-out real cells: the floor of the label scores."""
+        return self.judges.scores(self.real.points, self.real.cells.labels, self.real.weights[1:])
+
+    # ---- of the real cells, once ---------------------------------------------------------------------------------
+    @cached_property
+    def _changes(self) -> sp.csr_matrix:
+        return cp10k(self.real.cells.counts, self.space.genes)
+
+    @cached_property
+    def _real_nearest(self) -> np.ndarray:
+        return self._nearest(self.real)
+
+    @cached_property
+    def _kernels(self) -> dict[str, distances.Kernel]:
+        median = distances.median_distance(self.real.points)
+        return {
+            "mmd2": distances.rbf_sum(distances.CFGEN_SIGMAS),
+            "mmd2_median": distances.rbf_sum((median,)),
+            "energy": np.sqrt,
+        }
+
+    @cached_property
+    def _real_pairs(self) -> np.ndarray:
+        x, u = self.real.points, self.real.weights
+        return distances.weighted_pair_means(x, x, list(self._kernels.values()), u=u, v=u)
+
+    @cached_property
+    def _real_gaussians(self) -> list[distances.Gaussian]:
+        halves = [self.real.half(k) for k in range(len(self.real.halves))]
+        return [distances.gaussian(x) for x in [self.real.points, *halves]]
+
+    def _nearest(self, side: Side) -> np.ndarray:
+        return self.nearest.distances(self._among_training(side.cells, side.points))
+
+    def _among_training(self, cells: CellSet, points: np.ndarray) -> np.ndarray:
+        return points if self.training_space is None else self.training_space.project(cells.counts)
+
+    # ---- families of scores --------------------------------------------------------------------------------------
+    def _distance_scores(self, made: Side) -> dict[str, Score]:
+        x, y, u, v = self.real.points, made.points, self.real.weights, made.weights
+        kernels = list(self._kernels.values())
+        within = self._real_pairs + distances.weighted_pair_means(y, y, kernels, u=v, v=v)
+        across = distances.weighted_pair_means(x, y, kernels, u=u, v=v)
+        discrepancy = np.maximum(within - 2 * across, 0)
+        energy = np.maximum(2 * across[2] - within[2], 0)
+        halves = [made.half(k) for k in range(len(made.halves))]
+        gaussians = [distances.gaussian(z) for z in [y, *halves]]
+        frechet = np.array(
+            [distances.frechet_gaussians(*a, *b) for a, b in zip(self._real_gaussians, gaussians, strict=True)]
+        )
+        return {
+            "frechet": _score(frechet, "lower", 0.0, "distance", "Fréchet distance (squared)"),
+            "mmd2": _score(discrepancy[0], "lower", 0.0, "distance", "MMD², five σ (CFGen)"),
+            "mmd2_median": _score(discrepancy[1], "lower", 0.0, "distance", "MMD², median σ"),
+            "energy": _score(energy, "lower", 0.0, "distance", "energy distance"),
+        }
+
+    def _refitted_scores(self, made: Side) -> dict[str, Score]:
+        """Of all cells and of halves, each from the start."""
+        rows = [self._refitted(self.real.points[self.real.order], made.points[made.order])]
+        rows += [self._refitted(self.real.half(k), made.half(k), halved=True) for k in range(made.refits)]
+        values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        share = (0.0, 1.0)
+        return {
+            "w1": _score(values["w1"], "lower", 0.0, "distance", "Wasserstein-1, exact"),
+            "w2": _score(values["w2"], "lower", 0.0, "distance", "Wasserstein-2, exact"),
+            "auroc": _score(values["auroc"], "ideal", 0.5, "two-sample", "AUROC real/generated, logistic", share),
+            "one_nn_accuracy": _score(
+                values["one_nn_accuracy"], "ideal", 0.5, "two-sample", "1-NN accuracy real/generated", share
+            ),
+            "precision": _score(values["precision"], "higher", 1.0, "two-sample", "precision", share),
+            "recall": _score(values["recall"], "higher", 1.0, "two-sample", "recall", share),
+            "density": _score(values["density"], "ideal", 1.0, "two-sample", "density"),
+            "coverage": _score(values["coverage"], "higher", 1.0, "two-sample", "coverage", share),
+        }
+
+    def _refitted(self, x: np.ndarray, y: np.ndarray, *, halved: bool = False) -> dict[str, float]:
+        n = min(len(x), len(y))  # two-sample scores want equal numbers
+        a, b = x[:n], y[:n]
+        points = self.settings.transport_cells
+        points = -(-points // 2) if halved else points
+        manifolds = two_sample.manifold_metrics(a, b)
+        return {
+            "w1": distances.matched(a, b, power=1, points=points),
+            "w2": distances.matched(a, b, power=2, points=points),
+            "auroc": two_sample.classifier_auroc(a, b, seed=self.settings.seed),
+            "one_nn_accuracy": two_sample.nearest_neighbor_accuracy(a, b),
+            "precision": manifolds.precision,
+            "recall": manifolds.recall,
+            "density": manifolds.density,
+            "coverage": manifolds.coverage,
+        }
 
 
-def _expression_scores(real: CellSet, candidate: CellSet) -> dict[str, Score]:
-    moments = [expression.gene_moments(expression.chunks(c.counts)) for c in (real, candidate)]
-    agreement = expression.gene_statistics_agreement(*moments)
+def expression_scores(real: Side, made: Side) -> dict[str, Score]:
+    """Genes in log1p CP10k, and library sizes and genes per cell of raw counts."""
+    value = expression.gene_statistics_agreement(real.moments, made.moments)
+    halves = [
+        expression.gene_statistics_agreement(a, b) for a, b in zip(real.half_moments, made.half_moments, strict=True)
+    ]
     titles = {"r2": "R² (identity line)", "pearson2": "squared Pearson"}
     out = {}
-    for name, value in agreement.items():
+    for name in value:
         statistic, kind = name.removeprefix("gene_").rsplit("_", 1)
         title = f"gene {statistic.replace('_', ' ')}, {titles[kind]}"
-        out[name] = Score(value, "higher", 1.0, "expression", title)
-    zeros = abs(expression.zero_fraction(candidate.counts) - expression.zero_fraction(real.counts))
-    out["zero_fraction_difference"] = Score(zeros, "lower", 0.0, "expression", "zero fraction, absolute difference")
-    for name, of_cells in (
-        ("library_size_ks", expression.library_sizes),
-        ("genes_per_cell_ks", expression.genes_per_cell),
-    ):
-        value = expression.ks_statistic(of_cells(real.counts), of_cells(candidate.counts))
-        out[name] = Score(value, "lower", 0.0, "cells", f"{name.removesuffix('_ks').replace('_', ' ')}, KS")
+        replicates = np.array([value[name], *(h[name] for h in halves)])
+        out[name] = _score(replicates, "higher", 1.0, "expression", title, (-np.inf, 1.0))
+    g = real.cells.counts.shape[1]
+    a, b = (expression.genes_per_cell(s.cells.counts).astype(float) for s in (real, made))
+    zeros = abs(real.weights @ a - made.weights @ b) / g
+    title = "zero fraction, absolute difference"
+    out["zero_fraction_difference"] = _score(zeros, "lower", 0.0, "expression", title, (0.0, 1.0))
+    sizes = [expression.library_sizes(s.cells.counts) for s in (real, made)]
+    for name, (x, y) in (("library_size", sizes), ("genes_per_cell", (a, b))):
+        ks = expression.weighted_ks(x, y, real.weights, made.weights)
+        title = f"{name.replace('_', ' ')}, KS"
+        out[f"{name}_ks"] = _score(ks, "lower", 0.0, "cells", title, (0.0, 1.0))
     return out
 
 
-def _space_scores(x: np.ndarray, y: np.ndarray, settings: CompareSettings) -> dict[str, Score]:
-    rng = np.random.default_rng(settings.seed)
-    transport = {
-        f"w{p}": distances.wasserstein(x, y, power=p, max_points=settings.transport_cells, rng=rng) for p in (1, 2)
-    }
-    n = min(len(x), len(y))
-    a, b = x[rng.permutation(len(x))[:n]], y[rng.permutation(len(y))[:n]]  # two-sample scores want equal numbers
-    manifolds = two_sample.manifold_metrics(a, b)
-    lower = {
-        "frechet": (distances.frechet_distance(x, y), "Fréchet distance (squared)"),
-        "mmd2": (distances.mmd2_rbf(x, y), "MMD², five σ (CFGen)"),
-        "mmd2_median": (distances.mmd2_median(x, y), "MMD², median σ"),
-        "energy": (distances.energy_distance(x, y), "energy distance"),
-        "w1": (transport["w1"], "Wasserstein-1, exact"),
-        "w2": (transport["w2"], "Wasserstein-2, exact"),
-    }
-    told_apart = {
-        "auroc": (two_sample.classifier_auroc(a, b, seed=settings.seed), "AUROC real/generated, logistic"),
-        "one_nn_accuracy": (two_sample.nearest_neighbor_accuracy(a, b), "1-NN accuracy real/generated"),
-    }
-    return {
-        **{k: Score(v, "lower", 0.0, "distance", title) for k, (v, title) in lower.items()},
-        **{k: Score(v, "ideal", 0.5, "two-sample", title) for k, (v, title) in told_apart.items()},
-        "precision": Score(manifolds.precision, "higher", 1.0, "two-sample", "precision"),
-        "recall": Score(manifolds.recall, "higher", 1.0, "two-sample", "recall"),
-        "density": Score(manifolds.density, "ideal", 1.0, "two-sample", "density"),
-        "coverage": Score(manifolds.coverage, "higher", 1.0, "two-sample", "coverage"),
-    }
-
-
-def label_scores(cells: CellSet, *, reference: CellSet, space: RealSpace, n_neighbors: int) -> dict[str, Score]:
-    """`label_accuracy.<label>`, its macro mean, `label_recall.<label>.<class>`; a label that no cell has is absent."""
-    out: dict[str, Score] = {}
-    for name, agreement in label_agreements(cells, reference=reference, space=space, n_neighbors=n_neighbors).items():
-        for key, value in (("accuracy", agreement.accuracy), ("macro_accuracy", agreement.macro_accuracy)):
-            title = f"{name}: kNN {key.replace('_', ' ')}"
-            out[f"label_{key}.{name}"] = Score(value, "higher", 1.0, "label", title)
-        for class_name, value in agreement.per_class.items():
-            out[f"label_recall.{name}.{class_name}"] = Score(value, "higher", 1.0, "label", f"{name} = {class_name}")
-    return out
-
-
-def label_agreements(
-    cells: CellSet, *, reference: CellSet, space: RealSpace, n_neighbors: int
-) -> dict[str, two_sample.LabelAgreement]:
-    """kNN agreement for each label that some cell of both sets has."""
-    train, points = space.project(reference.counts), space.project(cells.counts)
-    has = lambda s, name: any(isinstance(v, str) for v in s.labels[name])  # noqa: E731
-    return {
-        name: two_sample.label_agreement(train, reference.labels[name], points, values, n_neighbors=n_neighbors)
-        for name, values in cells.labels.items()
-        if has(cells, name) and name in reference.labels and has(reference, name)
-    }
+def _score(
+    values: np.ndarray,
+    better: Literal["lower", "higher", "ideal"],
+    ideal: float,
+    group: Literal["expression", "cells", "distance", "two-sample"],
+    title: str,
+    bounds: tuple[float, float] | None = None,
+) -> Score:
+    """Of the value of all cells, followed by those of halves."""
+    bounds = bounds or ((0.0, np.inf) if better != "higher" else (-np.inf, np.inf))
+    return Score(float(values[0]), better, ideal, group, title, values[1:], bounds)

@@ -154,9 +154,32 @@ def genes_per_cell(counts: sp.csr_matrix) -> np.ndarray:
     return np.diff(as_counts(counts).indptr)
 
 
+def weighted_gene_moments(x: sp.csr_matrix, weights: np.ndarray) -> list[GeneMoments]:
+    """Moments of the genes of x (n, g) under each row of weights (r, n): a half has weight at its cells alone.
+
+    x holds values of log1p CP10k: below 10, so that a difference of squares loses no digit that counts.
+    """
+    n = (weights > 0).sum(1)
+    squares, seen = x.copy(), x.copy()
+    squares.data, seen.data = x.data**2, np.ones_like(x.data)
+    mean, second, share = ((m.T @ weights.T).T for m in (x, squares, seen))
+    m2 = np.maximum(second - mean**2, 0) * n[:, None]
+    n_zero = np.rint((1 - share) * n[:, None])
+    return [GeneMoments(int(k), *parts) for k, *parts in zip(n, mean, m2, n_zero, strict=True)]
+
+
 def ks_statistic(real: np.ndarray, generated: np.ndarray) -> float:
     """Kolmogorov-Smirnov statistic, the largest gap between two empirical distribution functions.
 
     Used on library sizes and genes per cell of raw counts. Lower is better, 0 at best, 1 at worst.
     """
     return float(ks_2samp(real, generated).statistic)
+
+
+def weighted_ks(real: np.ndarray, generated: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """`ks_statistic` of weighted values, one for every row of weights u (r, n) and v (r, m), rows sum to 1: (r,)."""
+    values = np.concatenate([real, generated])
+    order = np.argsort(values, kind="stable")
+    last = np.append(np.diff(values[order]) > 0, True)  # of a run of ties
+    gap = np.cumsum(np.concatenate([u, -v], axis=1)[:, order], axis=1)[:, last]
+    return abs(gap).max(1)

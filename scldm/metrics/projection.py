@@ -3,7 +3,9 @@
 log1p CP10k -> the most variable genes -> minus the real mean -> PCA. Generated cells are projected with the real
 genes, mean and axes; a space refitted on them would bend towards their faults.
 
-Rule for genes: highest variance of log1p CP10k over the real training cells, ties by position.
+Rules for genes: `variance`, the highest variance of log1p CP10k, ties by position; `seurat_v3`, the highest variance of
+clipped, standardised counts, where the standard deviation comes from a loess fit (span 0.3, degree 2) of log10 variance
+on log10 mean (Stuart et al. 2019), as scanpy.pp.highly_variable_genes has it.
 
 Shape letters: n cells, g genes of the vocabulary, h chosen genes, p coordinates.
 """
@@ -11,12 +13,16 @@ Shape letters: n cells, g genes of the vocabulary, h chosen genes, p coordinates
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
-from scldm.metrics.expression import chunks, gene_moments, log1p_cp10k
+from scldm.metrics.expression import as_counts, chunks, gene_moments, log1p_cp10k
+
+GeneRule = Literal["variance", "seurat_v3"]
+MIN_CELLS = 3  # with the gene, for seurat_v3
 
 
 @dataclass(frozen=True)
@@ -28,17 +34,19 @@ class RealSpace:
     explained: np.ndarray  # (p,), share of the variance of the chosen genes
 
     @classmethod
-    def fit(cls, real_train: sp.csr_matrix, *, n_top_genes: int, n_pcs: int, seed: int) -> RealSpace:
-        """Choose genes and axes on real training counts.
+    def fit(
+        cls, real_train: sp.csr_matrix, *, n_top_genes: int, n_pcs: int, seed: int, gene_rule: GeneRule = "variance"
+    ) -> RealSpace:
+        """Choose genes and axes on real counts.
 
         Args:
             real_train: Counts, (n, g).
             n_top_genes: Genes at most; a smaller vocabulary is taken whole.
             n_pcs: Coordinates; must be below the number of cells and of chosen genes.
             seed: Of the randomised SVD.
+            gene_rule: See the top of this file.
         """
-        moments = gene_moments(chunks(real_train))
-        genes = np.sort(np.argsort(-moments.variance, kind="stable")[:n_top_genes])
+        genes = most_variable(real_train, n_top_genes, gene_rule)
         if n_pcs >= min(real_train.shape[0], len(genes)):
             raise ValueError(
                 f"n_pcs ({n_pcs}) must be below the number of training cells ({real_train.shape[0]}) and of chosen "
@@ -54,3 +62,41 @@ class RealSpace:
             raise ValueError(f"the space was fitted on {self.n_genes} genes; got cells with {counts.shape[1]}")
         parts = [(log1p_cp10k(part)[:, self.genes] @ self.axes.T) for part in chunks(sp.csr_matrix(counts))]
         return np.concatenate(parts) - self.axes @ self.mean
+
+
+def most_variable(counts: sp.csr_matrix, n: int, rule: GeneRule) -> np.ndarray:
+    """Positions of the n most variable genes by a rule, ascending."""
+    score = gene_moments(chunks(counts)).variance if rule == "variance" else seurat_v3_variance(counts)
+    return np.sort(np.argsort(-score, kind="stable")[:n])
+
+
+def seurat_v3_variance(counts: sp.csr_matrix) -> np.ndarray:
+    """Variance of standardised counts clipped at sqrt(n), (g,); 0 for a gene of one value or in fewer than MIN_CELLS.
+
+    Rare genes are left out, as is usual before this rule: thousands of genes of one count share one mean, and the local
+    fit is singular there.
+
+    sum over cells of min(x, c)² and of min(x, c), with c = mean + sd sqrt(n) and sd = 10^(loess / 2), give
+    (n mean² + sum min² - 2 mean sum min) / ((n - 1) sd²).
+    """
+    from skmisc.loess import loess  # compiled, and needed by this rule alone
+
+    counts = as_counts(counts)
+    n = counts.shape[0]
+    moments = gene_moments(chunks(counts), log_normalise=False)
+    varies = (moments.variance > 0) & (n - moments.n_zero >= MIN_CELLS)
+    mean = moments.mean
+    fit = loess(np.log10(mean[varies]), np.log10(moments.variance[varies]), span=0.3, degree=2)
+    try:
+        fit.fit()
+    except ValueError as error:
+        raise ValueError(
+            f"seurat_v3 cannot fit variance on mean of {int(varies.sum())} genes in {n} cells ({error}): too many "
+            "genes have equal means; give it more cells, or take gene_rule=variance"
+        ) from error
+    sd = np.ones_like(mean)
+    sd[varies] = np.sqrt(10**fit.outputs.fitted_values)
+    clipped = np.minimum(counts.data, (mean + sd * np.sqrt(n))[counts.indices])
+    total = np.bincount(counts.indices, weights=clipped, minlength=len(mean))
+    squares = np.bincount(counts.indices, weights=clipped**2, minlength=len(mean))
+    return np.where(varies, (n * mean**2 + squares - 2 * mean * total) / ((n - 1) * sd**2), 0.0)

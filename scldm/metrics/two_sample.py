@@ -1,4 +1,4 @@
-"""Can generated cells be told from real ones, and do they carry the label that they were asked for?
+"""Can generated cells be told from real ones?
 
 All work on points in a space fitted on real cells (see `projection`).
 
@@ -13,63 +13,11 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scldm.metrics.distances import squared_distance_blocks
-
-
-@dataclass(frozen=True)
-class LabelAgreement:
-    """How often a classifier trained on real cells gives a cell its own label."""
-
-    accuracy: float
-    macro_accuracy: float  # mean over classes of the share of the class that is recovered
-    chance: float  # share of the most frequent class among the scored cells
-    per_class: dict[str, float]
-    n_cells: int
-    n_unlabelled: int  # left out
-    classes: tuple[str, ...]
-    confusion: np.ndarray  # (asked for, predicted), cells
-
-
-def label_agreement(
-    train: np.ndarray, train_labels: np.ndarray, points: np.ndarray, labels: np.ndarray, *, n_neighbors: int
-) -> LabelAgreement:
-    """Accuracy of a k-nearest-neighbour classifier trained on real cells, scored on `points` (generated or held out).
-
-    Higher is better, and the ceiling is the same number on held-out real cells; well above it, generated cells are
-    more typical than real ones. Majority vote, Euclidean, PCA of log1p CP10k fitted on real. Cells without a label
-    (None) are left out and counted. Source: CFGen, scDiffusion (label agreement).
-    """
-    known, given = _labelled(train_labels), _labelled(labels)
-    if known.sum() < n_neighbors or not given.any():
-        raise ValueError(
-            f"label agreement needs at least {n_neighbors} labelled training cells and one labelled cell to score; "
-            f"got {int(known.sum())} and {int(given.sum())}"
-        )
-    knn = KNeighborsClassifier(n_neighbors=n_neighbors).fit(train[known], train_labels[known].astype(str))
-    truth, predicted = labels[given].astype(str), knn.predict(points[given])
-    classes = tuple(sorted({*knn.classes_.tolist(), *truth.tolist()}))
-    index = {c: i for i, c in enumerate(classes)}
-    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(confusion, ([index[t] for t in truth], [index[p] for p in predicted]), 1)
-    per_class = {c: float(confusion[i, i] / confusion[i].sum()) for c, i in index.items() if confusion[i].any()}
-    return LabelAgreement(
-        accuracy=float((truth == predicted).mean()),
-        macro_accuracy=float(np.mean(list(per_class.values()))),
-        chance=float(confusion.sum(1).max() / confusion.sum()),
-        per_class=per_class,
-        n_cells=int(given.sum()),
-        n_unlabelled=int((~given).sum()),
-        classes=classes,
-        confusion=confusion,
-    )
-
-
-def _labelled(labels: np.ndarray) -> np.ndarray:
-    return np.array([isinstance(v, str) for v in labels], dtype=bool)
 
 
 def classifier_auroc(real: np.ndarray, generated: np.ndarray, *, seed: int, n_folds: int = 5) -> float:

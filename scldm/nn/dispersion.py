@@ -1,4 +1,4 @@
-"""The inverse dispersion theta of genes: where training starts, and its maximum likelihood where training ends.
+"""The inverse dispersion theta of genes: its most probable value, given the means that a trained model decodes.
 
 Adam moves log theta by at most a learning rate a step, in a direction that is noise for most genes, so after a short
 training theta is still near where it began. Too small a theta makes cells that are too noisy to be told by type, and

@@ -5,6 +5,7 @@ Shape letters: b cells, g genes, m latent tokens, e latent width, d model width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from scldm.nn.likelihood import GeneSample, nb_nll, squared_error
 
 # Small, so that an untrained model is near the mean profile: with 1, a fifth of the training went by before it left it.
 EMBEDDING_STD = 0.05
+THETA_START = 10.0  # nearly a Poisson at the counts of single cells
 
 
 @dataclass(frozen=True)
@@ -56,29 +58,24 @@ class VAE(nn.Module):
         self.gene_bias = nn.Parameter(torch.zeros(n_genes)) if config.gene_bias else None
 
     @torch.no_grad()
-    def start_at(self, mean: Tensor, variance: Tensor, *, size_cv2: float = 0.0) -> None:
-        """Let an untrained model of ours (`gene_bias`) begin at the mean profile and dispersion of the training cells.
+    def start_at(self, mean: Tensor) -> None:
+        """Let an untrained model of ours (`gene_bias`) begin at the mean profile of the training cells.
 
-        A gene that no training cell expresses starts at a tenth of the rarest one, not at minus infinity. theta comes
-        by moments, within [0.1, 100]: of x ~ NB(p L, theta), E[x² - x] = p² E[L²] (1 + 1 / theta). What the library
-        sizes L vary by is thus not taken for dispersion.
+        A gene that no training cell expresses starts at a tenth of the rarest one, not at minus infinity. theta starts
+        at THETA_START for all: the spread of a marker gene between types is what the latents are to explain, and taken
+        for dispersion at the start it would hide the gene from them. Where training ends, theta is fitted
+        (`dispersion.fit_theta`).
 
         Args:
             mean: Mean count of each gene over the training cells, (g,).
-            variance: Variance of the same, (g,).
-            size_cv2: Squared coefficient of variation of the cells' library sizes.
         """
-        if mean.shape != (self.n_genes,) or variance.shape != mean.shape:
-            raise ValueError(
-                f"mean and variance must be ({self.n_genes},); got {tuple(mean.shape)}, {tuple(variance.shape)}"
-            )
+        if mean.shape != (self.n_genes,):
+            raise ValueError(f"mean must be ({self.n_genes},); got {tuple(mean.shape)}")
         if self.gene_bias is None:
             return
         self.gene_bias.copy_((mean.clamp(min=mean[mean > 0].min() / 10) / mean.sum()).log())
         if self.log_theta is not None:
-            expected = mean.square() * (1 + size_cv2)
-            theta = expected / (variance + mean.square() - mean - expected).clamp(min=1e-6)
-            self.log_theta.copy_(theta.clamp(0.1, 100).log())
+            self.log_theta.fill_(math.log(THETA_START))
 
     def encode(self, cells: CellBatch) -> Tensor:
         """Latents, (b, m, e)."""

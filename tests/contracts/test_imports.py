@@ -13,7 +13,7 @@ NEVER_IN_SCLDM = {"pipeline", "ray", "mlflow", "deepspeed", "tiledbsoma", "click
 ONLY_IN = {
     "tiledbsoma": ("pipeline/data/soma.py", "pipeline/data/soma_write.py", "pipeline/data/soma_export.py"),
     "deepspeed": ("pipeline/training/engine.py",),
-    "mlflow": ("pipeline/tracking.py",),
+    "mlflow": tuple(f"pipeline/mlflow_runs/{n}.py" for n in ("client", "delivery", "fetch", "predictor", "register")),
     "cellarium": ("pipeline/data/anndata.py",),
     "cellxgene_census": ("pipeline/data/census.py",),
 }
@@ -76,6 +76,18 @@ def test_a_heavy_library_is_imported_in_one_module(library, home):
         "sizes",
         "runner",
         "tracking",
+        "cli_mlflow",
+        "comparison/records",
+        "comparison/compare",
+        "comparison/text",
+        "mlflow_runs/client",
+        "mlflow_runs/delivery",
+        "mlflow_runs/fetch",
+        "mlflow_runs/register",
+        "mlflow_runs/runs",
+        "mlflow_runs/sync",
+        "system_metrics",
+        "spool",
     ],
 )
 def test_the_command_line_loads_nothing_heavy(module):

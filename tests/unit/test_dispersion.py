@@ -1,4 +1,4 @@
-"""Theta of genes: the start by moments, and the most probable value given the means."""
+"""Theta of genes: its most probable value, given the means."""
 
 from __future__ import annotations
 
@@ -120,20 +120,6 @@ def test_a_model_without_theta_of_genes_and_no_cells_are_refused(cells):
         fit_theta(model(head="nb_cell"), [cells])
     with pytest.raises(ValueError, match="no cells"):
         fit_theta(model(), [])
-
-
-def test_the_start_does_not_take_library_sizes_for_dispersion():
-    rng = np.random.default_rng(0)
-    size = rng.lognormal(7, 0.6, 50_000)
-    share, theta = np.array([2e-3, 5e-3, 2e-2]), np.array([2.0, 10.0, 40.0])
-    mu = size[:, None] * share
-    counts = rng.poisson(mu * rng.gamma(np.broadcast_to(theta, mu.shape)) / theta)
-    vae = VAE(VAEConfig(d_model=8, n_heads=2, n_heads_cross=2), n_genes=3)
-    mean, variance = (torch.from_numpy(x) for x in (counts.mean(0), counts.var(0)))
-    vae.start_at(mean, variance, size_cv2=float(size.var() / size.mean() ** 2))
-    np.testing.assert_allclose(vae.log_theta.detach().exp(), theta, rtol=0.35)
-    vae.start_at(mean, variance)
-    assert vae.log_theta.detach().exp().max() < 3, "without it, no gene seems less dispersed than the sizes"
 
 
 def test_entries_are_those_of_all_batches_by_gene(cells):

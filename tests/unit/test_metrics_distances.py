@@ -5,9 +5,11 @@ import itertools
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
+from scipy.optimize import linprog
 from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import wasserstein_distance
 from sklearn.metrics.pairwise import rbf_kernel
+from upstream_fixtures import load_fixture
 
 from scldm.metrics import distances as d
 
@@ -88,3 +90,48 @@ def test_clouds_of_different_width_and_nan_are_refused():
         d.energy_distance(np.zeros((3, 2)), np.zeros((3, 4)))
     with pytest.raises(ValueError, match="NaN"):
         d.mmd2_rbf(np.full((3, 2), np.nan), np.zeros((3, 2)))
+
+
+def test_weighted_pair_means_are_sums_over_pairs(clouds):
+    x, y = clouds
+    rng = np.random.default_rng(0)
+    u, v = rng.random((3, len(x))), rng.random((3, len(y)))
+    found = d.weighted_pair_means(x, y, [np.sqrt, d.rbf_sum((0.5, 2.0))], u=u, v=v)
+    distance = np.linalg.norm(x[:, None] - y, axis=-1)
+    kernel = np.exp(-(distance**2) / 0.5) + np.exp(-(distance**2) / 8)
+    expected = [[a @ k @ b for a, b in zip(u, v, strict=True)] for k in (distance, kernel)]
+    np.testing.assert_allclose(found, expected)
+    same = np.full((1, len(x)), 1 / len(x))
+    own = d.weighted_pair_means(x, x, [np.sqrt], u=same, v=same)
+    assert own[0, 0] == pytest.approx(np.linalg.norm(x[:, None] - x, axis=-1).mean())
+
+
+@pytest.mark.parametrize("space", ["counts", "lognorm", "scaled"])
+def test_kernels_and_exact_transport_are_those_that_upstream_recorded(space):
+    recorded = load_fixture("metrics")
+    x, y = (recorded[f"in/{space}/{side}"].double().numpy() for side in "xy")
+    expected = recorded[f"{space}/mix_rbf_ratio.f64"][1].item()
+    assert d.mmd2_rbf(x, y) == pytest.approx(expected, rel=1e-9, abs=1e-10)
+    scale = d.mmd2_rbf(x, y, (1 / np.sqrt(2 * 0.01),))  # upstream's exp(-scale |x - y|²)
+    assert scale == pytest.approx(recorded[f"{space}/mmd_rbf_scale0_01.f64"].item(), rel=1e-8, abs=1e-9)
+    for power in (1, 2):
+        exact = recorded.facts["scalars"][f"{space}/wasserstein{power}_emd_reg0.05.f64"]
+        assert d.matched(x, y, power=power, points=64) == pytest.approx(exact, rel=1e-6)
+
+
+def test_exact_transport_is_that_of_pot(clouds):
+    ot = pytest.importorskip("ot", reason="POT is not installed")
+    x, y = (c[:60] for c in clouds)
+    even = np.full(60, 1 / 60)
+    for power, metric in ((1, "euclidean"), (2, "sqeuclidean")):
+        cost = ot.emd2(even, even, ot.dist(x, y, metric=metric))
+        assert d.matched(x, y, power=power, points=60) == pytest.approx(cost ** (1 / power))
+
+
+def test_exact_transport_is_the_optimum_of_the_linear_program(clouds):
+    x, y = (c[:15] for c in clouds)
+    for power in (1, 2):
+        cost = np.linalg.norm(x[:, None] - y, axis=-1) ** power
+        sums = np.concatenate([np.kron(np.eye(15), np.ones(15)), np.kron(np.ones(15), np.eye(15))])
+        plan = linprog(cost.ravel(), A_eq=sums, b_eq=np.full(30, 1 / 15), method="highs")
+        assert d.matched(x, y, power=power, points=15) == pytest.approx(plan.fun ** (1 / power))

@@ -71,3 +71,17 @@ def test_zero_fraction_counts_stored_zeros_as_zeros():
 
 def test_ks_is_the_largest_gap():
     assert ex.ks_statistic(np.array([1, 2, 3, 4]), np.array([3, 4, 5, 6])) == 0.5
+
+
+def test_moments_and_ks_of_halves_are_those_of_the_cells_in_them(counts):
+    chosen = np.random.default_rng(0).random((4, 90)) < 0.5
+    weights = chosen / chosen.sum(1, keepdims=True)
+    found = ex.weighted_gene_moments(ex.log1p_cp10k(counts), weights)
+    size = ex.library_sizes(counts)
+    ks = ex.weighted_ks(size, size[:30] + 3, weights, np.full((4, 30), 1 / 30))
+    for rows, moments, gap in zip(chosen, found, ks, strict=True):
+        direct = ex.gene_moments([counts[rows]])
+        np.testing.assert_allclose(moments.mean, direct.mean)
+        np.testing.assert_allclose(moments.m2, direct.m2, atol=1e-9)
+        np.testing.assert_array_equal(moments.n_zero, direct.n_zero)
+        assert gap == pytest.approx(ex.ks_statistic(size[rows], size[:30] + 3))

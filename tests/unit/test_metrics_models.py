@@ -3,25 +3,15 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from metric_cells import cells, comparison
 from sklearn.decomposition import PCA
 
-from scldm.metrics.baselines import LabelBaseline, halves, select_like
-from scldm.metrics.compare import CellSet, CompareSettings, compare
+from scldm.metrics.baselines import LabelBaseline, Pools, halves, select_like, shuffled
+from scldm.metrics.cell_set import CellSet
 from scldm.metrics.expression import log1p_cp10k
-from scldm.metrics.projection import RealSpace
-from scldm.metrics.reconstruction import correlations, reconstruction_scores
-
-N_GENES = 40
-
-
-def cells(n: int, seed: int, *, scale: float = 1.0) -> CellSet:
-    """Two types; each has its own half of the genes high. `scale` multiplies five genes of middling expression."""
-    rng = np.random.default_rng(seed)
-    types = np.arange(n) % 2
-    rate = np.where((np.arange(N_GENES) % 2) == types[:, None], 6.0, 1.0) * np.linspace(0.2, 2, N_GENES)
-    rate[:, 20:25] *= scale
-    labels = np.array(["even", "odd"], dtype=object)[types]
-    return CellSet(sp.csr_matrix(rng.poisson(rate * rng.lognormal(0, 0.3, (n, 1)))), {"type": labels})
+from scldm.metrics.projection import RealSpace, most_variable
+from scldm.metrics.reconstruction import correlations, reconstruction_scores, reconstruction_table, zero_accuracy
+from scldm.metrics.resampling import Halves
 
 
 def test_correlations_equal_numpy_and_leave_constant_genes_out():
@@ -110,13 +100,79 @@ def test_selection_has_the_wanted_composition_and_names_what_is_short():
 
 def test_floor_is_nearer_than_a_shifted_set_on_every_distance():
     real, floor, shifted, reference = cells(200, 1), cells(200, 2), cells(200, 3, scale=12), cells(400, 4)
-    space = RealSpace.fit(reference.counts, n_top_genes=30, n_pcs=5, seed=0)
-    settings = CompareSettings(n_neighbors=5, transport_cells=150, seed=0)
-    near, far = (compare(real, c, reference=reference, space=space, settings=settings) for c in (floor, shifted))
+    found = comparison(real, reference).all_scores({"floor": floor, "shifted": shifted})
+    near, far = found["floor"].scores, found["shifted"].scores
     assert near.keys() == far.keys()
     for name, score in near.items():
-        if score.group == "distance":
+        if score.group == "distance" or name.startswith(("conditional_w", "conditional_m", "conditional_f")):
             assert score.value < far[name].value, name
     assert near["label_accuracy.type"].value > 0.95
     assert near["gene_mean_r2"].value > 0.9 > far["gene_mean_r2"].value
     assert abs(near["auroc"].value - 0.5) < 0.1 < far["auroc"].value - 0.5
+
+
+def test_genes_of_seurat_v3_are_those_of_scanpy():
+    import scanpy as sc
+    from anndata import AnnData
+
+    rng = np.random.default_rng(0)
+    rate = rng.lognormal(-1, 1.5, 400) * rng.gamma(rng.uniform(0.3, 3, 400), size=(300, 400))
+    counts = sp.csr_matrix(rng.poisson(rate).astype(np.float64))
+    theirs = sc.pp.highly_variable_genes(AnnData(counts), flavor="seurat_v3", n_top_genes=60, inplace=False)
+    ours = most_variable(counts, 60, "seurat_v3")
+    assert ours.tolist() == np.flatnonzero(theirs["highly_variable"].to_numpy()).tolist()
+    assert ours.tolist() != most_variable(counts, 60, "variance").tolist()
+
+
+def test_baselines_take_the_combination_of_labels_and_the_first_label_where_that_is_rare():
+    labels = {
+        "type": np.array(["a"] * 40 + ["b"] * 10, dtype=object),
+        "day": np.array(["1"] * 30 + ["2"] * 20, dtype=object),
+    }
+    reference = CellSet(sp.csr_matrix(np.ones((50, 3))), labels)
+    asked = {"type": np.array(["a", "a", "b", "c"], dtype=object), "day": np.array(["1", "2", "2", "2"], dtype=object)}
+    pools = Pools.like(reference, CellSet(sp.csr_matrix(np.ones((4, 3))), asked), ["type", "day"])
+    members = [pools.members[name].tolist() for name in pools.wanted]
+    assert members == [list(range(30)), list(range(40)), list(range(40, 50)), list(range(50))]
+    drawn = pools.draw(np.random.default_rng(0))
+    assert all(cell in pool for cell, pool in zip(drawn, members, strict=True))
+
+
+def test_no_training_cell_is_taken_twice_before_all_were():
+    labels = np.array(["a"] * 6, dtype=object)
+    reference, asked = (CellSet(sp.csr_matrix(np.ones((n, 2))), {"type": labels[:n]}) for n in (4, 6))
+    taken = Pools.like(reference, asked, ["type"]).draw_each_once(np.random.default_rng(0))
+    assert sorted(taken[:4]) == [0, 1, 2, 3]
+
+
+def test_shuffled_genes_keep_their_values_in_each_class_and_nothing_else():
+    real = cells(300, 0)
+    types = real.labels["type"]
+    drawn = shuffled(real.counts, types, np.random.default_rng(0))
+    for name in ("even", "odd"):
+        a, b = (np.sort(m[types == name].toarray(), axis=0) for m in (real.counts, drawn))
+        np.testing.assert_array_equal(a, b)
+    size = [np.asarray(m.sum(1)).ravel().std() for m in (real.counts, drawn)]
+    assert size[1] < 0.6 * size[0]  # the cells' own library sizes are gone
+
+
+def test_reconstruction_on_draws_agrees_with_numpy_and_lies_below_that_on_means():
+    rng = np.random.default_rng(0)
+    mu = rng.gamma(2.0, 2.0, (80, 12))
+    counts, draws = (sp.csr_matrix(rng.poisson(mu)) for _ in range(2))
+    halves = Halves.draw(np.full(80, "", dtype=object), 10, rng)
+    table = reconstruction_table(counts, mu, halves, refits=5, nll=np.arange(80.0), draws=draws)
+    x, y = (log1p_cp10k(m).toarray() for m in (counts, draws))
+    by_gene = np.mean([np.corrcoef(x[:, g], y[:, g])[0, 1] for g in range(12)])
+    assert table["reconstruction_gene_pearson_draws"].value == pytest.approx(by_gene)
+    assert table["reconstruction_mse_draws"].value == pytest.approx(((x - y) ** 2).mean())
+    assert table["reconstruction_gene_pearson"].value > by_gene
+    plain = reconstruction_scores(counts, mu, np.arange(80.0))
+    assert table["reconstruction_cell_pearson"].value == pytest.approx(plain.cell_pearson)
+    assert table["reconstruction_nll"].value == 39.5
+    assert all(np.isfinite(score.half_width) for score in table.values())
+
+
+def test_zero_accuracy_counts_zeros_and_non_zeros_in_place():
+    a, b = np.array([[0, 1, 2, 0]]), np.array([[0, 5, 0, 3]])
+    assert zero_accuracy(sp.csr_matrix(a), sp.csr_matrix(b)).tolist() == [0.5]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from scldm.metrics import two_sample as t
+from scldm.metrics.labels import LabelJudges, label_agreement
 
 RNG = np.random.default_rng
 
@@ -49,7 +50,7 @@ def test_label_agreement_counts_by_class_and_leaves_unlabelled_cells_out():
     train_labels = np.array(["a"] * 20 + ["b"] * 20, dtype=object)
     points = np.array([[0, 0], [0, 1], [50, 50], [50, 51], [50, 50]], dtype=float)
     labels = np.array(["a", "b", "b", "b", None], dtype=object)
-    agreement = t.label_agreement(train, train_labels, points, labels, n_neighbors=3)
+    agreement = label_agreement(train, train_labels, points, labels, n_neighbors=3)
     assert agreement.accuracy == 0.75
     assert agreement.per_class == {"a": 1.0, "b": pytest.approx(2 / 3)}
     assert agreement.macro_accuracy == pytest.approx(5 / 6)
@@ -60,5 +61,32 @@ def test_label_agreement_counts_by_class_and_leaves_unlabelled_cells_out():
 
 def test_a_class_unseen_in_training_is_never_recovered():
     train, labels = RNG(0).normal(size=(9, 2)), np.array(["a"] * 9, dtype=object)
-    agreement = t.label_agreement(train, labels, train[:2], np.array(["a", "new"], dtype=object), n_neighbors=3)
+    agreement = label_agreement(train, labels, train[:2], np.array(["a", "new"], dtype=object), n_neighbors=3)
     assert agreement.per_class == {"a": 1.0, "new": 0.0}
+
+
+def test_both_classifiers_are_those_of_scikit_learn_and_score_every_half():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train, points = RNG(0).normal(size=(90, 3)), RNG(1).normal(size=(40, 3))
+    classes = np.array(["a", "b", "c"], dtype=object)
+    train_labels, labels = classes[(train[:, 0] > 0).astype(int) + (train[:, 1] > 1)], classes[np.arange(40) % 3]
+    weights = RNG(2).random((7, 40))
+    scores = LabelJudges(train, {"kind": train_labels}, n_neighbors=5).scores(points, {"kind": labels}, weights)
+    scaled = (train - train.mean(0)) / train.std(0), (points - train.mean(0)) / train.std(0)
+    for prefix, model, x, y in (
+        ("label", KNeighborsClassifier(5), train, points),
+        ("label_logistic", LogisticRegression(max_iter=500), *scaled),
+    ):
+        right = model.fit(x, train_labels.astype(str)).predict(y) == labels
+        score = scores[f"{prefix}_accuracy.kind"]
+        assert score.value == pytest.approx(right.mean())
+        np.testing.assert_allclose(score.replicates, weights @ right / weights.sum(1))
+        recalls = [np.average(right[labels == c], weights=weights[0, labels == c]) for c in classes]
+        assert scores[f"{prefix}_macro_accuracy.kind"].replicates[0] == pytest.approx(np.mean(recalls))
+
+
+def test_a_label_that_no_cell_has_gets_no_score():
+    judges = LabelJudges(RNG(0).normal(size=(20, 2)), {"kind": np.array(["a", "b"] * 10, dtype=object)}, n_neighbors=3)
+    assert judges.scores(np.zeros((2, 2)), {"kind": np.array([None, None])}) == {}

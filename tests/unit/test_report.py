@@ -1,19 +1,29 @@
 """The in-memory evaluation, its pictures, and the HTML report."""
 
+import json
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
+from rich.console import Console
 
 from pipeline.job import EvaluateConfig
 from pipeline.report import figures
-from pipeline.report.evaluation import NB, POISSON, Decoded, evaluate
+from pipeline.report.bars import bar_svg, colors
+from pipeline.report.evaluation import BASELINES, COPIES, NB, POISSON, SHUFFLED, Decoded, evaluate
 from pipeline.report.gallery import gallery
-from pipeline.report.html import MAX_BYTES, MetricRow, Picture, ReportInputs, write_report
-from scldm.metrics.compare import Score
+from pipeline.report.html import MAX_BYTES, Picture, ReportInputs, write_report
+from pipeline.report.outputs import print_key_figures, write_tables
+from pipeline.report.parts import EvaluationError
+from pipeline.report.rows import MetricRow
+from scldm.metrics.expression import chunks
+from scldm.metrics.score import Score
+from scldm.metrics.streaming import stream
 
-CONFIG = EvaluateConfig(n_pcs=4, n_top_genes=30, n_neighbors=5, umap=False)
+CONFIG = EvaluateConfig(n_pcs=4, n_top_genes=30, n_neighbors=5, min_class_cells=15, resamples=10, refits=5, umap=False)
 EVIL = "<script>alert(1)</script>"
 CURVES = {
     "train_vae": [
@@ -34,10 +44,22 @@ def toy(n: int, seed: int, *, classes: tuple[str, ...] = ("a", "b", EVIL)) -> An
 @pytest.fixture(scope="module")
 def result():
     held_out = toy(60, 0)
-    decoded = Decoded(np.arange(30), held_out.X[:30].toarray() + 0.1, np.full(30, 70.0))
+    means = held_out.X[:30].toarray() + 0.1
+    draws = sp.csr_matrix(np.random.default_rng(0).poisson(means))
+    decoded = Decoded(np.arange(30), means, np.full(30, 70.0), draws)
+    made = toy(150, 2)
+    streamed = stream(chunks(sp.csr_matrix(made.X)), np.full(150, 1 / 150))
     return evaluate(
-        held_out=held_out, training=toy(240, 1), generated=toy(150, 2), labels=["kind"], config=CONFIG, decoded=decoded
-    )
+        held_out=held_out, training=toy(240, 1), generated=made, labels=["kind"], config=CONFIG, decoded=decoded,
+        extra={EVIL: worse(150, 5)}, streamed=streamed,
+    )  # fmt: skip
+
+
+def worse(n: int, seed: int) -> AnnData:
+    """Cells of no type: every label has the genes of all."""
+    cells = toy(n, seed)
+    cells.obs["kind"] = cells.obs["kind"].to_numpy()[np.random.default_rng(0).permutation(n)]
+    return cells
 
 
 def test_cells_of_the_real_law_are_scored_as_good_as_real(result):
@@ -45,13 +67,95 @@ def test_cells_of_the_real_law_are_scored_as_good_as_real(result):
     assert result.generated["gene_mean_r2"].value > 0.95
     assert result.generated["label_accuracy.kind"].value > 0.95
     assert result.chance["kind"] == pytest.approx(1 / 3)
-    assert result.generated["reconstruction_nll"].value == 70
+    assert result.generated["reconstruction_nll"].value == pytest.approx(70)
     assert (
         result.generated["reconstruction_gene_pearson"].value
         > result.baselines[POISSON]["reconstruction_gene_pearson"].value
     )
-    assert set(result.baselines) == {POISSON, NB}
+    assert list(result.baselines) == [*BASELINES, EVIL]
     assert not result.notes
+
+
+def test_all_candidates_have_the_rows_that_are_of_cells_and_intervals_in_them(result):
+    rows = {row.name: row for row in result.rows}
+    of_cells = [r for r in result.rows if r.score.group not in ("reconstruction", "streamed")]
+    assert all(set(r.baselines) == {*BASELINES, EVIL} for r in of_cells)
+    assert all(s.half_width is not None for r in of_cells if r.score.group != "label" for s in r.all.values())
+    assert rows["streamed_gene_mean_r2"].floor.value > 0.9
+    assert set(rows["reconstruction_mse_draws"].baselines) == {POISSON, NB}
+    assert rows["memorisation_share"].baselines[COPIES].value == 1
+    assert rows["memorisation_share"].score.value < 0.2
+    assert rows["library_size_ks"].baselines[SHUFFLED].value > rows["library_size_ks"].score.value
+
+
+def test_an_extra_candidate_is_scored_and_judged_as_any_other(result):
+    row = next(r for r in result.rows if r.name == "conditional_w2.kind")
+    assert row.against(EVIL) == "nearer"
+    assert f"than {EVIL} in" in result.verdict
+    assert "no sign of copies" in result.verdict
+    alone = evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=worse(150, 5), labels=["kind"], config=CONFIG)
+    # The same cells, matched by another stream of random numbers.
+    assert alone.generated["conditional_w2.kind"].value == pytest.approx(row.baselines[EVIL].value, rel=0.15)
+
+
+def test_extra_candidates_need_names_and_labels_of_their_own():
+    given = {"held_out": toy(60, 0), "training": toy(240, 1), "generated": toy(150, 2), "labels": ["kind"]}
+    with pytest.raises(ValueError, match="per-label NB is taken"):
+        evaluate(**given, config=CONFIG, extra={NB: toy(90, 3)})
+    unlabelled = toy(90, 3)
+    unlabelled.obs["kind"] = np.nan
+    with pytest.raises(ValueError, match="for every cell: scVI lacks kind"):
+        evaluate(**given, config=CONFIG, extra={"scVI": unlabelled})
+    with pytest.raises(ValueError, match=r"scVI cells must have the 36 genes .* got 30"):
+        evaluate(**given, config=CONFIG, extra={"scVI": toy(90, 3)[:, :30]})
+    control = CONFIG.model_copy(update={"control": {"drug": "none"}})
+    with pytest.raises(ValueError, match=r"evaluate\.control names drug, which is no label .* there are kind"):
+        evaluate(**given, config=control)
+
+
+def test_too_few_cells_of_the_held_out_classes_are_named():
+    few = toy(90, 3, classes=("a", "x"))
+    with pytest.raises(EvaluationError, match=r"at least 16 cells a side.* there are 6 generated"):
+        evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=few[:12], labels=["kind"], config=CONFIG)
+
+
+def test_tables_hold_every_candidate_with_its_interval(result, tmp_path, capsys):
+    write_tables(tmp_path, result)
+    table = pd.read_csv(tmp_path / "metrics.csv").set_index("metric")
+    assert table.loc["w2", "generated_low"] <= table.loc["w2", "generated"] <= table.loc["w2", "generated_high"]
+    assert set(table["against per-label NB"].dropna()) <= {"nearer", "farther", "not told apart"}
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["baselines"] == [*BASELINES, EVIL]
+    assert {r["metric"] for r in written["rows"]} == {r.name for r in result.rows}
+    classes = pd.read_csv(tmp_path / "classes.csv")
+    assert set(classes["candidate"]) == {"generated", "floor", *BASELINES, EVIL}
+    assert set(classes["class"]) == {"a", "b", EVIL}
+    print_key_figures(result, Console(width=250))
+    printed = capsys.readouterr().out
+    assert "±" in printed
+    assert "against per-label NB" in printed
+
+
+def test_protocols_own_their_settings():
+    assert EvaluateConfig(protocol="cfgen").gene_rule == "seurat_v3"
+    assert EvaluateConfig(protocol="cfgen", n_pcs=30).class_average == "classes"
+    again = EvaluateConfig.model_validate(EvaluateConfig(protocol="paper").model_dump())
+    assert again.space_from == "held_out"
+    with pytest.raises(
+        ValueError, match=r"protocol \(cfgen\) owns these settings: n_pcs is 30 in it, got 50; gene_rule"
+    ):
+        EvaluateConfig(protocol="cfgen", n_pcs=50, gene_rule="variance")
+    with pytest.raises(ValueError, match=r"refits \(30\) must not exceed resamples \(20\)"):
+        EvaluateConfig(refits=30, resamples=20)
+
+
+def test_a_protocol_changes_the_space_and_says_what_is_not_known():
+    few = {"n_neighbors": 5, "resamples": 5, "refits": 5, "min_class_cells": 15, "umap": False}
+    given = {"held_out": toy(60, 0), "training": toy(240, 1), "generated": toy(150, 2), "labels": ["kind"]}
+    found = evaluate(**given, config=EvaluateConfig(protocol="paper", **few))
+    assert "not published" in found.facts["protocol"]
+    assert found.facts["PCA"].startswith("30 components fitted on held-out cells")
+    assert "conditional_w1.kind" in found.generated
 
 
 def test_same_seed_same_numbers(result):
@@ -67,7 +171,10 @@ def test_missing_classes_and_missing_labels_are_said_aloud():
         labels=["kind"],
         config=CONFIG,
     )
-    assert lacking.notes == [f"Too few generated cells to match the held-out composition, missing: {EVIL} (20)."]
+    assert lacking.notes == [
+        f"Too few generated cells to match the held-out composition, missing: {EVIL} (20).",
+        f"Too few cells for scores within classes of kind (real, generated): {EVIL} (20, 0).",
+    ]
     unlabelled = toy(90, 2)
     unlabelled.obs["kind"] = np.nan
     free = evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=unlabelled, labels=["kind"], config=CONFIG)
@@ -88,34 +195,49 @@ def test_bad_inputs_are_named():
 
 def test_report_is_one_small_file_that_escapes_labels_and_needs_no_network(result, tmp_path):
     pictures = list(gallery(result, CONFIG, CURVES))
-    assert [p.name for p in pictures] == ["embedding", "genes", "cells", "labels_kind", "training"]
+    assert [p.name for p in pictures] == ["embedding", "genes", "cells", "labels_kind", "conditional_kind", "training"]
     assert all(p.png.startswith(b"\x89PNG") for p in pictures)
     stage = {"stage": "ingest", "version": "abc", "seconds": "1.0", "finished": "now", "detail": {"config": EVIL}}
     inputs = ReportInputs(
         title="t", verdict=f"{result.verdict} {EVIL}", notes=[EVIL], facts=result.facts, rows=result.rows,
-        baseline_names=list(result.baselines), pictures=pictures, provenance=[stage], reproduce=f"run {EVIL}",
+        baseline_names=list(result.baselines), yardstick=NB, pictures=pictures,
+        provenance=[stage], reproduce=f"run {EVIL}",
     )  # fmt: skip
     write_report(tmp_path / "report.html", inputs)
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert "http" not in text
+    assert text.count("<svg") > 40
+    assert "not told apart" in text
     assert len(text) < MAX_BYTES
 
 
 def test_a_report_above_its_limit_is_refused(tmp_path):
     big = Picture("big", "big", "", b"\x00" * MAX_BYTES)
-    empty = ReportInputs("t", "v", [], {}, [], [], [big], [], "")
+    empty = ReportInputs("t", "v", [], {}, [], [], "", [big], [], "")
     with pytest.raises(ValueError, match=r"big 5,000,000"):
         write_report(tmp_path / "r.html", empty)
 
 
-def test_nearer_means_distance_from_the_floor_to_either_side():
-    score = lambda v: Score(v, "lower", 0.0, "distance", "d")  # noqa: E731
-    row = lambda v: MetricRow("d", score(v), score(1.0), {"b": score(3.0)})  # noqa: E731
-    assert [row(v).nearer for v in (1.0, 2.0, 0.0, 4.0)] == [True, True, True, False]
-    assert row(2.0).position == 0.5
-    assert MetricRow("d", score(1.0)).nearer is None
+def test_a_bar_goes_from_the_floor_to_the_score_and_far_ones_do_not_flatten_the_rest():
+    score = lambda v: Score(v, "lower", 0.0, "distance", "d", np.array([v - 0.1, v + 0.1, v]))  # noqa: E731
+    scores = {"generated": score(2.0), "floor": score(1.0), "a": score(3.0), "b": score(2.5), "c": score(1000.0)}
+    svg = bar_svg(scores, colors(list(scores)))
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="5"', svg)]
+    generated, a, b, c = widths
+    assert a == pytest.approx(2 * generated, abs=0.3)
+    assert b == pytest.approx(1.5 * generated, abs=0.3)
+    assert c < 4 * generated
+    assert "Z" in svg  # the triangle of what is beyond
+    assert bar_svg({"generated": score(1.0)}, colors([])) == ""
+
+
+def test_rows_without_floor_or_resamples_get_no_verdict():
+    score = Score(1.0, "lower", 0.0, "distance", "d")
+    assert MetricRow("d", score).against("b") is None
+    assert MetricRow("d", score, score, {"b": score}).against("b") is None
+    assert MetricRow("d", score, score).at_floor is None
 
 
 def test_a_class_keeps_its_colour_whatever_the_order():

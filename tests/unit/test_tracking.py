@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from pipeline import tracking as tracking_module
 from pipeline.job import EvaluateJob, TrackingConfig
+from pipeline.mlflow_runs.client import clean_key, clean_keys
+from pipeline.provenance import IDS, lineage, read_ids, settings_behind
 from pipeline.spool import SpooledWriter
-from pipeline.stage import Manifest
-from pipeline.tracking import IDS, SPOOL, NullTracker, StageTracker, Tracking, mlflow_client
+from pipeline.stage import Manifest, write_manifest
+from pipeline.system_metrics import node_metrics
+from pipeline.tracking import SPOOL, NullTracker, StageTracker, Tracking, mlflow_client
 
 DEAD = "http://127.0.0.1:9"
 
 
 def job(uri: str | None = None) -> EvaluateJob:
-    return EvaluateJob(kind="evaluate", name="demo", tracking=TrackingConfig(uri=uri))
+    return EvaluateJob(kind="evaluate", name="demo", seed=3, tracking=TrackingConfig(uri=uri))
 
 
 def stage_folder(root: Path, version: str = "0a1b2c") -> Path:
@@ -28,8 +34,21 @@ def stage_folder(root: Path, version: str = "0a1b2c") -> Path:
 
 
 def open_stage(tracking: Tracking, folder: Path) -> StageTracker:
-    ingest = Manifest("ingest", "feed12", "/x", {}, {}, {}, 1.0, 1.0, {"run_id": "r1"})
+    facts = {
+        "digest": "d1635" * 10, "census_version": "2025-01-30", "n_cells": {"train": 90, "validation": 10, "test": 5},
+        "n_genes": 7, "labels": ["cell_type"], "soma_uri": "s3://cells",
+    }  # fmt: skip
+    config = {"source": {"type": "census"}}
+    ingest = Manifest("ingest", "feed12", "/x", config, {}, facts, 1.0, 1.0, {"run_id": "r1"})
     return tracking.stage("train_vae", folder.name, folder, {"train": {"max_steps": 3}}, {"ingest": ingest})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience():
+    """To import mlflow and to make a database takes seconds, and half a minute where others use the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking_module, "CLOSE_SECONDS", 90.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +90,49 @@ def test_a_stage_is_a_child_of_its_pipeline_with_params_metrics_tags_and_artifac
     assert client.get_run(ids["parent_run_id"]).info.status == "FINISHED"
     assert tracker.ids()["run_id"] == ids["run_id"]
     assert not (folder / SPOOL).exists()
+
+
+def test_a_run_says_where_it_comes_from(store):
+    """Needs the run of the test before."""
+    ids = read_ids(stage_folder(store))
+    client = mlflow_client(f"sqlite:///{store}/mlflow.db")
+    run = client.get_run(ids["run_id"])
+    tags = run.data.tags
+    assert run.info.run_name == "train_vae-demo-0a1b2c-s3"
+    assert tags["scldm.data_digest"] == "d1635" * 10
+    assert tags["scldm.census_version"] == "2025-01-30"
+    assert {"scldm.code_version", "scldm.torch_version", "scldm.config_hash", "scldm.output_uri"} <= set(tags)
+    note = tags["mlflow.note.content"].split("\n\n")
+    assert len(note) == 5
+    assert f"[ingest](#/experiments/{ids['experiment_id']}/runs/r1)" in note[1]
+    assert "`d1635d1635d1`, Census 2025-01-30" in note[2]
+    files = {f.path for d in ("config", "env") for f in client.list_artifacts(ids["run_id"], d)}
+    assert files == {"config/config.yaml", "env/packages.txt"}
+
+
+def test_the_data_sets_of_a_run_are_described_and_not_read(store):
+    """Needs the run of the first test."""
+    run = mlflow_client(f"sqlite:///{store}/mlflow.db").get_run(read_ids(stage_folder(store))["run_id"])
+    found = {x.tags[0].value: x.dataset for x in run.inputs.dataset_inputs}
+    assert set(found) == {"train", "validation"}
+    assert found["train"].name == "demo/train"
+    assert found["train"].digest == "d1635d1635d1635d"
+    assert found["train"].source_type == "census"
+    assert json.loads(found["train"].profile) == {"num_rows": 90, "num_elements": 630}
+    assert json.loads(found["validation"].source)["soma_uri"] == "s3://cells"
+
+
+def test_an_evaluation_carries_the_settings_of_all_that_it_was_made_from(tmp_path):
+    def made(stage: str, config: dict, inputs: dict[str, str]) -> Manifest:
+        folder = tmp_path / stage / "v"
+        folder.mkdir(parents=True)
+        manifest = Manifest(stage, "v", str(folder), config, inputs, {}, 1.0, 1.0)
+        write_manifest(manifest)
+        return manifest
+
+    made("train_flow", {"train": {"max_steps": 7}}, {})
+    cells = made("generate", {"seed": 1}, {"train_flow": "v"})
+    assert settings_behind({"generate": cells}) == {"generate": {"seed": 1}, "train_flow": {"train": {"max_steps": 7}}}
 
 
 def test_a_rerun_continues_the_same_runs(store):
@@ -118,6 +180,9 @@ class Stuck:
     def __init__(self, folder: Path) -> None:
         self.name, self.spool = "stuck", folder / SPOOL
 
+    def spools(self):
+        return []
+
     def send(self, records):
         time.sleep(60)
 
@@ -149,3 +214,54 @@ def test_the_null_tracker_has_the_same_methods():
     null.metrics({"a": float("nan")}, step=1)
     null.finish("FAILED")
     assert isinstance(StageTracker.attach(null.spec()), NullTracker)
+
+
+def test_a_flow_names_the_run_and_the_weights_of_the_vae_that_it_was_built_on(tmp_path):
+    vae = tmp_path / "train_vae"
+    (vae / "model").mkdir(parents=True)
+    (vae / "model" / "model.safetensors").write_bytes(b"weights")
+    (vae / IDS).write_text(json.dumps({"run_id": "r2"}))
+    tags = lineage({"train_vae": {"version": "v1", "folder": str(vae), "model": "model"}})
+    assert tags["scldm.vae_run_id"] == "r2"
+    assert tags["scldm.vae_ckpt_sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [("a/b c", "a/b c"), ("CD4+, T", "CD4__ T"), ("../x", "x"), ("a//./b/", "a/b"), ("/", "_"), ("", "_")],
+)
+def test_keys_fit_mlflow(given, key):
+    assert clean_key(given) == key
+
+
+def test_keys_that_would_become_one_stay_apart():
+    assert sorted(clean_keys({"CD4+": 1, "CD4?": 2}).values()) == [1, 2]
+    keys = {clean_key("x" * 300 + end) for end in "ab"}
+    assert {len(k) for k in keys} == {250}
+    assert len(keys) == 2
+
+
+def test_a_machine_is_sampled_through_the_tracker(tmp_path):
+    class Told(NullTracker):
+        def __init__(self):
+            self.values = []
+
+        def system(self, values):
+            self.values.append(values)
+
+    tracker = Told()
+    with node_metrics({"folder": str(tmp_path), "uri": DEAD}, tracker, rank=0, interval=0.05):
+        time.sleep(0.5)
+    n = len(tracker.values)
+    assert n >= 3
+    assert 0 <= tracker.values[0]["system/cpu_utilization_percentage"] <= 100
+    assert tracker.values[0]["system/system_memory_usage_megabytes"] > 100
+    time.sleep(0.2)
+    assert len(tracker.values) == n  # it ends with the training
+
+
+def test_one_process_of_a_machine_samples_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    before = threading.active_count()
+    with node_metrics({"folder": str(tmp_path), "uri": DEAD}, NullTracker(), rank=3):
+        assert threading.active_count() == before

@@ -12,7 +12,7 @@ from scldm.batch import CellBatch
 from scldm.nn.config import VAEConfig
 from scldm.nn.likelihood import GeneSample, gene_probabilities, nb_log_prob, nb_nll, sample_genes
 from scldm.nn.pooling import pool_cells, pool_padded
-from scldm.nn.vae import VAE
+from scldm.nn.vae import THETA_START, VAE
 
 
 def small_vae(seed: int = 0, **choices) -> VAE:
@@ -139,10 +139,11 @@ def test_an_untrained_model_starts_at_the_mean_profile():
     torch.manual_seed(0)
     vae = VAE(VAEConfig(), n_genes=30)
     mean = torch.rand(30) + 0.1
-    vae.start_at(mean, mean * 2)
+    vae.start_at(mean)
+    assert torch.allclose(vae.log_theta.exp(), torch.tensor(THETA_START))
     torch.testing.assert_close(vae.gene_bias.softmax(0), mean / mean.sum())
     with pytest.raises(ValueError, match=r"must be \(30,\)"):
-        vae.start_at(mean[:5], mean[:5])
+        vae.start_at(mean[:5])
 
 
 def test_the_pad_limit_of_an_upstream_model_is_said():

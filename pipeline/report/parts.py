@@ -1,0 +1,147 @@
+"""Who is compared with whom: cells by the role they play, cut to the number and composition of the held-out ones.
+
+Neither sample size nor composition is then taken for a fault of the cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from anndata import AnnData
+
+from pipeline.job import EvaluateConfig
+from scldm.metrics import expression
+from scldm.metrics.baselines import Selection, select_like
+from scldm.metrics.cell_set import CellSet, shown
+from scldm.metrics.projection import RealSpace
+
+SHORT_NAMED = 5  # classes named in a note
+MIN_CELLS = 16  # a side: halves of fewer have too few neighbours and folds
+
+
+class EvaluationError(ValueError):
+    """Cells or settings that cannot be evaluated; the message says what, and what is needed."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Cells by the role they play."""
+
+    real: CellSet  # held out
+    reference: CellSet  # training cells that fit the label classifiers and the baselines, and the space unless told so
+    floor: CellSet  # other training cells, as many as held out
+    generated: CellSet  # as many as held out, of the same composition
+    all_generated: CellSet
+    extra: Mapping[str, CellSet]  # candidates besides, cut like the generated ones
+    given: tuple[str, ...]  # labels that every generated cell has
+    notes: tuple[str, ...]
+    space: RealSpace
+
+
+def cell_set(adata: AnnData, labels: Sequence[str]) -> CellSet:
+    """Counts and labels of an AnnData; a missing label value becomes None."""
+    missing = [name for name in labels if name not in adata.obs]
+    if missing:
+        raise EvaluationError(f"obs lacks {', '.join(missing)}; it has {', '.join(adata.obs.columns) or 'no columns'}")
+    return CellSet(expression.as_counts(adata.X), {n: class_names(adata.obs[n]) for n in labels})
+
+
+def class_names(column: Sequence[object]) -> np.ndarray:
+    """Of a column of obs, (n,): None where there is no name."""
+    return np.array([v if isinstance(v, str) else None for v in column], dtype=object)
+
+
+def split_parts(
+    held_out: AnnData,
+    training: AnnData,
+    generated: AnnData,
+    extra: Mapping[str, AnnData],
+    *,
+    labels: Sequence[str],
+    config: EvaluateConfig,
+    rng: np.random.Generator,
+) -> Parts:
+    """Give every cell its role. Classes that are short of cells are named in the notes."""
+    _check(held_out, {"training": training, "generated": generated, **extra}, labels)
+    real, train, made = (cell_set(a, labels) for a in (held_out, training, generated))
+    others = {name: cell_set(a, labels) for name, a in extra.items()}
+    given = tuple(n for n in labels if all(isinstance(v, str) for v in made.labels[n]))
+    notes = [
+        f"Generated cells lack {n} in part or altogether: that label is not matched." for n in set(labels) - {*given}
+    ]
+    _check_extra(others, given)
+    wanted = real.crossed(given)
+    chosen, selections = {}, {}
+    for what, cells in {"generated": made, "training (floor)": train, **others}.items():
+        selection = select_like(cells.crossed(given), wanted, rng)
+        chosen[what], selections[what] = cells[selection.indices], selection
+        notes += _short(what, selection)
+    _check_numbers(real, chosen)
+    rest = np.setdiff1d(np.arange(train.n_cells), selections["training (floor)"].indices)
+    reference = train[rest]
+    space = fit_space(real if config.space_from == "held_out" else reference, config)
+    return Parts(
+        real,
+        reference,
+        chosen.pop("training (floor)"),
+        chosen.pop("generated"),
+        made,
+        chosen,
+        given,
+        tuple(notes),
+        space,
+    )
+
+
+def fit_space(cells: CellSet, config: EvaluateConfig) -> RealSpace:
+    return RealSpace.fit(
+        cells.counts, n_top_genes=config.n_top_genes, n_pcs=config.n_pcs, seed=config.seed, gene_rule=config.gene_rule
+    )
+
+
+def _short(what: str, selection: Selection) -> list[str]:
+    if not selection.short:
+        return []
+    named = ", ".join(f"{shown(k)} ({v})" for k, v in sorted(selection.short.items())[:SHORT_NAMED])
+    more = f" and {len(selection.short) - SHORT_NAMED} more" if len(selection.short) > SHORT_NAMED else ""
+    return [f"Too few {what} cells to match the held-out composition, missing: {named}{more}."]
+
+
+def _check(held_out: AnnData, others: Mapping[str, AnnData], labels: Sequence[str]) -> None:
+    if not labels:
+        raise EvaluationError("evaluation needs at least one label column, for the classifier and the baselines")
+    for name, adata in {"held-out": held_out, **others}.items():
+        if not adata.n_obs:
+            raise EvaluationError(f"there are no {name} cells to evaluate with")
+        if not adata.var_names.equals(held_out.var_names):
+            raise EvaluationError(
+                f"{name} cells must have the {held_out.n_vars} genes of the held-out cells in their order; got "
+                f"{adata.n_vars} genes"
+            )
+    if others["training"].n_obs <= held_out.n_obs:
+        raise EvaluationError(
+            f"the floor takes as many training as held-out cells ({held_out.n_obs}) and leaves none to fit on: got "
+            f"{others['training'].n_obs} training cells"
+        )
+
+
+def _check_numbers(real: CellSet, chosen: Mapping[str, CellSet]) -> None:
+    few = {name: c.n_cells for name, c in {"held-out": real, **chosen}.items() if c.n_cells < MIN_CELLS}
+    if few:
+        said = ", ".join(f"{n} {name}" for name, n in few.items())
+        raise EvaluationError(
+            f"an evaluation needs at least {MIN_CELLS} cells a side, of the classes of the held-out ones; there are "
+            f"{said}"
+        )
+
+
+def _check_extra(extra: Mapping[str, CellSet], given: Sequence[str]) -> None:
+    bad = {
+        name: [label for label in given if not all(isinstance(v, str) for v in cells.labels[label])]
+        for name, cells in extra.items()
+    }
+    if any(bad.values()):
+        said = "; ".join(f"{name} lacks {', '.join(found)}" for name, found in bad.items() if found)
+        raise EvaluationError(f"extra candidates need the labels that the generated cells have, for every cell: {said}")

@@ -1,0 +1,39 @@
+"""Statistics of all generated cells, however many shards they lie in: one pass, memory of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import scipy.sparse as sp
+
+from pipeline.report.parts import EvaluationError, class_names
+from scldm.cells import Cells
+from scldm.metrics.cell_set import CellSet
+from scldm.metrics.streaming import StreamedCells, composition_weights, stream
+
+BATCH = 4096  # cells in memory at once
+
+
+def stream_generated(cells: Cells, real: CellSet, labels: Sequence[str]) -> tuple[StreamedCells, list[str]]:
+    """All generated cells at the composition of the held-out ones, and classes of these that were not generated.
+
+    Args:
+        cells: Opened lazily.
+        real: Held-out cells.
+        labels: Those that every generated cell has decide the composition.
+    """
+    columns = {name: class_names(cells.obs[name]) for name in labels if name in cells.obs}
+    given = [name for name, values in columns.items() if all(isinstance(v, str) for v in values)]
+    classes = CellSet(sp.csr_matrix((cells.n_obs, 0)), columns).crossed(given)
+    if not set(classes) & set(real.crossed(given)):
+        raise EvaluationError(
+            f"no generated cell has a combination of {', '.join(given)} that a held-out cell has; evaluate another "
+            "split, or generate the conditions of this one (generate.like)"
+        )
+    weights, missing = composition_weights(classes, real.crossed(given))
+    return stream(_counts(cells), weights), missing
+
+
+def _counts(cells: Cells) -> Iterator[sp.csr_matrix]:
+    for start in range(0, cells.n_obs, BATCH):
+        yield sp.csr_matrix(cells[start : start + BATCH].X)

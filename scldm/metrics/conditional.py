@@ -1,0 +1,205 @@
+"""Distances and fold changes inside classes: is a generated B cell near real B cells?
+
+A distance of all cells is small if the classes stand where they should, even if each is wrong inside, and it does not
+see cells that carry each other's labels. So the same distances are taken within every class of a label, and of the
+crossing of all labels, and averaged: by the number of real cells, or each class alike (CFGen's way). Classes with fewer
+than `min_cells` on either side are not scored but listed by name, and averages are over the classes that every
+candidate has a score of, so that all of them mean the same.
+
+Shape letters: n cells, p coordinates, h genes, r resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import scipy.sparse as sp
+
+from scldm.metrics import distances
+from scldm.metrics.cell_set import CLASSES, LABELS, CellSet, label_sets
+from scldm.metrics.fold_change import log_fold_change, recovery, weighted_sum
+from scldm.metrics.score import Score
+from scldm.metrics.side import Side
+
+DISTANCES = {
+    "w1": "Wasserstein-1, exact",
+    "w2": "Wasserstein-2, exact",
+    "mmd2": "MMD², five σ",
+    "frechet": "Fréchet distance (squared)",
+    "energy": "energy distance",
+}
+CHANGES = {"lfc_pearson": "log fold changes, Pearson", "lfc_slope": "log fold changes, slope"}
+
+
+@dataclass(frozen=True)
+class ConditionalSettings:
+    min_cells: int  # a class has on either side, or it is listed only
+    transport_cells: int
+    average: Literal["cells", "classes"]
+    control: Mapping[str, str]  # label -> class that the others are compared with in fold changes; empty: the rest
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    n_real: int
+    n_made: int
+    values: dict[str, np.ndarray]  # metric -> (1 + refits,): of all cells, then of halves
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Of one label, or crossing of labels."""
+
+    labels: tuple[str, ...]
+    classes: dict[str, ClassScores]
+    left_out: dict[str, tuple[int, int]]  # class -> real and candidate cells
+
+
+def class_tables(
+    real: Side,
+    made: Side,
+    *,
+    labels: Sequence[str],
+    cp10k: tuple[sp.csr_matrix, sp.csr_matrix],
+    controls: Controls,
+    settings: ConditionalSettings,
+) -> dict[str, ClassTable]:
+    """Scores within the classes of every label and of the crossing of all.
+
+    Args:
+        labels: Those that the cells of both sides have; what they are compared within follows (`label_sets`).
+        cp10k: Counts per 10,000 of the space's genes, (n, h), of both sides.
+        controls: Asked for the labels that have a control.
+    """
+    tables: dict[str, ClassTable] = {}
+    for name, crossed in label_sets(labels).items():
+        own, other = real.cells.crossed(crossed), made.cells.crossed(crossed)
+        names = sorted({v for v in own if v is not None})
+        counts = {c: (int((own == c).sum()), int((other == c).sum())) for c in names}
+        scored = [c for c, n in counts.items() if min(n) >= settings.min_cells]
+        found = {c: _class_distances(real, made, own == c, other == c, settings.transport_cells) for c in scored}
+        against = _against(crossed, scored, settings, controls)
+        for c, values in _changes(cp10k, (real, made), (own, other), scored, against).items():
+            found[c] |= values
+        tables[name] = ClassTable(
+            crossed,
+            {c: ClassScores(*counts[c], found[c]) for c in scored},
+            {c: n for c, n in counts.items() if c not in scored},
+        )
+    return tables
+
+
+def class_averages(
+    tables: Mapping[str, Mapping[str, ClassTable]], average: Literal["cells", "classes"]
+) -> dict[str, dict[str, Score]]:
+    """Candidate -> `conditional_<metric>.<label>`: means over the classes that all candidates have the metric of.
+
+    Args:
+        tables: Candidate -> label -> its classes.
+        average: "cells" weighs a class by its real cells, "classes" weighs all alike.
+    """
+    out: dict[str, dict[str, Score]] = {candidate: {} for candidate in tables}
+    for label in next(iter(tables.values()), {}):
+        own = {candidate: table[label].classes for candidate, table in tables.items()}
+        for metric, title in {**DISTANCES, **CHANGES}.items():
+            having = [{c for c, found in classes.items() if metric in found.values} for classes in own.values()]
+            common = sorted(set.intersection(*having))
+            for candidate, classes in own.items() if common else ():
+                weights = np.array([classes[c].n_real if average == "cells" else 1 for c in common], dtype=float)
+                mean = weights @ np.stack([classes[c].values[metric] for c in common]) / weights.sum()
+                better, ideal, bounds = _reading(metric)
+                said = f"within {label.replace(LABELS, ' × ')}: {title} ({len(common)} classes)"
+                score = Score(float(mean[0]), better, ideal, "conditional", said, mean[1:], bounds)
+                out[candidate][f"conditional_{metric}.{label}"] = score
+    return out
+
+
+def _reading(metric: str) -> tuple[Literal["lower", "higher", "ideal"], float, tuple[float, float]]:
+    if metric == "lfc_pearson":
+        return "higher", 1.0, (-1.0, 1.0)
+    return ("ideal", 1.0, (-np.inf, np.inf)) if metric == "lfc_slope" else ("lower", 0.0, (0.0, np.inf))
+
+
+def _class_distances(
+    real: Side, made: Side, own: np.ndarray, other: np.ndarray, transport_cells: int
+) -> dict[str, np.ndarray]:
+    """Metric -> (1 + refits,): of all cells of the class, then of halves of it."""
+    a, b = real.order[own[real.order]], made.order[other[made.order]]  # positions, in the fixed order
+    sets = [(real.points[a], made.points[b])]
+    for k in range(real.refits):
+        sets.append((real.points[a[real.halves.chosen[k, a]]], made.points[b[made.halves.chosen[k, b]]]))
+    rows = [_distances(x, y, transport_cells if i == 0 else -(-transport_cells // 2)) for i, (x, y) in enumerate(sets)]
+    return {metric: np.array([row[metric] for row in rows]) for metric in DISTANCES}
+
+
+def _distances(x: np.ndarray, y: np.ndarray, transport_cells: int) -> dict[str, float]:
+    return {
+        "w1": distances.matched(x, y, power=1, points=transport_cells),
+        "w2": distances.matched(x, y, power=2, points=transport_cells),
+        "mmd2": distances.mmd2_rbf(x, y),
+        "frechet": distances.frechet_distance(x, y),
+        "energy": distances.energy_distance(x, y),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Controls:
+    """Real training cells: where fold changes are against a control, all candidates have the same one."""
+
+    cells: CellSet
+    cp10k: sp.csr_matrix  # (n, h)
+
+    def mean(self, crossed: tuple[str, ...], name: str) -> np.ndarray | None:
+        """Mean counts per 10,000 of a class, (h,); None where no training cell has it."""
+        rows = np.flatnonzero(self.cells.crossed(crossed) == name)
+        return np.asarray(self.cp10k[rows].mean(0)).ravel() if len(rows) else None
+
+
+def _changes(
+    cp10k: tuple[sp.csr_matrix, sp.csr_matrix],
+    sides: tuple[Side, Side],
+    keys: tuple[np.ndarray, np.ndarray],
+    scored: Sequence[str],
+    against: Mapping[str, np.ndarray | None] | None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Class -> lfc_pearson and lfc_slope, (1 + refits,); classes that have nothing to be compared with have none.
+
+    Args:
+        against: Class -> mean of its control, None for the control itself and where there is none. None: the rest.
+    """
+    if against is None and len(scored) < 2:
+        return {}
+    weights = [side.weights[: 1 + side.refits] for side in sides]
+    totals = [weighted_sum(x, np.arange(x.shape[0]), w) for x, w in zip(cp10k, weights, strict=True)]
+    out = {}
+    for c in scored:
+        control = None if against is None else against[c]
+        if against is not None and control is None:
+            continue
+        lfc = []
+        for x, key, w, total in zip(cp10k, keys, weights, totals, strict=True):
+            inside = weighted_sum(x, np.flatnonzero(key == c), w)
+            rest = np.maximum(total[0] - inside[0], 0) / (total[1] - inside[1])  # rounding may leave a hair below 0
+            lfc.append(log_fold_change(inside[0] / inside[1], rest if control is None else control))
+        pearson, slope = np.array([recovery(a, b) for a, b in zip(*lfc, strict=True)]).T
+        out[c] = {"lfc_pearson": pearson, "lfc_slope": slope}
+    return out
+
+
+def _against(
+    crossed: tuple[str, ...], scored: Sequence[str], settings: ConditionalSettings, controls: Controls
+) -> dict[str, np.ndarray | None] | None:
+    """Of every class the mean of its control; None where these labels have no control: classes go against the rest."""
+    if not set(crossed) & set(settings.control):
+        return None
+    names = {c: _control(c, crossed, settings.control) for c in scored}
+    return {c: None if name == c else controls.mean(crossed, name) for c, name in names.items()}
+
+
+def _control(name: str, crossed: tuple[str, ...], control: Mapping[str, str]) -> str:
+    """The class that a class is compared with: the same but for the labels that have a control."""
+    parts = name.split(CLASSES) if len(crossed) > 1 else [name]
+    return CLASSES.join(control.get(label, part) for label, part in zip(crossed, parts, strict=True))

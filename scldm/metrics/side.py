@@ -1,0 +1,75 @@
+"""One side of a comparison: cells, where they lie in the space, their halves, and what is derived from these once.
+
+Shape letters: n cells, g genes, p coordinates, r resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+
+from scldm.metrics import expression
+from scldm.metrics.cell_set import CellSet
+from scldm.metrics.expression import GeneMoments
+from scldm.metrics.resampling import Halves
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Held-out real cells, or a candidate.
+
+    Attributes:
+        refits: Halves, the first ones, for scores that are solved anew for each.
+        order: A fixed random order of the cells; where a score takes fewer cells, it takes the first of it.
+    """
+
+    cells: CellSet
+    points: np.ndarray  # (n, p)
+    halves: Halves
+    refits: int
+    order: np.ndarray  # (n,)
+
+    @classmethod
+    def of(
+        cls,
+        cells: CellSet,
+        points: np.ndarray,
+        strata: np.ndarray,
+        *,
+        resamples: int,
+        refits: int,
+        key: tuple[int, ...],
+    ) -> Side:
+        """`key` decides the halves and the order, nothing else does."""
+        rng = np.random.default_rng(key)
+        return cls(cells, points, Halves.draw(strata, resamples, rng), refits, rng.permutation(cells.n_cells))
+
+    @property
+    def n_cells(self) -> int:
+        return self.cells.n_cells
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """(1 + r, n); the first row is all cells."""
+        return self.halves.weights
+
+    @cached_property
+    def moments(self) -> GeneMoments:
+        return expression.gene_moments(expression.chunks(self.cells.counts))
+
+    @cached_property
+    def half_moments(self) -> list[GeneMoments]:
+        """Of the halves, r of them."""
+        return expression.weighted_gene_moments(self.log_counts, self.weights[1:])
+
+    @cached_property
+    def log_counts(self) -> sp.csr_matrix:
+        """log1p CP10k, (n, g)."""
+        return expression.log1p_cp10k(self.cells.counts)
+
+    def half(self, k: int) -> np.ndarray:
+        """Points of half k, in the fixed order."""
+        return self.points[self.order[self.halves.members(k, self.order)]]

@@ -1,0 +1,107 @@
+"""Statistics of any number of cells, a chunk at a time: memory is a chunk's, and a few numbers per gene and cell.
+
+Cells have weights, so that all generated cells can be taken at the composition of the held-out ones: the weight of a
+cell is (share of its class among the real cells) / (its class's generated cells). Classes that were not generated are
+named.
+
+Shape letters: n cells of a chunk, g genes, N all cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from scldm.metrics import expression
+from scldm.metrics.expression import GeneMoments
+from scldm.metrics.score import Score, checked
+
+
+@dataclass(frozen=True)
+class StreamedCells:
+    """What is kept of N cells: 3 numbers a gene, 3 a cell."""
+
+    moments: GeneMoments  # log1p CP10k, weighted
+    library_size: np.ndarray  # (N,)
+    genes_per_cell: np.ndarray  # (N,)
+    weights: np.ndarray  # (N,), sums to 1
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.weights)
+
+
+def composition_weights(classes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Weight of each cell (N,), sum 1, so that classes weigh as they do in `wanted`; and those that are missing.
+
+    A class that is not wanted has weight 0.
+    """
+    names, codes, counts = np.unique(classes.astype(str), return_inverse=True, return_counts=True)
+    share = dict(zip(*np.unique(wanted.astype(str), return_counts=True), strict=True))
+    per_class = np.array([share.get(name, 0) for name in names]) / counts
+    total = float((per_class * counts).sum())
+    if not total:
+        raise ValueError(
+            f"no cell has a class that is wanted; there are {', '.join(names[:5])}, wanted are "
+            f"{', '.join(list(share)[:5])}"
+        )
+    return per_class[codes] / total, sorted(set(share) - set(names))
+
+
+def stream(chunks: Iterable[sp.csr_matrix], weights: np.ndarray) -> StreamedCells:
+    """One pass over chunks of counts (n, g), whose cells have the weights (N,) in the order of the pass."""
+    start = 0
+    first: np.ndarray | None = None
+    second = seen = np.zeros(0)
+    sizes, genes = [], []
+    for chunk in chunks:
+        counts = expression.as_counts(chunk)
+        own = weights[start : start + counts.shape[0]]
+        start += counts.shape[0]
+        if len(own) != counts.shape[0]:
+            raise ValueError(f"more cells than the {len(weights):,} weights")
+        x = expression.log1p_cp10k(counts)
+        per_entry = np.repeat(own, np.diff(x.indptr))
+        if first is None:
+            first, second, seen = np.zeros((3, x.shape[1]))
+        first += np.bincount(x.indices, weights=x.data * per_entry, minlength=len(first))
+        second += np.bincount(x.indices, weights=x.data**2 * per_entry, minlength=len(first))
+        seen += np.bincount(x.indices, weights=per_entry, minlength=len(first))
+        sizes.append(expression.library_sizes(counts))
+        genes.append(np.diff(counts.indptr))
+    if first is None or start != len(weights):
+        raise ValueError(f"{start:,} cells came for {len(weights):,} weights")
+    n = len(weights)
+    moments = GeneMoments(n, first, np.maximum(second - first**2, 0) * n, (1 - seen) * n)
+    return StreamedCells(moments, np.concatenate(sizes), np.concatenate(genes).astype(np.int64), weights)
+
+
+def streamed_scores(real: GeneMoments, sizes: np.ndarray, genes: np.ndarray, made: StreamedCells) -> dict[str, Score]:
+    """`streamed_*`: gene statistics and KS of all cells of `made` against the held-out real cells; see `expression`.
+
+    Without resamples: these cells are many; what is left of chance is of the held-out ones, and the floor shows it.
+
+    Args:
+        real: Moments of the held-out cells, log1p CP10k.
+        sizes, genes: Library size and genes per cell of the same, (n,).
+    """
+    agreement = expression.gene_statistics_agreement(real, made.moments)
+    out = {}
+    for statistic in ("mean", "variance", "zero_fraction"):
+        title = f"gene {statistic.replace('_', ' ')}, R² (identity line)"
+        out[f"streamed_gene_{statistic}_r2"] = Score(
+            agreement[f"gene_{statistic}_r2"], "higher", 1.0, "streamed", title, bounds=(-np.inf, 1.0)
+        )
+    zeros = abs(float(made.moments.zero_fraction.mean()) - float(real.zero_fraction.mean()))
+    out["streamed_zero_fraction_difference"] = Score(
+        zeros, "lower", 0.0, "streamed", "zero fraction, absolute difference", bounds=(0.0, 1.0)
+    )
+    even = np.full((1, len(sizes)), 1 / len(sizes))
+    for name, a, b in (("library_size", sizes, made.library_size), ("genes_per_cell", genes, made.genes_per_cell)):
+        ks = float(expression.weighted_ks(a, b, even, made.weights[None])[0])
+        title = f"{name.replace('_', ' ')}, KS"
+        out[f"streamed_{name}_ks"] = Score(ks, "lower", 0.0, "streamed", title, bounds=(0.0, 1.0))
+    return checked(out, "all generated cells")

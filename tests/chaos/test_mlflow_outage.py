@@ -1,0 +1,122 @@
+"""MLflow is never in the way: whatever a real server does, a training loop goes on, and `sync` completes the run.
+
+Rows M1 to M5 of the project's list of faults: a server, or a proxy before it, is down, killed, frozen, slow, refuses.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from mlflow_server import Proxy, free_port
+from tracked_training import STEPS, all_is_there, synced, train
+
+from pipeline.mlflow_runs.client import mlflow_client
+from pipeline.mlflow_runs.sync import sync
+from pipeline.provenance import read_ids
+
+pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("patience")]
+
+
+def test_M1_a_server_that_is_down_at_the_start_gets_the_whole_run_afterwards(server, tmp_path):
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    began = time.time()
+    done = train(tmp_path, uri)
+    ended = time.time()
+    done.was_not_held_up()
+    assert read_ids(done.folder) == {}
+    assert synced(done)  # still down: says so, loses nothing
+    proxy = Proxy(server, port)
+    try:
+        assert synced(done) == []
+        all_is_there(done, uri)
+        run = done.run(uri)
+        assert began <= run.info.start_time / 1000 <= run.info.end_time / 1000 <= ended  # when it was, not when sent
+        parent = mlflow_client(uri).get_run(run.data.tags["mlflow.parentRunId"])
+        assert parent.info.status == "FINISHED"
+        assert [s.sent for s in sync(tmp_path / "demo")] == [{}]  # nothing is left to send
+        all_is_there(done, uri)
+    finally:
+        proxy.close()
+
+
+def test_M2_a_server_killed_in_the_middle_and_started_again_misses_no_point(server, tmp_path):
+    back = threading.Thread(target=server.start)
+
+    def die() -> None:
+        server.kill()
+        back.start()
+
+    done = train(tmp_path, server.uri, {STEPS // 2: die})
+    back.join()
+    done.was_not_held_up()
+    assert synced(done) == []
+    all_is_there(done, server.uri)
+
+
+def test_M3_a_frozen_server_holds_up_neither_the_loop_nor_its_end(server, tmp_path, impatient):
+    done = train(tmp_path, server.uri, {STEPS // 2: lambda: server.signal(signal.SIGSTOP)})
+    server.signal(signal.SIGCONT)
+    done.was_not_held_up()
+    assert done.closing < impatient + 2
+    until = time.monotonic() + 10  # the threads that were given up would have ended with their processes
+    while list(done.folder.glob(".mlflow_spool*")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert synced(done) == []
+    all_is_there(done, server.uri)
+
+
+@pytest.mark.parametrize("mode", ["some_500", 429, "slow"])
+def test_M4_errors_refusals_and_slowness_cost_no_step_and_no_point(proxy, tmp_path, mode, impatient):
+    proxy.delay = 1.5  # longer than the client waits
+
+    def set_mode(value: str | int) -> Callable[[], None]:
+        return lambda: setattr(proxy, "mode", value)
+
+    done = train(tmp_path, proxy.uri, {STEPS // 3: set_mode(mode)})
+    assert mode == "slow" or {"some_500": 500}.get(mode, mode) in proxy.answered
+    proxy.mode = "pass"
+    done.was_not_held_up()
+    assert synced(done) == []
+    all_is_there(done, proxy.uri)
+
+
+@pytest.mark.parametrize(("status", "word"), [(401, "MLFLOW_TRACKING_PASSWORD"), (403, "--allowed-hosts")])
+def test_M5_wrong_credentials_are_said_once_with_what_to_do(proxy, tmp_path, caplog, status, word):
+    proxy.mode = status
+    with caplog.at_level(logging.WARNING, "scldm.tracking"):
+        done = train(tmp_path, proxy.uri)
+    done.was_not_held_up()
+    said = [r.getMessage() for r in caplog.records if "train_vae a1" in r.getMessage() and word in r.getMessage()]
+    assert len(said) == 1
+    assert "scldm mlflow sync" in said[0]
+    assert "scldm doctor" in said[0]
+    proxy.mode = "pass"
+    assert synced(done) == []
+    all_is_there(done, proxy.uri)
+
+
+def test_M5_a_deleted_run_is_named_and_gets_its_points_once_it_is_restored(server, tmp_path, caplog):
+    client = mlflow_client(server.uri)
+
+    def delete() -> None:
+        until = time.monotonic() + 20
+        while not (run_id := read_ids(tmp_path / "demo" / "train_vae" / "a1").get("run_id")):
+            assert time.monotonic() < until, "the driver has made no run"
+            time.sleep(0.05)
+        client.delete_run(run_id)
+
+    with caplog.at_level(logging.WARNING, "scldm.tracking"):
+        done = train(tmp_path, server.uri, {STEPS // 2: delete})
+    done.was_not_held_up()
+    assert "mlflow runs restore" in caplog.text
+    assert "mlflow runs restore" in synced(done)[0]
+    client.restore_run(read_ids(done.folder)["run_id"])
+    assert synced(done) == []
+    all_is_there(done, server.uri)
