@@ -70,7 +70,7 @@ def test_what_the_model_needs_is_what_it_asks_for():
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             imported |= {name.partition(".")[0] for name in names}
     asked = {re.split(r"[\[>=<~]", x)[0] for x in PYPROJECT["dependencies"]}
-    modules = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
+    modules = {"scikit-learn": "sklearn", "scikit-misc": "skmisc", "pyyaml": "yaml"}
     foreign = imported - set(sys.stdlib_module_names) - {"scldm", "__future__", "triton"}  # triton is asked for by name
     assert foreign == {modules.get(x, x) for x in asked}
 
