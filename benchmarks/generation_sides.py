@@ -30,6 +30,7 @@ from scldm.library_size import LibrarySizes, LogNormal
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
+from scldm.recipe import genes_table
 from scldm.vocabulary import LabelVocabulary, Vocabulary
 
 LABEL = LabelVocabulary("clusters", tuple(f"c{i:02d}" for i in range(14)))
@@ -151,7 +152,11 @@ def our_phases(actor: Generator) -> dict[str, float]:
                 out.add(cells.counts, cells.latents)
             library.append(cells.library_size)
         with clock.phase("write"):
-            out.finish(actor._obs(np.arange(n), np.concatenate(library), out, 0), actor._var(), {})
+            out.finish(
+                actor._obs(np.arange(n), np.concatenate(library), out, 0),
+                genes_table(actor.vocabulary, actor.genes),
+                {},
+            )
             write_json_atomic(actor.folder / "phases.json", {})
     return {name: n / seconds for name, seconds in clock.seconds.items()}
 

@@ -1,7 +1,7 @@
 """Numbers of a running stage for Prometheus, through the exporter that every Ray node has anyway.
 
-`train/loss` of run demo becomes `ray_scldm_train_loss{Pipeline="demo", Stage="train_vae", Version="1a2b3c4d5e6f"}` on
-the metrics port of the node whose process says it. Outside Ray (under torchrun, in tests of a loop) nothing is
+`train/loss` of run demo becomes `ray_scldm_train_loss{Pipeline="demo", Stage="train_vae", StageVersion="1a2b3c4d5e6f"}`
+on the metrics port of the node whose process says it. Outside Ray (under torchrun, in tests of a loop) nothing is
 exported. `cluster/grafana/scldm.json` draws them.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("scldm.gauges")
-TAGS = ("Pipeline", "Stage", "Version")
+TAGS = ("Pipeline", "Stage", "StageVersion")  # Version is Ray's own
 
 
 class Gauges:

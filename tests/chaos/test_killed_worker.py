@@ -19,7 +19,7 @@ from pipeline.config_io import load_job
 from pipeline.runner import run_job
 from pipeline.stage import newest_manifest
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]  # two fits under Ray; kills at exact steps: tests/multiprocess
 JOB = {
     "kind": "train_vae",
     "resources": {"workers": 2, "cpus_per_worker": 1, "actors": 1},

@@ -29,7 +29,7 @@ def test_a_number_that_a_worker_says_is_served_to_prometheus_with_its_run(ray_cl
     lines = served("ray_scldm_train_loss{", ray.nodes()[0])
     assert len(lines) == 1
     assert lines[0].endswith(" 12.5")
-    for tag in ('Pipeline="demo"', 'Stage="train_vae"', 'Version="1a2b3c"'):
+    for tag in ('Pipeline="demo"', 'Stage="train_vae"', 'StageVersion="1a2b3c"'):
         assert tag in lines[0]
     assert "scldm_val_loss" not in page(ray.nodes()[0]), "what is not a number is left out"
 
