@@ -41,11 +41,13 @@ def recovery_rows(n: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as root:
         trial = Trial(Path(root))
         try:
-            seconds = {
-                "worker": [trial.worker() for _ in range(n)],
-                "node": [trial.node() for _ in range(n)],
-                "driver": [trial.driver_() for _ in range(n)],
-            }
+            print(f"start of the job: {trial.started:.1f} s", flush=True)
+            seconds: dict[str, list[float]] = {"worker": [], "driver": [], "node": []}
+            kills = {"worker": trial.worker, "driver": trial.driver_, "node": trial.node}
+            for what, found in seconds.items():
+                for _ in range(n):
+                    found.append(kills[what]())
+                    print(f"{what} killed: {found[-1]:.1f} s", flush=True)  # each takes a minute: seen as it comes
         finally:
             trial.close()
     start = trial.started
