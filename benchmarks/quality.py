@@ -5,7 +5,7 @@ number of steps fixed beforehand. scVI is trained on the same training cells for
 and train_flow took together, Ray's start included, and is asked for the same labels. All candidates are scored by the
 code of `evaluate` against held-out cells that nobody trained on, beside the real-vs-real floor.
 
-    make quality                      # both files, with scVI in .venv-scvi; at most 45 minutes on 2 cores
+    make quality                      # both files, with scVI in .venv-scvi; meant for 45 minutes on 2 cores
     python benchmarks/quality.py --only pbmc3k --no-scvi --scale 0.1      # does it run at all
 """
 

@@ -50,21 +50,20 @@ def reference() -> str:
 
 def numbers() -> Iterator[tuple[str, str]]:
     """(dotted path, name) of every setting that may be a number."""
-    seen: set[type[BaseModel]] = set()
-    todo: list[tuple[str, type[BaseModel]]] = [("job", JobBase), *STAGE_CONFIGS.items()]
-    while todo:
-        at, model = todo.pop(0)
-        if model in seen:
-            continue
-        seen.add(model)
-        for name, field in model.model_fields.items():
-            if any(_is_number(m) for m in members_of(annotation_of(field))):
-                yield f"{at}.{name}", name
-            todo += [(f"{at}.{name}", m) for m in _models(field)]
+    for at, _, name, field in _settings():
+        if any(_is_number(m) for m in members_of(annotation_of(field))):
+            yield f"{at}.{name}", name
 
 
 def undescribed() -> Iterator[str]:
     """Settings that say nothing of themselves: no text, and no section that has one."""
+    for at, model, name, field in _settings():
+        if not _is_tag(name, field) and not _meaning(field):
+            yield f"{at}.{name} ({model.__module__}.{model.__name__})"
+
+
+def _settings() -> Iterator[tuple[str, type[BaseModel], str, FieldInfo]]:
+    """(dotted path of the section, its model, name, field) of every setting; a model that stands twice, once."""
     seen: set[type[BaseModel]] = set()
     todo: list[tuple[str, type[BaseModel]]] = [("job", JobBase), *STAGE_CONFIGS.items()]
     while todo:
@@ -73,8 +72,7 @@ def undescribed() -> Iterator[str]:
             continue
         seen.add(model)
         for name, field in model.model_fields.items():
-            if not _is_tag(name, field) and not _meaning(field):
-                yield f"{at}.{name} ({model.__module__}.{model.__name__})"
+            yield at, model, name, field
             todo += [(f"{at}.{name}", m) for m in _models(field)]
 
 

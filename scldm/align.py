@@ -46,18 +46,8 @@ class AlignedCells:
         Args:
             conditions: Label -> class ids of all cells.
         """
-        part = self.counts[start:stop]
-        n = part.shape[0]
         labels: dict[str, Tensor] = {k: torch.from_numpy(v[start:stop]) for k, v in (conditions or {}).items()}
-        return CellBatch(
-            offsets=torch.from_numpy(part.indptr.astype(np.int64)),
-            gene_ids=torch.from_numpy(part.indices.astype(np.int64)),
-            counts=torch.from_numpy(part.data.astype(np.float32)),
-            library_size=torch.from_numpy(np.asarray(part.sum(1)).ravel().astype(np.float32)),
-            conditions=labels,
-            joinids=torch.arange(start, start + n),
-            weight=torch.ones(n),
-        )
+        return CellBatch.from_csr(self.counts[start:stop], first=start, conditions=labels)
 
 
 def align(

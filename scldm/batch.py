@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -56,6 +58,22 @@ class CellBatch:
         out = self.counts.new_zeros(self.n_cells, n_genes)
         out[self.cell_index, self.gene_ids] = self.counts
         return out
+
+    @classmethod
+    def from_csr(
+        cls, counts: sp.csr_matrix, *, first: int = 0, conditions: Mapping[str, Tensor] | None = None
+    ) -> CellBatch:
+        """From (b, g) counts without stored zeros; joinids count from `first`."""
+        n = counts.shape[0]
+        return cls(
+            offsets=torch.from_numpy(counts.indptr.astype(np.int64)),
+            gene_ids=torch.from_numpy(counts.indices.astype(np.int64)),
+            counts=torch.from_numpy(counts.data.astype(np.float32)),
+            library_size=torch.from_numpy(np.asarray(counts.sum(1)).ravel().astype(np.float32)),
+            conditions=dict(conditions or {}),
+            joinids=torch.arange(first, first + n),
+            weight=torch.ones(n),
+        )
 
     @classmethod
     def from_dense(cls, counts: Tensor, conditions: Mapping[str, Tensor] | None = None) -> CellBatch:

@@ -134,20 +134,6 @@ def read_generated(cells: Cells, *, max_cells: int, rng: np.random.Generator) ->
     return cells[rows]
 
 
-def cell_batch(counts: sp.csr_matrix) -> CellBatch:
-    """Unconditioned cells as the VAE takes them."""
-    n = counts.shape[0]
-    return CellBatch(
-        offsets=torch.from_numpy(counts.indptr.astype(np.int64)),
-        gene_ids=torch.from_numpy(counts.indices.astype(np.int64)),
-        counts=torch.from_numpy(counts.data.astype(np.float32)),
-        library_size=torch.from_numpy(np.asarray(counts.sum(1)).ravel().astype(np.float32)),
-        conditions={},
-        joinids=torch.arange(n),
-        weight=torch.ones(n),
-    )
-
-
 @torch.inference_mode()
 def decode_cells(
     loaded: LoadedVAE, cells: AnnData, *, n_cells: int, measured: np.ndarray | None = None, seed: int = 0
@@ -163,7 +149,7 @@ def decode_cells(
     mu, nll, draws = [], [], []
     for start in range(0, len(rows), VAE_BATCH):
         chosen = rows[start : start + VAE_BATCH]
-        batch = cell_batch(counts[chosen])
+        batch = CellBatch.from_csr(counts[chosen])
         if measured is not None:
             batch = replace(batch, measured=torch.from_numpy(measured[chosen]))
         z = loaded.vae.encode(batch)

@@ -19,6 +19,7 @@ import scipy.sparse as sp
 import torch
 from torch import nn
 
+from pipeline.report.parts import cell_set
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.generate import CellMaker, Recipe
@@ -54,7 +55,7 @@ class FlowSamples:
     ):
         self.vae, self.path, self.every, self.seed, self.asked = vae, path, every, seed, 0
         names = [x.name for x in vae.vocabulary.labels]
-        self.real, train = _cell_set(held_out, names), _cell_set(training, names)
+        self.real, train = cell_set(held_out, names), cell_set(training, names)
         given = [name for name in names if labelled(self.real.labels[name]).all()]
         rng = np.random.default_rng(seed)
         floor = select_like(train.crossed(given), self.real.crossed(given), rng).indices
@@ -105,11 +106,6 @@ class FlowSamples:
         found = self.comparison.all_scores({"generated cells": cells})["generated cells"].scores
         kept = {k: s for k, s in found.items() if k in KEPT or k.startswith(KEPT_PER_LABEL)}
         return {f"gen_{k}{suffix}": s.value for k, s in kept.items()}
-
-
-def _cell_set(adata: AnnData, labels: list[str]) -> CellSet:
-    columns = {n: np.array([v if isinstance(v, str) else None for v in adata.obs[n]], dtype=object) for n in labels}
-    return CellSet(as_counts(adata.X), columns)
 
 
 @contextmanager

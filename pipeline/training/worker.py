@@ -68,7 +68,7 @@ def train_worker(
     on_checkpoint: Callable[[dict[str, float]], None] | None = None,
     preempted: Callable[[], float | None] | None = None,
 ) -> dict[str, Any]:
-    """Train; the process group is up. Returns the facts of the stage (the same on every rank).
+    """Train; the process group is up. Returns the facts of the stage: rank 0's, which alone hold the fit of theta.
 
     Raises Stopped where a notice ended the run, with its work in a checkpoint.
     """

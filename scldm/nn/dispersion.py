@@ -10,7 +10,8 @@ Shape letters: n cells, g genes, k non-zero entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,9 @@ from scldm.batch import CellBatch
 from scldm.nn.likelihood import nb_nll
 from scldm.nn.vae import VAE
 
-LOWEST, HIGHEST = 1e-2, 1e3  # of theta; at 1e3 a count of 100 is a Poisson but for a tenth of its variance
+LOWEST, HIGHEST = math.log(1e-2), math.log(1e3)  # of log theta; at 1e3 a mean of 100 has a tenth more variance
 PRIOR_SD = 1.5  # of log theta about that of all genes: what a gene of few counts falls back to
-NEWTON_STEPS = 20
+NEWTON_STEPS, ENOUGH = 30, 1e-9  # at most so many; a step of log theta that is worth no other
 CHUNK = 1024  # genes at once: bounds the temporaries to n CHUNK numbers
 
 
@@ -64,16 +65,14 @@ def fit_theta(vae: VAE, batches: Iterable[CellBatch]) -> ThetaFit:
     """
     if vae.log_theta is None:
         raise ValueError(f"theta is fitted for the head nb_shared; this model has {vae.config.head}")
-    means, known, cells, before = [], [], list(batches), 0.0
+    means, cells = [], list(batches)
     if not cells:
         raise ValueError("theta cannot be fitted on no cells")
     for batch in cells:
-        z = vae.encode(batch)
-        before += float(vae.nll(batch, z).double().sum())
-        means.append(vae.decode_mu(z, batch.library_size, measured=batch.measured).float())
-        known.append(batch.measured)
-    mu = torch.cat(means)
-    measured = None if known[0] is None else torch.cat([m for m in known if m is not None])
+        means.append(vae.decode_mu(vae.encode(batch), batch.library_size, measured=batch.measured).float())
+    known = [batch.measured for batch in cells if batch.measured is not None]
+    mu, measured = torch.cat(means), torch.cat(known) if known else None
+    before = sum(_nll(vae, batch, m) for batch, m in zip(cells, means, strict=True))
     vae.log_theta.copy_(most_probable(vae.log_theta, mu, entries_of(cells), measured=measured))
     after = sum(_nll(vae, batch, m) for batch, m in zip(cells, means, strict=True))
     return ThetaFit(len(mu), before / len(mu), after / len(mu))
@@ -117,10 +116,8 @@ def most_probable(log_theta: Tensor, mu: Tensor, entries: Entries, *, measured: 
         stop = min(start + CHUNK, n_genes)
         part, here = mu[:, start:stop].double(), entries.of(start, stop)
         mask = None if measured is None else measured[:, start:stop]
-        eta = out[start:stop].clamp(torch.tensor(LOWEST).log().item(), torch.tensor(HIGHEST).log().item())
-        for _ in range(NEWTON_STEPS):
-            slope, bend = slopes(eta, part, here, mask)
-            eta = _step(eta, slope - (eta - centre) / PRIOR_SD**2, bend - 1 / PRIOR_SD**2)
+        of = lambda eta, x=part, k=here, m=mask: _with_prior(eta, centre, slopes(eta, x, k, m))  # noqa: E731
+        eta = _highest(of, out[start:stop].clamp(LOWEST, HIGHEST))
         out[start:stop] = torch.where(seen[start:stop], eta, out[start:stop])
     return out.to(log_theta.dtype)
 
@@ -134,17 +131,28 @@ def _centre(mu: Tensor, entries: Entries, seen: Tensor, measured: Tensor | None)
     kept = place[entries.gene] >= 0
     few = Entries(place[entries.gene[kept]], entries.cell[kept], entries.count[kept])
     part, mask = mu[:, genes].double(), None if measured is None else measured[:, genes]
-    eta = torch.zeros(1, dtype=torch.float64, device=mu.device)
-    for _ in range(NEWTON_STEPS):
+
+    def of(eta: Tensor) -> tuple[Tensor, Tensor]:
         slope, bend = slopes(eta.expand(len(genes)), part, few, mask)
-        eta = _step(eta, slope.sum()[None], bend.sum()[None])
-    return float(eta)
+        return slope.sum()[None], bend.sum()[None]
+
+    return _highest(of, torch.zeros(1, dtype=torch.float64, device=mu.device)).item()
 
 
-def _step(eta: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-    """A Newton step upwards, at most 1 long; where the function is not concave, a step of 1 along the slope."""
-    step = torch.where(bend < 0, -slope / bend, slope.sign()).clamp(-1, 1)
-    return (eta + step).clamp(torch.tensor(LOWEST).log().item(), torch.tensor(HIGHEST).log().item())
+def _with_prior(eta: Tensor, centre: float, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return found[0] - (eta - centre) / PRIOR_SD**2, found[1] - 1 / PRIOR_SD**2
+
+
+def _highest(of: Callable[[Tensor], tuple[Tensor, Tensor]], eta: Tensor) -> Tensor:
+    """Newton upwards, steps of at most 1; where the function is not concave, a step of 1 along its slope."""
+    for _ in range(NEWTON_STEPS):
+        slope, bend = of(eta)
+        step = torch.where(bend < 0, -slope / bend, slope.sign()).clamp(-1, 1)
+        new = (eta + step).clamp(LOWEST, HIGHEST)
+        moved, eta = float((new - eta).abs().max()), new
+        if moved < ENOUGH:
+            break
+    return eta
 
 
 def slopes(eta: Tensor, mu: Tensor, entries: Entries, measured: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -34,8 +36,13 @@ def test_a_number_that_a_worker_says_is_served_to_prometheus_with_its_run(ray_cl
     assert "scldm_val_loss" not in page(ray.nodes()[0]), "what is not a number is left out"
 
 
-def test_outside_ray_nothing_happens(tmp_path):
-    Gauges(tmp_path / "demo" / "train_vae" / "1").set({"train/loss": 1.0})
+def test_a_process_that_has_no_ray_does_not_load_it_to_say_a_number():
+    say = "import sys; from pathlib import Path; from pipeline.gauges import Gauges; "
+    say += (
+        "g = Gauges(Path('/runs/demo/train_vae/1')); g.set({'train/loss': 1.0}); print(g._gauges, 'ray' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["{}", "False"]
 
 
 def page(node: dict) -> str:
