@@ -48,8 +48,8 @@ class Dataset:
 
 
 DATASETS = {
-    "pbmc3k": Dataset("pbmc3k_full.h5ad", ("cell_type",), 1000, 1000),
-    "worm": Dataset("worm_embryo_neurons.h5ad", ("cell_type", "time_point"), 1000, 1000),
+    "pbmc3k": Dataset("pbmc3k_full.h5ad", ("cell_type",), 1000, 1500),
+    "worm": Dataset("worm_embryo_neurons.h5ad", ("cell_type", "time_point"), 1000, 1500),
 }
 COMMON = {
     "ingest.genes": "{min_cells: 10}",

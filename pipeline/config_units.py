@@ -79,6 +79,7 @@ UNITS: dict[str, str] = {
             "test",
             "max_missing",
             "label_dropout",
+            "share",
             "warmup",
             "decay",
             "final_factor",

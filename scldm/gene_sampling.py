@@ -1,4 +1,4 @@
-"""Which genes of a cell the encoder sees: its expressed genes, all genes, or so many drawn among them.
+"""Which genes of a cell the encoder sees: its expressed genes, all genes, or so many or a share of them.
 
 The likelihood still scores every gene: sample what the encoder is given, and score the cells as they were. A gene that
 is seen without a count is an entry of count 0; the library size stays that of the whole cell.
@@ -38,8 +38,9 @@ def see_genes(
         return cells
     if config.mode in ("random", "weighted", "expressed_zero") and config.n is not None and config.n > n_genes:
         raise ValueError(f"n ({config.n}) genes cannot be drawn among {n_genes}")
-    if config.mode == "random_expressed":
-        return _fewest_keys(cells, _uniform(cells.joinids[cells.cell_index], cells.gene_ids, seed), config.n or 0)
+    if config.mode in ("random_expressed", "share_expressed"):
+        keys = _uniform(cells.joinids[cells.cell_index], cells.gene_ids, seed)
+        return _fewest_keys(cells, keys, config.n) if config.n else _keys_below(cells, keys, config.share or 0.0)
     dense = cells.dense(n_genes)  # (b, g)
     genes = torch.arange(n_genes, device=dense.device)
     if config.mode in ("all", "none"):
@@ -91,6 +92,14 @@ def _fewest_keys(cells: CellBatch, keys: Tensor, n: int) -> CellBatch:
     offsets = torch.zeros_like(cells.offsets)
     offsets[1:] = cells.lengths.clamp(max=n).cumsum(0)
     return replace(cells, offsets=offsets, gene_ids=cells.gene_ids[kept], counts=cells.counts[kept])
+
+
+def _keys_below(cells: CellBatch, keys: Tensor, share: float) -> CellBatch:
+    """The entries of key (nnz,) below the share, and the one of smallest key of each cell: no cell becomes empty."""
+    smallest = keys.new_full((cells.n_cells,), torch.inf).scatter_reduce_(0, cells.cell_index, keys, "amin")
+    kept = (keys < share) | (keys == smallest[cells.cell_index])
+    before = torch.cat([cells.offsets.new_zeros(1), kept.cumsum(0)])
+    return replace(cells, offsets=before[cells.offsets], gene_ids=cells.gene_ids[kept], counts=cells.counts[kept])
 
 
 def _uniform(joinids: Tensor, gene_ids: Tensor, seed: int) -> Tensor:

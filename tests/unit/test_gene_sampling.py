@@ -61,6 +61,31 @@ def test_random_expressed_keeps_at_most_n_genes_all_with_a_count():
     assert bool((out.counts > 0).all())
 
 
+def test_share_expressed_sees_that_share_of_the_genes_with_a_count_and_empties_no_cell():
+    cells = CellBatch.from_dense(torch.arange(1.0, 201).repeat(50, 1))
+    out = see_genes(cells, GenesSeenConfig(mode="share_expressed", share=0.7), n_genes=200, seed=0)
+    assert out.lengths.double().mean().item() / 200 == pytest.approx(0.7, abs=0.02)
+    assert out.lengths.unique().numel() > 5  # each gene on its own, not a fixed number
+    assert torch.equal(out.counts, (out.gene_ids + 1).float())
+    some = some_cells()
+    few = see_genes(some, GenesSeenConfig(mode="share_expressed", share=1e-9), n_genes=G, seed=0)
+    assert few.lengths.tolist() == some.lengths.clamp(max=1).tolist()
+    empty = CellBatch.from_dense(torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]]))
+    config = GenesSeenConfig(mode="share_expressed", share=1e-9)
+    assert see_genes(empty, config, n_genes=2, seed=0).lengths.tolist() == [0, 1, 0]
+
+
+def test_what_a_share_sees_of_a_cell_depends_on_seed_and_cell_alone():
+    cells, config = some_cells(), GenesSeenConfig(mode="share_expressed", share=0.5)
+    alone = dataclasses.replace(CellBatch.from_dense(cells.dense(G)[3:4]), joinids=cells.joinids[3:4])
+    together = entries(see_genes(cells, config, n_genes=G, seed=0))
+    assert together[3] == entries(see_genes(alone, config, n_genes=G, seed=0))[0]
+    assert together != entries(see_genes(cells, config, n_genes=G, seed=1))
+    more = GenesSeenConfig(mode="share_expressed", share=0.8)
+    for few, many in zip(together, entries(see_genes(cells, more, n_genes=G, seed=0)), strict=True):
+        assert few.keys() <= many.keys()
+
+
 def test_random_sees_n_genes_whether_expressed_or_not():
     out = seen(some_cells(), "random", 12)
     assert out.lengths.tolist() == [12] * 8
@@ -120,6 +145,10 @@ def test_settings_that_make_no_sense_are_refused():
         GenesSeenConfig(mode="random")
     with pytest.raises(ValueError, match=r"mode all takes no n \(5\)"):
         GenesSeenConfig(mode="all", n=5)
+    with pytest.raises(ValueError, match=r"mode share_expressed needs a share"):
+        GenesSeenConfig(mode="share_expressed")
+    with pytest.raises(ValueError, match=r"mode expressed takes no share \(0\.5\)"):
+        GenesSeenConfig(share=0.5)
     with pytest.raises(ValueError, match=r"n \(31\) genes cannot be drawn among 30"):
         seen(some_cells(), "random", 31)
     with pytest.raises(ValueError, match=r"needs mean_counts of shape \(30,\); got None"):
