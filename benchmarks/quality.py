@@ -48,7 +48,7 @@ class Dataset:
 
 
 DATASETS = {
-    "pbmc3k": Dataset("pbmc3k_full.h5ad", ("cell_type",), 1000, 1500),
+    "pbmc3k": Dataset("pbmc3k_full.h5ad", ("cell_type",), 1400, 1800),
     "worm": Dataset("worm_embryo_neurons.h5ad", ("cell_type", "time_point"), 1000, 1500),
 }
 COMMON = {
