@@ -7,6 +7,7 @@ code of `evaluate` against held-out cells that nobody trained on, beside the rea
 
     make quality                      # both files, with scVI in .venv-scvi; meant for 45 minutes on 2 cores
     python benchmarks/quality.py --only pbmc3k --no-scvi --scale 0.1      # does it run at all
+    python benchmarks/quality.py --only worm --no-scvi --set train_flow.train.max_steps=600
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ COMMON = {
 }
 
 
-def run_line(name: str, data: Dataset, out: Path, scale: float) -> dict[str, Manifest]:
+def run_line(name: str, data: Dataset, out: Path, scale: float, given: list[str]) -> dict[str, Manifest]:
     """The line through the command line, and the manifests that it leaves."""
     settings = {
         "name": name, "output": str(out), "ingest.source": f"{{type: h5ad, path: {DATA / data.file}}}",
@@ -69,7 +70,7 @@ def run_line(name: str, data: Dataset, out: Path, scale: float) -> dict[str, Man
         **COMMON, **data.settings,
     }  # fmt: skip
     command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "jobs" / "demo_h5ad.yaml")]
-    subprocess.run([*command, *(f"{k}={v}" for k, v in settings.items())], check=True, cwd=ROOT)
+    subprocess.run([*command, *(f"{k}={v}" for k, v in settings.items()), *given], check=True, cwd=ROOT)
     stages = ("ingest", *TRAINED, "generate", "evaluate")
     return {stage: newest_manifest(out / name, stage) for stage in stages}
 
@@ -110,7 +111,7 @@ def score(made: dict[str, Manifest], labels: tuple[str, ...], extra: dict[str, a
 
 def one(name: str, data: Dataset, args: argparse.Namespace) -> dict[str, Any]:
     began = time.time()
-    made = run_line(name, data, args.out, args.scale)
+    made = run_line(name, data, args.out, args.scale, args.set)
     peer: dict[str, Any] = {"cells": {}, "facts": {"absent": "--no-scvi"}}
     if not args.no_scvi:
         peer = scvi_cells(args.scvi_python, made, data.labels[0], args.out / name)
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--no-scvi", action="store_true")
     parser.add_argument("--scvi-python", type=Path, default=ROOT / ".venv-scvi" / "bin" / "python")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the job; may be repeated")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not args.no_scvi and not args.scvi_python.exists():
