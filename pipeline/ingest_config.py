@@ -236,6 +236,10 @@ class IngestConfig(StrictModel):
     cells: CellsConfig = CellsConfig()
     obs_filter: str | None = None
     """SOMA value filter on obs, for what `cells` cannot say: "n_genes > 500 or tissue_general == 'lung'"."""
+    max_cells: PositiveInt | None = None
+    """At most so many of the cells that are left, from few storage tiles but from 16 at least, so that a part of a
+    large store is quick to read and still mixed. The same cells every time; null takes all. Files are written to SOMA
+    whole, whatever is taken."""
     missing_label: Literal["error", "drop"] = "error"
     """What to do with cells that have no value for a label."""
     genes: GenesConfig = GenesConfig()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from pipeline.data.fewer import mix
 from pipeline.job import SplitConfig
 from pipeline.stage import InputError
 
@@ -33,17 +34,8 @@ def split_cells(cells: pd.DataFrame, config: SplitConfig, *, tile: int = 2048) -
         codes, values = pd.factorize(cells[config.by])
         digests = [hashlib.blake2b(str(v).encode(), digest_size=8).digest() for v in values]
         keys = np.frombuffer(b"".join(digests), np.uint64)[codes]
-    u = _mix(keys ^ salt) / 2.0**64
+    u = mix(keys ^ salt) / 2.0**64
     return np.where(u < config.test, "test", np.where(u < config.test + config.validation, "validation", "train"))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64: every bit of the key moves every bit of the result."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 def require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:

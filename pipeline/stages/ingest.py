@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.blocks import LABEL
+from pipeline.data.fewer import part_of_cells
 from pipeline.data.filters import check_values, value_filter
 from pipeline.data.genes import gene_lut, model_genes
 from pipeline.data.held_out import columns_of, counted, held_out_facts, hold_out, notes_on, read_combinations
@@ -98,7 +99,7 @@ def _columns(config: IngestConfig) -> list[str]:
 
 
 def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
-    """Cells that pass the filter and have their labels."""
+    """Cells that pass the filter and have their labels; max_cells of them, if they are more."""
     available, wanted = source.store.obs_columns(), _columns(config)
     if absent := [c for c in wanted if c not in available]:
         empty = pd.DataFrame(columns=available)
@@ -122,6 +123,10 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
         if n := int((absent_here := missing(cells[column])).sum()):
             source.notes.append(f"{n} cells have no {column} and are left out.")
             cells = cells[~absent_here].reset_index(drop=True)
+    if config.max_cells is not None and len(cells) > config.max_cells:
+        source.notes.append(f"{config.max_cells:,} of {len(cells):,} cells were taken: max_cells.")
+        some = part_of_cells(cells["soma_joinid"].to_numpy(), config.max_cells, tile=source.store.tile)
+        cells = cells.iloc[some].reset_index(drop=True)
     return cells
 
 

@@ -93,6 +93,16 @@ def test_adding_cells_moves_no_cell_to_another_side():
     assert 0.08 < (split == "test").mean() < 0.12
 
 
+def test_a_part_of_the_cells_is_taken_where_it_is_asked_for(tmp_path):
+    facts, ingested = run(tmp_path / "a", max_cells=100)
+    assert sum(facts["n_cells"].values()) == len(ingested.cells) == 100
+    assert any("100 of 400 cells were taken" in note for note in facts["notes"])
+    assert ingested.cells["soma_joinid"].max() > 200
+    whole, _ = run(tmp_path / "b", max_cells=400)
+    assert sum(whole["n_cells"].values()) == 400
+    assert not any("were taken" in note for note in whole["notes"])
+
+
 def test_rare_genes_are_left_out_and_library_sizes_follow(tmp_path):
     facts, ingested = run(tmp_path / "a", genes={"min_cells": 60})
     assert facts["n_genes"] < facts["n_genes_source"] == 60

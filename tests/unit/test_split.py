@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.fewer import part_of_cells
 from pipeline.data.held_out import counted, hold_out, read_combinations
 from pipeline.data.ingested import Ingested
 from pipeline.data.split import SPLITS, split_cells
@@ -186,3 +187,33 @@ def test_mistakes_are_explained(tmp_path):
 def written(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
+
+
+# ---- a part of many cells --------------------------------------------------------------------------------------------
+def tiles_of(joinids, places):
+    return np.bincount(joinids[places] // 100)
+
+
+def test_a_part_of_a_large_store_is_of_sixteen_tiles_in_equal_shares():
+    joinids = np.arange(100_000)
+    places = part_of_cells(joinids, 400, tile=100)
+    assert len(np.unique(places)) == 400
+    given = tiles_of(joinids, places)
+    assert sorted(given[given > 0]) == [25] * 16
+    assert (np.flatnonzero(given) > 500).any()
+    assert (np.flatnonzero(given) < 500).any()
+
+
+def test_a_large_part_is_of_whole_tiles_and_of_few_small_ones_every_tile_gives():
+    joinids = np.arange(100_000)
+    assert (np.sort(tiles_of(joinids, part_of_cells(joinids, 5000, tile=100)))[-50:] == 100).all()
+    two = tiles_of(joinids, part_of_cells(joinids[:200], 100, tile=100))
+    assert abs(two[0] - two[1]) <= 7  # a share: 100 cells in sixteen parts
+    assert len(part_of_cells(joinids[:200], 500, tile=100)) == 200
+
+
+def test_which_cells_are_taken_says_nothing_about_their_side():
+    cells = pd.DataFrame({"soma_joinid": np.arange(100_000)})
+    places = part_of_cells(cells["soma_joinid"].to_numpy(), 8000, tile=2048)
+    side = split_cells(cells, SplitConfig())[places]
+    assert 0.08 < (side == "test").mean() < 0.12
