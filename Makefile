@@ -68,7 +68,7 @@ wheel: venv
 	$(BIN)/python -m pytest -m slow tests/unit/test_wheel.py $(PYTEST_ARGS)
 
 chaos: venv
-	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "chaos or slow" $(PYTEST_ARGS)
 
 # scVI wants other versions of numpy and torch than we do: an environment of its own, used by this target alone.
 quality: venv .venv-scvi/.installed

@@ -15,12 +15,14 @@ project = "scLDM at Census scale"
 author = "the scLDM-at-Census-scale developers"
 release = version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # pages show the outputs that are in the file; tests/unit/test_notebook.py executes it
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 exclude_patterns = ["_build"]
+suppress_warnings = ["mystnb.unknown_mime_type"]
 html_theme = "furo"
 html_title = project
 html_copy_source = False
@@ -36,7 +38,8 @@ def name_files_of_the_repository(app: Any, page: str, text: list[str]) -> None:
             raise ValueError(f"docs/{page}.md links to {link[2]}, which is not in the repository")
         return f"{link[1]} (`{link[2]}`)" if link[2] not in link[1] else link[1]
 
-    text[0] = _OUTSIDE.sub(named, text[0])
+    if "/" not in page:  # elsewhere ../ is a page of docs/
+        text[0] = _OUTSIDE.sub(named, text[0])
 
 
 def setup(app: Any) -> None:
