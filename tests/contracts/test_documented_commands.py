@@ -147,6 +147,14 @@ def test_files_of_the_repository_that_a_page_names_are_there(page):
         assert beside.exists() or below.exists(), f"{page.name} names {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_a_page_that_uses_the_pipeline_mine_has_it_named_so(page):
+    """`scldm init` names a pipeline after the file of cells; `name=mine` would then find nothing."""
+    makes = [c for c in commands(page) if "scldm init" in c and MADE_BY_INIT in c]
+    if makes and re.search(r"name=mine|runs/mine", page.read_text()):
+        assert all("--name mine" in c for c in makes), makes
+
+
 def test_errors_that_the_questions_quote_are_in_the_source():
     text = " ".join(p.read_text() for d in ("scldm", "pipeline") for p in sorted((ROOT / d).rglob("*.py")))
     source = re.sub(r'"\s*\n\s*f?"', "", text)
