@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("Two commands", "What just happened", "Your own cells", "Compare runs")
 FENCE = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SERVES = {"make ui": "http://127.0.0.1:5000"}  # command -> where it answers
-SERVE_SECONDS = 120
+SERVE_SECONDS = 300
 # What a shell has on a fresh machine; and what says where packages are, which is the machine's, not the user's.
 KEPT = re.compile(r"PATH|LANG|LC_.*|TERM|USER|LOGNAME|SHELL|TZ|(PIP|UV|SSL|REQUESTS|CURL)_.*|.*_proxy|.*_PROXY")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -52,3 +53,19 @@ def test_hooks_call_what_the_environment_has():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     for hook in config["repos"][0]["hooks"]:
         assert hook["entry"].split()[0] in (".venv/bin/ruff", ".venv/bin/scldm")
+
+
+def test_make_refuses_a_python_that_the_pins_are_not_for(tmp_path):
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")  # what `python -c` gives where the version does not do
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "venv", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Python 3.11 or 3.12" in done.stdout
+    assert not (tmp_path / "venv").exists()
