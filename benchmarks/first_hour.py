@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -149,30 +150,17 @@ def follow(
 
 def page(done: list[Done], about: str) -> str:
     """The transcript as Markdown: a table of times, then what each command said."""
-    lines = [
-        "# The first hour: a transcript",
-        "",
-        about,
-        "",
-        "| section | command | time | exit code |",
-        "|---|---|---|---|",
-    ]
+    lines = ["# The first hour: a transcript", "", about, "", "| section | command | time | exit code |"]
+    lines.append("|---|---|---|---|")
     for d in done:
-        command = d.command.replace("|", "\\|")
-        lines.append(f"| {d.section} | `{command}` | {'not run' if d.code is None else _time(d.seconds)} | {d.code} |")
+        command, ran = d.command.replace("|", "\\|"), d.code is not None
+        lines.append(
+            f"| {d.section} | `{command}` | {_time(d.seconds) if ran else 'not run'} | {d.code if ran else '–'} |"
+        )
     lines += ["", f"In all {_time(sum(d.seconds for d in done))}."]
-    for d in done:
-        if d.code is not None:
-            lines += [
-                "",
-                f"## `{d.command}`",
-                "",
-                f"{_time(d.seconds)}, exit code {d.code}",
-                "",
-                "````",
-                _shown(d.output),
-                "````",
-            ]
+    for d in (d for d in done if d.code is not None):
+        lines += ["", f"## `{d.command}`", "", f"{_time(d.seconds)}, exit code {d.code}", ""]
+        lines += ["````", _shown(d.output), "````"]
     return "\n".join(lines) + "\n"
 
 
@@ -205,7 +193,7 @@ def main() -> int:
             print(f"{step.command}\n    {said}", flush=True)
             done.append(step)
     about = (
-        f"`{' '.join(['python', *sys.argv])}` on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores, "
+        f"`{shlex.join(['python', *sys.argv])}` on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores, "
         f"Python {sys.version.split()[0]}; an empty folder and HOME, no environment, "
         "no cache. What is not run was skipped on purpose."
     )

@@ -74,4 +74,4 @@ def test_what_is_skipped_is_said_and_the_exit_code_is_that_of_the_failure(reposi
     out = tmp_path / "transcript.md"
     monkeypatch.setattr("sys.argv", ["first_hour.py", str(repository), "--skip", "cells", "--out", str(out)])
     assert main() == 1
-    assert "| Your own cells | `ls cells.h5ad` | not run | None |" in out.read_text()
+    assert "| Your own cells | `ls cells.h5ad` | not run | – |" in out.read_text()
