@@ -17,7 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).with_name("model_in_a_notebook.ipynb")
-SECONDS = 300  # of one cell
+SECONDS = 300  # of one cell, and of the kernel's start on a busy machine
 
 
 def executed(parameters: Mapping[str, str], folder: Path) -> nbformat.NotebookNode:
@@ -36,7 +36,8 @@ def executed(parameters: Mapping[str, str], folder: Path) -> nbformat.NotebookNo
     if names(cell.source) != set(parameters):
         raise ValueError(f"the notebook takes {sorted(names(cell.source))}; got {sorted(parameters)}")
     shown, cell.source = cell.source, "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=SECONDS, startup_timeout=SECONDS, resources=where).execute()
     cell.source = shown
     return notebook
 
