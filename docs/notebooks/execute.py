@@ -17,7 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).with_name("model_in_a_notebook.ipynb")
-SECONDS = 300  # of one cell, and of the kernel's start on a busy machine
+SECONDS = 800  # of one cell, and of the kernel's start on a busy machine
 
 
 def executed(parameters: Mapping[str, str], folder: Path) -> nbformat.NotebookNode:
