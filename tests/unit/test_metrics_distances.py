@@ -120,7 +120,7 @@ def test_kernels_and_exact_transport_are_those_that_upstream_recorded(space):
 
 
 def test_exact_transport_is_that_of_pot(clouds):
-    ot = pytest.importorskip("ot", reason="POT is not installed")
+    ot = pytest.importorskip("ot", reason="POT is in the dev extra")
     x, y = (c[:60] for c in clouds)
     even = np.full(60, 1 / 60)
     for power, metric in ((1, "euclidean"), (2, "sqeuclidean")):
