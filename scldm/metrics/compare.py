@@ -139,7 +139,7 @@ class Comparison:
         return {
             "mmd2": distances.rbf_sum(distances.CFGEN_SIGMAS),
             "mmd2_median": distances.rbf_sum((median,)),
-            "energy": np.sqrt,
+            "energy": distances.root,
         }
 
     @cached_property

@@ -9,9 +9,13 @@ Shape letters: n points of x (real), m points of y (generated), p coordinates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
+
+from scldm.metrics.device_pairs import pair_means_on, present_device
 
 BLOCK = 1024  # rows of a pairwise block
 CFGEN_SIGMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -47,7 +51,7 @@ def _pair_mean(x: np.ndarray, y: np.ndarray, f: Callable[[np.ndarray], np.ndarra
     return total / (len(x) * len(y))
 
 
-Kernel = Callable[[np.ndarray], np.ndarray]  # of squared distances
+Kernel = Callable[[Any], Any]  # of squared distances, an array or, on a device, a tensor
 
 
 def weighted_pair_means(
@@ -55,12 +59,16 @@ def weighted_pair_means(
 ) -> np.ndarray:
     """sum over i, j of u_ri v_rj k(|x_i - y_j|²) for every kernel k and row r of weights, (kernels, r).
 
-    One pass over the pairs serves all kernels and resamples; memory is that of a block of rows.
+    One pass over the pairs serves all kernels and resamples; memory is that of a block of rows. A GPU does it where
+    this process has one (`device_pairs`).
 
     Args:
         u: Weights of x, (r, n), rows sum to 1.
         v: Weights of y, (r, m).
     """
+    device = present_device()
+    if device is not None:
+        return pair_means_on(device, x, y, kernels, u=u, v=v)
     out = np.zeros((len(kernels), len(u)))
     for rows, d2 in squared_distance_blocks(x, y):
         if x is y:
@@ -74,13 +82,19 @@ def rbf_sum(sigmas: Sequence[float]) -> Kernel:
     """d² -> sum over sigma of exp(-d² / (2 sigma²))."""
     gammas = [1 / (2 * s**2) for s in sigmas]
 
-    def kernel(d2: np.ndarray) -> np.ndarray:
-        total = np.exp(-gammas[0] * d2)
+    def kernel(d2: Any) -> Any:
+        exp = torch.exp if isinstance(d2, torch.Tensor) else np.exp
+        total = exp(-gammas[0] * d2)
         for gamma in gammas[1:]:
-            total += np.exp(-gamma * d2)
+            total += exp(-gamma * d2)
         return total
 
     return kernel
+
+
+def root(d2: Any) -> Any:
+    """The kernel of the energy distance: the distance itself."""
+    return d2**0.5
 
 
 def _sqrt_psd(a: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
 from scipy.optimize import linprog
 from scipy.stats import energy_distance as scipy_energy
@@ -96,13 +97,13 @@ def test_weighted_pair_means_are_sums_over_pairs(clouds):
     x, y = clouds
     rng = np.random.default_rng(0)
     u, v = rng.random((3, len(x))), rng.random((3, len(y)))
-    found = d.weighted_pair_means(x, y, [np.sqrt, d.rbf_sum((0.5, 2.0))], u=u, v=v)
+    found = d.weighted_pair_means(x, y, [d.root, d.rbf_sum((0.5, 2.0))], u=u, v=v)
     distance = np.linalg.norm(x[:, None] - y, axis=-1)
     kernel = np.exp(-(distance**2) / 0.5) + np.exp(-(distance**2) / 8)
     expected = [[a @ k @ b for a, b in zip(u, v, strict=True)] for k in (distance, kernel)]
     np.testing.assert_allclose(found, expected)
     same = np.full((1, len(x)), 1 / len(x))
-    own = d.weighted_pair_means(x, x, [np.sqrt], u=same, v=same)
+    own = d.weighted_pair_means(x, x, [d.root], u=same, v=same)
     assert own[0, 0] == pytest.approx(np.linalg.norm(x[:, None] - x, axis=-1).mean())
 
 
@@ -117,6 +118,18 @@ def test_kernels_and_exact_transport_are_those_that_upstream_recorded(space):
     for power in (1, 2):
         exact = recorded.facts["scalars"][f"{space}/wasserstein{power}_emd_reg0.05.f64"]
         assert d.matched(x, y, power=power, points=64) == pytest.approx(exact, rel=1e-6)
+
+
+def test_pair_means_on_a_device_are_those_of_numpy(clouds, monkeypatch):
+    x, y = clouds
+    rng = np.random.default_rng(4)
+    u, v = (rng.dirichlet(np.ones(len(z)), size=3) for z in (x, y))
+    kernels = [d.root, d.rbf_sum(d.CFGEN_SIGMAS)]
+    expected = [d.weighted_pair_means(x, y, kernels, u=u, v=v), d.weighted_pair_means(x, x, kernels, u=u, v=u)]
+    monkeypatch.setattr(d, "present_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("scldm.metrics.device_pairs.DEVICE_BLOCK", 37)
+    found = [d.weighted_pair_means(x, y, kernels, u=u, v=v), d.weighted_pair_means(x, x, kernels, u=u, v=u)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_exact_transport_is_that_of_pot(clouds):
