@@ -225,5 +225,5 @@ def test_paths_in_manifests_stay_inside_their_folder(tmp_path):
 def test_a_vocabulary_of_odd_names_is_text_and_no_path(tmp_path):
     names = ("../../x", "/abs", "$(touch canary)", "x" * 300, "<script>alert(1)</script>")
     Vocabulary(names, names, ()).save(tmp_path / "vocabulary.json")
-    assert Vocabulary.load(tmp_path / "vocabulary.json").gene_ids == names
+    assert Vocabulary.load(tmp_path / "vocabulary.json").feature_ids == names
     assert [p.name for p in tmp_path.iterdir()] == ["vocabulary.json"]

@@ -40,14 +40,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "aliases of maps": (LAUGHING_KEYS.encode(), "once aliases (*name) are followed"),
     "an alias of itself": (b"a: &a\n  b: *a\n", "an alias (*name) that contains itself"),
     "an alias of nothing": (f"{JOB}labels: *nothing\n".encode(), "job.yaml:4: column 9"),
-    "a merge key": (b"a: &a {kind: ingest}\n<<: *a\nname: x\n", "<<"),
+    "a merge key": (b"a: &a {kind: ingest}\n<<: *a\nname: x\n", "kind: missing"),
     "50 MB": (JOB.encode() + b"# " + b"x" * 50_000_000, "larger than 1,000,000 bytes"),
     "a long number": (f"{JOB}obs_filter: {'9' * 5000}\n".encode(), "job.yaml:4"),
-    "many keys": (b"".join(b"k%d: 1\n" % i for i in range(60_000)), "more than 50,000 values"),
+    "many keys": (b"".join(b"k%d: 1\n" % i for i in range(60_000)), "more than 20,000 names and values"),
     "a key twice": (f"{JOB}name: other\n".encode(), "job.yaml:4: name is written twice, first on line 2"),
     "a key twice below": (f"{JOB}split: {{test: 0.1, test: 0.2}}\n".encode(), "split.test is written twice"),
     "deep lists": (f"{JOB}labels: {'[' * 5000}".encode(), "job.yaml:4: nested deeper than 30 levels"),
-    "deep maps": (b"".join(b" " * i + b"a:\n" for i in range(2000)), "nested deeper than 30 levels"),
+    "deep maps": (b"".join(b" " * i + b"a:\n" for i in range(300)), "nested deeper than 30 levels"),
     "deep dashes": (b"a:\n" + b"- " * 3000 + b"x\n", "nested deeper than 30 levels"),
     "a tab": (b"kind: ingest\nsource:\n\ttype: synthetic\n", "job.yaml:3: column 1: a tab"),
     "a mark of byte order": (b"\xef\xbb\xbf" + JOB.encode(), "job.yaml:1: starts with a byte-order mark"),
@@ -100,7 +100,7 @@ def test_a_job_file_is_refused_in_a_second_with_its_line(name, answers):
     seconds, message = answers[0][name]
     assert HOSTILE[name][1] in message
     assert all(c.isprintable() or c == "\n" for c in message)
-    assert seconds < (1 if name != "many keys" else 5)  # a megabyte of keys is parsed twice
+    assert seconds < 1
 
 
 @pytest.mark.row("S3")
@@ -114,10 +114,14 @@ def test_upstreams_configuration_is_read_with_the_same_care(name, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_bytes(HOSTILE[name][0])
-    with pytest.raises(CheckpointError, match="config.yaml"):
+
+    def read() -> None:
         config = UpstreamYaml(path)
         config.value("model.d_model", int)
         config.raise_problems()
+
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
+        read()
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 
