@@ -120,12 +120,13 @@ def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
         return None
     try:
         adata = anndata.read_h5ad(path, backed="r")
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        problems.append(f"{path} cannot be read by anndata ({str(error).splitlines()[0]})")
+        wrong = _misnamed(path.name, adata, source)
+        problems += wrong
+        return None if wrong else _File(path, adata, _genes(_var(adata, source), source))
+    except Exception as error:  # any: a stranger's file in a foreign reader
+        line = (str(error).splitlines() or ["no message"])[0]
+        problems.append(f"{path} cannot be read by anndata ({type(error).__name__}: {line[:300]})")
         return None
-    wrong = _misnamed(path.name, adata, source)
-    problems += wrong
-    return None if wrong else _File(path, adata, _genes(_var(adata, source), source))
 
 
 def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str]:

@@ -76,7 +76,8 @@ def seeds(name: str) -> list[bytes]:
     if name == "10x-texts":
         matrix = b"%%MatrixMarket matrix coordinate integer general\n2 3 3\n1 1 4\n2 2 1\n1 3 2\n"
         return [matrix + b"\0ENSG00000000001\tA\tGene Expression\nENSG00000000002\tB\tGene Expression\n\0a\nb\nc\n"]
-    return [b"", *(bytes([kind, i, 3, 1, 4]) for kind in range(8) for i in (0, 5, 11, 17))]
+    single = (bytes([kind, i, 3, 1, 4]) for kind in range(8) for i in (0, 5, 11, 17))
+    return [b"", *single, bytes(range(64)), bytes(range(255, 0, -4))]
 
 
 def _looked_at(path: Path) -> None:

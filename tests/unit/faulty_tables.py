@@ -9,8 +9,12 @@ from typing import Any
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 from fault_case import Case
 from h5ad_cases import G, N, save
+
+from pipeline.data.split import split_cells
+from pipeline.job import SplitConfig
 
 IDS = [f"ENSG{i:011d}" for i in range(G)]
 
@@ -31,6 +35,13 @@ def genes(ids: list[str], **var: Any) -> Callable[[Path], Path]:
 
 def label(values: Any) -> Callable[[Path], Path]:
     return lambda folder: save(folder / "a.h5ad", cell_type=values)
+
+
+def in_validation_only(folder: Path) -> Path:
+    split = split_cells(pd.DataFrame({"soma_joinid": np.arange(N)}), SplitConfig())
+    classes = np.array(["a", "b"] * 20, dtype=object)
+    classes[np.flatnonzero(split == "validation")[0]] = "rare"
+    return save(folder / "a.h5ad", cell_type=classes)
 
 
 def names(folder: Path) -> Path:
@@ -97,6 +108,9 @@ LABELS = [
          says=("20 of 40 cells have no cell_type (first: c1; c3; c5)",
                "leave them out with ingest.missing_label: drop, or label them"),
          refused=("20 of 40 cells have no cell_type (first: c1, c3, c5)", "ingest.missing_label: drop")),
+    Case("D:category-in-validation-only", in_validation_only,
+         says=("1 classes of cell_type have one cell (first: rare)", "they cannot be both learned and scored"),
+         notes=("cell_type has no training cells of rare: it cannot be learned.",)),
     Case("D:label-types", label([1, 2] * 20), also="integer"),
     Case("D:label-types", label([True, False] * 20), also="bool"),
     Case("D:label-types", label([0.1, 0.5, 1.0, 10.0] * 10), also="doses"),

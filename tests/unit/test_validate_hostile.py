@@ -13,6 +13,7 @@ from h5ad_cases import look, save, told
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.row("C11")
 def test_a_pickle_in_a_file_is_never_run(tmp_path):
     class Canary:
         def __reduce__(self):
