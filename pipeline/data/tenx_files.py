@@ -23,7 +23,7 @@ from pipeline.data.hdf5_safety import open_problems, unsafe
 
 CHUNK_ROWS = 4096
 GENES = "Gene Expression"
-SHORTEST_ENTRY = 4  # bytes of a line of a Matrix Market file: "1 1" and its end
+SHORTEST_ENTRY = 2  # bytes of a line of a Matrix Market file: a digit and its end
 GZIP_RATIO = 1032  # gzip packs no better
 LONGEST_LINE, LONGEST_TABLE = 1 << 16, 1 << 30  # characters of barcodes.tsv and features.tsv
 _MATRIX, _BARCODES, _FEATURES = ("matrix.mtx",), ("barcodes.tsv",), ("features.tsv", "genes.tsv")
@@ -171,13 +171,24 @@ def _open_h5(path: Path, genome: str | None) -> TenxMatrix:
     def chunks() -> Iterator[sp.csr_matrix]:
         with h5py.File(path) as f:
             for start in range(0, len(barcodes), CHUNK_ROWS):
-                ends = indptr[start : start + CHUNK_ROWS + 1]
-                values, indices = (f[group][k][ends[0] : ends[-1]] for k in ("data", "indices"))
-                if len(indices) and (indices.min() < 0 or indices.max() >= len(table)):
-                    raise TenxError(f"{path} points at feature {indices.max()} of {len(table)}: it is damaged")
-                yield sp.csr_matrix((values, indices, ends - ends[0]), shape=(len(ends) - 1, len(table)))
+                yield _chunk(path, f[group], indptr[start : start + CHUNK_ROWS + 1], len(table))
 
     return TenxMatrix(table, barcodes, chunks)
+
+
+def _chunk(path: Path, matrix: h5py.Group, ends: np.ndarray, n_features: int) -> sp.csr_matrix:
+    """Cells between some ends of the indptr; indices are looked at before anything compiled trusts them."""
+    try:
+        values, indices = (matrix[k][ends[0] : ends[-1]] for k in ("data", "indices"))
+        if len(indices) and (indices.min() < 0 or indices.max() >= n_features):
+            bad = indices.min() if indices.min() < 0 else indices.max()
+            raise TenxError(f"{path} points at feature {bad} of {n_features}: it is damaged")
+        return sp.csr_matrix((values, indices, ends - ends[0]), shape=(len(ends) - 1, n_features))
+    except TenxError:
+        raise
+    except _DAMAGE as error:
+        line = (str(error).splitlines() or ["no message"])[0]
+        raise TenxError(f"{path} cannot be read to its end ({type(error).__name__}: {line})") from error
 
 
 def _features_v3(f: h5py.File) -> pd.DataFrame:
