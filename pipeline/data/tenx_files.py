@@ -16,16 +16,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.io
 import scipy.sparse as sp
 
 from pipeline.data.hdf5_safety import open_problems, unsafe
+from pipeline.data.matrix_market import LONGEST_LINE, ShapeError, read_matrix
 
 CHUNK_ROWS = 4096
 GENES = "Gene Expression"
-SHORTEST_ENTRY = 2  # bytes of a line of a Matrix Market file: a digit and its end
-GZIP_RATIO = 1032  # gzip packs no better
-LONGEST_LINE, LONGEST_TABLE = 1 << 16, 1 << 30  # characters of barcodes.tsv and features.tsv
+LONGEST_TABLE = 1 << 30  # characters of barcodes.tsv and features.tsv
 _MATRIX, _BARCODES, _FEATURES = ("matrix.mtx",), ("barcodes.tsv",), ("features.tsv", "genes.tsv")
 
 
@@ -98,24 +96,15 @@ def _open_folder(folder: Path) -> TenxMatrix:
 
 
 def _read_text(matrix: Path, shape: tuple[int, int]) -> Any:
-    """Features x cells, whole: text has no index. What it says of its size is looked at before anything is made."""
+    """Features x cells, whole: text has no index."""
     try:
-        n_rows, n_columns, n_entries, _, field, _ = scipy.io.mminfo(matrix)
-        if (n_rows, n_columns) != shape:
-            raise TenxError(
-                f"{matrix} is {n_rows} x {n_columns}, but there are {shape[0]} features and {shape[1]} barcodes beside "
-                "it: the files do not belong together"
-            )
-        most = matrix.stat().st_size * (GZIP_RATIO if matrix.suffix == ".gz" else 1) // SHORTEST_ENTRY
-        if n_entries > most or field == "complex":
-            raise TenxError(
-                f"{matrix} is not a whole Matrix Market file (it declares {n_entries:,} {field} entries; in a file of "
-                f"its size are at most {most:,})"
-            )
-        return scipy.io.mmread(matrix)
+        return read_matrix(matrix, shape)
+    except ShapeError as error:
+        raise TenxError(
+            f"{matrix} is {error.shape}, but there are {shape[0]} features and {shape[1]} barcodes beside it: the files "
+            "do not belong together"
+        ) from error
     except (ValueError, OSError, EOFError, OverflowError, MemoryError, zlib.error) as error:
-        if isinstance(error, TenxError):
-            raise
         line = (str(error).splitlines() or ["no message"])[0]
         raise TenxError(f"{matrix} is not a whole Matrix Market file ({line})") from error
 

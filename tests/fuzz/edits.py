@@ -76,7 +76,7 @@ def edited(sound: bytes, program: bytes) -> bytes:
             if (kind := read.below(8)) == 7:
                 raw.append((read.below(1 << 20), read.below(256)))
             else:
-                with contextlib.suppress(OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError):
+                with contextlib.suppress(OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError):
                     _edit(file, kind, read)
     whole = bytearray(image.getvalue())
     for at, value in raw:

@@ -120,6 +120,8 @@ CASES = [
     case("D:corrupt-10x", entries(ONE), "entries-missing", "is not a whole Matrix Market file"),
     case("D:corrupt-10x", entries(ONE + "7 1 1\n"), "entry-outside", "is not a whole Matrix Market file"),
     case("D:corrupt-10x", entries(ONE + "1 1 x\n"), "entry-text", "is not a whole Matrix Market file"),
+    case("D:corrupt-10x", entries(ONE + "1 1 2x\n"), "entry-odd", "it holds b'x' where numbers should be"),
+    case("D:corrupt-10x", entries(ONE + "1 1 2\xe2"), "killed-scipy", "where numbers should be"),  # no end of line
     case("D:non-finite", entries("real general\n6 40 1\n1 1 nan\n"), "10x", "are NaN or infinite"),
     case("D:corrupt-10x", a_pipe, "pipe", "has no matrix.mtx", says=("no .h5ad, Cell Ranger output",),
          refused=("no Cell Ranger output",)),
