@@ -101,8 +101,8 @@ def _read_text(matrix: Path, shape: tuple[int, int]) -> Any:
         return read_matrix(matrix, shape)
     except ShapeError as error:
         raise TenxError(
-            f"{matrix} is {error.shape}, but there are {shape[0]} features and {shape[1]} barcodes beside it: the files "
-            "do not belong together"
+            f"{matrix} is {error.shape}, but there are {shape[0]} features and {shape[1]} barcodes beside it: the "
+            "files do not belong together"
         ) from error
     except (ValueError, OSError, EOFError, OverflowError, MemoryError, zlib.error) as error:
         line = (str(error).splitlines() or ["no message"])[0]
