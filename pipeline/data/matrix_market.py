@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import scipy.io
 
@@ -21,7 +21,7 @@ NUMBERS = b"0123456789+-.eE \t\r\nnaifNAIF"
 class Checked:
     """A stream for scipy: the head as it is, then numbers only."""
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file: Any):
         self.file, self.head, self.problem = file, b"", ""
         while line := file.readline(LONGEST_LINE):
             self.head += line
@@ -51,14 +51,14 @@ def read_matrix(path: Path, shape: tuple[int, int]) -> Any:
     """The whole matrix, which must have this shape. Raises ValueError, OSError, EOFError or MemoryError."""
     packed = path.suffix == ".gz"
     with gzip.open(path) if packed else path.open("rb") as file:
-        n_rows, n_columns, n_entries, _, field, _ = scipy.io.mminfo(Checked(file))  # type: ignore[arg-type]
+        n_rows, n_columns, n_entries, _, field, _ = scipy.io.mminfo(Checked(file))
     if (n_rows, n_columns) != shape:
         raise ShapeError(n_rows, n_columns)
     most = path.stat().st_size * (GZIP_RATIO if packed else 1) // SHORTEST_ENTRY + 1
     if n_entries > most or field == "complex":
         raise ValueError(f"it declares {n_entries:,} {field} entries; in a file of its size are at most {most:,}")
     with gzip.open(path) if packed else path.open("rb") as file:
-        checked = Checked(file)  # type: ignore[arg-type]
+        checked = Checked(file)
         try:
             found = scipy.io.mmread(checked)
         except ValueError as error:

@@ -141,8 +141,8 @@ def _statistics(
     if in_obs and len(cells) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)
         lut = gene_lut(var, store.shape[1])
-        check = partial(_check_sums, cells[some], source)
-        stats, _ = count_statistics(store, ids[some], train[some], lut, len(var), check=check)
+        of_some = partial(_check_sums, cells[some], source)
+        stats, _ = count_statistics(store, ids[some], train[some], lut, len(var), check=of_some)
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
         per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
         per_cell["content"] = hashlib.sha256(per_cell["n_expressed"].astype(np.int64).tobytes()).hexdigest()
