@@ -14,21 +14,21 @@ import scipy.io
 
 SHORTEST_ENTRY = 2  # bytes of a line: a digit and its end
 GZIP_RATIO = 1032  # gzip packs no better
-LONGEST_LINE = 1 << 16
+LONGEST_LINE, MOST_COMMENTS = 1 << 16, 1000
 NUMBERS = b"0123456789+-.eE \t\r\nnaifNAIF"
 
 
 class Checked:
-    """A stream for scipy: the head as it is, then numbers only."""
+    """A stream for scipy: what the matrix is, its size, then numbers only."""
 
     def __init__(self, file: Any):
-        self.file, self.head, self.problem = file, b"", ""
-        while line := file.readline(LONGEST_LINE):
-            self.head += line
+        self.file, self.problem = file, ""
+        self.head = line = file.readline(LONGEST_LINE)  # what it is
+        for _ in range(MOST_COMMENTS):
+            line = file.readline(LONGEST_LINE)
             if not line.startswith(b"%"):
                 break
-            if len(self.head) > 16 * LONGEST_LINE:
-                raise ValueError("its head has no end")
+        self.head += line  # the size; comments, which may be in any script, are left out
         if not self.head.isascii():
             raise ValueError("its head is not ASCII text")
         self.last = self.head[-1:]

@@ -31,6 +31,15 @@ JUNK = (
     lambda r: np.full(r.below(300), 3 + 4j),
 )
 NUMBERS = (0, 1, -1, 0.5, float("nan"), float("inf"), 1 << 25, 1 << 40, -(1 << 31), 1e300, 2)
+REFUSALS = (
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    ArithmeticError,
+)  # of h5py, numpy
 ATTRIBUTES = ("encoding-type", "encoding-version", "shape", "_index", "column-order", "ordered", "h5sparse_format")
 VALUES = (
     "csr_matrix",
@@ -76,7 +85,7 @@ def edited(sound: bytes, program: bytes) -> bytes:
             if (kind := read.below(8)) == 7:
                 raw.append((read.below(1 << 20), read.below(256)))
             else:
-                with contextlib.suppress(OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError):
+                with contextlib.suppress(*REFUSALS):
                     _edit(file, kind, read)
     whole = bytearray(image.getvalue())
     for at, value in raw:

@@ -39,6 +39,8 @@ def texts(folder: Path) -> Path:
     out = folder / "sample1"
     out.mkdir()
     scipy.io.mmwrite(out / "matrix.mtx", sp.coo_matrix(counts().T.astype(np.int32)), field="integer")
+    text = (out / "matrix.mtx").read_bytes().split(b"\n", 1)
+    (out / "matrix.mtx").write_bytes(text[0] + '\n%metadata_json: {"sample": "Größe 細胞"}\n'.encode() + text[1])
     (out / "features.tsv").write_text("".join(f"{x}\t{x}\tGene Expression\n" for x in IDS))
     (out / "barcodes.tsv").write_text("".join(f"{x}\n" for x in BARCODES))
     return out
