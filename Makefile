@@ -27,7 +27,7 @@ ifdef LABELS
 SETTINGS += 'ingest.labels=[$(LABELS)]'
 endif
 
-.PHONY: venv demo test lint ui docs wheel chaos quality clean
+.PHONY: venv demo test lint ui docs wheel chaos fuzz audit quality clean
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -70,6 +70,22 @@ wheel: venv
 
 chaos: venv
 	$(BIN)/python -m pytest -m "chaos or slow" $(PYTEST_ARGS)
+
+# Coverage-guided, of what reads strangers' files (tests/fuzz); the fuzzer is added to the same environment. Linux.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python tests/fuzz/fuzz.py all --minutes $(or $(MINUTES),10) --out $(or $(OUT),.fuzz)
+
+$(VENV)/.fuzz: $(VENV)/.installed
+	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	@touch $@
+
+# Known holes of the pinned versions. Without a network it says that it was skipped, and is no failure.
+audit: $(VENV)/.audit
+	$(BIN)/python tests/audit.py constraints.txt
+
+$(VENV)/.audit: $(VENV)/.installed
+	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[audit]'
+	@touch $@
 
 # scVI wants other versions of numpy and torch than we do: an environment of its own, used by this target alone.
 quality: venv .venv-scvi/.installed

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.stage import Manifest, read_manifest
+from scldm.model_card import plain_line
 
 IDS = "tracking.json"
 Inputs = Mapping[str, Mapping[str, Any]]  # stage -> version, folder, tracking, facts, config; plain data
@@ -85,7 +86,7 @@ def note(tags: Mapping[str, str], inputs: Inputs, *, experiment_id: str) -> str:
         for stage, given in inputs.items()
     ]
     data = tags.get("scldm.data_digest", "")[:12]
-    census = f", Census {tags['scldm.census_version']}" if "scldm.census_version" in tags else ""
+    census = f", Census {plain_line(tags['scldm.census_version'])}" if "scldm.census_version" in tags else ""
     dirty = " and changes that are not committed" if tags.get("scldm.git_dirty") == "true" else ""
     lines = [
         f"**{tags['scldm.stage']}** `{tags['scldm.version']}` of [{tags.get('scldm.pipeline', 'a pipeline')}]"
@@ -93,7 +94,7 @@ def note(tags: Mapping[str, str], inputs: Inputs, *, experiment_id: str) -> str:
         f"Made from: {', '.join(made_from) or 'nothing before it'}",
         f"Data: {f'`{data}`{census}' if data else 'see the run of ingest'}",
         f"Code: {tags.get('scldm.code_version', '?')} `{tags.get('scldm.git_sha', 'no git')[:10]}`{dirty}",
-        f"Output: `{tags.get('scldm.output_uri', '?')}`; its config.yaml is the whole job",
+        f"Output: `{plain_line(tags.get('scldm.output_uri', '?'))}`; its config.yaml is the whole job",
     ]
     return "\n\n".join(lines)
 

@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         d = json.loads(path.read_text())
         return Manifest(**{**d, "folder": str(folder)})
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete {folder} and run the stage again") from error
 
 

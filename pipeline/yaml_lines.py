@@ -17,7 +17,7 @@ from pipeline.stage import InputError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 30
-MAX_NODES = 50_000  # after aliases are followed
+MAX_NODES = 20_000  # once written, and once aliases are followed
 
 Key = str | int
 KeyPath = tuple[Key, ...]
@@ -70,10 +70,14 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def _check_shape(text: str, where: str) -> None:
-    """Depth, counted on events before anything recursive sees the file."""
-    depth = 0
+    """Depth and number of values, counted on events: before anything recursive, or in memory, sees the file."""
+    depth = nodes = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            nodes += isinstance(event, yaml.NodeEvent)
+            if nodes > MAX_NODES:
+                line = 0 if event.start_mark is None else event.start_mark.line
+                raise InputError(f"{where}:{line + 1}: more than {MAX_NODES:,} names and values")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):

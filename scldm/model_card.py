@@ -22,7 +22,8 @@ def model_card(model: Model, name: str) -> str:
         name: Title: the name of the folder.
     """
     return (
-        "\n".join([*_head(), f"# {_line(name)}", "", *_what(model), *_use(name), *_data(model), *_limits(model)]) + "\n"
+        "\n".join([*_head(), f"# {plain_line(name)}", "", *_what(model), *_use(name), *_data(model), *_limits(model)])
+        + "\n"
     )
 
 
@@ -60,14 +61,14 @@ def _what(model: Model) -> list[str]:
         "",
     ]
     for label, classes in model.labels.items():
-        shown = ", ".join(_line(c) for c in classes[:MOST_CLASSES])
+        shown = ", ".join(plain_line(c) for c in classes[:MOST_CLASSES])
         more = f", … ({len(classes):,} in all)" if len(classes) > MOST_CLASSES else ""
-        lines.append(f"* label `{_line(label)}`: {shown}{more}")
+        lines.append(f"* label `{plain_line(label)}`: {shown}{more}")
     return [*lines, ""] if model.labels else lines
 
 
 def _use(name: str) -> list[str]:
-    folder = _line(name)
+    folder = plain_line(name)
     return [
         "## Use",
         "",
@@ -112,7 +113,7 @@ def _limits(model: Model) -> list[str]:
 def _bullets(card: Path) -> list[str]:
     if not card.is_file():
         return []
-    return [_line(line) for line in card.read_text(errors="replace").splitlines() if line.startswith("* ")]
+    return [plain_line(line) for line in card.read_text(errors="replace").splitlines() if line.startswith("* ")]
 
 
 def _parameters(module: object) -> str:
@@ -120,7 +121,7 @@ def _parameters(module: object) -> str:
     return f"{n:,}"
 
 
-def _line(text: object) -> str:
+def plain_line(text: object) -> str:
     """One line, without markup that a stranger's name could carry."""
     plain = "".join(c if c.isprintable() else " " for c in str(text))
     return plain.replace("<", "&lt;").replace("`", "'")

@@ -20,9 +20,9 @@ from pipeline.cells.models import ModelPaths
 from pipeline.data.blocks import LABEL, SomaReader
 from pipeline.data.filters import check_values, value_filter
 from pipeline.data.genes import ModelGenes, gene_lut, model_genes
+from pipeline.data.label_columns import did_you_mean, missing
 from pipeline.data.presence import GROUP, presence_of_cells
 from pipeline.data.sources import OpenSource, open_source
-from pipeline.data.validate import did_you_mean, missing
 from pipeline.ingest_config import GenesConfig, IngestConfig
 from pipeline.real_cells_config import RealCellsConfig, ScoredGenesConfig
 from pipeline.stage import InputError

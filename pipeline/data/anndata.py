@@ -20,9 +20,12 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.data.examine_h5ad import structure_problems
+from pipeline.data.hdf5_safety import open_problems
+from pipeline.data.label_columns import did_you_mean
+from pipeline.data.other_formats import other_format
 from pipeline.data.presence import Presence
 from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
-from pipeline.data.validate import CellTables, did_you_mean
+from pipeline.data.validate import CellTables
 from pipeline.job import H5adSource
 from pipeline.stage import InputError
 
@@ -87,6 +90,8 @@ def find_files(path: str) -> list[Path]:
     found = sorted(p.glob("*.h5ad")) if p.is_dir() else [p] if p.exists() else sorted(map(Path, glob.glob(str(p))))
     if found:
         return found
+    if known := other_format(p):
+        raise InputError(f"ingest.source.path {path}: this is {known}")
     if p.is_dir():
         raise InputError(f"ingest.source.path {path}: the folder holds no .h5ad file; it has {_listing(p)}")
     near = f"; {p.parent} has {_listing(p.parent)}" if p.parent.is_dir() else ""
@@ -100,8 +105,8 @@ def _listing(folder: Path) -> str:
 
 def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
     """A file with its genes; None after adding to `problems`."""
-    if not path.is_file() or not h5py.is_hdf5(path):
-        problems.append(f"{path} is not an HDF5 file; .h5ad files are written by adata.write_h5ad()")
+    if broken := open_problems(path):
+        problems += [f"{path}: {finding.said}" for finding in broken]
         return None
     with h5py.File(path) as f:
         if not {"obs", "var"} <= set(f):
@@ -111,16 +116,17 @@ def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
             )
             return None
     if unsound := structure_problems(path, source.layer):
-        problems += [f"{path}: {finding.text()}" for finding in unsound]
+        problems += [f"{path}: {finding.said}" for finding in unsound]
         return None
     try:
         adata = anndata.read_h5ad(path, backed="r")
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        problems.append(f"{path} cannot be read by anndata ({str(error).splitlines()[0]})")
+        wrong = _misnamed(path.name, adata, source)
+        problems += wrong
+        return None if wrong else _File(path, adata, _genes(_var(adata, source), source))
+    except Exception as error:  # any: a stranger's file in a foreign reader
+        line = (str(error).splitlines() or ["no message"])[0]
+        problems.append(f"{path} cannot be read by anndata ({type(error).__name__}: {line[:300]})")
         return None
-    wrong = _misnamed(path.name, adata, source)
-    problems += wrong
-    return None if wrong else _File(path, adata, _genes(_var(adata, source), source))
 
 
 def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str]:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.label_columns import did_you_mean
 from pipeline.data.soma import SomaStore
-from pipeline.data.validate import did_you_mean
 from pipeline.job import CensusSource
 from pipeline.stage import InputError
 

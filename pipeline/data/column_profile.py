@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from pipeline.data.label_columns import missing
 from pipeline.data.name_checks import ensembl_columns
-from pipeline.data.validate import missing
 
 Kind = Literal["classes", "yes or no", "whole numbers", "decimal numbers"]
 MOST_COMPARED = 400  # classes of a column that is compared with others

@@ -21,6 +21,8 @@ from pipeline.data.examine_h5ad import examine_h5ad
 from pipeline.data.findings import Examined, error, shown, warning
 from pipeline.data.hdf5_safety import open_problems, unsafe
 from pipeline.data.name_checks import cell_findings, class_counts, gene_findings, label_findings, suggested_labels
+from pipeline.data.obs_sums import sum_findings
+from pipeline.data.other_formats import other_format
 from pipeline.stage import InputError
 
 
@@ -50,10 +52,11 @@ def examine(question: Question) -> list[Examined]:
     if not paths:
         nothing = Examined(uri, "path")
         absent = f"there is no such file, folder or pattern (from {Path.cwd()})"
-        nothing.findings.append(error(
-            "no .h5ad, Cell Ranger output or SOMA experiment is in the folder" if Path(uri).is_dir() else absent,
-            "name .h5ad files, a folder of them, a Cell Ranger output, or a SOMA experiment",
-        ))  # fmt: skip
+        what = "no .h5ad, Cell Ranger output or SOMA experiment is in the folder" if Path(uri).is_dir() else absent
+        known = other_format(Path(uri).expanduser())
+        remedy = "name .h5ad files, a folder of them, a Cell Ranger output, or a SOMA experiment"
+        nothing.findings.append(error(f"this is {known.partition(': ')[0]}" if known else what,
+                                      known.partition(": ")[2] if known else remedy))  # fmt: skip
         return [nothing]
     found = [_one(path, question) for path in paths]
     return [*found, _together(uri, found)] if len(found) > 1 else found
@@ -158,7 +161,9 @@ def _soma(q: Question) -> Examined:
             ids = var["soma_joinid"].astype(str)
         _tables(found, obs, ids, q, name)
         if q.counts:
-            _finish(found, _soma_counts(store, obs, ids, name, var["soma_joinid"].to_numpy()))
+            audit = _soma_counts(store, obs, ids, name, var["soma_joinid"].to_numpy())
+            _finish(found, audit)
+            found.findings += sum_findings(obs, n_expressed=audit.per_cell, library_size=audit.sums)
     except InputError as problem:
         found.findings.append(_said(problem, "give the address of an experiment"))
     except ValueError as problem:  # pydantic's: a setting

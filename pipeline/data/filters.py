@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.data.label_columns import did_you_mean
 from pipeline.data.soma import SomaStore
-from pipeline.data.validate import did_you_mean
 from pipeline.ingest_config import CellsConfig, Value
 from pipeline.stage import InputError
 

@@ -24,9 +24,14 @@ class Finding:
     count: int = 1
     first: tuple[str, ...] = ()
 
-    def text(self) -> str:
+    @property
+    def said(self) -> str:
+        """What is wrong, the first offenders, and the remedy."""
         examples = f" (first: {'; '.join(self.first)})" if self.first else ""
-        return f"{self.level}: {self.what}{examples}; {self.remedy}"
+        return f"{self.what}{examples}; {self.remedy}"
+
+    def text(self) -> str:
+        return f"{self.level}: {self.said}"
 
 
 def error(what: str, remedy: str, *, count: int = 1, first: Iterable[Any] = ()) -> Finding:

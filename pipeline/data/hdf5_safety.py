@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 
 from pipeline.data.findings import Finding, error, warning
+from pipeline.data.other_formats import other_format
 
 MOST_OBJECTS = 100_000
 MOST_LEVELS = 16
@@ -30,10 +31,11 @@ def open_problems(path: Path) -> list[Finding]:
     if path.is_dir():
         return [error("this is a folder", "name a file, or a pattern such as folder/*.h5ad")]
     if not h5py.is_hdf5(path):
+        known = other_format(path)
         head = "empty" if not path.stat().st_size else "not an HDF5 file"
-        return [
-            error(f"the file is {head}", ".h5ad files are written by adata.write_h5ad(); copy or download it again")
-        ]
+        said = f"the file is {known.partition(': ')[0] if known else head}"
+        mend = ".h5ad files are written by adata.write_h5ad(); copy or download it again"
+        return [error(said, known.partition(": ")[2] if known else mend)]
     try:
         h5py.File(path).close()
     except OSError as problem:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.data.validate import did_you_mean
+from pipeline.data.label_columns import did_you_mean
 from pipeline.job import HeldOutConfig
 from pipeline.stage import InputError
 

@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.findings import FIRST, LONGEST, Finding, error, shown, warning
+from pipeline.data.label_columns import did_you_mean, measurements, missing
 from pipeline.data.tables import plain_id
-from pipeline.data.validate import MIN_CELLS, did_you_mean, missing
 
+MIN_CELLS = 20  # fewer cannot be split, trained on and scored
 MOST_CLASSES = 1000  # a label with more is probably a name or a measurement
 _ORGANISM = {"ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSMMUG": "macaque"}
+_VIRUSES = {"ENSSASG"}  # SARS-CoV-2, whose genes CELLxGENE allows beside the host's
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G)\d{6,}(\.\d+)?$")
 _ODD = re.compile(r"[<>&\"\x00-\x1f\x7f]")
 _TO_IDS = "name a var column of unique ids in ingest.source.gene_id"
@@ -36,8 +38,8 @@ def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = ()) -> Iterator
     if n := int(plain.isin(["", "nan", "None"]).sum()):
         yield error(f"{n} genes have no id", _TO_IDS, count=n)
     matches = [_ENSEMBL.match(str(x)) for x in ids]
-    kinds = Counter(m[1] for m in matches if m)
-    named = sum(kinds.values())
+    named = sum(m is not None for m in matches)
+    kinds = Counter(m[1] for m in matches if m and m[1] not in _VIRUSES)
     if named < len(ids):
         other = [x for x, m in zip(ids, matches, strict=True) if not m]
         what = "gene ids are numbers" if all(str(x).isdigit() for x in other) else "gene ids are no Ensembl ids"
@@ -47,9 +49,9 @@ def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = ()) -> Iterator
     if len(kinds) > 1:
         counts = ", ".join(f"{n} {_ORGANISM.get(k, k)}" for k, n in kinds.most_common())
         most, n_most = kinds.most_common(1)[0]
-        others = [x for x, m in zip(ids, matches, strict=True) if m and m[1] != most]
+        others = [x for x, m in zip(ids, matches, strict=True) if m and m[1] not in (most, *_VIRUSES)]
         yield error(f"genes are of several organisms ({counts})", "keep the genes and cells of one",
-                    count=named - n_most, first=others)  # fmt: skip
+                    count=sum(kinds.values()) - n_most, first=others)  # fmt: skip
     if versions := [x for x, m in zip(ids, matches, strict=True) if m and m[2]]:
         yield warning(f"{len(versions)} gene ids have a version", "it is stripped", count=len(versions), first=versions)
     yield from _odd("gene ids", ids)
@@ -85,11 +87,10 @@ def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -
                         "leave them out with ingest.missing_label: drop, or label them",
                         count=len(absent), first=names.iloc[absent[:FIRST]])  # fmt: skip
         counts = class_counts(obs[label])
-        if pd.api.types.is_float_dtype(obs[label]) and len(counts) > 1 and any(float(c) % 1 for c in counts):
-            what = f"{label} holds {len(counts):,} different measurements, not classes"
-            yield error(
-                what, "cut it into ranges with pandas.cut, or name another label", count=len(counts), first=counts
-            )
+        if values := measurements(obs[label]):
+            yield error(f"{label} holds {len(values):,} different measurements, not classes",
+                        "cut it into ranges with pandas.cut, or name another label",
+                        count=len(values), first=values)  # fmt: skip
             continue
         if single := [c for c, n in counts.items() if n == 1]:
             yield warning(f"{len(single)} classes of {label} have one cell", "they cannot be both learned and scored: "

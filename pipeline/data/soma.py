@@ -61,11 +61,20 @@ class SomaStore:
             except (soma.DoesNotExistError, soma.SOMAError) as error:
                 if failure(error).kind != "other":
                     raise  # the object store's: repeated or explained by `survives_faults`
+                if "__fragments" in str(error):
+                    raise self._damaged(what, error) from error
                 raise InputError(
                     f"cannot open {what} of the SOMA experiment {self.uri} ({error}); check ingest.source: uri, "
                     "measurement and layer name an experiment written by tiledbsoma"
                 ) from error
         return _OPEN[key]
+
+    def _damaged(self, what: str, error: Exception) -> InputError:
+        first = " ".join(str(error).split())[:300]
+        return InputError(
+            f"{what} of the SOMA experiment {self.uri} is damaged: a file of it is missing or changed ({first}); copy "
+            "or write the experiment again"
+        )
 
     @property
     def counts(self) -> Any:
@@ -125,15 +134,17 @@ class SomaStore:
         frame = self._open(what)
         wanted = None if columns is None else list(dict.fromkeys(["soma_joinid", *columns]))
         try:
-            table = frame.read(column_names=wanted, value_filter=value_filter or None).concat()
-        except (soma.SOMAError, SyntaxError, RuntimeError, ValueError, TypeError) as error:
-            if not value_filter or failure(error).kind != "other":
+            table = frame.read(column_names=wanted, value_filter=value_filter or None).concat().to_pandas()
+        except (soma.SOMAError, pa.ArrowException, SyntaxError, RuntimeError, ValueError, TypeError) as error:
+            if failure(error).kind != "other":
                 raise
+            if not value_filter:
+                raise self._damaged(what, error) from error
             raise InputError(
                 f"{name} {value_filter!r} cannot be applied ({str(error).splitlines()[0]}); it compares columns with "
                 f"values, as in \"cell_type == 'B'\"; columns: {', '.join(frame.schema.names)}"
             ) from error
-        return table.to_pandas().sort_values("soma_joinid", ignore_index=True)
+        return table.sort_values("soma_joinid", ignore_index=True)
 
     @survives_faults
     def read_ragged(
@@ -159,7 +170,12 @@ class SomaStore:
             return _take_rows(kept, inverse)
         lut = np.arange(self.shape[1], dtype=np.int32) if gene_lut is None else gene_lut
         answers = _answers(self.counts, unique, tile=self.tile, row_of=np.argsort(ids, kind="stable"))
-        return assemble(answers, len(ids), lut, gene_type=gene_type, count_type=count_type)
+        try:
+            return assemble(answers, len(ids), lut, gene_type=gene_type, count_type=count_type)
+        except soma.SOMAError as error:
+            if failure(error).kind != "other":
+                raise
+            raise self._damaged(f"ms/{self.measurement}/X/{self.layer}", error) from error
 
 
 def _answers(array: Any, ids: np.ndarray, *, tile: int, row_of: np.ndarray) -> Iterator[Entries]:

@@ -10,7 +10,7 @@ Shape letters: n cells, g genes of the vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,6 +56,7 @@ def count_statistics(
     *,
     min_cells: int = 0,
     parallel: bool | None = None,
+    check: Callable[[CountStatistics], None] | None = None,
 ) -> tuple[CountStatistics, np.ndarray]:
     """Read every cell once. Statistics over the genes that are kept, and which those are, bool (g,).
 
@@ -67,6 +68,7 @@ def count_statistics(
         min_cells: Keep genes that at least so many training cells express. If there are none, nothing is left out: the
             statistics then tell by how much.
         parallel: Over Ray; None: where a cluster is up and the cells are many.
+        check: Is shown the statistics over all genes of `gene_lut`, before any is left out.
 
     Raises:
         InputError: if a value is not a count.
@@ -79,6 +81,8 @@ def count_statistics(
     for partial in each_in_order(_read_part, reading, parts, parallel=parallel):
         totals.add(partial)
     stats = totals.statistics(int(train.sum()))
+    if check is not None:
+        check(stats)
     kept = totals.gene_cells >= min_cells
     if kept.all() or not kept.any():
         return stats, kept

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.data.label_columns import did_you_mean
 from pipeline.data.presence import Presence
 from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
 from pipeline.data.tenx_files import GENES, TenxError, TenxMatrix, is_tenx, open_tenx
-from pipeline.data.validate import CellTables, did_you_mean
+from pipeline.data.validate import CellTables
 from pipeline.job import TenxSource
 from pipeline.stage import InputError
 

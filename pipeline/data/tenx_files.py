@@ -7,19 +7,28 @@ them; what is kept of them is decided in `tenx.py`.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.io
 import scipy.sparse as sp
+
+from pipeline.data.hdf5_safety import open_problems, unsafe
+from pipeline.data.matrix_market import LONGEST_LINE, ShapeError, read_matrix
 
 CHUNK_ROWS = 4096
 GENES = "Gene Expression"
+LONGEST_TABLE = 1 << 30  # characters of barcodes.tsv and features.tsv
 _MATRIX, _BARCODES, _FEATURES = ("matrix.mtx",), ("barcodes.tsv",), ("features.tsv", "genes.tsv")
+
+
+_DAMAGE = (OSError, KeyError, ValueError, IndexError, TypeError, EOFError, AttributeError, RuntimeError, MemoryError,
+           OverflowError, zlib.error)  # fmt: skip
 
 
 class TenxError(ValueError):
@@ -53,8 +62,9 @@ def open_tenx(path: Path, genome: str | None) -> TenxMatrix:
         matrix = _open_folder(path) if path.is_dir() else _open_h5(path, genome)
     except TenxError:
         raise
-    except (OSError, KeyError, ValueError, IndexError, TypeError, UnicodeDecodeError, EOFError) as error:
-        raise TenxError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    except _DAMAGE as error:
+        line = (str(error).splitlines() or ["no message"])[0]
+        raise TenxError(f"{path} cannot be read ({type(error).__name__}: {line})") from error
     if matrix.features["id"].eq("").any():
         raise TenxError(f"{path} has features without an id")
     return matrix
@@ -78,20 +88,25 @@ def _open_folder(folder: Path) -> TenxMatrix:
     names = [line[0] for line in _lines(barcodes)]
 
     def chunks() -> Iterator[sp.csr_matrix]:
-        try:
-            read = scipy.io.mmread(matrix)  # features x cells, whole: text has no index
-        except (ValueError, OSError, EOFError, OverflowError) as error:
-            raise TenxError(f"{matrix} is not a whole Matrix Market file ({str(error).splitlines()[0]})") from error
-        if read.shape != (len(table), len(names)):
-            raise TenxError(
-                f"{matrix} is {read.shape[0]} x {read.shape[1]}, but there are {len(table)} features and "
-                f"{len(names)} barcodes beside it: the files do not belong together"
-            )
-        cells = sp.csr_matrix(read.T)
+        cells = sp.csr_matrix(_read_text(matrix, (len(table), len(names))).T)
         for start in range(0, len(names), CHUNK_ROWS):
             yield cells[start : start + CHUNK_ROWS]
 
     return TenxMatrix(table, names, chunks)
+
+
+def _read_text(matrix: Path, shape: tuple[int, int]) -> Any:
+    """Features x cells, whole: text has no index."""
+    try:
+        return read_matrix(matrix, shape)
+    except ShapeError as error:
+        raise TenxError(
+            f"{matrix} is {error.shape}, but there are {shape[0]} features and {shape[1]} barcodes beside it: the "
+            "files do not belong together"
+        ) from error
+    except (ValueError, OSError, EOFError, OverflowError, MemoryError, zlib.error) as error:
+        line = (str(error).splitlines() or ["no message"])[0]
+        raise TenxError(f"{matrix} is not a whole Matrix Market file ({line})") from error
 
 
 def _features(path: Path) -> pd.DataFrame:
@@ -103,25 +118,40 @@ def _features(path: Path) -> pd.DataFrame:
 
 
 def _lines(path: Path) -> list[list[str]]:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as f:
-        return [line.rstrip("\r\n").split("\t") for line in f if line.strip()]
+    found, size = [], 0
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f:
+        while line := f.readline(LONGEST_LINE):
+            size += len(line)
+            if size > LONGEST_TABLE or len(line) == LONGEST_LINE:
+                raise TenxError(f"{path} is no table of names: it is too long, or a line of it is")
+            if line.strip():
+                found.append(line.rstrip("\r\n").split("\t"))
+    return found
 
 
 # ---- HDF5 --------------------------------------------------------------------------------------------------------
 def _open_h5(path: Path, genome: str | None) -> TenxMatrix:
     if not h5py.is_hdf5(path):
         raise TenxError(f"{path} is not an HDF5 file; Cell Ranger writes filtered_feature_bc_matrix.h5")
+    if broken := open_problems(path):
+        raise TenxError(f"{path}: {broken[0].said}")
     with h5py.File(path) as f:
+        if found := [finding.said for finding in unsafe(f) if finding.level == "error"]:
+            raise TenxError(f"{path}: {'; '.join(found)}")
         group, table = ("matrix", _features_v3(f)) if "matrix" in f else _features_v2(f, path, genome)
         matrix = f[group]
         barcodes = _text(matrix["barcodes"])
         indptr = matrix["indptr"][:].astype(np.int64)
         n_values, shape = matrix["data"].shape[0], tuple(int(x) for x in matrix["shape"][:])
+        kinds = {name: matrix[name].dtype for name in ("data", "indices")}
+        if kinds["data"].kind not in "iufb" or kinds["indices"].kind not in "iu":
+            said = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+            raise TenxError(f"{path} holds no numbers where counts should be ({said}): it is damaged")
         if matrix["indices"].shape[0] != n_values:
             raise TenxError(f"{path} has {n_values} values but {matrix['indices'].shape[0]} indices: it is damaged")
-    if shape != (len(table), len(barcodes)) or len(indptr) != len(barcodes) + 1:
+    if shape != (len(table), len(barcodes)) or indptr.ndim != 1 or len(indptr) != len(barcodes) + 1:
         raise TenxError(
-            f"{path} says that it is {shape[0]} x {shape[1]}, but holds {len(table)} features, {len(barcodes)} "
+            f"{path} says that it is {' x '.join(map(str, shape))}, but holds {len(table)} features, {len(barcodes)} "
             f"barcodes and {len(indptr) - 1} columns: it is damaged"
         )
     if indptr[0] != 0 or indptr[-1] != n_values or (np.diff(indptr) < 0).any():
@@ -130,13 +160,24 @@ def _open_h5(path: Path, genome: str | None) -> TenxMatrix:
     def chunks() -> Iterator[sp.csr_matrix]:
         with h5py.File(path) as f:
             for start in range(0, len(barcodes), CHUNK_ROWS):
-                ends = indptr[start : start + CHUNK_ROWS + 1]
-                values, indices = (f[group][k][ends[0] : ends[-1]] for k in ("data", "indices"))
-                if len(indices) and (indices.min() < 0 or indices.max() >= len(table)):
-                    raise TenxError(f"{path} points at feature {indices.max()} of {len(table)}: it is damaged")
-                yield sp.csr_matrix((values, indices, ends - ends[0]), shape=(len(ends) - 1, len(table)))
+                yield _chunk(path, f[group], indptr[start : start + CHUNK_ROWS + 1], len(table))
 
     return TenxMatrix(table, barcodes, chunks)
+
+
+def _chunk(path: Path, matrix: h5py.Group, ends: np.ndarray, n_features: int) -> sp.csr_matrix:
+    """Cells between some ends of the indptr; indices are looked at before anything compiled trusts them."""
+    try:
+        values, indices = (matrix[k][ends[0] : ends[-1]] for k in ("data", "indices"))
+        if len(indices) and (indices.min() < 0 or indices.max() >= n_features):
+            bad = indices.min() if indices.min() < 0 else indices.max()
+            raise TenxError(f"{path} points at feature {bad} of {n_features}: it is damaged")
+        return sp.csr_matrix((values, indices, ends - ends[0]), shape=(len(ends) - 1, n_features))
+    except TenxError:
+        raise
+    except _DAMAGE as error:
+        line = (str(error).splitlines() or ["no message"])[0]
+        raise TenxError(f"{path} cannot be read to its end ({type(error).__name__}: {line})") from error
 
 
 def _features_v3(f: h5py.File) -> pd.DataFrame:

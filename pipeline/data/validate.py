@@ -6,8 +6,7 @@ chunk by chunk while they are written, so that a large file is read once.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +14,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.data.count_audit import value_faults
+from pipeline.data.label_columns import did_you_mean, measurements, missing
+from pipeline.data.name_checks import MIN_CELLS, gene_findings
 from pipeline.data.presence import Presence
 from pipeline.stage import InputError
-
-MIN_CELLS = 20  # fewer cannot be split, trained on and scored
-MISSING = ("", "nan", "NaN", "None", "<NA>")  # how a missing label looks once it has been a string
 
 
 @dataclass
@@ -33,22 +31,6 @@ class CellTables:
     notes: list[str] = field(default_factory=list)  # what a reader of the results should know
     other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
     measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes
-
-
-def missing(values: pd.Series) -> np.ndarray:
-    """Cells without a label: null, NaN, or what they become when saved as text."""
-    absent = values.isna().to_numpy()
-    if not pd.api.types.is_numeric_dtype(values):
-        absent |= values.astype(object).isin(MISSING).to_numpy()
-    return absent
-
-
-def did_you_mean(name: str, available: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or the names there are."""
-    available = [str(a) for a in available]
-    near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}columns: {', '.join(available) or 'none'}"
 
 
 def label_problems(
@@ -75,6 +57,11 @@ def label_problems(
                 f"{len(absent)} of {len(obs)} cells have no {label} (first: {', '.join(map(str, first))}); leave them "
                 "out with ingest.missing_label: drop, or label them"
             )
+        if values := measurements(obs[label]):
+            problems.append(
+                f"{label} holds {len(values):,} different measurements, not classes (first: "
+                f"{', '.join(map(str, values[:3]))}); cut it into ranges with pandas.cut, or name another label"
+            )
     return problems
 
 
@@ -86,17 +73,10 @@ def table_problems(
     problems = []
     if len(obs) < min_cells:
         problems.append(f"{len(obs)} cells are too few to split, train and score; at least {min_cells} are needed")
-    if not len(ids):
-        problems.append("there are no genes")
     names = obs.get("obs_id")
     problems += label_problems(obs, labels, drop_missing=drop_missing, names=names)
-    twice = ids[ids.duplicated()].unique()
-    if len(twice):
-        problems.append(
-            f"{len(twice)} gene ids occur more than once (first: {', '.join(map(str, twice[:3]))}); name a var column "
-            "with unique ids in ingest.source.gene_id, or make them unique (adata.var_names_make_unique())"
-        )
-    if names is not None and (n := int(names.duplicated().sum())):
+    problems += [f.said for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
+    if names is not None and (n := int(names[names.duplicated()].nunique())):
         tables.notes.append(f"{n} obs names occur more than once; cells are told apart by soma_joinid.")
     return problems
 
@@ -127,6 +107,12 @@ def checked(
             is wrong so far.
     """
     problems = table_problems(tables, labels, drop_missing=drop_missing, min_cells=min_cells)
+    if problems and not (len(tables.obs) and len(tables.var)):
+        raise not_usable(tables, problems)  # at once: nothing can be made of no cells or no genes
+    return _checked(tables, problems)
+
+
+def _checked(tables: CellTables, problems: list[str]) -> Iterator[sp.csr_matrix]:
     n_cells = empty = 0
     for chunk in tables.chunks():
         chunk = sp.csr_matrix(chunk)

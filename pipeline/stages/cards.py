@@ -8,6 +8,7 @@ import yaml
 
 from pipeline.stage import Manifest
 from scldm.config import StrictModel
+from scldm.model_card import plain_line
 
 _WHAT = {
     "vae": "scLDM transformer VAE: a cell's gene counts to latent tokens and back (negative binomial).",
@@ -18,19 +19,20 @@ _WHAT = {
 def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -> str:
     """Markdown: what it is, what it was trained on, with what settings."""
     ingest = inputs["ingest"].facts
+    labels = ", ".join(map(plain_line, ingest["labels"])) or "none"
     lines = [
         f"# {_WHAT[kind]}",
         "",
         "Architecture: Palla et al., arXiv 2511.02986. Genes and classes by name: `vocabulary.json`.",
         "",
-        f"* data: {ingest.get('source', 'not stated')} (digest {str(ingest.get('digest', ''))[:12]})",
-        f"* cells: {ingest['n_cells']}; genes: {ingest['n_genes']}; labels: {', '.join(ingest['labels']) or 'none'}",
+        f"* data: {plain_line(ingest.get('source', 'not stated'))} (digest {str(ingest.get('digest', ''))[:12]})",
+        f"* cells: {ingest['n_cells']}; genes: {ingest['n_genes']}; labels: {labels}",
         *(f"* input {name}: {m.version}" for name, m in inputs.items()),
         "",
         "Generated cells are synthetic: mark them so wherever they are mixed with measured ones.",
         "",
         "```yaml",
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip().replace("```", "'''"),
         "```",
         "",
     ]

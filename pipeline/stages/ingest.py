@@ -7,6 +7,7 @@ are read where they are. Everything but the counts is fixed here, so that later 
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from pipeline.data.fewer import part_of_cells
 from pipeline.data.filters import check_values, value_filter
 from pipeline.data.genes import gene_lut, model_genes
 from pipeline.data.held_out import columns_of, counted, held_out_facts, hold_out, notes_on, read_combinations
+from pipeline.data.label_columns import missing
+from pipeline.data.obs_sums import sum_findings
 from pipeline.data.presence import GROUP, Presence
 from pipeline.data.sources import OpenSource, open_source
 from pipeline.data.split import SPLITS, label_counts, require_splits, split_cells
 from pipeline.data.statistics import CountStatistics, count_statistics
-from pipeline.data.validate import label_problems, missing
+from pipeline.data.validate import label_problems
 from pipeline.job import IngestConfig
 from pipeline.stage import InputError, StageContext
 from pipeline.stages.ingest_cache import cache_facts
@@ -139,16 +142,20 @@ def _statistics(
     if not train.any():
         require_splits(config.split, cells)
     whole = config.genes.vocabulary == "source" and not config.genes.min_cells and not config.genes.value_filter
-    in_obs = {"raw_sum", "nnz"} <= set(cells) and whole  # obs sums over all genes of the source
+    in_obs = {"raw_sum", "nnz"} <= set(cells) and whole
     if in_obs and len(cells) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)
-        stats, _ = count_statistics(store, ids[some], train[some], gene_lut(var, store.shape[1]), len(var))
+        lut = gene_lut(var, store.shape[1])
+        of_some = partial(_check_sums, cells[some], source)
+        stats, _ = count_statistics(store, ids[some], train[some], lut, len(var), check=of_some)
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
         per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
         per_cell["content"] = hashlib.sha256(per_cell["n_expressed"].astype(np.int64).tobytes()).hexdigest()
         return var, CountStatistics(**{**vars(stats), **per_cell}), some
     lut = gene_lut(var, store.shape[1])
-    stats, enough = count_statistics(store, ids, train, lut, len(var), min_cells=config.genes.min_cells)
+    all_genes = bool((lut >= 0).all())  # obs sums over all genes of the source
+    check = partial(_check_sums, cells, source) if all_genes else None
+    stats, enough = count_statistics(store, ids, train, lut, len(var), min_cells=config.genes.min_cells, check=check)
     if not enough.any():
         raise InputError(
             f"ingest.genes.min_cells ({config.genes.min_cells}) leaves no genes: the most expressed one is in "
@@ -159,6 +166,14 @@ def _statistics(
                             "training cells and are left out.")  # fmt: skip
         var = var[enough].reset_index(drop=True)
     return var, stats, train
+
+
+def _check_sums(cells: pd.DataFrame, source: OpenSource, stats: CountStatistics) -> None:
+    """Refuse cells whose counts are gone; note others that obs describes differently."""
+    for found in sum_findings(cells, n_expressed=stats.n_expressed, library_size=stats.library_size):
+        if found.level == "error":
+            raise InputError(f"{source.uri}: {found.said}")
+        source.notes.append(found.said)
 
 
 def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:

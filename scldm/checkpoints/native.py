@@ -15,12 +15,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,13 +91,14 @@ def save_flow(
 
 def load_vae(folder: Path, *, device: str | torch.device = "cpu") -> LoadedVAE:
     """Read a VAE's model folder; the module is in eval mode and needs no gradients."""
-    about = _about(folder, "vae")
-    vae = VAE(VAEConfig.model_validate(about["config"]), n_genes=about["n_genes"])
-    vocabulary = Vocabulary.load(folder / "vocabulary.json")
-    if vocabulary.n_genes != vae.n_genes:
-        raise CheckpointError(f"{folder}: the vocabulary has {vocabulary.n_genes} genes, the model {vae.n_genes}")
-    _load_weights(vae, folder / "model.safetensors")
-    return LoadedVAE(_frozen(vae, device), vocabulary, LibrarySizes.load(folder / "library_size.json"))
+    with _of_ours(folder):
+        about = _about(folder, "vae")
+        vae = VAE(VAEConfig.model_validate(about["config"]), n_genes=about["n_genes"])
+        vocabulary = Vocabulary.load(folder / "vocabulary.json")
+        if vocabulary.n_genes != vae.n_genes:
+            raise CheckpointError(f"{folder}: the vocabulary has {vocabulary.n_genes} genes, the model {vae.n_genes}")
+        _load_weights(vae, folder / "model.safetensors")
+        return LoadedVAE(_frozen(vae, device), vocabulary, LibrarySizes.load(folder / "library_size.json"))
 
 
 def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device = "cpu") -> LoadedFlow:
@@ -104,14 +107,16 @@ def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device 
     Args:
         weights: "ema", the averaged weights, or "raw".
     """
-    about = _about(folder, "flow")
-    vocabulary = Vocabulary.load(folder / "vocabulary.json")
-    m, e = about["latent_shape"]
-    config = DiTConfig.model_validate(about["config"])
-    dit = DiT(config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes)
-    _load_weights(dit, folder / {"ema": "model.safetensors", "raw": "raw.safetensors"}[weights])
-    sizes = LibrarySizes.load(folder / "library_size.json")
-    return LoadedFlow(_frozen(dit, device), PathConfig.model_validate(about["path"]), vocabulary, sizes, m, e)
+    file = {"ema": "model.safetensors", "raw": "raw.safetensors"}[weights]
+    with _of_ours(folder):
+        about = _about(folder, "flow")
+        vocabulary = Vocabulary.load(folder / "vocabulary.json")
+        m, e = about["latent_shape"]
+        config = DiTConfig.model_validate(about["config"])
+        dit = DiT(config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes)
+        _load_weights(dit, folder / file)
+        sizes = LibrarySizes.load(folder / "library_size.json")
+        return LoadedFlow(_frozen(dit, device), PathConfig.model_validate(about["path"]), vocabulary, sizes, m, e)
 
 
 def folder_digest(folder: Path) -> str:
@@ -145,11 +150,28 @@ def _save(
     tmp.rename(folder)
 
 
+@contextmanager
+def _of_ours(folder: Path) -> Iterator[None]:
+    """What reading a folder that we did not write raises, as one error that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        line = (str(error).splitlines() or ["no message"])[0]
+        raise CheckpointError(
+            f"{folder} is damaged, or no model folder of ours ({type(error).__name__}: {line[:200]}); copy it again, "
+            "or convert a checkpoint of upstream's with `scldm convert`"
+        ) from error
+
+
 def _about(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no config.json")
     about = json.loads(path.read_text())
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{path} must hold a dictionary; it holds a {type(about).__name__}")
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {about.get('format')}; this version reads {FORMAT}: upgrade scldm")
     if about["kind"] != kind:

@@ -35,7 +35,10 @@ foreign = beside("foreign_pickle")
 def read_plain(path: str, out: str) -> None:
     with open(path, "rb") as f:
         data = f.read()
-    foreign.check_names(foreign.named_globals(io.BytesIO(data)), torch_too=False)
+    stream = io.BytesIO(data)
+    foreign.check_names(foreign.named_globals(stream), torch_too=False)
+    if stream.read(1):
+        raise foreign.Refused("more follows its pickle: it is no file of size factors")
     value = foreign.PlainUnpickler(io.BytesIO(data)).load()
     write_json(out, "about", {"value": foreign.Plain()(value)})
 

@@ -135,7 +135,9 @@ class UpstreamYaml:
             text = path.read_text(encoding="utf-8")
             _check_structure(path, text)
             loaded = OmegaConf.load(io.StringIO(text))
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, OSError) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             why = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{path} is no configuration that can be read: {why[:300]}") from None
         if not isinstance(loaded, DictConfig):

@@ -111,6 +111,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("path", TEXT, ids=name)
+@pytest.mark.row("S1")
 def test_nothing_listens_everywhere_without_a_token_or_a_network_policy(path):
     text = path.read_text()
     for number, line in lines(path):
@@ -121,6 +122,7 @@ def test_nothing_listens_everywhere_without_a_token_or_a_network_policy(path):
 
 
 @pytest.mark.parametrize("path", [p for p in TEXT if "mlflow" in p.read_text() and "server" in p.read_text()], ids=name)
+@pytest.mark.row("S1")
 def test_an_mlflow_server_has_allowed_hosts_and_runs_nothing(path):
     text = "\n".join(line for _, line in lines(path))
     if re.search(r"mlflow,? server", text):

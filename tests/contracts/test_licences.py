@@ -6,6 +6,8 @@ import importlib.metadata
 import re
 from pathlib import Path
 
+import pytest
+
 PINS = Path(__file__).resolve().parents[2] / "constraints.txt"
 BSD_TEXT = r"Redistribution\s+and\s+use\s+in\s+source\s+and\s+binary\s+forms"
 ALLOWED = re.compile(rf"MIT|BSD|Apache|PSF|Python Software|ISC|MPL|Mozilla Public|{BSD_TEXT}")
@@ -33,6 +35,7 @@ def licence(name: str) -> str | None:
     return "; ".join(s for s in said if s)[:2000]
 
 
+@pytest.mark.row("S8")
 def test_no_dependency_forbids_commercial_use_or_says_nothing():
     said = {name: licence(name) for name in pinned()}
     found = {name: text for name, text in said.items() if text is not None and name not in SAID_ELSEWHERE}

@@ -71,6 +71,7 @@ def test_a_release_that_gives_its_path_only_lies_on_the_mirror(monkeypatch):
     assert found.store.tiledb_config["vfs.s3.region"] == "us-east-1"
 
 
+@pytest.mark.row("D:census-absent")
 def test_an_unknown_release_is_answered_with_the_nearest(reachable):
     with pytest.raises(InputError, match=r"no release '2025-01-31'.*did you mean '2025-01-30'"):
         locate_census(source("2025-01-31"))

@@ -46,6 +46,7 @@ def test_a_composition_is_scaled_to_the_cells_asked_for():
     assert [r.n_cells for r in scaled.rows] == [67, 33]
 
 
+@pytest.mark.row("D:unknown-category-at-generation")
 def test_all_that_is_wrong_with_a_table_is_said_at_once():
     with pytest.raises(InputError) as error:
         request(cells=[{"cell_type": "NKK", "tissue": "lung", "n_cells": -1}, {"cell_type": "B", "n_cells": 1.5}])

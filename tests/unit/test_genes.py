@@ -59,6 +59,7 @@ def test_symbols_match_where_asked_and_shared_ones_match_nothing(store, tmp_path
     assert any("1 genes share their symbol" in n for n in genes.notes)
 
 
+@pytest.mark.row("D:vocabulary-missing")
 def test_too_many_missing_genes_are_refused_with_both_sides_shown(store, tmp_path):
     path = listed(tmp_path, ["CD3E", "NKG7", "MS4A1"])
     with pytest.raises(InputError) as error:

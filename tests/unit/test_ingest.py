@@ -119,6 +119,7 @@ def test_a_large_experiment_is_sampled(tmp_path, monkeypatch):
     np.testing.assert_array_equal(ingested.cells["library_size"], whole.cells["library_size"])
 
 
+@pytest.mark.row("D:filter-matches-nothing")
 def test_mistakes_are_explained(tmp_path):
     for config, words in [
         ({"labels": ["celltype"]}, "obs has no column 'celltype' .did you mean 'cell_type'"),

@@ -35,6 +35,7 @@ def epoch_ids(order, epoch):
     ("n", "batch_size", "lanes", "block_rows"),
     [(1000, 16, 4, 32), (1000, 16, 4, 8192), (960, 16, 4, 24), (5, 16, 4, 32), (1001, 6, 2, 7), (2, 8, 4, 4)],
 )
+@pytest.mark.row("D:fewer-cells-than-batch")
 def test_every_cell_is_seen_exactly_once_per_epoch(n, batch_size, lanes, block_rows):
     order = make_order(n, batch_size, lanes, block_rows)
     for epoch in (0, 1):

@@ -66,6 +66,7 @@ def test_cautious_steps_that_depend_on_the_number_of_workers_are_refused_with_a_
     check_settings(load_job(JOBS / "demo.yaml", [*changed, "train_vae.train.zero_stage=0"]))
 
 
+@pytest.mark.row("D:unknown-category-at-generation")
 def test_a_class_that_was_never_measured_is_refused_as_soon_as_the_data_is_known(ingested):
     wanted = GenerateConfig(cells=[{"cell_type": "neuron", "n_cells": 1}])
     with pytest.raises(InputError, match="no class 'neuron'"):

@@ -194,6 +194,7 @@ def test_bad_inputs_are_named():
         evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=toy(60, 2), labels=["donor"], config=CONFIG)
 
 
+@pytest.mark.row("S7")
 def test_report_is_one_small_file_that_escapes_labels_and_needs_no_network(result, tmp_path):
     pictures = list(gallery(result, CONFIG, CURVES))
     assert [p.name for p in pictures] == ["embedding", "genes", "cells", "labels_kind", "conditional_kind", "training"]

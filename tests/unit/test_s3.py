@@ -103,6 +103,7 @@ def test_validate_data_reads_a_bucket(proxy):
 
 
 @pytest.mark.parametrize("fault", [(500, "InternalError"), "reset"], ids=["500", "reset"])
+@pytest.mark.row("D:s3-failures")
 def test_failures_that_pass_are_survived(proxy, local, tmp_path, monkeypatch, fault):
     proxy.heal()
     store, waits = opened(proxy.address, tmp_path), []
@@ -120,6 +121,7 @@ def test_failures_that_pass_are_survived(proxy, local, tmp_path, monkeypatch, fa
     assert len(set(waits)) == 3  # jitter
 
 
+@pytest.mark.row("D:s3-failures")
 def test_slow_down_is_survived(proxy, local, tmp_path, waits):
     proxy.heal()
     store = opened(proxy.address, tmp_path)
@@ -142,6 +144,7 @@ def test_slow_down_is_survived(proxy, local, tmp_path, waits):
     ],
     ids=lambda x: x[1] if isinstance(x, tuple) else "",
 )
+@pytest.mark.row("D:s3-failures")
 def test_failures_that_stay_are_told_apart(proxy, tmp_path, waits, fault, words):
     proxy.heal()
     proxy.always = fault
@@ -167,6 +170,7 @@ def test_a_missing_bucket_and_a_missing_experiment_are_two_things(proxy, tmp_pat
         _ = opened(proxy.address, tmp_path, uri="s3://cells/nothing").shape
 
 
+@pytest.mark.row("D:s3-failures")
 def test_a_dead_server_is_said_in_time(tmp_path, waits):
     began = time.monotonic()
     with pytest.raises(InputError) as error:

@@ -44,11 +44,13 @@ def packed(folder: Path, excludes: list[str], out: Path) -> dict[str, str]:
         return {n: z.read(n).decode() for n in z.namelist() if not n.endswith("/")}
 
 
+@pytest.mark.row("S6")
 def test_code_goes_along_and_data_outputs_and_secrets_do_not(folder, tmp_path_factory):
     sent = packed(folder, list(submitting.EXCLUDES), tmp_path_factory.mktemp("out") / "package.zip")
     assert set(sent) == set(CODE)
 
 
+@pytest.mark.row("S6")
 def test_rays_own_command_leaves_the_same_behind(folder, tmp_path_factory):
     """`ray job submit --working-dir .` takes no list from us, but reads .rayignore."""
     (folder / ".rayignore").write_text((ROOT / ".rayignore").read_text())
@@ -80,6 +82,7 @@ def fake(monkeypatch):
     return jobs
 
 
+@pytest.mark.row("S5")
 def test_a_job_is_sent_with_a_name_one_can_read_and_time_to_stop_and_no_environment(tmp_path, fake, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary")

@@ -41,6 +41,7 @@ def read_here(path: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.row("C11")
 def test_what_a_pickle_asks_for_is_refused_by_name_before_anything_is_read(name, tmp_path):
     data, asked = foreign_files.attacks(tmp_path / "canary")[name]
     for torch_too in (False, True):
@@ -294,6 +295,7 @@ def test_a_state_dict_holds_dense_tensors_under_printable_names(tmp_path):
             read_here(tmp_path / "model.ckpt", tmp_path)
 
 
+@pytest.mark.row("S5")
 def test_the_reader_sees_no_secrets_and_no_terminal(tmp_path, monkeypatch):
     started: dict = {}
 

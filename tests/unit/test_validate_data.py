@@ -91,23 +91,6 @@ def test_what_was_done_to_counts_is_guessed_and_where_they_are_is_said(tmp_path,
     assert look(path, layer="umi").findings == []
 
 
-@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix, lambda x: sp.csr_matrix(x.astype(np.int64)),
-                                  lambda x: x.astype(np.uint16), lambda x: x.astype(np.float64)])  # fmt: skip
-def test_any_layout_and_type_gives_the_same_answer(tmp_path, kind):
-    found = look(save(tmp_path / "ä b.h5ad", kind(counts())), "cell_type")
-    assert not found.findings
-    assert found.facts["stored values"] == N * G
-
-
-def test_no_cells_and_no_genes_are_errors(tmp_path):
-    empty = ad.AnnData(sp.csr_matrix((0, 3), dtype=np.float32))
-    empty.write_h5ad(tmp_path / "cells.h5ad")
-    assert "0 cells are too few" in told(look(tmp_path / "cells.h5ad"))
-    ad.AnnData(np.zeros((30, 0), np.float32)).write_h5ad(tmp_path / "genes.h5ad")
-    assert "there are no genes" in told(look(tmp_path / "genes.h5ad"))
-    assert "no cell has a count" in told(look(save(tmp_path / "zeros.h5ad", sp.csr_matrix((N, G), dtype=np.float32))))
-
-
 # ---- other sources -------------------------------------------------------------------------------------------------
 def test_several_files_are_looked_at_apart_and_together(tmp_path):
     save(tmp_path / "a.h5ad")

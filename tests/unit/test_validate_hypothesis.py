@@ -82,6 +82,7 @@ def odd_cells(draw) -> ad.AnnData:
 
 @quick
 @given(valid_cells())
+@pytest.mark.row("D:round-trip")
 def test_valid_cells_always_pass(a):
     with tempfile.TemporaryDirectory() as folder:
         found = answer(saved(a, folder), "cell_type")
@@ -102,6 +103,7 @@ def test_odd_cells_always_get_an_answer(a):
 
 @settings(quick, max_examples=40)
 @given(valid_cells(), st.data())
+@pytest.mark.row("D:flipped-bytes")
 def test_flipped_and_missing_bytes_never_raise(a, data):
     with tempfile.TemporaryDirectory() as folder:
         path = saved(a, folder)
