@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.faults import fault_point
 from pipeline.stage import InputError, write_json_atomic
 
 MANIFEST = "MANIFEST.json"
@@ -100,10 +101,12 @@ def _attempt(folder: Path, write: Callable[[Path], Written]) -> Written | Failed
 
 
 def _commit(folder: Path, manifest: dict[str, Any]) -> Failed | None:
+    fault_point("checkpoint.before_manifest")
     try:
         write_json_atomic(folder / MANIFEST, manifest)
     except OSError as error:
         return Failed(f"manifest: {error}", error.errno in (errno.ENOSPC, errno.EDQUOT))
+    fault_point("checkpoint.after_manifest")
     return None
 
 
@@ -197,5 +200,8 @@ def retain(root: Path, *, newest: Path, keep_last: int, keep_best: int, busy: fr
     stay = {newest.name, *busy, *to_keep(committed(root), keep_last=keep_last, keep_best=keep_best)}
     for folder in sorted(root.glob("step-*")):
         if folder.name not in stay and folder.name < newest.name:
+            fault_point("checkpoint.before_remove")
             (folder / MANIFEST).unlink(missing_ok=True)  # first, so that half a folder is never taken for a checkpoint
+            fault_point("checkpoint.in_remove")
             shutil.rmtree(folder, ignore_errors=True)
+            fault_point("checkpoint.after_remove")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.faults import fault_point
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError
 from pipeline.training.checkpoint import MANIFEST, Found, read
@@ -32,7 +33,9 @@ class Remote:
         """Copy a committed checkpoint, its manifest last."""
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
         for path in [*files, folder / MANIFEST]:
+            fault_point("upload.before_file")
             self._put(path, f"{self._root}/{folder.name}/{path.relative_to(folder)}")
+            fault_point("upload.after_file")
 
     def get(self, name: str, root: Path) -> Path:
         """Copy a checkpoint into `root`, its manifest last."""
@@ -49,6 +52,7 @@ class Remote:
             part = target.with_name(f".{target.name}.part")
             with self._fs.open_input_stream(path) as source, part.open("wb") as f:
                 shutil.copyfileobj(source, f, CHUNK)
+            fault_point("download.before_rename")
             part.replace(target)
         return folder
 
@@ -71,6 +75,7 @@ class Remote:
 
     def remove(self, name: str) -> None:
         self._fs.delete_file(f"{self._root}/{name}/{MANIFEST}")
+        fault_point("upload.in_remove")
         self._fs.delete_dir(f"{self._root}/{name}")
 
     def probe(self) -> None:
@@ -87,6 +92,7 @@ class Remote:
         with path.open("rb") as source, self._fs.open_output_stream(written) as f:
             shutil.copyfileobj(source, f, CHUNK)
         if written != target:
+            fault_point("upload.before_rename")
             self._fs.move(written, target)
 
     def _parent(self, target: str) -> None:
