@@ -61,6 +61,11 @@ def fault_point(point: str, *, step: int | None = None) -> None:
                 _do(fault)
 
 
+def passed() -> dict[str, int]:
+    """Point -> how often it was passed since the last `arm`, of points that a fault of this process names."""
+    return {fault.point: n for fault, n in _passed.items()}
+
+
 def _rank() -> int:
     """Of a training worker, as torchrun and Ray Train tell it; any other process is number 0."""
     return int(os.environ.get("RANK", "0"))

@@ -39,6 +39,7 @@ def freeze_a_worker(folder: Path, frozen: dict[int, float]) -> None:
             return
 
 
+@pytest.mark.row("T9")
 def test_a_frozen_worker_is_given_up_and_training_ends(tmp_path, ray_cluster):
     file, folder, frozen = tmp_path / "job.yaml", tmp_path / "runs" / "frozen", {}
     file.write_text(yaml.safe_dump({**JOB, "name": "frozen", "output": str(tmp_path / "runs")}))

@@ -81,7 +81,9 @@ def _rank(
     }  # fmt: skip
     os.environ[VARIABLE] = fault
     arm()
-    _write_down_cells(folder / f"cells-{attempt}-{rank}.jsonl")
+    from pipeline.training.objectives import VaeObjective
+
+    write_down_cells(VaeObjective, folder / f"cells-{attempt}-{rank}.jsonl")
     work(folder)
 
 
@@ -93,18 +95,18 @@ def _train(folder: Path) -> None:
 
 
 # ---- cells -------------------------------------------------------------------------------------------------------
-def _write_down_cells(path: Path) -> None:
-    from pipeline.training.objectives import VaeObjective
-
-    original = VaeObjective.loss
+def write_down_cells(objective: type[Any], path: Path) -> None:
+    """Every micro batch whose loss is asked of this kind of objective, as a line of a file."""
+    original = objective.loss
 
     def loss(self: Any, model: Any, batch: Any, part: Any) -> Any:
         seen = batch.joinids[batch.weight > 0].tolist()
         with path.open("a") as f:
-            f.write(json.dumps({"step": part.step, "epoch": part.epoch, "start": part.start, "cells": seen}) + "\n")
+            place = {"step": part.step, "epoch": part.epoch, "start": part.start, "at": time.time()}
+            f.write(json.dumps({**place, "cells": seen}) + "\n")
         return original(self, model, batch, part)
 
-    VaeObjective.loss = loss  # type: ignore[method-assign]
+    objective.loss = loss
 
 
 def cells_by_step(folder: Path) -> dict[int, list[int]]:

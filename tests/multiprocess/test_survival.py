@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +54,7 @@ def lost_steps(folder: Path) -> int:
     return sum(n - 1 for n in times_begun(folder).values())
 
 
+@pytest.mark.row("T11")
 def test_the_uninterrupted_run_sees_every_cell_once_an_epoch(whole, ingested):
     steps = cells_by_step(whole)
     n_cells = ingested.facts["n_cells"]["train"]
@@ -64,6 +64,7 @@ def test_the_uninterrupted_run_sees_every_cell_once_an_epoch(whole, ingested):
     assert set(first.values()) == {1}
 
 
+@pytest.mark.row("T1", "T2", "C1")
 @pytest.mark.parametrize(
     "faults",
     [
@@ -87,6 +88,7 @@ def test_killed_ranks_change_nothing_and_cost_at_most_an_interval_each(tmp_path,
     assert 0 < lost_steps(tmp_path) <= EVERY * len(faults)
 
 
+@pytest.mark.row("T5", "T6")
 def test_a_notice_costs_no_step(tmp_path, whole, ingested):
     """SIGTERM to one rank: all write a checkpoint at the end of that step and end."""
     spec = spec_of(tmp_path, ingested)
@@ -97,6 +99,7 @@ def test_a_notice_costs_no_step(tmp_path, whole, ingested):
     assert lost_steps(tmp_path) == 0
 
 
+@pytest.mark.row("T6")
 def test_a_stop_file_is_a_notice(tmp_path, ingested):
     """What the driver writes when it is told to go. It is taken away at the next start."""
     spec = spec_of(tmp_path, ingested, max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
@@ -113,6 +116,7 @@ def test_a_stop_file_is_a_notice(tmp_path, ingested):
 
 
 # ---- another place, another number of workers --------------------------------------------------------------------
+@pytest.mark.row("C1", "T7")
 def test_a_run_whose_machine_is_gone_goes_on_from_the_second_place(tmp_path, whole, ingested):
     """Killed in the middle of an upload; then nothing is left here."""
     storage = {"storage_path": str(tmp_path / "nfs")}
@@ -131,6 +135,7 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_second_place(tmp_path, who
     assert len(list(there.glob("step-*"))) <= 3, "old checkpoints stay in the second place"
 
 
+@pytest.mark.row("C8")
 def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_path, whole, ingested):
     """Two, then one, then two. The weights of each ZeRO stage: test_elastic."""
     spec = spec_of(tmp_path, ingested)
@@ -148,18 +153,7 @@ def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_pat
 
 
 # ---- the disk ----------------------------------------------------------------------------------------------------
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 16 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
+@pytest.mark.row("C5")
 def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(small_disk, tmp_path, whole, ingested):
     folder = small_disk / "run"
     spec = spec_of(folder, ingested)
