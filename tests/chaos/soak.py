@@ -11,6 +11,7 @@ start of the cluster's first worker included.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -90,7 +91,8 @@ class Soak:
         victim = self.rng.choice(sorted(workers, key=lambda p: p.pid))
         self.kills.append((what, time.time()))
         if what == "worker":
-            victim.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends with the one killed before it
+                victim.kill()
         else:
             kill_tree(self.driver)
             wait_for(lambda: not self.workers(), 120, "the workers outlive their driver")
@@ -120,7 +122,8 @@ class Soak:
             kill_tree(self.driver)
         self.cluster.close()
         self._flapping.join(120)
-        self.server.kill()
+        with contextlib.suppress(ProcessLookupError):
+            self.server.kill()
 
     def workers(self) -> list[psutil.Process]:
         mine = [p for n in self.cluster.nodes for p in psutil.Process(n.pid).children(recursive=True)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runner, tracking
+from pipeline import faults, runner, tracking
 from pipeline.config_io import load_job
 from pipeline.job import STAGES
 from pipeline.lock import LOCK, stage_lock
@@ -191,6 +191,19 @@ def test_a_crash_leaves_no_manifest_and_the_rerun_goes_on(world):
     assert world.tracking.status == "FAILED"
     world.fail.clear()
     assert run() == ["encode", "train_flow", "generate", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("point", "left"), [("stage.before_run", 5), ("stage.before_manifest", 5), ("stage.after_manifest", 4)]
+)
+def test_a_stage_counts_as_finished_from_its_manifest_on_wherever_its_process_dies(world, point, left):
+    faults.arm(f"{point}:n=2:raise")
+    try:
+        with pytest.raises(runner.StageFailed, match="train_vae failed: FaultError"):
+            run()
+    finally:
+        faults.arm("")
+    assert run() == list(STAGES)[-left:]
 
 
 def test_bad_input_found_by_a_stage_stays_bad_input(world):
