@@ -77,7 +77,7 @@ def test_the_uninterrupted_run_sees_every_cell_once_an_epoch(whole, ingested):
     ],
     ids=["in steps", "in checkpoints"],
 )
-def test_killed_ranks_change_nothing_and_cost_at_most_an_interval_each(tmp_path, whole, ingested, faults):
+def test_killed_ranks_change_nothing_and_cost_at_most_an_interval_each(tmp_path, whole, ingested, faults, record):
     spec = spec_of(tmp_path, ingested)
     for fault in faults:
         codes = run(spec, fault=fault)
@@ -86,10 +86,11 @@ def test_killed_ranks_change_nothing_and_cost_at_most_an_interval_each(tmp_path,
     train(spec)
     assert_same(tmp_path, whole)
     assert 0 < lost_steps(tmp_path) <= EVERY * len(faults)
+    record |= {"kills": len(faults), "lost_steps": lost_steps(tmp_path) / len(faults), "duplicates": 0, "missing": 0}
 
 
 @pytest.mark.row("T5", "T6")
-def test_a_notice_costs_no_step(tmp_path, whole, ingested):
+def test_a_notice_costs_no_step(tmp_path, whole, ingested, record):
     """SIGTERM to one rank: all write a checkpoint at the end of that step and end."""
     spec = spec_of(tmp_path, ingested)
     assert run(spec, fault="training.before_step:step=6:rank=1:term") == [STOPPED, STOPPED]
@@ -97,6 +98,7 @@ def test_a_notice_costs_no_step(tmp_path, whole, ingested):
     train(spec)
     assert_same(tmp_path, whole)
     assert lost_steps(tmp_path) == 0
+    record |= {"lost_steps": 0, "duplicates": 0, "missing": 0}
 
 
 @pytest.mark.row("T6")
