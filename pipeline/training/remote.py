@@ -58,12 +58,20 @@ class Remote:
 
     def names(self) -> list[str]:
         """Checkpoints that are there, newest first."""
+        return [name for name, committed in self._folders() if committed]
+
+    def unfinished(self) -> list[str]:
+        """Folders of checkpoints without a manifest: of copies, or removals, that a kill cut short."""
+        return [name for name, committed in self._folders() if not committed]
+
+    def _folders(self) -> list[tuple[str, bool]]:
+        """Name, and whether a manifest is there; newest first."""
         from pyarrow.fs import FileSelector, FileType
 
         found = self._fs.get_file_info(FileSelector(self._root, allow_not_found=True))
         names = [f.base_name for f in found if f.type == FileType.Directory and f.base_name.startswith("step-")]
         infos = self._fs.get_file_info([f"{self._root}/{n}/{MANIFEST}" for n in names]) if names else []
-        return sorted((n for n, i in zip(names, infos, strict=True) if i.type == FileType.File), reverse=True)
+        return sorted(((n, i.type == FileType.File) for n, i in zip(names, infos, strict=True)), reverse=True)
 
     def manifest(self, name: str, scratch: Path) -> Found:
         """What the manifest of a checkpoint says. Raises ValueError where it cannot be read."""
@@ -76,6 +84,9 @@ class Remote:
     def remove(self, name: str) -> None:
         self._fs.delete_file(f"{self._root}/{name}/{MANIFEST}")
         fault_point("upload.in_remove")
+        self.remove_unfinished(name)
+
+    def remove_unfinished(self, name: str) -> None:
         self._fs.delete_dir(f"{self._root}/{name}")
 
     def probe(self) -> None:

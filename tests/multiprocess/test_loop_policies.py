@@ -86,13 +86,13 @@ def test_a_spike_is_logged_or_left_out(results):
 
 @pytest.mark.row("N3")
 def test_N3_gradients_a_million_times_too_large_are_clipped_and_training_goes_on(results):
-    """One cell in 48, in every epoch. Its loss is left out of the comparison by taking the weights' own."""
+    """One cell in 48, in every epoch. The loss of all others, under the weights that training came to."""
     plain, harmed = results[0]["longer"], results[0]["a million times"]
     assert harmed["skipped"] == 0
     assert np.isfinite(harmed["weights"]).all()
     start, end, reached = (toy_loss(w) for w in (results[0]["untrained"], plain["weights"], harmed["weights"]))
     assert end < 0.1 * start, "the toy does not learn, so nothing is shown"
-    assert reached < 0.2 * start, f"from {start:.3g} to {reached:.3g}; without the cell to {end:.3g}"
+    assert reached < 0.05 * start, f"from {start:.3g} to {reached:.3g}; without the cell to {end:.3g}"
 
 
 def test_early_stopping_ends_the_run_and_the_best_weights_are_what_is_left(results):

@@ -129,6 +129,21 @@ def test_half_an_upload_is_no_checkpoint(tmp_path):
     assert not sent[0].endswith(MANIFEST)
 
 
+def test_what_a_kill_left_in_the_second_place_goes_with_the_next_copy(tmp_path):
+    """Half a copy; half a removal; and one whose folder here is just losing its files."""
+    here, there = tmp_path / "here", tmp_path / "there" / RUN
+    remote = Slow(tmp_path / "there")
+    for step in (4, 8, 12):
+        remote.put(commit(here, step))
+    (there / "step-00000004-w2-00000000" / MANIFEST).unlink()  # its removal was cut short
+    (there / "step-00000010-w2-00000000").mkdir()  # its copy was cut short
+    (here / "step-00000008-w2-00000000" / MANIFEST).unlink()  # retention is at work here
+    up = uploader(here, remote)
+    up.put(commit(here, 16))
+    assert up.close(10)
+    assert steps(there) == [12, 16]
+
+
 @pytest.fixture
 def bucket(monkeypatch):
     import boto3
