@@ -27,7 +27,7 @@ ifdef LABELS
 SETTINGS += 'ingest.labels=[$(LABELS)]'
 endif
 
-.PHONY: venv demo test lint ui docs wheel chaos fuzz audit quality clean
+.PHONY: venv demo test lint ui docs wheel chaos soak fuzz audit quality clean
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -68,8 +68,16 @@ wheel: venv
 	$(UV_ENV) $(BIN)/uv build --quiet --wheel --python $(BIN)/python --out-dir dist
 	$(BIN)/python -m pytest -m slow tests/unit/test_wheel.py $(PYTEST_ARGS)
 
+# Every row of the fault matrix, then its table; TABLE=docs/reliability.md writes it there.
+RECORDS ?= build/chaos
 chaos: venv
-	$(BIN)/python -m pytest -m "chaos or slow" $(PYTEST_ARGS)
+	rm -rf "$(RECORDS)"
+	code=0; SCLDM_RECORDS="$(abspath $(RECORDS))" $(BIN)/python -m pytest -m "(chaos or row) and not gpu" $(PYTEST_ARGS) \
+	  || code=$$?; $(BIN)/python tests/chaos/matrix.py "$(RECORDS)" $(if $(TABLE),--write $(TABLE)); exit $$code
+
+# Training under a random killer and an MLflow that comes and goes; the seed is printed, SEED=7 takes one.
+soak: venv
+	$(BIN)/python tests/chaos/soak.py --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED)) --json build/soak.json
 
 # Coverage-guided, of what reads strangers' files (tests/fuzz); the fuzzer is added to the same environment. Linux.
 fuzz: $(VENV)/.fuzz

@@ -1,6 +1,6 @@
 """The command line: `scldm run | validate | plan | runs | cells | config | mlflow`; of your own cells `init |
-validate-data`; of clusters `submit | status | logs | stop | cluster | doctor`; of models `convert | export | parity |
-presets`.
+validate-data`; of clusters `submit | status | logs | stop | cluster | doctor`; drills `faults`; of models `convert |
+export | parity | presets`.
 
 Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
@@ -24,6 +24,7 @@ from pipeline.cli_cluster import cluster, logs, status, stop, submit
 from pipeline.cli_config import config_app
 from pipeline.cli_data import validate_data
 from pipeline.cli_doctor import doctor
+from pipeline.cli_faults import faults
 from pipeline.cli_init import init
 from pipeline.cli_mlflow import compare, mlflow_app
 from pipeline.cli_models import convert, export
@@ -55,6 +56,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
     ] = False,
@@ -63,6 +65,16 @@ def options(
 
     Begin with `scldm run jobs/demo.yaml`, or with `scldm init cells.h5ad` for your own cells.
     """
+    from pipeline.faults import arm
+    from pipeline.stage import InputError
+
+    if context.invoked_subcommand == "faults":  # which says what may stand there
+        return
+    with reported():
+        try:
+            arm()
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
@@ -182,7 +194,7 @@ def list_runs(
 
 
 runs.command("compare")(compare)
-for _command in (submit, status, logs, stop, doctor):
+for _command in (submit, status, logs, stop, doctor, faults):
     app.command(rich_help_panel=CLUSTERS)(_command)
 app.command(rich_help_panel=DATA)(init)
 app.command("validate-data", rich_help_panel=DATA)(validate_data)

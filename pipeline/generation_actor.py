@@ -81,6 +81,8 @@ class Generator:
         for wait in (*(WAIT_SECONDS * 2**i for i in range(TRIES - 1)), None):
             try:
                 return self._make(shard)
+            except FloatingPointError as error:  # again it would be the same
+                raise FloatingPointError(f"shard {shard}: {error}") from error
             except OSError as error:
                 if wait is None:
                     raise OSError(f"shard {shard} could not be written in {TRIES} tries: {error}") from error

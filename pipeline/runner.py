@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import cluster
 from pipeline.config_io import resolved_yaml
+from pipeline.faults import fault_point
 from pipeline.job import REAL_CELL_STAGES, STAGES, JobBase
 from pipeline.lock import stage_lock
 from pipeline.preflight import check_against_data, check_settings
@@ -129,9 +130,12 @@ def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking
             output=output_root(job), checkpoints=job.checkpoints,
         )  # fmt: skip
         with _reported(step, tracker):
+            fault_point("stage.before_run")
             facts = stage_function(step.stage)(step.config, context)
             manifest = _manifest(step, inputs, context, facts, tracker)
+            fault_point("stage.before_manifest")
             write_manifest(manifest)
+            fault_point("stage.after_manifest")
             tracker.describe(manifest)
         say(f"{step.stage} {step.version} finished in {manifest.seconds:.0f} s")
         return manifest

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.faults import fault_point
 from scldm.config import StrictModel
 
 MANIFEST = "manifest.json"
@@ -57,6 +58,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
         json.dump(value, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
+    fault_point("record.before_rename")
     tmp.replace(path)
 
 

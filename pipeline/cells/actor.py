@@ -107,6 +107,7 @@ class RowsActor:
         fault_point("cells.before_record")
         record = {"shard": shard, "file": f"cells/{file}", "n_cells": adata.n_obs, "sha256": sha256, "empty": n_empty}
         write_json_atomic(self.folder / f"{file}.json", record)
+        fault_point("cells.after_record")
         return record
 
     def shard(self, shard: int) -> tuple[anndata.AnnData, int]:

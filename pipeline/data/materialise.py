@@ -26,6 +26,7 @@ import pyarrow as pa
 from pipeline.data.blocks import LABEL, SomaBlocks
 from pipeline.data.cache import BATCH_ROWS, record_path
 from pipeline.data.parallel import cluster_is_up, each_in_order
+from pipeline.faults import fault_point
 from pipeline.stage import MANIFEST, InputError, write_json_atomic
 
 FORMAT = 1
@@ -101,6 +102,7 @@ def materialise(
         on_shard(sum(s["n_cells"] for s in shards), len(ids))
     n_bytes = sum(s["bytes"] for s in shards)
     what = {"format": FORMAT, "uri": reader.uri, **cells.identity, "n_cells": len(ids), "bytes": n_bytes}
+    fault_point("cache.before_manifest")
     # Written last and renamed into place: a manifest means that the cache is whole.
     write_json_atomic(folder / MANIFEST, {**what, "shards": shards})
     return Materialised(folder, made, len(shards) - made, n_bytes)
@@ -135,6 +137,7 @@ def _shard(bare: SomaBlocks, part: _Part) -> tuple[dict[str, Any], bool]:
         sha = _sha_of_file(tmp)
         path = folder / f"{part.number:06d}-{sha[:12]}.arrow"
         record = {"file": path.name, "n_cells": len(table), "bytes": tmp.stat().st_size, "sha256": sha}
+        fault_point("cache.before_rename")
         tmp.replace(path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -142,7 +145,9 @@ def _shard(bare: SomaBlocks, part: _Part) -> tuple[dict[str, Any], bool]:
         raise InputError(f"ingest.cache: the disk of {folder} is full; {_MORE_ROOM}") from error
     finally:
         tmp.unlink(missing_ok=True)
+    fault_point("cache.before_record")
     write_json_atomic(record_path(path), {**record, "batches": batches})
+    fault_point("cache.after_record")
     return record, True
 
 

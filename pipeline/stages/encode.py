@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline.data.blocks import LABEL, RECORD_BATCH_ROWS
 from pipeline.data.ingested import Ingested
+from pipeline.faults import VARIABLE, arm, fault_point
 from pipeline.job import EncodeConfig
 from pipeline.progress import ProgressReader, ProgressWriter
 from pipeline.shards import actor_pool, committed
@@ -29,11 +30,12 @@ BLOCK_ROWS = 8192
 class Encoder:
     """A Ray Data actor: tables of cells in, shards of latents out."""
 
-    def __init__(self, model: str, folder: str, labels: Sequence[str], batch_size: int, threads: int):
+    def __init__(self, model: str, folder: str, labels: Sequence[str], batch_size: int, threads: int, fault: str):
         import torch
 
         from scldm.checkpoints.native import load_vae
 
+        arm(fault)
         torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.vae = load_vae(Path(model), device=self.device).vae
@@ -43,10 +45,12 @@ class Encoder:
         split = cells["split"][0].as_py()
         file = f"{split}-{cells['shard'][0].as_py():05d}.arrow"
         self._write(self.folder / file, cells)
+        fault_point("encode.before_record")
         with (self.folder / file).open("rb") as f:
             record = {"split": split, "file": file, "n_cells": len(cells), "sha256": _sha256(f)}
         # The shard's own record, so that a run that was killed knows what is done.
         write_json_atomic(self.folder / f"{file}.json", record)
+        fault_point("encode.after_record")
         return pa.Table.from_pylist([record])
 
     def _write(self, path: Path, cells: pa.Table) -> None:
@@ -64,6 +68,7 @@ class Encoder:
             writer.write_table(table, max_chunksize=RECORD_BATCH_ROWS)
         with tmp.open("rb") as f:
             os.fsync(f.fileno())
+        fault_point("encode.before_rename")
         tmp.replace(path)
 
     def _encode(self, cells: pa.Table) -> np.ndarray:
@@ -126,7 +131,7 @@ def _encoded(
     threads = threads_per_worker(resources)
     written = named.map_batches(
         Encoder,
-        fn_constructor_args=(model, str(folder), labels, config.batch_size, threads),
+        fn_constructor_args=(model, str(folder), labels, config.batch_size, threads, os.environ.get(VARIABLE, "")),
         batch_size=None,
         batch_format="pyarrow",
         compute=actor_pool(resources, len(shard_of)),

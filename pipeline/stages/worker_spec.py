@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import Any, Literal
 
+from pipeline.faults import VARIABLE
 from pipeline.job import TrainFlowConfig, TrainVaeConfig
 from pipeline.stage import StageContext
 from pipeline.stages.cards import model_card
@@ -28,4 +30,5 @@ def worker_spec(
         "card": model_card(kind, config, context.inputs),
         "storage": context.checkpoints.model_dump(mode="json"),
         "run_name": "/".join(context.folder.parts[-3:]),
+        "fault": os.environ.get(VARIABLE, ""),
     }

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.faults import fault_point
 from pipeline.stage import InputError, write_json_atomic
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 2
+DIGEST = "sha256"  # in the manifest, of all else in it
 Written = dict[str, tuple[int, str]]  # file name -> (size, sha256)
 
 
@@ -84,7 +86,8 @@ def save(
         if outcome[0] is None:
             files = {k: v for table in written for k, v in table.items()}
             about = {"metrics": dict(metrics or {}), "more": dict(more or {})}
-            outcome[0] = _commit(folder, {"schema": SCHEMA, "position": asdict(position), **about, "files": files})
+            manifest = {"schema": SCHEMA, "position": asdict(position), **about, "files": files}
+            outcome[0] = _commit(folder, {**manifest, DIGEST: _digest(manifest)})
         if outcome[0] is not None:
             shutil.rmtree(folder, ignore_errors=True)
     dist.broadcast_object_list(outcome)
@@ -100,16 +103,23 @@ def _attempt(folder: Path, write: Callable[[Path], Written]) -> Written | Failed
 
 
 def _commit(folder: Path, manifest: dict[str, Any]) -> Failed | None:
+    fault_point("checkpoint.before_manifest")
     try:
         write_json_atomic(folder / MANIFEST, manifest)
     except OSError as error:
         return Failed(f"manifest: {error}", error.errno in (errno.ENOSPC, errno.EDQUOT))
+    fault_point("checkpoint.after_manifest")
     return None
 
 
 # ---- finding -----------------------------------------------------------------------------------------------------
 def newest(root: Path) -> tuple[Found | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over."""
+    """The newest checkpoint that verifies, and why newer ones were passed over.
+
+    Raises:
+        InputError: where a newer version of scldm wrote one. To pass over it would be to do its steps again, and to
+            remove it in time.
+    """
     rejected: list[str] = []
     for folder in sorted(root.glob("step-*"), reverse=True):
         if not (folder / MANIFEST).is_file():
@@ -122,23 +132,46 @@ def newest(root: Path) -> tuple[Found | None, list[str]]:
 
 
 def read(folder: Path) -> Found:
-    """A checkpoint by its manifest, unverified. Raises OSError or ValueError where there is none to read."""
+    """A checkpoint by its manifest, its files unverified. Raises OSError or ValueError where there is none to read."""
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[Found, Written]:
     manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("schema") != SCHEMA:
-        raise ValueError(f"its manifest has schema {manifest.get('schema')}, this version reads {SCHEMA}")
-    size = sum(size for size, _ in manifest["files"].values())
-    return Found(folder, Position(**manifest["position"]), manifest["metrics"], manifest["more"], size)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
+    digest = manifest.pop(DIGEST, None)  # absent in those of early versions
+    if digest is not None and digest != _digest(manifest):
+        raise ValueError("it does not have its own sha256")
+    schema = manifest.get("schema")
+    if schema != SCHEMA:
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise InputError(
+                f"{folder} was written by a newer version of scldm (schema {schema}, this version reads {SCHEMA}); "
+                "upgrade scldm on all nodes, or move this folder away to go on from the checkpoint before it"
+            )
+        raise ValueError(f"it has schema {schema}, this version reads {SCHEMA}")
+    try:
+        files: Written = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
+        size = sum(size for size, _ in files.values())
+        found = Found(folder, Position(**manifest["position"]), manifest["metrics"], manifest["more"], size)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it lacks what it should hold ({error})") from error
+    return found, files
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    as_read = json.loads(json.dumps(manifest))  # keys are strings then, and sort as those of a file
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if all its files are as they were written."""
+    """What is wrong with a checkpoint; None if all its files are as they were written. Raises InputError: `newest`."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        _, files = _read(folder)
     except (OSError, ValueError) as error:
-        return f"its manifest cannot be read ({error})"
-    if manifest.get("schema") != SCHEMA:
-        return f"its manifest has schema {manifest.get('schema')}, this version reads {SCHEMA}"
-    for name, (size, sha256) in manifest["files"].items():
+        return f"its manifest cannot be read: {error}"
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -152,7 +185,10 @@ def verify(folder: Path) -> str | None:
 def check_fits(found: Found, position: Position) -> None:
     """Refuse to go on with what was made under other settings. The number of workers may differ."""
     if found.position.config_hash != position.config_hash:
-        raise InputError(f"{found.folder} was written under another configuration; use another output folder")
+        raise InputError(
+            f"{found.folder} was written under another configuration ({found.position.config_hash}; this run has "
+            f"{position.config_hash}); use another output folder"
+        )
 
 
 def sha256_of(path: Path) -> str:
@@ -167,7 +203,7 @@ def committed(root: Path) -> list[Found]:
     for folder in sorted(root.glob("step-*"), reverse=True):
         try:
             found.append(read(folder))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, InputError):
             continue
     return found
 
@@ -197,5 +233,8 @@ def retain(root: Path, *, newest: Path, keep_last: int, keep_best: int, busy: fr
     stay = {newest.name, *busy, *to_keep(committed(root), keep_last=keep_last, keep_best=keep_best)}
     for folder in sorted(root.glob("step-*")):
         if folder.name not in stay and folder.name < newest.name:
+            fault_point("checkpoint.before_remove")
             (folder / MANIFEST).unlink(missing_ok=True)  # first, so that half a folder is never taken for a checkpoint
+            fault_point("checkpoint.in_remove")
             shutil.rmtree(folder, ignore_errors=True)
+            fault_point("checkpoint.after_remove")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.faults import fault_point
 from pipeline.provenance import read_ids
 from pipeline.stage import InputError
 from pipeline.training import checkpoint
@@ -170,6 +171,7 @@ class Keeper:
             metrics: Measured at this very step.
             must: Raise instead of going on without, because the run ends here.
         """
+        fault_point("checkpoint.before_save")
         began = time.monotonic()
         state = self.engine.state()
         more = {**more, "tracker": dict(read_ids(self.stage_folder))}
@@ -178,7 +180,12 @@ class Keeper:
             table = {shard_name(self.rank, self.world_size): state, random_file(self.rank): _random_state()}
             if self.ema is not None and self.rank == 0:
                 table[EMA_FILE] = self.ema.state_dict()
-            return {name: write_tensors(folder / name, tensors) for name, tensors in table.items()}
+            written: Written = {}
+            for name, tensors in table.items():
+                fault_point("checkpoint.before_shard")
+                written[name] = write_tensors(folder / name, tensors)
+                fault_point("checkpoint.after_shard")
+            return written
 
         made = checkpoint.save(self.root, self.position(step), write, metrics=metrics, more=more)
         if isinstance(made, Failed):

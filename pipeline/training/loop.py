@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.data.feed import feed
 from pipeline.data.order import FeedOrder
+from pipeline.faults import fault_point
 from pipeline.flops import mfu, peak_flops
 from pipeline.job import TrainConfig
 from pipeline.training.checkpoint import Position
@@ -69,6 +70,7 @@ def run_training(
         for at in training.clock.waiting("data_wait", ready):
             if training.take(at):
                 break
+    fault_point("training.before_export")
     return training.done()
 
 
@@ -113,6 +115,7 @@ class Training:
 
     def take(self, at: Ready) -> bool:
         """A step, and what is due after it. Whether it was the last."""
+        fault_point("training.before_step", step=at.step)
         self.notice.ask()
         step = self.steps = at.step + 1  # steps done after this one
         lr = self.config.optimizer.lr * learning_rate_factor(at.step, self.config.max_steps, self.config.optimizer)
@@ -121,6 +124,7 @@ class Training:
             if self.ema is not None and self.engine.applied:
                 with self.engine.whole_parameters():
                     self.ema.update(step)
+        fault_point("training.after_step", step=at.step)
         self.watchdog.beat(f"step {step}")
         last = step == self.config.max_steps
         measured: dict[str, float] = {}
@@ -171,6 +175,7 @@ class Training:
                 self.engine.step(lr)
         total, n_bad = seen.reduced()
         mean = total / at.real_cells
+        fault_point("training.before_update", step=at.step)
         self.engine.step(lr, apply=guard.wants(mean, n_bad))
         said = guard.after(at.step + 1, mean, seen, applied=self.engine.applied)
         if said is not None and dist.get_rank() == 0:
@@ -192,6 +197,7 @@ class Training:
             saved = self.keeper.save(step, metrics=measured, more=self.memory.state(), must=must)
         self.watchdog.beat(f"checkpoint at step {step}")
         if saved:
+            fault_point("training.after_checkpoint", step=step - 1)
             self.run.on_checkpoint({"step": step, **self.metrics})
 
     def _mfu(self, cells_per_s: float) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.faults import fault_point
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError
 from pipeline.training.checkpoint import MANIFEST, Found, read
@@ -32,7 +33,9 @@ class Remote:
         """Copy a committed checkpoint, its manifest last."""
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
         for path in [*files, folder / MANIFEST]:
+            fault_point("upload.before_file")
             self._put(path, f"{self._root}/{folder.name}/{path.relative_to(folder)}")
+            fault_point("upload.after_file")
 
     def get(self, name: str, root: Path) -> Path:
         """Copy a checkpoint into `root`, its manifest last."""
@@ -49,17 +52,26 @@ class Remote:
             part = target.with_name(f".{target.name}.part")
             with self._fs.open_input_stream(path) as source, part.open("wb") as f:
                 shutil.copyfileobj(source, f, CHUNK)
+            fault_point("download.before_rename")
             part.replace(target)
         return folder
 
     def names(self) -> list[str]:
         """Checkpoints that are there, newest first."""
+        return [name for name, committed in self._folders() if committed]
+
+    def unfinished(self) -> list[str]:
+        """Folders of checkpoints without a manifest: of copies, or removals, that a kill cut short."""
+        return [name for name, committed in self._folders() if not committed]
+
+    def _folders(self) -> list[tuple[str, bool]]:
+        """Name, and whether a manifest is there; newest first."""
         from pyarrow.fs import FileSelector, FileType
 
         found = self._fs.get_file_info(FileSelector(self._root, allow_not_found=True))
         names = [f.base_name for f in found if f.type == FileType.Directory and f.base_name.startswith("step-")]
         infos = self._fs.get_file_info([f"{self._root}/{n}/{MANIFEST}" for n in names]) if names else []
-        return sorted((n for n, i in zip(names, infos, strict=True) if i.type == FileType.File), reverse=True)
+        return sorted(((n, i.type == FileType.File) for n, i in zip(names, infos, strict=True)), reverse=True)
 
     def manifest(self, name: str, scratch: Path) -> Found:
         """What the manifest of a checkpoint says. Raises ValueError where it cannot be read."""
@@ -71,6 +83,10 @@ class Remote:
 
     def remove(self, name: str) -> None:
         self._fs.delete_file(f"{self._root}/{name}/{MANIFEST}")
+        fault_point("upload.in_remove")
+        self.remove_unfinished(name)
+
+    def remove_unfinished(self, name: str) -> None:
         self._fs.delete_dir(f"{self._root}/{name}")
 
     def probe(self) -> None:
@@ -87,6 +103,7 @@ class Remote:
         with path.open("rb") as source, self._fs.open_output_stream(written) as f:
             shutil.copyfileobj(source, f, CHUNK)
         if written != target:
+            fault_point("upload.before_rename")
             self._fs.move(written, target)
 
     def _parent(self, target: str) -> None:

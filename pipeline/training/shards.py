@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.faults import fault_point
 from pipeline.training.partitions import STEP, WEIGHT, Fields, Flat, Piece
 
 WHOLE = "whole"  # field of tensors that belong to no optimizer: buffers, and parameters that are not trained
@@ -50,6 +51,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
             for i in range(0, len(data), CHUNK):
                 f.write(data[i : i + CHUNK])
                 digest.update(data[i : i + CHUNK])
+        fault_point("checkpoint.in_shard")
         f.flush()
         os.fsync(f.fileno())
     return 8 + len(head) + end, digest.hexdigest()

@@ -78,7 +78,7 @@ def _attempt(
     spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str
 ) -> tuple[dict[str, Any], Any]:
     """What rank 0 returned; of workers whose node was taken away, the newest step and Ray's word on the nodes."""
-    from ray.train.v2.api.exceptions import PreemptionError
+    from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
     try:
         result = _trainer(spec, train, resources, stage).fit()
@@ -87,6 +87,15 @@ def _attempt(
         return result.return_value, None
     except PreemptionError as taken:
         return {STOPPED: newest_step(Path(spec["folder"]))}, taken.preemption_info
+    except WorkerGroupError as failed:
+        who = ", ".join(map(str, sorted(failed.worker_failures))) or "of unknown number"
+        print(
+            f"{stage}: workers failed {train.max_failures + 1} times and train.max_failures is {train.max_failures}; "
+            f"the last time worker {who}. Step {newest_step(Path(spec['folder']))} is in a checkpoint, and the same "
+            "command goes on from there",
+            flush=True,
+        )
+        raise
 
 
 def _trainer(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> Any:

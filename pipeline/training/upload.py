@@ -6,6 +6,7 @@ What fails is tried again, then said loudly and remembered in `uploads.json`; th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -151,15 +152,21 @@ class Uploader:
             self.tell(f"checkpoint upload: {SPOOL} cannot be written ({error})")
 
     def _retain(self, newest: str) -> None:
-        """In the second place, by what is known here of each; of one that is known there only, by its manifest."""
+        """In the second place. Nobody else copies there, so what has no manifest and is older was left by a kill."""
         found: list[Found] = []
         for name in self.remote.names():
-            local = self.root / name
-            try:
-                found.append(read(local) if local.is_dir() else self.remote.manifest(name, self.root / ".remote"))
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # not ours to judge, so not ours to remove
+            with contextlib.suppress(OSError, ValueError):  # not ours to judge, so not ours to remove
+                found.append(self._known(name))
         stay = {newest, *to_keep(found, keep_last=self.keep[0], keep_best=self.keep[1])}
         for f in found:
             if f.folder.name not in stay and f.folder.name < newest:
                 self.remote.remove(f.folder.name)
+        for name in self.remote.unfinished():
+            if name < newest:
+                self.remote.remove_unfinished(name)
+
+    def _known(self, name: str) -> Found:
+        """By its manifest here; where that is gone, or going at this very moment, by the one there."""
+        with contextlib.suppress(OSError, ValueError):
+            return read(self.root / name)
+        return self.remote.manifest(name, self.root / ".remote")

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
 from pipeline.data.order import FeedOrder
+from pipeline.faults import arm
 from pipeline.flops import dit_flops, vae_flops
 from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.resources import CheckpointStorage
@@ -61,6 +62,7 @@ class WorkerSpec(StrictModel):
     card: str = ""
     storage: CheckpointStorage = CheckpointStorage()
     run_name: str = ""  # <name>/<stage>/<version>: the run's folder in the second place of checkpoints
+    fault: str | None = None  # the driver's; None: that of the environment
 
 
 def train_worker(
@@ -73,6 +75,7 @@ def train_worker(
     Raises Stopped where a notice ended the run, with its work in a checkpoint.
     """
     spec = WorkerSpec.model_validate(raw)
+    arm(spec.fault)
     torch.set_num_threads(spec.threads)
     tracker = StageTracker.attach(spec.tracker if dist.get_rank() == 0 else {})
     tracker.tag("scldm.world_size", dist.get_world_size())
@@ -240,6 +243,11 @@ def main() -> None:
     """Entry point under torchrun."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        arm()
+    except ValueError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank() == 0:
         (Path(spec["folder"]) / STOP_FILE).unlink(missing_ok=True)  # it was for the run before

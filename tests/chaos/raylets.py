@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -25,14 +25,19 @@ QUIET = {
 
 
 class RealCluster:
-    """A head and further nodes, each of one CPU and a process group of its own."""
+    """A head and further nodes, each of one CPU and a process group of its own.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: For logs.
+        more: Of the environment of nodes and drivers.
+    """
+
+    def __init__(self, folder: Path, more: Mapping[str, str] | None = None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.address, self.folder = f"127.0.0.1:{port}", folder
-        self.env = {**os.environ, **QUIET, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        self.env = {**os.environ, **QUIET, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **(more or {})}
         self.nodes: list[subprocess.Popen] = []
         self.add("--head", f"--port={port}", "--include-dashboard=false")
 

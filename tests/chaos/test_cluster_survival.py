@@ -48,6 +48,7 @@ def clusters(tmp_path) -> Iterator[Callable[[], RealCluster]]:
         cluster.close()
 
 
+@pytest.mark.row("T3", "T5", "T6", "T7", "T8")
 def test_nodes_and_the_driver_go_and_the_run_ends_with_every_step_done(tmp_path, clusters):
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump({**JOB, "output": str(tmp_path / "runs")}))

@@ -40,6 +40,7 @@ def has_an_actor(node: subprocess.Popen) -> bool:
     return any("Generator" in " ".join(p.cmdline()) for p in psutil.Process(node.pid).children(recursive=True))
 
 
+@pytest.mark.row("G1")
 def test_a_killed_node_costs_nothing_but_time(tmp_path):
     inputs = write_inputs(tmp_path / "models")
     generate(tmp_path / "whole", inputs, **ASKED)

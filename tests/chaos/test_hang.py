@@ -39,7 +39,8 @@ def freeze_a_worker(folder: Path, frozen: dict[int, float]) -> None:
             return
 
 
-def test_a_frozen_worker_is_given_up_and_training_ends(tmp_path, ray_cluster):
+@pytest.mark.row("T9")
+def test_a_frozen_worker_is_given_up_and_training_ends(tmp_path, ray_cluster, record):
     file, folder, frozen = tmp_path / "job.yaml", tmp_path / "runs" / "frozen", {}
     file.write_text(yaml.safe_dump({**JOB, "name": "frozen", "output": str(tmp_path / "runs")}))
     thread = threading.Thread(target=freeze_a_worker, args=(folder, frozen), daemon=True)
@@ -52,5 +53,6 @@ def test_a_frozen_worker_is_given_up_and_training_ends(tmp_path, ray_cluster):
     reports = list(Path(made.folder).glob("hang-rank*.txt"))
     assert len(reports) == 1, "the frozen one cannot write; its peer does"
     assert f"train.step_timeout_s {TIMEOUT}" in reports[0].read_text()
+    record |= {"kills": 1, "detect_s": reports[0].stat().st_mtime - min(frozen.values())}
     for pid in frozen:
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -3,6 +3,7 @@ command again makes exactly the cells asked for, with the bytes of a run that no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -15,10 +16,13 @@ import psutil
 import pytest
 from generation_case import REFUSED, generate, hashes, run_in_process, write_inputs
 
+import scldm
+from pipeline.fault_points import POINTS
 from pipeline.faults import VARIABLE
 from pipeline.job import ResourcesConfig
 from pipeline.stage import InputError
 from pipeline.stages.generate import ray_pool
+from scldm.cells import CellsError
 
 pytestmark = pytest.mark.chaos
 KILLED = -signal.SIGKILL
@@ -46,32 +50,43 @@ def ends(process, timeout: float = 120) -> int:
     return process.exitcode
 
 
-POINTS = [
+KILLS = [
+    "record.before_rename:n=1:kill",
     "generate.after_batch:n=3:kill",  # in the middle of the second shard
     "generate.before_rename:n=2:kill",
     "generate.before_record:n=2:kill",
     "generate.after_record:n=4:kill",
+    "record.before_rename:n=5:kill",  # the manifest
     "generate.before_manifest:kill",
 ]
 
 
-def test_killed_at_any_point_the_same_command_gives_the_same_bytes(inputs, whole, tmp_path):
-    """One output, killed five times, each time at a later point; then left alone."""
-    for fault in POINTS:
-        folder = tmp_path / fault.split(":")[0]
+def test_every_point_of_generation_is_among_the_kills():
+    assert {k.split(":")[0] for k in KILLS} >= {p for p in POINTS if p.startswith("generate.")}
+
+
+@pytest.mark.row("G2", "G4")
+def test_killed_at_any_point_the_same_command_gives_the_same_bytes(inputs, whole, tmp_path, record):
+    """Each kill in an output of its own; then all of them in one."""
+    for i, fault in enumerate(KILLS):
+        folder = tmp_path / f"kill{i}"
         assert ends(run_in_process(folder, inputs, fault, **ASKED)) == KILLED, fault
         assert not (folder / "manifest.json").exists()
+        with pytest.raises(CellsError):  # whoever reads meanwhile
+            scldm.open_cells(folder)
         assert ends(run_in_process(folder, inputs, **ASKED)) == 0, fault
         assert hashes(folder) == whole, fault
         left = [p.name for p in (folder / "cells").iterdir() if p.name.startswith(".")]
         assert not left, f"{fault} leaves {left}"
     many = tmp_path / "many"
-    for fault in POINTS:  # any number of kills
+    for fault in KILLS:  # any number of kills
         ends(run_in_process(many, inputs, fault.replace("n=2", "n=1").replace("n=4", "n=1"), **ASKED))
     assert ends(run_in_process(many, inputs, **ASKED)) == 0
     assert hashes(many) == whole
+    record |= {"kills": len(KILLS), "duplicates": 0, "missing": 0}
 
 
+@pytest.mark.row("G6")
 def test_only_damaged_and_lost_shards_are_made_again(inputs, whole, tmp_path):
     folder = tmp_path / "damaged"
     generate(folder, inputs, **ASKED)
@@ -88,6 +103,25 @@ def test_only_damaged_and_lost_shards_are_made_again(inputs, whole, tmp_path):
     assert (cells / "part-00003.h5ad").stat().st_mtime_ns == kept
 
 
+@pytest.mark.row("G5")
+def test_G5_on_a_full_disk_no_shard_is_half_there_and_the_same_command_goes_on(inputs, whole, small_disk):
+    folder = small_disk / "full"
+    folder.mkdir()
+    filler = small_disk / "filler"
+    free = os.statvfs(small_disk)
+    filler.write_bytes(b"0" * (free.f_bavail * free.f_frsize - (96 << 10)))  # room for a shard or so
+    assert ends(run_in_process(folder, inputs, **ASKED)) not in (0, KILLED, REFUSED)
+    assert not (folder / "manifest.json").exists()
+    shards = list((folder / "cells").glob("part-*.h5ad"))
+    assert len(shards) < 4
+    for shard in shards:
+        assert hashlib.sha256(shard.read_bytes()).hexdigest() == whole[f"cells/{shard.name}"]
+    filler.unlink()
+    assert ends(run_in_process(folder, inputs, **ASKED)) == 0
+    assert hashes(folder) == whole
+
+
+@pytest.mark.row("T13")
 def test_two_jobs_on_one_output_are_refused(inputs, whole, tmp_path):
     folder = tmp_path / "shared"
     first = run_in_process(folder, inputs, "generate.before_record:sleep=60", **ASKED)
@@ -133,6 +167,7 @@ def kill_an_actor(cells: Path, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.row("G1")
 def test_a_killed_actor_costs_nothing_but_time(inputs, whole, tmp_path, ray_cluster, monkeypatch):
     """Under Ray, with two actors that each wait a moment in every shard."""
     monkeypatch.setenv(VARIABLE, "generate.after_batch:n=1:sleep=1")

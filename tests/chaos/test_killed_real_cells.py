@@ -24,6 +24,7 @@ def run(folder: Path, settings: dict, fault: str) -> None:
     run_stage("reconstruct", folder, settings)
 
 
+@pytest.mark.row("G2")
 def test_killed_at_any_point_the_same_command_gives_the_same_cells(tmp_path):
     settings = {"source": write_soma(tmp_path / "soma"), "model": {"vae": models(tmp_path)["vae"]}, "shard_size": 20}
     whole = scldm.open_cells(run_stage("reconstruct", tmp_path / "whole", settings))[:]

@@ -48,6 +48,7 @@ def kill_a_worker(folder: Path, killed: list[int]) -> None:
             return
 
 
+@pytest.mark.row("T1", "T2")
 def test_a_killed_worker_costs_no_step_and_changes_no_weight(tmp_path, ray_cluster):
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "runs" / "killed", killed), daemon=True)

@@ -20,6 +20,7 @@ from pipeline.tracking import StageTracker
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("patience")]
 
 
+@pytest.mark.row("M6")
 def test_M6_a_resume_with_another_learning_rate_keeps_the_param_and_says_what_changed(server, tmp_path, caplog):
     train(tmp_path, server.uri, lr=0.1)
     with caplog.at_level(logging.WARNING, "scldm.tracking"):
@@ -35,6 +36,7 @@ def test_M6_a_resume_with_another_learning_rate_keeps_the_param_and_says_what_ch
     assert done.steps_in(server.uri) == list(range(1, STEPS + 1))  # the steps that were taken twice are there once
 
 
+@pytest.mark.row("M7")
 def test_M7_a_flood_stays_bounded_and_arrives_whole(server, tmp_path):
     folder = tmp_path / "demo" / "train_vae" / "a1"
     folder.mkdir(parents=True)
@@ -61,6 +63,7 @@ def test_M7_a_flood_stays_bounded_and_arrives_whole(server, tmp_path):
         assert done.steps_in(server.uri, f"flood/{i}") == list(range(n_steps))
 
 
+@pytest.mark.row("M8")
 def test_M8_odd_numbers_names_and_lengths_never_raise_and_stop_nothing(server, tmp_path):
     folder = tmp_path / "demo" / "train_vae" / "a1"
     folder.mkdir(parents=True)
@@ -88,6 +91,7 @@ def test_M8_odd_numbers_names_and_lengths_never_raise_and_stop_nothing(server, t
     assert not list(folder.glob("*spool*"))
 
 
+@pytest.mark.row("M9")
 def test_M9_an_artifact_store_that_takes_nothing_costs_the_figures_alone_until_it_does(server, tmp_path, caplog):
     server.artifacts.mkdir(exist_ok=True)
     server.artifacts.rename(server.artifacts.with_name("aside"))

@@ -22,6 +22,7 @@ from pipeline.provenance import read_ids
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("patience")]
 
 
+@pytest.mark.row("M1")
 def test_M1_a_server_that_is_down_at_the_start_gets_the_whole_run_afterwards(server, tmp_path):
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
@@ -45,6 +46,7 @@ def test_M1_a_server_that_is_down_at_the_start_gets_the_whole_run_afterwards(ser
         proxy.close()
 
 
+@pytest.mark.row("M2")
 def test_M2_a_server_killed_in_the_middle_and_started_again_misses_no_point(server, tmp_path):
     back = threading.Thread(target=server.start)
 
@@ -59,6 +61,7 @@ def test_M2_a_server_killed_in_the_middle_and_started_again_misses_no_point(serv
     all_is_there(done, server.uri)
 
 
+@pytest.mark.row("M3")
 def test_M3_a_frozen_server_holds_up_neither_the_loop_nor_its_end(server, tmp_path, impatient):
     done = train(tmp_path, server.uri, {STEPS // 2: lambda: server.signal(signal.SIGSTOP)})
     server.signal(signal.SIGCONT)
@@ -72,6 +75,7 @@ def test_M3_a_frozen_server_holds_up_neither_the_loop_nor_its_end(server, tmp_pa
     all_is_there(done, server.uri)
 
 
+@pytest.mark.row("M4")
 @pytest.mark.parametrize("mode", ["some_500", 429, "slow"])
 def test_M4_errors_refusals_and_slowness_cost_no_step_and_no_point(proxy, tmp_path, mode, impatient):
     proxy.delay = 1.5  # longer than the client waits
@@ -87,6 +91,7 @@ def test_M4_errors_refusals_and_slowness_cost_no_step_and_no_point(proxy, tmp_pa
     all_is_there(done, proxy.uri)
 
 
+@pytest.mark.row("M5")
 @pytest.mark.parametrize(("status", "word"), [(401, "MLFLOW_TRACKING_PASSWORD"), (403, "--allowed-hosts")])
 def test_M5_wrong_credentials_are_said_once_with_what_to_do(proxy, tmp_path, caplog, status, word):
     proxy.mode = status
@@ -102,6 +107,7 @@ def test_M5_wrong_credentials_are_said_once_with_what_to_do(proxy, tmp_path, cap
     all_is_there(done, proxy.uri)
 
 
+@pytest.mark.row("M5")
 def test_M5_a_deleted_run_is_named_and_gets_its_points_once_it_is_restored(server, tmp_path, caplog):
     client = mlflow_client(server.uri)
 

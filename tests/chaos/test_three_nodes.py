@@ -38,6 +38,7 @@ def cluster(tmp_path) -> Iterator[RealCluster]:
     started.close()
 
 
+@pytest.mark.row("T3")
 def test_the_group_grows_to_a_third_node_loses_one_and_ends(tmp_path, cluster):
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump({**JOB, "output": str(tmp_path / "runs")}))

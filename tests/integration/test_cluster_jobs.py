@@ -146,6 +146,7 @@ def test_a_second_head_is_refused(head):
     assert "a head runs already" in second.stderr
 
 
+@pytest.mark.row("T6")
 def test_stop_leaves_a_checkpoint_at_the_very_step(head, stopped):
     step, said = stopped
     assert 0 < step < STEPS
@@ -156,6 +157,7 @@ def test_stop_leaves_a_checkpoint_at_the_very_step(head, stopped):
     assert newest_manifest(head.folder / "runs/tiny", "train_vae") is None
 
 
+@pytest.mark.row("T6")
 def test_the_same_command_goes_on_and_ends_with_0(head, stopped):
     step, _ = stopped
     again = head.ray("job", "submit", "--submission-id", "second", "jobs/train.yaml")

@@ -100,6 +100,7 @@ def test_a_second_run_does_nothing(line, capsys):
     assert "nothing to do: all 6 stages are finished" in capsys.readouterr().out
 
 
+@pytest.mark.row("G3")
 def test_generation_does_not_depend_on_shards_batches_or_actors(line):
     """And what a changed setting does not touch is not run again."""
     file, folder, _ = line
@@ -112,6 +113,7 @@ def test_generation_does_not_depend_on_shards_batches_or_actors(line):
     np.testing.assert_array_equal(before.obsm["X_scldm"], after.obsm["X_scldm"])
 
 
+@pytest.mark.row("G6")
 def test_a_lost_shard_alone_is_made_again(line):
     file, folder, _ = line
     manifest = newest_manifest(folder, "generate")

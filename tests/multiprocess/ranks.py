@@ -1,7 +1,7 @@
 """Training ranks as processes that start in a second: forked from a server that has imported everything once.
 
-Each runs the entry point that torchrun runs. Faults are put in from outside at exact places, by step and by count, and
-every micro batch that a rank trains on is written down, so that a test can say which cells were seen how often.
+Each runs the entry point that torchrun runs, with the faults of `pipeline.faults` that a test names. Every micro batch
+that a rank trains on is written down, so that a test can say which cells were seen how often.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pipeline.faults import VARIABLE, arm
 
 HERE = Path(__file__).resolve().parent
 # The server of Python 3.11 knows no path but that of the environment, and passes in silence over what it cannot import.
@@ -27,21 +28,8 @@ CONTEXT.set_forkserver_preload(["ranks", "warm"])
 KILLED, STOPPED = -signal.SIGKILL, 75
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What befalls a rank, and where.
-
-    `at` is a place below; it happens when the place is reached for the `n`-th time (a step: when step n begins).
-    """
-
-    at: str
-    rank: int
-    n: int = 1
-    number: int = signal.SIGKILL
-
-
-def run(spec: dict[str, Any], world_size: int = 2, fault: Fault | None = None) -> list[int]:
-    """Exit codes of the ranks of a training run."""
+def run(spec: dict[str, Any], world_size: int = 2, fault: str = "") -> list[int]:
+    """Exit codes of the ranks of a training run; `fault` as SCLDM_FAULT has it."""
     folder = Path(spec["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(spec))
@@ -49,7 +37,7 @@ def run(spec: dict[str, Any], world_size: int = 2, fault: Fault | None = None) -
 
 
 def start(
-    folder: Path, work: Callable[[Path], None], world_size: int, fault: Fault | None = None, timeout: float = 400
+    folder: Path, work: Callable[[Path], None], world_size: int, fault: str = "", timeout: float = 400
 ) -> list[int]:
     """Exit codes of ranks that do `work`. Where one ends badly the others are killed, as a cluster would."""
     with socket.socket() as s:
@@ -82,7 +70,7 @@ def train(spec: dict[str, Any], world_size: int = 2) -> None:
 
 
 def _rank(
-    folder: Path, work: Callable[[Path], None], attempt: int, rank: int, world_size: int, port: int, fault: Fault | None
+    folder: Path, work: Callable[[Path], None], attempt: int, rank: int, world_size: int, port: int, fault: str
 ) -> None:
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -91,9 +79,11 @@ def _rank(
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    _write_down_cells(folder / f"cells-{attempt}-{rank}.jsonl")
-    if fault is not None and fault.rank == rank:
-        _put_in(fault)
+    os.environ[VARIABLE] = fault
+    arm()
+    from pipeline.training.objectives import VaeObjective
+
+    write_down_cells(VaeObjective, folder / f"cells-{attempt}-{rank}.jsonl")
     work(folder)
 
 
@@ -104,47 +94,19 @@ def _train(folder: Path) -> None:
     worker.main()
 
 
-# ---- faults ------------------------------------------------------------------------------------------------------
-def _put_in(fault: Fault) -> None:
-    """Wrap the place so that the signal comes as it is reached."""
-    from pipeline.training import checkpoint, keeper, loop, remote
-
-    owner, name = {
-        "step": (loop.Training, "take"),  # n is the number of the step
-        "backward": (loop.Engine, "backward"),
-        "write": (keeper, "write_tensors"),  # half of the file is there
-        "commit": (checkpoint, "_commit"),  # all files are there, the manifest is not
-        "retain": (checkpoint, "retain"),  # committed, nothing removed yet
-        "upload": (remote.Remote, "_put"),  # a file in the middle of an upload
-    }[fault.at]
-    original, count = getattr(owner, name), 0
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count = args[1].step if fault.at == "step" else count + 1
-        if count == fault.n:
-            if fault.at == "write":
-                original(*args, **kwargs)
-                os.truncate(args[0], args[0].stat().st_size // 2)
-            os.kill(os.getpid(), fault.number)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, wrapped)
-
-
 # ---- cells -------------------------------------------------------------------------------------------------------
-def _write_down_cells(path: Path) -> None:
-    from pipeline.training.objectives import VaeObjective
-
-    original = VaeObjective.loss
+def write_down_cells(objective: type[Any], path: Path) -> None:
+    """Every micro batch whose loss is asked of this kind of objective, as a line of a file."""
+    original = objective.loss
 
     def loss(self: Any, model: Any, batch: Any, part: Any) -> Any:
         seen = batch.joinids[batch.weight > 0].tolist()
         with path.open("a") as f:
-            f.write(json.dumps({"step": part.step, "epoch": part.epoch, "start": part.start, "cells": seen}) + "\n")
+            place = {"step": part.step, "epoch": part.epoch, "start": part.start, "at": time.time()}
+            f.write(json.dumps({**place, "cells": seen}) + "\n")
         return original(self, model, batch, part)
 
-    VaeObjective.loss = loss  # type: ignore[method-assign]
+    objective.loss = loss
 
 
 def cells_by_step(folder: Path) -> dict[int, list[int]]:

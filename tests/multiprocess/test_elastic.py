@@ -41,6 +41,7 @@ def results(folder: Path, name: str, run: str) -> dict[str, list[float]]:
     return json.loads((folder / name / run / "done.json").read_text())
 
 
+@pytest.mark.row("C8")
 @pytest.mark.parametrize("name", [name for name in SETTINGS if "cautious" not in name])
 def test_two_workers_then_one_then_two_come_to_the_weights_of_two(folders, name):
     straight, bent = results(folders[0], name, "straight"), results(folders[0], name, "bent")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_training import ODD_CELL, STEPS
+from toy_training import ODD_CELL, STEPS, toy_loss
 
 pytestmark = pytest.mark.multiprocess
 STAGES = (0, 1, 2, 3)
@@ -47,6 +47,7 @@ def test_every_zero_stage_offloaded_or_not_trains_as_plain_torch_does(results, n
     assert results[0][name]["grad_norm"] == pytest.approx(results[0]["plain 0"]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.row("N1")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_cell_that_is_not_finite_on_one_worker_costs_both_that_step_and_nothing_else(results, what, stage):
@@ -58,6 +59,7 @@ def test_a_cell_that_is_not_finite_on_one_worker_costs_both_that_step_and_nothin
     assert one["rows"][-1]["train/skipped"] == 2
 
 
+@pytest.mark.row("N1", "N4")
 def test_the_same_in_bf16(results):
     found = results[0]["odd loss in bf16"]
     assert found["skipped"] == 2
@@ -70,6 +72,7 @@ def test_the_log_names_step_worker_and_cell(results):
     assert "no finite loss of worker" in line
 
 
+@pytest.mark.row("N2")
 def test_stop_and_too_many_in_a_row_end_the_run_on_all_workers_with_the_cells(results):
     for name, said in (("stop", f"soma_joinid {ODD_CELL}. train.non_finite is stop"), ("all odd", "number 3 in a row")):
         assert said in results[0][name]["stopped"]
@@ -79,6 +82,17 @@ def test_stop_and_too_many_in_a_row_end_the_run_on_all_workers_with_the_cells(re
 def test_a_spike_is_logged_or_left_out(results):
     assert (results[0]["spike logged"]["spikes"], results[0]["spike logged"]["skipped"]) == (1, 0)
     assert (results[0]["spike left out"]["spikes"], results[0]["spike left out"]["skipped"]) == (1, 1)
+
+
+@pytest.mark.row("N3")
+def test_N3_gradients_a_million_times_too_large_are_clipped_and_training_goes_on(results):
+    """One cell in 48, in every epoch. The loss of all others, under the weights that training came to."""
+    plain, harmed = results[0]["longer"], results[0]["a million times"]
+    assert harmed["skipped"] == 0
+    assert np.isfinite(harmed["weights"]).all()
+    start, end, reached = (toy_loss(w) for w in (results[0]["untrained"], plain["weights"], harmed["weights"]))
+    assert end < 0.1 * start, "the toy does not learn, so nothing is shown"
+    assert reached < 0.05 * start, f"from {start:.3g} to {reached:.3g}; without the cell to {end:.3g}"
 
 
 def test_early_stopping_ends_the_run_and_the_best_weights_are_what_is_left(results):
@@ -94,6 +108,7 @@ def test_the_curve_says_where_the_time_went(results):
     assert {"perf/data_wait_s", "perf/step_s", "perf/cells_per_s", "train/grad_norm"} <= row.keys()
 
 
+@pytest.mark.row("T9")
 def test_a_worker_that_falls_asleep_ends_both_with_their_stacks(tmp_path):
     """Both wait: one for ever in its step, the other for the first one's gradients."""
     start = time.monotonic()

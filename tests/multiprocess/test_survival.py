@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import signal
-import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import KILLED, STOPPED, Fault, cells_by_step, run, times_begun, train
+from ranks import KILLED, STOPPED, cells_by_step, run, times_begun, train
 from safetensors.torch import load_file
 from small_job import EVERY, STEPS, ingest_small, spec_of
 
@@ -55,6 +54,7 @@ def lost_steps(folder: Path) -> int:
     return sum(n - 1 for n in times_begun(folder).values())
 
 
+@pytest.mark.row("T11")
 def test_the_uninterrupted_run_sees_every_cell_once_an_epoch(whole, ingested):
     steps = cells_by_step(whole)
     n_cells = ingested.facts["n_cells"]["train"]
@@ -64,34 +64,44 @@ def test_the_uninterrupted_run_sees_every_cell_once_an_epoch(whole, ingested):
     assert set(first.values()) == {1}
 
 
+@pytest.mark.row("T1", "T2", "C1")
 @pytest.mark.parametrize(
     "faults",
     [
-        [Fault("step", rank=0, n=6), Fault("backward", rank=1, n=11)],
-        [Fault("write", rank=1, n=3), Fault("commit", rank=0, n=1), Fault("retain", rank=0, n=1)],
+        ["training.before_step:step=6:rank=0:kill", "training.before_update:step=9:rank=1:kill"],
+        [  # n counts from where a killed run goes on
+            "checkpoint.in_shard:rank=1:n=3:kill",
+            "checkpoint.before_manifest:rank=0:n=1:kill",
+            "checkpoint.after_manifest:rank=0:n=1:kill",
+        ],
     ],
     ids=["in steps", "in checkpoints"],
 )
-def test_killed_ranks_change_nothing_and_cost_at_most_an_interval_each(tmp_path, whole, ingested, faults):
+def test_killed_ranks_change_nothing_and_cost_at_most_an_interval_each(tmp_path, whole, ingested, faults, record):
     spec = spec_of(tmp_path, ingested)
     for fault in faults:
         codes = run(spec, fault=fault)
-        assert codes[fault.rank] == KILLED, f"{fault} did not happen: {codes}"
+        rank = int(re.search(r"rank=(\d)", fault)[1])
+        assert codes[rank] == KILLED, f"{fault} did not happen: {codes}"
     train(spec)
     assert_same(tmp_path, whole)
     assert 0 < lost_steps(tmp_path) <= EVERY * len(faults)
+    record |= {"kills": len(faults), "lost_steps": lost_steps(tmp_path) / len(faults), "duplicates": 0, "missing": 0}
 
 
-def test_a_notice_costs_no_step(tmp_path, whole, ingested):
+@pytest.mark.row("T5", "T6")
+def test_a_notice_costs_no_step(tmp_path, whole, ingested, record):
     """SIGTERM to one rank: all write a checkpoint at the end of that step and end."""
     spec = spec_of(tmp_path, ingested)
-    assert run(spec, fault=Fault("step", rank=1, n=6, number=signal.SIGTERM)) == [STOPPED, STOPPED]
+    assert run(spec, fault="training.before_step:step=6:rank=1:term") == [STOPPED, STOPPED]
     assert newest(tmp_path / "checkpoints")[0].position.step == 7
     train(spec)
     assert_same(tmp_path, whole)
     assert lost_steps(tmp_path) == 0
+    record |= {"lost_steps": 0, "duplicates": 0, "missing": 0}
 
 
+@pytest.mark.row("T6")
 def test_a_stop_file_is_a_notice(tmp_path, ingested):
     """What the driver writes when it is told to go. It is taken away at the next start."""
     spec = spec_of(tmp_path, ingested, max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
@@ -108,11 +118,13 @@ def test_a_stop_file_is_a_notice(tmp_path, ingested):
 
 
 # ---- another place, another number of workers --------------------------------------------------------------------
+@pytest.mark.row("C1", "T7")
 def test_a_run_whose_machine_is_gone_goes_on_from_the_second_place(tmp_path, whole, ingested):
     """Killed in the middle of an upload; then nothing is left here."""
     storage = {"storage_path": str(tmp_path / "nfs")}
     spec = spec_of(tmp_path / "a", ingested, storage)
-    codes = run(spec, fault=Fault("upload", rank=0, n=7))  # 2 shards, 2 random states, a manifest; then the second file
+    # 2 shards, 2 random states and a manifest of the first checkpoint; then the second file of the next
+    codes = run(spec, fault="upload.before_file:rank=0:n=7:kill")
     assert codes[0] == KILLED
     there = tmp_path / "nfs" / "job" / "train_vae" / "v"
     committed = [p.parent.name for p in there.glob("step-*/MANIFEST.json")]
@@ -125,11 +137,12 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_second_place(tmp_path, who
     assert len(list(there.glob("step-*"))) <= 3, "old checkpoints stay in the second place"
 
 
+@pytest.mark.row("C8")
 def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_path, whole, ingested):
     """Two, then one, then two. The weights of each ZeRO stage: test_elastic."""
     spec = spec_of(tmp_path, ingested)
-    assert run(spec, 2, Fault("step", rank=1, n=5))[1] == KILLED
-    assert run(spec, 1, Fault("step", rank=0, n=8, number=signal.SIGTERM)) == [STOPPED]
+    assert run(spec, 2, "training.before_step:step=5:rank=1:kill")[1] == KILLED
+    assert run(spec, 1, "training.before_step:step=8:rank=0:term") == [STOPPED]
     found = newest(tmp_path / "checkpoints")[0]
     assert (found.position.step, found.position.world_size) == (9, 1)
     train(spec, 2)
@@ -142,22 +155,11 @@ def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_pat
 
 
 # ---- the disk ----------------------------------------------------------------------------------------------------
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 16 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
+@pytest.mark.row("C5")
 def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(small_disk, tmp_path, whole, ingested):
     folder = small_disk / "run"
     spec = spec_of(folder, ingested)
-    assert run(spec, fault=Fault("step", rank=1, n=6))[1] == KILLED
+    assert run(spec, fault="training.before_step:step=6:rank=1:kill")[1] == KILLED
     filler = small_disk / "filler"
     free = os.statvfs(small_disk)
     filler.write_bytes(b"0" * (free.f_bavail * free.f_frsize - (64 << 10)))  # room for a log, not for a checkpoint

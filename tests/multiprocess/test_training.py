@@ -86,6 +86,7 @@ def test_training_lowers_the_loss_and_commits_checkpoints_that_verify(whole):
     }  # fmt: skip
 
 
+@pytest.mark.row("T8")
 def test_a_killed_run_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_path, whole, ingested):
     process = torchrun(tmp_path / "run", ingested)
     deadline = time.monotonic() + 240
@@ -101,6 +102,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_
     assert_same_model(tmp_path / "run", whole)
 
 
+@pytest.mark.row("C2")
 def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path, whole, ingested):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)

@@ -103,6 +103,10 @@ def leap(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
     return torch.where(batch.joinids == ODD_CELL, 1e4, 1.0) * loss
 
 
+def huge(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
+    return torch.where(batch.joinids == ODD_CELL, 1e6, 1.0) * loss
+
+
 def all_odd(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
     return loss * torch.nan
 
@@ -154,10 +158,21 @@ def by_hand(*, left_out: set[int], steps: int = STEPS) -> list[float]:
     return torch.cat([p.detach().flatten() for p in module.parameters()]).tolist()
 
 
+def toy_loss(weights: list[float]) -> float:
+    """Mean loss of all cells but the odd one under some weights."""
+    toy = Toy(None, [])
+    nn.utils.vector_to_parameters(torch.tensor(weights), toy.module.parameters())
+    x = torch.from_numpy(np.delete(cells().x, ODD_CELL, axis=0))
+    with torch.no_grad():
+        return float((toy.module(x)[:, 0] - x.sum(1)).square().mean())
+
+
 def policies(folder: Path) -> dict[str, Any]:
     options = folder / "options.json"
     options.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": False}))
-    found: dict[str, Any] = {"by_hand": by_hand(left_out=set()), "by_hand_without": by_hand(left_out={ODD_CELL})}
+    untrained = torch.cat([p.detach().flatten() for p in Toy(None, []).module.parameters()])
+    found: dict[str, Any] = {"untrained": untrained.tolist()}
+    found |= {"by_hand": by_hand(left_out=set()), "by_hand_without": by_hand(left_out={ODD_CELL})}
     for stage in (0, 1, 2, 3):
         found[f"plain {stage}"] = train(folder / f"plain{stage}", zero_stage=stage)
         found[f"odd loss {stage}"] = train(folder / f"loss{stage}", odd_loss, zero_stage=stage)
@@ -172,6 +187,9 @@ def policies(folder: Path) -> dict[str, Any]:
     spike = {"factor": 20.0, "window": 20}
     found["spike logged"] = train(folder / "logged", leap, feed=small, spike=spike, max_steps=24)
     found["spike left out"] = train(folder / "left", leap, feed=small, spike={**spike, "action": "skip"}, max_steps=24)
+    longer = {"max_steps": 240, "optimizer": {"lr": 1e-2}}
+    found["longer"] = train(folder / "longer", **longer)
+    found["a million times"] = train(folder / "million", huge, **longer)
     early = {"validate_every": 1, "checkpoint_every": 3, "export": "best", "keep_last": 1}
     losses = [5.0, 4.0, 3.0, 3.5, 2.99, 3.2, 3.1, 3.0]
     found["early"] = train(

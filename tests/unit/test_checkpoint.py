@@ -21,6 +21,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken(tmp_path):
     assert rejected == []
 
 
+@pytest.mark.row("C2", "C3")
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -29,7 +30,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken(tmp_path):
         (lambda f: (f / "state.pt").write_bytes(b"weight"), "has 6 bytes, not 7"),
         (lambda f: (f / "state.pt").write_bytes(b"Weights"), "another sha256"),
         (lambda f: (f / "MANIFEST.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "MANIFEST.json").write_text('{"schema": 9}'), "schema 9, this version reads 2"),
+        (lambda f: (f / "MANIFEST.json").write_text('{"schema": 1}'), "it has schema 1, this version reads 2"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, harm, said):
@@ -65,6 +66,7 @@ def test_what_is_being_uploaded_stays(tmp_path):
     assert steps(tmp_path) == [4, 12]
 
 
+@pytest.mark.row("C9")
 def test_a_checkpoint_that_is_newer_by_a_damaged_name_never_costs_the_one_just_written(tmp_path):
     """An attempt that walked back past step 12 writes step 8 again: both 8 and the damaged 12 are left alone."""
     damaged = commit(tmp_path, 12)
@@ -73,6 +75,7 @@ def test_a_checkpoint_that_is_newer_by_a_damaged_name_never_costs_the_one_just_w
     assert newest(tmp_path)[0].position.step == 8
 
 
+@pytest.mark.row("C10")
 def test_another_configuration_is_refused_and_another_number_of_workers_is_not(tmp_path):
     found = read(commit(tmp_path, 4))
     check_fits(found, replace(POSITION, world_size=4))

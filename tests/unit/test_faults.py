@@ -1,16 +1,22 @@
-"""Fault points: nothing without the variable, the named time and no other with it, and no point that does not exist."""
+"""Fault points: nothing without the variable; with it the named time, worker and step, and no other."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from typer.testing import CliRunner
 
 from pipeline import faults
-from pipeline.faults import POINTS, FaultError, arm, fault_point, parse
-
-ROOT = Path(__file__).resolve().parents[2]
+from pipeline.cli import app
+from pipeline.fault_points import POINTS
+from pipeline.faults import FaultError, arm, fault_point, parse
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +34,33 @@ def test_a_fault_happens_at_its_time_and_only_then():
     fault_point("generate.before_record")
 
 
+def test_a_fault_of_one_worker_is_no_other_workers(monkeypatch):
+    arm("checkpoint.after_shard:rank=1:n=2:raise")
+    for _ in range(3):
+        fault_point("checkpoint.after_shard")
+    monkeypatch.setenv("RANK", "1")
+    fault_point("checkpoint.after_shard")
+    with pytest.raises(FaultError):
+        fault_point("checkpoint.after_shard")
+
+
+def test_a_fault_of_a_step_waits_for_that_step():
+    arm("training.before_step:step=7:raise")
+    for step in (5, 6):
+        fault_point("training.before_step", step=step)
+    with pytest.raises(FaultError):
+        fault_point("training.before_step", step=7)
+
+
+def test_several_faults_count_each_for_itself():
+    arm("cache.before_rename:n=2:raise, cache.before_record:raise")
+    fault_point("cache.before_rename")
+    with pytest.raises(FaultError, match="before_record"):
+        fault_point("cache.before_record")
+    with pytest.raises(FaultError, match="before_rename"):
+        fault_point("cache.before_rename")
+
+
 def test_the_environment_is_read_once(monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "generate.before_record:raise")
     monkeypatch.setattr(faults, "_armed", None)
@@ -38,12 +71,39 @@ def test_the_environment_is_read_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("action", "code"), [("kill", -signal.SIGKILL), ("term", -signal.SIGTERM), ("exit=7", 7), ("sleep=0.01", 0)]
+)
+def test_what_an_action_does_to_its_process(action, code):
+    program = "from pipeline.faults import fault_point; fault_point('stage.before_run')"
+    environment = {**os.environ, faults.VARIABLE: f"stage.before_run:{action}"}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == code
+
+
+def test_a_process_that_is_stopped_answers_nobody_and_does_not_end():
+    program = "from pipeline.faults import fault_point; fault_point('stage.before_run')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, faults.VARIABLE: "stage.before_run:stop"}
+    )
+    try:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("generate.nowhere:kill", "no fault point 'generate.nowhere'"),
+        ("generate.before_recrod:kill", "did you mean 'generate.before_record'?"),
         ("generate.before_record", "names no action"),
         ("generate.before_record:n=0:kill", "'n=0'"),
+        ("generate.before_record:n=1:n=2:kill", "'n=2'"),
         ("generate.before_record:explode", "'explode'"),
+        ("generate.before_record:exit=1.5", "'exit=1.5'"),
+        ("generate.before_record:kill=9", "'kill=9'"),
+        ("generate.before_record:step=3:kill", "generate.before_record knows no step"),
     ],
 )
 def test_a_fault_that_cannot_happen_is_refused(text, said):
@@ -51,10 +111,29 @@ def test_a_fault_that_cannot_happen_is_refused(text, said):
         parse(text)
 
 
-def test_every_point_that_is_listed_is_passed_somewhere_and_the_other_way_round():
-    passed = {
-        name
-        for path in (ROOT / "pipeline").rglob("*.py")
-        for name in re.findall(r'fault_point\(\s*"([a-z_.]+)"', path.read_text())
-    }
-    assert passed == set(POINTS)
+def test_all_that_is_wrong_is_said_at_once_by_every_command_with_exit_code_2(monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "stage.nowhere:kill,stage.before_run:boom")
+    done = CliRunner().invoke(app, ["validate", "jobs/demo.yaml"])
+    assert done.exit_code == 2
+    assert "'stage.nowhere'" in done.stderr
+    assert "'boom'" in done.stderr
+    assert "`scldm faults` lists the points" in done.stderr
+
+
+def test_the_command_lists_every_point_also_where_the_variable_is_wrong(monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "stage.nowhere:kill")
+    done = CliRunner().invoke(app, ["faults", "--json"])
+    assert done.exit_code == 0
+    listed = json.loads(done.stdout)
+    assert [p["name"] for p in listed] == list(POINTS)
+    assert {"name", "where", "what", "has_step"} == set(listed[0])
+    text = CliRunner().invoke(app, ["faults"]).stdout
+    assert all(name in text for name in POINTS)
+
+
+def test_a_point_costs_next_to_nothing_where_no_fault_is_asked_for():
+    arm("")
+    began = time.process_time()
+    for _ in range(100_000):
+        fault_point("training.before_step", step=1)
+    assert (time.process_time() - began) / 100_000 < 5e-6  # seconds

@@ -89,6 +89,7 @@ def test_workers_share_each_global_batch(source, world_size):
         assert {worker[k].real_cells for worker in together} == {step.real_cells}
 
 
+@pytest.mark.row("T11")
 def test_micro_batches_are_small_enough_and_as_many_everywhere(source):
     for step in steps(source, order_of(source), micro=10):
         assert [len(t) for t in step.micro] == [8, 8, 8]

@@ -8,7 +8,9 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from generation_case import generate, hashes, write_inputs
+from safetensors.torch import load_file, save_file
 
 from pipeline.faults import FaultError
 from pipeline.generation_actor import Generator
@@ -40,6 +42,7 @@ def read(folder, facts) -> anndata.AnnData:
     )
 
 
+@pytest.mark.row("G7")
 def test_shards_hold_the_cells_that_the_table_asks_for(made):
     folder, facts = made
     cells = read(folder, facts)
@@ -93,12 +96,14 @@ def test_combinations_that_were_never_seen_are_made_and_named(made, inputs, tmp_
     assert any("No training cell has cell_type NK, donor d1" in n for n in facts["notes"])
 
 
+@pytest.mark.row("G3")
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 256])
 def test_a_batch_size_changes_no_byte(made, inputs, tmp_path, batch_size):
     generate(tmp_path / "again", inputs, cells=TABLE, shard_size=40, batch_size=batch_size)
     assert hashes(tmp_path / "again") == hashes(made[0])
 
 
+@pytest.mark.row("G3")
 def test_shards_of_another_size_hold_the_same_cells(made, inputs, tmp_path):
     facts = generate(tmp_path / "other", inputs, cells=TABLE, shard_size=17)
     one, other = read(*made), read(tmp_path / "other", facts)
@@ -114,6 +119,7 @@ def test_written_genes_are_a_choice_of_columns(made, inputs, tmp_path):
     assert (some.X != whole[:, ["g1", "g4"]].X).nnz == 0
 
 
+@pytest.mark.row("G7")
 def test_no_cells_are_one_empty_file(inputs, tmp_path):
     facts = generate(tmp_path / "none", inputs, cells=[{"cell_type": "T", "n_cells": 0}])
     cells = read(tmp_path / "none", facts)
@@ -122,6 +128,7 @@ def test_no_cells_are_one_empty_file(inputs, tmp_path):
     assert list(cells.obs["cell_type"].cat.categories) == ["T", "B", "NK"]
 
 
+@pytest.mark.row("G7")
 def test_one_unconditional_cell(inputs, tmp_path):
     facts = generate(tmp_path / "one", inputs, n_cells=1)
     assert read(tmp_path / "one", facts).obs["cell_type"].isna().all()
@@ -145,6 +152,7 @@ def test_settings_of_the_job_are_used_where_the_table_says_nothing(inputs, tmp_p
     assert abs(raw - ema).max() > 1e-3
 
 
+@pytest.mark.row("G5")
 def test_a_write_that_fails_is_tried_again(inputs, tmp_path, monkeypatch):
     whole, tries = Generator._make, []
 
@@ -172,6 +180,19 @@ def test_a_shard_that_kills_its_actor_each_time_ends_the_job(inputs, tmp_path, m
 
     with pytest.raises(RuntimeError, match="shard 0 was begun 5 times and its actor died each time"):
         generate(tmp_path / "a", inputs, pool=stubborn, n_cells=3)
+
+
+@pytest.mark.row("N5")
+@pytest.mark.parametrize("which", ["train_vae", "train_flow"])
+def test_N5_a_model_that_gives_no_numbers_ends_the_job_with_shard_and_cells_and_leaves_no_file(tmp_path, which):
+    inputs = write_inputs(tmp_path / "models")
+    path = tmp_path / "models" / which / "model" / "model.safetensors"
+    weights = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in load_file(path).items()}
+    save_file(weights, path)
+    with pytest.raises(FloatingPointError, match=r"shard 0: .* cells \[0, 1, 2"):
+        generate(tmp_path / "a", inputs, n_cells=5, sampler={"solver": "euler", "steps": 2})
+    assert not list((tmp_path / "a" / "cells").glob("part-*"))
+    assert not list((tmp_path / "a" / "cells").glob(".part-*"))
 
 
 def test_the_rate_is_measured(made):

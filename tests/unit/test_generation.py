@@ -127,6 +127,7 @@ def test_genes_are_found_by_id_and_by_name_and_one_name_for_two_is_refused(tmp_p
         genes_to_write(str(tmp_path / "none.txt"), vocabulary)
 
 
+@pytest.mark.row("G7")
 def test_more_than_a_billion_cells_are_refused():
     with pytest.raises(InputError, match="asks for 1,000,000,001 cells; at most 1,000,000,000"):
         request(n_cells=10**9 + 1)
@@ -142,6 +143,7 @@ def planned(config: GenerateConfig, before=None, **resources) -> tuple[str, int]
     return "\n".join(lines), size
 
 
+@pytest.mark.row("G7")
 def test_plan_counts_cells_shards_and_bytes():
     text, size = planned(GenerateConfig(n_cells=10**9), actors={"min": 2, "max": 8})
     assert "1,000,000,000 cells in 40,000 shards" in text

@@ -54,6 +54,7 @@ def test_where_only_the_gradient_is_not_finite_all_cells_of_the_step_are_named()
     assert "finite losses of worker 0: soma_joinid 7, 8" in said
 
 
+@pytest.mark.row("N2")
 def test_steps_in_a_row_end_the_run_and_a_good_one_starts_the_count_again():
     g, step = guard(max_skipped=2), step_of([math.nan], [8])
     g.after(1, math.nan, step, applied=False)

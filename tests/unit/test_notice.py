@@ -52,6 +52,7 @@ def notices(tmp_path, goes_at: list[float | None], times: list[float]) -> list[N
     return said
 
 
+@pytest.mark.row("T5")
 @pytest.mark.usefixtures("alone")
 def test_a_node_that_goes_costs_a_checkpoint_at_once_and_is_used_until_shortly_before(tmp_path):
     said = notices(tmp_path, [None, 100.0, 100.0, 100.0, 100.0], [60.0, 89.0, 90.5])

@@ -129,6 +129,7 @@ def test_without_an_index_obs_comes_out_of_the_shards(folder):
     pd.testing.assert_frame_equal(scldm.open_cells(folder).obs, with_index)
 
 
+@pytest.mark.row("G4")
 def test_shards_that_the_manifest_does_not_list_are_not_there(folder):
     shutil.copy(folder / "cells" / "part-00000.h5ad", folder / "cells" / "part-00099.h5ad")
     assert scldm.open_cells(folder).n_obs == 70

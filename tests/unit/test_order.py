@@ -31,6 +31,7 @@ def epoch_ids(order, epoch):
     return [i for s in range(epoch * n, (epoch + 1) * n) for i, w in global_batch(order, s) if w == 1]
 
 
+@pytest.mark.row("T11")
 @pytest.mark.parametrize(
     ("n", "batch_size", "lanes", "block_rows"),
     [(1000, 16, 4, 32), (1000, 16, 4, 8192), (960, 16, 4, 24), (5, 16, 4, 32), (1001, 6, 2, 7), (2, 8, 4, 4)],

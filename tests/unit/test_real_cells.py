@@ -75,6 +75,7 @@ def test_a_killed_job_makes_what_is_missing_and_nothing_else(place, tmp_path, st
     assert not list(cells.glob(".*"))
 
 
+@pytest.mark.row("G8")
 def test_shards_of_another_input_do_not_count(place, tmp_path):
     _, _, folders = place
     path = write_cells(tmp_path / "cells.h5ad")

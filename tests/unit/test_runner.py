@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runner, tracking
+from pipeline import faults, runner, tracking
 from pipeline.config_io import load_job
 from pipeline.job import STAGES
 from pipeline.lock import LOCK, stage_lock
@@ -117,6 +117,7 @@ def test_the_reason_for_a_rerun_is_said(world, capsys):
     assert "will run (new train_vae)" in said
 
 
+@pytest.mark.row("G8")
 def test_a_changed_conditions_table_reruns_generate(world):
     Path("table.csv").write_text("cell_type,n_cells\nB,3\n")
     text = LINE.replace("{per_label: {cell_type: 5}}", "{conditions: table.csv}")
@@ -172,6 +173,7 @@ def test_inputs_that_hold_nothing_or_something_else_are_refused(world):
         run(f"inputs.train_flow={vae}", text=text)
 
 
+@pytest.mark.row("C10")
 def test_latents_of_another_vae_are_refused(world):
     run()
     run("train.max_steps=20", text="kind: train_vae\nname: demo\n")
@@ -191,6 +193,19 @@ def test_a_crash_leaves_no_manifest_and_the_rerun_goes_on(world):
     assert run() == ["encode", "train_flow", "generate", "evaluate"]
 
 
+@pytest.mark.parametrize(
+    ("point", "left"), [("stage.before_run", 5), ("stage.before_manifest", 5), ("stage.after_manifest", 4)]
+)
+def test_a_stage_counts_as_finished_from_its_manifest_on_wherever_its_process_dies(world, point, left):
+    faults.arm(f"{point}:n=2:raise")
+    try:
+        with pytest.raises(runner.StageFailed, match="train_vae failed: FaultError"):
+            run()
+    finally:
+        faults.arm("")
+    assert run() == list(STAGES)[-left:]
+
+
 def test_bad_input_found_by_a_stage_stays_bad_input(world):
     error = RuntimeError("task failed")
     error.cause = InputError("X holds log-normalised values")  # what Ray's errors look like
@@ -207,12 +222,14 @@ def test_ctrl_c_is_passed_on_and_tracked_as_killed(world):
     assert not list(Path("runs").rglob(LOCK))
 
 
+@pytest.mark.row("T13")
 def test_a_folder_in_use_is_refused(world, tmp_path):
     with stage_lock(tmp_path), pytest.raises(InputError, match="is being written by process"), stage_lock(tmp_path):
         pass
     assert not (tmp_path / LOCK).exists()
 
 
+@pytest.mark.row("T13")
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     from pipeline.lock import _host
 
@@ -222,6 +239,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
         assert "is gone" in said[0]
 
 
+@pytest.mark.row("T13")
 def test_a_lock_from_another_host_counts_by_its_heartbeat(tmp_path):
     import os
 

@@ -79,6 +79,7 @@ def test_what_every_worker_holds_is_written_once(tmp_path):
     assert [sorted(w) for w in written] == [["weight/0/a", "weight/0/c"], ["weight/0/b"]]
 
 
+@pytest.mark.row("C10")
 def test_a_missing_piece_is_named(tmp_path):
     write_tensors(tmp_path / shard_name(0, 2), {f"{WEIGHT}/0/a": torch.zeros(4), f"{STEP}/0/a": torch.tensor(1.0)})
     shards = Shards(tmp_path)

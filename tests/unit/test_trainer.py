@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from ray.train.v2.api.exceptions import PreemptionError
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipeline.resources import ResourcesConfig
@@ -70,6 +70,15 @@ def test_who_was_asked_to_stop_stops_also_where_a_node_goes_at_that_moment(play,
 def test_another_error_is_the_callers(play):
     with pytest.raises(ValueError, match="broken"):
         play([ValueError("broken"), {"steps": 9}])
+
+
+@pytest.mark.row("T4")
+def test_T4_who_failed_how_often_and_what_is_safe_is_said_at_the_end(play, capsys):
+    with pytest.raises(WorkerGroupError):
+        play([WorkerGroupError("gone", {1: RuntimeError("killed")})])
+    said = capsys.readouterr().out
+    assert "train_vae: workers failed 4 times and train.max_failures is 3; the last time worker 1." in said
+    assert "Step 7 is in a checkpoint" in said
 
 
 @pytest.mark.parametrize(

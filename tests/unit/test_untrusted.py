@@ -51,6 +51,7 @@ def test_what_a_pickle_asks_for_is_refused_by_name_before_anything_is_read(name,
         assert str(refused.value).isprintable()
 
 
+@pytest.mark.row("C11")
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_second_lock_holds_without_the_first(name, tmp_path, monkeypatch):
     data, _ = foreign_files.attacks(tmp_path / "canary")[name]
@@ -75,6 +76,7 @@ def test_size_factors_that_run_a_command_are_not_read(tmp_path):
     assert issubclass(UntrustedFileError, CheckpointError)  # the command line turns it into exit code 2
 
 
+@pytest.mark.row("C11")
 def test_a_checkpoint_with_a_second_pickle_that_runs_a_command_is_not_read(tmp_path):
     canary = tmp_path / "canary"
     data, _ = foreign_files.attacks(canary)["a command"]

@@ -55,6 +55,7 @@ def test_a_checkpoint_arrives_whole_and_old_ones_go_except_the_best(tmp_path):
     assert len(up.seconds) == 4
 
 
+@pytest.mark.row("C7")
 def test_handing_over_takes_no_time_and_a_newer_checkpoint_takes_the_place_of_one_that_waits(tmp_path):
     here, remote, said = tmp_path / "here", Slow(tmp_path / "there"), []
     up = uploader(here, remote, said)
@@ -108,6 +109,7 @@ def test_the_end_waits_for_the_last_upload_only_so_long(tmp_path):
     remote.gate.set()
 
 
+@pytest.mark.row("C1")
 def test_half_an_upload_is_no_checkpoint(tmp_path):
     """The manifest goes last, so a killed upload leaves nothing that would be taken."""
     remote = Remote(CheckpointStorage(storage_path=str(tmp_path / "there")), RUN)
@@ -125,6 +127,21 @@ def test_half_an_upload_is_no_checkpoint(tmp_path):
         remote.put(folder)
     assert remote.names() == []
     assert not sent[0].endswith(MANIFEST)
+
+
+def test_what_a_kill_left_in_the_second_place_goes_with_the_next_copy(tmp_path):
+    """Half a copy; half a removal; and one whose folder here is just losing its files."""
+    here, there = tmp_path / "here", tmp_path / "there" / RUN
+    remote = Slow(tmp_path / "there")
+    for step in (4, 8, 12):
+        remote.put(commit(here, step))
+    (there / "step-00000004-w2-00000000" / MANIFEST).unlink()  # its removal was cut short
+    (there / "step-00000010-w2-00000000").mkdir()  # its copy was cut short
+    (here / "step-00000008-w2-00000000" / MANIFEST).unlink()  # retention is at work here
+    up = uploader(here, remote)
+    up.put(commit(here, 16))
+    assert up.close(10)
+    assert steps(there) == [12, 16]
 
 
 @pytest.fixture
@@ -158,6 +175,7 @@ def test_s3_holds_checkpoints_as_a_folder_does(tmp_path, bucket):
         check_storage(gone, RUN)
 
 
+@pytest.mark.row("C6")
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

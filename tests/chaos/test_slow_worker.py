@@ -1,0 +1,31 @@
+"""One of two workers is slow for a while: training waits for it, nobody is given up, and nothing else changes."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from ranks import cells_by_step
+from recorded_toy import WORKERS, every_cell_once_an_epoch, log, result, run
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+SLOW_STEPS, SECONDS = range(10, 20), 0.3
+
+
+@pytest.mark.row("T10")
+def test_T10_a_slow_worker_costs_its_own_time_and_nothing_else(tmp_path, record):
+    times = {}
+    for name, fault in (
+        ("even", ""),
+        ("slow", ",".join(f"training.before_step:rank=1:step={s}:sleep={SECONDS}" for s in SLOW_STEPS)),
+    ):
+        began = time.monotonic()
+        assert run(tmp_path / name, fault) == [0] * WORKERS, log(tmp_path / name)
+        times[name] = time.monotonic() - began
+    even, slow = (result(tmp_path / name) for name in times)
+    assert slow["weights"] == even["weights"]
+    assert slow["average"] == even["average"]
+    assert cells_by_step(tmp_path / "slow") == cells_by_step(tmp_path / "even")
+    assert every_cell_once_an_epoch(tmp_path / "slow") == (0, 0)
+    assert times["slow"] >= len(SLOW_STEPS) * SECONDS, "nobody slept"
+    record |= {"lost_steps": 0, "duplicates": 0, "missing": 0, "exit_code": 0, "peak_rss_mb": slow["peak_rss_mb"]}
