@@ -23,7 +23,8 @@ from typing import Any
 
 import anndata
 import numpy as np
-from quality_table import Judged, judge, print_table
+from harness import report
+from quality_table import Judged, as_rows, judge, print_table
 
 from pipeline.data.ingested import Ingested
 from pipeline.job import EvaluateConfig
@@ -142,8 +143,7 @@ def main() -> None:
     if absent := [d.file for n, d in DATASETS.items() if n in (args.only or DATASETS) and not (DATA / d.file).exists()]:
         parser.error(f"{DATA} lacks {', '.join(absent)}: real cells, which are not part of the repository")
     found = {name: one(name, DATASETS[name], args) for name in args.only or DATASETS}
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    report(as_rows(found), args.json, found=found)
 
 
 if __name__ == "__main__":

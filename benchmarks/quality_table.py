@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness import Row
 from rich.console import Console
 from rich.table import Table
 
@@ -50,6 +52,32 @@ def judge(result: Any, label: str) -> list[Judged]:
         Judged(f"kNN label agreement ({label}) within 5 points of real", ours, real, real, abs(ours - real) <= POINTS)
     )
     return out
+
+
+def as_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Rows of `benchmarks/results/quality.json`, of what `quality.py` found for each file; one training each.
+
+    vs_floor: ours, the floor, and floor / ours. vs_scvi, vs_nb: ours, theirs, and how many times as far from the floor
+    they are. label_agreement_gap: of kNN, in shares, beside the five points that are allowed.
+    """
+    out = []
+    for data, part in found.items():
+        for short, name in {"w2": "w2", "mmd": "mmd2", "frechet": "frechet", "auroc": "auroc"}.items():
+            row = part["rows"][name]
+            ours, floor = row["ours"], row["floor"]
+            pairs = {"floor": (floor, floor / ours)}
+            for who, rival in (("nb", RIVALS[0]), ("scvi", RIVALS[1])):
+                if rival in row:
+                    pairs[who] = (row[rival], abs(row[rival] - floor) / max(abs(ours - floor), 1e-12))
+            out += [_row(f"{data}.{short}_vs_{who}", ours, *pair) for who, pair in pairs.items()]
+        gap = next(g for g in part["goals"] if "label agreement" in g["goal"])
+        off = abs(gap["floor"] - gap["ours"])
+        out.append(_row(f"{data}.label_agreement_gap", off, POINTS, POINTS / max(off, 1e-12)))
+    return out
+
+
+def _row(name: str, value: float, baseline: float, ratio: float) -> Row:
+    return Row(name, value, "score", baseline, ratio, 1, (ratio, ratio))
 
 
 def print_table(name: str, result: Any, judged: list[Judged]) -> None:
