@@ -40,7 +40,7 @@ TRAINED = ("train_vae", "encode", "train_flow")  # stages whose seconds are scVI
 
 @dataclass(frozen=True)
 class Dataset:
-    """A file, its labels (the first one is asked of scVI too), and the steps of the two trainings."""
+    """A file, its labels, and the steps of the two trainings."""
 
     file: str
     labels: tuple[str, ...]
@@ -76,16 +76,16 @@ def run_line(name: str, data: Dataset, out: Path, scale: float, given: list[str]
     return {stage: newest_manifest(out / name, stage) for stage in stages}
 
 
-def scvi_cells(python: Path, made: dict[str, Manifest], label: str, out: Path) -> dict[str, Any]:
-    """What scVI makes of the same training cells in the same time: candidates by name, and facts."""
+def scvi_cells(python: Path, made: dict[str, Manifest], labels: tuple[str, ...], out: Path) -> dict[str, Any]:
+    """What scVI makes of the same training cells and labels in the same time: candidates by name, and facts."""
     ingested = Ingested.open(made["ingest"])
     folder = out / "scvi"
     folder.mkdir(parents=True, exist_ok=True)
     ingested.anndata("train").write_h5ad(folder / "train.h5ad")
-    ingested.anndata("test").obs[[label]].to_csv(folder / "asked.csv", index=False)
+    ingested.anndata("test").obs[list(labels)].to_csv(folder / "asked.csv", index=False)
     seconds = sum(made[stage].seconds for stage in TRAINED)
     command = [python, ROOT / "benchmarks" / "scvi_side.py", folder / "train.h5ad", folder / "asked.csv", folder]
-    subprocess.run([*map(str, command), "--label", label, "--seconds", f"{seconds:.0f}"], check=True)
+    subprocess.run([*map(str, command), "--label", *labels, "--seconds", f"{seconds:.0f}"], check=True)
     found = {f"scVI {x}": anndata.read_h5ad(folder / f"{x}.h5ad") for x in ("prior", "posterior")}
     return {"cells": found, "facts": json.loads((folder / "facts.json").read_text())}
 
@@ -100,10 +100,6 @@ def score(made: dict[str, Manifest], labels: tuple[str, ...], extra: dict[str, a
     cells = open_generated(made["generate"], held_out.var_names)
     generated = read_generated(cells, max_cells=config.max_cells, rng=rng)
     decoded = decode_cells(load_vae(made["train_vae"].path("model")), held_out, n_cells=config.reconstruction_cells)
-    for cells in extra.values():
-        for other in labels:
-            if other not in cells.obs:
-                cells.obs[other] = None
     return evaluate(
         held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded,
         extra=extra,
@@ -115,7 +111,7 @@ def one(name: str, data: Dataset, args: argparse.Namespace) -> dict[str, Any]:
     made = run_line(name, data, args.out, args.scale, args.set)
     peer: dict[str, Any] = {"cells": {}, "facts": {"absent": "--no-scvi"}}
     if not args.no_scvi:
-        peer = scvi_cells(args.scvi_python, made, data.labels[0], args.out / name)
+        peer = scvi_cells(args.scvi_python, made, data.labels, args.out / name)
     result = score(made, data.labels, peer["cells"])
     judged: list[Judged] = judge(result, data.labels[0])
     print_table(name, result, judged)
