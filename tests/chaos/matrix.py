@@ -38,6 +38,7 @@ ROWS: dict[str, str] = {
     "C9": "fifty checkpoints: three folders stay, always one that verifies, never without the best",
     "C10": "a checkpoint, latents or models of another configuration: refused, with both names",
     "C11": "a malicious pickle: never run",
+    "C12": "models, a checkpoint and a job that version 0.1.0 wrote: they load, with the same numbers",
     "N1": "a loss or gradient that is not finite, on one worker: all leave the step out, weights stay equal",
     "N2": "it is never finite: the run ends after train.max_skipped steps and names the cells; no such weight is saved",
     "N3": "a loss a million times too large: clipped, and training comes to the loss of a run without it",
@@ -66,7 +67,6 @@ NOT_COVERED: dict[str, str] = {
     "T12": "memory limits: no test. Ray's own limits hold (object_store_memory; a worker killed for memory is T1)",
     "T14": "clocks: no test. No path or decision of training reads a clock; rank 0 names folders for all",
     "C4": "Ray's own snapshots: nothing to test, each attempt has a name of its own and never reads them",
-    "C12": "golden checkpoints of released versions: there is no release yet",
     "G9": "flat memory of generation: measured by benchmarks/generation.py (memory_100k_vs_10k), not a test",
 }
 
