@@ -64,8 +64,8 @@ def scored(n: int, n_genes: int) -> dict[str, float]:
     }
 
 
-def streamed(n_shards: int, n_genes: int, per_shard: int = 25_000) -> dict[str, float]:
-    """Seconds and memory of one pass over so many shards."""
+def streamed(n_shards: int, n_genes: int, n_real: int, per_shard: int = 25_000) -> dict[str, float]:
+    """Seconds and memory of one pass over so many shards, beside n_real cells in memory."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "cells").mkdir()
@@ -76,12 +76,12 @@ def streamed(n_shards: int, n_genes: int, per_shard: int = 25_000) -> dict[str, 
             (root / file).hardlink_to(first)
         facts = {"shards": [{"file": f, "n_cells": per_shard, "sha256": "0" * 64} for f in files]}
         write_manifest(Manifest("generate", "v", name, {}, {}, facts, seconds=0, finished_at=0))
-        real = cell_set(cells(500, n_genes, 5), ["cell_type"])
+        real = cell_set(cells(n_real, n_genes, 5), ["cell_type"])
         start, cpu = time.perf_counter(), time.process_time()
         stream_generated(open_cells(root), real, ["cell_type"])
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {
-        "generated_cells": n_shards * per_shard, "genes": n_genes, "stream_s": round(seconds, 1),
+        "generated_cells": n_shards * per_shard, "real_cells": n_real, "genes": n_genes, "stream_s": round(seconds, 1),
         "cpu_s": round(cpu, 1), "peak_gib": round(peak_gib(), 2),
     }  # fmt: skip
 
@@ -91,9 +91,10 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="*", default=[500, 1000])
     parser.add_argument("--genes", type=int, default=1000)
     parser.add_argument("--shards", type=int, nargs="*", default=[4, 40])
+    parser.add_argument("--real", type=int, default=500, help="real cells beside the streamed ones")
     args = parser.parse_args()
     for n in args.shards:
-        print(json.dumps(streamed(n, args.genes)), flush=True)
+        print(json.dumps(streamed(n, args.genes, args.real)), flush=True)
     for n in args.cells:
         print(json.dumps(scored(n, args.genes)), flush=True)
 

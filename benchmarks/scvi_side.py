@@ -2,14 +2,16 @@
 
 Runs in an environment of its own (`make quality` makes it: scvi-tools wants other versions than we do) and knows
 nothing of this repository. The first label is scVI's batch covariate, the others are its categorical covariates, which
-makes p(x | z, labels) the decoder and leaves z ~ N(0, I) the same prior for all labels. Two ways to draw:
+makes p(x | z, labels) the decoder and leaves z ~ N(0, I) the same prior for all labels. Three ways to draw:
 
 * prior: z from N(0, I), as the generative model says;
-* posterior: z from q(z | x) of a training cell of the labels, drawn with replacement. A copy of it with new
-  noise: the most that this decoder can do, and no model of which cells there are.
+* per label: z from a Gaussian of the latents of the labels' training cells, its covariance shrunk to the one within
+  classes: what a user who wants cells of a class would fit;
+* posterior: z from q(z | x) of a training cell of the labels, drawn with replacement, with that cell's library size:
+  training cells with new noise, and no model of which cells there are.
 
-Library sizes are those of training cells of the labels, drawn with replacement (the same in both). Labels that no
-training cell has together stand for the first of them.
+Library sizes of the first two are those of training cells of the labels, drawn with replacement. Labels that no
+training cell has together stand for the first of them. Cells of split `validation` decide when training stops.
 
     python benchmarks/scvi_side.py TRAIN.h5ad ASKED.csv OUT --label cell_type donor --seconds 600
 """
@@ -50,22 +52,32 @@ def main() -> None:
     scvi.model.SCVI.setup_anndata(adata, batch_key=first, categorical_covariate_keys=others or None)
     model = scvi.model.SCVI(adata, gene_likelihood="nb")
     start = time.time()
+    learned = np.flatnonzero((adata.obs["split"] == "train").to_numpy())
+    watched = np.flatnonzero((adata.obs["split"] == "validation").to_numpy())
     # Its own rule for epochs (400 below 20,000 cells) and its own early stopping; the budget ends it before that.
     model.train(
-        accelerator="cpu", early_stopping=True, train_size=0.9, max_time={"seconds": args.seconds},
-        enable_progress_bar=False, logger=None,
+        accelerator="cpu", early_stopping=True, max_time={"seconds": args.seconds}, enable_progress_bar=False,
+        logger=None, datasplitter_kwargs={"external_indexing": [learned, watched, np.array([], dtype=int)]},
     )  # fmt: skip
     seconds = time.time() - start
     asked = pd.read_csv(args.asked, dtype=str)[args.label]
     args.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
-    members = [members_of(adata.obs, row) for row in asked.to_dict("records")]
+    obs = adata.obs.iloc[learned]
+    members = [members_of(obs, row) for row in asked.to_dict("records")]
+    mean, variance = model.get_latent_representation(indices=learned, return_dist=True)
+    counts = np.asarray(adata.X[learned].sum(1)).ravel()
     source = np.array([rng.choice(rows) for rows in members])  # a training cell of the labels, for each
-    mean, variance = model.get_latent_representation(return_dist=True)
+    latents = mean + np.sqrt(variance) * rng.standard_normal(mean.shape)  # a draw of every training cell
     posterior = mean[source] + np.sqrt(variance[source]) * rng.standard_normal(mean[source].shape)
-    library = np.asarray(adata.X.sum(1)).ravel()[[rng.choice(rows) for rows in members]]
-    for name, z in (("prior", rng.standard_normal(posterior.shape)), ("posterior", posterior)):
-        made = anndata.AnnData(draw(model, z, library, asked, rng), var=adata.var)
+    library = counts[[rng.choice(rows) for rows in members]]
+    ways = {
+        "prior": (rng.standard_normal(posterior.shape), library),
+        "per label": (gaussian_draws(latents, members, obs[first].to_numpy(), rng), library),
+        "posterior": (posterior, counts[source]),
+    }
+    for name, (z, sizes) in ways.items():
+        made = anndata.AnnData(draw(model, z, sizes, asked, rng), var=adata.var)
         for label in args.label:
             made.obs[label] = pd.Categorical(asked[label], categories=adata.obs[label].cat.categories)
         made.write_h5ad(args.out / f"{name}.h5ad")
@@ -78,6 +90,21 @@ def members_of(obs: pd.DataFrame, wanted: dict[str, str]) -> np.ndarray:
     hits = [obs[label].to_numpy() == value for label, value in wanted.items()]
     rows = np.flatnonzero(np.logical_and.reduce(hits))
     return rows if len(rows) else np.flatnonzero(hits[0])
+
+
+def gaussian_draws(
+    latents: np.ndarray, members: list[np.ndarray], classes: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """A latent for each cell that is wanted: of a Gaussian fitted to the latents (n, e) of its members."""
+    e = latents.shape[1]
+    centred = np.concatenate([latents[classes == c] - latents[classes == c].mean(0) for c in np.unique(classes)])
+    within = centred.T @ centred / len(centred)
+    out = np.empty((len(members), e))
+    for i, rows in enumerate(members):
+        own = np.cov(latents[rows].T) if len(rows) > 1 else within
+        weight = len(rows) / (len(rows) + e)
+        out[i] = rng.multivariate_normal(latents[rows].mean(0), weight * own + (1 - weight) * within)
+    return out
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ def console() -> None:
     if lacking := _lacking():
         print(
             f"the command line needs {', '.join(lacking)}, which `pip install scldm` leaves out: "
-            "pip install 'scldm[pipeline]' (in a checkout: pip install '.[pipeline]', or make venv)",
+            "in a checkout of this project pip install '.[pipeline]', or make venv",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -21,7 +21,7 @@ LabelNames = Annotated[
 ]
 Tissues = Annotated[list[str] | None, typer.Option("--tissue", help="Census only: take cells of this tissue_general.")]
 OutFile = Annotated[
-    Path | None, typer.Option("--out", "-o", metavar="JOB", help="Job file to write; default: jobs/<name>.yaml.")
+    Path | None, typer.Option("--out", "-o", metavar="JOB", help="Job file to write; default: jobs/NAME.yaml.")
 ]
 
 

@@ -52,7 +52,7 @@ def sync(folder: Folder, uri: Uri = None) -> None:
 def register(
     folder: Folder,
     name: Annotated[
-        str | None, typer.Option("--name", help="Of the registered model; default: scldm-<pipeline>.")
+        str | None, typer.Option("--name", help="Of the registered model; default: scldm-PIPELINE.")
     ] = None,
     alias: Annotated[
         list[str] | None, typer.Option("--alias", help="Moves to this version, such as champion; may be given again.")

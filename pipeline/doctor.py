@@ -124,7 +124,9 @@ def versions(asked: Asked, constraints: Path = REPOSITORY / "constraints.txt") -
         if found != pinned[name]:
             wrong.append(f"{name} {found} (tested: {pinned[name]})")
     if wrong:
-        return Finding("versions", "fail", "; ".join(wrong), f"pip install -c {constraints} {REPOSITORY}")
+        return Finding(
+            "versions", "fail", "; ".join(wrong), f"make venv, or pip install -c {constraints} '{REPOSITORY}[pipeline]'"
+        )
     return Finding("versions", "ok", f"Python {sys.version.split()[0]}, {len(COMPARED)} packages as in constraints.txt")
 
 

@@ -92,5 +92,5 @@ def test_the_command_without_the_pipeline_says_how_to_get_it(name):
     )
     done = run(code)
     assert done.returncode == 2
-    assert "pip install 'scldm[pipeline]'" in done.stderr
+    assert "pip install '.[pipeline]'" in done.stderr
     assert name in done.stderr
