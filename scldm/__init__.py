@@ -7,7 +7,7 @@
     scldm.score(cells, real=adata)                      # beside the real-vs-real floor
     scldm.open_cells("runs/demo/generate/1a2b3c4d5e6f") # cells of a finished job, read as they are asked for
 
-Needs torch and anndata, nothing of the pipeline (in a checkout `pip install .`; `'.[pipeline]'` brings Ray and the rest).
+Needs torch and anndata, nothing of the pipeline (`pip install .` in a checkout; `'.[pipeline]'` brings all the rest).
 """
 
 from __future__ import annotations

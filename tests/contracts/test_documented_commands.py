@@ -163,3 +163,22 @@ def test_errors_that_the_questions_quote_are_in_the_source():
     for error in quoted:
         for part in (p.strip() for p in error.split("…")):
             assert part in source, f"no error says {part!r}"
+
+
+def test_every_page_is_in_the_contents():
+    listed = (ROOT / "docs" / "index.md").read_text().partition("```{toctree}")[2].split()
+    pages = {p.stem for p in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages - set(listed) == set()
+
+
+def test_help_swallows_no_placeholder():
+    """Help is Markdown, where <name> is an HTML tag that nobody sees."""
+
+    def texts(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
+        yield path, command.help or ""
+        for param in command.params:
+            yield f"{path} {param.name}", getattr(param, "help", None) or ""
+        for name, part in getattr(command, "commands", {}).items():
+            yield from texts(part, f"{path} {name}")
+
+    assert [where for where, text in texts(cli(), "scldm") if re.search(r"(?<!`)<[a-z]+>", text)] == []
