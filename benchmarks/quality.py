@@ -73,6 +73,11 @@ def run_line(name: str, data: Dataset, out: Path, scale: float, given: list[str]
     }  # fmt: skip
     command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "jobs" / "demo_h5ad.yaml")]
     subprocess.run([*command, *(f"{k}={v}" for k, v in settings.items()), *given], check=True, cwd=ROOT)
+    return newest(name, out)
+
+
+def newest(name: str, out: Path) -> dict[str, Manifest]:
+    """The manifests of the newest stages of a line."""
     stages = ("ingest", *TRAINED, "generate", "evaluate")
     return {stage: newest_manifest(out / name, stage) for stage in stages}
 
@@ -111,7 +116,7 @@ def score(made: dict[str, Manifest], labels: tuple[str, ...], extra: dict[str, a
 
 def one(name: str, data: Dataset, args: argparse.Namespace) -> dict[str, Any]:
     began = time.time()
-    made = run_line(name, data, args.out, args.scale, args.set)
+    made = newest(name, args.out) if args.again else run_line(name, data, args.out, args.scale, args.set)
     peer: dict[str, Any] = {"cells": {}, "facts": {"absent": "--no-scvi"}}
     if not args.no_scvi:
         peer = scvi_cells(args.scvi_python, made, data.labels, args.out / name)
@@ -141,6 +146,7 @@ def main() -> None:
     parser.add_argument("--scvi-python", type=Path, default=ROOT / ".venv-scvi" / "bin" / "python")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the job; may be repeated")
+    parser.add_argument("--again", action="store_true", help="score what lies in --out; nothing of ours is trained")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not args.no_scvi and not args.scvi_python.exists():
