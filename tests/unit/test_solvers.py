@@ -164,7 +164,12 @@ def test_the_sdes_of_upstream_are_reproduced():
             eps=0.0 if prediction == "velocity" and name != "VP" else 1e-3,  # upstream's rule
         )
         x = solve_sde(field, fixture["in/z"], noise.__getitem__, options, path_config(name, prediction))
-        torch.testing.assert_close(x, fixture[case["key"]], rtol=1e-4, atol=1e-4, msg=case["key"])
+        # Noise of a VP path over its small sigma amplifies fp32 rounding, which processors do differently: on an Intel
+        # Xeon one of the numbers is 1.8e-4 off, on an AMD EPYC all are within 1e-4.
+        tolerance = 5e-4 if (name, prediction) == ("VP", "noise") else 1e-4
+        torch.testing.assert_close(
+            x, fixture[case["key"]], rtol=tolerance, atol=tolerance, msg=lambda m, key=case["key"]: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
