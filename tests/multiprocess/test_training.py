@@ -133,4 +133,5 @@ def test_genes_seen_are_drawn_in_training_and_recorded(tmp_path, ingested):
     train(spec_of(tmp_path, ingested, genes_seen={"mode": "weighted", "n": 30}))
     facts = json.loads(next(x for x in (tmp_path / "log").read_text().splitlines() if x.startswith('{"model"')))
     assert facts["steps"] == STEPS
-    assert facts["genes_seen"] == {"mode": "weighted", "n": 30, "job_seed": 0, "epoch_0_seed": seen_seed(0, 0)}
+    drawn = {"mode": "weighted", "n": 30, "share": None}
+    assert facts["genes_seen"] == {**drawn, "job_seed": 0, "epoch_0_seed": seen_seed(0, 0)}
