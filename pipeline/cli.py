@@ -160,7 +160,11 @@ def validate(job: JobFile, overrides: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel=JOBS)
-def plan(job: JobFile, overrides: Overrides = None) -> None:
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, folder, stages, sizes.")] = False,
+) -> None:
     """Say what would run and why, with steps, parameters, memory and disk. Starts nothing.
 
     Example: `scldm plan jobs/demo.yaml train_vae.train.max_steps=20`
@@ -168,8 +172,14 @@ def plan(job: JobFile, overrides: Overrides = None) -> None:
     with reported():
         loaded = load(job, overrides)
         from pipeline.plan import plan as describe
+        from pipeline.plan import plan_data
 
-        typer.echo(describe(loaded))
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(plan_data(loaded), indent=1))
+        else:
+            typer.echo(describe(loaded))
 
 
 @runs.command("list")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,51 @@ from pipeline.stage import InputError, Manifest, newest_manifest, read_manifest
 UNKNOWN = "unknown"
 
 
+@dataclass(frozen=True)
+class Decision:
+    """A stage of a job: its version, whether it runs, and why."""
+
+    stage: str
+    version: str  # empty where it cannot be known before an earlier stage has run
+    state: str  # "done", "will run", or "needs <stage>, …"
+    why: str
+
+
 def plan(job: JobBase) -> str:
     """Table of a job's stages, then what each would take."""
-    folder = pipeline_folder(job)
+    found, sizes_of_it = _decisions(job)
+    rows = [("stage", "version", "state", "why"), *((d.stage, d.version, d.state, d.why) for d in found)]
+    todo = [d for d in found if d.state == "will run"]
+    waits = any(d.state.startswith("needs") for d in found)
+    lines = [f"{job.name}: writes to {pipeline_folder(job)}", "", table(rows), "", *sizes_of_it]
+    lines += ["", f"{len(todo)} of {len(found)} stages will run" if todo or waits else "nothing to do"]
+    return "\n".join(lines)
+
+
+def plan_data(job: JobBase) -> dict[str, Any]:
+    """The same for a script: name, folder, stages (stage, version, state, why), and the lines on sizes."""
+    found, sizes_of_it = _decisions(job)
+    return {
+        "name": job.name,
+        "folder": str(pipeline_folder(job)),
+        "stages": [asdict(d) for d in found],
+        "sizes": [line.strip() for line in sizes_of_it if line.strip()],
+    }
+
+
+def _decisions(job: JobBase) -> tuple[list[Decision], list[str]]:
     steps, missing = look_ahead(job)
     decided = {s.stage: s for s in steps}
     lacking = [m.stage for m in missing]
-    rows = [("stage", "version", "state", "why")]
+    found = []
     for stage in stage_configs(job):
         step = decided.get(stage)
         if step is None:
-            rows.append((stage, "", f"needs {', '.join(lacking)}", f"first: {'; '.join(map(command_for, lacking))}"))
+            needs, first = ", ".join(lacking), "; ".join(map(command_for, lacking))
+            found.append(Decision(stage, "", f"needs {needs}", f"first: {first}"))
         else:
-            rows.append((stage, step.version, "done" if step.done else "will run", step.why))
-    todo = [s for s in steps if s.done is None]
-    lines = [f"{job.name}: writes to {folder}", "", table(rows), ""]
-    lines += _sizes(job, decided, folder)
-    lines += ["", f"{len(todo)} of {len(rows) - 1} stages will run" if todo or missing else "nothing to do"]
-    return "\n".join(lines)
+            found.append(Decision(stage, step.version, "done" if step.done else "will run", step.why))
+    return found, _sizes(job, decided, pipeline_folder(job))
 
 
 def finished_stages(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -62,6 +63,18 @@ def test_ctrl_c_exits_with_130(job, monkeypatch):
 
     monkeypatch.setattr(runner, "run_job", interrupted)
     assert cli.invoke(app, ["run", job]).exit_code == 130
+
+
+def test_a_script_reads_the_plan_that_people_read(job):
+    said = cli.invoke(app, ["plan", job]).stdout
+    data = json.loads(cli.invoke(app, ["plan", job, "--json"]).stdout)
+    assert data["folder"] in said
+    assert data["stages"]
+    for stage in data["stages"]:
+        assert stage["state"] == "will run"
+        assert stage["version"] in said
+    assert data["sizes"]
+    assert all(line in said for line in data["sizes"])
 
 
 def test_the_plan_says_what_would_run(job):
