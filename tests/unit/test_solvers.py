@@ -1,6 +1,9 @@
 """ODE and SDE solvers and the likelihood: upstream's records, known solutions, orders of convergence."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -147,7 +150,7 @@ def test_with_upstreams_batch_and_overshoot_dopri5_takes_upstreams_steps():
     torch.testing.assert_close(solution.x, fixture["out/w2.5/dopri550"], rtol=2e-5, atol=2e-5)
 
 
-def test_the_sdes_of_upstream_are_reproduced():
+def compare_recorded_sdes():
     fixture = load_fixture("samplers")
     field, noise = toy_field(fixture), fixture["in/sde_noise"]
     for case in fixture.facts["sde"]:
@@ -164,12 +167,18 @@ def test_the_sdes_of_upstream_are_reproduced():
             eps=0.0 if prediction == "velocity" and name != "VP" else 1e-3,  # upstream's rule
         )
         x = solve_sde(field, fixture["in/z"], noise.__getitem__, options, path_config(name, prediction))
-        # Noise of a VP path over its small sigma amplifies fp32 rounding, which processors do differently: on an Intel
-        # Xeon one of the numbers is 1.8e-4 off, on an AMD EPYC all are within 1e-4.
-        tolerance = 5e-4 if (name, prediction) == ("VP", "noise") else 1e-4
         torch.testing.assert_close(
-            x, fixture[case["key"]], rtol=tolerance, atol=tolerance, msg=lambda m, key=case["key"]: f"{key}: {m}"
+            x, fixture[case["key"]], rtol=1e-4, atol=1e-4, msg=lambda m, key=case["key"]: f"{key}: {m}"
         )
+
+
+def test_the_sdes_of_upstream_are_reproduced():
+    """In the arithmetic that all processors share: the states reach thousands and cancel, so that rounding shows."""
+    load_fixture("samplers")  # skips here where it is absent, not in the process below
+    env = {**os.environ, "MKL_CBWR": "COMPATIBLE", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    code = "import test_solvers; test_solvers.compare_recorded_sdes()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
