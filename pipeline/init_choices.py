@@ -165,7 +165,7 @@ def _cpu_steps(n_train: int, workers: int, *, flow: bool, looked: Looked | None 
     }
     if not flow:
         train["validation_cells"] = 128 if many else 512
-        train["genes_seen"] = {"mode": "share_expressed", "share": 0.7}  # few cells overfit less
+        train["genes_seen"] = {"mode": "share_expressed", "share": 0.7}  # against overfitting
     return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
 
 

@@ -35,6 +35,14 @@ def licence(name: str) -> str | None:
     return "; ".join(s for s in said if s)[:2000]
 
 
+def test_docutils_brings_no_file_of_its_gpl_part():
+    if licence("docutils") is None:
+        pytest.skip("docutils comes with the docs extra, which is not installed here")
+    files = importlib.metadata.files("docutils")
+    assert files
+    assert [str(f) for f in files if f.suffix == ".el" or "emacs" in f.parts] == []
+
+
 @pytest.mark.row("S8")
 def test_no_dependency_forbids_commercial_use_or_says_nothing():
     said = {name: licence(name) for name in pinned()}
