@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "the pins of constraints.txt are for Python 3.11 or 3.12, and $(PYTHON) is not;" \
 	    "say which with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

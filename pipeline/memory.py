@@ -13,13 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.train_config import FlowTrainConfig, TrainConfig
+from pipeline.training.deepspeed_options import gradient_bucket
 from scldm.nn.config import DiTConfig, VAEConfig
 
 TILE = 512  # genes that the decoder computes at a time
 GPU_OVERHEAD = 1.5e9  # CUDA context, NCCL's buffers, workspaces; a round figure
-# Numbers in the buffer in which DeepSpeed reduces gradients in stages 1 to 3, however small the model is; an expert's
-# file (train.deepspeed) may set zero_optimization.reduce_bucket_size lower.
-BUCKET = 500_000_000
 DEVICES = {"A100 40 GB": 42.3e9, "A100 80 GB": 85.0e9}  # bytes that the driver shows
 USABLE = 0.9  # the allocator's fragments take the rest
 STAGES = (0, 1, 2, 3)
@@ -111,7 +109,7 @@ def stage_lines(n: int, train: TrainConfig, workers: int, activations: float) ->
     lines = []
     for stage in STAGES:
         state = state_bytes(n, train, workers, stage=stage)
-        fixed = GPU_OVERHEAD + (0 if stage == 0 else BUCKET * (2 if train.precision == "bf16" else 4))
+        fixed = GPU_OVERHEAD + (0 if stage == 0 else gradient_bucket(n) * (2 if train.precision == "bf16" else 4))
         total = state.device + activations + fixed
         held = ", ".join(fits(total)) or "no A100: lower train.feed.micro_batch_size, or take more workers"
         host = f", {human(state.offloaded)} of the host's" if state.offloaded else ""

@@ -94,3 +94,6 @@ class CheckpointStorage(StrictModel):
     """Tries of an upload; waits double from 1 s."""
     wait_at_end: PositiveFloat = 600.0
     """Most seconds that the end of training waits for the last upload."""
+    strict_resume: bool = False
+    """Whether a damaged checkpoint ends the run, with its name and what is wrong, before a step is done. false passes
+    it over, says so in the log and as ckpt/rejected in MLflow, and goes on from the newest one that verifies."""

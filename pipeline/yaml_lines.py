@@ -38,7 +38,7 @@ class Document:
 
 
 def read_document(text: str, where: str) -> Document:
-    """Parse one YAML document. Errors say `where:line`."""
+    """Parse one YAML document. Errors say `where:line: column`."""
     _check_shape(text, where)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -76,15 +76,13 @@ def _check_shape(text: str, where: str) -> None:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             nodes += isinstance(event, yaml.NodeEvent)
             if nodes > MAX_NODES:
-                line = 0 if event.start_mark is None else event.start_mark.line
-                raise InputError(f"{where}:{line + 1}: more than {MAX_NODES:,} names and values")
+                raise _at(where, event.start_mark, f"more than {MAX_NODES:,} names and values")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             if depth > MAX_DEPTH:
-                line = 0 if event.start_mark is None else event.start_mark.line
-                raise InputError(f"{where}:{line + 1}: nested deeper than {MAX_DEPTH} levels")
+                raise _at(where, event.start_mark, f"nested deeper than {MAX_DEPTH} levels")
     except yaml.YAMLError as error:
         raise _syntax_error(error, where) from None
 
@@ -98,7 +96,12 @@ def _syntax_error(error: yaml.YAMLError, where: str) -> InputError:
         problem = "a tab; YAML is indented with spaces"
     elif context := getattr(error, "context", None):
         problem = f"{context}, {problem}"
-    return InputError(f"{where}:{mark.line + 1}: column {mark.column + 1}: {problem}")
+    return _at(where, mark, problem)
+
+
+def _at(where: str, mark: Any, message: str) -> InputError:
+    line, column = (0, 0) if mark is None else (mark.line, mark.column)
+    return InputError(f"{where}:{line + 1}: column {column + 1}: {message}")
 
 
 class _Walker:
@@ -166,7 +169,7 @@ class _Walker:
             raise self._error(node, f"tag {node.tag}: a job file is plain data and has no tags")
 
     def _error(self, node: yaml.Node, message: str) -> InputError:
-        return InputError(f"{self.where}:{node.start_mark.line + 1}: {message}")
+        return _at(self.where, node.start_mark, message)
 
 
 def dotted(path: KeyPath) -> str:

@@ -65,6 +65,7 @@ class SomaReader:
     labels: tuple[str, ...]
     count_type: Literal["uint16", "float32"]
     genes_per_cell: int = 2000  # for memory estimates
+    seen_at: int = 0  # when the experiment was known to be there, in milliseconds since 1970
 
     @property
     def gene_type(self) -> pa.DataType:
@@ -89,7 +90,7 @@ class SomaReader:
         from pipeline.data.ragged import CountsChanged
         from pipeline.data.soma import SomaStore
 
-        store = SomaStore(self.uri, self.tiledb_config, self.measurement, self.layer)
+        store = SomaStore(self.uri, self.tiledb_config, self.measurement, self.layer, self.seen_at)
         gene_type = self.gene_type.to_pandas_dtype()
         try:
             r = store.read_ragged(rows.ids, self.gene_lut, gene_type=gene_type, count_type=self.count_type)

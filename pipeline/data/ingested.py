@@ -99,6 +99,7 @@ class Ingested:
             labels=self._codes,
             count_type=self.facts["count_type"],
             genes_per_cell=int(self.facts["mean_expressed_genes"]) + 1,
+            seen_at=int(self.facts.get("seen_at", 0)),
         )
 
     def blocks(self, split: str) -> SomaBlocks | CacheBlocks:

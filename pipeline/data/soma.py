@@ -9,6 +9,7 @@ assembly of the rows (`ragged.py`).
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ from pipeline.data.s3 import S3Config, failure
 from pipeline.stage import InputError
 
 TILE = 2048
+NO_MEMORY = "std::bad_alloc"
 SCATTERED = 64  # below so many ids per tile a point query reads less than the span of the ids
 READ_CONFIG: dict[str, Any] = {
     **S3Config().tiledb(),
@@ -39,12 +41,18 @@ _OPEN: dict[tuple, Any] = {}
 
 @dataclass(frozen=True)
 class SomaStore:
-    """A SOMA experiment and where its counts are; picklable."""
+    """A SOMA experiment and where its counts are; picklable.
+
+    TileDB shows what was written before a moment, by default now, by the clock of who reads: on a machine whose clock
+    is behind the writer's an experiment is empty. So a reader looks from `seen_at` (milliseconds since 1970), when the
+    experiment is known to have been there, where its own clock is behind that.
+    """
 
     uri: str
     tiledb_config: Mapping[str, Any] = field(default_factory=dict)
     measurement: str = "RNA"
     layer: str = "raw"
+    seen_at: int = 0
 
     def forget(self) -> None:
         """Drop the handles of this process; the next read opens anew."""
@@ -55,13 +63,14 @@ class SomaStore:
     def _open(self, what: str) -> Any:
         key = (self.uri, what, tuple(sorted(self.tiledb_config.items())))
         if key not in _OPEN:
-            context = soma.SOMATileDBContext(tiledb_config={**READ_CONFIG, **self.tiledb_config})
+            at = self.seen_at if self.seen_at > time.time() * 1000 else None
+            context = soma.SOMATileDBContext(tiledb_config={**READ_CONFIG, **self.tiledb_config}, timestamp=at)
             try:
                 _OPEN[key] = soma.open(f"{self.uri.rstrip('/')}/{what}", context=context)
             except (soma.DoesNotExistError, soma.SOMAError) as error:
                 if failure(error).kind != "other":
                     raise  # the object store's: repeated or explained by `survives_faults`
-                if "__fragments" in str(error):
+                if "__fragments" in str(error) or NO_MEMORY in str(error):
                     raise self._damaged(what, error) from error
                 raise InputError(
                     f"cannot open {what} of the SOMA experiment {self.uri} ({error}); check ingest.source: uri, "
@@ -69,8 +78,10 @@ class SomaStore:
                 ) from error
         return _OPEN[key]
 
-    def _damaged(self, what: str, error: Exception) -> InputError:
+    def _damaged(self, what: str, error: Exception) -> InputError | MemoryError:
         first = " ".join(str(error).split())[:300]
+        if NO_MEMORY in first:  # TileDB says so as it says everything else
+            return MemoryError(f"no memory to read {what} of the SOMA experiment {self.uri} ({first})")
         return InputError(
             f"{what} of the SOMA experiment {self.uri} is damaged: a file of it is missing or changed ({first}); copy "
             "or write the experiment again"

@@ -89,6 +89,8 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     vae = context.inputs["train_vae"]
     folder = context.folder / "latents"
     folder.mkdir(exist_ok=True)
+    for unfinished in folder.glob(".*.tmp"):  # of actors that were killed; the stage's lock says that none writes now
+        unfinished.unlink(missing_ok=True)
     labels = [x.name for x in data.vocabulary.labels]
     records = committed(folder, folder, "*.arrow.json")
     total = sum(data.n_cells[split] for split in config.splits)

@@ -7,6 +7,7 @@ are read where they are. Everything but the counts is fixed here, so that later 
 from __future__ import annotations
 
 import hashlib
+import time
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "measurement": source.store.measurement,
         "layer": source.store.layer,
         "tile": source.store.tile,
+        "seen_at": round(time.time() * 1000),
         "count_type": "uint16" if cells["library_size"].max() < 1 << 16 else "float32",
         "n_genes": vocabulary.n_genes,
         "n_genes_source": source.store.shape[1],

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.stage import InputError
 from pipeline.train_config import TrainConfig
 
+DEFAULT_BUCKET = 500_000_000  # DeepSpeed's own
 _ACCUMULATION = "train.feed.batch_size and micro_batch_size"
 # DeepSpeed's key -> the setting of ours that it is made from. A prefix owns what is below it.
 OWNED = {
@@ -38,10 +39,13 @@ OWNED = {
 }
 
 
-def deepspeed_options(config: TrainConfig, *, micro_batch_size: int, accumulation: int, gpu: bool) -> dict[str, Any]:
+def deepspeed_options(
+    config: TrainConfig, *, n_parameters: int, micro_batch_size: int, accumulation: int, gpu: bool
+) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
+        n_parameters: Numbers that are trained.
         micro_batch_size: Cells that a worker takes at once.
         accumulation: Micro batches in a step.
         gpu: Whether the workers have one.
@@ -61,7 +65,17 @@ def deepspeed_options(config: TrainConfig, *, micro_batch_size: int, accumulatio
         "bf16": {"enabled": config.precision == "bf16"},
     }
     raw = {} if config.deepspeed is None else read_options(config.deepspeed)
-    return {**raw, **ours, "zero_optimization": {**raw.get("zero_optimization", {}), **zero}}
+    bucket = {"reduce_bucket_size": gradient_bucket(n_parameters)}
+    return {**raw, **ours, "zero_optimization": {**bucket, **raw.get("zero_optimization", {}), **zero}}
+
+
+def gradient_bucket(n_parameters: int) -> int:
+    """Numbers in the buffer in which gradients are reduced: DeepSpeed's 500 million, or the model, if it is smaller.
+
+    DeepSpeed takes the whole buffer however small the model is: 2 GB in fp32. One bucket that holds all gradients is
+    the same reduction.
+    """
+    return max(1, min(DEFAULT_BUCKET, n_parameters))
 
 
 def read_options(path: str) -> dict[str, Any]:

@@ -81,8 +81,9 @@ class Engine:
         self._open, self._stepped = True, False
         self._norm: float | None = None  # of stage 0 in fp32, which DeepSpeed computes and forgets
         settings = deepspeed_options(
-            config, micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available()
-        )
+            config, n_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
+            micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available(),
+        )  # fmt: skip
         self._put_gate(optimizer)
         self._engine: Any = (
             None  # while DeepSpeed sets up, where its bf16 stage 0 would take a step of nothing but decay

@@ -7,10 +7,9 @@ sums of the training curve, the validation loss and the ids of the tracker's run
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from pipeline.provenance import read_ids
 from pipeline.stage import InputError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Failed, Found, Position, Written
+from pipeline.training.choice import CannotResume, Choice
 from pipeline.training.engine import Engine
 from pipeline.training.remote import Remote
 from pipeline.training.shards import shard_name, write_tensors
@@ -45,6 +45,7 @@ class Resumed:
     step: int
     folder: Path | None  # None: from the start
     more: Mapping[str, Any]
+    rejected: int = 0  # newer checkpoints that do not verify
 
 
 class Keeper:
@@ -54,6 +55,7 @@ class Keeper:
         folder: Of the stage.
         position: Of the run after a number of steps.
         remote: The second place, if there is one; rank 0 alone speaks to it.
+        strict: Whether a checkpoint that does not verify is an error, not passed over.
     """
 
     def __init__(
@@ -68,10 +70,12 @@ class Keeper:
         remote: Remote | None = None,
         tries: int = 1,
         wait_at_end: float = 600.0,
+        strict: bool = False,
     ):
         self.stage_folder, self.root = folder, folder / "checkpoints"
         self.engine, self.ema, self.position = engine, ema, position
         self.keep, self.remote, self.wait_at_end = (keep_last, keep_best), remote, wait_at_end
+        self.strict, self.rejected = strict, 0
         self.latest: Path | None = None
         self.failed = 0  # saves in a row
         self.longest = 0.0  # seconds that a save took
@@ -82,13 +86,18 @@ class Keeper:
 
     # ---- resume --------------------------------------------------------------------------------------------------
     def resume(self) -> Resumed:
-        """Load the newest checkpoint that verifies, here or in the second place, chosen by rank 0 for all."""
+        """Load the newest checkpoint that verifies, here or in the second place, chosen by rank 0 for all.
+
+        Raises:
+            CannotResume: on all workers, so that none waits for one that has gone.
+        """
         chosen: list[Any] = [self._choose() if self.rank == 0 else None]
         dist.broadcast_object_list(chosen)
-        found: Found | None = chosen[0]
+        found: Found | InputError | None = chosen[0]
+        if isinstance(found, InputError):
+            raise CannotResume(str(found))
         if found is None:
-            return Resumed(0, None, {})
-        checkpoint.check_fits(found, self.position(found.position.step))
+            return Resumed(0, None, {}, self.rejected)
         self.engine.load(found.folder, step=found.position.step)
         if self.ema is not None:
             self.ema.load_state_dict(load_file(found.folder / EMA_FILE, device=str(self.engine.device)))
@@ -98,7 +107,7 @@ class Keeper:
             was = found.position.world_size
             print(f"step {found.position.step} was written by {was} workers, {self.world_size} go on", flush=True)
         self.latest = found.folder
-        return Resumed(found.position.step, found.folder, found.more)
+        return Resumed(found.position.step, found.folder, found.more, self.rejected)
 
     def back_to_best(self) -> int:
         """Load the checkpoint with the lowest validation loss; its step."""
@@ -117,51 +126,19 @@ class Keeper:
             self.latest = found.folder
         return found.position.step
 
-    def _choose(self) -> Found | None:
-        found, rejected = checkpoint.newest(self.root)
-        for line in rejected:
-            print(f"checkpoint passed over: {line}", flush=True)
-        if self.remote is None:
-            return found
+    def _choose(self) -> Found | InputError | None:
+        """On rank 0: what all are to load, or why nothing is."""
+        choice = Choice(self.root, self.remote, keep_best=self.keep[1], strict=self.strict)
         try:
-            there = self.remote.names()
-        except OSError as error:
-            if found is None:
-                raise InputError(f"{self.remote.address} cannot be read, and no checkpoint is here: {error}") from error
-            print(f"{self.remote.address} cannot be read, going on from {found.folder}: {error}", flush=True)
-            return found
-        newer = [name for name in there if found is None or name.split("-w")[0] > found.folder.name.split("-w")[0]]
-        for name in newer:
-            if (fetched := self._fetch(name)) is not None:
-                self._fetch_best(there)
-                return fetched
-        if found is not None and found.folder.name not in there:
-            self._upload(found.folder)  # an upload that an earlier attempt did not finish
+            found = choice.newest()
+            if found is not None:
+                checkpoint.check_fits(found, self.position(found.position.step))
+        except InputError as error:
+            return error
+        self.rejected = len(choice.rejected)
+        if choice.not_copied is not None:
+            self._upload(choice.not_copied)  # an upload that an earlier attempt did not finish
         return found
-
-    def _fetch_best(self, there: Sequence[str]) -> None:
-        """What the run keeps besides its newest checkpoint it may want again."""
-        assert self.remote is not None
-        found = []
-        for name in there:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # said when it is wanted itself
-                found.append(self.remote.manifest(name, self.root / ".remote"))
-        for name in checkpoint.to_keep(found, keep_last=0, keep_best=self.keep[1]):
-            if not (self.root / name / checkpoint.MANIFEST).is_file():
-                self._fetch(name)
-
-    def _fetch(self, name: str) -> Found | None:
-        """A checkpoint from the second place; None, and why, if it does not verify."""
-        assert self.remote is not None
-        try:
-            folder = self.remote.get(name, self.root)
-            problem = checkpoint.verify(folder)
-        except OSError as error:
-            problem = str(error)
-        if problem is None:
-            return checkpoint.read(folder)
-        print(f"checkpoint passed over: {self.remote.address}/{name}: {problem}", flush=True)
-        return None
 
     # ---- save ----------------------------------------------------------------------------------------------------
     def save(self, step: int, *, metrics: Mapping[str, float], more: Mapping[str, Any], must: bool = False) -> bool:

@@ -26,8 +26,10 @@ from pipeline.training.guard import StepGuard, StepLosses
 from pipeline.training.keeper import Keeper
 from pipeline.training.memory import MeanLoss, Memory
 from pipeline.training.notice import Notice, StopNotice
+from pipeline.training.pace import Pace
 from pipeline.training.prefetch import Ready, prefetch
 from pipeline.training.records import Run, Stopped, Trained
+from pipeline.training.room import memory_is_explained
 from pipeline.training.slices import Objective
 from pipeline.training.stopping import BestSoFar
 from pipeline.training.watchdog import Watchdog
@@ -92,10 +94,11 @@ class Training:
         self.keeper = Keeper(
             run.folder, self.engine, self.ema, self._position, keep_last=config.keep_last,
             keep_best=max(config.keep_best, int(config.export == "best")), remote=run.remote, tries=run.storage.tries,
-            wait_at_end=run.storage.wait_at_end,
+            wait_at_end=run.storage.wait_at_end, strict=run.storage.strict_resume,
         )  # fmt: skip
         self.memory, self.clock = Memory(StepGuard(config), BestSoFar(config), MeanLoss()), StepClock()
         self.notice = StopNotice(run.folder, run.preempted, margin=lambda: STOP_MARGIN + 3 * self.keeper.longest)
+        self.pace = Pace(self.engine.device)
         self.steps = 0  # done
         self.metrics: dict[str, float] = {}
         self.curve: TrainingCurve | None = None
@@ -106,6 +109,8 @@ class Training:
         if found.folder is not None:
             self.memory.load(found.more)
             self.run.tracker.tag("scldm.resumed_from_step", found.step)
+        if found.rejected:
+            self.run.tracker.metrics({"ckpt/rejected": float(found.rejected)}, step=found.step)
         if dist.get_rank() == 0:
             self.curve = TrainingCurve(
                 self.run.folder, self.run.tracker, self.config, found.step, self.order, self._mfu
@@ -119,7 +124,7 @@ class Training:
         self.notice.ask()
         step = self.steps = at.step + 1  # steps done after this one
         lr = self.config.optimizer.lr * learning_rate_factor(at.step, self.config.max_steps, self.config.optimizer)
-        with self.clock.of("step"):
+        with self.clock.of("step"), memory_is_explained(self.config, step):
             self.memory.losses.add(*self._update(at, lr))
             if self.ema is not None and self.engine.applied:
                 with self.engine.whole_parameters():
@@ -135,6 +140,9 @@ class Training:
         if step % LOG_EVERY == 0 or last:
             self.metrics |= {"train/loss": self.memory.losses.take(), "train/lr": lr, **self.clock.take()}
             self.metrics["train/skipped"] = float(self.memory.guard.skipped)
+            self.metrics |= self.pace.take()
+            if (line := self.pace.remark(step, self.metrics)) is not None and dist.get_rank() == 0:
+                print(line, flush=True)
         if self.curve is not None:
             self.curve.write(step, self.metrics, self.engine.grad_norm, last=last)
         notice = self.notice.answer()
@@ -146,6 +154,7 @@ class Training:
         if stop:
             self.keeper.close(most=STOP_WAIT)
             raise Stopped(step)
+        self.pace.alone()
         return last
 
     def done(self) -> Trained:
@@ -168,6 +177,7 @@ class Training:
         for i, (part, batch) in enumerate(parts, start=1):
             loss = self.objective.loss(self.engine, batch, part)
             seen.add(loss, batch.weight, batch.joinids)
+            self.pace.meets()
             # The engine divides by accumulation and world size; what remains is the mean over the batch's real cells.
             share = self.accumulation * self.world_size / at.real_cells
             self.engine.backward((loss * batch.weight).sum() * share)

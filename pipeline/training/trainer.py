@@ -22,6 +22,7 @@ from pipeline.training.preemption import newest_step, node_goes_at, wait_until_g
 from pipeline.training.remote import check_storage
 from pipeline.training.watchdog import FIRST
 
+REFUSED = "refused"  # in place of facts, where no start of the workers can mend what the user must
 HOPELESS = "hopeless"  # in place of facts, where starting again would end the same: no failure that Ray may retry
 STOPPED = "stopped_at"  # in place of facts, where a notice ended the workers
 
@@ -30,6 +31,7 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs in every Ray Train worker; imports there, so that the driver stays light."""
     import ray.train
 
+    from pipeline.training.choice import CannotResume
     from pipeline.training.guard import TrainingStopped
     from pipeline.training.records import Stopped
     from pipeline.training.worker import train_worker
@@ -44,6 +46,8 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
         return {STOPPED: stopped.step}
     except TrainingStopped as stopped:
         return {HOPELESS: str(stopped)}
+    except CannotResume as error:
+        return {REFUSED: str(error)}
 
 
 def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> dict[str, Any]:
@@ -60,6 +64,8 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
     with ProgressReader(folder, stage, train.log_every_seconds), stop_on_sigterm(folder / STOP_FILE) as asked:
         while True:
             facts, taken = _attempt(spec, train, resources, stage)
+            if REFUSED in facts:
+                raise InputError(facts[REFUSED])
             if HOPELESS in facts:
                 from pipeline.training.guard import TrainingStopped
 

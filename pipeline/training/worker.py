@@ -29,6 +29,7 @@ from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
 from pipeline.system_metrics import node_metrics
 from pipeline.tracking import StageTracker
+from pipeline.training.choice import CannotResume
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
 from pipeline.training.flow_samples import FlowSamples
 from pipeline.training.guard import TrainingStopped
@@ -258,6 +259,10 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(stopped, flush=True)
         sys.exit(STOPPED_EXIT)
+    except CannotResume as error:
+        if dist.get_rank() == 0:
+            print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
     except TrainingStopped as stopped:
         if dist.get_rank() == 0:
             print(stopped, file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from recovery import Recoveries
 
 from pipeline.config_io import load_job
 from pipeline.runner import run_job
@@ -28,7 +29,7 @@ JOB = {
 }  # fmt: skip
 
 
-def freeze_a_worker(folder: Path, frozen: dict[int, float]) -> None:
+def freeze_a_worker(folder: Path, frozen: dict[int, float], recoveries: Recoveries) -> None:
     """SIGSTOP, which no watchdog of the worker's own survives, once the first checkpoint is committed."""
     while not list(folder.glob("train_vae/*/checkpoints/step-*/MANIFEST.json")):
         time.sleep(0.05)
@@ -36,6 +37,7 @@ def freeze_a_worker(folder: Path, frozen: dict[int, float]) -> None:
         if any("TrainWorker" in part for part in process.cmdline()):
             os.kill(process.pid, signal.SIGSTOP)
             frozen[process.pid] = time.time()
+            recoveries.steps(f"frozen worker (step_timeout_s {TIMEOUT})", folder / "train_vae")
             return
 
 
@@ -43,7 +45,8 @@ def freeze_a_worker(folder: Path, frozen: dict[int, float]) -> None:
 def test_a_frozen_worker_is_given_up_and_training_ends(tmp_path, ray_cluster, record):
     file, folder, frozen = tmp_path / "job.yaml", tmp_path / "runs" / "frozen", {}
     file.write_text(yaml.safe_dump({**JOB, "name": "frozen", "output": str(tmp_path / "runs")}))
-    thread = threading.Thread(target=freeze_a_worker, args=(folder, frozen), daemon=True)
+    recoveries = Recoveries()
+    thread = threading.Thread(target=freeze_a_worker, args=(folder, frozen, recoveries), daemon=True)
     thread.start()
     run_job(load_job(file), file)
     thread.join(timeout=5)
@@ -54,5 +57,6 @@ def test_a_frozen_worker_is_given_up_and_training_ends(tmp_path, ray_cluster, re
     assert len(reports) == 1, "the frozen one cannot write; its peer does"
     assert f"train.step_timeout_s {TIMEOUT}" in reports[0].read_text()
     record |= {"kills": 1, "detect_s": reports[0].stat().st_mtime - min(frozen.values())}
+    record |= {"recover": recoveries.seconds}
     for pid in frozen:
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -15,6 +15,7 @@ import anndata
 import psutil
 import pytest
 from generation_case import REFUSED, generate, hashes, run_in_process, write_inputs
+from recovery import Recoveries
 
 import scldm
 from pipeline.fault_points import POINTS
@@ -154,7 +155,7 @@ def test_a_quarter_of_a_million_cells_and_one_more(inputs, tmp_path):
     assert last.obs["gen_index"].tolist() == [250_000]
 
 
-def kill_an_actor(cells: Path, killed: list[int]) -> None:
+def kill_an_actor(cells: Path, killed: list[int], recoveries: Recoveries) -> None:
     """SIGKILL to an actor that is in the middle of a shard: its file is there, under its temporary name."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -163,16 +164,17 @@ def kill_an_actor(cells: Path, killed: list[int]) -> None:
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
+                recoveries.shard("actor of a generation, to the shard that it was making", cells / tmp.name[1:15])
                 return
         time.sleep(0.01)
 
 
 @pytest.mark.row("G1")
-def test_a_killed_actor_costs_nothing_but_time(inputs, whole, tmp_path, ray_cluster, monkeypatch):
+def test_a_killed_actor_costs_nothing_but_time(inputs, whole, tmp_path, ray_cluster, monkeypatch, record):
     """Under Ray, with two actors that each wait a moment in every shard."""
     monkeypatch.setenv(VARIABLE, "generate.after_batch:n=1:sleep=1")
-    folder, killed = tmp_path / "ray", []
-    killer = threading.Thread(target=kill_an_actor, args=(folder / "cells", killed), daemon=True)
+    folder, killed, recoveries = tmp_path / "ray", [], Recoveries()
+    killer = threading.Thread(target=kill_an_actor, args=(folder / "cells", killed, recoveries), daemon=True)
     killer.start()
 
     def two_actors(todo, spec, context):
@@ -186,3 +188,4 @@ def test_a_killed_actor_costs_nothing_but_time(inputs, whole, tmp_path, ray_clus
     assert hashes(folder) == whole
     attempts = [json.loads(p.read_text()) for p in (folder / "cells").glob(".shard-*.attempts")]
     assert not attempts
+    record |= {"kills": 1, "duplicates": 0, "missing": 0, "recover": recoveries.seconds}

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from recovery import Recoveries
 from safetensors.torch import load_file
 
 from pipeline.config_io import load_job
@@ -37,7 +38,7 @@ def run(root: Path, name: str) -> Path:
     return root / "runs" / name
 
 
-def kill_a_worker(folder: Path, killed: list[int]) -> None:
+def kill_a_worker(folder: Path, killed: list[int], recoveries: Recoveries) -> None:
     """SIGKILL to one training worker of this cluster, once the first checkpoint is committed."""
     while not list(folder.glob("train_vae/*/checkpoints/step-*/MANIFEST.json")):
         time.sleep(0.05)
@@ -45,13 +46,16 @@ def kill_a_worker(folder: Path, killed: list[int]) -> None:
         if any("TrainWorker" in part for part in process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
             killed.append(process.pid)
+            recoveries.steps("worker", folder / "train_vae")
             return
 
 
 @pytest.mark.row("T1", "T2")
-def test_a_killed_worker_costs_no_step_and_changes_no_weight(tmp_path, ray_cluster):
+def test_a_killed_worker_costs_no_step_and_changes_no_weight(tmp_path, ray_cluster, record):
     killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "runs" / "killed", killed), daemon=True)
+    recoveries = Recoveries()
+    given = (tmp_path / "runs" / "killed", killed, recoveries)
+    killer = threading.Thread(target=kill_a_worker, args=given, daemon=True)
     killer.start()
     broken = newest_manifest(run(tmp_path, "killed"), "train_vae")
     killer.join(timeout=5)
@@ -65,3 +69,4 @@ def test_a_killed_worker_costs_no_step_and_changes_no_weight(tmp_path, ray_clust
     steps = [r["step"] for r in rows]
     assert steps == sorted(set(steps)), "a replayed step stands twice in the curve"
     assert steps[-1] == 240
+    record |= {"kills": 1, "recover": recoveries.seconds}

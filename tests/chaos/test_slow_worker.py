@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -28,4 +29,9 @@ def test_T10_a_slow_worker_costs_its_own_time_and_nothing_else(tmp_path, record)
     assert cells_by_step(tmp_path / "slow") == cells_by_step(tmp_path / "even")
     assert every_cell_once_an_epoch(tmp_path / "slow") == (0, 0)
     assert times["slow"] >= len(SLOW_STEPS) * SECONDS, "nobody slept"
+    rows = [json.loads(line) for line in (tmp_path / "slow" / "metrics.jsonl").read_text().splitlines()]
+    seen = next(r for r in rows if r["step"] == SLOW_STEPS.stop)
+    assert seen["perf/straggler_rank"] == 1
+    assert seen["perf/straggler_wait_s"] == pytest.approx(SECONDS, rel=0.2)
+    assert "s a step for worker 1" in (tmp_path / "slow" / "log").read_text()
     record |= {"lost_steps": 0, "duplicates": 0, "missing": 0, "exit_code": 0, "peak_rss_mb": slow["peak_rss_mb"]}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from raylets import RealCluster, kill_tree, wait_for
+from recovery import Recoveries
 
 from pipeline.stage import newest_manifest
 from pipeline.training.checkpoint import Found, committed
@@ -39,13 +40,14 @@ def cluster(tmp_path) -> Iterator[RealCluster]:
 
 
 @pytest.mark.row("T3")
-def test_the_group_grows_to_a_third_node_loses_one_and_ends(tmp_path, cluster):
+def test_the_group_grows_to_a_third_node_loses_one_and_ends(tmp_path, cluster, record):
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump({**JOB, "output": str(tmp_path / "runs")}))
     stage = tmp_path / "runs" / "grower" / "train_vae"
     found = lambda: [c for f in stage.glob("*/checkpoints") for c in committed(f)]  # noqa: E731
     by_size = lambda n: [c for c in found() if c.position.world_size == n]  # noqa: E731
 
+    recoveries = Recoveries()
     driver = cluster.run(job)
     try:
         wait_for(lambda: by_size(2), PATIENCE_S, "two nodes do not train")
@@ -53,6 +55,7 @@ def test_the_group_grows_to_a_third_node_loses_one_and_ends(tmp_path, cluster):
         wait_for(lambda: by_size(3), PATIENCE_S, "the node that came is not used")
         grown = newest(by_size(3)).position.step
         cluster.kill(third)
+        recoveries.steps("node", stage)
         wait_for(lambda: [c for c in by_size(2) if c.position.step > grown], PATIENCE_S, "two nodes do not go on")
         assert driver.wait(timeout=900) == 0, (tmp_path / "driver.log").read_text()[-3000:]
     finally:
@@ -62,6 +65,7 @@ def test_the_group_grows_to_a_third_node_loses_one_and_ends(tmp_path, cluster):
     assert made.facts["steps"] == JOB["train"]["max_steps"]
     assert (Path(made.folder) / "model").is_dir()
     print("steps by workers:", timeline(found()))
+    record |= {"kills": 1, "recover": recoveries.seconds}
 
 
 def newest(found: list[Found]) -> Found:

@@ -13,6 +13,7 @@ BSD_TEXT = r"Redistribution\s+and\s+use\s+in\s+source\s+and\s+binary\s+forms"
 ALLOWED = re.compile(rf"MIT|BSD|Apache|PSF|Python Software|ISC|MPL|Mozilla Public|{BSD_TEXT}")
 FORBIDDEN = re.compile(r"\bA?GPL|non-?commercial|CC.BY.NC", re.IGNORECASE)
 SAID_ELSEWHERE = {  # metadata says less, or more than what is installed
+    "atheris": "Apache 2.0, in its LICENSE file",
     "docutils": "public domain and BSD; its one GPL file, for Emacs, is not in the wheel",
     "huey": "MIT, in its LICENSE file",
     "skops": "MIT, in its LICENSE file",

@@ -134,6 +134,7 @@ def stopped(head) -> tuple[int, str]:
     return int(found[1]), said
 
 
+@pytest.mark.row("S2")
 def test_strangers_send_nothing(head):
     assert head.post({}) == 401
     assert head.post({"Authorization": "Bearer guessed"}) == 403

@@ -6,9 +6,11 @@ that a rank trains on is written down, so that a test can say which cells were s
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.faults import VARIABLE, arm
 
 HERE = Path(__file__).resolve().parent
@@ -25,21 +29,24 @@ HERE = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks", "warm"])
+ROOM = 500 << 20  # of memory, for the rank of `starved`
 KILLED, STOPPED = -signal.SIGKILL, 75
 
 
 def run(spec: dict[str, Any], world_size: int = 2, fault: str = "") -> list[int]:
     """Exit codes of the ranks of a training run; `fault` as SCLDM_FAULT has it."""
     folder = Path(spec["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spec.json").write_text(json.dumps(spec))
-    return start(folder, _train, world_size, fault)
+    return start(folder, _train, world_size, fault, spec=spec)
 
 
 def start(
-    folder: Path, work: Callable[[Path], None], world_size: int, fault: str = "", timeout: float = 400
-) -> list[int]:
+    folder: Path, work: Callable[[Path], None], world_size: int, fault: str = "", timeout: float = 400,
+    spec: dict[str, Any] | None = None,
+) -> list[int]:  # fmt: skip
     """Exit codes of ranks that do `work`. Where one ends badly the others are killed, as a cluster would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if spec is not None:
+        (folder / "spec.json").write_text(json.dumps(spec))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -92,6 +99,30 @@ def _train(folder: Path) -> None:
 
     sys.argv = ["worker", f"{folder}/spec.json"]
     worker.main()
+
+
+def mad_clocks(folder: Path) -> None:
+    """Training where each rank lives on another day, and its clock jumps back and forth by an hour."""
+    real, jumps = time.time, itertools.cycle((3600.0, -3600.0, 0.0))
+    days = (-1) ** int(os.environ["RANK"]) * 86_400.0 * 30
+    time.time = lambda: real() + days + next(jumps)  # type: ignore[assignment]
+    _train(folder)
+
+
+def starved(folder: Path) -> None:
+    """Training where a rank may take ROOM bytes more than it has when it comes to its first loss."""
+    from pipeline.training.objectives import VaeObjective
+
+    original = VaeObjective.loss
+
+    def loss(*args: Any) -> Any:
+        if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+            most = psutil.Process().memory_info().vms + ROOM
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        return original(*args)
+
+    VaeObjective.loss = loss  # type: ignore[method-assign]
+    _train(folder)
 
 
 # ---- cells -------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import KILLED, STOPPED, cells_by_step, run, times_begun, train
+from ranks import KILLED, STOPPED, cells_by_step, mad_clocks, run, start, times_begun, train
 from safetensors.torch import load_file
 from small_job import EVERY, STEPS, ingest_small, spec_of
 
@@ -117,6 +118,25 @@ def test_a_stop_file_is_a_notice(tmp_path, ingested):
     assert newest(tmp_path / "checkpoints")[0].position.step == max(times_begun(tmp_path)) + 1
 
 
+@pytest.mark.row("C2")
+def test_C2_a_damaged_checkpoint_costs_an_interval_or_under_strict_resume_ends_all_workers(tmp_path, whole, ingested):
+    spec = spec_of(tmp_path, ingested)
+    assert run(spec, fault="training.before_step:step=9:rank=1:kill")[1] == KILLED
+    damaged = newest(tmp_path / "checkpoints")[0].folder
+    shard = next(damaged.glob("state-00001*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    began = time.monotonic()
+    assert run(spec_of(tmp_path, ingested, {"strict_resume": True})) == [2, 2], "none waits for one that has gone"
+    assert time.monotonic() - began < 60
+    said = (tmp_path / "log").read_text()
+    assert f"{damaged}: {shard.name} has " in said
+    assert "checkpoints.strict_resume=false" in said
+    assert damaged.is_dir(), "nothing is removed"
+    train(spec)
+    assert_same(tmp_path, whole)
+    assert lost_steps(tmp_path) == 9 - 4 + 1, "from step 4 on, and the step of the kill"
+
+
 # ---- another place, another number of workers --------------------------------------------------------------------
 @pytest.mark.row("C1", "T7")
 def test_a_run_whose_machine_is_gone_goes_on_from_the_second_place(tmp_path, whole, ingested):
@@ -152,6 +172,19 @@ def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_pat
     rounding = [worst.pop(name) for name in SHIFTS]
     assert max(worst.values()) < 1e-5, worst  # a hundredth of one step of Adam, which makes rounding larger
     assert max(rounding) < STEPS * 1e-3  # a learning rate a step
+
+
+# ---- clocks ------------------------------------------------------------------------------------------------------
+@pytest.mark.row("T14")
+def test_T14_workers_whose_clocks_are_days_apart_and_jump_go_on_from_one_place(tmp_path, whole, ingested, record):
+    spec = spec_of(tmp_path, ingested)
+    fault = "training.before_step:step=6:rank=1:kill"
+    assert start(tmp_path, mad_clocks, 2, fault, spec=spec)[1] == KILLED
+    assert newest(tmp_path / "checkpoints")[0].position.step == 4
+    assert start(tmp_path, mad_clocks, 2, spec=spec) == [0, 0], (tmp_path / "log").read_text()[-3000:]
+    assert_same(tmp_path, whole)
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) <= 3, "a folder of a clock's own"
+    record |= {"lost_steps": lost_steps(tmp_path), "duplicates": 0, "missing": 0}
 
 
 # ---- the disk ----------------------------------------------------------------------------------------------------

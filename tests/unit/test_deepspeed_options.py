@@ -9,11 +9,23 @@ from pydantic import ValidationError
 
 from pipeline.stage import InputError
 from pipeline.train_config import TrainConfig
-from pipeline.training.deepspeed_options import deepspeed_options
+from pipeline.training.deepspeed_options import DEFAULT_BUCKET, deepspeed_options, gradient_bucket
+
+N = 1000  # parameters
 
 
 def options(gpu: bool = False, **train) -> dict:
-    return deepspeed_options(TrainConfig.model_validate(train), micro_batch_size=8, accumulation=4, gpu=gpu)
+    config = TrainConfig.model_validate(train)
+    return deepspeed_options(config, n_parameters=N, micro_batch_size=8, accumulation=4, gpu=gpu)
+
+
+def test_the_buffer_of_gradients_is_of_the_models_size_and_an_expert_may_set_another(tmp_path):
+    """DeepSpeed would take 2 GB for a model of a thousand numbers."""
+    assert gradient_bucket(N) == N
+    assert gradient_bucket(10**12) == DEFAULT_BUCKET
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 77}}))
+    assert options(deepspeed=str(file))["zero_optimization"]["reduce_bucket_size"] == 77
 
 
 def test_batch_accumulation_clipping_stage_and_precision_come_from_our_settings():
@@ -21,7 +33,7 @@ def test_batch_accumulation_clipping_stage_and_precision_come_from_our_settings(
     assert found["train_micro_batch_size_per_gpu"] == 8
     assert found["gradient_accumulation_steps"] == 4
     assert found["gradient_clipping"] == 1.5
-    assert found["zero_optimization"] == {"stage": 2}
+    assert found["zero_optimization"] == {"stage": 2, "reduce_bucket_size": N}
     assert found["bf16"] == {"enabled": True}
 
 
@@ -35,7 +47,7 @@ def test_an_experts_options_go_beside_ours(tmp_path):
     file = tmp_path / "options.json"
     file.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}, "communication_data_type": "fp32"}))
     found = options(zero_stage=2, deepspeed=str(file))
-    assert found["zero_optimization"] == {"overlap_comm": True, "stage": 2}
+    assert found["zero_optimization"] == {"overlap_comm": True, "stage": 2, "reduce_bucket_size": N}
     assert found["communication_data_type"] == "fp32"
 
 

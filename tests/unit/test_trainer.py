@@ -11,6 +11,7 @@ from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipeline.resources import ResourcesConfig
+from pipeline.stage import InputError
 from pipeline.train_config import VaeTrainConfig
 from pipeline.training import preemption, trainer
 
@@ -65,6 +66,12 @@ def test_who_was_asked_to_stop_stops_also_where_a_node_goes_at_that_moment(play,
         play([end, {"steps": 9}], asked=True)
     assert ended.value.code == 128 + signal.SIGTERM
     assert "goes on after step 7" in capsys.readouterr().out
+
+
+def test_what_the_user_must_mend_is_an_input_error_and_no_failure_to_be_tried_again(play):
+    """Three starts of the workers cost minutes and end the same."""
+    with pytest.raises(InputError, match="step-8 is damaged"):
+        play([{trainer.REFUSED: "step-8 is damaged"}, {"steps": 9}])
 
 
 def test_another_error_is_the_callers(play):

@@ -1,0 +1,70 @@
+"""Actors that encode are killed at every point of a shard's commit: the latents come out as if they had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_job import MODEL, ingest_small
+
+from pipeline.data.ingested import Ingested
+from pipeline.fault_points import POINTS
+from pipeline.faults import VARIABLE
+from pipeline.job import EncodeConfig, ResourcesConfig
+from pipeline.stage import Manifest, StageContext
+from pipeline.stages import encode
+from scldm.checkpoints.native import save_vae
+from scldm.nn.config import VAEConfig
+from scldm.nn.vae import VAE
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+KILLS = [
+    f"encode.{where}:n=2:kill" for where in ("before_rename", "before_record", "after_record")
+]  # each actor's second
+ROWS = 64  # of a shard
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, Manifest]:
+    root = tmp_path_factory.mktemp("encode")
+    ingested = ingest_small(root / "ingest")
+    data = Ingested.open(ingested)
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(**MODEL), n_genes=data.vocabulary.n_genes)
+    save_vae(root / "model", vae, data.vocabulary, data.library_sizes, card="")
+    facts = {"model": "model", "latent_shape": [MODEL["n_latent_tokens"], MODEL["latent_width"]]}
+    return {"ingest": ingested, "train_vae": Manifest("train_vae", "v", str(root), {}, {}, facts, 0.0, 0.0)}
+
+
+def run(folder: Path, inputs: dict[str, Manifest]) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    tracker = SimpleNamespace(metrics=lambda values, step: None)
+    context = StageContext(folder, inputs, 0, ResourcesConfig(cpus_per_worker=1, actors=2), tracker)
+    return encode.run(EncodeConfig(), context)
+
+
+def test_every_point_of_encode_is_among_the_kills():
+    assert {k.split(":")[0] for k in KILLS} == {p for p in POINTS if p.startswith("encode.")}
+
+
+@pytest.mark.row("C1")
+def test_actors_killed_at_any_point_of_a_shard_change_no_latent(tmp_path, inputs, ray_cluster, monkeypatch, record):
+    monkeypatch.setattr(encode, "BLOCK_ROWS", ROWS)
+    monkeypatch.setenv(VARIABLE, "")
+    whole = run(tmp_path / "whole", inputs)
+    assert len(whole["shards"]["train"]) >= 3
+    for i, fault in enumerate(KILLS):
+        folder = tmp_path / f"kill{i}"
+        monkeypatch.setenv(VARIABLE, fault)
+        assert run(folder, inputs)["shards"] == whole["shards"], fault
+        monkeypatch.setenv(VARIABLE, "")
+        (
+            folder / "latents" / f"{whole['shards']['train'][1]['file']}.json"
+        ).unlink()  # and a record of an attempt before
+        assert run(folder, inputs)["shards"] == whole["shards"]
+        left = [p.name for p in (folder / "latents").iterdir() if p.name.startswith(".")]
+        assert not left, f"{fault} leaves {left}"
+    record |= {"kills": len(KILLS), "duplicates": 0, "missing": 0}
