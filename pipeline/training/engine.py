@@ -10,8 +10,10 @@ import contextlib
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with _nothing_compiled():
+    with _nothing_compiled(), _no_autotuner():
         import deepspeed
         import deepspeed.runtime.zero.muon.original_muon
 
@@ -53,6 +55,23 @@ def _nothing_compiled() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_
+
+
+@contextlib.contextmanager
+def _no_autotuner() -> Iterator[None]:
+    """DeepSpeed brings its autotuner, which brings all of MLflow: seconds of every worker's start, for nothing that we
+    use. Whoever asks for the autotuner later gets the real one."""
+    name = "deepspeed.autotuning.autotuner"
+    if name in sys.modules:
+        yield
+        return
+    stub = ModuleType(name)
+    stub.Autotuner = None  # type: ignore[attr-defined]
+    sys.modules[name] = stub
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 class Engine:

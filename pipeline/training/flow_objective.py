@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from pipeline.data.collate import to_latent_batch
 from pipeline.data.order import FeedOrder
-from pipeline.training.flow_samples import FlowSamples
 from pipeline.training.objectives import NOISE, VALIDATION
 from pipeline.training.prefetch import map_tensors
 from pipeline.training.slices import Slice
@@ -29,6 +28,9 @@ from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path, training_interval
 from scldm.nn.dit import DiT, drop_labels
 from scldm.random import generator
+
+if TYPE_CHECKING:
+    from pipeline.training.flow_samples import FlowSamples
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,16 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from pipeline.data.blocks import IpcBlocks
 from pipeline.data.ingested import Ingested
-from pipeline.data.order import FeedOrder
 from pipeline.faults import arm
 from pipeline.flops import dit_flops, vae_flops
-from pipeline.job import FeedConfig, TrainFlowConfig, TrainVaeConfig
+from pipeline.job import TrainFlowConfig, TrainVaeConfig
 from pipeline.resources import CheckpointStorage
 from pipeline.stage import InputError, Manifest
 from pipeline.system_metrics import node_metrics
 from pipeline.tracking import StageTracker
 from pipeline.training.choice import CannotResume
 from pipeline.training.flow_objective import FlowDraws, FlowObjective
-from pipeline.training.flow_samples import FlowSamples
 from pipeline.training.guard import TrainingStopped
 from pipeline.training.joint_run import VAE_FOLDERS, train_joint
 from pipeline.training.loop import run_training
@@ -39,8 +36,9 @@ from pipeline.training.notice import STOP_FILE
 from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
 from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.remote import Remote
+from pipeline.training.sources import flow_samples, latent_blocks, make_order
 from pipeline.training.theta import fit_dispersions
-from scldm.checkpoints.native import load_vae, save_flow, save_vae
+from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
@@ -192,26 +190,6 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
     return _facts(trained, train.export, dit)
 
 
-def flow_samples(config: TrainFlowConfig, inputs: dict[str, Manifest], data: Ingested, seed: int) -> FlowSamples | None:
-    """Cells to generate on a schedule, where `train.sample_every` asks for it."""
-    every, n = config.train.sample_every, config.train.sample_cells
-    if every is None:
-        return None
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    vae = load_vae(inputs["train_vae"].path("model"), device=device)
-    held_out = data.anndata("validation", max_cells=n, seed=seed)
-    training = data.anndata("train", max_cells=4 * n, seed=seed)
-    return FlowSamples(held_out, training, vae, path=config.flow, every=every, seed=seed)
-
-
-def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
-    """The latent cache of a split, as a source of blocks."""
-    if split not in encoded.facts["shards"]:
-        raise InputError(f"the latent cache {encoded.folder} holds no {split} cells; add {split} to encode.splits")
-    files = encoded.facts["shards"][split]
-    return IpcBlocks(str(encoded.path("latents")), tuple((f["file"], f["n_cells"]) for f in files))
-
-
 def decoder_kernels(asked: Literal["torch", "triton"]) -> Literal["torch", "triton"]:
     if asked == "triton" and not torch.cuda.is_available():
         raise InputError(
@@ -219,10 +197,6 @@ def decoder_kernels(asked: Literal["torch", "triton"]) -> Literal["torch", "trit
             "machines with GPUs, or train.decoder=torch"
         )
     return asked
-
-
-def make_order(source: Any, config: FeedConfig, seed: int) -> FeedOrder:
-    return FeedOrder(source.ids, source.tile, seed, config.batch_size, config.lanes, config.block_rows)
 
 
 def _facts(trained: Trained, weights: str, module: torch.nn.Module) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Training for a while by the real command while somebody kills its workers and its driver, and MLflow comes and goes.
 
 A cluster of two raylets on this machine; every 30 s a worker or, one time in five, the driver gets SIGKILL; the driver
-is started again by the same command. The seed of all that is printed. At the end the run is asked to stop, and every
-cell that a step was made of is accounted for. Goodput is the time of the steps that count over the time of it all,
-start of the cluster's first worker included.
+is started again by the same command. All output goes to a disk that is 95 % full. The seed of all that is printed. At
+the end the run is asked to stop, and every cell that a step was made of is accounted for. Goodput is the time of the
+steps that count over the time of it all, start of the cluster's first worker included.
 
     python tests/chaos/soak.py --minutes 30 --json soak.json
 """
@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 import yaml
+from full_disk import FullDisk
 from mlflow_server import Server
 from raylets import RealCluster, kill_tree, wait_for
 from soak_ledger import Ledger
@@ -55,15 +56,18 @@ class Soak:
 
     def __init__(self, root: Path, seed: int):
         self.root, self.rng = root, random.Random(seed)
-        self.cells, self.stage = root / "cells", root / "runs" / "soak" / "train_vae"
+        self.disk = FullDisk(root / "disk")
+        self.runs = self.disk.folder / "runs"
+        self.cells, self.stage = root / "cells", self.runs / "soak" / "train_vae"
         self.cells.mkdir()
         (root / "mlflow").mkdir()
         self.kills: list[tuple[str, float]] = []
         self.peak = 0.0
+        self.drivers: list[tuple[int, float, float]] = []  # pid, when, MB
         self.server = Server(root / "mlflow")
         self.server.start()
         self.job = root / "job.yaml"
-        self.job.write_text(yaml.safe_dump({**JOB, "output": str(root / "runs"), "tracking": {"uri": self.server.uri}}))
+        self.job.write_text(yaml.safe_dump({**JOB, "output": str(self.runs), "tracking": {"uri": self.server.uri}}))
         path = os.pathsep.join([str(HERE / "in_every_process"), str(HERE.parents[1])])
         self.cluster = RealCluster(root, {"PYTHONPATH": path, "SCLDM_SOAK_CELLS": str(self.cells)})
         self.cluster.add()
@@ -80,6 +84,7 @@ class Soak:
         while (now := time.time()) < until:
             workers = self.workers()
             self.peak = max(self.peak, sum(_rss(p) for p in workers) / 1e6)
+            self.drivers.append((self.driver.pid, now, _rss(psutil.Process(self.driver.pid)) / 1e6))
             assert self.driver.poll() is None, f"the driver ended by itself:\n{self.log()}"
             if now >= due and workers and newest_step_of(self.stage) > 0:
                 self._kill(workers)
@@ -124,6 +129,7 @@ class Soak:
         self._flapping.join(120)
         with contextlib.suppress(ProcessLookupError):
             self.server.kill()
+        self.disk.close()
 
     def workers(self) -> list[psutil.Process]:
         mine = [p for n in self.cluster.nodes for p in psutil.Process(n.pid).children(recursive=True)]
@@ -138,7 +144,7 @@ class Soak:
         found, rejected = newest(folder / "checkpoints")
         assert found is not None
         steps = found.position.step
-        ingest = newest_manifest(self.root / "runs" / "soak", "ingest")
+        ingest = newest_manifest(self.runs / "soak", "ingest")
         assert ingest is not None
         n_cells = ingest.facts["n_cells"]["train"]
         doubled, missing = ledger.doubled_and_missing(steps, per_epoch=-(-n_cells // BATCH), n_cells=n_cells)
@@ -153,13 +159,28 @@ class Soak:
             "steps": steps, "epochs": steps // -(-n_cells // BATCH), "lost_steps": ledger.done_again(),
             "lost_steps_a_kill": ledger.done_again() / max(1, len(self.kills)), "interval": EVERY,
             "duplicates": doubled, "missing": missing, "seconds_a_step": ledger.seconds_a_step(), "wall_s": wall,
-            "goodput": useful / wall, "peak_rss_mb": self.peak, "rejected_checkpoints": len(rejected),
+            "goodput": useful / wall, "peak_rss_mb": self.peak, "driver": self._longest_driver(),
+            "disk_full": self.disk.share, "checkpoints_given_up": self._said("CHECKPOINT FAILED"),
+            "rejected_checkpoints": len(rejected),
             "mlflow_points_missing": self._points_missing(folder), "exit_code": code,
         }  # fmt: skip
 
+    def _longest_driver(self) -> dict[str, float]:
+        """Of the driver that lived longest, from its first minute on: memory, and how it grew."""
+        lives: dict[int, list[tuple[float, float]]] = {}
+        for pid, when, mb in self.drivers:
+            lives.setdefault(pid, []).append((when, mb))
+        life = max(lives.values(), key=lambda seen: seen[-1][0] - seen[0][0])
+        settled = [(t, mb) for t, mb in life if t >= life[0][0] + 60] or life[-1:]
+        return {"minutes": (life[-1][0] - life[0][0]) / 60, "rss_mb": settled[-1][1],
+                "grown_mb": settled[-1][1] - settled[0][1]}  # fmt: skip
+
+    def _said(self, what: str) -> int:
+        return (self.root / "driver.log").read_text().count(what)
+
     def _points_missing(self, folder: Path) -> int:
         """Points of the curve that are not in MLflow after `scldm mlflow sync`."""
-        sync(self.root / "runs" / "soak")
+        sync(self.runs / "soak")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         wanted = {r["step"] for r in rows if "train/loss" in r}
         history = mlflow_client(self.server.uri).get_metric_history(read_ids(folder)["run_id"], "train/loss")
