@@ -27,6 +27,8 @@ ifdef LABELS
 SETTINGS += 'ingest.labels=[$(LABELS)]'
 endif
 
+# Packages are compiled as they are installed: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would
+# compile all that it imports, which made a training worker's start three times as long.
 .PHONY: venv demo test lint ui docs wheel chaos soak fuzz audit quality clean
 venv: $(VENV)/.installed
 
@@ -36,7 +38,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	    "say which with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: venv
@@ -59,7 +61,7 @@ docs: $(VENV)/.docs
 	@echo docs/_build/index.html
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 # Built, then installed in an environment of its own and asked to work.
@@ -84,7 +86,7 @@ fuzz: $(VENV)/.fuzz
 	$(BIN)/python tests/fuzz/fuzz.py all --minutes $(or $(MINUTES),10) --out $(or $(OUT),.fuzz)
 
 $(VENV)/.fuzz: $(VENV)/.installed
-	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[fuzz]'
 	@touch $@
 
 # Known holes of the pinned versions. Without a network it says that it was skipped, and is no failure.
@@ -92,7 +94,7 @@ audit: $(VENV)/.audit
 	$(BIN)/python tests/audit.py constraints.txt
 
 $(VENV)/.audit: $(VENV)/.installed
-	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[audit]'
+	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[audit]'
 	@touch $@
 
 # scVI wants other versions of numpy and torch than we do: an environment of its own, used by this target alone.

@@ -1,8 +1,9 @@
 """One live process to a stage folder.
 
 The lock is a file that names its owner; its modification time is the heartbeat. On one machine (one pid namespace) the
-owner's pid and start time decide whether it lives; from elsewhere only the heartbeat can. A stale lock is moved aside,
-which only one of several takers can do.
+owner's pid and start time decide whether it lives; from elsewhere only the heartbeat can. Clocks of two machines may
+differ, so a heartbeat that looks old is watched for a while before it is called one. A stale lock is moved aside, which
+only one of several takers can do.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _take(path: Path, token: str, say: Callable[[str], None]) -> None:
             return
         with contextlib.suppress(FileNotFoundError):  # released, or taken over, meanwhile
             holder, age = _read(path) or {}, time.time() - path.stat().st_mtime
-            if _lives(holder, age):
+            if _lives(path, holder, age):
                 raise InputError(
                     f"{path.parent} is being written by process {holder.get('pid')} on {holder.get('host')} "
                     f"(last sign of life {age:.0f} s ago). Wait for it or stop it; a lock without an owner is taken "
@@ -64,11 +65,21 @@ def _take(path: Path, token: str, say: Callable[[str], None]) -> None:
     raise InputError(f"{path}: another process is taking this lock at the same moment; run again")
 
 
-def _lives(holder: dict[str, Any], age: float) -> bool:
+def _lives(path: Path, holder: dict[str, Any], age: float) -> bool:
     if holder.get("host") == _host():
         started = _started(int(holder.get("pid", 0)))
         return started is not None and started == holder.get("started")
-    return age < STALE_SECONDS
+    return 0 <= age < STALE_SECONDS or _beats(path)
+
+
+def _beats(path: Path) -> bool:
+    """Whether a heartbeat comes while this machine's own clock counts two of them and a bit."""
+    before, until = path.stat().st_mtime_ns, time.monotonic() + 2.2 * BEAT_SECONDS
+    while time.monotonic() < until:
+        if path.stat().st_mtime_ns != before:
+            return True
+        time.sleep(BEAT_SECONDS / 20)
+    return False
 
 
 def _beat(path: Path, stop: threading.Event) -> None:

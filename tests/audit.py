@@ -1,6 +1,7 @@
 """Known holes of the pinned packages, by pip-audit: `make audit`.
 
-Exit code 0: none are known, or the list of holes could not be reached, which is said; 1: there are some. A hole that
+Exit code 0: none are known, or the list of holes could not be reached, which is said; 1: there are some, or pip-audit
+itself failed. A hole that
 does not concern us, or has no mend yet, stands in ACCEPTED with the reason and the day on which it is looked at again.
 """
 
@@ -13,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+NO_NETWORK = ("ConnectionError", "Max retries exceeded", "timed out", "Failed to resolve", "ConnectTimeout",
+              "ProxyError", "Could not connect", "Connection refused", "NewConnectionError")  # fmt: skip
 ACCEPTED: dict[str, str] = {}  # id of a hole -> why it is accepted, and until when
 
 
@@ -38,6 +41,8 @@ def verdict(found: list[dict[str, Any]] | None, last_line: str) -> tuple[int, st
         found: What pip-audit says of each package; None if it came to no answer.
         last_line: Of its messages.
     """
+    if found is None and not any(sign in last_line for sign in NO_NETWORK):
+        return 1, f"pip-audit failed: {last_line[:300]}"
     if found is None:
         return 0, f"audit skipped: the list of known holes cannot be reached from here ({last_line[:200]})"
     asked = [x for x in found if "skip_reason" not in x]

@@ -47,7 +47,7 @@ def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
         if found:
             return found
         if absent := [k for k in ("obs", "var") if k not in file]:
-            holds = ", ".join(shown(k) for k in sorted(file)[:6]) or "nothing"
+            holds = ", ".join(sorted(map(shown, file))[:6]) or "nothing"
             return [error(f"the file is HDF5 but not .h5ad: it has no {' and no '.join(absent)} (it holds {holds})",
                           "a Cell Ranger file is read with ingest.source: {type: 10x, …}")]  # fmt: skip
         place, frames = _matrix_place(file, layer), ("obs", _var_place(file, layer))

@@ -7,6 +7,7 @@ Nothing is read here but structure; nothing in a file is ever unpickled.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import h5py
 
 from pipeline.data.findings import Finding, error, warning
+from pipeline.data.hdf5_texts import longest_text
 from pipeline.data.other_formats import other_format
 
 MOST_OBJECTS = 100_000
@@ -58,7 +60,7 @@ def unsafe(file: h5py.File) -> list[Finding]:
                 findings.append(item)
             elif isinstance(item, h5py.Dataset):
                 findings += _dataset(name, item)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as problem:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, zlib.error) as problem:
         findings.append(error(f"the file is damaged ({_line(problem)})", "copy or download it again"))
     return findings
 
@@ -112,6 +114,8 @@ def _dataset(name: str, data: h5py.Dataset) -> Iterator[Finding]:
         yield error(
             f"{name} is stored in chunks of {data.chunks}", f"rechunk it; at most {LARGEST_CHUNK >> 20} MiB each"
         )
+    if (longest := longest_text(data)) > (most := Path(data.file.filename).stat().st_size):
+        yield error(f"{name} has a text of {longest:,} bytes in a file of {most:,}", "copy or download it again")
     if data.dtype.kind == "V" and data.dtype.names is None:
         yield warning(f"{name} holds opaque bytes (a pickle?)", "they are never unpickled; leave them out")
 

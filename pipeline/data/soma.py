@@ -149,7 +149,7 @@ class SomaStore:
         except (soma.SOMAError, pa.ArrowException, SyntaxError, RuntimeError, ValueError, TypeError) as error:
             if failure(error).kind != "other":
                 raise
-            if not value_filter:
+            if not value_filter or NO_MEMORY in str(error):
                 raise self._damaged(what, error) from error
             raise InputError(
                 f"{name} {value_filter!r} cannot be applied ({str(error).splitlines()[0]}); it compares columns with "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Encoder:
             "latent": pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1]),
         }
         table = pa.table(columns)
-        tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        tmp = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         with pa.ipc.new_file(tmp, table.schema) as writer:
             writer.write_table(table, max_chunksize=RECORD_BATCH_ROWS)
         with tmp.open("rb") as f:
@@ -89,7 +90,7 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     vae = context.inputs["train_vae"]
     folder = context.folder / "latents"
     folder.mkdir(exist_ok=True)
-    for unfinished in folder.glob(".*.tmp"):  # of actors that were killed; the stage's lock says that none writes now
+    for unfinished in folder.glob(".*.tmp"):  # of actors that were killed; one that a dead driver left fails to rename
         unfinished.unlink(missing_ok=True)
     labels = [x.name for x in data.vocabulary.labels]
     records = committed(folder, folder, "*.arrow.json")

@@ -173,12 +173,15 @@ def verify(folder: Path) -> str | None:
         return f"its manifest cannot be read: {error}"
     for name, (size, sha256) in files.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if sha256_of(path) != sha256:
-            return f"{name} has another sha256"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if sha256_of(path) != sha256:
+                return f"{name} has another sha256"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
 
 
@@ -213,9 +216,16 @@ def to_keep(found: Sequence[Found], *, keep_last: int, keep_best: int) -> list[s
     return [f.folder.name for f in [*found[:keep_last], *_by_loss(found)[:keep_best]]]
 
 
-def best(root: Path) -> Found | None:
-    """The checkpoint with the lowest validation loss of those that verify and have one."""
-    return next((f for f in _by_loss(committed(root)) if verify(f.folder) is None), None)
+def best(root: Path) -> tuple[Found | None, list[str]]:
+    """The checkpoint with the lowest validation loss of those that verify and have one; why better ones were passed
+    over."""
+    rejected: list[str] = []
+    for found in _by_loss(committed(root)):
+        problem = verify(found.folder)
+        if problem is None:
+            return found, rejected
+        rejected.append(f"{found.folder.name}: {problem}")
+    return None, rejected
 
 
 def _by_loss(found: Sequence[Found]) -> list[Found]:

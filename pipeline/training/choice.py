@@ -31,20 +31,22 @@ class Choice:
 
     Attributes:
         rejected: Checkpoints that do not verify, each with the reason.
+        unreachable: Those of the second place that could not be fetched.
         not_copied: The checkpoint that was chosen, if the second place does not have it.
     """
 
     def __init__(self, root: Path, remote: Remote | None, *, keep_best: int, strict: bool):
         self.root, self.remote, self.keep_best, self.strict = root, remote, keep_best, strict
         self.rejected: list[str] = []
+        self.unreachable: list[str] = []
         self.not_copied: Path | None = None
 
     def newest(self) -> Found | None:
         """None where there is nothing to go on from.
 
         Raises:
-            InputError: of a newer version's checkpoint; where no checkpoint is here and the second place cannot be
-                read; under `strict`, of one that does not verify.
+            InputError: of a newer version's checkpoint; under `strict`, of one that does not verify.
+            OSError: where no checkpoint is here and those of the second place cannot be read; next time they may.
         """
         found, rejected = checkpoint.newest(self.root)
         before = "no other is here" if found is None else f"the newest here that does is {found.folder.name}"
@@ -55,7 +57,7 @@ class Choice:
             there = self.remote.names()
         except OSError as error:
             if found is None:
-                raise InputError(f"{self.remote.address} cannot be read, and no checkpoint is here: {error}") from error
+                raise OSError(f"{self.remote.address} cannot be read, and no checkpoint is here: {error}") from error
             print(f"{self.remote.address} cannot be read, going on from {found.folder}: {error}", flush=True)
             return found
         newer = [name for name in there if found is None or name.split("-w")[0] > found.folder.name.split("-w")[0]]
@@ -63,6 +65,8 @@ class Choice:
             if (fetched := self._fetch(self.remote, name)) is not None:
                 self._fetch_best(self.remote, there)
                 return fetched
+        if found is None and self.unreachable:
+            raise OSError(f"no checkpoint is here, and what is in the second place: {'; '.join(self.unreachable)}")
         if found is not None and found.folder.name not in there:
             self.not_copied = found.folder
         return found
@@ -78,18 +82,20 @@ class Choice:
                 self._fetch(remote, name)
 
     def _fetch(self, remote: Remote, name: str) -> Found | None:
-        """A checkpoint from the second place; None if it does not verify."""
+        """A checkpoint from the second place; None if it cannot be fetched, or does not verify."""
         was_here = (self.root / name).exists()
         try:
             folder = remote.get(name, self.root)
-            problem = checkpoint.verify(folder)
-        except OSError as error:
-            problem = str(error)
+        except OSError as error:  # of the network, or of a full disk here: no damage
+            self.unreachable.append(f"{name} cannot be fetched from {remote.address}: {error}")
+            print(self.unreachable[-1], flush=True)
+            return None
+        problem = checkpoint.verify(folder)
         if problem is None:
             return checkpoint.read(folder)
         if not was_here:
             shutil.rmtree(self.root / name, ignore_errors=True)  # a copy of damage would be found again and again
-        self._reject([f"{remote.address}/{name}: {problem}"], "those here are older")
+        self._reject([f"{remote.address}/{name}: {problem}"], "of the second place")
         return None
 
     def _reject(self, lines: Sequence[str], before: str) -> None:

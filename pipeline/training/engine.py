@@ -60,9 +60,9 @@ def _nothing_compiled() -> Iterator[None]:
 @contextlib.contextmanager
 def _no_autotuner() -> Iterator[None]:
     """DeepSpeed brings its autotuner, which brings all of MLflow: seconds of every worker's start, for nothing that we
-    use. Whoever asks for the autotuner later gets the real one."""
-    name = "deepspeed.autotuning.autotuner"
-    if name in sys.modules:
+    use. Whoever imports the autotuner later gets the real one."""
+    package, name = "deepspeed.autotuning", "deepspeed.autotuning.autotuner"
+    if package in sys.modules:
         yield
         return
     stub = ModuleType(name)
@@ -72,6 +72,7 @@ def _no_autotuner() -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+        sys.modules.pop(package, None)  # it holds the stub's
 
 
 class Engine:

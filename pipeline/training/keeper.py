@@ -89,13 +89,9 @@ class Keeper:
         """Load the newest checkpoint that verifies, here or in the second place, chosen by rank 0 for all.
 
         Raises:
-            CannotResume: on all workers, so that none waits for one that has gone.
+            CannotResume, OSError: see `Choice.newest`; on all workers, so that none waits for one that has gone.
         """
-        chosen: list[Any] = [self._choose() if self.rank == 0 else None]
-        dist.broadcast_object_list(chosen)
-        found: Found | InputError | None = chosen[0]
-        if isinstance(found, InputError):
-            raise CannotResume(str(found))
+        found = self._of_rank_0(self._choose)
         if found is None:
             return Resumed(0, None, {}, self.rejected)
         self.engine.load(found.folder, step=found.position.step)
@@ -109,11 +105,13 @@ class Keeper:
         self.latest = found.folder
         return Resumed(found.position.step, found.folder, found.more, self.rejected)
 
-    def back_to_best(self) -> int:
-        """Load the checkpoint with the lowest validation loss; its step."""
-        chosen: list[Any] = [checkpoint.best(self.root) if self.rank == 0 else None]
-        dist.broadcast_object_list(chosen)
-        found: Found | None = chosen[0]
+    def back_to_best(self) -> Found:
+        """Load the checkpoint with the lowest validation loss.
+
+        Raises:
+            CannotResume: on all workers, under `strict`, where that one is damaged.
+        """
+        found = self._of_rank_0(self._choose_best)
         if found is None:
             raise RuntimeError(
                 f"no checkpoint under {self.root} has a validation loss, and train.export is best; run again with "
@@ -124,17 +122,39 @@ class Keeper:
             if self.ema is not None:
                 self.ema.load_state_dict(load_file(found.folder / EMA_FILE, device=str(self.engine.device)))
             self.latest = found.folder
-        return found.position.step
+        return found
 
-    def _choose(self) -> Found | InputError | None:
-        """On rank 0: what all are to load, or why nothing is."""
+    def _of_rank_0(self, choose: Callable[[], Found | None]) -> Found | None:
+        """What rank 0 chooses, or its error, on all workers."""
+        chosen: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                chosen = [choose()]
+            except (InputError, OSError) as error:
+                chosen = [error]
+        dist.broadcast_object_list(chosen)
+        if isinstance(chosen[0], InputError):
+            raise CannotResume(str(chosen[0]))
+        if isinstance(chosen[0], OSError):
+            raise chosen[0]
+        return chosen[0]
+
+    def _choose_best(self) -> Found | None:
+        found, rejected = checkpoint.best(self.root)
+        for line in rejected:
+            print(f"checkpoint passed over, though its validation loss is lower: {line}", flush=True)
+        if rejected and self.strict:
+            raise InputError(
+                f"checkpoints.strict_resume is set, and the best checkpoint does not verify: {'; '.join(rejected)}. "
+                "Set checkpoints.strict_resume=false to export the next best, or train.export=last"
+            )
+        return found
+
+    def _choose(self) -> Found | None:
         choice = Choice(self.root, self.remote, keep_best=self.keep[1], strict=self.strict)
-        try:
-            found = choice.newest()
-            if found is not None:
-                checkpoint.check_fits(found, self.position(found.position.step))
-        except InputError as error:
-            return error
+        found = choice.newest()
+        if found is not None:
+            checkpoint.check_fits(found, self.position(found.position.step))
         self.rejected = len(choice.rejected)
         if choice.not_copied is not None:
             self._upload(choice.not_copied)  # an upload that an earlier attempt did not finish

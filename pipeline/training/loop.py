@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pipeline.data.feed import feed
 from pipeline.data.order import FeedOrder
@@ -33,6 +32,7 @@ from pipeline.training.room import memory_is_explained
 from pipeline.training.slices import Objective
 from pipeline.training.stopping import BestSoFar
 from pipeline.training.watchdog import Watchdog
+from scldm.optim.adamw import adamw
 from scldm.optim.ema import EMA
 from scldm.optim.schedule import learning_rate_factor
 
@@ -55,25 +55,30 @@ def run_training(
     Raises:
         Stopped: on notice; everything up to that step is in a checkpoint.
         TrainingStopped: what the settings say about steps that are not finite.
+        OutOfMemory: on the worker that has too little, with the settings that take it.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    training = Training(objective, order, config, run, ema_config)
-    start = training.resume()
-    stop = start if training.memory.best.stopped else config.max_steps
-    steps = feed(
-        source, order, rank=rank, world_size=world_size, start_step=start, stop_step=stop,
-        micro_batch_size=accumulation_of(config, world_size)[0], engine=run.feed_engine,
-    )  # fmt: skip
-    with (
-        Watchdog(run.folder, rank=rank, timeout_s=config.step_timeout_s) as training.watchdog,
-        closing(prefetch(steps, objective.prepare, training.engine.device)) as ready,
-        training.notice.on_sigterm(),
-    ):
-        for at in training.clock.waiting("data_wait", ready):
-            if training.take(at):
-                break
-    fault_point("training.before_export")
-    return training.done()
+    micro = accumulation_of(config, world_size)[0]
+    with memory_is_explained(config, micro, "between its steps"):
+        training = Training(objective, order, config, run, ema_config)
+        start = training.resume()
+        stop = start if training.memory.best.stopped else config.max_steps
+        steps = feed(
+            source, order, rank=rank, world_size=world_size, start_step=start, stop_step=stop, micro_batch_size=micro,
+            engine=run.feed_engine,
+        )  # fmt: skip
+        with (
+            Watchdog(run.folder, rank=rank, timeout_s=config.step_timeout_s) as training.watchdog,
+            closing(prefetch(steps, objective.prepare, training.engine.device)) as ready,
+            training.notice.on_sigterm(),
+        ):
+            for at in training.clock.waiting("data_wait", ready):
+                with memory_is_explained(config, micro, f"in step {at.step + 1}"):
+                    last = training.take(at)
+                if last:
+                    break
+        fault_point("training.before_export")
+        return training.done()
 
 
 class Training:
@@ -85,7 +90,7 @@ class Training:
         self.objective, self.order, self.config, self.run = objective, order, config, run
         self.world_size = dist.get_world_size()
         micro, self.accumulation = accumulation_of(config, self.world_size)
-        optimizer = _optimizer(objective.module, config)
+        optimizer = adamw(objective.module, config.optimizer)
         self.engine = Engine(
             objective.module, optimizer, config, micro_batch_size=micro, accumulation=self.accumulation
         )
@@ -124,7 +129,7 @@ class Training:
         self.notice.ask()
         step = self.steps = at.step + 1  # steps done after this one
         lr = self.config.optimizer.lr * learning_rate_factor(at.step, self.config.max_steps, self.config.optimizer)
-        with self.clock.of("step"), memory_is_explained(self.config, step):
+        with self.clock.of("step"):
             self.memory.losses.add(*self._update(at, lr))
             if self.ema is not None and self.engine.applied:
                 with self.engine.whole_parameters():
@@ -163,8 +168,8 @@ class Training:
         metrics = self.metrics or (self.curve.last() if self.curve is not None else {})
         exported = self.steps
         if self.config.export == "best":
-            exported = self.keeper.back_to_best()
-            metrics = metrics | {"val/loss": self.memory.best.loss}
+            best = self.keeper.back_to_best()
+            exported, metrics = best.position.step, metrics | {"val/loss": best.metrics["val/loss"]}
         return Trained(
             self.engine, self.ema, self.keeper.latest, metrics, self.memory, self.keeper.close, self.clock,
             steps=self.steps, exported=exported,
@@ -177,7 +182,8 @@ class Training:
         for i, (part, batch) in enumerate(parts, start=1):
             loss = self.objective.loss(self.engine, batch, part)
             seen.add(loss, batch.weight, batch.joinids)
-            self.pace.meets()
+            if i == len(parts) or self.config.zero_stage > 1:  # until then nothing is exchanged
+                self.pace.meets()
             # The engine divides by accumulation and world size; what remains is the mean over the batch's real cells.
             share = self.accumulation * self.world_size / at.real_cells
             self.engine.backward((loss * batch.weight).sum() * share)
@@ -223,16 +229,6 @@ class Training:
     def _position(self, step: int) -> Position:
         epoch, offset = divmod(step, self.order.n_steps_per_epoch)
         return Position(step, epoch, offset, self.world_size, self.run.config_hash, self.config.zero_stage)
-
-
-def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    o = config.optimizer
-    if o.cautious:
-        from scldm.optim.adamw import CautiousAdamW
-
-        return CautiousAdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, caution=True)
-    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
 
 
 def _validate(objective: Objective, engine: Engine, ema: EMA | None) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Which worker the others wait for: the time that each needs, by itself, from one step to the next one's gradients.
 
 A collective ends on all workers when the last has come to it, so the time of a whole step is the same on each and
-says nothing. What differs is the time before a step's first collective: waiting for data, the host's work, and (on a
-CPU) the first micro batch's forward pass. A GPU computes behind the host's back, so there a slow host or a slow disk is
-seen and a slow GPU is not; nor is anything under ZeRO 3, whose forward passes are collective.
+says nothing. What differs is the time before a step's first exchange of gradients: waiting for data, the host's work,
+and on a CPU the passes of all micro batches but the last one's backward (under ZeRO 2: the first one's forward). What
+is said is less than what the others wait. A GPU computes behind the host's back: there a slow host or disk is seen and
+a slow GPU is not; nor is anything under ZeRO 3, whose forward passes are collective, nor what worker 0 does for all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 SLOW = 1.5  # times the others' time, and
-WORTH = 0.2  # of the step's time, before a line is printed
+WORTH = 0.1  # of the step's time, before a line is printed
 
 
 class Pace:
@@ -64,14 +65,14 @@ class Pace:
             return None
         self._named = rank
         return (
-            f"step {step}: the others wait {wait:.2f} s a step for worker {rank} ({ratio:.1f} times their time to the "
-            "first gradients); look at its node's load and disk"
+            f"step {step}: the others wait {wait:.2f} s a step or more for worker {rank} ({ratio:.1f} times their time "
+            "before gradients are exchanged); look at its node's load and disk"
         )
 
 
 def straggler(seconds: Sequence[float]) -> dict[str, float]:
     """From each worker's own seconds a step: perf/straggler_ratio (the slowest one's over the mean of the others'),
-    perf/straggler_wait_s (what it takes more) and perf/straggler_rank. Nothing of one worker."""
+    perf/straggler_wait_s (what it takes more, at least) and perf/straggler_rank. Nothing of one worker."""
     if len(seconds) == 1:
         return {}
     slowest = max(range(len(seconds)), key=seconds.__getitem__)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.training.watchdog import FIRST
 
 REFUSED = "refused"  # in place of facts, where no start of the workers can mend what the user must
 HOPELESS = "hopeless"  # in place of facts, where starting again would end the same: no failure that Ray may retry
+PEER_WENT = ("closed by peer", "reset by peer", "remote process exited")  # what gloo and NCCL say
 STOPPED = "stopped_at"  # in place of facts, where a notice ended the workers
 
 
@@ -94,7 +95,7 @@ def _attempt(
     except PreemptionError as taken:
         return {STOPPED: newest_step(Path(spec["folder"]))}, taken.preemption_info
     except WorkerGroupError as failed:
-        who = ", ".join(map(str, sorted(failed.worker_failures))) or "of unknown number"
+        who = ", ".join(map(str, culprits(failed.worker_failures))) or "of unknown number"
         print(
             f"{stage}: workers failed {train.max_failures + 1} times and train.max_failures is {train.max_failures}; "
             f"the last time worker {who}. Step {newest_step(Path(spec['folder']))} is in a checkpoint, and the same "
@@ -102,6 +103,12 @@ def _attempt(
             flush=True,
         )
         raise
+
+
+def culprits(failures: Mapping[int, Exception]) -> list[int]:
+    """Workers that failed of themselves; all, where each only says that another one went."""
+    own = [rank for rank, error in failures.items() if not any(sign in str(error) for sign in PEER_WENT)]
+    return sorted(own or failures)
 
 
 def _trainer(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, stage: str) -> Any:

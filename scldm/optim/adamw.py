@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from scldm.optim.config import OptimizerConfig
 
 MIN_AGREEMENT = 1e-3  # floor on the fraction, so that a tensor where nearly all disagree does not leap
 
@@ -111,3 +113,12 @@ def _masked(update: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     torch._foreach_div_(mask, agreement)
     torch._foreach_mul_(mask, update)
     return mask
+
+
+def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trained of a module: torch's fused one, or the cautious one where asked for."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.cautious:
+        return CautiousAdamW(parameters, **settings, caution=True)
+    return torch.optim.AdamW(parameters, **settings, fused=True)

@@ -16,7 +16,10 @@ class FullDisk:
         folder.mkdir()
         self.folder, self.share = folder, None  # type: Path, float | None
         command = ["mount", "-t", "tmpfs", "-o", f"size={self.SIZE}", "tmpfs", str(folder)]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"the disk is not full in this run: mounting is not permitted here ({done.stderr.strip()})")
+        else:
             self.share = self.TAKEN
             with (folder / "filler").open("wb") as f:
                 os.posix_fallocate(f.fileno(), 0, int(self.TAKEN * self.SIZE))

@@ -10,14 +10,17 @@ folder (tests/conftest.py). A row without a test stands in matrix_rows.py with t
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from matrix_rows import NOT_COVERED, PARTLY, ROWS
 
 NUMBERS = ("kills", "detect_s", "recover_s", "lost_steps", "duplicates", "missing", "goodput", "peak_rss_mb")
+TESTS = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- the table: make chaos -->", "<!-- end of the table -->"
 
 
@@ -29,13 +32,14 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: a line for every row of the matrix."""
     lines = ["| row | what is done, what is promised | outcome | tests |", "|---|---|---|---|"]
+    marked = rows_of_tests()
     for row in sorted({*ROWS, *NOT_COVERED}, key=_order):
         if row in NOT_COVERED:
             lines.append(f"| {row} | {NOT_COVERED[row]} | not covered | |")
             continue
         mine = [r for r in found if row in r["rows"]]
         note = f". But {PARTLY[row]}" if row in PARTLY else ""
-        lines.append(f"| {row} | {ROWS[row]}{note} | {_outcome(mine)} | {_tests(mine)} |")
+        lines.append(f"| {row} | {ROWS[row]}{note} | {_outcome(mine, marked.get(row, []))} | {_tests(mine)} |")
     return "\n".join(lines)
 
 
@@ -61,13 +65,30 @@ def recovery(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _outcome(mine: list[dict[str, Any]]) -> str:
+def _outcome(mine: list[dict[str, Any]], files: Iterable[str]) -> str:
+    """Of a row by its records; `files` are those with a test that is marked with it."""
     outcomes = [r["outcome"] for r in mine]
     if not outcomes:
         return "not run"
     if "failed" in outcomes:
         return "FAILED"
-    return "skipped" if set(outcomes) == {"skipped"} else "held"
+    if set(outcomes) == {"skipped"}:
+        return "skipped"
+    left = sorted(set(files) - {Path(r["test"].split("::")[0]).name for r in mine})
+    notes = [f"{n} skipped"] if (n := outcomes.count("skipped")) else []
+    notes += [f"not run: {', '.join(left)}"] if left else []
+    return f"held ({'; '.join(notes)})" if notes else "held"
+
+
+def rows_of_tests() -> dict[str, list[str]]:
+    """Row -> files with tests that are marked with it. Cases in tables (rows D) carry theirs."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "row":
+                for row in node.args:
+                    found.setdefault(ast.literal_eval(row), []).append(path.name)
+    return found
 
 
 def _tests(mine: list[dict[str, Any]]) -> str:

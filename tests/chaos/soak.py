@@ -147,7 +147,7 @@ class Soak:
         ingest = newest_manifest(self.runs / "soak", "ingest")
         assert ingest is not None
         n_cells = ingest.facts["n_cells"]["train"]
-        doubled, missing = ledger.doubled_and_missing(steps, per_epoch=-(-n_cells // BATCH), n_cells=n_cells)
+        doubled, missing = ledger.doubled_and_missing(steps, batch=BATCH, n_cells=n_cells)
         wall, useful = self.ended - self.began, steps * ledger.seconds_a_step()
         recover = {what: [] for what in ("worker", "driver")}  # type: dict[str, list[float]]
         for what, when in self.kills:
@@ -226,7 +226,9 @@ def main() -> int:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(text + "\n")
-    whole = not found["duplicates"] and not found["missing"] and not found["mlflow_points_missing"]
+    if not found["steps"]:
+        print("no step is in a checkpoint: nothing is shown")
+    whole = found["steps"] and not found["duplicates"] and not found["missing"] and not found["mlflow_points_missing"]
     return 0 if whole and found["exit_code"] == STOPPED else 1
 
 

@@ -33,15 +33,17 @@ class Ledger:
                 found[step].update(row["cells"])
         return found
 
-    def doubled_and_missing(self, steps: int, *, per_epoch: int, n_cells: int) -> tuple[int, int]:
-        """Over the whole epochs of the first steps; each cell once in each."""
+    def doubled_and_missing(self, steps: int, *, batch: int, n_cells: int) -> tuple[int, int]:
+        """Of the first steps: each cell once in each whole epoch; in the one under way none twice, and no step without
+        its cells."""
+        per_epoch = -(-n_cells // batch)
         by_step, doubled, missing = self.cells(steps), 0, 0
-        for epoch in range(steps // per_epoch):
+        for first in range(0, steps, per_epoch):
             seen: Counter[int] = Counter()
-            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            for step in range(first, min(first + per_epoch, steps)):
                 seen.update(by_step[step])
             doubled += sum(n - 1 for n in seen.values())
-            missing += n_cells - len(seen)
+            missing += min(n_cells, (steps - first) * batch) - len(seen)
         return doubled, missing
 
     def done_again(self) -> int:

@@ -11,8 +11,10 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from raylets import RealCluster, kill_tree, wait_for
@@ -99,6 +101,8 @@ def test_nodes_and_the_driver_go_and_the_run_ends_with_every_step_done(tmp_path,
 
     kill_tree(driver)
     gone = time.time()
+    wait_for(lambda: not training_workers(cluster), 60, "orphans: workers outlive their driver")
+    recoveries.seconds["workers after their driver, to their end"] = [round(time.time() - gone, 1)]
     driver = cluster.run(job)
     recoveries.steps("driver", stage, gone)
 
@@ -125,6 +129,16 @@ def spoil_rays_own_records(stage: Path) -> int:
         (folder / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "1.0", "checkpoint_')
         (folder / ".validate_storage_marker").unlink(missing_ok=True)
     return len(attempts)
+
+
+def training_workers(cluster: RealCluster) -> list[psutil.Process]:
+    found = []
+    for node in cluster.nodes:
+        for process in psutil.Process(node.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if any("TrainWorker" in part for part in process.cmdline()):
+                    found.append(process)
+    return found
 
 
 def found_newest(found: list[Found]) -> Found:

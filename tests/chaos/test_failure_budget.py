@@ -51,4 +51,5 @@ def test_T4_a_step_that_kills_each_time_ends_the_run_after_its_budget(tmp_path, 
     assert newest(stage / "checkpoints")[0].position.step == DEADLY // EVERY * EVERY
     ids = read_ids(stage)
     assert mlflow_client(ids["uri"]).get_run(ids["run_id"]).info.status == "FAILED"
-    record |= {"kills": MAX_FAILURES + 1, "exit_code": done.returncode, "detect_s": seconds}
+    assert seconds < 700, "it is tried again and again"
+    record |= {"kills": MAX_FAILURES + 1, "exit_code": done.returncode}

@@ -26,6 +26,7 @@ from recorded_toy import (
     lost_steps,
     result,
     run,
+    told,
     two_saves,
 )
 
@@ -145,6 +146,17 @@ class Attempts:
 
 def test_C1_a_handful_of_places_in_a_checkpoint(tmp_path, whole, record):
     record |= killed_in_turn(tmp_path, whole, list(HANDFUL))
+
+
+@pytest.mark.row("C2")
+def test_C2_a_checkpoint_that_is_passed_over_is_counted_for_the_tracker(tmp_path, whole):
+    """Its copy in the second place is whole, and is what the run goes on from."""
+    assert run(tmp_path, f"training.before_step:rank=0:step={5 * EVERY}:kill")[0] == KILLED
+    damaged = newest(tmp_path / "checkpoints")[0].folder
+    next(damaged.glob("state-*")).write_bytes(b"")
+    assert run(tmp_path) == [0] * WORKERS, log(tmp_path)
+    assert [row["ckpt/rejected"] for row in told(tmp_path) if "ckpt/rejected" in row] == [1]
+    assert result(tmp_path)["weights"] == result(whole)["weights"]
 
 
 @pytest.mark.slow

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from pathlib import Path
 
 import pytest
+from licence_list import ROOT, SAID_ELSEWHERE, licence, pinned, short
 
-PINS = Path(__file__).resolve().parents[2] / "constraints.txt"
+PAGE = ROOT / "docs" / "licences.md"
 BSD_TEXT = r"Redistribution\s+and\s+use\s+in\s+source\s+and\s+binary\s+forms"
 ALLOWED = re.compile(rf"MIT|BSD|Apache|PSF|Python Software|ISC|MPL|Mozilla Public|{BSD_TEXT}")
 FORBIDDEN = re.compile(r"\bA?GPL|non-?commercial|CC.BY.NC", re.IGNORECASE)
-SAID_ELSEWHERE = {  # metadata says less, or more than what is installed
-    "atheris": "Apache 2.0, in its LICENSE file",
-    "docutils": "public domain and BSD; its one GPL file, for Emacs, is not in the wheel",
-    "huey": "MIT, in its LICENSE file",
-    "skops": "MIT, in its LICENSE file",
-}
-
-
-def pinned() -> list[str]:
-    lines = (line.strip() for line in PINS.read_text().splitlines())
-    return [re.split(r"[=<>;\[ ]", line)[0] for line in lines if line and not line.startswith("#")]
-
-
-def licence(name: str) -> str | None:
-    """What a distribution's metadata says; None where it is not installed here."""
-    try:
-        found = importlib.metadata.metadata(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    said = [c for c in found.get_all("Classifier") or [] if c.startswith("License ::")]
-    said += [found.get("License-Expression"), found.get("License")]  # the last one may be a whole text
-    return "; ".join(s for s in said if s)[:2000]
 
 
 def test_docutils_brings_no_file_of_its_gpl_part():
@@ -53,3 +31,16 @@ def test_no_dependency_forbids_commercial_use_or_says_nothing():
     forbidden = {name: text[:200] for name, text in found.items() if FORBIDDEN.search(text)}
     assert not unknown
     assert not forbidden
+
+
+@pytest.mark.row("S8")
+def test_the_page_lists_every_pin_and_what_it_says():
+    rows = {
+        name: (version, said)
+        for name, version, said in re.findall(r"^\| (\S+) \| (\S+) \| (.+) \|$", PAGE.read_text(), re.M)
+    }
+    again = "run: python tests/licence_list.py docs/licences.md, with all extras installed"
+    assert {name: version for name, (version, _) in rows.items() if name != "package"} == pinned(), again
+    said = {name: short(name) for name in pinned()}
+    assert {name: text for name, text in said.items() if text is not None and rows[name][1] != text} == {}, again
+    assert not [name for name, (_, text) in rows.items() if text == "?"]

@@ -30,7 +30,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks", "warm"])
 ROOM = 500 << 20  # of memory, for the rank of `starved`
-KILLED, STOPPED = -signal.SIGKILL, 75
+KILLED, STOPPED, REFUSED = -signal.SIGKILL, 75, 2
 
 
 def run(spec: dict[str, Any], world_size: int = 2, fault: str = "") -> list[int]:
@@ -59,7 +59,7 @@ def start(
         process.start()
     until = time.monotonic() + timeout
     while any(p.is_alive() for p in ranks):
-        if any(p.exitcode not in (None, 0, STOPPED) for p in ranks) or time.monotonic() > until:
+        if any(p.exitcode not in (None, 0, STOPPED, REFUSED) for p in ranks) or time.monotonic() > until:
             time.sleep(0.3)  # who fails of itself shall say so
             for p in ranks:
                 p.kill()

@@ -9,6 +9,7 @@ import json
 import resource
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,22 @@ from ranks import cells_by_step, start, times_begun, write_down_cells
 
 from pipeline.fault_points import POINTS
 from pipeline.faults import arm, passed
+from pipeline.tracking import NullTracker
 
 STEPS, EVERY, WORKERS = 40, 4, 2
 NEVER = 1_000_000
+SLOW = 0.02
+
+
+class Told(NullTracker):
+    """Writes down the numbers that it is told."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def work(folder: Path) -> None:
@@ -46,12 +60,21 @@ def two_saves(folder: Path) -> None:
     (folder / f"passed-{rank}.json").write_text(json.dumps(passed()))
 
 
-def _train(folder: Path, steps: int) -> int:
+def slow_worker(folder: Path) -> None:
+    """Worker 1 computes slowly: each of its micro batches takes SLOW seconds more."""
+
+    def harm(loss: Any, batch: Any, module: Any) -> Any:
+        time.sleep(SLOW * dist.get_rank())
+        return loss
+
+    _train(folder, STEPS, harm)
+
+
+def _train(folder: Path, steps: int, harm: Any = None) -> int:
     from toy_training import FEED, Toy, cells
 
     from pipeline.data.order import FeedOrder
     from pipeline.resources import CheckpointStorage
-    from pipeline.tracking import NullTracker
     from pipeline.train_config import TrainConfig
     from pipeline.training.loop import run_training
     from pipeline.training.records import Run
@@ -70,8 +93,8 @@ def _train(folder: Path, steps: int) -> int:
     order = FeedOrder(source.ids, source.tile, 0, feed.batch_size, feed.lanes, feed.block_rows)
     storage = CheckpointStorage(storage_path=str(folder / "second"))
     remote = Remote(storage, "toy") if rank == 0 else None
-    run = Run(folder, "v", "local", NullTracker(), remote=remote, storage=storage)
-    trained = run_training(Toy(None, []), source, order, config, run, ema_config=EMAConfig(decay=0.9))
+    run = Run(folder, "v", "local", Told(folder / f"told-{rank}.jsonl"), remote=remote, storage=storage)
+    trained = run_training(Toy(harm, []), source, order, config, run, ema_config=EMAConfig(decay=0.9))
     trained.close()
     if rank == 0:
         weights = torch.cat([p.detach().float().flatten() for p in trained.engine.module.parameters()])
@@ -88,6 +111,11 @@ def run(folder: Path, fault: str = "") -> list[int]:
     """Exit codes of one attempt."""
     folder.mkdir(parents=True, exist_ok=True)
     return start(folder, work, WORKERS, fault)
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """What worker 0 told its tracker, in order."""
+    return [json.loads(line) for line in (folder / "told-0.jsonl").read_text().splitlines()]
 
 
 def result(folder: Path) -> dict[str, Any]:

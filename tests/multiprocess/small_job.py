@@ -19,9 +19,9 @@ TRAIN = {
 MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4}
 
 
-def ingest_small(folder: Path) -> Manifest:
-    """300 made-up cells of 80 genes."""
-    source = {"type": "synthetic", "n_cells": 300, "n_genes": 80, "n_types": 3}
+def ingest_small(folder: Path, n_cells: int = 300) -> Manifest:
+    """Made-up cells of 80 genes."""
+    source = {"type": "synthetic", "n_cells": n_cells, "n_genes": 80, "n_types": 3}
     context = StageContext(folder, {}, 0, SimpleNamespace(), None)
     facts = ingest.run(IngestConfig.model_validate({"source": source}), context)
     return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)

@@ -150,7 +150,29 @@ def holds(content: bytes, name: str = "a.h5ad") -> Callable[[Path], Path]:
     return make
 
 
+def long_text(**stored: object) -> Callable[[Path], Path]:
+    """The first name in obs says that it is two billion bytes long. `stored`: how the names are stored."""
+
+    def make(folder: Path) -> Path:
+        path = save(folder / "a.h5ad")
+        with h5py.File(path, "a") as f:
+            names = f["obs/_index"][()]
+            del f["obs/_index"]
+            index = f["obs"].create_dataset("_index", data=names, dtype=h5py.string_dtype(), **stored)
+            index.attrs["encoding-type"], index.attrs["encoding-version"] = "string-array", "0.2.0"
+            at = index.id.get_offset() if index.chunks is None else index.id.get_chunk_info(0).byte_offset
+        content = bytearray(path.read_bytes())
+        content[at : at + 4] = (2_000_000_000).to_bytes(4, "little")
+        path.write_bytes(content)
+        return path
+
+    return make
+
+
+LONG_TEXT = "/obs/_index has a text of 2,000,000,000 bytes in a file of"
 DAMAGED = [
+    Case("D:huge-declared", long_text(), also="text", says=(LONG_TEXT,), refused=(LONG_TEXT,)),
+    Case("D:huge-declared", long_text(chunks=(4,)), also="text in pieces", says=(LONG_TEXT,), refused=(LONG_TEXT,)),
     Case("D:corrupt-h5", cut(0.5), also="truncated", says=("the file is truncated", "copy or download it again"),
          refused=("the file is truncated",)),
     Case("D:corrupt-h5", begins(b"\x89HDX"), also="wrong-magic",

@@ -34,6 +34,7 @@ def test_what_was_not_looked_at_is_not_called_sound(audit):
     assert audit.verdict(None, "ConnectionError: no route") == (
         0, "audit skipped: the list of known holes cannot be reached from here (ConnectionError: no route)"
     )  # fmt: skip
+    assert audit.verdict(None, "No module named pip_audit") == (1, "pip-audit failed: No module named pip_audit")
     unknown = [{"name": "a", "skip_reason": "not found"}, {"name": "b", "skip_reason": "not found"}]
     assert audit.verdict(unknown, "")[1] == "audit skipped: what can be reached from here knows none of the 2 packages"
     some = [*unknown, {"name": "c", "version": "1", "vulns": []}]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -92,6 +94,32 @@ def test_C2_a_file_that_is_not_as_it_was_written_costs_its_checkpoint_alone(root
     assert last(root).name in rejected[0]
 
 
+@pytest.mark.row("C2")
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_C2_a_file_that_cannot_be_read_costs_its_checkpoint_alone(root, monkeypatch, code):
+    sha256_of, damaged = checkpoint.sha256_of, last(root) / FILES[1]
+
+    def read(path: Path) -> str:
+        if path == damaged:
+            raise OSError(code, os.strerror(code))
+        return sha256_of(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", read)
+    found, rejected = newest(root)
+    assert found.position.step == 4
+    assert f"{FILES[1]} cannot be read: " in rejected[0]
+
+
+@pytest.mark.row("C2")
+def test_C2_the_best_that_is_damaged_is_named_and_the_next_best_is_taken(root):
+    one, two = sorted(root.glob("step-*"))
+    assert best(root)[0].folder == two, "of two that are equally good the newer"
+    (two / FILES[0]).unlink()
+    found, rejected = best(root)
+    assert found.folder == one
+    assert rejected == [f"{two.name}: {FILES[0]} is missing"]
+
+
 @pytest.mark.row("C2", "C3")
 def test_C3_a_manifest_that_is_cut_anywhere_is_passed_over(root):
     whole = (last(root) / MANIFEST).read_bytes()
@@ -161,7 +189,7 @@ def test_C9_fifty_checkpoints_leave_three_and_always_one_that_verifies(tmp_path)
         ):  # what is damaged takes a place of the last ones, never that of the one just written
             (folder / "state.pt").write_bytes(b"")
     assert most <= 3
-    assert best(tmp_path).metrics["val/loss"] == min(losses)
+    assert best(tmp_path)[0].metrics["val/loss"] == min(losses)
 
 
 @pytest.mark.row("C10")

@@ -58,5 +58,23 @@ def test_strict_resume_holds_of_the_second_place_too(tmp_path):
     assert looked.newest().folder == kept
     assert len(looked.rejected) == 1
     assert looked.not_copied == kept
-    with pytest.raises(InputError, match=r"those here are older\): .*step-00000008"):
+    with pytest.raises(InputError, match=r"of the second place\): .*step-00000008"):
         choice(tmp_path / "here", remote, strict=True).newest()
+
+
+class Unreachable(Remote):
+    """Lists what it has, and gives nothing."""
+
+    def get(self, name, root):
+        raise OSError("timed out")
+
+
+def test_what_cannot_be_fetched_is_no_damage_and_no_reason_to_start_from_nothing(tmp_path):
+    remote = Unreachable(CheckpointStorage(storage_path=str(tmp_path / "there")), "run")
+    commit(tmp_path / "there" / "run", 8)
+    with pytest.raises(OSError, match=r"no checkpoint is here.*step-00000008.*timed out"):
+        choice(tmp_path / "here", remote).newest()
+    kept = commit(tmp_path / "here", 4)
+    looked = choice(tmp_path / "here", remote, strict=True)
+    assert looked.newest().folder == kept
+    assert looked.rejected == []

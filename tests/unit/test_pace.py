@@ -46,7 +46,7 @@ def test_a_workers_own_time_ends_where_the_first_gradients_begin(pace, now):
 
 def test_a_line_is_said_once_until_it_is_anothers_turn_and_not_for_little(pace):
     said = pace.remark(10, SEEN)
-    assert said.startswith("step 10: the others wait 0.30 s a step for worker 1 (4.0 times")
+    assert said.startswith("step 10: the others wait 0.30 s a step or more for worker 1 (4.0 times")
     assert pace.remark(20, SEEN) is None
     assert pace.remark(30, SEEN | {"perf/straggler_ratio": 1.2, "perf/straggler_rank": 0.0}) is None, "a fifth more"
     assert pace.remark(30, SEEN | {"perf/step_s": 100.0, "perf/straggler_rank": 2.0}) is None, "0.3 s of 100"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+import pipeline.lock
 from pipeline import faults, runner, tracking
 from pipeline.config_io import load_job
 from pipeline.job import STAGES
@@ -240,14 +244,38 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
 
 
 @pytest.mark.row("T13")
-def test_a_lock_from_another_host_counts_by_its_heartbeat(tmp_path):
-    import os
-
+def test_a_lock_from_another_host_counts_by_its_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.lock, "BEAT_SECONDS", 0.1)
     lock = tmp_path / LOCK
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "x"}))
     with pytest.raises(InputError), stage_lock(tmp_path):
         pass
     os.utime(lock, (0, 0))
+    with stage_lock(tmp_path, lambda _: None):
+        pass
+
+
+@pytest.mark.row("T13", "T14")
+@pytest.mark.parametrize("days", [-30, 30])
+def test_a_clock_that_is_days_off_neither_takes_a_living_lock_nor_leaves_a_dead_one(tmp_path, monkeypatch, days):
+    """The other host's beats carry its own time."""
+    monkeypatch.setattr(pipeline.lock, "BEAT_SECONDS", 0.1)
+    lock, over = tmp_path / LOCK, threading.Event()
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "x"}))
+
+    def beat() -> None:
+        while not over.wait(0.1):
+            os.utime(lock, times=(0, time.time() + days * 86_400))
+
+    other = threading.Thread(target=beat)
+    other.start()
+    time.sleep(0.3)
+    try:
+        with pytest.raises(InputError, match="is being written"), stage_lock(tmp_path):
+            pass
+    finally:
+        over.set()
+        other.join()
     with stage_lock(tmp_path, lambda _: None):
         pass
 

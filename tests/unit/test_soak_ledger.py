@@ -22,14 +22,16 @@ ROWS = [
 def test_a_step_that_was_done_again_counts_once():
     ledger = Ledger(reversed(ROWS))
     assert ledger.done_again() == 1
-    assert ledger.doubled_and_missing(4, per_epoch=2, n_cells=4) == (0, 0)
+    assert ledger.doubled_and_missing(4, batch=2, n_cells=4) == (0, 0)
     assert sorted(ledger.cells(4)[2]) == [0, 3]
 
 
 def test_a_cell_that_came_twice_and_one_that_never_came_are_seen():
     wrong = [*ROWS[:-1], row(3, 4, 20.4, [1], 1)]
-    assert Ledger(wrong).doubled_and_missing(4, per_epoch=2, n_cells=4) == (1, 1)
-    assert Ledger(wrong).doubled_and_missing(3, per_epoch=2, n_cells=4) == (0, 0), "half an epoch says nothing"
+    assert Ledger(wrong).doubled_and_missing(4, batch=2, n_cells=4) == (1, 1)
+    assert Ledger(wrong).doubled_and_missing(3, batch=2, n_cells=4) == (0, 0), "before it happened"
+    early = [*ROWS[:5], row(2, 3, 20.0, [3]), row(2, 4, 20.0, [3], 1)]
+    assert Ledger(early).doubled_and_missing(3, batch=2, n_cells=4) == (1, 1), "in an epoch that is under way"
 
 
 def test_recovery_is_the_first_step_of_a_worker_that_was_not_there():

@@ -79,6 +79,13 @@ def test_another_error_is_the_callers(play):
         play([ValueError("broken"), {"steps": 9}])
 
 
+def test_who_only_lost_a_peer_is_not_named_beside_the_one_that_died():
+    lost, died = RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1"), RuntimeError("the actor is dead")
+    assert trainer.culprits({0: lost, 1: died, 2: lost}) == [1]
+    assert trainer.culprits({1: lost, 0: lost}) == [0, 1]
+    assert trainer.culprits({}) == []
+
+
 @pytest.mark.row("T4")
 def test_T4_who_failed_how_often_and_what_is_safe_is_said_at_the_end(play, capsys):
     with pytest.raises(WorkerGroupError):
