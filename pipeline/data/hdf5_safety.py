@@ -15,13 +15,15 @@ from typing import Any
 import h5py
 
 from pipeline.data.findings import Finding, error, warning
-from pipeline.data.hdf5_texts import longest_text
+from pipeline.data.hdf5_texts import text_problem
+from pipeline.data.little_memory import at_most_more
 from pipeline.data.other_formats import other_format
 
 MOST_OBJECTS = 100_000
 MOST_LEVELS = 16
 LARGEST_CHUNK = 1 << 30  # bytes; HDF5 takes a chunk into memory whole
 LARGEST_TABLE = 8 << 30  # bytes of an array outside X, raw and layers: those are read whole
+ATTRIBUTES = 1 << 28  # bytes that those of an object may take
 BOMB = 1 << 28, 1200  # bytes declared, and per byte stored; gzip's own limit is about 1,030
 COUNTS = ("X", "raw", "raw.X", "layers", "matrix")
 
@@ -58,9 +60,12 @@ def unsafe(file: h5py.File) -> list[Finding]:
                 break
             if isinstance(item, Finding):
                 findings.append(item)
-            elif isinstance(item, h5py.Dataset):
+                continue
+            if isinstance(item, h5py.Dataset):
                 findings += _dataset(name, item)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, zlib.error) as problem:
+            with at_most_more(ATTRIBUTES):  # HDF5 takes as much as a text in one says that it has
+                _ = dict(item.attrs)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, zlib.error) as problem:
         findings.append(error(f"the file is damaged ({_line(problem)})", "copy or download it again"))
     return findings
 
@@ -114,8 +119,8 @@ def _dataset(name: str, data: h5py.Dataset) -> Iterator[Finding]:
         yield error(
             f"{name} is stored in chunks of {data.chunks}", f"rechunk it; at most {LARGEST_CHUNK >> 20} MiB each"
         )
-    if (longest := longest_text(data)) > (most := Path(data.file.filename).stat().st_size):
-        yield error(f"{name} has a text of {longest:,} bytes in a file of {most:,}", "copy or download it again")
+    if (problem := text_problem(data)) is not None:
+        yield error(f"{name} has {problem}", "copy or download it again")
     if data.dtype.kind == "V" and data.dtype.names is None:
         yield warning(f"{name} holds opaque bytes (a pickle?)", "they are never unpickled; leave them out")
 

@@ -169,8 +169,20 @@ def long_text(**stored: object) -> Callable[[Path], Path]:
     return make
 
 
+def long_heap(folder: Path) -> Path:
+    """The heap of the texts says that it has a thousand times the bytes of the file."""
+    path = save(folder / "a.h5ad")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"GCOL") + 8
+    content[at : at + 8] = (1000 * len(content)).to_bytes(8, "little")
+    path.write_bytes(content)
+    return path
+
+
+LONG_HEAP = "the file is damaged (Can't synchronously read data"
 LONG_TEXT = "/obs/_index has a text of 2,000,000,000 bytes in a file of"
 DAMAGED = [
+    Case("D:huge-declared", long_heap, also="heap", says=(LONG_HEAP,), refused=(LONG_HEAP,)),
     Case("D:huge-declared", long_text(), also="text", says=(LONG_TEXT,), refused=(LONG_TEXT,)),
     Case("D:huge-declared", long_text(chunks=(4,)), also="text in pieces", says=(LONG_TEXT,), refused=(LONG_TEXT,)),
     Case("D:corrupt-h5", cut(0.5), also="truncated", says=("the file is truncated", "copy or download it again"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import edits
+import numpy as np
 import pytest
 import targets
 
 from pipeline.data.examine import Question, examine
+from pipeline.data.little_memory import at_most_more
 
 FOUND = Path(targets.__file__).parent / "found"
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.row("D:fuzz")]
@@ -34,6 +40,37 @@ def test_odd_inputs_are_answered(name):
         targets.run(name, data)
     for _ in range(INPUTS):
         targets.run(name, mutated(draw.choice(known), draw))
+
+
+MEASURED = """
+import resource, sys, targets
+from pathlib import Path
+targets.run("h5ad", b"")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    targets.run("h5ad", Path(path).read_bytes())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+@pytest.mark.row("D:huge-declared")
+def test_a_file_that_says_it_has_gigabytes_of_text_gets_no_such_memory():
+    """Each of these took three or four."""
+    files = [p for word in ("larger", "longer", "heap") for p in sorted((FOUND / "h5ad").glob(f"*{word}*"))]
+    assert len(files) >= 4
+    path = os.pathsep.join([str(FOUND.parent), str(FOUND.parents[2])])
+    done = subprocess.run([sys.executable, "-c", MEASURED, *map(str, files)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": path}, timeout=120, check=True)  # fmt: skip
+    assert int(done.stdout.split()[-1]) < 400, "MB"
+
+
+def test_memory_is_limited_inside_and_not_after():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(MemoryError), at_most_more(64 << 20):
+        np.ones(1 << 26)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    with at_most_more(1 << 30):
+        assert np.ones(1 << 24).sum() == 1 << 24
 
 
 def test_an_edit_changes_the_file_and_none_leaves_it_sound(tmp_path):
