@@ -20,6 +20,7 @@ from pipeline.stage import InputError
 from pipeline.training.notice import STOP_FILE
 from pipeline.training.preemption import newest_step, node_goes_at, wait_until_gone
 from pipeline.training.remote import check_storage
+from pipeline.training.reservation import give_back, remember
 from pipeline.training.watchdog import FIRST
 
 REFUSED = "refused"  # in place of facts, where no start of the workers can mend what the user must
@@ -37,6 +38,8 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     from pipeline.training.records import Stopped
     from pipeline.training.worker import train_worker
 
+    if ray.train.get_context().get_world_rank() == 0:
+        remember(Path(spec["folder"]))
     try:
         return train_worker(
             spec,
@@ -62,6 +65,7 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
         raise InputError("\n".join(problems))
     check_storage(CheckpointStorage.model_validate(spec["storage"]), spec["run_name"])
     folder = Path(spec["folder"])
+    give_back(folder)
     with ProgressReader(folder, stage, train.log_every_seconds), stop_on_sigterm(folder / STOP_FILE) as asked:
         while True:
             facts, taken = _attempt(spec, train, resources, stage)

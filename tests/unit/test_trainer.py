@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 from contextlib import contextmanager
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from pipeline.resources import ResourcesConfig
 from pipeline.stage import InputError
 from pipeline.train_config import VaeTrainConfig
-from pipeline.training import preemption, trainer
+from pipeline.training import preemption, reservation, trainer
 
 GOING = PreemptionInfo(deadline_ms=1_000, preempted_node_to_ranks={"n1": [0]})
 
@@ -116,3 +118,19 @@ def test_a_node_is_waited_for_but_not_for_ever(monkeypatch, deadline, alive_unti
     ms = None if deadline is None else int(deadline * 1000)
     preemption.wait_until_gone(PreemptionInfo(deadline_ms=ms, preempted_node_to_ranks={"n1": [0]}))
     assert now == pytest.approx(ends, abs=1)
+
+
+def test_rays_private_names_that_a_killed_drivers_nodes_are_found_by_have_not_moved():
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+    from ray.train.v2._internal.execution import context
+    from ray.train.v2._internal.execution.scaling_policy import scaling_policy
+
+    assert "run_id" in {f.name for f in fields(context.TrainRunContext)}
+    assert 'f"train-{train_run_context.run_id}"' in inspect.getsource(scaling_policy)
+    made = inspect.getsource(coordinator.get_or_create_autoscaling_coordinator)
+    assert f'name="{reservation.ACTOR}"' in made
+    assert f'namespace="{reservation.ACTOR}"' in made
+    assert list(inspect.signature(coordinator._AutoscalingCoordinatorActor.cancel_request).parameters) == [
+        "self",
+        "requester_id",
+    ]
