@@ -69,3 +69,11 @@ def test_make_refuses_a_python_that_the_pins_are_not_for(tmp_path):
     assert done.returncode == 2
     assert "Python 3.11 or 3.12" in done.stdout
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.row("S8")
+def test_actions_are_pinned_by_commit():
+    """A tag can be moved to other code; a commit cannot."""
+    uses = [line for path in WORKFLOWS for line in path.read_text().splitlines() if "uses:" in line]
+    assert len(uses) >= 6
+    assert [line for line in uses if not re.search(r"uses: [\w/-]+@[0-9a-f]{40}  # v\d", line)] == []
