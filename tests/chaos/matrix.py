@@ -47,6 +47,8 @@ def numbers(found: list[dict[str, Any]]) -> str:
     """Markdown: what was measured, test by test."""
     lines = [f"| row | test | {' | '.join(NUMBERS)} |", "|---|---|" + "---|" * len(NUMBERS)]
     for r in sorted(found, key=lambda r: _order(r["rows"][0])):
+        if seconds := [s for values in r.get("recover", {}).values() for s in values]:
+            r = {"recover_s": statistics.mean(seconds), **r}
         if any(k in r for k in NUMBERS):
             cells = [_number(r[k]) if k in r else "" for k in NUMBERS]
             lines.append(f"| {', '.join(r['rows'])} | {r['test'].split('::')[-1]} | {' | '.join(cells)} |")
