@@ -69,12 +69,14 @@ def _lives(path: Path, holder: dict[str, Any], age: float) -> bool:
     if holder.get("host") == _host():
         started = _started(int(holder.get("pid", 0)))
         return started is not None and started == holder.get("started")
-    return 0 <= age < STALE_SECONDS or _beats(path)
+    if 0 <= age < STALE_SECONDS:
+        return True
+    return _beats(path, STALE_SECONDS if age < 0 else 2.2 * BEAT_SECONDS)  # of the future: nothing is known of its age
 
 
-def _beats(path: Path) -> bool:
-    """Whether a heartbeat comes while this machine's own clock counts two of them and a bit."""
-    before, until = path.stat().st_mtime_ns, time.monotonic() + 2.2 * BEAT_SECONDS
+def _beats(path: Path, seconds: float) -> bool:
+    """Whether a heartbeat comes while this machine's own clock counts so many seconds."""
+    before, until = path.stat().st_mtime_ns, time.monotonic() + seconds
     while time.monotonic() < until:
         if path.stat().st_mtime_ns != before:
             return True

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import edits
+import h5py
 import numpy as np
 import pytest
 import targets
 
 from pipeline.data.examine import Question, examine
+from pipeline.data.hdf5_texts import text_problem
 from pipeline.data.little_memory import at_most_more
 
 FOUND = Path(targets.__file__).parent / "found"
@@ -82,3 +84,15 @@ def test_an_edit_changes_the_file_and_none_leaves_it_sound(tmp_path):
     assert found.errors == []
     for kind in range(8):
         assert any(edits.edited(sound, bytes([kind, i, 3, 1, 4])) != sound for i in range(20)), kind
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{}, {"chunks": (4,)}, {"compression": "gzip"}, {"compression": "gzip", "shuffle": True}, {"compression": "lzf"}],
+)  # fmt: skip
+@pytest.mark.parametrize("before", [0, 512])
+def test_sound_texts_are_sound_however_they_are_stored(tmp_path, stored, before):
+    with h5py.File(tmp_path / "a.h5", "w", userblock_size=before) as f:
+        f.create_dataset("x", data=["", "ENSG1", "a longer name"] * 5, dtype=h5py.string_dtype(), **stored)
+    with h5py.File(tmp_path / "a.h5") as f:
+        assert text_problem(f["x"]) is None

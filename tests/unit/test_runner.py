@@ -260,6 +260,7 @@ def test_a_lock_from_another_host_counts_by_its_heartbeat(tmp_path, monkeypatch)
 def test_a_clock_that_is_days_off_neither_takes_a_living_lock_nor_leaves_a_dead_one(tmp_path, monkeypatch, days):
     """The other host's beats carry its own time."""
     monkeypatch.setattr(pipeline.lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(pipeline.lock, "STALE_SECONDS", 1.0)
     lock, over = tmp_path / LOCK, threading.Event()
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "x"}))
 
