@@ -21,8 +21,8 @@ class GenesSeenConfig(StrictModel):
     """expressed: those with a count, all of them. all, or none (no sampling, upstream's word): every gene, zeros too.
     random: n genes of the vocabulary. weighted: n genes, likelier the more a cell exceeds the mean of the gene.
     random_expressed: at most n genes with a count. expressed_zero: at most n genes with a count, then genes without,
-    up to n together. share_expressed: each gene with a count with probability `share`, meant
-    against overfitting where cells are few."""
+    up to n together. share_expressed: each gene with a count with probability `share`, meant against overfitting where
+    cells are few."""
     n: PositiveInt | None = None
     """Genes seen at most; for the modes that draw."""
     share: float | None = Field(None, gt=0, lt=1)

@@ -1,8 +1,8 @@
 """Known holes of the pinned packages, by pip-audit: `make audit`.
 
 Exit code 0: none are known, or the list of holes could not be reached, which is said; 1: there are some, or pip-audit
-itself failed. A hole that
-does not concern us, or has no mend yet, stands in ACCEPTED with the reason and the day on which it is looked at again.
+itself failed. A hole that does not concern us, or has no mend yet, stands in ACCEPTED with the reason and the day on
+which it is looked at again.
 """
 
 from __future__ import annotations

@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.data.examine_h5ad import DAMAGE, structure_problems
-from pipeline.data.findings import shown
-from pipeline.data.hdf5_safety import open_problems
+from pipeline.data.examine_h5ad import structure_problems
 from pipeline.data.label_columns import did_you_mean
 from pipeline.data.other_formats import other_format
 from pipeline.data.presence import Presence
@@ -106,15 +103,6 @@ def _listing(folder: Path) -> str:
 
 def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
     """A file with its genes; None after adding to `problems`."""
-    if broken := open_problems(path):
-        problems += [f"{path}: {finding.said}" for finding in broken]
-        return None
-    if (holds := _without_tables(path)) is not None:
-        problems.append(
-            f"{path} is HDF5 but not .h5ad (it holds {holds}); a Cell Ranger file is read with "
-            f"ingest.source: {{type: 10x, path: {path}}}"
-        )
-        return None
     if unsound := structure_problems(path, source.layer):
         problems += [f"{path}: {finding.said}" for finding in unsound]
         return None
@@ -127,15 +115,6 @@ def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
         line = (str(error).splitlines() or ["no message"])[0]
         problems.append(f"{path} cannot be read by anndata ({type(error).__name__}: {line[:300]})")
         return None
-
-
-def _without_tables(path: Path) -> str | None:
-    """What a file without obs or var holds; None of one that has both, or that cannot be listed."""
-    try:
-        with h5py.File(path) as f:
-            return None if {"obs", "var"} <= set(f) else ", ".join(sorted(map(shown, f))[:6]) or "nothing"
-    except DAMAGE:
-        return None  # said with the structure
 
 
 def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str]:

@@ -52,6 +52,7 @@ def unsafe(file: h5py.File) -> list[Finding]:
     """What in a file must not be followed or loaded; an error here means: read no further."""
     findings: list[Finding] = []
     try:
+        _read_attributes(file)
         for n, (name, item) in enumerate(_walk(file["/"], "", set(), 0)):
             if n >= MOST_OBJECTS:
                 findings.append(
@@ -63,11 +64,16 @@ def unsafe(file: h5py.File) -> list[Finding]:
                 continue
             if isinstance(item, h5py.Dataset):
                 findings += _dataset(name, item)
-            with at_most_more(ATTRIBUTES):  # HDF5 takes as much as a text in one says that it has
-                _ = dict(item.attrs)
+            _read_attributes(item)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, zlib.error) as problem:
         findings.append(error(f"the file is damaged ({_line(problem)})", "copy or download it again"))
     return findings
+
+
+def _read_attributes(item: h5py.Group | h5py.Dataset) -> None:
+    """As any reader will. HDF5 takes as much memory as a text in one says that it has: here it does not get it."""
+    with at_most_more(ATTRIBUTES):
+        _ = dict(item.attrs)
 
 
 def _walk(group: h5py.Group, at: str, seen: set[Any], level: int) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ Shape letters: n entries, g genes, u distinct counts, m queries, d model width, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,12 +37,12 @@ class Tokens:
     entries: Entries
 
 
-class CountInput(nn.Module):
+class CountInput(nn.Module, ABC):
     """Base: an input whose attention is that of a token."""
 
+    @abstractmethod
     def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
         """What goes into the LayerNorm, (n, d), for gene embeddings (n, d) and counts (n,)."""
-        raise NotImplementedError
 
     def entries(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Logits (n, h, m) and values (n, h, c), entry by entry: the reference of `pool`."""
@@ -50,9 +51,9 @@ class CountInput(nn.Module):
             logits = logits + tokens.entries.log_number[:, None, None]
         return logits, values
 
+    @abstractmethod
     def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
         """Softmax-weighted values of each cell, (b, h, m, c)."""
-        raise NotImplementedError
 
 
 class Multiplicative(CountInput):
@@ -97,9 +98,9 @@ class Additive(CountInput):
         """(g, d)"""
         return embedding
 
+    @abstractmethod
     def count_part(self, counts: Tensor) -> Tensor:
         """(u, d), for counts (u,)"""
-        raise NotImplementedError
 
     def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
         return self.gene_part(embedding) + self.count_part(counts)

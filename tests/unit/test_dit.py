@@ -98,7 +98,15 @@ def test_an_absent_label_is_the_null_class():
 def test_a_label_may_be_called_as_a_method_of_a_module_or_hold_a_dot():
     config = DiTConfig(d_model=8, n_layers=1, n_heads=2)
     dit = DiT(config, n_latent_tokens=2, latent_width=2, n_classes={"type": 2, "cell.type": 3})
-    dit(torch.zeros(1, 2, 2), torch.zeros(1), {"type": torch.tensor([1]), "cell.type": torch.tensor([2])})
+    assert sorted(len(table) for table in dit.labels.parameters()) == [3, 4], "a row for each class, and for none"
+    x, t = torch.zeros(1, 2, 2), torch.zeros(1)
+    conditions = {"type": torch.tensor([1]), "cell.type": torch.tensor([2])}
+    for name, p in dit.named_parameters():
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    out = dit(x, t, conditions)
+    assert out.shape == x.shape
+    for name in conditions:
+        assert not torch.equal(dit(x, t, conditions | {name: torch.tensor([0])}), out), f"{name} decides nothing"
 
 
 def test_an_unknown_label_is_an_error():

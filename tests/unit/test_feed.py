@@ -1,6 +1,7 @@
 """The feed: the right counts, in the order's batches, from any step, on any number of workers."""
 
 import pickle
+import threading
 import time
 
 import numpy as np
@@ -99,7 +100,10 @@ def test_stopping_early_ends_the_reading_thread(source):
     settings = {"rank": 0, "world_size": 1, "start_step": 0, "stop_step": 10_000, "micro_batch_size": 24}
     running = feed(source, order_of(source), **settings, engine="local")
     next(running)
+    reading = [t for t in threading.enumerate() if t.name.startswith("feed")]
+    assert reading
     running.close()
+    assert not [t for t in reading if t.is_alive()]
 
 
 def test_sources_are_plain_data(source):

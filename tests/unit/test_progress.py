@@ -87,3 +87,4 @@ def test_the_eta_of_a_resumed_run_counts_from_where_it_resumed(tmp_path):
 
 def test_a_full_disk_does_not_stop_the_worker(tmp_path):
     ProgressWriter(tmp_path / "gone").update(1, 2)
+    assert not (tmp_path / "gone").exists()
