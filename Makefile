@@ -28,7 +28,7 @@ SETTINGS += 'ingest.labels=[$(LABELS)]'
 endif
 
 # Packages are compiled as they are installed: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would
-# compile all that it imports, which made a training worker's start three times as long.
+# compile all that it imports, a training worker's start two and a half times as long (benchmarks/worker_start.py).
 .PHONY: venv demo test lint ui docs wheel chaos soak fuzz audit quality clean
 venv: $(VENV)/.installed
 
