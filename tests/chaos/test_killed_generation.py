@@ -173,7 +173,8 @@ def kill_an_actor(cells: Path, killed: list[int], recoveries: Recoveries) -> Non
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
-                recoveries.shard("actor of a generation, to the shard that it was making", cells / tmp.name[1:15])
+                shard = cells / tmp.name.removeprefix(".").rsplit(".", 2)[0]
+                recoveries.shard("actor of a generation, to the shard that it was making", shard)
                 return
         time.sleep(0.01)
 
@@ -193,6 +194,7 @@ def test_a_killed_actor_costs_nothing_but_time(inputs, whole, tmp_path, ray_clus
     facts = generate(folder, inputs, pool=two_actors, **ASKED)
     killer.join(timeout=5)
     assert killed, "no actor was found to kill"
+    assert recoveries.seconds, "the shard of the killed actor has no record"
     assert facts["n_cells"] == 120
     assert hashes(folder) == whole
     attempts = [json.loads(p.read_text()) for p in (folder / "cells").glob(".shard-*.attempts")]

@@ -25,7 +25,7 @@ JOB = {
     "resources": {"workers": {"min": 1, "max": 3}, "cpus_per_worker": 1, "actors": 1},
     "ingest": {"source": {"type": "synthetic", "n_cells": 6000, "n_genes": 400, "n_types": 3}},
     "model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4},
-    "train": {"max_steps": 2500, "checkpoint_every": EVERY, "validate_every": 600, "validation_cells": 32,
+    "train": {"max_steps": 1600, "checkpoint_every": EVERY, "validate_every": 600, "validation_cells": 32,
               "keep_last": 200, "feed": {"batch_size": 60, "micro_batch_size": 30, "lanes": 6}},
 }  # fmt: skip
 

@@ -102,7 +102,7 @@ def test_wrong_files_are_told_apart(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, words in {
         "text.h5ad": "is not an HDF5 file",
-        "tenx.h5": r"HDF5 but not .h5ad \(it holds matrix\).*type: 10x",
+        "tenx.h5": r"HDF5 but not .h5ad: it has no obs and no var \(it holds matrix\);.*type: 10x",
         "empty": "holds no .h5ad file",
         "absent.h5ad": "no such file, folder or pattern.*has empty, tenx.h5, text.h5ad",
     }.items():
