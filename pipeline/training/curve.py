@@ -72,11 +72,13 @@ class TrainingCurve:
         self.recent.append((time.monotonic(), step))
         (then, first), (now, _) = self.recent[0], self.recent[-1]
         rate = (step - first) * self.order.batch_size / (now - then) if now > then else 0.0
-        shown = {"loss": metrics.get("train/loss", math.nan), "val": metrics.get("val/loss", math.nan)}
+        shown = {"loss": metrics.get("train/loss"), "val": metrics.get("val/loss"), "lr": metrics.get("train/lr")}
+        shown |= {"cells_per_s": rate or None}  # none of them is known in the first step of an attempt
         self.progress.update(
-            step, self.config.max_steps, **{k: v for k, v in shown.items() if math.isfinite(v)},
-            lr=metrics.get("train/lr", 0.0), cells_per_s=rate,
-        )  # fmt: skip
+            step,
+            self.config.max_steps,
+            **{k: v for k, v in shown.items() if v is not None and math.isfinite(v)},
+        )
         validated = step % self.config.validate_every == 0 or last
         if step % LOG_EVERY and not validated and not last:
             return

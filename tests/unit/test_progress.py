@@ -6,15 +6,27 @@ import io
 import json
 import time
 
+import numpy as np
 import pytest
 
+from pipeline.data.order import FeedOrder
+from pipeline.job import TrainConfig
 from pipeline.progress import PROGRESS, ProgressReader, ProgressWriter, compact, duration, progress_line
+from pipeline.tracking import StageTracker
+from pipeline.training.curve import TrainingCurve
 
 
 def test_a_line_says_step_loss_rate_speed_and_eta():
     news = {"step": 120, "total": 600, "fields": {"loss": 412.34, "lr": 1e-3, "cells_per_s": 184.2}}
     expected = "train_vae | step 120/600 | loss 412.3 | lr 1.0e-3 | 184 cells/s | eta 1m20s"
     assert progress_line("train_vae", news, 80) == expected
+
+
+def test_the_first_step_of_an_attempt_shows_no_rate_that_nobody_knows_yet(tmp_path):
+    order = FeedOrder(np.arange(64), tile=16, seed=0, batch_size=8, lanes=2, block_rows=8)
+    curve = TrainingCurve(tmp_path, StageTracker.attach({}), TrainConfig(max_steps=600), 550, order)
+    curve.write(551, {}, None, last=False)
+    assert json.loads((tmp_path / PROGRESS).read_text())["fields"] == {}
 
 
 @pytest.mark.parametrize(
