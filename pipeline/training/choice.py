@@ -33,6 +33,7 @@ class Choice:
         rejected: Checkpoints that do not verify, each with the reason.
         unreachable: Those of the second place that could not be fetched.
         not_copied: The checkpoint that was chosen, if the second place does not have it.
+        copied: The checkpoint that was chosen, if the second place has it.
     """
 
     def __init__(self, root: Path, remote: Remote | None, *, keep_best: int, strict: bool):
@@ -40,6 +41,7 @@ class Choice:
         self.rejected: list[str] = []
         self.unreachable: list[str] = []
         self.not_copied: Path | None = None
+        self.copied: Path | None = None
 
     def newest(self) -> Found | None:
         """None where there is nothing to go on from.
@@ -64,10 +66,13 @@ class Choice:
         for name in newer:
             if (fetched := self._fetch(self.remote, name)) is not None:
                 self._fetch_best(self.remote, there)
+                self.copied = fetched.folder
                 return fetched
         if found is None and self.unreachable:
             raise OSError(f"no checkpoint is here, and what is in the second place: {'; '.join(self.unreachable)}")
-        if found is not None and found.folder.name not in there:
+        if found is not None and found.folder.name in there:
+            self.copied = found.folder
+        elif found is not None:
             self.not_copied = found.folder
         return found
 

@@ -103,6 +103,8 @@ class Keeper:
             was = found.position.world_size
             print(f"step {found.position.step} was written by {was} workers, {self.world_size} go on", flush=True)
         self.latest = found.folder
+        if self.rank == 0:
+            self._retain(found.folder)  # a kill may have come between the last save and this
         return Resumed(found.position.step, found.folder, found.more, self.rejected)
 
     def back_to_best(self) -> Found:
@@ -158,6 +160,8 @@ class Keeper:
         self.rejected = len(choice.rejected)
         if choice.not_copied is not None:
             self._upload(choice.not_copied)  # an upload that an earlier attempt did not finish
+        if choice.copied is not None and self.uploader is not None:
+            self.uploader.tidy(choice.copied)
         return found
 
     # ---- save ----------------------------------------------------------------------------------------------------
@@ -191,9 +195,12 @@ class Keeper:
         self.latest, self.failed, self.longest = made, 0, max(self.longest, time.monotonic() - began)
         if self.rank == 0:
             self._upload(made)
-            busy = self.uploader.busy() if self.uploader is not None else frozenset()
-            checkpoint.retain(self.root, newest=made, keep_last=self.keep[0], keep_best=self.keep[1], busy=busy)
+            self._retain(made)
         return True
+
+    def _retain(self, newest: Path) -> None:
+        busy = self.uploader.busy() if self.uploader is not None else frozenset()
+        checkpoint.retain(self.root, newest=newest, keep_last=self.keep[0], keep_best=self.keep[1], busy=busy)
 
     def close(self, most: float = math.inf) -> None:
         """Wait for the last upload, at most so many seconds. Not collective."""

@@ -50,6 +50,7 @@ class Uploader:
         self.seconds: list[float] = []  # of the uploads that were made
         self._waiting: Path | None = None
         self._flying: Path | None = None
+        self._there = ""  # the name of a checkpoint that needs no copy
         self._changed = threading.Condition()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, name="checkpoint upload", daemon=True)
@@ -58,9 +59,17 @@ class Uploader:
     def put(self, folder: Path) -> None:
         """Hand over a committed checkpoint. Returns at once."""
         with self._changed:
-            if self._waiting is not None:
+            if self._waiting is not None and self._waiting.name != self._there:
                 self.tell(f"checkpoint upload: {self._waiting.name} is left out, {folder.name} is newer")
             self._waiting = folder
+            self._changed.notify_all()
+
+    def tidy(self, newest: Path) -> None:
+        """Remove there what need not stay beside a checkpoint that is there: a kill may have come in between, and a run
+        that has done all its steps copies no other. Returns at once."""
+        with self._changed:
+            self._there = newest.name
+            self._waiting = newest
             self._changed.notify_all()
 
     def busy(self) -> frozenset[str]:
@@ -81,7 +90,7 @@ class Uploader:
         with self._changed:
             while (self._waiting or self._flying) and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            unfinished = [p for p in (self._flying, self._waiting) if p is not None]
+            unfinished = [p for p in (self._flying, self._waiting) if p is not None and p.name != self._there]
         self._end.set()
         with self._changed:
             self._changed.notify_all()
@@ -93,11 +102,13 @@ class Uploader:
     def _work(self) -> None:
         while (folder := self._next()) is not None:
             began = time.monotonic()
-            problem = self._try(folder)
+            there = folder.name == self._there
+            problem = None if there else self._try(folder)
             if self._end.is_set():
                 return  # close has said what there is to say
             if problem is None:
-                self.seconds.append(time.monotonic() - began)
+                if not there:
+                    self.seconds.append(time.monotonic() - began)
                 self._arrived(folder)
             else:
                 self._failed(folder, problem)

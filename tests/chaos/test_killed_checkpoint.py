@@ -159,6 +159,22 @@ def test_C2_a_checkpoint_that_is_passed_over_is_counted_for_the_tracker(tmp_path
     assert result(tmp_path)["weights"] == result(whole)["weights"]
 
 
+def test_C1_what_a_kill_left_after_the_last_save_goes_at_the_next_start(tmp_path, whole):
+    """All steps are done and nothing is saved any more, yet what need not stay goes, here and in the second place."""
+    places = [tmp_path / "run" / place for place in ("checkpoints", "second/toy")]
+    assert run(tmp_path / "run", f"training.before_step:rank=0:step={9 * EVERY + 1}:kill")[0] == KILLED
+    before = newest(places[0])[0].folder
+    shutil.copytree(before, tmp_path / before.name)
+    assert run(tmp_path / "run") == [0] * WORKERS, log(tmp_path / "run")
+    left = [sorted(p.name for p in place.glob("step-*")) for place in places]
+    assert before.name not in left[0] + left[1]
+    for place in places:
+        shutil.copytree(tmp_path / before.name, place / before.name)
+    assert run(tmp_path / "run") == [0] * WORKERS, log(tmp_path / "run")
+    assert [sorted(p.name for p in place.glob("step-*")) for place in places] == left
+    assert result(tmp_path / "run")["weights"] == result(whole)["weights"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_C1_every_place_in_a_step_a_checkpoint_its_retention_and_its_copies(tmp_path, whole, record):

@@ -144,6 +144,19 @@ def test_what_a_kill_left_in_the_second_place_goes_with_the_next_copy(tmp_path):
     assert steps(there) == [12, 16]
 
 
+def test_what_a_kill_left_after_the_last_copy_goes_without_another(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there" / RUN
+    remote, said = Slow(tmp_path / "there"), []
+    for step, loss in ((4, 1.0), (8, 3.0), (12, 2.0), (16, 4.0)):
+        remote.put(commit(here, step, loss=loss))
+    remote.gate.clear()  # no copy is made
+    up = uploader(here, remote, said)
+    up.tidy(newest(here)[0].folder)
+    assert up.close(10)
+    assert steps(there) == [4, 12, 16]
+    assert (said, up.seconds) == ([], [])
+
+
 @pytest.fixture
 def bucket(monkeypatch):
     import boto3
