@@ -24,6 +24,10 @@ RECORD_BATCH_ROWS = 2048
 MOST_OPEN_FILES = 64
 
 
+class NoRoom(RuntimeError):
+    """Ray's object store and the disk behind it have no room for a block. It may be there at the next try."""
+
+
 class Reader(Protocol):
     """What every read of a source needs; small, picklable."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import ray.data
 from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from pipeline.data.blocks import BlockSource
+from pipeline.data.blocks import BlockSource, NoRoom
 
 READ_CPUS = 0.0  # CPU slots of a read: on a machine whose slots are all held by training workers, reads must go on
 READS_AT_ONCE = 2  # per dataset; bounds reads where slots do not. A block is ~100 MB at Census scale
@@ -92,7 +94,33 @@ def storage_blocks(source: BlockSource, block_rows: int) -> list[np.ndarray]:
 def iterate_blocks(source: BlockSource, blocks: Sequence[np.ndarray], *, read_cpus: float) -> Iterator[pa.Table]:
     """Tables of the blocks in order; read ahead by Ray as far as its object store allows."""
     dataset = blocks_dataset(source, blocks, read_cpus=read_cpus)
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    with room_is_explained(source, blocks):
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+@contextmanager
+def room_is_explained(source: BlockSource, blocks: Sequence[np.ndarray]) -> Iterator[None]:
+    """Ray's error for want of room inside becomes one that says what a block takes and what mends it.
+
+    Raises:
+        NoRoom: from Ray's error.
+    """
+    try:
+        yield
+    except (OutOfDiskError, ObjectStoreFullError) as error:
+        rows = max(map(len, blocks))
+        remedies = [
+            "give the nodes more (ray start --object-store-memory=BYTES --object-spilling-directory=FOLDER)",
+            "have fewer workers on a node (resources.cpus_per_worker)",
+        ]
+        if rows // 2 >= source.tile:
+            remedies.append(
+                f"set train.feed.block_rows={rows // 2}, which changes the order of the cells and so begins a new run"
+            )
+        raise NoRoom(
+            f"a block of {rows} cells, about {rows * source.reader.row_bytes / 1e6:.1f} MB, finds no room in Ray's "
+            f"object store nor on the disk behind it, and each worker has several on the way; {', or '.join(remedies)}"
+        ) from error
 
 
 def _context() -> DataContext:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from pipeline.data.blocks import NoRoom
 from pipeline.train_config import TrainConfig
 
 SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
@@ -29,10 +30,14 @@ def memory_is_explained(config: TrainConfig, micro: int, where: str) -> Iterator
 
     Raises:
         OutOfMemory: from the error that torch, Python or TileDB gave.
+        NoRoom: as it was; said too.
     """
     try:
         yield
     except OutOfMemory:
+        raise
+    except NoRoom as error:  # in Ray's object store; it has named the settings
+        print(f"worker {dist.get_rank()}: {error}", flush=True)
         raise
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_of_memory(error):

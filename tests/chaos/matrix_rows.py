@@ -83,7 +83,6 @@ ROWS |= {
 NOT_COVERED: dict[str, str] = {}  # row -> why there is no test
 
 PARTLY: dict[str, str] = {
-    "T12": "Ray's object store with too little room is not among the tests: there Ray writes to disk",
     "N2": "the run is not rolled back and tried again with other cells: a step that was left out changed nothing",
     "N4": "100 steps on a GPU are for a machine that has one",
     "N5": "the shard is not tried again: it would be the same numbers",

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -30,16 +30,17 @@ class RealCluster:
     Args:
         folder: For logs.
         more: Of the environment of nodes and drivers.
+        head: Further options of the head.
     """
 
-    def __init__(self, folder: Path, more: Mapping[str, str] | None = None):
+    def __init__(self, folder: Path, more: Mapping[str, str] | None = None, *, head: Sequence[str] = ()):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.address, self.folder = f"127.0.0.1:{port}", folder
         self.env = {**os.environ, **QUIET, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **(more or {})}
         self.nodes: list[subprocess.Popen] = []
-        self.add("--head", f"--port={port}", "--include-dashboard=false")
+        self.add("--head", f"--port={port}", "--include-dashboard=false", *head)
 
     def add(self, *how: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
