@@ -93,8 +93,8 @@ def storage_blocks(source: BlockSource, block_rows: int) -> list[np.ndarray]:
 
 def iterate_blocks(source: BlockSource, blocks: Sequence[np.ndarray], *, read_cpus: float) -> Iterator[pa.Table]:
     """Tables of the blocks in order; read ahead by Ray as far as its object store allows."""
-    dataset = blocks_dataset(source, blocks, read_cpus=read_cpus)
     with room_is_explained(source, blocks):
+        dataset = blocks_dataset(source, blocks, read_cpus=read_cpus)
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
@@ -110,16 +110,17 @@ def room_is_explained(source: BlockSource, blocks: Sequence[np.ndarray]) -> Iter
     except (OutOfDiskError, ObjectStoreFullError) as error:
         rows = max(map(len, blocks))
         remedies = [
-            "give the nodes more (ray start --object-store-memory=BYTES --object-spilling-directory=FOLDER)",
-            "have fewer workers on a node (resources.cpus_per_worker)",
+            "use fewer workers (resources.workers)",
+            "a cluster whose nodes have more room (ray start --object-store-memory=BYTES "
+            "--object-spilling-directory=FOLDER, then RAY_ADDRESS)",
         ]
         if rows // 2 >= source.tile:
-            remedies.append(
-                f"set train.feed.block_rows={rows // 2}, which changes the order of the cells and so begins a new run"
-            )
+            smaller = f"set train.feed.block_rows={rows // 2}"
+            remedies.insert(0, f"{smaller}, which changes the order of the cells and so begins a new run")
+        size = rows * source.reader.row_bytes / 1e6
         raise NoRoom(
-            f"a block of {rows} cells, about {rows * source.reader.row_bytes / 1e6:.1f} MB, finds no room in Ray's "
-            f"object store nor on the disk behind it, and each worker has several on the way; {', or '.join(remedies)}"
+            f"a block of cells, up to {rows} of them or {size:.1f} MB, finds no room in Ray's object store nor on the "
+            f"disk behind it, and each worker has several on the way; {', or '.join(remedies)}"
         ) from error
 
 

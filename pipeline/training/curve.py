@@ -83,8 +83,10 @@ class TrainingCurve:
         if step % LOG_EVERY and not validated and not last:
             return
         row = {k: v for k, v in metrics.items() if validated or not k.startswith("val/")}
-        row |= {"perf/cells_per_s": rate, "train/cells_seen": float(step * self.order.batch_size)}
-        if (share := self.mfu(rate)) is not None:
+        row["train/cells_seen"] = float(step * self.order.batch_size)
+        if rate:  # not in the first step of an attempt
+            row["perf/cells_per_s"] = rate
+        if rate and (share := self.mfu(rate)) is not None:
             row["perf/mfu"] = share
         if grad_norm is not None:
             row["train/grad_norm"] = grad_norm

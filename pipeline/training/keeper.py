@@ -103,8 +103,8 @@ class Keeper:
             was = found.position.world_size
             print(f"step {found.position.step} was written by {was} workers, {self.world_size} go on", flush=True)
         self.latest = found.folder
-        if self.rank == 0:
-            self._retain(found.folder)  # a kill may have come between the last save and this
+        if self.rank == 0 and not self.rejected:
+            self._clear(found.folder)
         return Resumed(found.position.step, found.folder, found.more, self.rejected)
 
     def back_to_best(self) -> Found:
@@ -197,6 +197,13 @@ class Keeper:
             self._upload(made)
             self._retain(made)
         return True
+
+    def _clear(self, newest: Path) -> None:
+        """What a kill left between the last save and its retention. It costs room, so an error is worth a line."""
+        try:
+            self._retain(newest)
+        except OSError as error:
+            print(f"old checkpoints under {self.root} stay: {error}", flush=True)
 
     def _retain(self, newest: Path) -> None:
         busy = self.uploader.busy() if self.uploader is not None else frozenset()

@@ -70,7 +70,7 @@ def advice(config: TrainConfig, micro: int, what: str, error: str, *, on_gpu: bo
         asked.append({"genes_per_step": 2000})
     settings = [f"train.{k}={v}" for one in asked for k, v in one.items() if _is_valid(config, k, v)]
     if not on_gpu:
-        settings.append("fewer workers on a node (resources.cpus_per_worker)")
+        settings.append("fewer workers (resources.workers)")
     first = error.strip().splitlines()[0] if error.strip() else "MemoryError"
     return (
         f"{what}: {first[:200]}. A worker takes {micro} cells at once. Set {', or '.join(settings)}; `scldm plan` says "

@@ -17,7 +17,8 @@ ROWS: dict[str, str] = {
     "T9": "a worker freezes (SIGSTOP): stacks are written, the group starts again",
     "T10": "a slow worker: training waits for it, says which it is, and ends the same",
     "T11": "cells that no number of workers divides: equal steps everywhere, each cell once an epoch",
-    "T12": "a worker has too little memory: which one, in which step, and the settings that mend it",
+    "T12": "a worker has too little memory: which one, in which step, and the settings that mend it; too little "
+    "room in Ray's object store: the settings that mend it",
     "T13": "two runs on one folder: the second is refused with the owner and its age",
     "T14": "clocks of workers are days apart and jump: the same checkpoints, weights and cells",
     "C1": "SIGKILL at every fault point of step, checkpoint, retention, copies, cache and latents: what is left "

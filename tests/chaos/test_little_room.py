@@ -35,9 +35,11 @@ def read(cluster: RealCluster, spill: Path, *, workers: int, block: int) -> subp
 
 @pytest.mark.row("T12")
 def test_T12_an_object_store_with_too_little_room_makes_reading_wait_or_says_what_mends_it(cluster, small_disk, record):
-    """One worker reads three times what the store holds. Two fill it; then what is said is done, until it fits."""
+    """One worker reads three times what the store holds, and nothing is written to the disk: reading waits. Two fill
+    it; then what is said is done, until it fits."""
     alone = read(cluster, small_disk, workers=1, block=256)
     assert alone.returncode == 0, alone.stderr[-3000:]
+    assert json.loads(alone.stdout.splitlines()[-1])["spilled_mb"] == 0
     block, done = 256, read(cluster, small_disk, workers=2, block=256)
     while done.returncode != 0:
         assert "finds no room in Ray's object store nor on the disk behind it" in done.stderr, done.stderr[-3000:]
