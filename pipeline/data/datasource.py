@@ -109,14 +109,15 @@ def room_is_explained(source: BlockSource, blocks: Sequence[np.ndarray]) -> Iter
         yield
     except (OutOfDiskError, ObjectStoreFullError) as error:
         rows = max(map(len, blocks))
-        remedies = [
+        remedies = []
+        if rows // 2 >= source.tile:
+            smaller = f"set train.feed.block_rows={rows // 2}"
+            remedies.append(f"{smaller}, which changes the order of the cells and so begins a new run")
+        remedies += [
             "use fewer workers (resources.workers)",
             "a cluster whose nodes have more room (ray start --object-store-memory=BYTES "
             "--object-spilling-directory=FOLDER, then RAY_ADDRESS)",
         ]
-        if rows // 2 >= source.tile:
-            smaller = f"set train.feed.block_rows={rows // 2}"
-            remedies.insert(0, f"{smaller}, which changes the order of the cells and so begins a new run")
         size = rows * source.reader.row_bytes / 1e6
         raise NoRoom(
             f"a block of cells, up to {rows} of them or {size:.1f} MB, finds no room in Ray's object store nor on the "

@@ -86,8 +86,8 @@ class TrainingCurve:
         row["train/cells_seen"] = float(step * self.order.batch_size)
         if rate:  # not in the first step of an attempt
             row["perf/cells_per_s"] = rate
-        if rate and (share := self.mfu(rate)) is not None:
-            row["perf/mfu"] = share
+            if (share := self.mfu(rate)) is not None:
+                row["perf/mfu"] = share
         if grad_norm is not None:
             row["train/grad_norm"] = grad_norm
         self.progress.gauges.set(row)

@@ -160,7 +160,7 @@ class Keeper:
         self.rejected = len(choice.rejected)
         if choice.not_copied is not None:
             self._upload(choice.not_copied)  # an upload that an earlier attempt did not finish
-        if choice.copied is not None and self.uploader is not None:
+        if choice.copied is not None and self.uploader is not None and not self.rejected:
             self.uploader.tidy(choice.copied)
         return found
 

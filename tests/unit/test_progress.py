@@ -24,9 +24,16 @@ def test_a_line_says_step_loss_rate_speed_and_eta():
 
 def test_the_first_step_of_an_attempt_shows_no_rate_that_nobody_knows_yet(tmp_path):
     order = FeedOrder(np.arange(64), tile=16, seed=0, batch_size=8, lanes=2, block_rows=8)
-    curve = TrainingCurve(tmp_path, StageTracker.attach({}), TrainConfig(max_steps=600), 550, order)
-    curve.write(551, {}, None, last=False)
+    config = TrainConfig(max_steps=600)
+    curve = TrainingCurve(tmp_path, StageTracker.attach({}), config, 549, order, mfu=lambda rate: rate)
+    curve.write(550, {}, None, last=False)
     assert json.loads((tmp_path / PROGRESS).read_text())["fields"] == {}
+    for step in range(551, 561):
+        time.sleep(0.001)
+        curve.write(step, {}, None, last=False)
+    first, then = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == {"step": 550, "train/cells_seen": 4400.0}
+    assert then["perf/cells_per_s"] == then["perf/mfu"] > 0
 
 
 @pytest.mark.parametrize(
