@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.data.blocks import SomaBlocks, SomaReader
-from pipeline.data.soma import TILE, SomaStore
-from pipeline.data.soma_write import write_experiment
+from pipeline.data.loading.blocks import SomaBlocks, SomaReader
+from pipeline.data.soma.store import TILE, SomaStore
+from pipeline.data.soma.write import write_experiment
 
 VERSION = 1
 MEAN_EXPRESSED, EXPRESSED_SD = 1900, 0.45  # genes of a cell, and the sd of their log

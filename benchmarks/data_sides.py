@@ -12,12 +12,12 @@ import tiledbsoma as soma
 from cells_on_disk import MEAN_EXPRESSED, SHARD_CELLS, CellsOnDisk
 from rounds import Side
 
-from pipeline.data.cache import cached
-from pipeline.data.collate import padded, to_cell_batch
-from pipeline.data.feed import feed
-from pipeline.data.materialise import Cells, materialise
-from pipeline.data.order import FeedOrder
-from pipeline.data.soma import TILE, SomaStore
+from pipeline.data.loading.cache import cached
+from pipeline.data.loading.cache_writer import Cells, materialise
+from pipeline.data.loading.collate import padded, to_cell_batch
+from pipeline.data.loading.feed import feed
+from pipeline.data.loading.order import FeedOrder
+from pipeline.data.soma.store import TILE, SomaStore
 
 BATCH, LANES = 128, 4
 CHUNK = 64  # tiledbsoma-ml's default shuffle_chunk_size

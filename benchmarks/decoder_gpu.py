@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from harness import Row, alternate, report
 from torch import Tensor
 
-from scldm.nn import fused_decoder, triton_decoder
+from scldm.api.presets import preset
 from scldm.nn.decoder import TILE, Decoder
+from scldm.nn.kernels import fused_decoder, triton_decoder
 from scldm.nn.layers import merge_heads, split_heads
-from scldm.presets import preset
 
 PRESETS = ("dentate_gyrus", "census_20m", "census_270m")
 # Dense TFLOP/s by the makers' data sheets: SXM cards.

@@ -20,12 +20,12 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pipeline.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig
+from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.report.evaluation import evaluate
 from pipeline.report.parts import cell_set
 from pipeline.report.streamed import stream_generated
-from pipeline.stage import Manifest, write_manifest
-from scldm.cells import open_cells
+from scldm.cells.cells import open_cells
 
 TYPES = 8
 

@@ -24,8 +24,8 @@ from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path
 from scldm.flow.sampler import sample_latents
-from scldm.metrics.distances import frechet_distance, mmd2_median
-from scldm.nb_draw import draw_counts
+from scldm.generation.nb_draw import draw_counts
+from scldm.metrics.distribution.distances import frechet_distance, mmd2_median
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE

@@ -21,17 +21,17 @@ import plain_model as plain
 import torch
 from torch import Tensor
 
-from pipeline.generation_actor import Generator
-from pipeline.stage import write_json_atomic
+from pipeline.core.manifest import write_json_atomic
+from pipeline.inference.generator import Generator
 from scldm.checkpoints.native import save_flow, save_vae
+from scldm.data.library_size import LibrarySizes, LogNormal
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.solvers import Solution, solve_dopri5
-from scldm.library_size import LibrarySizes, LogNormal
+from scldm.generation.recipe import genes_table
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
-from scldm.recipe import genes_table
-from scldm.vocabulary import LabelVocabulary, Vocabulary
 
 LABEL = LabelVocabulary("clusters", tuple(f"c{i:02d}" for i in range(14)))
 LIBRARY = LogNormal(8.5, 0.4, 1000)
@@ -133,7 +133,7 @@ def our_cells(actor: Generator) -> None:
 
 def our_phases(actor: Generator) -> dict[str, float]:
     """The same work, phase by phase, one after the other."""
-    from pipeline.shard_file import ShardFile
+    from pipeline.inference.shard_writer import ShardFile
 
     clock, maker = Clock(), actor.maker
     n = actor.request.n_cells

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 import scldm
-from pipeline.data.ingested import Ingested
-from pipeline.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig
+from pipeline.core.manifest import newest_manifest
+from pipeline.data.ingest.dataset import Ingested
 from pipeline.report.evaluation import evaluate
-from pipeline.stage import newest_manifest
 from pipeline.stages.evaluate import open_generated, read_generated
 
 SHOWN = ("w2", "mmd2", "frechet", "auroc", "recall", "one_nn_accuracy", "label_accuracy.", "label_logistic_accuracy.")

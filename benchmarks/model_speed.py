@@ -21,7 +21,7 @@ import torch
 from harness import Row, alternate, report
 from torch import Tensor
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.nn.config import DiTConfig, VAEConfig

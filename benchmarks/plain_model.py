@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.nn.dit import DiT
 from scldm.nn.layers import merge_heads, split_heads
 from scldm.nn.likelihood import nb_log_prob

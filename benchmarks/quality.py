@@ -26,10 +26,10 @@ import numpy as np
 from harness import report
 from quality_table import Judged, as_rows, judge, print_table
 
-from pipeline.data.ingested import Ingested
-from pipeline.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig
+from pipeline.core.manifest import Manifest, newest_manifest
+from pipeline.data.ingest.dataset import Ingested
 from pipeline.report.evaluation import evaluate
-from pipeline.stage import Manifest, newest_manifest
 from pipeline.stages.evaluate import decode_cells, open_generated, read_generated
 from scldm.checkpoints.native import load_vae
 

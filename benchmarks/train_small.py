@@ -16,7 +16,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.metrics.expression import gene_moments
 from scldm.metrics.reconstruction import reconstruction_scores
 from scldm.nn.config import VAEConfig

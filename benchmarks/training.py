@@ -33,16 +33,16 @@ from recovery import recovery_rows
 from torch import Tensor, nn
 from training_cells import MemoryCells, make_cells
 
-from pipeline.data.feed import feed
-from pipeline.data.order import FeedOrder
-from pipeline.tracking import NullTracker
-from pipeline.train_config import VaeTrainConfig
+from pipeline.config.train import VaeTrainConfig
+from pipeline.data.loading.feed import feed
+from pipeline.data.loading.order import FeedOrder
+from pipeline.tracking.tracker import NullTracker
 from pipeline.training.loop import run_training
-from pipeline.training.objectives import VaeObjective
+from pipeline.training.objectives.base import Slice
+from pipeline.training.objectives.vae import VaeObjective
 from pipeline.training.records import Run
-from pipeline.training.slices import Slice
+from scldm.api.presets import preset
 from scldm.nn.vae import VAE
-from scldm.presets import preset
 
 BATCH, LANES, DEFAULT_INTERVAL = 16, 2, 200
 SIZES = {"full": (2000, 400), "quick": (200, 60)}  # genes, expressed genes of a cell

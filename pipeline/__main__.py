@@ -21,7 +21,7 @@ def main() -> None:
     """Run the command line in an interpreter that has the dependencies."""
     if lacking := _lacking():
         use_another_python(f"{sys.executable} lacks {', '.join(lacking)}")
-    from pipeline.cli import main as run
+    from pipeline.cli.app import main as run
 
     run()
 
@@ -35,7 +35,7 @@ def console() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from pipeline.cli import main as run
+    from pipeline.cli.app import main as run
 
     run()
 

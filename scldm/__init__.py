@@ -16,13 +16,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scldm.api import Model, load
-    from scldm.cells import open_cells
-    from scldm.scoring import score
+    from scldm.api.model import Model, load
+    from scldm.api.scoring import score
+    from scldm.cells.cells import open_cells
 
 __all__ = ["Model", "load", "open_cells", "score"]
 
-_HOME = {"Model": "scldm.api", "load": "scldm.api", "open_cells": "scldm.cells", "score": "scldm.scoring"}
+_HOME = {
+    "Model": "scldm.api.model",
+    "load": "scldm.api.model",
+    "open_cells": "scldm.cells.cells",
+    "score": "scldm.api.scoring",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from pipeline.stage import InputError
+from pipeline.core.manifest import InputError
 
 if TYPE_CHECKING:
-    from pipeline.data.sources import OpenSource
+    from pipeline.data.sources.open import OpenSource
 
 # A cell's group travels beside its labels, as one more code; no label has this name.
 GROUP = "__measured__"

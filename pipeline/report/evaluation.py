@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
-from pipeline.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig
 from pipeline.report.parts import EvaluationError, Parts, fit_space, split_parts
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from scipy.sparse import vstack
 
-from pipeline.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig
 from pipeline.report import figures
 from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import Picture

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.core.manifest import write_json_atomic
 from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import number
 from pipeline.report.rows import MetricRow
-from pipeline.stage import write_json_atomic
 from scldm.metrics.cell_set import shown
 from scldm.metrics.score import Score
 

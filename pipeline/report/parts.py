@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from anndata import AnnData
 
-from pipeline.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig
 from scldm.metrics import expression
 from scldm.metrics.baselines import Selection, select_like
 from scldm.metrics.cell_set import CellSet, shown
-from scldm.metrics.projection import RealSpace
+from scldm.metrics.distribution.projection import RealSpace
 
 SHORT_NAMED = 5  # classes named in a note
 MIN_CELLS = 16  # a side: halves of fewer have too few neighbours and folds

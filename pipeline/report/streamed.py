@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import scipy.sparse as sp
 
 from pipeline.report.parts import EvaluationError, class_names
-from scldm.cells import Cells
+from scldm.cells.cells import Cells
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.streaming import StreamedCells, composition_weights, stream
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cells.actor import Made, Tile
-from pipeline.cells.models import latent_width, load_models, locate_models
-from pipeline.real_cells_config import EmbedConfig
-from pipeline.stage import StageContext
-from pipeline.stages.cell_batches import Output, Pool, run_batches
+from pipeline.config.apply import EmbedConfig
+from pipeline.core.manifest import StageContext
+from pipeline.inference.applier import Made, Tile
+from pipeline.inference.apply_job import Output, Pool, run_batches
+from pipeline.inference.models import latent_width, load_models, locate_models
 
 
 class Maker:

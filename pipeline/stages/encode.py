@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.blocks import LABEL, RECORD_BATCH_ROWS
-from pipeline.data.ingested import Ingested
-from pipeline.faults import VARIABLE, arm, fault_point
-from pipeline.job import EncodeConfig
-from pipeline.progress import ProgressReader, ProgressWriter
-from pipeline.shards import actor_pool, committed
-from pipeline.stage import StageContext, write_json_atomic
+from pipeline.config.job import EncodeConfig
+from pipeline.core.faults import VARIABLE, arm, fault_point
+from pipeline.core.manifest import StageContext, write_json_atomic
+from pipeline.core.progress import ProgressReader, ProgressWriter
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.loading.blocks import LABEL, RECORD_BATCH_ROWS
+from pipeline.inference.shard_pool import actor_pool, committed
 from pipeline.training.trainer import threads_per_worker
 
 BLOCK_ROWS = 8192
@@ -75,7 +75,7 @@ class Encoder:
     def _encode(self, cells: pa.Table) -> np.ndarray:
         import torch
 
-        from pipeline.data.collate import to_cell_batch
+        from pipeline.data.loading.collate import to_cell_batch
 
         with torch.inference_mode():
             z = self.vae.encode(to_cell_batch(cells.combine_chunks(), self.labels).to(self.device))
@@ -84,7 +84,7 @@ class Encoder:
 
 def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     """Facts: latents (folder), shards (split -> files with cells and sha256), latent_shape, n_cells."""
-    from pipeline.data.datasource import blocks_dataset, storage_blocks
+    from pipeline.data.loading.ray_source import blocks_dataset, storage_blocks
 
     data = Ingested.open(context.inputs["ingest"])
     vae = context.inputs["train_vae"]

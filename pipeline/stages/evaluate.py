@@ -21,22 +21,22 @@ import torch
 from anndata import AnnData
 from rich.console import Console
 
-from pipeline.data.ingested import Ingested
-from pipeline.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig
+from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.data.ingest.dataset import Ingested
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
 from pipeline.report.parts import EvaluationError, cell_set
 from pipeline.report.streamed import stream_generated
-from pipeline.stage import InputError, Manifest, StageContext
-from scldm.batch import CellBatch
-from scldm.cells import Cells, open_cells
+from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
+from scldm.data.batch import CellBatch
+from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import shown
 from scldm.metrics.expression import as_counts
 from scldm.nn.vae import CountDistribution
-from scldm.real_cells import draw_sparse
 
 VAE_BATCH = 64  # cells
 NO_LABEL = "cells"  # stands for the label where a model has none

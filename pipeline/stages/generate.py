@@ -1,7 +1,7 @@
 """Generate cells for a table of conditions: a Ray Data batch job over shards.
 
 A shard is a function of (models, sampler, seed, request, shard number); an actor makes and commits it
-(`pipeline.generation_actor`). Readers trust the stage's manifest, which lists the committed shards. A job that was
+(`pipeline.inference.generator`). Readers trust the stage's manifest, which lists the committed shards. A job that was
 killed makes what is missing.
 """
 
@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.cells.index import write_index
-from pipeline.data.ingested import Ingested
-from pipeline.faults import VARIABLE, fault_point
-from pipeline.generation import Request, genes_to_write, n_shards, read_request
-from pipeline.generation_actor import Generator
-from pipeline.generation_progress import JobProgress, clear_hints
-from pipeline.generation_recipe import notes_on, recipe_of
-from pipeline.job import GenerateConfig
-from pipeline.progress import ProgressReader
-from pipeline.shards import committed, made_by_actors
-from pipeline.stage import StageContext
+from pipeline.config.job import GenerateConfig
+from pipeline.core.faults import VARIABLE, fault_point
+from pipeline.core.manifest import StageContext
+from pipeline.core.progress import ProgressReader
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.inference.export.index import write_index
+from pipeline.inference.generator import Generator
+from pipeline.inference.progress import JobProgress, clear_hints
+from pipeline.inference.recipe import notes_on, recipe_of
+from pipeline.inference.request import Request, genes_to_write, n_shards, read_request
+from pipeline.inference.shard_pool import committed, made_by_actors
 from pipeline.training.trainer import threads_per_worker
-from scldm.library_size import LibrarySizes
+from scldm.data.library_size import LibrarySizes
 
 SCHEMA_VERSION = 2
 Pool = Callable[[list[int], dict[str, Any], StageContext], Iterator[dict[str, Any]]]

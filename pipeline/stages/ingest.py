@@ -14,24 +14,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.data.blocks import LABEL
-from pipeline.data.fewer import part_of_cells
-from pipeline.data.filters import check_values, value_filter
-from pipeline.data.genes import gene_lut, model_genes
-from pipeline.data.held_out import columns_of, counted, held_out_facts, hold_out, notes_on, read_combinations
-from pipeline.data.label_columns import missing
-from pipeline.data.obs_sums import sum_findings
+from pipeline.config.job import IngestConfig
+from pipeline.core.manifest import InputError, StageContext
+from pipeline.data.ingest.fill_cache import cache_facts
+from pipeline.data.ingest.filters import check_values, value_filter
+from pipeline.data.ingest.genes import gene_lut, model_genes
+from pipeline.data.ingest.held_out import columns_of, counted, held_out_facts, hold_out, notes_on, read_combinations
+from pipeline.data.ingest.measured import measured_genes, over_measured
+from pipeline.data.ingest.split import SPLITS, label_counts, require_splits, split_cells
+from pipeline.data.ingest.statistics import CountStatistics, count_statistics
+from pipeline.data.ingest.subsample import part_of_cells
+from pipeline.data.labels import missing
+from pipeline.data.loading.blocks import LABEL
 from pipeline.data.presence import GROUP, Presence
-from pipeline.data.sources import OpenSource, open_source
-from pipeline.data.split import SPLITS, label_counts, require_splits, split_cells
-from pipeline.data.statistics import CountStatistics, count_statistics
-from pipeline.data.validate import label_problems
-from pipeline.job import IngestConfig
-from pipeline.stage import InputError, StageContext
-from pipeline.stages.ingest_cache import cache_facts
-from pipeline.stages.ingest_presence import measured_genes, over_measured
-from scldm.library_size import LibrarySizes
-from scldm.vocabulary import LabelVocabulary, Vocabulary
+from pipeline.data.sources.open import OpenSource, open_source
+from pipeline.data.validation.checks import label_problems
+from pipeline.data.validation.obs_sums import sum_findings
+from scldm.data.library_size import LibrarySizes
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 
 # Above this, library sizes come from obs where it has them, and gene statistics from a sample of storage tiles.
 FULL_PASS_CELLS = 200_000

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cells.actor import Made, Tile
-from pipeline.cells.models import load_models
-from pipeline.real_cells_config import LogLikelihoodConfig
-from pipeline.stage import StageContext
-from pipeline.stages.cell_batches import Output, Pool, run_batches
+from pipeline.config.apply import LogLikelihoodConfig
+from pipeline.core.manifest import StageContext
+from pipeline.inference.applier import Made, Tile
+from pipeline.inference.apply_job import Output, Pool, run_batches
+from pipeline.inference.models import load_models
 
 
 class Maker:
@@ -31,7 +31,7 @@ class Maker:
         import torch
 
         from scldm.flow.config import SamplerConfig
-        from scldm.real_cells import latent_log_prob
+        from scldm.generation.real_cells import latent_log_prob
 
         with torch.no_grad():  # not inference_mode: the divergence of the flow is a gradient at these latents
             z = self.vae.vae.encode(tile.seen)

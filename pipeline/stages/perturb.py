@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.cells.actor import Made, Tile
-from pipeline.cells.models import check_target, latent_width, load_models, locate_models
-from pipeline.real_cells_config import PerturbConfig
-from pipeline.stage import StageContext
-from pipeline.stages.cell_batches import Output, Pool, run_batches
-from scldm.vocabulary import Vocabulary
+from pipeline.config.apply import PerturbConfig
+from pipeline.core.manifest import StageContext
+from pipeline.inference.applier import Made, Tile
+from pipeline.inference.apply_job import Output, Pool, run_batches
+from pipeline.inference.models import check_target, latent_width, load_models, locate_models
+from scldm.data.vocabulary import Vocabulary
 
 
 class Maker:
@@ -33,7 +33,7 @@ class Maker:
 
         from scldm.flow.config import SamplerConfig
         from scldm.flow.sampler import sample_latents
-        from scldm.real_cells import draw_sparse, fresh_noise, under_condition
+        from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
 
         target, obs = self._target(tile)
         sampler = SamplerConfig(**self.config.flow.model_dump(), guidance=self.config.guidance)

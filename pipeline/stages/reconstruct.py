@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cells.actor import Made, Tile
-from pipeline.cells.models import latent_width, load_models, locate_models
-from pipeline.real_cells_config import ReconstructConfig
-from pipeline.stage import InputError, StageContext
-from pipeline.stages.cell_batches import Output, Pool, run_batches
-from scldm.vocabulary import Vocabulary
+from pipeline.config.apply import ReconstructConfig
+from pipeline.core.manifest import InputError, StageContext
+from pipeline.inference.applier import Made, Tile
+from pipeline.inference.apply_job import Output, Pool, run_batches
+from pipeline.inference.models import latent_width, load_models, locate_models
+from scldm.data.vocabulary import Vocabulary
 
 MOST_DENSE_BYTES = 4 << 30  # of means in one shard
 
@@ -28,7 +28,7 @@ class Maker:
     def __call__(self, tile: Tile) -> Made:
         import torch
 
-        from scldm.real_cells import draw_sparse
+        from scldm.generation.real_cells import draw_sparse
 
         with torch.inference_mode():
             z = self.vae.vae.encode(tile.seen)

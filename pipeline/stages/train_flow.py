@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.job import TrainFlowConfig
-from pipeline.stage import StageContext
-from pipeline.stages.worker_spec import worker_spec
+from pipeline.config.job import TrainFlowConfig
+from pipeline.core.manifest import StageContext
+from pipeline.stages.training_spec import worker_spec
 from pipeline.training.trainer import fit
 
 

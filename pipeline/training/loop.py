@@ -12,26 +12,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.data.feed import feed
-from pipeline.data.order import FeedOrder
-from pipeline.faults import fault_point
-from pipeline.flops import mfu, peak_flops
-from pipeline.job import TrainConfig
-from pipeline.training.checkpoint import Position
-from pipeline.training.clock import StepClock
-from pipeline.training.curve import LOG_EVERY, TrainingCurve
-from pipeline.training.engine import Engine
-from pipeline.training.guard import StepGuard, StepLosses
-from pipeline.training.keeper import Keeper
-from pipeline.training.memory import MeanLoss, Memory
-from pipeline.training.notice import Notice, StopNotice
-from pipeline.training.pace import Pace
+from pipeline.config.job import TrainConfig
+from pipeline.core.faults import fault_point
+from pipeline.data.loading.feed import feed
+from pipeline.data.loading.order import FeedOrder
+from pipeline.training.checkpoints.manager import Keeper
+from pipeline.training.checkpoints.manifest import Position
+from pipeline.training.engine.deepspeed import Engine
+from pipeline.training.monitoring.metrics_log import LOG_EVERY, TrainingCurve
+from pipeline.training.monitoring.step_timer import StepClock
+from pipeline.training.monitoring.stragglers import Pace
+from pipeline.training.objectives.base import Objective
 from pipeline.training.prefetch import Ready, prefetch
 from pipeline.training.records import Run, Stopped, Trained
-from pipeline.training.room import memory_is_explained
-from pipeline.training.slices import Objective
-from pipeline.training.stopping import BestSoFar
-from pipeline.training.watchdog import Watchdog
+from pipeline.training.resilience.early_stopping import BestSoFar
+from pipeline.training.resilience.out_of_memory import memory_is_explained
+from pipeline.training.resilience.step_guard import StepGuard, StepLosses
+from pipeline.training.resilience.stop_signal import Notice, StopNotice
+from pipeline.training.resilience.watchdog import Watchdog
+from pipeline.training.state import MeanLoss, Memory
+from scldm.nn.flops import mfu, peak_flops
 from scldm.optim.adamw import adamw
 from scldm.optim.ema import EMA
 from scldm.optim.schedule import learning_rate_factor

@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.data.feed import FeedStep
-from pipeline.training.slices import Slice
+from pipeline.data.loading.feed import FeedStep
+from pipeline.training.objectives.base import Slice
 
 AHEAD = 1  # steps that wait, ready, on the device
 

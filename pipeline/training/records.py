@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.resources import CheckpointStorage
-from pipeline.training.clock import StepClock
-from pipeline.training.engine import Engine
-from pipeline.training.memory import Memory
-from pipeline.training.remote import Remote
+from pipeline.config.resources import CheckpointStorage
+from pipeline.training.checkpoints.remote import Remote
+from pipeline.training.engine.deepspeed import Engine
+from pipeline.training.monitoring.step_timer import StepClock
+from pipeline.training.state import Memory
 from scldm.optim.ema import EMA
 
 

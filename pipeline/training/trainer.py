@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.job import ResourcesConfig, TrainConfig
-from pipeline.preflight import feed_problems
-from pipeline.progress import ProgressReader
-from pipeline.resources import CheckpointStorage
-from pipeline.stage import InputError
-from pipeline.training.notice import STOP_FILE
-from pipeline.training.preemption import newest_step, node_goes_at, wait_until_gone
-from pipeline.training.remote import check_storage
-from pipeline.training.reservation import give_back, remember
-from pipeline.training.watchdog import FIRST
+from pipeline.config.job import ResourcesConfig, TrainConfig
+from pipeline.config.resources import CheckpointStorage
+from pipeline.core.manifest import InputError
+from pipeline.core.progress import ProgressReader
+from pipeline.training.checkpoints.remote import check_storage
+from pipeline.training.resilience.preemption import newest_step, node_goes_at, wait_until_gone
+from pipeline.training.resilience.reservation import give_back, remember
+from pipeline.training.resilience.stop_signal import STOP_FILE
+from pipeline.training.resilience.watchdog import FIRST
+from pipeline.workflow.preflight import feed_problems
 
 REFUSED = "refused"  # in place of facts, where no start of the workers can mend what the user must
 HOPELESS = "hopeless"  # in place of facts, where starting again would end the same: no failure that Ray may retry
@@ -33,9 +33,9 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs in every Ray Train worker; imports there, so that the driver stays light."""
     import ray.train
 
-    from pipeline.training.choice import CannotResume
-    from pipeline.training.guard import TrainingStopped
+    from pipeline.training.checkpoints.selection import CannotResume
     from pipeline.training.records import Stopped
+    from pipeline.training.resilience.step_guard import TrainingStopped
     from pipeline.training.worker import train_worker
 
     if ray.train.get_context().get_world_rank() == 0:
@@ -72,7 +72,7 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
             if REFUSED in facts:
                 raise InputError(facts[REFUSED])
             if HOPELESS in facts:
-                from pipeline.training.guard import TrainingStopped
+                from pipeline.training.resilience.step_guard import TrainingStopped
 
                 raise TrainingStopped(facts[HOPELESS])
             if STOPPED not in facts:

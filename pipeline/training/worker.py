@@ -19,28 +19,28 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from pipeline.data.ingested import Ingested
-from pipeline.faults import arm
-from pipeline.flops import dit_flops, vae_flops
-from pipeline.job import TrainFlowConfig, TrainVaeConfig
-from pipeline.resources import CheckpointStorage
-from pipeline.stage import InputError, Manifest
-from pipeline.system_metrics import node_metrics
-from pipeline.tracking import StageTracker
-from pipeline.training.choice import CannotResume
-from pipeline.training.flow_objective import FlowDraws, FlowObjective
-from pipeline.training.guard import TrainingStopped
-from pipeline.training.joint_run import VAE_FOLDERS, train_joint
+from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
+from pipeline.config.resources import CheckpointStorage
+from pipeline.core.faults import arm
+from pipeline.core.manifest import InputError, Manifest
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.tracking.system_metrics import node_metrics
+from pipeline.tracking.tracker import StageTracker
+from pipeline.training.checkpoints.remote import Remote
+from pipeline.training.checkpoints.selection import CannotResume
 from pipeline.training.loop import run_training
-from pipeline.training.notice import STOP_FILE
-from pipeline.training.objectives import VaeObjective, seen_seed, validation_tables
+from pipeline.training.objectives.dispersion import fit_dispersions
+from pipeline.training.objectives.flow import FlowDraws, FlowObjective
+from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation_tables
 from pipeline.training.records import Run, Stopped, Trained
-from pipeline.training.remote import Remote
-from pipeline.training.sources import flow_samples, latent_blocks, make_order
-from pipeline.training.theta import fit_dispersions
+from pipeline.training.resilience.step_guard import TrainingStopped
+from pipeline.training.resilience.stop_signal import STOP_FILE
+from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
+from pipeline.training.tasks.sources import flow_samples, latent_blocks, make_order
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
 from scldm.nn.dit import DiT
+from scldm.nn.flops import dit_flops, vae_flops
 from scldm.nn.vae import VAE
 
 STOPPED_EXIT = 75  # EX_TEMPFAIL: nothing is wrong, run again

@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scldm.data.library_size import LibrarySizes
+from scldm.data.vocabulary import Vocabulary
 from scldm.flow.config import PathConfig
-from scldm.library_size import LibrarySizes
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
-from scldm.vocabulary import Vocabulary
 
 FORMAT = 1
 

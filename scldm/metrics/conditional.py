@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 import scipy.sparse as sp
 
-from scldm.metrics import distances
 from scldm.metrics.cell_set import CLASSES, LABELS, CellSet, label_sets
+from scldm.metrics.distribution import distances
 from scldm.metrics.fold_change import log_fold_change, recovery, weighted_sum
 from scldm.metrics.score import Score
 from scldm.metrics.side import Side

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scldm.nn.fused_pooling import Heads
+from scldm.nn.kernels.fused_pooling import Heads
 
 
 @dataclass(frozen=True)

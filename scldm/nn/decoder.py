@@ -7,8 +7,8 @@ What keeps it affordable, exactly:
 * the head reads one or two numbers per gene, so the last matrix of the SwiGLU is folded into the head;
 * genes go through in tiles and, in training, are computed again in the backward pass: nothing of size b x g x d is
   kept;
-* where heads are narrow, as in small models, `scldm.nn.fused_decoder` does the same in fewer and larger products; on a
-  GPU, where asked for, `scldm.nn.triton_decoder` does it in one kernel.
+* where heads are narrow, as in small models, `fused_decoder` does the same in fewer and larger products; on a
+  GPU, where asked for, `scldm.nn.kernels.triton_decoder` does it in one kernel.
 
 Upstream's adaLN variant lets a condition of the cell modulate every norm, the gene queries' too, and its Gaussian head
 has a LayerNorm of its own: there the first two savings do not exist, and the plain tiles compute it.
@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scldm.nn import triton_decoder
 from scldm.nn.config import VAEConfig
-from scldm.nn.fused_decoder import decode_genes, folds
+from scldm.nn.kernels import triton_decoder
+from scldm.nn.kernels.fused_decoder import decode_genes, folds
 from scldm.nn.layers import Modulation, SelfAttentionBlock, SwiGLU, adaln, gated, merge_heads, modulated, split_heads
 
 TILE = 512  # genes; fits the caches of a CPU core at d = 32 .. 128

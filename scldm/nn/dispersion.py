@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.nn.likelihood import nb_nll
 from scldm.nn.vae import VAE
 

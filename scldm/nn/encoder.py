@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.nn.attention_tables import Attention
 from scldm.nn.config import VAEConfig
-from scldm.nn.fused_pooling import Entries
 from scldm.nn.inputs import Tokens, count_input
+from scldm.nn.kernels.fused_pooling import Entries
+from scldm.nn.kernels.pooling import pool_cells, pool_padded
 from scldm.nn.layers import SelfAttentionBlock, SwiGLU, merge_heads, split_heads
-from scldm.nn.pooling import pool_cells, pool_padded
 
 
 class Encoder(nn.Module):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from scldm.nn.attention_tables import Attention
-from scldm.nn.fused_pooling import Entries, pool_tables
+from scldm.nn.kernels.fused_pooling import Entries, pool_tables
 
 N_BINS, BIN_HIDDEN, COUNT_HIDDEN = 10, 64, 32  # the first two are upstream's
 COUNT_STD = 0.1  # of the last layer's weights at the start, count-aware

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scldm.batch import CellBatch
-from scldm.nn.nb_sparse import EPS, sparse_nb_nll
+from scldm.data.batch import CellBatch
+from scldm.nn.kernels.nb_sparse import EPS, sparse_nb_nll
 
 
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.nn.config import ScviConfig
 from scldm.nn.likelihood import nb_nll
 from scldm.nn.vae import CountDistribution

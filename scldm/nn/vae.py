@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.nn.config import VAEConfig
 from scldm.nn.decoder import Decoder
 from scldm.nn.encoder import Encoder

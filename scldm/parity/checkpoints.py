@@ -19,17 +19,17 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from scldm.batch import CellBatch
-from scldm.checkpoints.convert import convert_upstream
-from scldm.checkpoints.gene_list import read_genes
+from scldm.checkpoints.convert.convert import convert_upstream
+from scldm.checkpoints.convert.gene_list import read_genes
 from scldm.checkpoints.native import load_flow, load_vae
-from scldm.checkpoints.untrusted import ForeignCheckpoint, read_checkpoint
+from scldm.checkpoints.untrusted.reader import ForeignCheckpoint, read_checkpoint
+from scldm.data.batch import CellBatch
+from scldm.data.vocabulary import Vocabulary
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE, CountDistribution
 from scldm.parity.case import Case, CaseError
 from scldm.parity.ledger import Ledger
 from scldm.parity.tolerance import EXACT, SINGLE
-from scldm.vocabulary import Vocabulary
 
 KEYS = "state_dict_keys.json"  # a copy of what the description says
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scldm.checkpoints.upstream_names import dit_key, dit_state_from_upstream
+from scldm.checkpoints.upstream.names_dit import dit_key, dit_state_from_upstream
 from scldm.flow.guidance import guided_prediction
 from scldm.nn.config import DiTConfig
 from scldm.nn.dit import DiT, sincos_positions, time_frequencies

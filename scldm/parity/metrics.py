@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scldm.metrics import upstream as u
-from scldm.metrics.distances import CFGEN_SIGMAS
+from scldm.metrics.distribution.distances import CFGEN_SIGMAS
 from scldm.parity.case import Case
 from scldm.parity.ledger import Ledger
 from scldm.parity.tolerance import Tolerance

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from scldm.batch import CellBatch
-from scldm.checkpoints.upstream_scvi import scvi_key, scvi_state_from_upstream
+from scldm.checkpoints.upstream.names_scvi import scvi_key, scvi_state_from_upstream
+from scldm.data.batch import CellBatch
 from scldm.nn.config import ScviConfig
 from scldm.nn.likelihood import nb_log_prob
 from scldm.nn.scvi import ScviVAE

@@ -1,4 +1,4 @@
-"""Upstream's tokeniser and its splits, draw for draw, to compare with what it recorded; ours is `scldm.gene_sampling`.
+"""Upstream's tokeniser and its splits, draw for draw, to compare with what it recorded; ours is `gene_sampling`.
 
 Two of its faults are kept: `expressed_zero` takes genes without a count first, and `weighted` divides the counts of the
 data's genes by the means of the vocabulary's, which are in another order.
@@ -13,7 +13,7 @@ from typing import get_args
 
 import numpy as np
 
-from scldm.genes_seen import GeneMode
+from scldm.data.genes_seen import GeneMode
 
 PAD = 0  # upstream's token of a gene that is unknown or absent; genes count from 1
 

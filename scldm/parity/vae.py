@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from scldm.batch import CellBatch
-from scldm.checkpoints.upstream_config import vae_config_from_upstream
-from scldm.checkpoints.upstream_vae import vae_key, vae_state_from_upstream
+from scldm.checkpoints.upstream.config import vae_config_from_upstream
+from scldm.checkpoints.upstream.names_vae import vae_key, vae_state_from_upstream
+from scldm.data.batch import CellBatch
 from scldm.nn.likelihood import nb_log_prob
 from scldm.nn.vae import VAE, CountDistribution, ExpressionDistribution
 from scldm.parity.case import Case, CaseError

@@ -7,7 +7,7 @@ import signal
 import pytest
 from mlflow_server import Proxy, Server
 
-from pipeline import tracking
+from pipeline.tracking import tracker as tracking
 
 
 @pytest.fixture(scope="session")

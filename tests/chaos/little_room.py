@@ -52,8 +52,8 @@ def main(address: str, spill: Path, workers: int, block: int) -> None:
     """Each worker has an execution of Ray Data of its own, as in training."""
     import ray
 
-    from pipeline.data.feed import feed
-    from pipeline.data.order import FeedOrder
+    from pipeline.data.loading.feed import feed
+    from pipeline.data.loading.order import FeedOrder
 
     ray.init(address=address, log_to_driver=False)
     source = WideSource()

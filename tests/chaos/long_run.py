@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from toy_training import FEED, Toy, cells
 
-from pipeline.data.order import FeedOrder
-from pipeline.tracking import StageTracker
-from pipeline.train_config import TrainConfig
+from pipeline.config.train import TrainConfig
+from pipeline.data.loading.order import FeedOrder
+from pipeline.tracking.tracker import StageTracker
 from pipeline.training.loop import Training, run_training
 from pipeline.training.records import Run
 from scldm.flow.config import EMAConfig

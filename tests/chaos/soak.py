@@ -31,12 +31,12 @@ from mlflow_server import Server
 from raylets import RealCluster, kill_tree, wait_for
 from soak_ledger import Ledger
 
-from pipeline.mlflow_runs.client import mlflow_client
-from pipeline.mlflow_runs.sync import sync
-from pipeline.provenance import read_ids
-from pipeline.stage import newest_manifest
-from pipeline.training.checkpoint import newest
-from pipeline.training.preemption import newest_step
+from pipeline.core.manifest import newest_manifest
+from pipeline.tracking.mlflow_runs.client import mlflow_client
+from pipeline.tracking.provenance import read_ids
+from pipeline.tracking.sync import sync
+from pipeline.training.checkpoints.manifest import newest
+from pipeline.training.resilience.preemption import newest_step
 
 HERE = Path(__file__).resolve().parent
 BATCH, EVERY, DRIVER_SHARE, STOPPED = 64, 20, 0.2, 128 + signal.SIGTERM

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from generation_case import write_inputs
 
-from pipeline.stage import newest_manifest, write_manifest
+from pipeline.core.manifest import newest_manifest, write_manifest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]

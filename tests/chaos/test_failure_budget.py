@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.faults import VARIABLE
-from pipeline.mlflow_runs.client import mlflow_client
-from pipeline.provenance import read_ids
-from pipeline.training.checkpoint import newest
+from pipeline.core.faults import VARIABLE
+from pipeline.tracking.mlflow_runs.client import mlflow_client
+from pipeline.tracking.provenance import read_ids
+from pipeline.training.checkpoints.manifest import newest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ import pytest
 from generation_case import generate, hashes, write_inputs
 from raylets import RealCluster, wait_for
 
-from pipeline.faults import VARIABLE
+from pipeline.core.faults import VARIABLE
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 ASKED = {"cells": [{"cell_type": "T", "n_cells": 150}, {"donor": "d1", "n_cells": 90}], "shard_size": 30, "seed": 3}
@@ -23,8 +23,8 @@ import json, sys
 from pathlib import Path
 import ray
 from generation_case import generate
-from pipeline.job import ResourcesConfig
-from pipeline.stage import Manifest
+from pipeline.config.job import ResourcesConfig
+from pipeline.core.manifest import Manifest
 from pipeline.stages.generate import ray_pool
 folder, inputs, asked = json.loads(sys.argv[1])
 ray.init(address=sys.argv[2], log_to_driver=False)

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from recovery import Recoveries
 
-from pipeline.config_io import load_job
-from pipeline.runner import run_job
-from pipeline.stage import newest_manifest
+from pipeline.config.io.loader import load_job
+from pipeline.core.manifest import newest_manifest
+from pipeline.workflow.runner import run_job
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 STEPS, TIMEOUT = 160, 40  # a loaded machine may take half a minute to its first step

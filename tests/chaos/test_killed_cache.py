@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import materialise
-from pipeline.fault_points import POINTS
-from pipeline.faults import VARIABLE
-from pipeline.job import IngestConfig
-from pipeline.stage import StageContext
+from pipeline.config.job import IngestConfig
+from pipeline.core.fault_points import POINTS
+from pipeline.core.faults import VARIABLE
+from pipeline.core.manifest import StageContext
+from pipeline.data.loading import cache_writer as materialise
 from pipeline.stages import ingest
 
 pytestmark = pytest.mark.chaos

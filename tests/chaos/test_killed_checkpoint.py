@@ -30,8 +30,8 @@ from recorded_toy import (
     two_saves,
 )
 
-from pipeline.fault_points import POINTS
-from pipeline.training.checkpoint import newest
+from pipeline.core.fault_points import POINTS
+from pipeline.training.checkpoints.manifest import newest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.row("C1")]
 HANDFUL = (

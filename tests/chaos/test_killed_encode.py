@@ -14,11 +14,11 @@ import pytest
 import torch
 from small_job import MODEL, ingest_small
 
-from pipeline.data.ingested import Ingested
-from pipeline.fault_points import POINTS
-from pipeline.faults import VARIABLE
-from pipeline.job import EncodeConfig, ResourcesConfig
-from pipeline.stage import Manifest, StageContext
+from pipeline.config.job import EncodeConfig, ResourcesConfig
+from pipeline.core.fault_points import POINTS
+from pipeline.core.faults import VARIABLE
+from pipeline.core.manifest import Manifest, StageContext
+from pipeline.data.ingest.dataset import Ingested
 from pipeline.stages import encode
 from scldm.checkpoints.native import save_vae
 from scldm.nn.config import VAEConfig

@@ -18,12 +18,12 @@ from generation_case import REFUSED, generate, hashes, run_in_process, write_inp
 from recovery import Recoveries
 
 import scldm
-from pipeline.fault_points import POINTS
-from pipeline.faults import VARIABLE
-from pipeline.job import ResourcesConfig
-from pipeline.stage import InputError
+from pipeline.config.job import ResourcesConfig
+from pipeline.core.fault_points import POINTS
+from pipeline.core.faults import VARIABLE
+from pipeline.core.manifest import InputError
 from pipeline.stages.generate import ray_pool
-from scldm.cells import CellsError
+from scldm.cells.cells import CellsError
 
 pytestmark = pytest.mark.chaos
 KILLED = -signal.SIGKILL

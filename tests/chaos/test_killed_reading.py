@@ -26,11 +26,11 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
-from pipeline.data.blocks import SomaBlocks, SomaReader
-from pipeline.data.feed import feed
-from pipeline.data.order import FeedOrder
-from pipeline.data.ragged import Entries, assemble
-from pipeline.data.soma_write import write_experiment
+from pipeline.data.loading.blocks import SomaBlocks, SomaReader
+from pipeline.data.loading.feed import feed
+from pipeline.data.loading.order import FeedOrder
+from pipeline.data.soma.assemble import Entries, assemble
+from pipeline.data.soma.write import write_experiment
 
 pytestmark = pytest.mark.chaos
 N, G, TILE, LANES, BATCH, STOP = 2000, 20, 64, 4, 48, 100  # steps: two epochs and a bit

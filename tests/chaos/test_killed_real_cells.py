@@ -12,7 +12,7 @@ import pytest
 from cell_stages import models, run_stage, write_soma
 
 import scldm
-from pipeline.faults import VARIABLE
+from pipeline.core.faults import VARIABLE
 
 pytestmark = pytest.mark.chaos
 

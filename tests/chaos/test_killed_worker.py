@@ -16,9 +16,9 @@ import yaml
 from recovery import Recoveries
 from safetensors.torch import load_file
 
-from pipeline.config_io import load_job
-from pipeline.runner import run_job
-from pipeline.stage import newest_manifest
+from pipeline.config.io.loader import load_job
+from pipeline.core.manifest import newest_manifest
+from pipeline.workflow.runner import run_job
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]  # two fits under Ray; kills at exact steps: tests/multiprocess
 JOB = {

@@ -12,10 +12,10 @@ import time
 import pytest
 from tracked_training import STEPS, Trained, open_driver, synced, train
 
-from pipeline.mlflow_runs.client import mlflow_client
-from pipeline.provenance import read_ids
-from pipeline.spool import SpooledWriter
-from pipeline.tracking import StageTracker
+from pipeline.tracking.mlflow_runs.client import mlflow_client
+from pipeline.tracking.provenance import read_ids
+from pipeline.tracking.spool import SpooledWriter
+from pipeline.tracking.tracker import StageTracker
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("patience")]
 

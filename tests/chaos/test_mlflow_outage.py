@@ -15,9 +15,9 @@ import pytest
 from mlflow_server import Proxy, free_port
 from tracked_training import STEPS, all_is_there, synced, train
 
-from pipeline.mlflow_runs.client import mlflow_client
-from pipeline.mlflow_runs.sync import sync
-from pipeline.provenance import read_ids
+from pipeline.tracking.mlflow_runs.client import mlflow_client
+from pipeline.tracking.provenance import read_ids
+from pipeline.tracking.sync import sync
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("patience")]
 

@@ -14,8 +14,8 @@ import yaml
 from raylets import RealCluster, kill_tree, wait_for
 from recovery import Recoveries
 
-from pipeline.stage import newest_manifest
-from pipeline.training.checkpoint import Found, committed
+from pipeline.core.manifest import newest_manifest
+from pipeline.training.checkpoints.manifest import Found, committed
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1500)]
 EVERY, PATIENCE_S = 25, 400

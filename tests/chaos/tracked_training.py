@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.job import EvaluateJob, TrackingConfig
-from pipeline.mlflow_runs.client import mlflow_client
-from pipeline.mlflow_runs.sync import sync
-from pipeline.provenance import read_ids
-from pipeline.stage import Manifest, write_manifest
-from pipeline.tracking import StageTracker, Tracking
+from pipeline.config.job import EvaluateJob, TrackingConfig
+from pipeline.core.manifest import Manifest, write_manifest
+from pipeline.tracking.mlflow_runs.client import mlflow_client
+from pipeline.tracking.provenance import read_ids
+from pipeline.tracking.sync import sync
+from pipeline.tracking.tracker import StageTracker, Tracking
 
 STEPS = 200
 STEP_SECONDS = 0.005

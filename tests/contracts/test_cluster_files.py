@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config_io import load_job
-from pipeline.training.notice import LOOK_EVERY
+from pipeline.config.io.loader import load_job
+from pipeline.training.resilience.stop_signal import LOOK_EVERY
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -168,7 +168,7 @@ def test_a_jobs_workers_fit_the_cluster_that_it_names(path):
 
 @pytest.mark.parametrize("family", ["census", "dentate_gyrus", "tabula_muris", "hlca", "parse1m", "replogle"])
 def test_a_family_has_every_stage_under_one_name_and_a_cluster(family):
-    from pipeline.job import STAGES
+    from pipeline.config.job import STAGES
 
     jobs = {s: load_job(ROOT / "jobs" / family / f"{s}.yaml") for s in STAGES}
     assert {j.kind for j in jobs.values()} == set(STAGES)
@@ -178,7 +178,7 @@ def test_a_family_has_every_stage_under_one_name_and_a_cluster(family):
 
 @pytest.mark.parametrize(("family", "preset"), [("dentate_gyrus", "dentate_gyrus"), ("census", "census_70m")])
 def test_a_family_has_the_sizes_of_its_preset(family, preset):
-    from scldm.presets import preset as named
+    from scldm.api.presets import preset as named
 
     found = named(preset)
     vae = load_job(ROOT / "jobs" / family / "train_vae.yaml").model

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.config_reference import numbers, reference, undescribed
-from pipeline.config_units import UNITS
+from pipeline.cli.app import app
+from pipeline.config.io.reference import numbers, reference, undescribed
+from pipeline.config.io.units import UNITS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -24,7 +24,7 @@ def test_every_setting_has_a_meaning():
 
 def test_every_number_has_a_unit():
     lacking = sorted({f"{path} ({name})" for path, name in numbers() if name not in UNITS})
-    assert not lacking, 'add it to pipeline/config_units.py; "1" if it has none'
+    assert not lacking, 'add it to pipeline/config/io/units.py; "1" if it has none'
 
 
 def test_a_setting_is_shown_with_type_default_unit_and_meaning():

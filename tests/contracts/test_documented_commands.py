@@ -13,9 +13,9 @@ import click
 import pytest
 import typer
 
-from pipeline.cli import app
-from pipeline.config_io import apply_overrides, read_raw, validate
-from pipeline.stage import InputError
+from pipeline.cli.app import app
+from pipeline.config.io.loader import apply_overrides, read_raw, validate
+from pipeline.core.manifest import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,10 +75,10 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def made_by_init(tmp_path_factory):
     """A job as `scldm init screen.h5ad --label cell_type --label cytokine` writes it."""
-    from pipeline.init_choices import choose
-    from pipeline.init_job import job_text
-    from pipeline.init_labels import choose_labels
-    from pipeline.init_look import Looked
+    from pipeline.cli.init.defaults import choose
+    from pipeline.cli.init.inspect import Looked
+    from pipeline.cli.init.labels import choose_labels
+    from pipeline.cli.init.render import job_text
 
     profile = {"kind": "classes", "n_missing": 0, "n_classes": 3, "smallest": 50, "middle": 90, "largest": 100}
     columns = {name: {**profile, "same_as": None} for name in ("cell_type", "cytokine")}

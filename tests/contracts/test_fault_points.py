@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from pipeline.fault_points import POINTS
+from pipeline.core.fault_points import POINTS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config_io import load_job
-from pipeline.job import STAGES, stage_configs
+from pipeline.config.io.loader import load_job
+from pipeline.config.job import STAGES, stage_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))

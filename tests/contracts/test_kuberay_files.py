@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config_io import load_job
-from pipeline.submitting import STOP_WAIT_SECONDS
+from pipeline.cluster.submit import STOP_WAIT_SECONDS
+from pipeline.config.io.loader import load_job
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "cluster" / "kuberay").glob("*.yaml"))

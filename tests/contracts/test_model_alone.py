@@ -41,9 +41,9 @@ assert model.encode(adata).obsm["X_scldm"].shape == (80, 12)
 cells = model.generate({{"cell_type": "B"}}, n=80)
 assert cells.shape == model.reconstruct(adata).shape == (80, 6)
 assert model.log_likelihood(adata, flow=True).notna().all().all()
-import scldm.scoring
+import scldm.api.scoring
 scldm.Model.from_pretrained(model.save_pretrained(root / "saved"))
-import scldm.checkpoints.convert, scldm.cells, scldm.parity.registry, scldm.presets
+import scldm.checkpoints.convert.convert, scldm.cells.cells, scldm.parity.registry, scldm.api.presets
 """
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import edits
 
-from pipeline.config_io import apply_overrides, read_raw, validate
-from pipeline.data.anndata import read_h5ad
-from pipeline.data.examine import Question, examine
-from pipeline.data.tenx import read_10x
-from pipeline.data.validate import CellTables, checked
-from pipeline.job import H5adSource, TenxSource
-from pipeline.stage import InputError
+from pipeline.config.io.loader import apply_overrides, read_raw, validate
+from pipeline.config.job import H5adSource, TenxSource
+from pipeline.core.manifest import InputError
+from pipeline.data.inspection.examine import Question, examine
+from pipeline.data.sources.h5ad import read_h5ad
+from pipeline.data.sources.tenx import read_10x
+from pipeline.data.validation.checks import CellTables, checked
 
 LABELS = ("cell_type",)
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from small_models import CELL_TYPES, DONORS, write_flow, write_vae
 
-from pipeline.config_io import load_job, resolved_yaml
-from pipeline.training import checkpoint
-from pipeline.training.shards import shard_name, write_tensors
-from scldm.batch import CellBatch
+from pipeline.config.io.loader import load_job, resolved_yaml
+from pipeline.training.checkpoints import manifest as checkpoint
+from pipeline.training.engine.state_files import shard_name, write_tensors
 from scldm.checkpoints.native import load_flow, load_vae
+from scldm.data.batch import CellBatch
 
 HERE = Path(__file__).resolve().parent
 COUNTS = [[3, 0, 1, 0, 7, 2], [0, 5, 0, 1, 0, 40], [1, 1, 1, 1, 1, 1]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from decoder_case import Case, assert_near, outputs_and_gradients
 
-from scldm.nn import fused_decoder, triton_decoder
+from scldm.nn.kernels import fused_decoder, triton_decoder
 
 pytestmark = [
     pytest.mark.gpu,

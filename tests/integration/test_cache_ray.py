@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.data import materialise as writer
-from pipeline.data import statistics
-from pipeline.data.cache import CacheBlocks
-from pipeline.data.feed import feed
-from pipeline.data.ingested import Ingested
-from pipeline.data.materialise import Cells, materialise
-from pipeline.data.order import FeedOrder
-from pipeline.job import IngestConfig
-from pipeline.stage import InputError, Manifest, StageContext
+from pipeline.config.job import IngestConfig
+from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.data.ingest import statistics
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.loading import cache_writer as writer
+from pipeline.data.loading.cache import CacheBlocks
+from pipeline.data.loading.cache_writer import Cells, materialise
+from pipeline.data.loading.feed import feed
+from pipeline.data.loading.order import FeedOrder
 from pipeline.stages import ingest
 
 pytestmark = pytest.mark.integration
@@ -70,7 +70,7 @@ def test_ray_and_one_process_write_the_same_bytes(ingested, tmp_path, monkeypatc
 
 
 def test_a_problem_in_a_task_reaches_the_user_as_it_is(ingested, tmp_path, monkeypatch):
-    from pipeline.cluster import root_cause
+    from pipeline.cluster.connect import root_cause
 
     monkeypatch.setattr(writer, "SHARD_ROWS", 2048)
     cells = Cells(ingested.all_blocks(), ingested.cells["library_size"].to_numpy(np.float32) + 1, {}, 20.0)

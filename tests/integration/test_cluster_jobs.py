@@ -21,8 +21,8 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.stage import newest_manifest
-from pipeline.training.checkpoint import committed
+from pipeline.core.manifest import newest_manifest
+from pipeline.training.checkpoints.manifest import committed
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.data.feed import feed
-from pipeline.data.ingested import Ingested
-from pipeline.data.order import FeedOrder
-from pipeline.job import IngestConfig
-from pipeline.stage import Manifest, StageContext
+from pipeline.config.job import IngestConfig
+from pipeline.core.manifest import Manifest, StageContext
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.loading.feed import feed
+from pipeline.data.loading.order import FeedOrder
 from pipeline.stages import ingest
 
 pytestmark = pytest.mark.integration
@@ -51,7 +51,7 @@ def test_ray_and_local_feeds_are_identical(ray_cluster, source, world_size):
 
 
 def test_encode_reads_every_cell_once_in_storage_order(ray_cluster, source):
-    from pipeline.data.datasource import blocks_dataset, storage_blocks
+    from pipeline.data.loading.ray_source import blocks_dataset, storage_blocks
 
     source = replace(source, tile=64)
     blocks = storage_blocks(source, block_rows=128)

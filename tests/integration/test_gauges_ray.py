@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.gauges import Gauges
+from pipeline.core.prometheus import Gauges
 
 pytestmark = [pytest.mark.integration]
 
@@ -37,7 +37,7 @@ def test_a_number_that_a_worker_says_is_served_to_prometheus_with_its_run(ray_cl
 
 
 def test_a_process_that_has_no_ray_does_not_load_it_to_say_a_number():
-    say = "import sys; from pathlib import Path; from pipeline.gauges import Gauges; "
+    say = "import sys; from pathlib import Path; from pipeline.core.prometheus import Gauges; "
     say += (
         "g = Gauges(Path('/runs/demo/train_vae/1')); g.set({'train/loss': 1.0}); print(g._gauges, 'ray' in sys.modules)"
     )

@@ -10,9 +10,9 @@ import scipy.sparse as sp
 from typer.testing import CliRunner
 
 import scldm
-from pipeline.cli import app
-from pipeline.job import STAGES
-from pipeline.stage import newest_manifest
+from pipeline.cli.app import app
+from pipeline.config.job import STAGES
+from pipeline.core.manifest import newest_manifest
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 TYPES = ("B cell", "T cell", "monocyte")

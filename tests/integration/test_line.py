@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.config_io import load_job
-from pipeline.job import STAGES
-from pipeline.runner import run_job
-from pipeline.stage import InputError, newest_manifest
+from pipeline.config.io.loader import load_job
+from pipeline.config.job import STAGES
+from pipeline.core.manifest import InputError, newest_manifest
+from pipeline.workflow.runner import run_job
 
 pytestmark = pytest.mark.integration
 
@@ -143,7 +143,7 @@ def test_an_unknown_class_is_said_before_anything_runs(line):
 
 
 def test_mlflow_holds_a_parent_run_and_a_child_for_every_stage(line):
-    from pipeline.tracking import mlflow_client
+    from pipeline.tracking.tracker import mlflow_client
 
     _, folder, _ = line
     client = mlflow_client(f"sqlite:///{folder.parent / 'mlflow.db'}")

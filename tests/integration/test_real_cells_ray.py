@@ -10,10 +10,10 @@ from cell_stages import models, write_soma
 from typer.testing import CliRunner
 
 import scldm
-from pipeline.cli import app
-from pipeline.config_io import load_job
-from pipeline.runner import run_job
-from pipeline.stage import newest_manifest
+from pipeline.cli.app import app
+from pipeline.config.io.loader import load_job
+from pipeline.core.manifest import newest_manifest
+from pipeline.workflow.runner import run_job
 
 pytestmark = pytest.mark.integration
 

@@ -14,15 +14,15 @@ import pytest
 from generation_case import generate, write_inputs
 from typer.testing import CliRunner
 
-from pipeline import tracking
-from pipeline.cli import app
-from pipeline.comparison.records import StageRecord
-from pipeline.job import EvaluateJob
-from pipeline.mlflow_runs.client import mlflow_client
-from pipeline.mlflow_runs.fetch import of_run
-from pipeline.provenance import read_ids
-from pipeline.stage import Manifest, write_manifest
-from pipeline.tracking import Tracking
+from pipeline.cli.app import app
+from pipeline.config.job import EvaluateJob
+from pipeline.core.manifest import Manifest, write_manifest
+from pipeline.tracking import tracker as tracking
+from pipeline.tracking.comparison.fetch import of_run
+from pipeline.tracking.comparison.records import StageRecord
+from pipeline.tracking.mlflow_runs.client import mlflow_client
+from pipeline.tracking.provenance import read_ids
+from pipeline.tracking.tracker import Tracking
 
 pytestmark = pytest.mark.integration
 CELLS = [{"cell_type": "B", "donor": "d_2", "n_cells": 3}, {"cell_type": None, "donor": "d1", "n_cells": 2}]

@@ -1,6 +1,6 @@
 """Training ranks as processes that start in a second: forked from a server that has imported everything once.
 
-Each runs the entry point that torchrun runs, with the faults of `pipeline.faults` that a test names. Every micro batch
+Each runs the entry point that torchrun runs, with the faults of `faults` that a test names. Every micro batch
 that a rank trains on is written down, so that a test can say which cells were seen how often.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.faults import VARIABLE, arm
+from pipeline.core.faults import VARIABLE, arm
 
 HERE = Path(__file__).resolve().parent
 # The server of Python 3.11 knows no path but that of the environment, and passes in silence over what it cannot import.
@@ -88,7 +88,7 @@ def _rank(
     }  # fmt: skip
     os.environ[VARIABLE] = fault
     arm()
-    from pipeline.training.objectives import VaeObjective
+    from pipeline.training.objectives.vae import VaeObjective
 
     write_down_cells(VaeObjective, folder / f"cells-{attempt}-{rank}.jsonl")
     work(folder)
@@ -111,7 +111,7 @@ def mad_clocks(folder: Path) -> None:
 
 def starved(folder: Path) -> None:
     """Training where a rank may take ROOM bytes more than it has when it comes to its first loss."""
-    from pipeline.training.objectives import VaeObjective
+    from pipeline.training.objectives.vae import VaeObjective
 
     original = VaeObjective.loss
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from ranks import cells_by_step, start, times_begun, write_down_cells
 
-from pipeline.fault_points import POINTS
-from pipeline.faults import arm, passed
-from pipeline.tracking import NullTracker
+from pipeline.core.fault_points import POINTS
+from pipeline.core.faults import arm, passed
+from pipeline.tracking.tracker import NullTracker
 
 STEPS, EVERY, WORKERS = 40, 4, 2
 NEVER = 1_000_000
@@ -44,7 +44,7 @@ def work(folder: Path) -> None:
 
 def two_saves(folder: Path) -> None:
     """The same for two checkpoints, both copied; each rank writes down how often it passed every point."""
-    from pipeline.training.keeper import Keeper
+    from pipeline.training.checkpoints.manager import Keeper
 
     save = Keeper.save
 
@@ -73,12 +73,12 @@ def slow_worker(folder: Path) -> None:
 def _train(folder: Path, steps: int, harm: Any = None) -> int:
     from toy_training import FEED, Toy, cells
 
-    from pipeline.data.order import FeedOrder
-    from pipeline.resources import CheckpointStorage
-    from pipeline.train_config import TrainConfig
+    from pipeline.config.resources import CheckpointStorage
+    from pipeline.config.train import TrainConfig
+    from pipeline.data.loading.order import FeedOrder
+    from pipeline.training.checkpoints.remote import Remote
     from pipeline.training.loop import run_training
     from pipeline.training.records import Run
-    from pipeline.training.remote import Remote
     from scldm.flow.config import EMAConfig
 
     torch.set_num_threads(1)

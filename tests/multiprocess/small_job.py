@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.job import IngestConfig, TrainVaeConfig
-from pipeline.stage import Manifest, StageContext
+from pipeline.config.job import IngestConfig, TrainVaeConfig
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.stages import ingest
 
 STEPS, EVERY = 12, 4

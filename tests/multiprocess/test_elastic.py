@@ -12,7 +12,7 @@ import pytest
 from elastic_toy import FIRST_STOP, SECOND_STOP, SETTINGS
 from ranks import start
 
-from pipeline.training.checkpoint import newest
+from pipeline.training.checkpoints.manifest import newest
 
 pytestmark = pytest.mark.multiprocess
 

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.data.ingested import Ingested
-from pipeline.job import IngestConfig, TrainFlowConfig
-from pipeline.stage import Manifest, StageContext
+from pipeline.config.job import IngestConfig, TrainFlowConfig
+from pipeline.core.manifest import Manifest, StageContext
+from pipeline.data.ingest.dataset import Ingested
 from pipeline.stages import ingest
 from scldm.checkpoints.native import load_flow, load_vae, save_vae
-from scldm.generate import check_pair
+from scldm.generation.cell_maker import check_pair
 from scldm.nn.config import VAEConfig
 from scldm.nn.vae import VAE
 

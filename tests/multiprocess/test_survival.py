@@ -16,8 +16,8 @@ from ranks import KILLED, REFUSED, STOPPED, cells_by_step, mad_clocks, run, star
 from safetensors.torch import load_file
 from small_job import EVERY, STEPS, ingest_small, spec_of
 
-from pipeline.stage import Manifest
-from pipeline.training.checkpoint import newest, read
+from pipeline.core.manifest import Manifest
+from pipeline.training.checkpoints.manifest import newest, read
 
 pytestmark = pytest.mark.multiprocess
 # They shift what goes into a softmax, which does not see it: their gradient is rounding, and Adam makes that large.

@@ -18,10 +18,10 @@ from ranks import train
 from safetensors.torch import load_file
 from small_job import STEPS, ingest_small, spec_of
 
-from pipeline.gauges import gauge_name
-from pipeline.stage import Manifest
-from pipeline.training.checkpoint import newest, verify
-from pipeline.training.objectives import seen_seed
+from pipeline.core.manifest import Manifest
+from pipeline.core.prometheus import gauge_name
+from pipeline.training.checkpoints.manifest import newest, verify
+from pipeline.training.objectives.vae import seen_seed
 
 pytestmark = pytest.mark.multiprocess
 KEEP = {"keep_last": 3}

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.data.feed import feed
-from pipeline.data.order import FeedOrder
-from pipeline.tracking import NullTracker
-from pipeline.train_config import TrainConfig
-from pipeline.training.guard import TrainingStopped
+from pipeline.config.train import TrainConfig
+from pipeline.data.loading.feed import feed
+from pipeline.data.loading.order import FeedOrder
+from pipeline.tracking.tracker import NullTracker
 from pipeline.training.loop import run_training
 from pipeline.training.records import Run
+from pipeline.training.resilience.step_guard import TrainingStopped
 from scldm.flow.config import EMAConfig
 from scldm.optim.schedule import learning_rate_factor
 

@@ -11,7 +11,7 @@ import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 import torch
 
-import pipeline.data.soma
+import pipeline.data.soma.store
 import pipeline.training.worker  # noqa: F401
 
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # brings in torch's compiler, which it only asks for its state

@@ -13,11 +13,11 @@ import pandas as pd
 import scipy.sparse as sp
 from small_models import CELL_TYPES, DONORS, GENES, write_flow, write_vae
 
-from pipeline.cells.actor import RowsActor
-from pipeline.data.soma_write import write_experiment
-from pipeline.job import STAGE_CONFIGS
-from pipeline.resources import ResourcesConfig
-from pipeline.stage import Manifest, StageContext, write_manifest
+from pipeline.config.job import STAGE_CONFIGS
+from pipeline.config.resources import ResourcesConfig
+from pipeline.core.manifest import Manifest, StageContext, write_manifest
+from pipeline.data.soma.write import write_experiment
+from pipeline.inference.applier import RowsActor
 
 TRACKER = SimpleNamespace(metrics=lambda values, step: None)
 

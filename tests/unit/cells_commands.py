@@ -11,7 +11,7 @@ import pandas as pd
 from cell_stages import models, run_stage, write_soma
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 
 
 def reconstructed(root):

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.training.checkpoint import SCHEMA, Position, sha256_of
+from pipeline.training.checkpoints.manifest import SCHEMA, Position, sha256_of
 
 POSITION = Position(step=4, epoch=0, offset=4, world_size=2, config_hash="a", zero_stage=1)
 

@@ -99,7 +99,7 @@ def _multiply_bfloat16_as_a_gpu_does() -> None:
 
 
 if __name__ == "__main__":
-    from scldm.nn.triton_decoder import decode_genes
+    from scldm.nn.kernels.triton_decoder import decode_genes
 
     _multiply_bfloat16_as_a_gpu_does()
     asked = torch.load(sys.argv[1], weights_only=False)

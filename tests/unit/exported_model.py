@@ -14,10 +14,10 @@ from small_models import write_flow, write_vae
 from torch import Tensor
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from scldm.checkpoints import convert
-from scldm.checkpoints.export_upstream import export_upstream
-from scldm.checkpoints.untrusted import ForeignCheckpoint
+from pipeline.cli.app import app
+from scldm.checkpoints.convert import convert
+from scldm.checkpoints.convert.export import export_upstream
+from scldm.checkpoints.untrusted.reader import ForeignCheckpoint
 
 
 def run(checkpoint: Path, config: Path, out: Path, *options: object) -> Result:

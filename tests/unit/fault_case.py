@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from h5ad_cases import look, told
 
-from pipeline.job import IngestConfig
-from pipeline.stage import InputError, StageContext
+from pipeline.config.job import IngestConfig
+from pipeline.core.manifest import InputError, StageContext
 from pipeline.stages import ingest
 
 

@@ -14,7 +14,7 @@ import tiledbsoma
 from fault_case import Case
 from h5ad_cases import G, N, counts
 
-from pipeline.data.soma_write import write_experiment
+from pipeline.data.soma.write import write_experiment
 
 AGAIN = "copy or write the experiment again"
 COUNTS = "ms/RNA/X/raw"

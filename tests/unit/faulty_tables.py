@@ -13,8 +13,8 @@ import pandas as pd
 from fault_case import Case
 from h5ad_cases import G, N, save
 
-from pipeline.data.split import split_cells
-from pipeline.job import SplitConfig
+from pipeline.config.job import SplitConfig
+from pipeline.data.ingest.split import split_cells
 
 IDS = [f"ENSG{i:011d}" for i in range(G)]
 

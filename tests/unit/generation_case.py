@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from small_models import CELL_TYPES, DONORS, library_sizes, vocabulary, write_flow, write_vae
 
-from pipeline import faults
-from pipeline.generation_actor import Generator
-from pipeline.job import GenerateConfig, ResourcesConfig
-from pipeline.lock import stage_lock
-from pipeline.stage import InputError, Manifest, StageContext, write_json_atomic
+from pipeline.config.job import GenerateConfig, ResourcesConfig
+from pipeline.core import faults
+from pipeline.core.lock import stage_lock
+from pipeline.core.manifest import InputError, Manifest, StageContext, write_json_atomic
+from pipeline.inference.generator import Generator
 from pipeline.stages.generate import run
 
 HERE = Path(__file__).resolve().parent

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.compare import CompareSettings, Comparison
 from scldm.metrics.conditional import ConditionalSettings
-from scldm.metrics.projection import RealSpace
+from scldm.metrics.distribution.projection import RealSpace
 
 N_GENES = 40
 

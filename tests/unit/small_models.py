@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from scldm.checkpoints.native import save_flow, save_vae
+from scldm.data.library_size import LibrarySizes, LogNormal, condition_key
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.flow.config import PathConfig
-from scldm.library_size import LibrarySizes, LogNormal, condition_key
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
-from scldm.vocabulary import LabelVocabulary, Vocabulary
 
 GENES = ("g0", "g1", "g2", "g3", "g4", "g5")
 CELL_TYPES = LabelVocabulary("cell_type", ("T", "B", "NK"))  # not in the order of the alphabet

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.data import materialise as writer
-from pipeline.data.cache import CacheBlocks, record_path
-from pipeline.data.feed import feed
-from pipeline.data.ingested import Ingested
-from pipeline.data.order import FeedOrder
-from pipeline.job import IngestConfig
-from pipeline.stage import MANIFEST, InputError, Manifest, StageContext
+from pipeline.config.job import IngestConfig
+from pipeline.core.manifest import MANIFEST, InputError, Manifest, StageContext
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.loading import cache_writer as writer
+from pipeline.data.loading.cache import CacheBlocks, record_path
+from pipeline.data.loading.feed import feed
+from pipeline.data.loading.order import FeedOrder
 from pipeline.stages import ingest
 
 SYNTHETIC = {"type": "synthetic", "n_cells": 5000, "n_genes": 60, "n_types": 3}
@@ -180,7 +180,7 @@ def test_a_damaged_shard_is_refused_when_read_and_mended_by_ingest(tmp_path):
 
 
 def fresh_process():
-    from pipeline.data import cache
+    from pipeline.data.loading import cache
 
     cache._SHARDS.clear()
 

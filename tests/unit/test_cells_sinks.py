@@ -15,11 +15,11 @@ from cell_stages import models, run_stage, write_soma
 from cells_commands import equal, reconstructed, run
 
 import scldm
-from pipeline.cells import export_h5ad as single_file
-from pipeline.cells import export_zarr as collection
-from pipeline.data import soma_export
-from pipeline.data.soma import SomaStore
-from scldm.cell_shards import CellsError
+from pipeline.data.soma.store import SomaStore
+from pipeline.inference.export import h5ad as single_file
+from pipeline.inference.export import soma as soma_export
+from pipeline.inference.export import zarr as collection
+from scldm.cells.shards import CellsError
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from cells_commands import equal, reconstructed, rehash, rewrite, run
 from generation_case import generate, write_inputs
 
 import scldm
-from pipeline.cells.verify import verify
-from pipeline.generation import read_request
-from pipeline.job import GenerateConfig
-from pipeline.stage import Manifest, write_manifest
-from scldm.vocabulary import Vocabulary
+from pipeline.config.job import GenerateConfig
+from pipeline.core.manifest import Manifest, write_manifest
+from pipeline.inference.export.verify import verify
+from pipeline.inference.request import read_request
+from scldm.data.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

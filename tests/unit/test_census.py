@@ -3,10 +3,10 @@
 import cellxgene_census
 import pytest
 
-from pipeline.data.census import TRIES, locate_census
-from pipeline.data.sources import open_source
-from pipeline.job import CensusSource, IngestConfig
-from pipeline.stage import InputError
+from pipeline.config.job import CensusSource, IngestConfig
+from pipeline.core.manifest import InputError
+from pipeline.data.sources.census import TRIES, locate_census
+from pipeline.data.sources.open import open_source
 
 
 def release(date, **flags):

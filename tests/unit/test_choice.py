@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from committed import commit
 
-from pipeline.resources import CheckpointStorage
-from pipeline.stage import InputError
-from pipeline.training.choice import Choice
-from pipeline.training.remote import Remote
+from pipeline.config.resources import CheckpointStorage
+from pipeline.core.manifest import InputError
+from pipeline.training.checkpoints.remote import Remote
+from pipeline.training.checkpoints.selection import Choice
 
 
 def choice(root, remote=None, *, strict=False) -> Choice:

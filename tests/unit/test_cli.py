@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import runner
-from pipeline.cli import app
+from pipeline.cli.app import app
+from pipeline.workflow import runner
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = "kind: ingest\nname: demo\nsource: {type: synthetic, n_cells: 40}\n"
@@ -101,7 +101,7 @@ def test_every_command_explains_itself(command):
 
 def test_help_and_validate_import_nothing_heavy(job):
     code = (
-        "import sys; from typer.testing import CliRunner; from pipeline.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from pipeline.cli.app import app\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
         "assert CliRunner().invoke(app, ['validate', 'job.yaml']).exit_code == 0\n"
         "assert CliRunner().invoke(app, ['plan', 'job.yaml']).exit_code == 0\n"

@@ -12,8 +12,8 @@ from cell_stages import models
 from typer.testing import CliRunner
 
 import scldm
-from pipeline.cli import app
-from pipeline.stage import Manifest, write_manifest
+from pipeline.cli.app import app
+from pipeline.core.manifest import Manifest, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 cli = CliRunner()

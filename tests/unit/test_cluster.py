@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from pipeline import cluster
-from pipeline.job import ResourcesConfig
-from pipeline.stage import InputError
+from pipeline.cluster import connect as cluster
+from pipeline.config.job import ResourcesConfig
+from pipeline.core.manifest import InputError
 
 
 def test_workers_find_our_code_and_know_that_they_have_no_gpu(monkeypatch):

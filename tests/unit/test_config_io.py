@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config_io import json_schema, load_job, resolved_yaml
-from pipeline.job import REAL_CELL_STAGES, STAGES, LineJob, TrainVaeJob
-from pipeline.stage import InputError
+from pipeline.config.io.loader import json_schema, load_job, resolved_yaml
+from pipeline.config.job import REAL_CELL_STAGES, STAGES, LineJob, TrainVaeJob
+from pipeline.core.manifest import InputError
 
 LINE = """\
 #!/usr/bin/env -S python -m pipeline run

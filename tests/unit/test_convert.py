@@ -16,9 +16,10 @@ from small_models import write_vae
 from torch import Tensor
 from upstream_fixtures import FOLDER
 
-from scldm.checkpoints import untrusted, untrusted_child
-from scldm.checkpoints.export_upstream import export_upstream
+from scldm.checkpoints.convert.export import export_upstream
 from scldm.checkpoints.native import load_flow, load_vae
+from scldm.checkpoints.untrusted import child as untrusted_child
+from scldm.checkpoints.untrusted import reader as untrusted
 
 CKPT = FOLDER / "ckpt"
 recorded = pytest.mark.skipif(not CKPT.is_dir(), reason="upstream's checkpoints are not beside this checkout")

@@ -6,7 +6,7 @@ import pytest
 from exported_model import Exported, new_export
 
 from scldm.checkpoints.native import load_vae
-from scldm.checkpoints.upstream_yaml import UpstreamYaml
+from scldm.checkpoints.upstream.yaml import UpstreamYaml
 
 VAE, MODULE = "model.module.vae_model", "model.module"
 

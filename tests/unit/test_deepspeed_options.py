@@ -7,9 +7,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from pipeline.stage import InputError
-from pipeline.train_config import TrainConfig
-from pipeline.training.deepspeed_options import DEFAULT_BUCKET, deepspeed_options, gradient_bucket
+from pipeline.config.deepspeed import DEFAULT_BUCKET, deepspeed_options, gradient_bucket
+from pipeline.config.train import TrainConfig
+from pipeline.core.manifest import InputError
 
 N = 1000  # parameters
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.nn.config import VAEConfig
 from scldm.nn.dispersion import PRIOR_SD, Entries, entries_of, fit_theta, most_probable, slopes
 from scldm.nn.likelihood import nb_log_prob

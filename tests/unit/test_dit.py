@@ -4,7 +4,7 @@ import pytest
 import torch
 from upstream_fixtures import Fixture, load_fixture
 
-from scldm.checkpoints.upstream_names import dit_key, dit_state_from_upstream
+from scldm.checkpoints.upstream.names_dit import dit_key, dit_state_from_upstream
 from scldm.nn.config import DiTConfig
 from scldm.nn.dit import DiT, drop_labels, sincos_positions, time_frequencies, validate_ids
 from scldm.parity.dit import new_dit

@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import doctor, doctor_network
-from pipeline.cli import app
-from pipeline.doctor import Asked, examine, report
+from pipeline.cli.app import app
+from pipeline.cli.doctor import machine as doctor
+from pipeline.cli.doctor import network as doctor_network
+from pipeline.cli.doctor.machine import Asked, examine, report
 
 TOKEN = "t0ken"
 

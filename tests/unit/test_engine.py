@@ -9,7 +9,7 @@ CHILD = """
 import os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 import pipeline.training.worker
-from pipeline.training.engine import _import_deepspeed
+from pipeline.training.engine.deepspeed import _import_deepspeed
 _import_deepspeed()
 print(*sorted({"mlflow", "sklearn", "matplotlib", "ray", "transformers"} & sys.modules.keys()), sep=",")
 from deepspeed.autotuning import Autotuner

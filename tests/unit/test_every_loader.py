@@ -15,23 +15,23 @@ from safetensors import SafetensorError
 from small_models import write_flow, write_vae
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.config_io import load_job
-from pipeline.data.examine import Question, examine
-from pipeline.data.genes import read_vocabulary
-from pipeline.data.held_out import read_combinations
-from pipeline.generation import read_table
-from pipeline.job import HeldOutConfig, IngestConfig
-from pipeline.stage import InputError, StageContext, read_manifest
+from pipeline.cli.app import app
+from pipeline.config.deepspeed import read_options
+from pipeline.config.io.loader import load_job
+from pipeline.config.job import HeldOutConfig, IngestConfig
+from pipeline.core.manifest import InputError, StageContext, read_manifest
+from pipeline.data.ingest.genes import read_vocabulary
+from pipeline.data.ingest.held_out import read_combinations
+from pipeline.data.inspection.examine import Question, examine
+from pipeline.inference.request import read_table
 from pipeline.stages import ingest
-from pipeline.training import checkpoint
-from pipeline.training.deepspeed_options import read_options
-from scldm.cells import CellsError, open_cells
-from scldm.checkpoints import untrusted_child
+from pipeline.training.checkpoints import manifest as checkpoint
+from scldm.cells.cells import CellsError, open_cells
 from scldm.checkpoints.native import CheckpointError, load_flow, load_vae
-from scldm.checkpoints.untrusted import UntrustedFileError, read_checkpoint, read_pickle
-from scldm.checkpoints.upstream_yaml import UpstreamYaml
-from scldm.vocabulary import Vocabulary
+from scldm.checkpoints.untrusted import child as untrusted_child
+from scldm.checkpoints.untrusted.reader import UntrustedFileError, read_checkpoint, read_pickle
+from scldm.checkpoints.upstream.yaml import UpstreamYaml
+from scldm.data.vocabulary import Vocabulary
 
 OURS = (InputError, CheckpointError, CellsError, untrusted_child.foreign.Refused)
 # What a loader of a model reads first is the folder's other files: these are whole.
@@ -86,7 +86,7 @@ def checkpoint_of_a_run(given: Given) -> None:
 
 def shard_of_a_run(given: Given) -> None:
     """The manifest is whole and describes the file: what reads it then must not unpickle."""
-    from pipeline.training.shards import Shards
+    from pipeline.training.engine.state_files import Shards
 
     try:
         Shards(given.under("state-00000-of-00001.safetensors").parent)

@@ -13,15 +13,15 @@ from small_models import CELL_TYPES, DONORS, GENES, library_sizes, vocabulary, w
 from typer.testing import CliRunner
 from upstream_fixtures import FOLDER
 
-from pipeline.cli import app
-from scldm.checkpoints.convert import convert_upstream
-from scldm.checkpoints.export_upstream import export_upstream, upstream_vae_values
+from pipeline.cli.app import app
+from scldm.checkpoints.convert.convert import convert_upstream
+from scldm.checkpoints.convert.export import export_upstream, upstream_vae_values
 from scldm.checkpoints.native import CheckpointError, load_flow, load_vae
-from scldm.checkpoints.untrusted import ForeignCheckpoint
-from scldm.checkpoints.upstream_sizes import library_sizes_from_upstream, size_factors_of
+from scldm.checkpoints.untrusted.reader import ForeignCheckpoint
+from scldm.checkpoints.upstream.sizes import library_sizes_from_upstream, size_factors_of
+from scldm.data.library_size import LibrarySizes, LogNormal, condition_key
+from scldm.data.vocabulary import LabelVocabulary
 from scldm.flow.config import PathConfig
-from scldm.library_size import LibrarySizes, LogNormal, condition_key
-from scldm.vocabulary import LabelVocabulary
 
 recorded = pytest.mark.skipif(not FOLDER.is_dir(), reason="upstream's recorded outputs are not beside this checkout")
 INPUTS = ("log1p", "log1pzero", "sqrt", "anscombe", "proj", "projconcat", "softbin")

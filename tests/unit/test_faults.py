@@ -13,10 +13,10 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import faults
-from pipeline.cli import app
-from pipeline.fault_points import POINTS
-from pipeline.faults import FaultError, arm, fault_point, parse
+from pipeline.cli.app import app
+from pipeline.core import faults
+from pipeline.core.fault_points import POINTS
+from pipeline.core.faults import FaultError, arm, fault_point, parse
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +74,13 @@ def test_the_environment_is_read_once(monkeypatch):
     ("action", "code"), [("kill", -signal.SIGKILL), ("term", -signal.SIGTERM), ("exit=7", 7), ("sleep=0.01", 0)]
 )
 def test_what_an_action_does_to_its_process(action, code):
-    program = "from pipeline.faults import fault_point; fault_point('stage.before_run')"
+    program = "from pipeline.core.faults import fault_point; fault_point('stage.before_run')"
     environment = {**os.environ, faults.VARIABLE: f"stage.before_run:{action}"}
     assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == code
 
 
 def test_a_process_that_is_stopped_answers_nobody_and_does_not_end():
-    program = "from pipeline.faults import fault_point; fault_point('stage.before_run')"
+    program = "from pipeline.core.faults import fault_point; fault_point('stage.before_run')"
     process = subprocess.Popen(
         [sys.executable, "-c", program], env={**os.environ, faults.VARIABLE: "stage.before_run:stop"}
     )

@@ -11,10 +11,10 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from pipeline.data.blocks import IpcBlocks, SomaBlocks, SomaReader
-from pipeline.data.feed import feed, to_cell_batch, to_latent_batch
-from pipeline.data.order import FeedOrder
-from pipeline.data.soma_write import write_experiment
+from pipeline.data.loading.blocks import IpcBlocks, SomaBlocks, SomaReader
+from pipeline.data.loading.feed import feed, to_cell_batch, to_latent_batch
+from pipeline.data.loading.order import FeedOrder
+from pipeline.data.soma.write import write_experiment
 
 N, G, TILE = 300, 30, 16
 
@@ -235,7 +235,7 @@ def test_the_last_batch_of_an_epoch_is_filled_with_repeats_of_weight_0(source):
 
 @pytest.mark.parametrize("n_cells", [50, 1000])
 def test_validation_cells_are_scored_once_on_any_number_of_workers(source, n_cells):
-    from pipeline.training.objectives import validation_tables
+    from pipeline.training.objectives.vae import validation_tables
 
     tables = validation_tables(source, n_cells=n_cells, batch_size=16, seed=4)
     ids = np.concatenate([t["soma_joinid"].to_numpy() for t in tables])

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.data.filters import check_values, value_filter
-from pipeline.data.soma_write import write_experiment
-from pipeline.job import CellsConfig
-from pipeline.stage import InputError
+from pipeline.config.job import CellsConfig
+from pipeline.core.manifest import InputError
+from pipeline.data.ingest.filters import check_values, value_filter
+from pipeline.data.soma.write import write_experiment
 
 AWKWARD = ["10x 3' v3", 'say "hi"', "back\\slash", "both ' and \"", "naïve β", "plain"]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.order import FeedOrder
-from pipeline.job import TrainFlowConfig
-from pipeline.training.flow_objective import Draws, FlowDraws, flow_losses
-from pipeline.training.slices import Slice
+from pipeline.config.job import TrainFlowConfig
+from pipeline.data.loading.order import FeedOrder
+from pipeline.training.objectives.base import Slice
+from pipeline.training.objectives.flow import Draws, FlowDraws, flow_losses
 from scldm.flow.config import PathConfig
 from scldm.nn.config import DiTConfig
 from scldm.nn.dit import DiT

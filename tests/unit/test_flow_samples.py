@@ -8,8 +8,8 @@ import scipy.sparse as sp
 import torch
 from small_models import CELL_TYPES, GENES, write_flow, write_vae
 
-from pipeline.job import TrainFlowConfig
-from pipeline.training.flow_samples import FlowSamples
+from pipeline.config.job import TrainFlowConfig
+from pipeline.training.objectives.samples import FlowSamples
 from scldm.checkpoints.native import load_flow, load_vae
 
 

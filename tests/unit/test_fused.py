@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.nn.config import DiTConfig, InputMode, VAEConfig
 from scldm.nn.dit import DiT
-from scldm.nn.fused_pooling import Entries, Heads, pool_tables
+from scldm.nn.kernels.fused_pooling import Entries, Heads, pool_tables
+from scldm.nn.kernels.nb_sparse import sparse_nb_nll
+from scldm.nn.kernels.pooling import pool_cells
 from scldm.nn.likelihood import nb_log_prob
-from scldm.nn.nb_sparse import sparse_nb_nll
-from scldm.nn.pooling import pool_cells
 from scldm.nn.vae import VAE
 
 N_GENES = 50

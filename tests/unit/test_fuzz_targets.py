@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import targets
 
-from pipeline.data.examine import Question, examine
-from pipeline.data.hdf5_texts import text_problem
-from pipeline.data.little_memory import at_most_more
+from pipeline.data.inspection.examine import Question, examine
+from pipeline.data.safety.hdf5_strings import text_problem
+from pipeline.data.safety.memory_limit import at_most_more
 
 FOUND = Path(targets.__file__).parent / "found"
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.row("D:fuzz")]

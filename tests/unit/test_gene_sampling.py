@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from scldm.batch import CellBatch
-from scldm.gene_sampling import see_genes
-from scldm.genes_seen import GenesSeenConfig
+from scldm.data.batch import CellBatch
+from scldm.data.gene_sampling import see_genes
+from scldm.data.genes_seen import GenesSeenConfig
 from scldm.nn.likelihood import nb_log_prob, nb_nll
 
 G = 30

@@ -10,14 +10,14 @@ import torch
 from small_models import CELL_TYPES, DONORS, GENES, vocabulary, write_flow, write_vae
 
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
+from scldm.data.library_size import LibrarySizes, LogNormal
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.guidance import JOINT, guided_prediction, per_cell_prediction
-from scldm.generate import CellMaker, GeneratedCells, Recipe
-from scldm.library_size import LibrarySizes, LogNormal
+from scldm.generation.cell_maker import CellMaker, GeneratedCells, Recipe
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
-from scldm.vocabulary import LabelVocabulary, Vocabulary
 
 
 def joined(parts: list[GeneratedCells]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,9 +12,9 @@ import torch
 from generation_case import generate, hashes, write_inputs
 from safetensors.torch import load_file, save_file
 
-from pipeline.faults import FaultError
-from pipeline.generation_actor import Generator
-from pipeline.stage import InputError
+from pipeline.core.faults import FaultError
+from pipeline.core.manifest import InputError
+from pipeline.inference.generator import Generator
 
 TABLE = [
     {"cell_type": "T", "donor": "d1", "n_cells": 50},
@@ -163,7 +163,7 @@ def test_a_write_that_fails_is_tried_again(inputs, tmp_path, monkeypatch):
         return whole(self, shard)
 
     monkeypatch.setattr(Generator, "_make", once_broken)
-    monkeypatch.setattr("pipeline.generation_actor.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.inference.generator.WAIT_SECONDS", 0.0)
     generate(tmp_path / "a", inputs, n_cells=3)
     assert tries == [0, 0]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from pipeline.generation import Request, RequestRow, check_choice, genes_to_write, n_shards, read_request
-from pipeline.generation_plan import generation_lines
-from pipeline.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
-from pipeline.sizes import DataFacts
-from pipeline.stage import InputError, Manifest
-from scldm.vocabulary import LabelVocabulary, Vocabulary
+from pipeline.config.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
+from pipeline.core.manifest import InputError, Manifest
+from pipeline.inference.request import Request, RequestRow, check_choice, genes_to_write, n_shards, read_request
+from pipeline.planning.generation import generation_lines
+from pipeline.planning.sizes import DataFacts
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 
 VOCABULARY = Vocabulary(
     ("g1", "g2"), ("A", "B"), (LabelVocabulary("cell_type", ("B", "NK")), LabelVocabulary("donor_id", ("d1", "d2")))

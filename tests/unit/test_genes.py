@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.data.genes import LACKING, gene_lut, model_genes
-from pipeline.data.ingested import Ingested
-from pipeline.data.soma_write import write_experiment
-from pipeline.job import GenesConfig, IngestConfig
-from pipeline.stage import InputError, Manifest, StageContext
+from pipeline.config.job import GenesConfig, IngestConfig
+from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.genes import LACKING, gene_lut, model_genes
+from pipeline.data.soma.write import write_experiment
 from pipeline.stages import ingest
-from scldm.vocabulary import LabelVocabulary, Vocabulary
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 
 IDS = ["ENSG00000000001.4", "ENSG00000000002", "ENSG00000000003.1", "ENSG00000000004", "ENSG00000000005"]
 SYMBOLS = ["CD3E", "MS4A1", "Y_RNA", "Y_RNA", "NKG7"]

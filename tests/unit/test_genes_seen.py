@@ -6,13 +6,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.job import TrainVaeConfig, VaeTrainConfig
-from pipeline.preflight import check_against_data
-from pipeline.stage import InputError, Manifest
-from pipeline.training.objectives import VaeObjective, seen_seed
-from scldm.batch import CellBatch
-from scldm.gene_sampling import see_genes
-from scldm.genes_seen import GenesSeenConfig
+from pipeline.config.job import TrainVaeConfig, VaeTrainConfig
+from pipeline.core.manifest import InputError, Manifest
+from pipeline.training.objectives.vae import VaeObjective, seen_seed
+from pipeline.workflow.preflight import check_against_data
+from scldm.data.batch import CellBatch
+from scldm.data.gene_sampling import see_genes
+from scldm.data.genes_seen import GenesSeenConfig
 from scldm.nn.config import VAEConfig
 from scldm.nn.vae import VAE
 

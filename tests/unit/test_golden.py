@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config_io import load_job, resolved_yaml
-from pipeline.training.checkpoint import newest
-from pipeline.training.shards import Shards
+from pipeline.config.io.loader import load_job, resolved_yaml
+from pipeline.training.checkpoints.manifest import newest
+from pipeline.training.engine.state_files import Shards
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 VERSIONS = sorted(p for p in GOLDEN.iterdir() if p.is_dir() and p.name != "__pycache__")

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from pipeline.train_config import TrainConfig
-from pipeline.training import guard as guard_module
-from pipeline.training.guard import StepGuard, StepLosses, TrainingStopped
-from pipeline.training.memory import MeanLoss, Memory
-from pipeline.training.stopping import BestSoFar
+from pipeline.config.train import TrainConfig
+from pipeline.training.resilience import step_guard as guard_module
+from pipeline.training.resilience.early_stopping import BestSoFar
+from pipeline.training.resilience.step_guard import StepGuard, StepLosses, TrainingStopped
+from pipeline.training.state import MeanLoss, Memory
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config_io import load_job
-from pipeline.stage import InputError
+from pipeline.config.io.loader import load_job
+from pipeline.core.manifest import InputError
 from scldm.checkpoints.native import CheckpointError
-from scldm.checkpoints.upstream_yaml import UpstreamYaml
+from scldm.checkpoints.upstream.yaml import UpstreamYaml
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = "kind: ingest\nname: demo\nsource: {type: synthetic}\n"
@@ -64,8 +64,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 CHILD = """
 import json, sys, time
-from pipeline.config_io import load_job
-from pipeline.stage import InputError
+from pipeline.config.io.loader import load_job
+from pipeline.core.manifest import InputError
 said = {}
 for path in sys.argv[1:]:
     began = time.process_time()

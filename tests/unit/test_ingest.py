@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.data.ingested import Ingested
-from pipeline.data.split import split_cells
-from pipeline.job import IngestConfig, SplitConfig
-from pipeline.stage import InputError, Manifest, StageContext
+from pipeline.config.job import IngestConfig, SplitConfig
+from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.split import split_cells
 from pipeline.stages import ingest
-from scldm.vocabulary import Vocabulary
+from scldm.data.vocabulary import Vocabulary
 
 SYNTHETIC = {"type": "synthetic", "n_cells": 400, "n_genes": 60, "n_types": 3}
 

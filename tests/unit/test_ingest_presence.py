@@ -11,13 +11,13 @@ import scipy.sparse as sp
 import tiledbsoma
 import torch
 
-from pipeline.data.ingested import Ingested
+from pipeline.config.job import IngestConfig
+from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.presence import GROUP
-from pipeline.data.soma_write import write_experiment
-from pipeline.job import IngestConfig
-from pipeline.stage import InputError, Manifest, StageContext
+from pipeline.data.soma.write import write_experiment
 from pipeline.stages import ingest
-from pipeline.training.objectives import VaeObjective
+from pipeline.training.objectives.vae import VaeObjective
 from scldm.nn.config import VAEConfig
 from scldm.nn.vae import VAE
 

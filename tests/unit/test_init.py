@@ -14,16 +14,16 @@ from cell_stages import write_soma
 from h5ad_cases import SHARED, counts, real
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.cli_init import _make
-from pipeline.config_io import load_job
-from pipeline.data.column_profile import obs_profile
-from pipeline.data.examine import Question
-from pipeline.init_choices import choose
-from pipeline.init_job import job_text
-from pipeline.init_labels import choose_labels, donor_column
-from pipeline.init_look import Looked, look
-from pipeline.stage import InputError
+from pipeline.cli.app import app
+from pipeline.cli.init.command import _make
+from pipeline.cli.init.defaults import choose
+from pipeline.cli.init.inspect import Looked, look
+from pipeline.cli.init.labels import choose_labels, donor_column
+from pipeline.cli.init.render import job_text
+from pipeline.config.io.loader import load_job
+from pipeline.core.manifest import InputError
+from pipeline.data.inspection.columns import obs_profile
+from pipeline.data.inspection.examine import Question
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 240

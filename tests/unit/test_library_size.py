@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scldm.library_size import ALL, MIN_CELLS, LibrarySizes, condition_key
+from scldm.data.library_size import ALL, MIN_CELLS, LibrarySizes, condition_key
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from pipeline import local_cluster
-from pipeline.stage import InputError
+from pipeline.cluster import head as local_cluster
+from pipeline.core.manifest import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ import pytest
 from small_models import write_vae
 
 import scldm
-from pipeline.provenance import note
-from pipeline.stages.cards import model_card as card_of_a_stage
+from pipeline.stages.model_card import model_card as card_of_a_stage
+from pipeline.tracking.provenance import note
+from scldm.api.model_card import model_card
 from scldm.config import StrictModel
-from scldm.model_card import model_card
-from scldm.vocabulary import LabelVocabulary
+from scldm.data.vocabulary import LabelVocabulary
 
 pytestmark = pytest.mark.row("S7")
 EVIL = ("<script>alert(1)</script>", "`</code><img src=x onerror=alert(1)>", "a\n# b\n---", "\x1b[2J\u202ex", "```")

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.flops import TRAINING, dit_flops, mfu, peak_flops, vae_flops
-from pipeline.memory import dit_activations, fits, stage_lines, state_bytes, vae_activations
-from pipeline.train_config import FlowTrainConfig, TrainConfig, VaeTrainConfig
-from scldm.batch import CellBatch
+from pipeline.config.train import FlowTrainConfig, TrainConfig, VaeTrainConfig
+from pipeline.planning.memory import dit_activations, fits, stage_lines, state_bytes, vae_activations
+from scldm.data.batch import CellBatch
 from scldm.nn import decoder
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
+from scldm.nn.flops import TRAINING, dit_flops, mfu, peak_flops, vae_flops
 from scldm.nn.vae import VAE
 
 

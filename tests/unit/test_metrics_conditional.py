@@ -5,10 +5,10 @@ import pytest
 import scipy.sparse as sp
 from metric_cells import cells, comparison
 
-from scldm.metrics import distances as d
 from scldm.metrics.baselines import shuffled
 from scldm.metrics.cell_set import CLASSES, CellSet, shown
 from scldm.metrics.conditional import class_averages
+from scldm.metrics.distribution import distances as d
 from scldm.metrics.fold_change import cp10k, log_fold_change, recovery
 from scldm.metrics.gene_correlation import correlation_agreement, correlation_matrix
 from scldm.metrics.memorisation import NearestTraining, distance_ratio, share_too_near

@@ -12,7 +12,7 @@ from scipy.stats import wasserstein_distance
 from sklearn.metrics.pairwise import rbf_kernel
 from upstream_fixtures import load_fixture
 
-from scldm.metrics import distances as d
+from scldm.metrics.distribution import distances as d
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_pair_means_on_a_device_are_those_of_numpy(clouds, monkeypatch):
     kernels = [d.root, d.rbf_sum(d.CFGEN_SIGMAS)]
     expected = [d.weighted_pair_means(x, y, kernels, u=u, v=v), d.weighted_pair_means(x, x, kernels, u=u, v=u)]
     monkeypatch.setattr(d, "present_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr("scldm.metrics.device_pairs.DEVICE_BLOCK", 37)
+    monkeypatch.setattr("scldm.metrics.distribution.device_pairs.DEVICE_BLOCK", 37)
     found = [d.weighted_pair_means(x, y, kernels, u=u, v=v), d.weighted_pair_means(x, x, kernels, u=u, v=u)]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 

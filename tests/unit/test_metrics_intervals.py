@@ -5,7 +5,7 @@ import pytest
 from metric_cells import cells, comparison
 from scipy.stats import t as student
 
-from scldm.metrics import distances as d
+from scldm.metrics.distribution import distances as d
 from scldm.metrics.resampling import Halves, half_width
 from scldm.metrics.score import Score, at_floor, checked, judge
 

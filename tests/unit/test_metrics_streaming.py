@@ -9,9 +9,9 @@ import pytest
 import scipy.sparse as sp
 from metric_cells import cells
 
+from pipeline.core.manifest import InputError, Manifest, write_manifest
 from pipeline.report.parts import EvaluationError
 from pipeline.report.streamed import stream_generated
-from pipeline.stage import InputError, Manifest, write_manifest
 from pipeline.stages.evaluate import open_generated, read_generated
 from scldm.metrics import expression as ex
 from scldm.metrics.cell_set import CellSet

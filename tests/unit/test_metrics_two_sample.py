@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scldm.metrics import two_sample as t
+from scldm.metrics.distribution import two_sample as t
 from scldm.metrics.labels import LabelJudges, label_agreement
 
 RNG = np.random.default_rng

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.data.order import FeedOrder
+from pipeline.data.loading.order import FeedOrder
 
 TILE, N_TILES, N_LABELS = 64, 128, 8
 LANES, TILES_PER_BLOCK, BATCH, EPOCHS = 4, 8, 64, 40

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from scldm.counter_random import normals, philox
-from scldm.nb_draw import INVERT_TO, draw_counts
+from scldm.generation.nb_draw import INVERT_TO, draw_counts
 
 ZERO, ONES = np.uint64(0), np.uint64(0xFFFFFFFF)
 

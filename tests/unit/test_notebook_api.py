@@ -17,9 +17,9 @@ from generation_case import generate, write_inputs
 from small_models import CELL_TYPES, DONORS, GENES, write_flow, write_vae
 
 import scldm
-from scldm.align import CellsError
 from scldm.checkpoints.native import CheckpointError
-from scldm.request_table import RequestError
+from scldm.data.align import CellsError
+from scldm.generation.request_table import RequestError
 
 REQUEST = [{"cell_type": "B", "donor": "d1", "n_cells": 33}, {"cell_type": "T", "n_cells": 20, "guidance": 2.0}]
 
@@ -305,7 +305,7 @@ def test_scores_of_unlike_cells_are_refused(model):
 
 
 # ---- documents -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["scldm.api", "scldm.scoring"])
+@pytest.mark.parametrize("name", ["scldm.api.model", "scldm.api.scoring"])
 def test_the_examples_in_the_docstrings_are_true(name, model, folder, tmp_path):
     module = importlib.import_module(name)
     globs = {**vars(module), "model": model, "adata": real_cells(), "folder": folder, "tmp": tmp_path}

@@ -13,10 +13,10 @@ import scipy.sparse as sp
 from cell_stages import models, real_cells, run_stage, write_soma
 
 import scldm
-from pipeline.cells.index import write_index
-from pipeline.stage import Manifest, write_manifest
-from scldm import cell_shards
-from scldm.cells import CellsError
+from pipeline.core.manifest import Manifest, write_manifest
+from pipeline.inference.export.index import write_index
+from scldm.cells import shards as cell_shards
+from scldm.cells.cells import CellsError
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_masks_names_and_conditions_choose_cells(made):
 
 def test_a_condition_on_missing_values_keeps_the_other_conditions():
     table = pd.DataFrame({"a": ["x", None, "y", None], "b": [1, 1, 1, 2]})
-    cells = scldm.cells.Cells.__new__(scldm.cells.Cells)
+    cells = scldm.cells.cells.Cells.__new__(scldm.cells.cells.Cells)
     cells.__dict__ |= {"obs": table, "_ends": np.array([0, 4])}
     assert cells.mask(a=None, b=1).tolist() == [False, True, False, False]
     assert cells.mask(a=["x", None], b=1).tolist() == [True, True, False, False]

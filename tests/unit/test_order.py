@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.data.order import FeedOrder
-from pipeline.stage import InputError
+from pipeline.core.manifest import InputError
+from pipeline.data.loading.order import FeedOrder
 
 TILE = 64
 

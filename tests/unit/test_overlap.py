@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.overlap import Behind
+from pipeline.inference.background import Behind
 
 
 def test_things_are_done_in_order_by_another_thread_and_few_wait():

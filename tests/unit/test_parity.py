@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from upstream_fixtures import FOLDER
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from scldm.parity.case import FolderError
 from scldm.parity.ledger import Row, largest_difference
 from scldm.parity.registry import check_case, check_folder, stray_files, summary

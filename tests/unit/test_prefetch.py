@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.feed import FeedStep
-from pipeline.training.clock import StepClock
+from pipeline.data.loading.feed import FeedStep
+from pipeline.training.monitoring.step_timer import StepClock
+from pipeline.training.objectives.base import Slice
 from pipeline.training.prefetch import map_tensors, prefetch
-from pipeline.training.slices import Slice
 
 CPU = torch.device("cpu")
 

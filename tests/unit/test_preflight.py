@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config_io import load_job
-from pipeline.job import EvaluateConfig, GenerateConfig, IngestConfig
-from pipeline.preflight import check_against_data, check_settings
-from pipeline.stage import InputError, Manifest, StageContext
+from pipeline.config.io.loader import load_job
+from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig
+from pipeline.core.manifest import InputError, Manifest, StageContext
 from pipeline.stages import ingest
+from pipeline.workflow.preflight import check_against_data, check_settings
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.data.presence import Presence, read_measured
-from scldm.batch import CellBatch
-from scldm.gene_sampling import see_genes
-from scldm.genes_seen import GenesSeenConfig
+from scldm.data.batch import CellBatch
+from scldm.data.gene_sampling import see_genes
+from scldm.data.genes_seen import GenesSeenConfig
 from scldm.nn.config import VAEConfig
 from scldm.nn.likelihood import gene_probabilities, nb_log_prob, sample_genes
 from scldm.nn.vae import VAE

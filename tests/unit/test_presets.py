@@ -8,11 +8,11 @@ import yaml
 from torch import nn
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.job import TrainFlowConfig, TrainVaeConfig
+from pipeline.cli.app import app
+from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
+from scldm.api.presets import FlowRecipe, UnknownPresetError, preset, preset_names
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
-from scldm.presets import FlowRecipe, UnknownPresetError, preset, preset_names
 
 # Parameters in millions: reference figures, to the digits that they are given with. A model's counts are within half of
 # the last digit, and one padding row of ours or upstream's.

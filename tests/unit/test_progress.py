@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.data.order import FeedOrder
-from pipeline.job import TrainConfig
-from pipeline.progress import PROGRESS, ProgressReader, ProgressWriter, compact, duration, progress_line
-from pipeline.tracking import StageTracker
-from pipeline.training.curve import TrainingCurve
+from pipeline.config.job import TrainConfig
+from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, compact, duration, progress_line
+from pipeline.data.loading.order import FeedOrder
+from pipeline.tracking.tracker import StageTracker
+from pipeline.training.monitoring.metrics_log import TrainingCurve
 
 
 def test_a_line_says_step_loss_rate_speed_and_eta():

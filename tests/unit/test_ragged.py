@@ -5,9 +5,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from pipeline.data.collate import padded
-from pipeline.data.ragged import CountsChanged, Entries, assemble
-from scldm.batch import CellBatch
+from pipeline.data.loading.collate import padded
+from pipeline.data.soma.assemble import CountsChanged, Entries, assemble
+from scldm.data.batch import CellBatch
 
 
 def entries(matrix, rows, first=0, order=None):

@@ -12,10 +12,10 @@ from real_cell_jobs import ALL, cells_and_models, equal, made
 from small_models import CELL_TYPES
 
 import scldm
-from scldm.batch import CellBatch
 from scldm.checkpoints.native import load_flow, load_vae
+from scldm.data.batch import CellBatch
 from scldm.flow.config import SamplerConfig
-from scldm.real_cells import to_noise, under_condition
+from scldm.generation.real_cells import to_noise, under_condition
 
 
 @pytest.fixture(scope="module")

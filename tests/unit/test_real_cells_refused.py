@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from real_cell_jobs import cells_and_models, made, settings
 from small_models import CELL_TYPES, DONORS, write_flow, write_vae
 
-from pipeline.job import STAGE_CONFIGS
-from pipeline.stage import InputError
+from pipeline.config.job import STAGE_CONFIGS
+from pipeline.core.manifest import InputError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from rich.console import Console
 
-from pipeline.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig
 from pipeline.report import figures
 from pipeline.report.bars import bar_svg, colors
 from pipeline.report.evaluation import BASELINES, COPIES, NB, POISSON, SHUFFLED, Decoded, evaluate

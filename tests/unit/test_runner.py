@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.lock
-from pipeline import faults, runner, tracking
-from pipeline.config_io import load_job
-from pipeline.job import STAGES
-from pipeline.lock import LOCK, stage_lock
-from pipeline.schedule import output_root, pipeline_folder
-from pipeline.stage import InputError, newest_manifest
+import pipeline.core.lock
+from pipeline.config.io.loader import load_job
+from pipeline.config.job import STAGES
+from pipeline.core import faults
+from pipeline.core.lock import LOCK, stage_lock
+from pipeline.core.manifest import InputError, newest_manifest
+from pipeline.tracking import tracker as tracking
+from pipeline.workflow import runner
+from pipeline.workflow.schedule import output_root, pipeline_folder
 
 LINE = "kind: line\nname: demo\ningest: {source: {type: synthetic}}\ngenerate: {per_label: {cell_type: 5}}\n"
 
@@ -235,7 +237,7 @@ def test_a_folder_in_use_is_refused(world, tmp_path):
 
 @pytest.mark.row("T13")
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    from pipeline.lock import _host
+    from pipeline.core.lock import _host
 
     (tmp_path / LOCK).write_text(json.dumps({"pid": 2**22 + 1, "host": _host(), "started": "1", "token": "x"}))
     said: list[str] = []
@@ -245,7 +247,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
 
 @pytest.mark.row("T13")
 def test_a_lock_from_another_host_counts_by_its_heartbeat(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(pipeline.core.lock, "BEAT_SECONDS", 0.1)
     lock = tmp_path / LOCK
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "x"}))
     with pytest.raises(InputError), stage_lock(tmp_path):
@@ -259,8 +261,8 @@ def test_a_lock_from_another_host_counts_by_its_heartbeat(tmp_path, monkeypatch)
 @pytest.mark.parametrize("days", [-30, 30])
 def test_a_clock_that_is_days_off_neither_takes_a_living_lock_nor_leaves_a_dead_one(tmp_path, monkeypatch, days):
     """The other host's beats carry its own time."""
-    monkeypatch.setattr(pipeline.lock, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(pipeline.lock, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(pipeline.core.lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(pipeline.core.lock, "STALE_SECONDS", 1.0)
     lock, over = tmp_path / LOCK, threading.Event()
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "x"}))
 

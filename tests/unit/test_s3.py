@@ -11,14 +11,14 @@ import pytest
 import scipy.sparse as sp
 from s3_server import REGION, FaultyProxy, free_port, moto_server, upload
 
-from pipeline.data.examine import Question, examine
-from pipeline.data.retry import Backoff, retried
-from pipeline.data.s3 import S3Config, failure
-from pipeline.data.soma import SomaStore
-from pipeline.data.soma_write import write_experiment
-from pipeline.data.sources import open_source
-from pipeline.job import IngestConfig
-from pipeline.stage import InputError
+from pipeline.config.job import IngestConfig
+from pipeline.core.manifest import InputError
+from pipeline.data.inspection.examine import Question, examine
+from pipeline.data.soma.retry import Backoff, retried
+from pipeline.data.soma.s3_errors import S3Config, failure
+from pipeline.data.soma.store import SomaStore
+from pipeline.data.soma.write import write_experiment
+from pipeline.data.sources.open import open_source
 
 N, G, TILE = 600, 50, 64
 

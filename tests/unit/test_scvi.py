@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from scldm.batch import CellBatch
-from scldm.checkpoints.upstream_scvi import scvi_key, scvi_state_from_upstream
+from scldm.checkpoints.upstream.names_scvi import scvi_key, scvi_state_from_upstream
+from scldm.data.batch import CellBatch
 from scldm.nn.config import ScviConfig
 from scldm.nn.likelihood import nb_log_prob
 from scldm.nn.scvi import NormalLatent, ScviVAE

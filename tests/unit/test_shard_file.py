@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline import shard_file
-from pipeline.shard_file import ShardFile
+from pipeline.inference import shard_writer as shard_file
+from pipeline.inference.shard_writer import ShardFile
 
 N, GENES, WIDTH = 1000, 50, 6
 RNG = np.random.default_rng(0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.training.partitions import STEP, WEIGHT, Flat, Piece
-from pipeline.training.shards import Shards, shard_name, shard_tensors, write_tensors
+from pipeline.training.engine.partitions import STEP, WEIGHT, Flat, Piece
+from pipeline.training.engine.state_files import Shards, shard_name, shard_tensors, write_tensors
 
 
 def test_the_file_is_safetensors_and_its_size_and_hash_are_true(tmp_path):

@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 import torch
 
-from pipeline import sizing
-from pipeline.config_io import load_job
-from pipeline.plan import plan
+from pipeline.config.io.loader import load_job
+from pipeline.planning import cost as sizing
+from pipeline.planning.plan import plan
 from scldm.flow.config import SamplerConfig, Solver
 from scldm.flow.solvers import solve_ode
 from scldm.nn.config import DiTConfig, VAEConfig
@@ -52,7 +52,7 @@ def test_a_solver_evaluates_as_often_as_its_cost_says(solver):
 
 
 def test_encoding_is_less_than_half_a_forward_pass():
-    from pipeline.flops import vae_flops
+    from scldm.nn.flops import vae_flops
 
     encode = sizing.encode_flops(VAE, cells=1, expressed=1000)
     assert 0 < encode < vae_flops(VAE, n_genes=2000, expressed=1000) / 2

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.data.soma import SomaStore
-from pipeline.data.soma_write import write_experiment
-from pipeline.stage import InputError
+from pipeline.core.manifest import InputError
+from pipeline.data.soma.store import SomaStore
+from pipeline.data.soma.write import write_experiment
 
 N, G = 700, 40
 

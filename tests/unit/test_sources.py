@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.config_io import load_job
-from pipeline.data.sources import open_source
-from pipeline.job import IngestConfig
-from pipeline.schedule import schedule
-from pipeline.sizes import data_facts
-from pipeline.stage import InputError, StageContext
+from pipeline.config.io.loader import load_job
+from pipeline.config.job import IngestConfig
+from pipeline.core.manifest import InputError, StageContext
+from pipeline.data.sources.open import open_source
+from pipeline.planning.sizes import data_facts
 from pipeline.stages import ingest
+from pipeline.workflow.schedule import schedule
 
 
 def opened(tmp_path, **source):

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.spool import SpooledWriter
-from pipeline.spool_file import append, claim, parse, put_back, waiting
+from pipeline.tracking.spool import SpooledWriter
+from pipeline.tracking.spool_file import append, claim, parse, put_back, waiting
 
 NAME = "mlflow_spool.jsonl"
 

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.data import rare_genes, statistics
-from pipeline.data.rare_genes import Entries, HeldEntries
-from pipeline.data.soma_write import write_experiment
-from pipeline.data.statistics import count_statistics
+from pipeline.data.ingest import rare_genes, statistics
+from pipeline.data.ingest.rare_genes import Entries, HeldEntries
+from pipeline.data.ingest.statistics import count_statistics
+from pipeline.data.soma.write import write_experiment
 
 N, G, TILE = 700, 40, 32
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import submitting
-from pipeline.stage import InputError
+from pipeline.cluster import submit as submitting
+from pipeline.core.manifest import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = ("pipeline/cli.py", "pipeline/data/soma.py", "jobs/demo.yaml", "scldm/nn/vae.py", "cluster/env.sh")
+CODE = ("pipeline/cli/app.py", "pipeline/data/soma/store.py", "jobs/demo.yaml", "scldm/nn/vae.py", "cluster/env.sh")
 KEPT_BACK = (
     *(".env", ".env.production", "deploy.pem", "host.key", ".aws/credentials", ".ssh/id_ed25519", ".netrc"),
     *(
@@ -124,7 +124,7 @@ def test_a_missing_token_is_said_with_where_to_put_it(tmp_path, monkeypatch):
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):
-    from pipeline.config_io import load_job
+    from pipeline.config.io.loader import load_job
 
     with pytest.raises(InputError) as error:
         load_job(ROOT / "jobs" / "demo.yaml", ["tracking.uri=postgresql://me:hunter2@db/mlflow"])
@@ -133,8 +133,8 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):
 
 
 def test_a_clusters_mlflow_is_used_where_the_job_names_none(tmp_path, monkeypatch):
-    from pipeline.config_io import load_job
-    from pipeline.tracking import Tracking
+    from pipeline.config.io.loader import load_job
+    from pipeline.tracking.tracker import Tracking
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://head:5000")
     job = load_job(ROOT / "jobs" / "demo.yaml")

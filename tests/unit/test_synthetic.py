@@ -3,8 +3,8 @@
 import numpy as np
 import scipy.sparse as sp
 
-from pipeline.data.synthetic import TYPE_NAMES, synthetic_cells
-from pipeline.job import SyntheticSource
+from pipeline.config.job import SyntheticSource
+from pipeline.data.sources.synthetic import TYPE_NAMES, synthetic_cells
 
 
 def make(**kwargs):

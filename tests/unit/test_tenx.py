@@ -11,11 +11,11 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
+from pipeline.config.job import TenxSource
+from pipeline.core.manifest import InputError
+from pipeline.data.sources.tenx import find_outputs, read_10x
+from pipeline.data.sources.tenx_files import open_tenx
 from pipeline.data.tables import sample_names
-from pipeline.data.tenx import find_outputs, read_10x
-from pipeline.data.tenx_files import open_tenx
-from pipeline.job import TenxSource
-from pipeline.stage import InputError
 
 EDGE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "edge" / "10x"
 real = pytest.mark.skipif(not EDGE.is_dir(), reason="the real Cell Ranger outputs of ../shared/data are not here")
@@ -141,9 +141,9 @@ def test_an_archive_is_answered_with_how_to_unpack_it():
 def test_the_ingest_stage_takes_a_10x_folder(tmp_path):
     from types import SimpleNamespace
 
-    from pipeline.data.ingested import Ingested
-    from pipeline.job import IngestConfig
-    from pipeline.stage import Manifest, StageContext
+    from pipeline.config.job import IngestConfig
+    from pipeline.core.manifest import Manifest, StageContext
+    from pipeline.data.ingest.dataset import Ingested
     from pipeline.stages import ingest
 
     path = EDGE / "scvi_pbmc10k_protein" / "filtered_feature_bc_matrix"

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tracking as tracking_module
-from pipeline.job import EvaluateJob, TrackingConfig
-from pipeline.mlflow_runs.client import clean_key, clean_keys
-from pipeline.provenance import IDS, lineage, read_ids, settings_behind
-from pipeline.spool import SpooledWriter
-from pipeline.stage import Manifest, write_manifest
-from pipeline.system_metrics import node_metrics
-from pipeline.tracking import SPOOL, NullTracker, StageTracker, Tracking, mlflow_client
+from pipeline.config.job import EvaluateJob, TrackingConfig
+from pipeline.core.manifest import Manifest, write_manifest
+from pipeline.tracking import tracker as tracking_module
+from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys
+from pipeline.tracking.provenance import IDS, lineage, read_ids, settings_behind
+from pipeline.tracking.spool import SpooledWriter
+from pipeline.tracking.system_metrics import node_metrics
+from pipeline.tracking.tracker import SPOOL, NullTracker, StageTracker, Tracking, mlflow_client
 
 DEAD = "http://127.0.0.1:9"
 

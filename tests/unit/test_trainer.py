@@ -12,10 +12,11 @@ import pytest
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from pipeline.resources import ResourcesConfig
-from pipeline.stage import InputError
-from pipeline.train_config import VaeTrainConfig
-from pipeline.training import preemption, reservation, trainer
+from pipeline.config.resources import ResourcesConfig
+from pipeline.config.train import VaeTrainConfig
+from pipeline.core.manifest import InputError
+from pipeline.training import trainer
+from pipeline.training.resilience import preemption, reservation
 
 GOING = PreemptionInfo(deadline_ms=1_000, preempted_node_to_ranks={"n1": [0]})
 

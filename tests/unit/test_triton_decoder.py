@@ -10,8 +10,8 @@ import pytest
 import torch
 from decoder_case import Case, assert_near, interpreted, outputs_and_gradients
 
-from scldm.nn import fused_decoder, triton_decoder
 from scldm.nn.config import VAEConfig
+from scldm.nn.kernels import fused_decoder, triton_decoder
 from scldm.nn.layers import hidden_width
 from scldm.nn.vae import VAE
 
@@ -83,8 +83,8 @@ def test_the_kernels_are_used_only_where_they_are_asked_for_and_a_width_they_can
 
 
 def test_the_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path, monkeypatch):
-    from scldm.nn.triton_gradients import keys_kernel, rows_kernel, weights_kernel
-    from scldm.nn.triton_kernels import decode_kernel
+    from scldm.nn.kernels.triton_gradients import keys_kernel, rows_kernel, weights_kernel
+    from scldm.nn.kernels.triton_kernels import decode_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     d, h, m = 256, 4, 256  # census_20m, the widest that they take

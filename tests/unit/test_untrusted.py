@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from scldm.checkpoints import untrusted, untrusted_child
 from scldm.checkpoints.native import CheckpointError
-from scldm.checkpoints.untrusted import UntrustedFileError, read_checkpoint, read_pickle
+from scldm.checkpoints.untrusted import child as untrusted_child
+from scldm.checkpoints.untrusted import reader as untrusted
+from scldm.checkpoints.untrusted.reader import UntrustedFileError, read_checkpoint, read_pickle
 
 foreign = untrusted_child.foreign  # the copy that the reader itself uses
 ATTACKS = list(foreign_files.attacks(Path("canary")))

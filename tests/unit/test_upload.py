@@ -10,11 +10,11 @@ import pytest
 from committed import commit, steps
 from s3_server import REGION, free_port, moto_server
 
-from pipeline.resources import CheckpointStorage
-from pipeline.stage import InputError
-from pipeline.training.checkpoint import MANIFEST, newest, verify
-from pipeline.training.remote import Remote, check_storage
-from pipeline.training.upload import Uploader
+from pipeline.config.resources import CheckpointStorage
+from pipeline.core.manifest import InputError
+from pipeline.training.checkpoints.manifest import MANIFEST, newest, verify
+from pipeline.training.checkpoints.remote import Remote, check_storage
+from pipeline.training.checkpoints.upload import Uploader
 
 RUN = "job/train_vae/v"
 

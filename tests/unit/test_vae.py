@@ -8,10 +8,10 @@ import dataclasses
 import pytest
 import torch
 
-from scldm.batch import CellBatch
+from scldm.data.batch import CellBatch
 from scldm.nn.config import VAEConfig
+from scldm.nn.kernels.pooling import pool_cells, pool_padded
 from scldm.nn.likelihood import GeneSample, gene_probabilities, nb_log_prob, nb_nll, sample_genes
-from scldm.nn.pooling import pool_cells, pool_padded
 from scldm.nn.vae import THETA_START, VAE
 
 

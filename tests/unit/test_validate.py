@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.data.anndata import read_h5ad
-from pipeline.data.validate import checked
-from pipeline.job import H5adSource
-from pipeline.stage import InputError
+from pipeline.config.job import H5adSource
+from pipeline.core.manifest import InputError
+from pipeline.data.sources.h5ad import read_h5ad
+from pipeline.data.validation.checks import checked
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real cells are not at {SHARED}")

@@ -16,10 +16,10 @@ import scipy.sparse as sp
 from h5ad_cases import ROOT, SHARED, G, N, counts, look, real, save, told
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.data.count_matrix import PIECE
-from pipeline.data.examine import Question, examine
-from pipeline.data.soma_write import write_experiment
+from pipeline.cli.app import app
+from pipeline.data.inspection.examine import Question, examine
+from pipeline.data.safety.count_matrix import PIECE
+from pipeline.data.soma.write import write_experiment
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -155,7 +155,7 @@ def test_a_reader_that_dies_is_a_bad_file_not_a_crash(tmp_path):
     wide = save(tmp_path / "wide.h5ad")
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_DATA, (64 << 20,) * 2)\n"
-        "from pipeline.cli import main; import sys; sys.argv[1:] = ['validate-data', sys.argv[1]]; main()"
+        "from pipeline.cli.app import main; import sys; sys.argv[1:] = ['validate-data', sys.argv[1]]; main()"
     )
     done = subprocess.run([sys.executable, "-c", code, str(wide)], env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=120)  # fmt: skip

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.examine import Question, examine
+from pipeline.data.inspection.examine import Question, examine
 
 # The same examples in every run; `make fuzz` is where new ones are looked for.
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -42,7 +42,9 @@ def wheel(tmp_path_factory):
 
 def test_it_holds_both_packages_their_data_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"scldm/py.typed", "scldm/api.py", "pipeline/report/report.html.jinja", "pipeline/cli.py"} <= set(names)
+    assert {"scldm/py.typed", "scldm/api/model.py", "pipeline/report/report.html.jinja", "pipeline/cli/app.py"} <= set(
+        names
+    )
     assert {name.split("/")[0].split("-")[0] for name in names} == {"scldm", "pipeline"}
 
 
@@ -57,7 +59,7 @@ def test_it_works_in_an_environment_of_its_own(wheel, tmp_path):
     said = run(
         python,
         "-c",
-        "import scldm, scldm.api; print(scldm.__file__, scldm.__version__, scldm.load.__name__)",
+        "import scldm, scldm.api.model; print(scldm.__file__, scldm.__version__, scldm.load.__name__)",
         cwd=tmp_path,
     )
     assert said.split()[0].startswith(site)

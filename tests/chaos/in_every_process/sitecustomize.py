@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-FOLDER, MODULE = os.environ.get("SCLDM_SOAK_CELLS"), "pipeline.training.objectives"
+FOLDER, MODULE = os.environ.get("SCLDM_SOAK_CELLS"), "pipeline.training.objectives.vae"
 
 
 class Watched(importlib.abc.MetaPathFinder):

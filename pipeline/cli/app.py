@@ -1,0 +1,212 @@
+"""The command line: `scldm run | validate | plan | runs | cells | config | mlflow`; of your own cells `init |
+validate-data`; of clusters `submit | status | logs | stop | cluster | doctor`; drills `faults`; of models `convert |
+export | parity | presets`.
+
+Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
+143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.cells import cells_app
+from pipeline.cli.cluster import cluster, logs, status, stop, submit
+from pipeline.cli.config import config_app
+from pipeline.cli.data import validate_data
+from pipeline.cli.doctor.command import doctor
+from pipeline.cli.faults import faults
+from pipeline.cli.init.command import init
+from pipeline.cli.mlflow import compare, mlflow_app
+from pipeline.cli.models import convert, export
+from pipeline.cli.parity import parity
+from pipeline.cli.presets import presets
+
+app = typer.Typer(
+    name="scldm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+runs = typer.Typer(help="Look at what has been made.", no_args_is_help=True)
+JOBS, DATA, CLUSTERS, MODELS = "Jobs", "Your cells", "Clusters", "Models"  # groups of --help
+app.add_typer(runs, name="runs", rich_help_panel=JOBS)
+app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTERS)
+app.add_typer(cells_app, name="cells", rich_help_panel=DATA)
+app.add_typer(config_app, name="config", rich_help_panel=JOBS)
+app.add_typer(mlflow_app, name="mlflow", rich_help_panel=JOBS)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"scldm {version('scldm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Single-cell latent diffusion at Census scale: one YAML file per job.
+
+    Begin with `scldm run jobs/demo.yaml`, or with `scldm init cells.h5ad` for your own cells.
+    """
+    from pipeline.core.faults import arm
+    from pipeline.core.manifest import InputError
+
+    if context.invoked_subcommand == "faults":  # which says what may stand there
+        return
+    with reported():
+        try:
+            arm()
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change, parsed as YAML.")
+]
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Errors as people want them, and the exit code that goes with each."""
+    from pipeline.core.manifest import InputError
+
+    try:
+        yield
+    except InputError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:
+        _say_failure(error)
+        raise typer.Exit(1) from None
+
+
+def _say_failure(error: Exception) -> None:
+    log = getattr(error, "log", None)
+    text = str(error)
+    if log is None:
+        with tempfile.NamedTemporaryFile("w", prefix="scldm-error-", suffix=".log", delete=False) as f:
+            f.write(traceback.format_exc())
+        log, text = f.name, f"{type(error).__name__}: {(text.splitlines() or ['no message'])[0]}"
+    typer.echo(f"{text}\n  log: {log}", err=True)
+
+
+def _stop_on_sigterm() -> None:
+    """`ray job stop` and schedulers send SIGTERM: leave through `finally`, so that locks and runs are closed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def load(job: Path, overrides: list[str] | None) -> Any:
+    from pipeline.config.io.loader import load_job
+    from pipeline.workflow.preflight import check_settings
+
+    loaded = load_job(job, overrides or [])
+    check_settings(loaded)
+    return loaded
+
+
+@app.command(rich_help_panel=JOBS)
+def run(job: JobFile, overrides: Overrides = None) -> None:
+    """Run a job: what is finished is looked up, what a changed setting touches runs again.
+
+    Example: `scldm run jobs/demo.yaml train_vae.train.max_steps=50`
+    """
+    with reported():
+        loaded = load(job, overrides)
+        from pipeline.workflow.runner import run_job
+
+        _stop_on_sigterm()
+        run_job(loaded, job, overrides or [])
+
+
+@app.command(rich_help_panel=JOBS)
+def validate(job: JobFile, overrides: Overrides = None) -> None:
+    """Check a job file; say all that is wrong with it at once.
+
+    Example: `scldm validate jobs/train_vae.yaml resources.workers=4`
+    """
+    with reported():
+        loaded = load(job, overrides)
+        from pipeline.config.job import stage_configs
+
+        typer.echo(f"{job}: a valid {loaded.kind} job, {loaded.name} ({', '.join(stage_configs(loaded))})")
+
+
+@app.command(rich_help_panel=JOBS)
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, folder, stages, sizes.")] = False,
+) -> None:
+    """Say what would run and why, with steps, parameters, memory and disk. Starts nothing.
+
+    Example: `scldm plan jobs/demo.yaml train_vae.train.max_steps=20`
+    """
+    with reported():
+        loaded = load(job, overrides)
+        from pipeline.planning.plan import plan as describe
+        from pipeline.planning.plan import plan_data
+
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(plan_data(loaded), indent=1))
+        else:
+            typer.echo(describe(loaded))
+
+
+@runs.command("list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help="For example runs/demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list, oldest first.")] = False,
+) -> None:
+    """Table of the finished stages of a pipeline.
+
+    Example: `scldm runs list runs/demo`
+    """
+    with reported():
+        from pipeline.planning.plan import finished_manifests, finished_stages
+
+        if as_json:
+            import json
+            from dataclasses import asdict
+
+            typer.echo(json.dumps([asdict(m) for m in finished_manifests(folder)], indent=1))
+        else:
+            typer.echo(finished_stages(folder))
+
+
+runs.command("compare")(compare)
+for _command in (submit, status, logs, stop, doctor, faults):
+    app.command(rich_help_panel=CLUSTERS)(_command)
+app.command(rich_help_panel=DATA)(init)
+app.command("validate-data", rich_help_panel=DATA)(validate_data)
+for _model_command in (convert, export, parity, presets):
+    app.command(rich_help_panel=MODELS)(_model_command)

@@ -1,0 +1,134 @@
+"""The commands `scldm cells head | verify | concat | export`: cells of a finished stage, seen, checked, carried on.
+
+Exit codes: 0 done, 1 what `verify` found, 2 a folder that holds no finished stage of cells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+cells_app = typer.Typer(help="Cells of a finished stage.", no_args_is_help=True)
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Stage folder, for example runs/demo/generate/1a2b3c4d5e6f.")
+]
+OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="File or folder to make.")]
+
+
+class Sink(StrEnum):
+    zarr = "zarr"
+    soma = "soma"
+    h5ad = "h5ad"
+
+
+@cells_app.command()
+def head(folder: Folder, n: Annotated[int, typer.Option("-n", min=0, help="Rows shown.")] = 5) -> None:
+    """Say what a stage's cells are, and show the first of obs. Opens the index and one shard.
+
+    Example: `scldm cells head runs/demo/generate/1a2b3c4d5e6f`
+    """
+    with _reported():
+        import pandas as pd
+
+        from scldm.cells.cells import open_cells
+
+        cells = open_cells(folder)
+        typer.echo(repr(cells))
+        about = cells.uns.get("scldm", {})
+        typer.echo("    made from: " + ", ".join(f"{k} {str(about[k])[:12]}" for k in ("vae", "flow") if k in about))
+        with pd.option_context("display.max_columns", 20, "display.width", 140):
+            typer.echo(cells.obs.head(n).to_string())
+        for column in cells.obs:
+            if isinstance(cells.obs[column].dtype, pd.CategoricalDtype):
+                counts = cells.obs[column].value_counts().head(8)
+                typer.echo(f"{column}: " + ", ".join(f"{name} {k:,}" for name, k in counts.items()))
+
+
+@cells_app.command()
+def verify(
+    folder: Folder,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write what was found there too.")
+    ] = None,
+) -> None:
+    """Check every byte: sizes, sha256, names, counts, NaN, and that each condition has the cells asked for.
+
+    Example: `scldm cells verify runs/demo/generate/1a2b3c4d5e6f --json verdict.json`
+    """
+    with _reported():
+        from pipeline.inference.export.verify import verify as look
+
+        verdict = look(folder)
+        typer.echo(verdict.text())
+        if json_file is not None:
+            json_file.write_text(json.dumps(verdict.to_json(), indent=1))
+        if not verdict.ok:
+            raise typer.Exit(1)
+
+
+@cells_app.command()
+def concat(folder: Folder, out: OutFile) -> None:
+    """All shards in one .h5ad file; up to a million cells. The same as `export --to h5ad`.
+
+    Example: `scldm cells concat runs/demo/generate/1a2b3c4d5e6f cells.h5ad`
+    """
+    export(folder, out, to=Sink.h5ad)
+
+
+@cells_app.command()
+def export(
+    folder: Folder,
+    out: OutFile,
+    to: Annotated[
+        Sink, typer.Option("--to", help="zarr: a collection for annbatch; soma: an experiment; h5ad: one file.")
+    ],
+    shuffle: Annotated[
+        int | None, typer.Option(min=0, metavar="SEED", help="zarr only: shuffle the cells, for training.")
+    ] = None,
+) -> None:
+    """Carry committed shards on to another format. A killed export of zarr or soma goes on where it was.
+
+    Example: `scldm cells export runs/demo/generate/1a2b3c4d5e6f cells.zarr --to zarr --shuffle 0`
+    """
+    with _reported():
+        from pipeline.core.manifest import InputError
+        from scldm.cells.cells import open_cells
+
+        if shuffle is not None and to is not Sink.zarr:
+            raise InputError(f"--shuffle is of --to zarr; {to.value} keeps the order of the cells")
+        cells = open_cells(folder)
+        if to is Sink.h5ad:
+            from pipeline.inference.export.h5ad import export_h5ad
+
+            export_h5ad(cells, out)
+        elif to is Sink.zarr:
+            from pipeline.inference.export.zarr import export_zarr
+
+            export_zarr(cells, out, shuffle=shuffle)
+        else:
+            from pipeline.inference.export.soma import export_soma
+
+            export_soma(cells, out)
+        typer.echo(f"wrote {out}: {cells.n_obs:,} cells x {cells.n_vars:,} genes")
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """A folder that cannot be used is bad input: exit code 2."""
+    from pipeline.cli.app import reported
+    from pipeline.core.manifest import InputError
+
+    with reported():
+        from scldm.cells.shards import CellsError
+
+        try:
+            yield
+        except CellsError as error:
+            raise InputError(str(error)) from None

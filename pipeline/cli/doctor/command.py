@@ -1,0 +1,33 @@
+"""The command `scldm doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JobFile = Annotated[
+    Path | None, typer.Argument(metavar="[JOB]", help="A job file: only what this job needs is looked at.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change.")]
+
+
+def doctor(
+    job: JobFile = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check this machine: versions, GPUs, NCCL, disk, storage, MLflow, the Census, the token, clocks.
+
+    Each line is ok or says how to mend it; exit code 1 if not. Example: `scldm doctor jobs/census/train_vae.yaml`
+    """
+    from pipeline.cli.app import load, reported
+
+    with reported():
+        loaded = load(job, overrides) if job is not None else None
+        from pipeline.cli.doctor.machine import asked_by, examine, report
+
+        text, code = report(examine(asked_by(loaded)), as_json=as_json)
+        typer.echo(text)
+        raise typer.Exit(code)

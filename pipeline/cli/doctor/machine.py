@@ -1,0 +1,209 @@
+"""`scldm doctor`: whether this machine can do what a job asks, each line ok or how to mend it.
+
+A check is a function of what is known of the job to a Finding. None changes anything but a file that it removes again;
+none waits longer than TIMEOUT for a server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+LEAST_FREE = 5e9  # bytes: the demo's outputs and Ray's logs
+TIMEOUT = 5.0  # seconds
+# What a difference breaks; the rest of constraints.txt follows from these.
+COMPARED = (
+    *("ray", "torch", "deepspeed", "mlflow", "tiledbsoma", "cellxgene-census", "anndata", "pyarrow", "numpy"),
+    *("pydantic", "safetensors", "scanpy", "numcodecs"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    check: str
+    status: Literal["ok", "fail", "skip"]
+    says: str
+    mend: str = ""
+
+    def line(self) -> str:
+        mark = {"ok": "ok  ", "fail": "FAIL", "skip": "-   "}[self.status]
+        return f"{mark}  {self.check:<9} {self.says}" + (f"\n                mend: {self.mend}" if self.mend else "")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is looked at: of a job, or what a machine without one should have."""
+
+    output: Path
+    gpus: bool = False
+    census: bool = True  # without a job it is not known that it is not needed
+    tracking: str | None = None
+    storage: Any = None  # pipeline.config.resources.CheckpointStorage
+    address: str | None = None  # of the job server, if there is one to ask
+
+
+def asked_by(job: Any) -> Asked:
+    """Of a job; of the current folder where there is none."""
+    tracking, address = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("RAY_API_SERVER_ADDRESS")
+    if job is None:
+        return Asked(output=Path.cwd() / "runs", tracking=tracking, address=address)
+    from pipeline.workflow.schedule import output_root
+
+    return Asked(
+        output=output_root(job),
+        gpus=job.resources.gpus_per_worker > 0,
+        census=_source(job) == "census",
+        tracking=job.tracking.uri or tracking,
+        storage=job.checkpoints if job.checkpoints.storage_path else None,
+        address=address,
+    )
+
+
+def _source(job: Any) -> str | None:
+    """Type of the source: of the job's own ingest section, or of the ingest that it builds on."""
+    from pipeline.config.job import stage_configs
+    from pipeline.core.manifest import newest_manifest
+    from pipeline.workflow.schedule import pipeline_folder
+
+    if (ingest := stage_configs(job).get("ingest")) is not None:
+        return str(ingest.source.type)  # type: ignore[attr-defined]
+    made = newest_manifest(pipeline_folder(job), "ingest")
+    return made.config["source"]["type"] if made is not None and made.config else None
+
+
+def examine(asked: Asked) -> list[Finding]:
+    """All checks, in the order in which a job would meet the trouble."""
+    from pipeline.cli.doctor.network import census, clocks, mlflow, token
+
+    checks: list[Callable[[Asked], Finding]] = [versions, gpus, nccl, disk, storage, mlflow, census, token, clocks]
+    return [_safely(check, asked) for check in checks]
+
+
+def _safely(check: Callable[[Asked], Finding], asked: Asked) -> Finding:
+    """A check that breaks is a finding too: the others still run."""
+    try:
+        return check(asked)
+    except Exception as error:
+        said = (str(error).splitlines() or ["no message"])[0]
+        return Finding(check.__name__, "fail", f"{type(error).__name__}: {said}", "a fault of scldm doctor; report it")
+
+
+def report(findings: Sequence[Finding], *, as_json: bool) -> tuple[str, int]:
+    """The text, and the exit code: 1 if anything failed."""
+    failed = sum(f.status == "fail" for f in findings)
+    if as_json:
+        return json.dumps({"ok": failed == 0, "findings": [asdict(f) for f in findings]}, indent=2), int(failed > 0)
+    last = f"{failed} of {len(findings)} checks failed" if failed else "all that was checked is well"
+    return "\n".join([*(f.line() for f in findings), last]), int(failed > 0)
+
+
+# ---- this machine ----------------------------------------------------------------------------------------------------
+def versions(asked: Asked, constraints: Path = REPOSITORY / "constraints.txt") -> Finding:
+    if not constraints.is_file():
+        return Finding("versions", "skip", f"no {constraints}: installed without the repository")
+    pinned = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", constraints.read_text(), re.M))
+    wrong = []
+    for name in COMPARED:
+        try:
+            found = metadata.version(name).partition("+")[0]  # 2.13.0+cpu
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        if found != pinned[name]:
+            wrong.append(f"{name} {found} (tested: {pinned[name]})")
+    if wrong:
+        return Finding(
+            "versions", "fail", "; ".join(wrong), f"make venv, or pip install -c {constraints} '{REPOSITORY}[pipeline]'"
+        )
+    return Finding("versions", "ok", f"Python {sys.version.split()[0]}, {len(COMPARED)} packages as in constraints.txt")
+
+
+def gpus(asked: Asked) -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+        return Finding("gpus", "ok", f"{torch.cuda.device_count()} x {', '.join(names)}, CUDA {torch.version.cuda}")
+    if shutil.which("nvidia-smi"):
+        mend = (
+            "a CUDA build of torch no newer than the driver: compare nvidia-smi with python -m torch.utils.collect_env"
+        )
+        return Finding("gpus", "fail", f"nvidia-smi is there, but torch {torch.__version__} sees no GPU", mend)
+    if asked.gpus and "RAY_ADDRESS" not in os.environ and asked.address is None:
+        mend = "run it where GPUs are (scldm submit), or set resources.gpus_per_worker=0"
+        return Finding("gpus", "fail", "the job asks for GPUs and this machine has none", mend)
+    where = "; the job's are the cluster's" if asked.gpus else "; jobs run on CPUs"
+    return Finding("gpus", "ok", f"none here{where}")
+
+
+def nccl(asked: Asked) -> Finding:
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available():
+        return Finding("nccl", "skip", "no GPU here")
+    store = dist.HashStore()
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        one = torch.ones(1, device="cuda")
+        dist.all_reduce(one)
+        torch.cuda.synchronize()
+    finally:
+        dist.destroy_process_group()
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    return Finding("nccl", "ok", f"NCCL {version} reduces on one GPU; between machines: NCCL_DEBUG=INFO in a short job")
+
+
+def disk(asked: Asked) -> Finding:
+    there = next(p for p in [asked.output, *asked.output.parents] if p.exists())
+    free = shutil.disk_usage(there).free
+    tmp = shutil.disk_usage("/tmp").free
+    says = f"{free / 1e9:.0f} GB free at {there}, {tmp / 1e9:.0f} GB in /tmp (Ray's)"
+    if min(free, tmp) < LEAST_FREE:
+        return Finding(
+            "disk", "fail", says, f"make room for at least {LEAST_FREE / 1e9:.0f} GB; scldm plan says how much"
+        )
+    return Finding("disk", "ok", says)
+
+
+def storage(asked: Asked) -> Finding:
+    """A file written, forced to disk, renamed, read, as stages do; and the second place for checkpoints."""
+    mend = "output must be a folder that you may write, on every node the same: output=/shared/runs"
+    here = asked.output / f".doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        asked.output.mkdir(parents=True, exist_ok=True)
+        with here.open("wb") as f:
+            f.write(b"x" * 4096)
+            f.flush()
+            os.fsync(f.fileno())
+        renamed = here.rename(here.with_suffix(".renamed"))
+        whole = renamed.read_bytes() == b"x" * 4096
+        renamed.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            here.unlink()
+        return Finding("storage", "fail", f"{asked.output}: {error.strerror or error}", mend)
+    if not whole:
+        return Finding("storage", "fail", f"{asked.output} gives back other bytes than were written", mend)
+    if asked.storage is None:
+        return Finding("storage", "ok", f"{asked.output} takes files, fsync and rename")
+    from pipeline.core.manifest import InputError
+    from pipeline.training.checkpoints.remote import check_storage
+
+    try:
+        check_storage(asked.storage, "doctor")
+    except InputError as error:
+        return Finding("storage", "fail", str(error).splitlines()[0], "checkpoints.storage_path and its credentials")
+    return Finding("storage", "ok", f"{asked.output} and {asked.storage.storage_path} take files")

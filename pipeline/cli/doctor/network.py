@@ -1,0 +1,132 @@
+"""Checks of `scldm doctor` that ask others: MLflow, the Census, the cluster's job server, and whose clock is wrong."""
+
+from __future__ import annotations
+
+import base64
+import os
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from contextlib import closing
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from pipeline.cli.doctor.machine import TIMEOUT, Asked, Finding
+from pipeline.cluster.submit import has_token
+
+CENSUS = "https://cellxgene-census-public-us-west-2.s3.us-west-2.amazonaws.com/cell-census/"
+MOST_SKEW = 60.0  # seconds. S3 refuses signatures at 900; logs of several nodes are hard to read long before
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of a server: its status code and clock, or why there is none."""
+
+    code: int | None
+    date: float | None = None
+    why: str = ""
+
+
+def ask(url: str, headers: dict[str, str] | None = None) -> Answer:
+    """GET, at most TIMEOUT; an error status is an answer too."""
+    request = urllib.request.Request(url, headers=headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            return Answer(response.status, _date(response.headers.get("Date")))
+    except urllib.error.HTTPError as error:
+        return Answer(error.code, _date(error.headers.get("Date")))
+    except (OSError, ValueError) as error:
+        return Answer(None, why=str(getattr(error, "reason", error)))
+
+
+def _date(text: str | None) -> float | None:
+    return parsedate_to_datetime(text).timestamp() if text else None
+
+
+def mlflow(asked: Asked) -> Finding:
+    if asked.tracking is None or asked.tracking.startswith("sqlite:///"):
+        path = Path((asked.tracking or "").removeprefix("sqlite:///") or asked.output / "mlflow.db")
+        return _mlflow_file(path)
+    if not asked.tracking.startswith("http"):
+        return Finding("mlflow", "skip", f"{asked.tracking} is neither a SQLite file nor a server: not looked at")
+    answer = ask(f"{asked.tracking.rstrip('/')}/health", _login())
+    if answer.code == 200:
+        return Finding("mlflow", "ok", f"{asked.tracking} answers")
+    mends = {
+        None: "start it (cluster/mlflow.sh, make ui), or unset tracking.uri: training goes on without it, and spools",
+        401: "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        403: "start the server with --allowed-hosts naming this address, as cluster/mlflow.sh does",
+    }
+    says = f"{asked.tracking}: {answer.why or f'status {answer.code}'}"
+    return Finding("mlflow", "fail", says, mends.get(answer.code, "its log says more"))
+
+
+def _login() -> dict[str, str]:
+    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    if not (user and password):
+        return {}
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+def _mlflow_file(path: Path) -> Finding:
+    if not path.exists():
+        return Finding("mlflow", "ok", f"{path} will be made by the first job")
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=TIMEOUT)) as database:
+            (runs,) = database.execute("select count(*) from runs").fetchone()
+    except sqlite3.Error as error:
+        return Finding("mlflow", "fail", f"{path}: {error}", "move the file away: the next job makes a new one")
+    return Finding("mlflow", "ok", f"{path}, {runs} runs")
+
+
+def census(asked: Asked) -> Finding:
+    if not asked.census:
+        return Finding("census", "skip", "the job does not read it")
+    answer = ask(f"{CENSUS}?list-type=2&max-keys=1")
+    if answer.code in (200, 403):  # it answers; whether strangers may list is not ours to know
+        return Finding("census", "ok", "the bucket answers (us-west-2)")
+    mend = "a way out over https (NAT, proxy: HTTPS_PROXY); or another source. Only census jobs need it: name yours"
+    return Finding("census", "fail", f"the bucket does not answer: {answer.why or f'status {answer.code}'}", mend)
+
+
+def token(asked: Asked) -> Finding:
+    """Whether this machine's token is private, and the cluster's."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not os.environ.get("RAY_AUTH_TOKEN") and path.is_file() and path.stat().st_mode & 0o077:
+        return Finding("token", "fail", f"{path} is readable by others", f"chmod 600 {path}")
+    if asked.address is None:
+        says = "there is one" if has_token() else "none; scldm cluster start makes one"
+        return Finding("token", "ok", f"{says}; no RAY_API_SERVER_ADDRESS to try it on")
+    sent = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
+    url = f"{asked.address.rstrip('/')}/api/jobs/"
+    bare = ask(url)
+    if bare.code is None:
+        mend = "scldm cluster start, or ray attach cluster/aws.yaml --port-forward 8265"
+        return Finding("token", "fail", f"{asked.address}: {bare.why}", mend)
+    if bare.code == 200:
+        mend = "start it with RAY_AUTH_MODE=token (cluster/env.sh, scldm cluster start)"
+        return Finding("token", "fail", f"{asked.address} takes jobs from anybody", mend)
+    if ask(url, {"Authorization": f"Bearer {sent}"}).code == 200:
+        return Finding("token", "ok", f"{asked.address} refuses strangers and takes ours")
+    return Finding(
+        "token", "fail", f"{asked.address} does not take our token", "copy the cluster's to ~/.ray/auth_token"
+    )
+
+
+def clocks(asked: Asked) -> Finding:
+    """This clock beside those of the servers that answer."""
+    servers = {"the Census": CENSUS if asked.census else None, "the job server": asked.address}
+    if asked.tracking and asked.tracking.startswith("http"):
+        servers["MLflow"] = asked.tracking
+    skews = {}
+    for name, url in servers.items():
+        if url and (date := ask(url).date) is not None:
+            skews[name] = time.time() - date
+    if not skews:
+        return Finding("clocks", "skip", "no server answers to compare with")
+    says = ", ".join(f"{skew:+.0f} s from {name}" for name, skew in skews.items())
+    if max(map(abs, skews.values())) > MOST_SKEW:
+        return Finding("clocks", "fail", says, "turn on time synchronisation: timedatectl set-ntp true")
+    return Finding("clocks", "ok", says)

@@ -1,0 +1,203 @@
+"""The command `scldm init`: looks at the user's cells, and writes a job file with the reason beside every choice."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.cli.init.inspect import Looked
+
+CENSUS = re.compile(r"census(?::(?P<version>[A-Za-z0-9._-]+))?(?:/(?P<organism>[a-z_]+))?")
+DEFAULT_CENSUS = "2025-01-30"
+
+LabelNames = Annotated[
+    list[str] | None, typer.Option("--label", help="obs column to condition on, instead of those found; repeatable.")
+]
+Tissues = Annotated[list[str] | None, typer.Option("--tissue", help="Census only: take cells of this tissue_general.")]
+OutFile = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="JOB", help="Job file to write; default: jobs/NAME.yaml.")
+]
+
+
+def init(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CELLS", help="h5ad file or pattern; Cell Ranger folder or .h5; SOMA experiment; census:2025-01-30."
+        ),
+    ],
+    out: OutFile = None,
+    label: LabelNames = None,
+    layer: Annotated[str | None, typer.Option(help="Where the counts are, as ingest.source.layer.")] = None,
+    gene_id: Annotated[str | None, typer.Option(help="var column of gene ids, as ingest.source.gene_id.")] = None,
+    obs: Annotated[Path | None, typer.Option(help="10x only: table of the cells, as ingest.source.obs.")] = None,
+    genome: Annotated[str | None, typer.Option(help="10x only: as ingest.source.genome.")] = None,
+    tissue: Tissues = None,
+    gpus: Annotated[int, typer.Option(min=0, max=1024, help="GPUs to write the job for; 0: CPUs.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Name of the pipeline; default: of the file.")] = None,
+    counts: Annotated[bool, typer.Option("--counts/--no-counts", help="Read the counts, or the tables only.")] = True,
+    region: Annotated[str | None, typer.Option(help="AWS region of an s3:// address.")] = None,
+    anonymous: Annotated[bool, typer.Option("--anonymous", help="Read s3:// without an account.")] = False,
+    memory_gib: Annotated[float, typer.Option(min=1, help="Most memory that reading may take.")] = 16,
+    force: Annotated[bool, typer.Option("--force", help="Replace the job file that is there.")] = False,
+) -> None:
+    """Look at your cells and write a commented job file for them; says what it chose and why.
+
+    Example: `scldm init cells.h5ad -o jobs/mine.yaml`
+    """
+    from pipeline.cli.app import reported
+
+    with reported():
+        given = {"layer": layer, "gene_id": gene_id, "obs": obs, "genome": genome, "region": region}
+        named = name or _name(source)
+        path = out or (Path("jobs") if Path("jobs").is_dir() else Path()) / f"{named}.yaml"
+        _check(source, path, given, tissue, force)
+        access = {**given, "obs": None if obs is None else str(obs), "anonymous": anonymous, "counts": counts}
+        looked = _census(source) or _look(source, access, memory_gib)
+        text, words = _make(looked, named, path, given | {"anonymous": anonymous}, label or [], tissue or [], gpus)
+        _write(path, text, force)
+        typer.echo(words)
+
+
+def _make(looked: Looked, name: str, path: Path, given: dict[str, Any], asked: list[str], tissues: list[str],
+          gpus: int) -> tuple[str, str]:  # fmt: skip
+    """The job file, and what is said of it."""
+    from pipeline.cli.init.defaults import choose
+    from pipeline.cli.init.labels import Labels, Verdict, choose_labels
+    from pipeline.cli.init.render import job_text
+    from pipeline.cli.init.summary import story
+
+    if looked.kind == "Census":
+        taken = tuple(asked) or ("cell_type", *(["tissue_general"] if len(tissues) > 1 else []))
+        labels = Labels(taken, tuple(Verdict(c, True, "a column of every Census release") for c in taken), 0)
+    else:
+        labels = choose_labels(looked.columns, looked.n_cells, asked)
+    choices = choose(looked, labels, gpus=gpus, cpus=os.cpu_count() or 1)
+    cells: dict[str, Any] = {} if looked.kind != "Census" else {"is_primary_data": True}
+    cells |= {"tissue": tissues} if tissues else {}
+    text = job_text(looked, labels, choices, name=name, source=_source(looked, given), cells=cells,
+                    command=_command(looked.uri, path, gpus, asked, tissues), path=str(path))  # fmt: skip
+    _validated(text, path)
+    return text, story(looked, labels, choices, path)
+
+
+def _look(source: str, access: dict[str, Any], memory_gib: float) -> Looked:
+    """What a child process finds; a source that cannot be used is bad input."""
+    from pipeline.cli.data import ask
+    from pipeline.cli.init.inspect import CHILD, Looked
+    from pipeline.core.manifest import InputError
+    from pipeline.data.findings import shown
+
+    typer.echo(f"looking at {shown(source, 200)} …", err=True)
+    found = ask({"uri": source, **access}, memory_gib, CHILD)
+    if "errors" in found:
+        raise InputError("\n".join([f"{shown(source, 200)} cannot be used:", *(f"  {e}" for e in found["errors"])]))
+    return Looked(**{**found, "other_places": tuple(found["other_places"]), "warnings": tuple(found["warnings"])})
+
+
+def _census(source: str) -> Looked | None:
+    from pipeline.cli.init.defaults import CENSUS_GENES
+    from pipeline.cli.init.inspect import Looked
+
+    if CENSUS.fullmatch(source) is None or Path(source).exists():
+        return None
+    return Looked(source, "Census", 1, 0, CENSUS_GENES, None, None, None, None, None)
+
+
+def _source(looked: Looked, given: dict[str, Any]) -> dict[str, Any]:
+    """ingest.source; local paths are absolute, so that the job runs from any folder."""
+    from pipeline.data.findings import shown
+
+    uri = looked.uri if "://" in looked.uri else str(Path(looked.uri).expanduser().absolute())
+    if looked.kind == "Census":
+        match = CENSUS.fullmatch(looked.uri)
+        assert match is not None  # `_census` made it of such a text
+        version, organism = match["version"] or DEFAULT_CENSUS, match["organism"] or "homo_sapiens"
+        return {"type": "census", "version": version, "organism": organism}
+    if looked.kind == "SOMA":
+        more = {"layer": looked.layer, "region": given["region"], "anonymous": given["anonymous"] or None}
+        found: dict[str, Any] = {"type": "soma", "uri": uri, **more}
+    elif looked.kind == "10x":
+        table = given["obs"] and str(Path(given["obs"]).expanduser().absolute())
+        found = {"type": "10x", "path": uri, "genome": given["genome"], "obs": table}
+    else:
+        names = {"layer": looked.layer, "gene_id": looked.gene_id, "gene_name": looked.gene_name}
+        found = {"type": "h5ad", "path": uri, **names}
+    if uri != shown(uri, 10**6):
+        from pipeline.core.manifest import InputError
+
+        raise InputError(f"{shown(uri, 200)}: the path holds characters that cannot be printed; rename the file")
+    return {k: v for k, v in found.items() if v is not None}
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+def _check(source: str, path: Path, given: dict[str, Any], tissue: list[str] | None, force: bool) -> None:
+    """What needs no look at the cells; all at once."""
+    from pipeline.core.manifest import InputError
+
+    problems = []
+    census = CENSUS.fullmatch(source) is not None and not Path(source).exists()
+    if tissue and not census:
+        problems.append("--tissue is of the Census (census:2025-01-30); of other sources set ingest.cells")
+    if census and (wrong := [f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None]):
+        problems.append(f"{', '.join(wrong)}: the Census says this itself; leave it out")
+    if path.is_dir():
+        problems.append(f"--out {path} is a folder; name a file in it: --out {path / 'mine.yaml'}")
+    elif path.exists() and not force:
+        problems.append(f"{path} exists; another name with --out, or --force to replace it")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _validated(text: str, path: Path) -> None:
+    """A job that `scldm validate` refuses is a fault of ours, or a name that no job may hold: nothing is written."""
+    from pipeline.config.io.loader import RawJob, validate
+    from pipeline.config.io.yaml import read_document
+    from pipeline.workflow.preflight import check_settings
+
+    document = read_document(text, str(path))
+    check_settings(validate(RawJob(str(path), document.data, document.lines)))
+
+
+def _write(path: Path, text: str, force: bool) -> None:
+    """Whole, or not at all; a file that came meanwhile is not replaced."""
+    from pipeline.core.manifest import InputError
+
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not force:
+            path.touch(exist_ok=False)  # whoever comes between the check and here keeps the name
+        tmp.write_text(text)
+        tmp.chmod(0o755)
+        tmp.replace(path)
+    except FileExistsError:
+        raise InputError(f"{path} exists; another name with --out, or --force to replace it") from None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({(error.strerror or str(error)).lower()}); --out elsewhere"
+        ) from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+def _name(source: str) -> str:
+    """A name for the pipeline, of the letters that one may have."""
+    last = [p for p in re.split(r"[/\\]", source.partition("*")[0]) if p] or ["cells"]
+    if last[-1] in ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices") and len(last) > 1:
+        last = [p for p in last if p not in ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices")] or last
+    stem = re.sub(r"\.(h5ad|h5|soma)$", "", last[-1])
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "cells"
+
+
+def _command(uri: str, path: Path, gpus: int, asked: list[str], tissues: list[str]) -> str:
+    words = ["scldm", "init", uri, "-o", str(path)]
+    words += [w for x in asked for w in ("--label", x)] + [w for x in tissues for w in ("--tissue", x)]
+    return shlex.join(words + (["--gpus", str(gpus)] if gpus else []))

@@ -1,0 +1,207 @@
+"""What `scldm init` chooses for a source, with reasons: split, sizes, batches, steps. Pure functions of numbers.
+
+The sizes are those of this repository's own jobs: of `jobs/demo_h5ad.yaml` on CPUs, of the paper's Dentate Gyrus and
+Census models (`scldm presets`) on GPUs. They are where to begin, not the best for the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.cli.init.inspect import Looked
+from pipeline.cli.init.labels import Labels, donor_column
+from pipeline.data.findings import shown
+
+MANY_DONORS = 20  # below it a hash of donors may leave a split without any
+MANY_GENES = 4096
+CENSUS_GENES = 60_000  # about; not looked at
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A value and its reason."""
+
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Everything of a job that depends on the data or the machine."""
+
+    gpus: int
+    workers: int
+    columns: Mapping[str, str]  # ingest.source.columns: name in the job -> name in the file
+    labels: tuple[str, ...]  # names in the job
+    missing_label: str
+    split: Chosen  # dict
+    min_cells: Chosen
+    vae: Chosen  # dict: model
+    genes_per_step: Chosen
+    vae_train: Chosen  # dict: max_steps and what follows
+    flow: Chosen
+    flow_train: Chosen
+    n_generated: Chosen
+    shard_size: int
+
+
+def choose(looked: Looked, labels: Labels, *, gpus: int, cpus: int) -> Choices:
+    """Choices for a source.
+
+    Args:
+        gpus: Training workers with a GPU each; 0 trains on CPUs.
+        cpus: Cores of the machine that trains, where there is no GPU.
+    """
+    columns, names = _names(labels)
+    split = _split(looked, columns)
+    share = 1 - split.value.get("validation", 0.1) - split.value.get("test", 0.1)
+    n_train = round((looked.n_cells - labels.drops) * share)
+    workers = gpus or min(2, max(1, cpus))
+    steps = _gpu_steps if gpus else _cpu_steps
+    vae_train, flow_train = steps(n_train, workers, flow=False, looked=looked), steps(n_train, workers, flow=True)
+    return Choices(
+        gpus=gpus,
+        workers=workers,
+        columns=columns,
+        labels=names,
+        missing_label="drop" if labels.drops else "error",
+        split=split,
+        min_cells=_min_cells(looked),
+        vae=_vae(looked, gpus),
+        genes_per_step=_genes_per_step(looked, gpus),
+        vae_train=vae_train,
+        flow=_flow(looked, gpus),
+        flow_train=flow_train,
+        n_generated=_n_generated(looked, gpus),
+        shard_size=25_000 if gpus else 250,
+    )
+
+
+def _names(labels: Labels) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Names that stand in filters and overrides without quotes, and what they are called in the file."""
+    columns: dict[str, str] = {}
+    names = []
+    for column in labels.columns:
+        plain = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in column).strip("_") or "label"
+        while plain != column and (plain in columns or plain in labels.columns):
+            plain += "_"
+        if plain != column:
+            columns[plain] = column
+        names.append(plain)
+    return columns, tuple(names)
+
+
+def _split(looked: Looked, columns: dict[str, str]) -> Chosen:
+    """Held-out cells; adds donor_id to `columns` where whole donors are held out."""
+    if looked.kind == "Census":
+        return Chosen({"by": "tile", "validation": 0.02, "test": 0.02}, "whole storage tiles: they read at full speed")
+    share = 0.1 if looked.n_cells < 1_000_000 else 0.02
+    shares = {"validation": share, "test": share}
+    held = f"{share:.0%} of the cells to validate on and {share:.0%} to test on"
+    donors = donor_column(looked.columns)
+    n = looked.columns[donors]["n_classes"] if donors is not None else 0
+    if donors is not None and n >= MANY_DONORS and not looked.columns[donors]["n_missing"] and looked.kind != "SOMA":
+        if donors != "donor_id":
+            columns["donor_id"] = donors
+        return Chosen(
+            {"by": "donor_id", **shares}, f"{held}, whole donors ({n} in {shown(donors)}): scores mean new ones"
+        )
+    why = "no column of donors is known" if donors is None else f"{n} donors ({shown(donors)}) are too few to hold out"
+    return Chosen({"by": "cell", **shares}, f"{held}; by cell, because {why}")
+
+
+def _min_cells(looked: Looked) -> Chosen:
+    if looked.kind == "Census" or looked.n_cells < 200:
+        return Chosen(0, "every gene of the source")
+    return Chosen(3, "a gene that fewer training cells express cannot be learned; 0 keeps every gene")
+
+
+def _vae(looked: Looked, gpus: int) -> Chosen:
+    small = {"d_model": 32, "n_layers": 2, "n_latent_tokens": 16, "latent_width": 16}
+    if not gpus:
+        return Chosen(small, f"{looked.n_genes:,} genes on CPUs: the small model of jobs/demo_h5ad.yaml")
+    if looked.kind == "Census" or looked.n_cells >= 1_000_000:
+        large = {"d_model": 512, "n_layers": 8, "n_heads": 8, "n_latent_tokens": 256, "latent_width": 16}
+        return Chosen(large, "a million cells or more: the sizes of preset census_70m")
+    if looked.n_cells >= 100_000:
+        middle = {"d_model": 256, "n_layers": 8, "n_heads": 8, "n_latent_tokens": 128, "latent_width": 16}
+        return Chosen(middle, f"{looked.n_cells:,} cells: between presets dentate_gyrus and census_70m")
+    paper = {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_latent_tokens": 128, "latent_width": 16}
+    return Chosen(paper, f"{looked.n_cells:,} cells: the sizes of preset dentate_gyrus (13,113 training cells)")
+
+
+def _genes_per_step(looked: Looked, gpus: int) -> Chosen:
+    most = 8192 if gpus else 1024
+    if looked.n_genes <= 2 * most:
+        return Chosen(None, f"all {looked.n_genes:,} genes are scored in every step")
+    return Chosen(most, f"of {looked.n_genes:,}: the decoder is the cost; validation scores all of them")
+
+
+def _flow(looked: Looked, gpus: int) -> Chosen:
+    if not gpus:
+        model = {"d_model": 96, "n_layers": 4, "n_heads": 4, "label_dropout": 0.1}
+        return Chosen(model, "the small DiT of jobs/demo_h5ad.yaml")
+    if looked.kind == "Census" or looked.n_cells >= 1_000_000:
+        model = {"d_model": 512, "n_layers": 12, "n_heads": 8, "label_dropout": 0.1}
+        return Chosen(model, "as jobs/census/train_flow.yaml")
+    return Chosen({"d_model": 256, "n_layers": 8, "n_heads": 8, "label_dropout": 0.1}, "the DiT of the paper's Table 9")
+
+
+def _cpu_steps(n_train: int, workers: int, *, flow: bool, looked: Looked | None = None) -> Chosen:
+    """As in jobs/demo_h5ad.yaml; more steps for more cells, within what two cores do in minutes."""
+    batch = 128 if flow else 64
+    few = max(200, 200 * n_train // batch) if n_train > 0 else 1200  # what a handful of cells can take
+    steps = _hundreds(min(max(min(1200, few), 15 * n_train // batch), 3000))
+    many = looked is not None and looked.n_genes > MANY_GENES
+    train = {
+        "max_steps": steps,
+        "feed": {"batch_size": batch, "micro_batch_size": batch // 2, "lanes": 4},
+        "optimizer": {"lr": 3e-3 if flow else 4e-3, "warmup": 0.05, "decay": 0.4},
+        "validate_every": steps // 4,
+        "checkpoint_every": steps // 4,
+    }
+    if not flow:
+        train["validation_cells"] = 128 if many else 512
+        train["genes_seen"] = {"mode": "share_expressed", "share": 0.7}  # against overfitting
+    return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
+
+
+def _gpu_steps(n_train: int, workers: int, *, flow: bool, looked: Looked | None = None) -> Chosen:
+    lanes = workers * math.ceil(4 / workers)
+    batch = lanes * math.ceil((2048 if n_train >= 1_000_000 else 128) / lanes)
+    steps = _hundreds(min(max(10_000, 100 * n_train // batch), 150_000))
+    optimizer: dict[str, Any] = {"decay": 0.1, "decay_type": "sqrt", "final_factor": 0.1}
+    if flow:
+        optimizer = {"lr": 5e-4, "betas": [0.9, 0.999], "decay": 0.9, "final_factor": 0.1}
+    train = {
+        "max_steps": steps,
+        "feed": {"batch_size": batch, "micro_batch_size": max(1, min(batch // workers, 128 if flow else 32)),
+                 "lanes": lanes},
+        "optimizer": optimizer,
+        "precision": "bf16",
+        "validate_every": max(500, steps // 50),
+        "checkpoint_every": 1000,
+    }  # fmt: skip
+    return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
+
+
+def _n_generated(looked: Looked, gpus: int) -> Chosen:
+    most = 100_000 if gpus else 2000
+    n = most if looked.kind == "Census" else min(most, looked.n_cells)
+    return Chosen(n, "in the composition of the training cells")
+
+
+def _passes(seen: int, n_train: int) -> str:
+    if n_train <= 0:
+        return "how many times through the training cells is not known before ingest"
+    times = seen / n_train
+    return f"{times:.0f} times through {n_train:,} training cells" if times >= 1.5 else (
+        f"{times:.1f} of {n_train:,} training cells; give more steps, or GPUs (--gpus)")  # fmt: skip
+
+
+def _hundreds(steps: float) -> int:
+    """Rounded up to a multiple of four hundred, so that quarters are whole hundreds."""
+    return 400 * math.ceil(steps / 400)

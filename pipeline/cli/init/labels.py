@@ -1,0 +1,137 @@
+"""Which obs columns `scldm init` takes as labels, and why not the others.
+
+A label is what generation is conditioned on: classes, each of them with cells enough to learn from. What a class costs
+is one embedding; what it needs is examples.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core.manifest import InputError
+from pipeline.data.findings import shown
+
+MOST_CLASSES = 1000
+ENOUGH_CELLS = 10  # of the middle class
+MOST_MISSING = 0.2  # share of the cells
+TYPES = ("cell_type", "celltype", "cell_ontology_class", "annotation", "annotations", "cell_label", "celltypes",
+         "cell_types", "cluster", "clusters", "leiden", "louvain", "seurat_clusters")  # fmt: skip
+TREATED = ("perturbation", "cytokine", "treatment", "condition", "stimulation", "stim", "drug", "compound",
+           "target_gene", "gene", "guide", "genotype", "time_point", "timepoint", "disease",
+           "tissue", "cell_line")  # fmt: skip
+DONORS = ("donor_id", "donor", "patient", "patient_id", "individual", "subject", "subject_id", "animal", "mouse_id")
+TECHNICAL = (*DONORS, "batch", "sample", "sample_id", "library", "library_id", "orig_ident", "dataset_id", "dataset",
+             "run", "lane", "plate", "barcode", "assay", "replicate", "phase", "predicted_doublet")  # fmt: skip
+RESERVED = ("raw_sum", "nnz")  # and soma_…: the reader leaves such columns out
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a column."""
+
+    column: str
+    taken: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Labels:
+    columns: tuple[str, ...]  # of obs, in the order of the job
+    verdicts: tuple[Verdict, ...]  # of every column, in the order of obs
+    drops: int  # cells at most that have no value of some label, and are left out
+
+    @property
+    def why(self) -> dict[str, str]:
+        return {v.column: v.why for v in self.verdicts}
+
+
+def choose_labels(columns: Mapping[str, Mapping[str, Any]], n_cells: int, asked: Sequence[str] = ()) -> Labels:
+    """Labels among the columns of obs: those asked for, or at most one of cell types and one of treatments.
+
+    Args:
+        columns: As `obs_profile`.
+
+    Raises:
+        InputError: a label that was asked for is no column, or holds no classes; all of them at once.
+    """
+    if problems := [p for name in asked if (p := _asked_problem(name, columns)) is not None]:
+        raise InputError("\n".join(problems))
+    unfit = {c: why for c, p in columns.items() if (why := _unfit(c, p, n_cells)) is not None}
+    chosen = list(dict.fromkeys(asked)) or _best([c for c in columns if c not in unfit])
+    verdicts = []
+    for column, profile in columns.items():
+        if column in chosen:
+            why = f"asked for: {_sizes(profile)}" if asked else _sizes(profile)
+            verdicts.append(Verdict(column, True, why))
+        else:
+            why = unfit.get(column) or f"{_sizes(profile)}: usable; --label {_quoted(column)} takes it"
+            verdicts.append(Verdict(column, False, why))
+    return Labels(tuple(chosen), tuple(verdicts), sum(columns[c]["n_missing"] for c in chosen))
+
+
+def donor_column(columns: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The column that says whose cells they are."""
+    named = {_plain(c): c for c in reversed(list(columns))}
+    return next((named[d] for d in DONORS if d in named and columns[named[d]]["n_classes"] > 1), None)
+
+
+def _unfit(column: str, p: Mapping[str, Any], n_cells: int) -> str | None:
+    """Why a column is no label, unless it is asked for; None if it may be one."""
+    add = f"; --label {_quoted(column)} takes it all the same"
+    if column.startswith("soma_") or column in RESERVED:
+        return "SOMA uses this name, the reader leaves the column out"
+    if p["kind"] == "decimal numbers":
+        return "decimal numbers: a measurement, not classes"
+    if p["n_classes"] < 2:
+        return "no value in any cell" if not p["n_classes"] else "one value for all cells: nothing to tell apart"
+    if p["kind"] == "whole numbers":
+        return f"whole numbers ({p['n_classes']:,} different): counts, or classes{add}"
+    if p["n_missing"] > MOST_MISSING * n_cells:
+        return f"{p['n_missing']:,} of {n_cells:,} cells have no value{add}"
+    if p["n_classes"] > MOST_CLASSES or p["middle"] < ENOUGH_CELLS:
+        return f"{p['n_classes']:,} classes for {n_cells:,} cells, {p['middle']:,} in the middle one: too few{add}"
+    if p["same_as"] is not None:
+        return f"groups the cells exactly as {shown(p['same_as'])} does"
+    if _plain(column) in TECHNICAL:
+        return f"{p['n_classes']} classes, but its name is of a batch, donor or sample{add}"
+    return None
+
+
+def _best(usable: Sequence[str]) -> list[str]:
+    """One column named like a cell type and one like a treatment; if there is neither, the first usable."""
+    named = {_plain(c): c for c in reversed(usable)}
+    kinds = [next((named[n] for n in names if n in named), None) for names in (TYPES, TREATED)]
+    return [c for c in kinds if c is not None] or list(usable[:1])
+
+
+def _asked_problem(name: str, columns: Mapping[str, Mapping[str, Any]]) -> str | None:
+    if name not in columns:
+        near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+        has = ", ".join(shown(c) for c in list(columns)[:20]) or "none"
+        hint = f"did you mean {shown(near[0])!r}? " if near else ""
+        return f"--label {shown(name)}: obs has no such column ({hint}columns: {has})"
+    p = columns[name]
+    if p["kind"] == "decimal numbers":
+        return f"--label {shown(name)}: decimal numbers, not classes; cut them into ranges with pandas.cut and save"
+    if p["n_classes"] < 2:
+        return f"--label {shown(name)}: {p['n_classes']} class; a label needs two or more"
+    return None
+
+
+def _sizes(p: Mapping[str, Any]) -> str:
+    gaps = f"; {p['n_missing']:,} cells have none" if p["n_missing"] else ""
+    return f"{p['n_classes']:,} classes of {p['smallest']:,} to {p['largest']:,} cells{gaps}"
+
+
+def _plain(name: str) -> str:
+    """Lower case, words joined by _; a column of ontology terms goes by the name of the column beside it."""
+    return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_").removesuffix("_ontology_term_id")
+
+
+def _quoted(name: str) -> str:
+    plain = shown(name)
+    return plain if re.fullmatch(r"[A-Za-z0-9_.:-]+", plain) else "'" + plain.replace("'", "'\\''") + "'"

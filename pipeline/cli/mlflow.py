@@ -1,0 +1,113 @@
+"""The commands `scldm mlflow sync | register` and `scldm runs compare`.
+
+Exit codes: 0 done, 1 records still wait, 2 bad input.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+mlflow_app = typer.Typer(help="MLflow: complete runs after an outage, register models.", no_args_is_help=True)
+
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="A pipeline (runs/demo) or a stage (runs/demo/train_flow/1a2b3c4d5e6f)."),
+]
+Uri = Annotated[
+    str | None,
+    typer.Option(
+        "--uri", metavar="URI", help="MLflow store; default: that of the runs, MLFLOW_TRACKING_URI, runs/mlflow.db."
+    ),
+]
+Things = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="A B …",
+        help="Pipelines (runs/demo), stages (runs/demo/train_flow/1a2b…), MLflow run ids, models:/name@alias.",
+    ),
+]
+
+
+@mlflow_app.command()
+def sync(folder: Folder, uri: Uri = None) -> None:
+    """Send to MLflow what waits on disk because the server was away. Safe to call twice, also beside a running job.
+
+    Example: `scldm mlflow sync runs/demo`
+    """
+    with _reported():
+        from pipeline.tracking.sync import sync as send
+
+        done = send(folder, uri)
+        for one in done:
+            typer.echo(one.text())
+        if any(one.problem for one in done):
+            raise typer.Exit(1)
+
+
+@mlflow_app.command()
+def register(
+    folder: Folder,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the registered model; default: scldm-PIPELINE.")
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option("--alias", help="Moves to this version, such as champion; may be given again.")
+    ] = None,
+    uri: Uri = None,
+) -> None:
+    """Put the VAE and the flow of a pipeline into the registry, as a model with predict(conditions) -> counts.
+
+    Example: `scldm mlflow register runs/demo --alias champion`
+    """
+    with _reported():
+        from pipeline.tracking.mlflow_runs.client import chosen_uri
+        from pipeline.tracking.mlflow_runs.register import register as put
+
+        made = put(folder, uri=chosen_uri(uri, folder), name=name, aliases=tuple(alias or ()))
+        typer.echo(made.text())
+
+
+def compare(
+    things: Things,
+    every: Annotated[bool, typer.Option("--all", help="Every score, not the key ones alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    uri: Uri = None,
+) -> None:
+    """Lay runs side by side: settings that differ, scores with their floors, where each came from.
+
+    A star marks what is nearest to its floor, which is real cells against real cells. Folders need no server.
+
+    Example: `scldm runs compare runs/demo runs/other`, or `scldm runs compare models:/scldm-demo@champion runs/demo`
+    """
+    with _reported():
+        from pipeline.core.manifest import InputError
+        from pipeline.tracking.comparison.compare import Side
+        from pipeline.tracking.comparison.compare import compare as lay
+        from pipeline.tracking.comparison.fetch import is_run, of_run
+        from pipeline.tracking.comparison.records import of_folder
+        from pipeline.tracking.comparison.text import as_text
+        from pipeline.tracking.mlflow_runs.client import chosen_uri
+
+        if len(things) < 2:
+            raise InputError(f"compare takes two or more; got {things[0]} alone")
+        problems, sides = [], []
+        for thing in things:
+            try:
+                line = of_run(thing, chosen_uri(uri)) if is_run(thing) else of_folder(Path(thing))
+                sides.append(Side(thing, line))
+            except InputError as error:
+                problems.append(str(error))
+        if problems:
+            raise InputError("\n".join(problems))
+        found = lay(sides, every=every)
+        typer.echo(found.to_json() if as_json else as_text(found))
+
+
+def _reported() -> AbstractContextManager[None]:
+    from pipeline.cli.app import reported
+
+    return reported()

@@ -1,0 +1,123 @@
+"""The commands `scldm convert` and `scldm export`: upstream's checkpoints to our model folders, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="UPSTREAM.ckpt", help="Lightning checkpoint that upstream wrote.")]
+ConfigFile = Annotated[Path, typer.Option("--config", metavar="UPSTREAM.yaml", help="Configuration written with it.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what this command made there before.")]
+GenesFile = Annotated[
+    Path | None,
+    typer.Option("--genes", metavar="FILE", help="Gene ids in order: .h5ad, .parquet, .json, .csv or .txt."),
+]
+MetadataFile = Annotated[
+    Path | None,
+    typer.Option("--metadata", metavar="FILE", help="Classes in order: upstream's metadata .json, or .h5ad."),
+]
+MuFile = Annotated[
+    Path | None, typer.Option("--size-factors-mu", metavar="FILE", help="Pickle: mean log library sizes.")
+]
+SdFile = Annotated[Path | None, typer.Option("--size-factors-sd", metavar="FILE", help="Pickle: their deviations.")]
+NoSizes = Annotated[
+    bool, typer.Option("--no-size-factors", help="Convert without library sizes; such a flow generates no counts.")
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--genes-seq-len", min=1, help="Tokens of a cell, pads included; default: the configuration's."),
+]
+ModelFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL_DIR", help="Folder with vae/ and flow/, a model folder, a finished stage, or a pipeline."
+    ),
+]
+FlowFolder = Annotated[
+    Path | None, typer.Option("--flow", metavar="DIR", help="Model folder of a flow, if it is not MODEL_DIR/flow.")
+]
+
+
+class Target(StrEnum):
+    upstream = "upstream"
+    huggingface = "huggingface"
+
+
+def convert(
+    checkpoint: Checkpoint,
+    config: ConfigFile,
+    out: Out,
+    genes: GenesFile = None,
+    metadata: MetadataFile = None,
+    size_factors_mu: MuFile = None,
+    size_factors_sd: SdFile = None,
+    no_size_factors: NoSizes = False,
+    genes_seq_len: SeqLen = None,
+    force: Force = False,
+) -> None:
+    """Turn a checkpoint of upstream scLDM into our model folders, DIR/vae and DIR/flow.
+
+    The pickle is read in a child process that runs nothing of it. Gene names, classes and size factors are taken from
+    the files that the configuration names, where they lie beside the checkpoint.
+
+    Example: `scldm convert last.ckpt --config config.yaml --out models/dentate`
+    """
+    with _reported():
+        from scldm.checkpoints.convert.convert import convert_upstream
+        from scldm.checkpoints.upstream.inputs import InputFiles
+
+        given = InputFiles(genes, metadata, size_factors_mu, size_factors_sd, no_size_factors)
+        done = convert_upstream(checkpoint, config, out, given=given, genes_seq_len=genes_seq_len, force=force)
+        typer.echo(done.report.text())
+        typer.echo(f"wrote {done.vae}" + (f" and {done.flow}" if done.flow is not None else ""))
+
+
+def export(
+    model: ModelFolder,
+    to: Annotated[
+        Target,
+        typer.Option("--to", help="upstream: a checkpoint it loads. huggingface: a folder with a card, for a hub."),
+    ],
+    out: Out,
+    flow: FlowFolder = None,
+    force: Force = False,
+) -> None:
+    """Write a model for others: as a checkpoint that upstream scLDM loads, or as a folder with a model card.
+
+    Example: `scldm export models/dentate --to upstream --out exported`
+    """
+    with _reported():
+        from scldm.api.folders import find_models
+        from scldm.checkpoints.convert.export import export_upstream
+
+        if to is Target.huggingface:
+            from scldm.api.model import load
+
+            typer.echo(f"wrote {load(model, flow=flow).save_pretrained(out, force=force)}: README.md is its card")
+            return
+        found = find_models(model)
+        done = export_upstream(found.vae, flow or found.flow, out, force=force)
+        typer.echo(f"wrote {done.folder}: {', '.join(done.files)} (format: {to.value})")
+        for note in done.notes:
+            typer.echo(f"note: {note}")
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """A checkpoint, configuration or folder that cannot be used is bad input: exit code 2."""
+    from pipeline.cli.app import reported
+    from pipeline.core.manifest import InputError
+
+    with reported():
+        from scldm.checkpoints.native import CheckpointError
+
+        try:
+            yield
+        except CheckpointError as error:
+            raise InputError(str(error)) from None

@@ -1,0 +1,102 @@
+"""What DeepSpeed is told: our typed settings, and an expert's file of raw options beside them.
+
+A key has one owner. What follows from the job (batch, accumulation, clipping, ZeRO stage, precision) is ours, the
+learning rate and the optimizer too: DeepSpeed never scales or schedules them. A file that sets one of them is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.train import TrainConfig
+from pipeline.core.manifest import InputError
+
+DEFAULT_BUCKET = 500_000_000  # DeepSpeed's own
+_ACCUMULATION = "train.feed.batch_size and micro_batch_size"
+# DeepSpeed's key -> the setting of ours that it is made from. A prefix owns what is below it.
+OWNED = {
+    "train_batch_size": "train.feed.batch_size",
+    "train_micro_batch_size_per_gpu": "train.feed.micro_batch_size",
+    "gradient_accumulation_steps": _ACCUMULATION,
+    "gradient_clipping": "train.optimizer.clip",
+    "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.offload_optimizer": "train.offload_optimizer",
+    "zero_optimization.cpu_offload": "train.offload_optimizer",
+    "zero_force_ds_cpu_optimizer": "train.offload_optimizer",
+    "zero_allow_untested_optimizer": "train.optimizer",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.optimizer",
+    "steps_per_print": "train.log_every_seconds",
+    "checkpoint": "train.checkpoint_every",
+}
+
+
+def deepspeed_options(
+    config: TrainConfig, *, n_parameters: int, micro_batch_size: int, accumulation: int, gpu: bool
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    Args:
+        n_parameters: Numbers that are trained.
+        micro_batch_size: Cells that a worker takes at once.
+        accumulation: Micro batches in a step.
+        gpu: Whether the workers have one.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
+    ours = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # The optimizer is torch's, on whatever device its shard is; DeepSpeed's own would be compiled on the spot.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**40,
+        "bf16": {"enabled": config.precision == "bf16"},
+    }
+    raw = {} if config.deepspeed is None else read_options(config.deepspeed)
+    bucket = {"reduce_bucket_size": gradient_bucket(n_parameters)}
+    return {**raw, **ours, "zero_optimization": {**bucket, **raw.get("zero_optimization", {}), **zero}}
+
+
+def gradient_bucket(n_parameters: int) -> int:
+    """Numbers in the buffer in which gradients are reduced: DeepSpeed's 500 million, or the model, if it is smaller.
+
+    DeepSpeed takes the whole buffer however small the model is: 2 GB in fp32. One bucket that holds all gradients is
+    the same reduction.
+    """
+    return max(1, min(DEFAULT_BUCKET, n_parameters))
+
+
+def read_options(path: str) -> dict[str, Any]:
+    """An expert's file. Raises InputError that names every key that is not theirs to set."""
+    try:
+        raw = json.loads(Path(path).expanduser().read_text())
+    except OSError as error:
+        raise InputError(
+            f"train.deepspeed: {path} cannot be read ({error.strerror}); a JSON file of DeepSpeed options that every "
+            "worker sees, or null"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"train.deepspeed: {path} is not JSON ({error})") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("zero_optimization", {}), dict):
+        raise InputError(f"train.deepspeed: {path} must hold a JSON object, and so must its zero_optimization")
+    if problems := list(_not_theirs(raw, path)):
+        raise InputError("\n".join(problems))
+    return raw
+
+
+def _not_theirs(raw: Mapping[str, Any], path: str) -> Iterator[str]:
+    for key in (*raw, *(f"zero_optimization.{k}" for k in raw.get("zero_optimization", {}))):
+        if key in OWNED:
+            yield f"train.deepspeed: {path} sets {key}, which {OWNED[key]} decides; take it out of the file"

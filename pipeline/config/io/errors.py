@@ -1,0 +1,238 @@
+"""Validation errors for people: the dotted path as it stands in the file, what came, what is allowed, what was meant.
+
+What is allowed is read from the models' own annotations, so that it cannot drift from what is enforced. pydantic's
+paths name the members of unions too; those are no keys of the file and are dropped here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types as at
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from pipeline.config.io.yaml import Key, KeyPath, dotted
+from pipeline.config.job import Job
+
+Place = Callable[..., str]
+
+
+def explain(error: ValidationError, data: dict[str, Any], place: Place) -> list[str]:
+    """One line for each thing that is wrong, in the order of the file's paths.
+
+    Args:
+        error: What pydantic said.
+        data: The input, to tell keys from union members.
+        place: path -> "file:line"; takes whole_section for errors about several keys.
+    """
+    messages: dict[tuple[KeyPath, str], str] = {}
+    for item in error.errors(include_url=False):
+        path, expected, model = locate(item["loc"], data)
+        kind = item["type"]
+        if kind in ("union_tag_invalid", "union_tag_not_found"):
+            path = (*path, str(item["ctx"]["discriminator"]).strip("'"))
+            kind = "missing" if kind == "union_tag_not_found" else kind
+        text = _message(kind, item, path, expected, model, data)
+        where = place(path, whole_section=kind == "value_error")
+        # Both members of a union complain about one value; once is enough.
+        messages.setdefault(
+            (path, "" if kind != "extra_forbidden" else kind), f"{where}: {dotted(path) or 'job'}: {text}"
+        )
+    return list(messages.values())
+
+
+def _message(kind: str, item: Any, path: KeyPath, expected: str, model: Any, data: dict[str, Any]) -> str:
+    if kind == "extra_forbidden":
+        return f"unknown key{_suggest(str(path[-1]), model, job_model(data))}"
+    if kind == "missing":
+        return f"missing; expected {_tag_choices(item) or expected}"
+    if kind == "value_error":
+        return str(item["ctx"]["error"])
+    if kind == "union_tag_invalid":
+        tag = item["input"].get(path[-1])
+        choices = [c.strip(" '") for c in item["ctx"]["expected_tags"].split(",")]
+        return f"got {shown(tag)}, expected {_tag_choices(item)}{_did_you_mean(str(tag), choices)}"
+    got = item["input"]
+    meant = _did_you_mean(got, re.findall(r'"([^"]*)"', expected)) if isinstance(got, str) else ""
+    return f"got {shown(got)}, expected {expected}{meant}"
+
+
+def locate(loc: tuple[Key, ...], data: Any) -> tuple[KeyPath, str, Any]:
+    """pydantic's location -> path in the file, what is allowed there, and the model that holds the last key."""
+    path: list[Key] = []
+    holder: Any = None
+    here: Any = job_model(data)
+    expected = "a job"
+    for i, part in enumerate(loc[1:]):  # the first part is the job's kind
+        model = model_of(here, data)
+        if model is not None:
+            if i and part not in model.model_fields and part == _tag(here, data):
+                continue  # the member of a discriminated union
+            holder, field = model, model.model_fields.get(str(part))
+            here = annotation_of(field) if field else None
+        elif isinstance(data, dict) and part in data:
+            here = _item(here, dict)
+        elif isinstance(data, list) and isinstance(part, int):
+            here = _item(here, list, part)
+        else:
+            continue  # the member of a plain union
+        path.append(part)
+        data = _child(data, part)
+        expected = describe(here)
+    return tuple(path), expected, holder
+
+
+def _child(data: Any, part: Key) -> Any:
+    try:
+        return data[part]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+# ---- models and annotations --------------------------------------------------------------------------------------
+def job_model(data: Any) -> type[BaseModel] | None:
+    """The model of this kind of job."""
+    kind = data.get("kind") if isinstance(data, dict) else None
+    return next((m for m in members_of(Job) if kind in get_args(m.model_fields["kind"].annotation)), None)
+
+
+def model_of(annotation: Any, data: Any) -> type[BaseModel] | None:
+    """The model that an annotation means here; of a union with a `type`, the one that the data names."""
+    models = [m for m in members_of(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+    if len(models) < 2:
+        return models[0] if models else None
+    tag = _tag(annotation, data)
+    return next((m for m in models if tag in get_args(m.model_fields["type"].annotation)), None)
+
+
+def _tag(annotation: Any, data: Any) -> Any:
+    return data.get("type") if isinstance(data, dict) and len(list(members_of(annotation))) > 1 else None
+
+
+def annotation_of(field: FieldInfo) -> Any:
+    """A field's annotation with its constraints put back."""
+    result: Any = field.annotation
+    for extra in field.metadata:
+        result = Annotated[result, extra]
+    return result
+
+
+def members_of(annotation: Any) -> Iterator[Any]:
+    """Members of a union, without Annotated around it; the annotation itself if it is none."""
+    if annotation is None:
+        return
+    if get_origin(annotation) is Annotated and get_origin(get_args(annotation)[0]) in (Union, types.UnionType):
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from members_of(member)
+    else:
+        yield annotation
+
+
+def _item(annotation: Any, container: type, index: int = -1) -> Any:
+    """Annotation of the values of a dict, list or tuple member."""
+    for member in members_of(annotation):
+        if get_origin(member) is container:
+            return get_args(member)[-1]
+        if get_origin(member) is tuple and container is list:
+            return get_args(member)[min(index, len(get_args(member)) - 1)]
+    return Any
+
+
+def describe(annotation: Any) -> str:
+    """What an annotation allows, in words."""
+    return " or ".join(dict.fromkeys(_describe_one(m) for m in members_of(annotation))) or "nothing"
+
+
+def _describe_one(member: Any) -> str:
+    limits: list[Any] = []
+    while get_origin(member) is Annotated:
+        member, *more = get_args(member)
+        limits += more
+    origin, args = get_origin(member), get_args(member)
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(json.dumps(a) for a in args)
+    if origin is list:
+        return f"a list{_each('item', args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)} ({', '.join(describe(a) for a in args)})"
+    if origin is dict or origin is Mapping:
+        return f"a map{_each('value', args[1])}"
+    if isinstance(member, type) and issubclass(member, BaseModel):
+        return f"a section with keys {', '.join(member.model_fields)}"
+    words = {
+        int: "integer",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        types.NoneType: "null",
+        Any: "any value",
+    }
+    return _limited(words.get(member, str(member)), limits)
+
+
+def _each(what: str, annotation: Any) -> str:
+    return "" if annotation is Any else f" (each {what} {describe(annotation)})"
+
+
+def _limited(noun: str, limits: list[Any]) -> str:
+    """A noun with its bounds: `a positive integer`, `a number ≥ 0 and < 1`."""
+    bounds = []
+    for limit in limits:
+        if isinstance(limit, at.Gt) and limit.gt == 0:
+            noun = f"positive {noun}"
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+            bound = getattr(limit, name, None)
+            if bound is not None and not (name == "gt" and bound == 0):
+                bounds.append(f"{sign} {bound:,}")
+        if getattr(limit, "pattern", None):
+            bounds.append(f"that matches {limit.pattern}")
+    article = "" if noun in ("text", "true or false", "null", "any value") else "an " if noun[0] in "aeiou" else "a "
+    return f"{article}{noun}{' ' if bounds else ''}{' and '.join(bounds)}"
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+def shown(value: Any) -> str:
+    """A value as it would be written, cut short."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _tag_choices(item: Any) -> str:
+    tags = item.get("ctx", {}).get("expected_tags")
+    if tags is None and item["type"] == "union_tag_not_found":
+        names = [get_args(m.model_fields["kind"].annotation)[0] for m in members_of(Job)]
+        tags = ", ".join(f"'{n}'" for n in names) if not item["loc"] else None
+    return "one of " + tags.replace("'", '"') if tags else ""
+
+
+def _did_you_mean(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _suggest(key: str, model: Any, job: Any) -> str:
+    """Close keys of this level; else the same key elsewhere in the job; else all keys of this level."""
+    fields = list(model.model_fields) if model is not None else []
+    if meant := _did_you_mean(key, fields):
+        return meant
+    elsewhere = [p for p in all_paths(job) if p.rpartition(".")[2] == key][:4] if job else []
+    if elsewhere:
+        return f" here; did you mean {' or '.join(f'`{p}`' for p in elsewhere)}?"
+    return f"; allowed here: {', '.join(fields)}"
+
+
+def all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted path that a model allows."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for member in members_of(field.annotation):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                yield from all_paths(member, f"{prefix}{name}.")

@@ -1,0 +1,138 @@
+"""Job files in and out: YAML and `a.b=c` overrides to a validated Job, and back.
+
+All that is wrong is said at once, each error with its dotted path and the line it stands on; a value from the command
+line says so instead of a line. Nothing here imports torch, ray or mlflow: `scldm validate` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.config.io.errors import explain
+from pipeline.config.io.yaml import MAX_BYTES, KeyPath, decode, dotted, read_document
+from pipeline.config.job import Job, JobBase
+from pipeline.core.manifest import InputError
+
+_KEY_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+_adapter: TypeAdapter[Any] = TypeAdapter(Job)
+
+
+@dataclass
+class RawJob:
+    """A job before validation, with what is needed to say where each value came from."""
+
+    source: str
+    data: dict[str, Any]
+    lines: dict[KeyPath, int]
+    overridden: list[KeyPath] = field(default_factory=list)
+
+    def place(self, path: KeyPath, *, whole_section: bool = False) -> str:
+        """Where a value was written: `file:line`, or the command line.
+
+        Args:
+            path: Path of the value; where it is absent, its nearest ancestor that was written.
+            whole_section: The error is about several keys under `path`, any of which may have been overridden.
+        """
+        for over in self.overridden:
+            if path[: len(over)] == over or (whole_section and over[: len(path)] == path):
+                return f"{self.source} (command line)"
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.lines:
+                return f"{self.source}:{self.lines[path[:end]]}"
+        return self.source
+
+
+def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> JobBase:
+    """Read, override and validate a job file. Raises InputError that holds every error."""
+    raw = read_raw(Path(path))
+    apply_overrides(raw, overrides)
+    return validate(raw)
+
+
+def read_raw(path: Path) -> RawJob:
+    """The file as plain data with lines; nothing is validated yet but its form."""
+    where = str(path)
+    if path.is_dir():
+        raise InputError(f"{where} is a folder; a job is one YAML file, for example jobs/demo.yaml")
+    try:
+        with path.open("rb") as f:
+            content = f.read(MAX_BYTES + 1)
+    except OSError as error:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml"))[:8] if path.parent.is_dir() else []
+        hint = f"; there are: {', '.join(near)}" if near else ""
+        raise InputError(f"{where}: {(error.strerror or str(error)).lower()}{hint}") from None
+    document = read_document(decode(content, where), where)
+    if not isinstance(document.data, dict):
+        got = "empty" if document.data is None else f"a {type(document.data).__name__}"
+        raise InputError(f"{where}: a job file holds `key: value` lines, beginning with `kind:`; this one is {got}")
+    return RawJob(where, document.data, document.lines)
+
+
+def apply_overrides(raw: RawJob, overrides: list[str] | tuple[str, ...]) -> None:
+    """Put `a.b=c` into the data. A value replaces the whole value that was there; the last one wins."""
+    problems = []
+    for text in overrides:
+        try:
+            _apply_override(raw, text)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _apply_override(raw: RawJob, text: str) -> None:
+    key, equals, value = text.partition("=")
+    where = f"{raw.source} (command line)"
+    if not equals or not _KEY_PATH.fullmatch(key):
+        raise InputError(f"{where}: {text!r}: an override is key.path=value, for example train.max_steps=20")
+    if not value.strip():
+        raise InputError(f"{where}: {key}= has no value. To unset it write {key}=null, for empty text {key}='\"\"'")
+    path = tuple(key.split("."))
+    section = raw.data
+    for depth, part in enumerate(path[:-1], start=1):
+        if section.get(part) is None:
+            section[part] = {}
+        if not isinstance(section[part], dict):
+            what = "a list; give the whole list" if isinstance(section[part], list) else "a value, not a section"
+            raise InputError(f"{where}: {key}: {dotted(path[:depth])} is {what}")
+        section = section[part]
+    section[path[-1]] = read_document(value, f"{where}: {key}").data
+    raw.overridden.append(path)
+
+
+def validate(raw: RawJob) -> JobBase:
+    """Plain data to a Job. JSON mode is strict about types (no "12" for 12, no true for 1), lists are tuples."""
+    try:
+        return _adapter.validate_json(json.dumps(raw.data), strict=True)
+    except ValidationError as error:
+        raise InputError("\n".join(sorted(explain(error, raw.data, raw.place), key=_line))) from None
+
+
+def _line(message: str) -> int:
+    """File order; the command line last."""
+    found = re.match(r".*?:(\d+): ", message)
+    return int(found[1]) if found else MAX_BYTES
+
+
+def resolved_yaml(job: JobBase) -> str:
+    """The job with every default written out; loads back to an equal job."""
+    return yaml.dump(job.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a job file, for editors."""
+    return _adapter.json_schema()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes no anchors, and floats that YAML 1.2 reads back as floats."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -1,0 +1,243 @@
+"""What a job file may say: one pydantic model per kind of job.
+
+A job runs the stages whose sections it holds. `kind: line` holds them all; a stage's own job file holds that stage's
+settings at the top level and, if it likes, the sections of earlier stages too. The output of a stage that has no
+section is looked up under `output` (or under `inputs`), and must have been made before.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.apply import (
+    EmbedConfig,
+    LogLikelihoodConfig,
+    PerturbConfig,
+    RealCellsConfig,
+    ReconstructConfig,
+)
+from pipeline.config.ingest import (
+    CellsConfig,
+    CensusSource,
+    GenesConfig,
+    H5adSource,
+    HeldOutConfig,
+    IngestConfig,
+    SomaSource,
+    Source,
+    SplitConfig,
+    SyntheticSource,
+    TenxSource,
+)
+from pipeline.config.resources import CheckpointStorage, ResourcesConfig
+from pipeline.config.stages import (
+    EncodeConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    TrainFlowConfig,
+    TrainVaeConfig,
+)
+from pipeline.config.train import FeedConfig, FlowTrainConfig, TrainConfig, VaeTrainConfig
+from scldm.config import StrictModel
+
+__all__ = [
+    "CellsConfig",
+    "CensusSource",
+    "EncodeConfig",
+    "EvaluateConfig",
+    "FeedConfig",
+    "FlowTrainConfig",
+    "GenerateConfig",
+    "GenesConfig",
+    "H5adSource",
+    "HeldOutConfig",
+    "IngestConfig",
+    "Job",
+    "SomaSource",
+    "Source",
+    "SplitConfig",
+    "SyntheticSource",
+    "TenxSource",
+    "TrainConfig",
+    "TrainFlowConfig",
+    "TrainVaeConfig",
+    "VaeTrainConfig",
+    "stage_configs",
+]
+
+STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
+REAL_CELL_STAGES = ("embed", "reconstruct", "perturb", "log_likelihood")  # jobs of their own; no part of the line
+NEEDS: dict[str, tuple[str, ...]] = {
+    "ingest": (),
+    "train_vae": ("ingest",),
+    "encode": ("ingest", "train_vae"),
+    "train_flow": ("ingest", "train_vae", "encode"),
+    "generate": ("ingest", "train_vae", "train_flow"),
+    "evaluate": ("ingest", "train_vae", "generate"),
+}
+
+
+def needs(stage: str, config: Any) -> tuple[str, ...]:
+    """Stages that a stage with these settings is made from."""
+    if stage == "train_flow" and config.vae.train:
+        return ("ingest", "train_vae")  # it streams counts
+    if isinstance(config, RealCellsConfig):
+        if config.model is not None:
+            return ()
+        return ("train_vae", "train_flow") if config.uses_flow else ("train_vae",)
+    return NEEDS[stage]
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+# ---- jobs --------------------------------------------------------------------------------------------------------
+class TrackingConfig(StrictModel):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server; null takes MLFLOW_TRACKING_URI, and without it keeps a SQLite file under the output folder."""
+    experiment: str | None = None
+    """Null: scldm/<name of the job>."""
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).password:
+            raise ValueError(
+                f"the address of {urlsplit(value).hostname} holds a password, and jobs are kept with every output; "
+                "leave it out and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return value
+
+
+class JobBase(StrictModel):
+    """What every job file may say."""
+
+    name: Name
+    """Name of the pipeline: stages of the same name and output find each other."""
+    output: str = "runs"
+    """Root folder; this pipeline writes to <output>/<name>. On a cluster: a path that every node sees."""
+    seed: int = Field(0, ge=0)
+    """Of weights, order of cells and noise in training. A part of every version."""
+    cluster: str | None = None
+    """The cluster file that this job is sized for; for people and for `scldm plan`."""
+    resources: ResourcesConfig = ResourcesConfig()
+    checkpoints: CheckpointStorage = CheckpointStorage()
+    """A second place for the checkpoints of training."""
+    tracking: TrackingConfig = TrackingConfig()
+    inputs: dict[str, str] = {}
+    """Stage -> folder of a finished run of it; default: the newest under the output folder."""
+
+    @model_validator(mode="after")
+    def _inputs_are_stages(self) -> JobBase:
+        unknown = sorted(set(self.inputs) - set(STAGES))
+        if unknown:
+            raise ValueError(f"inputs names {', '.join(unknown)}; stages are {', '.join(STAGES)}")
+        return self
+
+
+class LineJob(JobBase):
+    kind: Literal["line"]
+    ingest: IngestConfig
+    train_vae: TrainVaeConfig = TrainVaeConfig()
+    encode: EncodeConfig = EncodeConfig()
+    train_flow: TrainFlowConfig = TrainFlowConfig()
+    generate: GenerateConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _generates_counts(self) -> LineJob:
+        if self.train_vae.model.head == "gaussian":
+            raise ValueError(
+                "train_vae.model.head (gaussian) models log-normalised expression, and generate draws counts: "
+                "nb_shared or nb_cell"
+            )
+        return self
+
+
+class IngestJob(JobBase, IngestConfig):
+    kind: Literal["ingest"]
+
+
+class TrainVaeJob(JobBase, TrainVaeConfig):
+    kind: Literal["train_vae"]
+    ingest: IngestConfig | None = None
+
+
+class EncodeJob(JobBase, EncodeConfig):
+    kind: Literal["encode"]
+
+
+class TrainFlowJob(JobBase, TrainFlowConfig):
+    kind: Literal["train_flow"]
+
+
+class GenerateJob(JobBase, GenerateConfig):
+    kind: Literal["generate"]
+
+
+class EvaluateJob(JobBase, EvaluateConfig):
+    kind: Literal["evaluate"]
+
+
+class EmbedJob(JobBase, EmbedConfig):
+    kind: Literal["embed"]
+
+
+class ReconstructJob(JobBase, ReconstructConfig):
+    kind: Literal["reconstruct"]
+
+
+class PerturbJob(JobBase, PerturbConfig):
+    kind: Literal["perturb"]
+
+
+class LogLikelihoodJob(JobBase, LogLikelihoodConfig):
+    kind: Literal["log_likelihood"]
+
+
+Job = Annotated[
+    LineJob
+    | IngestJob
+    | TrainVaeJob
+    | EncodeJob
+    | TrainFlowJob
+    | GenerateJob
+    | EvaluateJob
+    | EmbedJob
+    | ReconstructJob
+    | PerturbJob
+    | LogLikelihoodJob,
+    Field(discriminator="kind"),
+]
+STAGE_CONFIGS: dict[str, type[StrictModel]] = {
+    "ingest": IngestConfig,
+    "train_vae": TrainVaeConfig,
+    "encode": EncodeConfig,
+    "train_flow": TrainFlowConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "embed": EmbedConfig,
+    "reconstruct": ReconstructConfig,
+    "perturb": PerturbConfig,
+    "log_likelihood": LogLikelihoodConfig,
+}
+
+
+def stage_configs(job: JobBase) -> dict[str, StrictModel]:
+    """The stages that a job holds, in the order in which they run."""
+    kind: str = job.kind  # type: ignore[attr-defined]
+    found: dict[str, StrictModel] = {}
+    for stage in (*STAGES, *REAL_CELL_STAGES):
+        if stage == kind:
+            config_type = STAGE_CONFIGS[stage]
+            found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})
+        elif getattr(job, stage, None) is not None:
+            found[stage] = getattr(job, stage)
+    if kind == "line" and found["train_flow"].vae.train:  # type: ignore[attr-defined]
+        del found["encode"]  # nobody would read the cache
+    return found

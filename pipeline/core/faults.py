@@ -1,0 +1,121 @@
+"""Places where a test, or a drill on a cluster, makes a process die: `SCLDM_FAULT="checkpoint.after_shard:n=2:kill"`.
+
+A fault is `<point>[:rank=<which worker>][:step=<of training>][:n=<which time>]:<action>`; several are separated by
+commas. Actions: `kill` (SIGKILL of this process), `stop` (SIGSTOP: it answers nobody), `term` (SIGTERM: a notice),
+`raise` (FaultError), `exit=<code>`, `sleep=<seconds>`. Times are counted per process, so a worker that starts again
+counts from one again. The variable is read once, when the first point is passed; unset, a point costs one comparison.
+Actors and training workers get the driver's text with their settings and call `arm`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from pipeline.core.fault_points import POINTS
+
+VARIABLE = "SCLDM_FAULT"
+SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM"}
+FORM = "<point>[:rank=<r>][:step=<s>][:n=<time>]:<kill|stop|term|raise|exit=<code>|sleep=<seconds>>"
+
+
+@dataclass(frozen=True)
+class Fault:
+    point: str
+    action: str
+    value: float = 0.0  # of exit and sleep
+    n: int = 1
+    rank: int | None = None  # None: any
+    step: int | None = None
+
+
+class FaultError(RuntimeError):
+    """What the action `raise` raises."""
+
+
+_armed: tuple[Fault, ...] | None = None
+_passed: Counter[Fault] = Counter()
+
+
+def arm(text: str | None = None) -> None:
+    """Take the faults of a text, or of the environment; counts start again. Raises ValueError, see `parse`."""
+    global _armed
+    _armed = parse(os.environ.get(VARIABLE, "") if text is None else text)
+    _passed.clear()
+
+
+def fault_point(point: str, *, step: int | None = None) -> None:
+    """Do what the fault of this point says, if this is the time that it names."""
+    if _armed == ():
+        return
+    if _armed is None:
+        arm()
+    for fault in _armed or ():
+        if fault.point == point and fault.rank in (None, _rank()) and fault.step in (None, step):
+            _passed[fault] += 1
+            if _passed[fault] == fault.n:
+                _do(fault)
+
+
+def passed() -> dict[str, int]:
+    """Point -> how often it was passed since the last `arm`, of points that a fault of this process names."""
+    return {fault.point: n for fault, n in _passed.items()}
+
+
+def _rank() -> int:
+    """Of a training worker, as torchrun and Ray Train tell it; any other process is number 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+# ---- the text ----------------------------------------------------------------------------------------------------
+def parse(text: str) -> tuple[Fault, ...]:
+    """Raises ValueError that says all that is wrong with the text."""
+    found: list[Fault] = []
+    problems: list[str] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        try:
+            found.append(_fault(part))
+        except ValueError as error:
+            problems.append(f"{VARIABLE}: {error}")
+    if problems:
+        raise ValueError("\n".join([*problems, "`scldm faults` lists the points; unset the variable to run without"]))
+    return tuple(found)
+
+
+def _fault(text: str) -> Fault:
+    point, *parts = text.split(":")
+    if point not in POINTS:
+        near = difflib.get_close_matches(point, POINTS, n=1)
+        raise ValueError(f"there is no fault point {point!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    numbers: dict[str, int] = {}
+    action, value = "", 0.0
+    for part in parts:
+        name, _, given = part.partition("=")
+        if name in ("n", "rank", "step") and given.isdigit() and name not in numbers and (name != "n" or int(given)):
+            numbers[name] = int(given)
+        elif (name in SIGNALS or name == "raise") and part == name and not action:
+            action = name
+        elif name in ("exit", "sleep") and given.replace(".", "", name == "sleep").isdigit() and not action:
+            action, value = name, float(given)
+        else:
+            raise ValueError(f"{part!r} in {text!r} cannot be read; a fault is {FORM}")
+    if not action:
+        raise ValueError(f"{text!r} names no action; a fault is {FORM}")
+    if "step" in numbers and not POINTS[point].has_step:
+        raise ValueError(f"{text!r}: {point} knows no step; give n, the number of the time")
+    return Fault(point, action, value, **numbers)
+
+
+def _do(fault: Fault) -> None:
+    if fault.action in SIGNALS:
+        os.kill(os.getpid(), getattr(signal, SIGNALS[fault.action]))
+    elif fault.action == "raise":
+        raise FaultError(f"fault at {fault.point}, time {fault.n}")
+    elif fault.action == "exit":
+        os._exit(int(fault.value))
+    else:
+        time.sleep(fault.value)

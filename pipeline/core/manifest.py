@@ -1,0 +1,98 @@
+"""A stage: name, config, inputs, and a function from an output folder to facts.
+
+Its version is a hash of name, config and the versions of its inputs. It works in `<root>/<stage>/<version>/` and writes
+`manifest.json` there last, by rename: a manifest means that the stage finished. Later stages read facts from manifests
+and never guess a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.faults import fault_point
+from scldm.config import StrictModel
+
+MANIFEST = "manifest.json"
+
+
+class InputError(Exception):
+    """Bad input from the user: what, where, why and how to mend it. The command line prints it and exits with 2."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself."""
+
+    stage: str
+    version: str
+    folder: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]  # stage -> version
+    facts: Mapping[str, Any]
+    seconds: float
+    finished_at: float
+    tracking: Mapping[str, str] = field(default_factory=dict)  # run ids
+
+    def path(self, fact: str) -> Path:
+        """A fact that names a file or folder, relative to this stage's folder."""
+        return Path(self.folder) / self.facts[fact]
+
+
+def stage_version(stage: str, config: StrictModel, inputs: Mapping[str, Manifest], *, seed: int) -> str:
+    """First 12 hex digits of the hash of all that decides a stage's output."""
+    what = [stage, config.model_dump(mode="json"), {k: m.version for k, m in sorted(inputs.items())}, seed]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Written beside, flushed to disk, renamed into place: readers see the old file or the new one, never half."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with tmp.open("w") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    fault_point("record.before_rename")
+    tmp.replace(path)
+
+
+def write_manifest(manifest: Manifest) -> None:
+    write_json_atomic(Path(manifest.folder) / MANIFEST, asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a stage folder; None if the stage has not finished there."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        d = json.loads(path.read_text())
+        return Manifest(**{**d, "folder": str(folder)})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete {folder} and run the stage again") from error
+
+
+def newest_manifest(root: Path, stage: str) -> Manifest | None:
+    """The stage's manifest that finished last under a pipeline's folder."""
+    found = [m for d in (root / stage).glob("*/") if (m := read_manifest(d)) is not None]
+    return max(found, key=lambda m: m.finished_at, default=None)
+
+
+@dataclass
+class StageContext:
+    """What a stage's function gets besides its config."""
+
+    folder: Path  # its own; exists
+    inputs: Mapping[str, Manifest]
+    seed: int
+    resources: Any  # ResourcesConfig
+    tracker: Any  # pipeline.tracking.tracker.StageTracker
+    output: Path | None = None  # root folder of all pipelines, for what they share
+    checkpoints: Any = None  # CheckpointStorage; of training stages
+    started: float = field(default_factory=time.time)

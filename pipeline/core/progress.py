@@ -1,0 +1,176 @@
+"""Progress of a stage, from the worker that knows it to the terminal that shows it, through one small file.
+
+The worker writes `progress.json` by rename, at most once a second. The driver polls it: a bar on a terminal, one line
+every few seconds in a log. The file is a hint and never waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.core.prometheus import Gauges
+
+PROGRESS = "progress.json"
+
+
+class ProgressWriter:
+    """Worker side."""
+
+    def __init__(self, folder: str | Path, every_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic):
+        self.path = Path(folder) / PROGRESS
+        self.every_seconds = every_seconds
+        self.clock = clock
+        self.gauges = Gauges(Path(folder))
+        self._written = float("-inf")
+
+    def update(self, step: int, total: int, **fields: float) -> None:
+        """Say how far the stage is. Fields are shown in their order: loss, lr, cells_per_s, …"""
+        now = self.clock()
+        if now - self._written < self.every_seconds and step < total:
+            return
+        self._written = now
+        self.gauges.set(
+            {"progress/step": step, "progress/total": total, **{f"progress/{k}": v for k, v in fields.items()}}
+        )
+        tmp = self.path.with_name(f".{PROGRESS}.tmp")
+        try:
+            tmp.write_text(json.dumps({"step": step, "total": total, "at": time.time(), "fields": fields}))
+            tmp.replace(self.path)
+        except OSError:
+            return  # a full disk must fail where it matters, not in a progress line
+
+
+class ProgressReader:
+    """Driver side: `with ProgressReader(folder, "train_vae", 5.0): trainer.fit()`."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        stage: str,
+        every_seconds: float = 5.0,
+        *,
+        stream: Any = None,
+        poll_seconds: float = 0.5,
+    ):
+        self.path = Path(folder) / PROGRESS
+        self.stage = stage
+        self.every_seconds = every_seconds
+        self.poll_seconds = min(poll_seconds, every_seconds)
+        self.stream = stream or sys.stdout
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name=f"progress of {stage}", daemon=True)
+        self._began = time.time()
+        self._first: tuple[float, int] | None = None
+        self._last = 0
+        self._shown = -1
+
+    def __enter__(self) -> Self:
+        self._began = time.time()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _follow(self) -> None:
+        if getattr(self.stream, "isatty", bool)():
+            self._follow_bar()
+        else:
+            self._follow_lines()
+
+    def _follow_lines(self) -> None:
+        due = time.monotonic()
+        while not self._stop.wait(self.poll_seconds):
+            now = time.monotonic()
+            if now >= due and self._say(self._read()):
+                due = now + self.every_seconds
+        self._say(self._read())
+
+    def _say(self, news: Mapping[str, Any] | None) -> bool:
+        if news is None or news["step"] == self._shown:
+            return False
+        self._shown = news["step"]
+        print(progress_line(self.stage, news, self._eta(news)), file=self.stream, flush=True)
+        return True
+
+    def _follow_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (TextColumn("{task.fields[stage]}"), BarColumn(30), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(file=self.stream)) as bar:
+            task = bar.add_task("starting", stage=self.stage, total=None)
+            running = True
+            while running:
+                running = not self._stop.wait(self.poll_seconds)
+                if (news := self._read()) is not None:
+                    text = progress_line("", news, self._eta(news)).removeprefix(" | ")
+                    bar.update(task, completed=news["step"], total=news["total"], description=text)
+
+    def _read(self) -> dict[str, Any] | None:
+        """The news, unless it is from before this reader: an earlier attempt's file says nothing about this one."""
+        try:
+            news = json.loads(self.path.read_text())
+            fresh = self.path.stat().st_mtime >= self._began - 1
+        except (OSError, ValueError):
+            return None
+        return news if fresh else None
+
+    def _eta(self, news: Mapping[str, Any]) -> float | None:
+        """Seconds left, by the pace since the first news of this attempt (a resumed run does not start at 0)."""
+        at, step = news["at"], news["step"]
+        if self._first is None or step < self._last:  # a restart goes back to its checkpoint
+            self._first = (at, step)
+        self._last = step
+        began, first_step = self._first
+        if step <= first_step or at <= began:
+            return None
+        return (news["total"] - step) * (at - began) / (step - first_step)
+
+
+def progress_line(stage: str, news: Mapping[str, Any], eta: float | None) -> str:
+    """train_vae | step 120/600 | loss 412.3 | lr 1.0e-3 | 184 cells/s | eta 1m20s"""
+    parts = [stage, f"step {news['step']}/{news['total']}"]
+    parts += [_field(name, value) for name, value in news["fields"].items()]
+    if eta is not None and news["step"] < news["total"]:
+        parts.append(f"eta {duration(eta)}")
+    return " | ".join(parts)
+
+
+def _field(name: str, value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return f"{name} {value}"
+    if name.endswith("_per_s"):
+        return f"{compact(value)} {name.removesuffix('_per_s')}/s"
+    if name == "lr":
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"lr {mantissa}e{int(exponent)}" if value == value and abs(value) != float("inf") else f"lr {value}"
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def compact(value: float) -> str:
+    """184, 18.4k, 2.1M"""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):.1f}{letter}"
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """9s, 1m20s, 3h12m, 2d04h"""
+    s = max(0, round(seconds))
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86_400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86_400}d{s % 86_400 // 3600:02d}h"

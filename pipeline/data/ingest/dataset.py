@@ -1,0 +1,170 @@
+"""What the ingest stage left behind, opened for the stages after it.
+
+Paths in the facts are relative to the stage's folder; everything here that travels to a worker is plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.core.manifest import InputError, Manifest
+from pipeline.data.ingest.genes import gene_lut
+from pipeline.data.ingest.split import SPLITS
+from pipeline.data.loading.blocks import LABEL, SomaBlocks, SomaReader
+from pipeline.data.loading.cache import CacheBlocks, cached
+from pipeline.data.presence import GROUP, read_measured
+from scldm.data.library_size import LibrarySizes
+from scldm.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import anndata
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """Vocabulary, cells and counts of a finished ingest."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, manifest: Manifest) -> Ingested:
+        return cls(Path(manifest.folder).resolve(), manifest.facts)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self.folder / self.facts["vocabulary"])
+
+    @cached_property
+    def library_sizes(self) -> LibrarySizes:
+        """Statistics of the training cells."""
+        return LibrarySizes.load(self.folder / self.facts["library_size"])
+
+    @property
+    def n_cells(self) -> dict[str, int]:
+        """Cells of each split."""
+        return dict(self.facts["n_cells"])
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size and n_expressed over the
+        vocabulary; as one more label the row of `measured`, if there is one."""
+        return pd.read_parquet(self.folder / self.facts["cells"])
+
+    @cached_property
+    def gene_stats(self) -> pd.DataFrame:
+        """In the order of the vocabulary, over training cells: feature_id, gene_joinid, mean, variance, fraction."""
+        return pd.read_parquet(self.folder / self.facts["gene_stats"])
+
+    @cached_property
+    def measured(self) -> np.ndarray | None:
+        """Genes that each group of data sets measured, (p, g) bool; None: all of them. `cells` has a cell's group."""
+        path = self.facts.get("presence")
+        return None if path is None else read_measured(self.folder / path)
+
+    def measured_by(self, joinids: np.ndarray) -> np.ndarray | None:
+        """Genes that were measured in each of some cells, (n, g) bool; None: all of them."""
+        if self.measured is None:
+            return None
+        rows = self.cells["soma_joinid"].searchsorted(joinids)
+        return self.measured[self.cells[LABEL + GROUP].to_numpy()[rows]]
+
+    @property
+    def _codes(self) -> tuple[str, ...]:
+        """Numbers that go with a cell's counts: classes of its labels, and the group that says what it measured."""
+        return (*(x.name for x in self.vocabulary.labels), *([] if "presence" not in self.facts else [GROUP]))
+
+    @property
+    def soma_uri(self) -> str:
+        """Absolute: a relative uri in the facts is inside the stage's folder, so that the folder can be moved."""
+        uri = self.facts["soma_uri"]
+        return uri if "://" in uri or Path(uri).is_absolute() else str(self.folder / uri)
+
+    @cached_property
+    def reader(self) -> SomaReader:
+        places = self.gene_stats[["gene_joinid"]].rename(columns={"gene_joinid": "soma_joinid"})
+        return SomaReader(
+            uri=self.soma_uri,
+            tiledb_config=dict(self.facts["tiledb_config"]),
+            measurement=self.facts["measurement"],
+            layer=self.facts["layer"],
+            gene_lut=gene_lut(places, self.facts["n_genes_source"]),
+            labels=self._codes,
+            count_type=self.facts["count_type"],
+            genes_per_cell=int(self.facts["mean_expressed_genes"]) + 1,
+            seen_at=int(self.facts.get("seen_at", 0)),
+        )
+
+    def blocks(self, split: str) -> SomaBlocks | CacheBlocks:
+        """The cells of a split, from the cache if ingest made one."""
+        source = self.streamed(split)
+        if (cache := self.facts.get("cache")) is None:
+            return source
+        folder = (self.folder / cache["folder"]).resolve()
+        return cached(source, folder, self.cells["soma_joinid"].to_numpy(np.int64))
+
+    def streamed(self, split: str) -> SomaBlocks:
+        """The cells of a split, out of SOMA."""
+        return self._blocks(self._of(split))
+
+    def all_blocks(self) -> SomaBlocks:
+        """The cells of all splits, out of SOMA."""
+        return self._blocks(self.cells)
+
+    def anndata(self, split: str, max_cells: int | None = None, seed: int = 0) -> anndata.AnnData:
+        """Cells of a split in memory: counts over the vocabulary (CSR), labels as categoricals.
+
+        Args:
+            max_cells: At most so many, drawn by seed; None takes all.
+        """
+        import anndata
+        import scipy.sparse as sp
+
+        cells = self._of(split)
+        if max_cells is not None and len(cells) > max_cells:
+            rng = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
+            cells = cells.iloc[np.sort(rng.choice(len(cells), max_cells, replace=False))]
+        table = self._blocks(cells).read(cells["soma_joinid"].to_numpy()).combine_chunks()
+        gene, count = table["gene"].combine_chunks(), table["count"].combine_chunks()
+        values = count.flatten().to_numpy().astype(np.float32)
+        indices, indptr = gene.flatten().to_numpy().astype(np.int32), gene.offsets.to_numpy()
+        counts = sp.csr_matrix((values, indices, indptr), shape=(len(cells), self.vocabulary.n_genes))
+        obs = pd.DataFrame(
+            {x.name: pd.Categorical.from_codes(cells[LABEL + x.name], x.classes) for x in self.vocabulary.labels},
+            index=cells["soma_joinid"].astype(str).to_numpy(),
+        )
+        obs["library_size"] = cells["library_size"].to_numpy()
+        var = pd.DataFrame(
+            {"feature_name": list(self.vocabulary.feature_names)}, index=list(self.vocabulary.feature_ids)
+        )
+        return anndata.AnnData(counts, obs=obs, var=var)
+
+    def composition(self, split: str) -> pd.DataFrame:
+        """Combinations of labels in a split: a column of class names per label, and n_cells."""
+        cells = self._of(split)
+        names = {x.name: np.asarray(x.classes, dtype=object)[cells[LABEL + x.name]] for x in self.vocabulary.labels}
+        table = pd.DataFrame(names, index=cells.index)
+        if not names:
+            return pd.DataFrame({"n_cells": [len(cells)]})
+        return (
+            table.value_counts(sort=False).rename("n_cells").reset_index().sort_values(list(names), ignore_index=True)
+        )
+
+    def _of(self, split: str) -> pd.DataFrame:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        cells = self.cells[(self.cells["split"] == split).to_numpy()]
+        if not len(cells):
+            raise InputError(f"the {split} split has no cells; set ingest.split.{split} above 0 and ingest again")
+        return cells
+
+    def _blocks(self, cells: pd.DataFrame) -> SomaBlocks:
+        codes = {name: cells[LABEL + name].to_numpy(np.int32) for name in self._codes}
+        return SomaBlocks(cells["soma_joinid"].to_numpy(np.int64), codes, int(self.facts["tile"]), self.reader)

@@ -1,0 +1,67 @@
+"""From the conditions of a job to one SOMA value filter on obs.
+
+SOMA parses a filter as a Python expression, so that Python's own quoting is the right one: `10x 3' v3` and worse go
+through `repr`, and column names through `attr`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pipeline.config.ingest import CellsConfig, Value
+from pipeline.core.manifest import InputError
+from pipeline.data.labels import did_you_mean
+from pipeline.data.soma.store import SomaStore
+
+
+def value_filter(conditions: Mapping[str, Sequence[Value]], obs_filter: str | None = None) -> str | None:
+    """All conditions and `obs_filter`, joined by "and"; None lets every cell through.
+
+    Args:
+        conditions: obs column -> values of which a cell must have one.
+        obs_filter: A filter in SOMA's own words.
+    """
+    parts = [_one_of(column, values) for column, values in conditions.items()]
+    if obs_filter:
+        parts.append(obs_filter)
+    return " and ".join(f"({p})" for p in parts) if len(parts) > 1 else next(iter(parts), None)
+
+
+def check_values(cells: CellsConfig, store: SomaStore) -> None:
+    """Every column and value that is asked for must be in the store, as far as its categories tell: a value that is
+    misspelled would let fewer cells through, and nobody would know.
+
+    Raises:
+        InputError: with everything that is wrong.
+    """
+    problems = []
+    available = store.obs_columns()
+    for column, values in cells.conditions().items():
+        field = _field(cells, column)
+        if column not in available:
+            hint = "; the Census has one experiment for each: ingest.source.organism" if column == "organism" else ""
+            problems.append(f"{field}: obs has no column {column!r} ({did_you_mean(column, available)}){hint}")
+            continue
+        known = store.categories(column)
+        if known is None:
+            continue
+        for value in values:
+            if value not in known:
+                near = did_you_mean(str(value), known[:2000]).replace("columns:", "it has:")
+                near = near if len(near) < 400 else f"{near[:400]}…"
+                problems.append(f"{field}: obs column {column!r} has no value {value!r} ({near})")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _field(cells: CellsConfig, column: str) -> str:
+    if column in cells.where:
+        return f"ingest.cells.where.{column}"
+    return "ingest.cells." + {"tissue_general": "tissue"}.get(column, column)
+
+
+def _one_of(column: str, values: Sequence[Value]) -> str:
+    name = f"attr({column!r})"  # whatever the column is called, a Python keyword too
+    if len(values) > 1 and all(isinstance(v, str) for v in values):
+        return f"{name} in {list(values)!r}"
+    return " or ".join(f"{name} == {v!r}" for v in values)  # `in` is refused for booleans and some numbers

@@ -1,0 +1,195 @@
+"""Combinations of labels that are held out whole, as Parse1M (cell type and cytokine) and Replogle are split.
+
+A combination names some obs columns and a class of each; a cell has it if it has all of them. All its cells go to the
+side that the combination is held out for, whatever the hash of the cell says, so no cell of it is ever trained on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.config.job import HeldOutConfig
+from pipeline.core.manifest import InputError
+from pipeline.data.labels import did_you_mean
+
+SIDES = ("validation", "test")  # a cell of combinations of both is on the last
+SHOWN = 10  # problems in one message
+
+
+@dataclass(frozen=True)
+class Combination:
+    classes: dict[str, str]  # obs column -> class
+    split: str
+    where: str  # for messages
+
+
+def read_combinations(config: HeldOutConfig | None) -> list[Combination]:
+    """What the config lists, one class for each column."""
+    if config is None:
+        return []
+    if config.table is not None:
+        return _of_table(Path(config.table).expanduser(), config.split)
+    found = []
+    for i, given in enumerate(config.combinations or []):
+        choices = [[str(x) for x in (v if isinstance(v, list) else [v])] for v in given.values()]
+        where = f"ingest.split.held_out.combinations[{i}]"
+        found += [
+            Combination(dict(zip(given, c, strict=True)), config.split, where) for c in itertools.product(*choices)
+        ]
+    return found
+
+
+def columns_of(config: HeldOutConfig | None) -> list[str]:
+    """obs columns that the combinations are made of."""
+    return list(dict.fromkeys(c for x in read_combinations(config) for c in x.classes))
+
+
+def hold_out(cells: pd.DataFrame, split: np.ndarray, combinations: list[Combination]) -> np.ndarray:
+    """The split, with every cell of a combination moved to its side.
+
+    Args:
+        cells: Eligible cells, with the columns of the combinations, none missing.
+        split: Side of each cell by its hash, (n,).
+
+    Raises:
+        InputError: for a class that no cell has, or a combination that is held out twice; if none has cells.
+    """
+    _check(cells, combinations)
+    moved, any_cell = split.astype(object), False
+    for side in SIDES:
+        for _, which in _which(cells, [x for x in combinations if x.split == side]):
+            moved[which >= 0] = side
+            any_cell |= bool((which >= 0).any())
+    if not any_cell:
+        raise InputError(f"ingest.split.held_out: none of the {len(combinations)} combinations has cells")
+    return moved.astype(str)
+
+
+def counted(cells: pd.DataFrame, combinations: list[Combination]) -> pd.DataFrame:
+    """A table of the combinations: a column for each obs column (empty for any class), split, n_cells that have it."""
+    table = pd.DataFrame([{**x.classes, "split": x.split} for x in combinations])
+    n_cells = np.zeros(len(combinations), np.int64)
+    for members, which in _which(cells, combinations):
+        n_cells[members] = np.bincount(which[which >= 0], minlength=len(members))
+    columns = [c for c in table if c != "split"]
+    return table[[*columns, "split"]].assign(n_cells=n_cells)
+
+
+def _which(cells: pd.DataFrame, combinations: list[Combination]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """For each set of columns its combinations, and which of them each cell has, -1 for none."""
+    by_columns = defaultdict(list)
+    for i, x in enumerate(combinations):
+        by_columns[tuple(sorted(x.classes))].append(i)
+    for columns, members in by_columns.items():
+        cell, wanted = np.zeros(len(cells), np.int64), np.zeros(len(members), np.int64)
+        for column in columns:
+            values = cells[column].astype("category")
+            place = {str(c): i for i, c in enumerate(values.cat.categories)}
+            # One place more, for classes that no cell has.
+            cell = cell * (len(place) + 1) + values.cat.codes.to_numpy(np.int64)
+            wanted = wanted * (len(place) + 1) + [
+                place.get(combinations[i].classes[column], len(place)) for i in members
+            ]
+        yield members, pd.Index(wanted).get_indexer(cell)
+
+
+def _check(cells: pd.DataFrame, combinations: list[Combination]) -> None:
+    known = {c: {str(x) for x in cells[c].unique()} for c in {c for x in combinations for c in x.classes}}
+    problems: list[str] = []
+    sides: dict[tuple, Combination] = {}
+    for x in combinations:
+        for column, name in x.classes.items():
+            if name not in known[column]:
+                hint = did_you_mean(name, sorted(known[column])[:50]).replace("columns:", "there are:")
+                problems.append(f"{x.where}: no cell that is taken in has {column} {name!r} ({hint})")
+        before = sides.setdefault(tuple(sorted(x.classes.items())), x)
+        if before is not x:
+            what = "for two splits" if before.split != x.split else "twice"
+            problems.append(f"{x.where}: {_text(x.classes)} is held out {what}, first by {before.where}")
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise InputError("\n".join([*problems[:SHOWN], *more]))
+
+
+def _of_table(path: Path, split: str) -> list[Combination]:
+    if not path.is_file():
+        raise InputError(
+            f"ingest.split.held_out.table: {path}: no such file; a CSV or Parquet table, one combination a row"
+        )
+    try:
+        # As text: an id such as 007 or a class "NA" must stay what it is.
+        read = pd.read_parquet if path.suffix == ".parquet" else _read_csv
+        table = read(path)
+    except (OSError, ValueError, pd.errors.ParserError) as error:
+        raise InputError(
+            f"ingest.split.held_out.table: {path} cannot be read ({str(error).splitlines()[0]})"
+        ) from error
+    found = []
+    for i, row in enumerate(table.to_dict("records")):
+        where = f"{path.name}, row {i + 1}"
+        side = str(row.pop("split", split))
+        if side not in SIDES:
+            raise InputError(f"{where}: split is {side!r}; it may be {' or '.join(SIDES)}")
+        classes = {str(k): str(v) for k, v in row.items() if not _empty(v)}
+        if not classes:
+            raise InputError(f"{where}: names no class, which every cell would have; delete the row")
+        found.append(Combination(classes, side, where))
+    if not found:
+        raise InputError(f"ingest.split.held_out.table: {path} has no rows, so it holds nothing out")
+    return found
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def _empty(value: Any) -> bool:
+    """An empty field stands for any class."""
+    return value == "" or value is None or value != value
+
+
+def _text(classes: dict[str, str]) -> str:
+    return ", ".join(f"{k} {v!r}" for k, v in classes.items())
+
+
+# ---- facts -------------------------------------------------------------------------------------------------------
+def held_out_facts(table: pd.DataFrame, folder: Path) -> dict[str, Any]:
+    """Facts of the combinations; the whole list goes into a file."""
+    table.to_parquet(folder / "held_out.parquet", index=False)
+    columns = [c for c in table if c not in ("split", "n_cells")]
+    return {
+        "held_out": {
+            "table": "held_out.parquet",
+            "columns": columns,
+            "n_combinations": {s: int((table["split"] == s).sum()) for s in SIDES},
+            "n_cells": {s: int(table.loc[table["split"] == s, "n_cells"].sum()) for s in SIDES},
+        }
+    }
+
+
+def notes_on(table: pd.DataFrame, cells: pd.DataFrame, by: str) -> list[str]:
+    """What a reader of the results should know of the combinations.
+
+    Args:
+        cells: With their final split, and the column `by` if the hash is of a column.
+    """
+    notes = []
+    if none := int((table["n_cells"] == 0).sum()):
+        notes.append(f"{none} of {len(table)} held-out combinations have no cells.")
+    if by in cells:
+        trained = set(cells.loc[cells["split"] == "train", by].astype(str))
+        shared = trained & set(cells.loc[cells["split"] != "train", by].astype(str))
+        if shared:
+            notes.append(
+                f"{len(shared)} {by} have cells both in training and in held-out combinations: what is held out there "
+                "is the combination."
+            )
+    return notes

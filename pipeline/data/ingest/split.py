@@ -1,0 +1,61 @@
+"""Which cells are trained on and which are held out: a function of each cell alone.
+
+The side is decided by a hash of (salt, joinid or storage tile) or of (salt, donor or data set), so it never changes
+when other cells come or go, and a donor is never on two sides. Combinations of labels may be held out besides
+(`held_out.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from pipeline.config.job import SplitConfig
+from pipeline.core.manifest import InputError
+from pipeline.data.ingest.subsample import mix
+
+SPLITS = ("train", "validation", "test")
+
+
+def split_cells(cells: pd.DataFrame, config: SplitConfig, *, tile: int = 2048) -> np.ndarray:
+    """The side each cell falls on, by a hash of (salt, value): never changes when other cells come or go.
+
+    Args:
+        cells: soma_joinid, and the column that is split by, if it is one.
+        tile: Cells of a storage tile, for `by: tile`.
+    """
+    salt = np.frombuffer(hashlib.blake2b(config.salt.encode(), digest_size=8).digest(), np.uint64)[0]
+    if config.by in ("cell", "tile"):
+        keys = (cells["soma_joinid"].to_numpy() // (tile if config.by == "tile" else 1)).astype(np.uint64)
+    else:
+        codes, values = pd.factorize(cells[config.by])
+        digests = [hashlib.blake2b(str(v).encode(), digest_size=8).digest() for v in values]
+        keys = np.frombuffer(b"".join(digests), np.uint64)[codes]
+    u = mix(keys ^ salt) / 2.0**64
+    return np.where(u < config.test, "test", np.where(u < config.test + config.validation, "validation", "train"))
+
+
+def require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:
+    """Every split that was asked for must have cells."""
+    counts = cells["split"].value_counts()
+    asked = {"train": 1.0, "validation": config.validation, "test": config.test}
+    if not counts.get("train", 0) and config.held_out is not None:
+        raise InputError("ingest.split.held_out: the combinations hold out every cell; leave some to train on")
+    if lacking := [s for s in SPLITS if asked[s] > 0 and not counts.get(s, 0)]:
+        groups = f" of {cells[config.by].nunique()} different {config.by}" if config.by in cells else ""
+        raise InputError(
+            f"no cell{groups} fell into {' and '.join(lacking)} ({len(cells)} cells); raise ingest.split shares, set "
+            "the share to 0, change ingest.split.salt, or split by: cell"
+        )
+
+
+def label_counts(cells: pd.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """Cells of each class of each label in each split."""
+    counts = {}
+    for label in labels:
+        table = pd.crosstab(cells[label].astype(str), cells["split"]).reindex(columns=list(SPLITS), fill_value=0)
+        counts[label] = {str(name): {s: int(row[s]) for s in SPLITS} for name, row in table.iterrows()}
+    return counts

@@ -1,0 +1,83 @@
+"""What the columns of obs and var are like, in numbers small enough to decide by: classes, gaps, what says the same.
+
+A column's *partition* is how it groups the cells. Two columns of one partition say the same under other names; a column
+whose every class lies inside one class of another is finer than it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from pipeline.data.labels import missing
+from pipeline.data.validation.names import ensembl_columns
+
+Kind = Literal["classes", "yes or no", "whole numbers", "decimal numbers"]
+MOST_COMPARED = 400  # classes of a column that is compared with others
+MOST_COLUMNS = 200  # of obs that are looked at; a table of a stranger may have any number
+
+
+def obs_profile(obs: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """For each column: kind, n_missing, n_classes, cells of the smallest, middle and largest class, `same_as`.
+
+    `same_as` names an earlier column with the same partition, or is None.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    partitions: dict[str, np.ndarray] = {}
+    for column in list(obs.columns)[:MOST_COLUMNS]:
+        values = obs[column]
+        absent = missing(values)
+        codes, classes = pd.factorize(values.mask(absent).astype(object).map(str, na_action="ignore"))
+        sizes = np.sort(np.bincount(codes[codes >= 0], minlength=len(classes))) if len(classes) else np.zeros(1, int)
+        found[str(column)] = {
+            "kind": _kind(values),
+            "n_missing": int(absent.sum()),
+            "n_classes": len(classes),
+            "smallest": int(sizes[0]),
+            "middle": int(sizes[len(sizes) // 2]),
+            "largest": int(sizes[-1]),
+            "same_as": next((k for k, other in partitions.items() if _same(codes, other)), None),
+        }
+        if 2 <= len(classes) <= MOST_COMPARED:
+            partitions[str(column)] = codes
+    return found
+
+
+def var_profile(var: pd.DataFrame) -> dict[str, Any]:
+    """Columns of var that hold Ensembl ids, each once; whether the index does; columns of unique text."""
+    index = pd.DataFrame({"index": var.index.astype(str)})
+    texts = [str(c) for c in var.columns if not pd.api.types.is_numeric_dtype(var[c])]
+    return {
+        "index_is_ensembl": bool(ensembl_columns(index)),
+        "index_is_unique": bool(var.index.is_unique),
+        "ensembl": [c for c in ensembl_columns(var) if _each_once(var[c])],
+        "unique": [c for c in texts if _each_once(var[c])],
+        "texts": texts,
+    }
+
+
+def rarest(profile: Mapping[str, Any]) -> str:
+    """The sizes of a column's classes, in words."""
+    return f"{profile['n_classes']} classes of {profile['smallest']:,} to {profile['largest']:,} cells"
+
+
+def _kind(values: pd.Series) -> Kind:
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        return "classes"
+    if pd.api.types.is_bool_dtype(values):
+        return "yes or no"
+    if pd.api.types.is_integer_dtype(values):
+        return "whole numbers"
+    return "decimal numbers" if pd.api.types.is_numeric_dtype(values) else "classes"
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether codes in the order of first appearance are one partition; a gap is a gap in both."""
+    return bool(np.array_equal(a, b))
+
+
+def _each_once(values: pd.Series) -> bool:
+    return bool(values.notna().all() and values.astype(str).is_unique)

@@ -1,0 +1,223 @@
+"""`scldm validate-data`: what files or experiments hold, and all that is wrong with them.
+
+A path is an `.h5ad` file, a folder or pattern of them, a Cell Ranger output, or a SOMA experiment (folder or s3://).
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.core.manifest import InputError
+from pipeline.data.findings import Examined, error, shown, warning
+from pipeline.data.inspection.columns import obs_profile
+from pipeline.data.inspection.h5ad import examine_h5ad
+from pipeline.data.safety.count_matrix import Entries
+from pipeline.data.safety.formats import other_format
+from pipeline.data.safety.hdf5 import open_problems, unsafe
+from pipeline.data.validation.counts import CountAudit
+from pipeline.data.validation.names import cell_findings, class_counts, gene_findings, label_findings, suggested_labels
+from pipeline.data.validation.obs_sums import sum_findings
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the data; plain, so that a child process can be handed it."""
+
+    uri: str
+    labels: tuple[str, ...] = ()
+    layer: str | None = None
+    gene_id: str | None = None
+    genome: str | None = None  # of a Cell Ranger output that holds several
+    counts: bool = True  # read the values too
+    region: str | None = None
+    anonymous: bool = False
+    endpoint: str | None = None
+    obs: str | None = None  # table of what is known of the cells of a Cell Ranger output
+    profile: bool = False  # say what every column of obs and var is like
+
+
+def examine(question: Question) -> list[Examined]:
+    """One answer per file or experiment, and one for all files together if there are several."""
+    uri = question.uri
+    if "://" in uri or is_experiment(Path(uri).expanduser()):
+        return [_soma(question)]
+    paths = _paths(uri)
+    if not paths:
+        nothing = Examined(uri, "path")
+        absent = f"there is no such file, folder or pattern (from {Path.cwd()})"
+        what = "no .h5ad, Cell Ranger output or SOMA experiment is in the folder" if Path(uri).is_dir() else absent
+        known = other_format(Path(uri).expanduser())
+        remedy = "name .h5ad files, a folder of them, a Cell Ranger output, or a SOMA experiment"
+        nothing.findings.append(error(f"this is {known.partition(': ')[0]}" if known else what,
+                                      known.partition(": ")[2] if known else remedy))  # fmt: skip
+        return [nothing]
+    found = [_one(path, question) for path in paths]
+    return [*found, _together(uri, found)] if len(found) > 1 else found
+
+
+def is_experiment(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in ("__group", "__tiledb_group.tdb"))
+
+
+def _paths(uri: str) -> list[Path]:
+    """Files and Cell Ranger folders that a path stands for."""
+    from pipeline.data.sources.tenx_files import is_tenx
+
+    path = Path(uri).expanduser()
+    matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+    found: list[Path] = []
+    for match in matches:
+        if match.is_dir() and not is_tenx(match):
+            inside = sorted(p for p in match.iterdir() if p.suffix == ".h5ad" or is_tenx(p))
+            found += inside
+        else:
+            found.append(match)
+    return found
+
+
+def _one(path: Path, q: Question) -> Examined:
+    from pipeline.data.sources.tenx_files import is_tenx
+
+    if is_tenx(path):
+        return _tenx(path, q)
+    return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile)
+
+
+def _together(uri: str, found: Sequence[Examined]) -> Examined:
+    """What shows only when all files are seen."""
+    whole = Examined(uri, f"{len(found)} files")
+    bad = [f.where for f in found if f.errors]
+    whole.facts = {"cells": sum(int(f.facts.get("cells", 0)) for f in found)}
+    if bad:
+        whole.findings.append(error(f"{len(bad)} of {len(found)} files have errors", "mend them or leave them out",
+                                    count=len(bad), first=bad))  # fmt: skip
+    genes = {int(f.facts["genes"]) for f in found if "genes" in f.facts}
+    if len(genes) > 1:
+        sizes = ", ".join(f"{n:,}" for n in sorted(genes))
+        what = f"files have different numbers of genes ({sizes})"
+        whole.findings.append(
+            warning(what, "genes are matched by id; set ingest.presence to tell unmeasured from zero")
+        )
+    return whole
+
+
+# ---- 10x ---------------------------------------------------------------------------------------------------------
+def _tenx(path: Path, q: Question) -> Examined:
+    from pipeline.config.job import TenxSource
+    from pipeline.data.sources.tenx import read_10x
+
+    found = Examined(str(path), "10x")
+    if path.is_file():
+        import h5py
+
+        found.findings += open_problems(path)
+        if not found.errors:
+            with h5py.File(path) as file:
+                found.findings += unsafe(file)
+        if found.errors:
+            return found
+    try:
+        tables = read_10x(TenxSource(type="10x", path=str(path), genome=q.genome, obs=q.obs))
+        obs = tables.obs if q.obs is not None else tables.obs[["obs_id", "barcode", "dataset_id"]]
+        _tables(found, obs, tables.var["feature_id"], q, "obs_id")
+        if q.counts:
+            audit = _audit(tables.obs["obs_id"], tables.var["feature_id"])
+            row = 0
+            for chunk in tables.chunks():
+                coo = chunk.tocoo()
+                audit.add(Entries(coo.row.astype(np.int64) + row, coo.col.astype(np.int64), coo.data))
+                row += chunk.shape[0]
+            _finish(found, audit)
+    except InputError as problem:
+        found.findings.append(_said(problem, "mend that, or copy or download the output again"))
+    return found
+
+
+# ---- SOMA --------------------------------------------------------------------------------------------------------
+def _soma(q: Question) -> Examined:
+    from pipeline.config.job import SomaSource
+    from pipeline.data.soma.store import SomaStore
+    from pipeline.data.sources.open import soma_config
+
+    found = Examined(q.uri, "SOMA")
+    try:
+        settings: dict[str, Any] = {"region": q.region, "anonymous": q.anonymous}
+        if q.endpoint is not None:
+            settings["s3"] = {"endpoint": q.endpoint, "addressing": "path"}
+        source = SomaSource.model_validate({"type": "soma", "uri": q.uri, **settings, "layer": q.layer or "raw"})
+        store = SomaStore(q.uri, soma_config(source), source.measurement, source.layer)
+        obs, var = store.obs(), store.var()
+        name = next((c for c in ("obs_id", "soma_joinid") if c in obs), "soma_joinid")
+        ids = next((var[c] for c in (q.gene_id, "feature_id", "var_id") if c and c in var), None)
+        if ids is None:
+            found.findings.append(error("var has no feature_id", "set --gene-id to one of: " + ", ".join(var.columns)))
+            ids = var["soma_joinid"].astype(str)
+        _tables(found, obs, ids, q, name)
+        if q.counts:
+            audit = _soma_counts(store, obs, ids, name, var["soma_joinid"].to_numpy())
+            _finish(found, audit)
+            found.findings += sum_findings(obs, n_expressed=audit.per_cell, library_size=audit.sums)
+    except InputError as problem:
+        found.findings.append(_said(problem, "give the address of an experiment"))
+    except ValueError as problem:  # pydantic's: a setting
+        found.findings.append(_said(problem, "check the options"))
+    return found
+
+
+def _soma_counts(store: Any, obs: pd.DataFrame, ids: pd.Series, name: str, genes: np.ndarray) -> CountAudit:
+    """Counts in runs of storage tiles; joinids may have gaps, so places are looked up."""
+    audit, cells = _audit(obs[name], ids), obs["soma_joinid"].to_numpy()
+    lut = np.full(store.shape[1], -1, np.int32)
+    lut[genes] = np.arange(len(genes))
+    for start in range(0, len(cells), store.tile):
+        block = cells[start : start + store.tile]
+        rows = store.read_ragged(block, lut)
+        at = start + np.repeat(np.arange(len(block)), np.diff(rows.indptr))
+        audit.add(Entries(at, np.asarray(rows.genes, np.int64), rows.counts))
+    return audit
+
+
+# ---- shared ------------------------------------------------------------------------------------------------------
+def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, name: str) -> None:
+    names = obs[name].astype(str)
+    shown_obs = obs.drop(columns=[name])
+    found.facts |= {
+        "cells": len(obs),
+        "obs columns": list(shown_obs.columns),
+        "suggested labels": suggested_labels(shown_obs, names),
+        "classes": {c: class_counts(obs[c]) for c in q.labels if c in obs},
+        "genes": len(ids),
+    }
+    if q.profile:
+        found.facts["profile"] = {"obs": obs_profile(shown_obs)}
+    found.findings += [
+        *cell_findings(names),
+        *label_findings(shown_obs, q.labels, names),
+        *gene_findings([str(x) for x in ids]),
+    ]
+
+
+def _audit(names: pd.Series, ids: pd.Series) -> CountAudit:
+    def where(cell: int, gene: int) -> str:
+        parts = [f"cell {names.iloc[cell]}"] if cell >= 0 else []
+        return ", ".join(parts + ([f"gene {ids.iloc[gene]}"] if gene >= 0 else []))
+
+    return CountAudit(len(names), len(ids), where)
+
+
+def _finish(found: Examined, audit: CountAudit) -> None:
+    found.facts |= {"stored values": audit.stored, "largest value": audit.largest, "values are": audit.guess()}
+    found.findings += audit.findings([])
+
+
+def _said(problem: Exception, remedy: str) -> Any:
+    text = " ".join(shown(line.strip(" -"), 1000) for line in str(problem).splitlines())
+    what, _, own = text.rpartition("; ")  # errors of ours end with their remedy
+    return error(what, own) if what else error(text, remedy)

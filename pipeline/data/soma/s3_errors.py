@@ -1,0 +1,154 @@
+"""How object storage is spoken to: settings of `ingest.source.s3`, and what its failures mean.
+
+Three layers retry. The S3 client inside TileDB repeats a request that failed (`tries`, waits from 25 ms, doubling); a
+503 SlowDown or a 429 it repeats up to a hundred times, 1.5 s apart, whatever `tries` says. Above it,
+`pipeline/data/soma/retry.py` opens the store again and repeats the whole block. Above that, Ray repeats the task.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from scldm.config import StrictModel
+
+
+class S3Client(StrictModel):
+    """Requests to S3, or to what speaks like it (MinIO, Ceph)."""
+
+    endpoint: str | None = None
+    """Address of a server that is not AWS, for example https://minio.lab:9000; null for AWS."""
+    addressing: Literal["virtual", "path"] = "virtual"
+    """How a bucket is named: bucket.host (AWS) or host/bucket (most other servers)."""
+    tries: PositiveInt = Field(7, le=12)
+    """Tries of one request inside the client; TileDB waits 25 ms, then doubles: 7 are 3 seconds, 12 are 100."""
+    connect_seconds: PositiveFloat = 3.0
+    """How long a connection may take to be made."""
+    request_seconds: PositiveFloat = 30.0
+    """How long a request may go without a byte."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        parts = urlsplit(value or "http://host")
+        plain = not (parts.path.strip("/") or parts.query or parts.fragment or parts.username)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+            raise ValueError(f"{value!r} is no address of a server: http:// or https://, host and port, nothing more")
+        return value
+
+
+class S3Config(S3Client):
+    """Reading cells from there."""
+
+    max_parallel: PositiveInt = Field(8, le=256)
+    """Requests in flight of one process (its two computing threads may add one each); all processes together make the
+    load that a store answers with SlowDown."""
+
+    def tiledb(self) -> dict[str, str]:
+        """The same in TileDB's words."""
+        settings: dict[str, str | int] = {
+            "sm.io_concurrency_level": self.max_parallel,  # threads that read; each of them one request at a time, as
+            "vfs.s3.max_parallel_ops": 1,  # this cuts a large request into so many
+            "vfs.s3.connect_max_tries": self.tries,
+            "vfs.s3.connect_timeout_ms": round(self.connect_seconds * 1000),
+            "vfs.s3.request_timeout_ms": round(self.request_seconds * 1000),
+        }
+        if self.endpoint is not None:
+            parts = urlsplit(self.endpoint)
+            settings |= {"vfs.s3.endpoint_override": parts.netloc, "vfs.s3.scheme": parts.scheme}
+        if self.addressing == "path":
+            settings["vfs.s3.use_virtual_addressing"] = "false"
+        return {k: str(v) for k, v in settings.items()}
+
+
+# ---- failures ----------------------------------------------------------------------------------------------------
+_HTTP = re.compile(r"HTTP Response Code: (-?\d+)")
+_NAME = re.compile(r"(?:\[Exception: |ExceptionName: )(\w+)")
+_CURL = re.compile(r"curlCode: (\d+), ([^;\]\[]+)")
+_NO_SUCH_HOST = 6
+_WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_REFUSED = {
+    "AccessDenied",
+    "ExpiredToken",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_BUSY = {"RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a message of TileDB's S3 client says."""
+
+    kind: Literal["no bucket", "refused", "wrong region", "unreachable", "busy", "other"]
+    detail: str  # a few words of the original
+
+    @property
+    def passes(self) -> bool:
+        """Whether it makes sense to try again."""
+        return self.kind in ("unreachable", "busy")
+
+
+def failure(error: BaseException) -> Failure:
+    """Sort an error by what it says; "other" if it does not come from S3."""
+    text = str(error)
+    code, name, curl = (p.search(text) for p in (_HTTP, _NAME, _CURL))
+    http, word = int(code[1]) if code else 0, name[1] if name else ""
+    if curl:
+        return Failure("unreachable", f"{curl[2].strip()} (curl {curl[1]})")
+    detail = " ".join(filter(None, [f"HTTP {http}" if http > 0 else "", word])) or text[:200]
+    if word == "NoSuchBucket":
+        return Failure("no bucket", detail)
+    if word in _WRONG_REGION or http == 301:
+        return Failure("wrong region", detail)
+    if word in _REFUSED or http in (401, 403):
+        return Failure("refused", detail)
+    if word in _BUSY or http == 429 or http >= 500:
+        return Failure("busy", detail)
+    if http == -1:
+        return Failure("unreachable", detail)
+    return Failure("other", detail)
+
+
+def explain(uri: str, tiledb_config: Mapping[str, Any], found: Failure, *, tries: int, seconds: float) -> str:
+    """What happened, what was tried, and what to do about it."""
+    server = tiledb_config.get("vfs.s3.endpoint_override")
+    region = tiledb_config.get("vfs.s3.region")
+    signed = str(tiledb_config.get("vfs.s3.no_sign_request", "false")) != "true"
+    account = "with" if signed else "without"
+    where = f"{uri} (region {region or 'not set'}, server {server or 'AWS'}, {account} credentials)"
+    bucket = uri.split("/")[2] if uri.count("/") > 1 else uri
+    tried = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.0f} s"
+    what, remedy = {
+        "no bucket": (
+            f"there is no bucket {bucket!r}",
+            "check ingest.source.uri, and ingest.source.s3.endpoint if the bucket is not at AWS",
+        ),
+        "refused": (
+            "the server refuses access",
+            "check the credentials that AWS tools use (AWS_PROFILE, AWS_ACCESS_KEY_ID, ~/.aws, the machine's role) and "
+            "whether they may list and read the bucket"
+            if signed
+            else "the data are not public: set ingest.source.anonymous: false and give credentials",
+        ),
+        "wrong region": ("the bucket is in another region", "set ingest.source.region to the region of the bucket"),
+        "unreachable": (
+            f"the server cannot be reached; gave up after {tried}",
+            "check the network, a proxy or firewall, ingest.source.region and ingest.source.s3.endpoint; without a "
+            "network, read a copy on disk: ingest.source.uri: <folder>",
+        ),
+        "busy": (
+            f"the server keeps failing; gave up after {tried}",
+            "lower ingest.source.s3.max_parallel or the number of readers, or try later",
+        ),
+        "other": ("it cannot be read", "check ingest.source.uri"),
+    }[found.kind]
+    return f"{where}: {what} [{found.detail}]; {remedy}"

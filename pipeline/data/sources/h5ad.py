@@ -1,0 +1,253 @@
+"""Cells from `.h5ad` files: one file by anndata's backed mode, several by cellarium-ml's collection reader.
+
+Genes are matched between files by id; a note says how many a file lacks, and `CellTables.measured` which. cellarium's
+collection asks that its files agree in everything but cells, so files are put in runs that agree (by cellarium's own
+schema) and each run gets a collection, which holds one file in memory at a time.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from pipeline.config.job import H5adSource
+from pipeline.core.manifest import InputError
+from pipeline.data.inspection.h5ad import structure_problems
+from pipeline.data.labels import did_you_mean
+from pipeline.data.presence import Presence
+from pipeline.data.safety.formats import other_format
+from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
+from pipeline.data.validation.checks import CellTables
+
+CHUNK_ROWS = 4096
+CHUNK_VALUES = 1 << 24  # of a dense matrix
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    adata: anndata.AnnData  # backed
+    genes: pd.DataFrame  # feature_id, feature_name, feature_length
+
+
+def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
+    """Tables and chunks of one or many files.
+
+    Args:
+        needed: obs columns that the job uses: never filled in, so that their absence is noticed.
+    """
+    paths = find_files(source.path)
+    problems: list[str] = []
+    files = [f for path in paths if (f := _open(path, source, problems)) is not None]
+    if len(files) > 1:  # of one file validation reports it
+        twice = [f for f in files if f.genes["feature_id"].duplicated().any()]
+        problems += [
+            f"{f.path} has repeated gene ids; name a column of unique ids in ingest.source.gene_id" for f in twice
+        ]
+    if problems:
+        raise InputError("\n".join(["ingest.source cannot be used:", *(f"  - {p}" for p in problems)]))
+    notes: list[str] = []
+    var = pd.concat([f.genes for f in files]).drop_duplicates("feature_id", ignore_index=True)
+    if len(files) == 1:
+        var = files[0].genes
+    for f in files:
+        if lacking := len(var) - len(f.genes):
+            notes.append(f"{f.path.name} lacks {lacking} of {len(var)} genes.")
+    obs = _obs(files, source.columns, needed, notes)
+    if (var["feature_length"] == 0).all():
+        notes.append("var has no feature_length; 0 is written.")
+
+    def chunks() -> Iterator[sp.csr_matrix]:
+        target = pd.Index(var["feature_id"])
+        for f, rows in _matrices(files, source.layer):
+            columns = None if f.genes is var else target.get_indexer(f.genes["feature_id"])
+            for chunk in _chunks(rows):
+                yield chunk if columns is None else spread(chunk, columns, len(target))
+
+    where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {source.path}"
+    measured = None
+    if len(files) > 1:
+        target = pd.Index(var["feature_id"])
+        places = [target.get_indexer(f.genes["feature_id"]) for f in files]
+        measured = Presence.of_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
+    other_counts = lambda: _places_with_counts(files[0].adata, source.layer)  # noqa: E731
+    return CellTables(obs, var, chunks, where, notes, other_counts, measured)
+
+
+def find_files(path: str) -> list[Path]:
+    """The files that a path, folder or glob pattern stands for."""
+    p = Path(path).expanduser()
+    found = sorted(p.glob("*.h5ad")) if p.is_dir() else [p] if p.exists() else sorted(map(Path, glob.glob(str(p))))
+    if found:
+        return found
+    if known := other_format(p):
+        raise InputError(f"ingest.source.path {path}: this is {known}")
+    if p.is_dir():
+        raise InputError(f"ingest.source.path {path}: the folder holds no .h5ad file; it has {_listing(p)}")
+    near = f"; {p.parent} has {_listing(p.parent)}" if p.parent.is_dir() else ""
+    raise InputError(f"ingest.source.path {path}: no such file, folder or pattern (from {Path.cwd()}){near}")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(x.name for x in folder.iterdir())
+    return (", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "nothing"
+
+
+def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
+    """A file with its genes; None after adding to `problems`."""
+    if unsound := structure_problems(path, source.layer):
+        problems += [f"{path}: {finding.said}" for finding in unsound]
+        return None
+    try:
+        adata = anndata.read_h5ad(path, backed="r")
+        wrong = _misnamed(path.name, adata, source)
+        problems += wrong
+        return None if wrong else _File(path, adata, _genes(_var(adata, source), source))
+    except Exception as error:  # any: a stranger's file in a foreign reader
+        line = (str(error).splitlines() or ["no message"])[0]
+        problems.append(f"{path} cannot be read by anndata ({type(error).__name__}: {line[:300]})")
+        return None
+
+
+def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str]:
+    """Layers and columns that the config names and the file lacks."""
+    problems = []
+    layers = ", ".join(adata.layers) or "none"
+    if source.layer == "raw" and adata.raw is None:
+        problems.append(f"ingest.source.layer: {name} has no raw; layers: {layers}")
+    elif source.layer not in (None, "raw") and source.layer not in adata.layers:
+        problems.append(f"ingest.source.layer: {name} has no layer {source.layer!r}; layers: {layers}")
+    elif source.layer is None and not _has_x(adata):
+        places = _places_with_counts(adata, None)
+        problems.append(f"{name} has no X" + (f"; set ingest.source.{' or '.join(places)}" if places else ""))
+    else:
+        columns = _var(adata, source).columns
+        for field in ("gene_id", "gene_name"):
+            wanted = getattr(source, field)
+            if wanted is not None and wanted not in columns:
+                hint = did_you_mean(wanted, columns)
+                problems.append(f"ingest.source.{field}: {name} has no var column {wanted!r} ({hint})")
+    for column in source.columns.values():
+        if column not in adata.obs:
+            hint = did_you_mean(column, adata.obs.columns)
+            problems.append(f"ingest.source.columns: {name} has no obs column {column!r} ({hint})")
+    return problems
+
+
+def _has_x(adata: anndata.AnnData) -> bool:
+    try:
+        return adata.X is not None
+    except KeyError:  # how anndata's backed mode says that there is none
+        return False
+
+
+def _var(adata: anndata.AnnData, source: H5adSource) -> pd.DataFrame:
+    return adata.raw.var if source.layer == "raw" else adata.var
+
+
+def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
+    text = lambda name: (var.index if name is None else var[name]).astype(str)  # noqa: E731
+    length = var["feature_length"] if "feature_length" in var else pd.Series(0, index=var.index)
+    return pd.DataFrame(
+        {
+            "feature_id": [plain_id(x) for x in text(source.gene_id)],
+            "feature_name": list(text(source.gene_name)),
+            "feature_length": pd.to_numeric(length, errors="coerce").fillna(0).astype(np.int64).to_numpy(),
+        }
+    )
+
+
+# ---- obs ---------------------------------------------------------------------------------------------------------
+def _obs(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    """obs of all files under Census names, in types that SOMA stores."""
+    frames = []
+    stems = [f.path.stem for f in files]  # shards of several folders may be called the same
+    names = stems if len(set(stems)) == len(stems) else sample_names([f.path for f in files])
+    for f, name in zip(files, names, strict=True):
+        frame = f.adata.obs
+        renamed = frame.drop(columns=[c for c in columns if c in frame and columns[c] != c])
+        renamed = renamed.rename(columns={old: new for new, old in columns.items()})
+        if "obs_id" not in renamed:
+            renamed.insert(0, "obs_id", frame.index.astype(str))
+        if len(files) > 1 and "dataset_id" not in renamed:
+            renamed["dataset_id"] = name
+        frames.append(renamed)
+    obs = pd.concat(frames, ignore_index=True)
+    return complete_obs(obs, needed, notes)
+
+
+# ---- counts ------------------------------------------------------------------------------------------------------
+def _matrices(files: Sequence[_File], layer: str | None) -> Iterator[tuple[_File, Any]]:
+    """Each file with its count matrix."""
+    if len(files) == 1:
+        yield files[0], _matrix(files[0].adata, layer)
+        return
+    # Slow to import (lightning and more), so only when there is something to collect.
+    from cellarium.ml.data.distributed_anndata import DistributedAnnDataCollection
+
+    for run in _runs(files):
+        names = [str(f.path) for f in run]
+        limits = np.cumsum([f.adata.n_obs for f in run]).tolist()
+        # obs is not validated: it was joined above, and here only counts are taken.
+        collection = DistributedAnnDataCollection(names, limits, max_cache_size=1, obs_columns_to_validate=[])
+        for k, f in enumerate(run):
+            # Not collection[…]: that casts obs to the first file's categories.
+            wanted = [np.arange(f.adata.n_obs) if i == k else None for i in range(len(run))]
+            yield f, _matrix(collection.materialize(wanted, slice(None))[0], layer)
+
+
+def _runs(files: Sequence[_File]) -> list[list[_File]]:
+    """Files that follow one another and agree in cellarium's schema."""
+    from cellarium.ml.data.schema import AnnDataSchema
+
+    runs: list[list[_File]] = []
+    for f in files:
+        try:
+            AnnDataSchema(runs[-1][0].adata if runs else f.adata, []).validate_anndata(f.adata)
+            runs[-1].append(f)
+        except (IndexError, ValueError, KeyError):
+            runs.append([f])
+    return runs
+
+
+def _matrix(adata: anndata.AnnData, layer: str | None) -> Any:
+    """Counts of all cells, sliceable by rows: CSR or dense, in memory or on disk; CSC is turned round once."""
+    m = adata.X if layer is None else adata.raw.X if layer == "raw" else adata.layers[layer]
+    if getattr(m, "format", "csr") != "csr":
+        m = (m.to_memory() if hasattr(m, "to_memory") else m).tocsr()
+    return m
+
+
+def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
+    dense = not hasattr(matrix, "format")
+    rows = max(64, CHUNK_VALUES // max(1, matrix.shape[1])) if dense else CHUNK_ROWS
+    for start in range(0, matrix.shape[0], rows):
+        chunk = sp.csr_matrix(matrix[start : start + rows])
+        if chunk.nnz and not 0 <= chunk.indices.min() <= chunk.indices.max() < chunk.shape[1]:
+            # Before anything compiled trusts them.
+            raise InputError(
+                f"ingest.source: cells {start} to {start + chunk.shape[0]} have gene indices outside 0 to "
+                f"{chunk.shape[1] - 1}: the file is damaged; copy or download it again"
+            )
+        yield chunk
+
+
+def _places_with_counts(adata: anndata.AnnData, layer: str | None) -> list[str]:
+    """Places other than `layer` whose first cells are whole numbers, as config text."""
+    places = {"null": None, "raw": "raw" if adata.raw is not None else None, **{k: k for k in adata.layers}}
+    found = []
+    for name, place in places.items():
+        if place == layer or (place is None and (name == "raw" or not _has_x(adata))):
+            continue
+        head = sp.csr_matrix(_matrix(adata, place)[:100]).data
+        if len(head) and np.isfinite(head).all() and (head >= 0).all() and (head == np.rint(head)).all():
+            found.append(f"layer: {name}")
+    return found

@@ -1,0 +1,113 @@
+"""From what a job says about its source of cells to a SOMA experiment that is open.
+
+`.h5ad` and 10x files and synthetic cells are written once to `soma/` in the stage's folder; a SOMA experiment and the
+Census are read where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from pipeline.config.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource, TenxSource
+from pipeline.core.manifest import InputError
+from pipeline.data.presence import Presence
+from pipeline.data.soma.s3_errors import S3Config
+from pipeline.data.soma.store import SomaStore
+from pipeline.data.soma.write import write_experiment
+from pipeline.data.sources.synthetic import synthetic_cells
+from pipeline.data.validation.checks import MIN_CELLS, CellTables, checked
+
+
+@dataclass
+class OpenSource:
+    """An experiment and what is known of where it came from."""
+
+    store: SomaStore
+    uri: str  # as it goes into the facts
+    description: str
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # more for the manifest
+    measured: Presence | None = None  # by cells of the store, genes of the store; None: ask the store
+    content: str | None = None  # hash of all counts, of a store that we wrote
+
+
+def open_source(
+    config: IngestConfig, folder: Path, columns: Sequence[str], *, min_cells: int = MIN_CELLS
+) -> OpenSource:
+    """The experiment of a job; written to `folder/soma` if the source is not one already.
+
+    Args:
+        columns: obs columns that the job cannot do without.
+        min_cells: Fewer are an error, where the source is not in SOMA yet.
+    """
+    source = config.source
+    if isinstance(source, SomaSource):
+        store = SomaStore(source.uri, soma_config(source), source.measurement, source.layer)
+        return OpenSource(store, source.uri, f"SOMA experiment {source.uri}")
+    if isinstance(source, CensusSource):
+        return _census(source)
+    tables, description = _tables(source, [*columns, *config.cells.conditions()])
+    # With a filter, cells without a label may be filtered out: they are looked at again after it.
+    lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
+    chunks = checked(tables, columns, drop_missing=lenient, min_cells=min_cells)
+    content = hashlib.sha256()
+    store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
+    measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))
+    return OpenSource(store, "soma", description, tables.notes, measured=measured, content=content.hexdigest())
+
+
+def _hashed(chunks: Iterable[sp.csr_matrix], content: Any) -> Iterator[sp.csr_matrix]:
+    """The chunks as they are, added to a hash on their way."""
+    for chunk in chunks:
+        for values, kind in ((chunk.indptr, np.int64), (chunk.indices, np.int32), (chunk.data, np.float32)):
+            content.update(np.ascontiguousarray(values, kind).data)
+        yield chunk
+
+
+def soma_config(source: SomaSource) -> dict[str, str]:
+    """What TileDB needs to know; credentials it finds by itself on every machine, so none go into the facts."""
+    if not source.uri.startswith("s3://"):
+        if source.region or source.anonymous or source.s3 != S3Config():
+            raise InputError(
+                f"ingest.source: region, anonymous and s3 are of s3:// addresses; uri is {source.uri!r}: leave them out"
+            )
+        return {}
+    config = {**source.s3.tiledb(), **({"vfs.s3.region": source.region} if source.region else {})}
+    return config | ({"vfs.s3.no_sign_request": "true"} if source.anonymous else {})
+
+
+def _census(source: CensusSource) -> OpenSource:
+    from pipeline.data.sources.census import locate_census
+
+    found = locate_census(source)
+    store = replace(found.store, tiledb_config={**source.s3.tiledb(), **found.store.tiledb_config})
+    opened = OpenSource(store, store.uri, f"CELLxGENE Census {found.version}, {source.organism}")
+    opened.facts["census_version"] = found.version
+    if source.version != found.version:
+        opened.facts["census_version_asked"] = source.version
+        opened.notes.append(
+            f"{source.version} stood for {found.version} when this was ingested, and stays so for this output; to get "
+            f"the same cells anywhere, pin ingest.source.version: {found.version}."
+        )
+    return opened
+
+
+def _tables(source: SyntheticSource | H5adSource | TenxSource, columns: Sequence[str]) -> tuple[CellTables, str]:
+    """Cells of a source that is not in SOMA yet, and a few words about them."""
+    if isinstance(source, SyntheticSource):
+        words = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
+        return synthetic_cells(source), words
+    if isinstance(source, TenxSource):
+        from pipeline.data.sources.tenx import read_10x
+
+        return read_10x(source, columns), f"10x {source.path}"
+    from pipeline.data.sources.h5ad import read_h5ad
+
+    return read_h5ad(source, columns), f"h5ad {source.path}"

@@ -1,0 +1,192 @@
+"""Cells from Cell Ranger outputs: many samples become one table, their genes are matched by id.
+
+A sample's name is what tells its path from the others'. What is known of cells (labels, donors) is not in such files:
+it comes from a table beside them, joined by sample and barcode.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from pipeline.config.job import TenxSource
+from pipeline.core.manifest import InputError
+from pipeline.data.labels import did_you_mean
+from pipeline.data.presence import Presence
+from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, is_tenx, open_tenx
+from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
+from pipeline.data.validation.checks import CellTables
+
+
+@dataclass(frozen=True)
+class _Sample:
+    name: str
+    path: Path
+    matrix: TenxMatrix
+    kept: np.ndarray  # features that are genes of the genome
+    genes: pd.DataFrame  # feature_id, feature_name, feature_length of those
+
+
+def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
+    """Tables and chunks of one or many outputs.
+
+    Args:
+        needed: obs columns that the job uses: never filled in, so that their absence is noticed.
+    """
+    paths = find_outputs(source)
+    problems: list[str] = []
+    notes: list[str] = []
+    samples = []
+    for path, name in zip(paths, sample_names(paths), strict=True):
+        try:
+            samples.append(_open(path, name, source, notes))
+        except TenxError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(["ingest.source cannot be used:", *(f"  - {p}" for p in problems)]))
+    var = pd.concat([s.genes for s in samples]).drop_duplicates("feature_id", ignore_index=True)
+    target = pd.Index(var["feature_id"])
+    columns = [target.get_indexer(s.genes["feature_id"]) for s in samples]
+    for s in samples:
+        if lacking := len(var) - len(s.genes):
+            notes.append(f"{s.name} lacks {lacking} of {len(var)} genes.")
+    notes.append("A 10x output has no feature_length; 0 is written.")
+    obs = complete_obs(_obs(samples, source, needed, notes), needed, notes)
+
+    def chunks() -> Iterator[sp.csr_matrix]:
+        for s, place in zip(samples, columns, strict=True):
+            try:
+                for chunk in s.matrix.chunks():
+                    yield spread(chunk[:, s.kept], place, len(var))
+            except TenxError as error:
+                raise InputError(f"ingest.source cannot be used: {error}") from error
+
+    where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} outputs of {source.path}"
+    sizes = [len(s.matrix.barcodes) for s in samples]
+    measured = Presence.of_files([s.name for s in samples], columns, sizes, len(var))
+    return CellTables(obs, var, chunks, where, notes, measured=measured)
+
+
+# ---- samples -----------------------------------------------------------------------------------------------------
+def find_outputs(source: TenxSource) -> list[Path]:
+    """The outputs that a path, folder or glob pattern stands for."""
+    path = Path(source.path).expanduser()
+    matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+    if not matches:
+        raise InputError(f"ingest.source.path {source.path}: no such file, folder or pattern (from {Path.cwd()})")
+    found = [p for match in matches for p in _inside(match, source.genome)]
+    if not found:
+        has = ", ".join(sorted(p.name for p in path.iterdir())[:6]) if path.is_dir() else path.name
+        packed = "; unpack it first (tar -xf)" if path.suffix in (".gz", ".tar", ".tgz", ".zip") else ""
+        raise InputError(
+            f"ingest.source.path {source.path}: no Cell Ranger output (a folder with matrix.mtx, or an .h5 file) is "
+            f"there: {has or 'nothing'}{packed}"
+        )
+    return found
+
+
+def _inside(path: Path, genome: str | None) -> list[Path]:
+    """The path itself, or the outputs that the folder holds: its genomes (version 2) or its samples."""
+    if is_tenx(path) or not path.is_dir():
+        return [path] if is_tenx(path) else []
+    children = sorted(p for p in path.iterdir() if is_tenx(p))
+    if "gene_bc_matrices" not in path.name:
+        return children
+    chosen = [p for p in children if genome in (None, p.name)]
+    if len(chosen) != 1 and children:
+        names = ", ".join(p.name for p in children)
+        raise InputError(f"ingest.source.genome ({genome}): {path} holds the genomes {names}; name one of them")
+    return chosen
+
+
+def _open(path: Path, name: str, source: TenxSource, notes: list[str]) -> _Sample:
+    matrix = open_tenx(path, source.genome)
+    features = matrix.features
+    genes = features["type"] == GENES
+    if others := features["type"][~genes].value_counts().to_dict():
+        kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
+        notes.append(f"{name}: {kinds} features are left out; the model is of gene expression.")
+    genomes = sorted(set(features["genome"][genes]) - {""})
+    if source.genome is None and len(genomes) > 1:
+        raise TenxError(f"{path} holds {len(genomes)} genomes: set ingest.source.genome to one of {', '.join(genomes)}")
+    if source.genome is not None and genomes:
+        if source.genome not in genomes:
+            raise TenxError(
+                f"{path} has no genome {source.genome!r} (ingest.source.genome); it has {', '.join(genomes)}"
+            )
+        genes &= features["genome"] == source.genome
+    if not genes.any():
+        raise TenxError(f"{path} has no {GENES} features")
+    ids = [plain_id(x) for x in features["id"][genes]]
+    if len(twice := pd.Series(ids)[pd.Series(ids).duplicated()].unique()):
+        raise TenxError(f"{path} has {len(twice)} gene ids more than once (first: {', '.join(twice[:3])})")
+    table = pd.DataFrame({"feature_id": ids, "feature_name": list(features["name"][genes]), "feature_length": 0})
+    return _Sample(name, path, matrix, np.flatnonzero(genes), table)
+
+
+# ---- obs ---------------------------------------------------------------------------------------------------------
+def _obs(samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    """One row per barcode, with the columns of the table that describes them."""
+    barcodes = [b for s in samples for b in s.matrix.barcodes]
+    names = [s.name for s in samples for _ in s.matrix.barcodes]
+    ids = [f"{n}:{b}" for n, b in zip(names, barcodes, strict=True)] if len(samples) > 1 else barcodes
+    obs = pd.DataFrame({"obs_id": ids, "barcode": barcodes, "dataset_id": names})
+    if source.obs is not None:
+        return _described(obs, source, [s.name for s in samples], notes)
+    if source.columns:
+        raise InputError("ingest.source.columns renames columns of ingest.source.obs, which is not set")
+    if absent := [c for c in needed if c not in obs and c != "is_primary_data"]:
+        raise InputError(
+            f"a 10x output holds no {', '.join(absent)}: give a table with barcode and {', '.join(absent)} in "
+            "ingest.source.obs, or train without (ingest.labels=[] or [dataset_id], which is the sample)"
+        )
+    return obs
+
+
+def _described(obs: pd.DataFrame, source: TenxSource, samples: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    assert source.obs is not None
+    table = _read_table(Path(source.obs).expanduser())
+    for new, old in source.columns.items():
+        if old not in table:
+            hint = did_you_mean(old, table.columns)
+            raise InputError(f"ingest.source.columns: {source.obs} has no column {old!r} ({hint})")
+        table = table.drop(columns=[new] if new != old and new in table else []).rename(columns={old: new})
+    keys = ["sample", "barcode"] if len(samples) > 1 else ["barcode"]
+    if absent := [k for k in keys if k not in table]:
+        hint = did_you_mean(absent[0], table.columns)
+        raise InputError(f"ingest.source.obs: {source.obs} has no column {' and no column '.join(absent)} ({hint})")
+    table = table.astype(dict.fromkeys(keys, str))
+    if n := int(table.duplicated(keys).sum()):
+        raise InputError(f"ingest.source.obs: {n} rows of {source.obs} have the {' and '.join(keys)} of another row")
+    if len(samples) > 1:
+        obs = obs.assign(sample=obs["dataset_id"])
+    table = table.drop(columns="obs_id", errors="ignore")
+    own = obs.drop(columns=["dataset_id"] if "dataset_id" in table else [])  # the table's word goes first
+    joined = own.merge(table, on=keys, how="left", indicator="_found", validate="m:1")
+    found = int((joined.pop("_found") == "both").sum())
+    if not found:
+        raise InputError(
+            f"ingest.source.obs: no row of {source.obs} is about a cell of {source.path}; cells are like "
+            f"{dict(own[keys].iloc[0])}, rows like {dict(table[keys].iloc[0]) if len(table) else 'nothing'}"
+        )
+    unused = len(table) - found
+    notes.append(f"{found} of {len(obs)} cells are described by {source.obs}; {unused} of its rows are of no cell.")
+    return joined
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    kinds = {".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".parquet": pd.read_parquet}
+    read = kinds.get(path.suffix.lower())
+    if read is None or not path.is_file():
+        what = "no such file" if read else f"the ending is {path.suffix!r}; known: {', '.join(kinds)}"
+        raise InputError(f"ingest.source.obs {path}: {what}")
+    try:
+        return read(path)
+    except (ValueError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"ingest.source.obs {path} cannot be read ({str(error).splitlines()[0]})") from error

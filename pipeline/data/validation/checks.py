@@ -1,0 +1,142 @@
+"""Is this a table of raw counts with the labels that were asked for? All problems are reported at once.
+
+A source of cells is a `CellTables`: obs, var and a stream of CSR chunks. Tables are checked whole; counts are checked
+chunk by chunk while they are written, so that a large file is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from pipeline.core.manifest import InputError
+from pipeline.data.labels import did_you_mean, measurements, missing
+from pipeline.data.presence import Presence
+from pipeline.data.validation.counts import value_faults
+from pipeline.data.validation.names import MIN_CELLS, gene_findings
+
+
+@dataclass
+class CellTables:
+    """Cells on their way into SOMA."""
+
+    obs: pd.DataFrame  # one row per cell, Census column names
+    var: pd.DataFrame  # feature_id, feature_name, feature_length
+    chunks: Callable[[], Iterator[sp.csr_matrix]]  # rows of counts in the order of obs, genes in the order of var
+    where: str  # for messages: the file
+    notes: list[str] = field(default_factory=list)  # what a reader of the results should know
+    other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
+    measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes
+
+
+def label_problems(
+    obs: pd.DataFrame, labels: Sequence[str], *, drop_missing: bool, names: pd.Series | None
+) -> list[str]:
+    """What is wrong with the label columns of obs.
+
+    Args:
+        drop_missing: Cells without a label are left out later; do not complain.
+        names: Names of the cells for examples; None uses soma_joinid or the position.
+    """
+    problems = []
+    for label in labels:
+        if label not in obs:
+            problems.append(
+                f"obs has no column {label!r} ({did_you_mean(label, obs.columns)}); name one in ingest.labels, or map "
+                f"it with ingest.source.columns: {{{label}: <column of the file>}}"
+            )
+            continue
+        absent = np.flatnonzero(missing(obs[label]))
+        if len(absent) and not drop_missing:
+            first = (names if names is not None else pd.Series(obs.index)).iloc[absent[:3]]
+            problems.append(
+                f"{len(absent)} of {len(obs)} cells have no {label} (first: {', '.join(map(str, first))}); leave them "
+                "out with ingest.missing_label: drop, or label them"
+            )
+        if values := measurements(obs[label]):
+            problems.append(
+                f"{label} holds {len(values):,} different measurements, not classes (first: "
+                f"{', '.join(map(str, values[:3]))}); cut it into ranges with pandas.cut, or name another label"
+            )
+    return problems
+
+
+def table_problems(
+    tables: CellTables, labels: Sequence[str], *, drop_missing: bool, min_cells: int = MIN_CELLS
+) -> list[str]:
+    """What is wrong with obs and var, before any count is read; adds notes to `tables`."""
+    obs, ids = tables.obs, tables.var["feature_id"]
+    problems = []
+    if len(obs) < min_cells:
+        problems.append(f"{len(obs)} cells are too few to split, train and score; at least {min_cells} are needed")
+    names = obs.get("obs_id")
+    problems += label_problems(obs, labels, drop_missing=drop_missing, names=names)
+    problems += [f.said for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
+    if names is not None and (n := int(names[names.duplicated()].nunique())):
+        tables.notes.append(f"{n} obs names occur more than once; cells are told apart by soma_joinid.")
+    return problems
+
+
+def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables) -> list[str]:
+    """What shows that a chunk does not hold raw counts, with an example of each."""
+    problems = []
+    for what, bad in value_faults(chunk.data):
+        if bad.any():
+            k = int(np.argmax(bad))
+            cell = first_cell + int(np.searchsorted(chunk.indptr, k, side="right")) - 1
+            name = tables.obs["obs_id"].iloc[cell] if "obs_id" in tables.obs else cell
+            gene = tables.var["feature_id"].iloc[chunk.indices[k]]
+            problems.append(
+                f"{int(bad.sum())} values of {chunk.shape[0]} cells {what} (first: cell {name}, gene {gene}, value "
+                f"{chunk.data[k]:.6g})"
+            )
+    return problems
+
+
+def checked(
+    tables: CellTables, labels: Sequence[str], *, drop_missing: bool = False, min_cells: int = MIN_CELLS
+) -> Iterator[sp.csr_matrix]:
+    """The chunks of a source, each checked.
+
+    Raises:
+        InputError: at the first chunk that is not counts, or before any if the tables are wrong; with everything that
+            is wrong so far.
+    """
+    problems = table_problems(tables, labels, drop_missing=drop_missing, min_cells=min_cells)
+    if problems and not (len(tables.obs) and len(tables.var)):
+        raise not_usable(tables, problems)  # at once: nothing can be made of no cells or no genes
+    return _checked(tables, problems)
+
+
+def _checked(tables: CellTables, problems: list[str]) -> Iterator[sp.csr_matrix]:
+    n_cells = empty = 0
+    for chunk in tables.chunks():
+        chunk = sp.csr_matrix(chunk)
+        bad = count_problems(chunk, first_cell=n_cells, tables=tables)
+        if bad or problems:
+            raise not_usable(tables, problems + bad + (_remedy(tables) if bad else []))
+        n_cells += chunk.shape[0]
+        empty += int((np.asarray(chunk.sum(1)).ravel() == 0).sum())
+        yield chunk
+    if problems:
+        raise not_usable(tables, problems)
+    if empty == n_cells:
+        raise not_usable(tables, ["no cell has a count"])
+    if empty:
+        tables.notes.append(f"{empty} of {n_cells} cells have no counts and are left out.")
+
+
+def not_usable(tables: CellTables, problems: Sequence[str]) -> InputError:
+    return InputError("\n".join([f"{tables.where} cannot be used:", *(f"  - {p}" for p in problems)]))
+
+
+def _remedy(tables: CellTables) -> list[str]:
+    """Where the counts may be instead."""
+    places = tables.other_counts()
+    if places:
+        return [f"raw counts are needed; this file has some elsewhere: set ingest.source.{' or '.join(places)}"]
+    return ["raw counts are needed, not normalised, log-transformed or scaled values; this file holds no other counts"]

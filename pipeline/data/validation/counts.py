@@ -1,0 +1,113 @@
+"""Are these raw counts? Totals over all values, in however many pieces they come, with the first offenders of each.
+
+`value_faults` is the one list of what a count is not; ingest stops at the first piece with a fault, `scldm
+validate-data` goes on and counts them all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from pipeline.data.findings import FIRST, Finding, error, warning
+from pipeline.data.safety.count_matrix import Entries
+
+EXACT = 1 << 24  # float32 holds whole numbers exactly up to here
+OUTLIER = 50  # times the median library size
+RAW = "raw counts are needed, not normalised, log-transformed or scaled values"
+
+
+def value_faults(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Kinds of values that are no counts, each with a mask of the same shape."""
+    finite = np.isfinite(values)
+    yield "are NaN or infinite", ~finite
+    yield "are negative", values < 0
+    yield "are not whole numbers", finite & (values != np.rint(values))
+    yield f"are above {EXACT:,}, more than 32-bit floats count exactly", finite & (values > EXACT)
+
+
+class CountAudit:
+    """Running totals; memory is one number per cell and gene.
+
+    Args:
+        where: Names a cell and a gene for examples.
+    """
+
+    def __init__(self, n_cells: int, n_genes: int, where: Callable[[int, int], str]) -> None:
+        self.shape = n_cells, n_genes
+        self._where = where
+        self._faults: Counter[str] = Counter()
+        self._first: dict[str, list[str]] = {}
+        self._fractions: list[np.ndarray] = []  # some values, to guess what was done to them
+        self.sums, self.per_cell = np.zeros(n_cells), np.zeros(n_cells, np.int64)
+        self.per_gene = np.zeros(n_genes, np.int64)
+        self.stored, self.largest = 0, 0.0
+
+    def add(self, piece: Entries) -> None:
+        values = np.asarray(piece.values)
+        self.stored += len(values)
+        for what, bad in value_faults(values):
+            if n := int(bad.sum()):
+                self._faults[what] += n
+                examples = self._first.setdefault(what, [])
+                for k in np.flatnonzero(bad)[: FIRST - len(examples)]:
+                    place = self._where(int(piece.cells[k]), int(piece.genes[k]))
+                    examples.append(f"{place}, value {float(values[k]):.6g}")
+        numbers = np.where(np.isfinite(values), values, 0).astype(np.float64)
+        if len(self._fractions) < 8:
+            self._fractions.append(numbers[:4096])
+        expressed = numbers > 0
+        self.largest = max(self.largest, float(numbers.max(initial=0)))
+        self.sums += np.bincount(piece.cells, weights=numbers, minlength=self.shape[0])
+        self.per_cell += np.bincount(piece.cells[expressed], minlength=self.shape[0])
+        self.per_gene += np.bincount(piece.genes[expressed], minlength=self.shape[1])
+
+    @property
+    def raw(self) -> bool:
+        """Whether all values are counts."""
+        return not self._faults
+
+    def guess(self) -> str:
+        """What was probably done to values that are no counts."""
+        if self.raw:
+            return "raw counts"
+        values = np.concatenate(self._fractions) if self._fractions else np.zeros(0)
+        totals = self.sums[self.sums > 0]
+        if (values < 0).any():
+            return "scaled values"
+        if len(totals) and np.ptp(totals) < 1e-3 * totals.mean():
+            return f"values normalised to {totals.mean():,.0f} per cell"
+        return "log-transformed values" if 0 < self.largest < 20 else "not counts"
+
+    def findings(self, places: list[str]) -> Iterator[Finding]:
+        """What is wrong.
+
+        Args:
+            places: Where counts were found instead, as config text.
+        """
+        elsewhere = f"; this file has counts elsewhere: set ingest.source.{' or '.join(places)}" if places else ""
+        for what, n in self._faults.items():
+            looks = f"; these look like {self.guess()}" if "whole" in what or "negative" in what else ""
+            yield error(f"{n:,} values {what}", f"{RAW}{looks}{elsewhere}", count=n, first=self._first[what])
+        yield from self._empty()
+        middle = float(np.median(self.sums[self.sums > 0])) if (self.sums > 0).any() else 0.0
+        large = np.flatnonzero(self.sums > OUTLIER * middle) if self.raw and middle else np.zeros(0, int)
+        if len(large):
+            yield warning(f"{len(large)} cells have over {OUTLIER} times the median of {middle:,.0f} counts",
+                          "doublets or sums of cells? leave them out", count=len(large),
+                          first=[f"{self._where(int(c), -1)}: {self.sums[c]:,.0f}" for c in large[:FIRST]])  # fmt: skip
+
+    def _empty(self) -> Iterator[Finding]:
+        cells, genes = np.flatnonzero(self.per_cell == 0), np.flatnonzero(self.per_gene == 0)
+        if self.shape[0] and len(cells) == self.shape[0]:
+            yield error("no cell has a count", RAW, count=len(cells))
+        elif len(cells):
+            first = [self._where(int(c), -1) for c in cells[:FIRST]]
+            yield warning(f"{len(cells)} of {self.shape[0]} cells have no counts", "ingest leaves them out",
+                          count=len(cells), first=first)  # fmt: skip
+        if 0 < len(genes) < self.shape[1]:
+            first = [self._where(-1, int(g)) for g in genes[:FIRST]]
+            yield warning(f"{len(genes)} of {self.shape[1]} genes are in no cell",
+                          "ingest.genes.min_cells: 1 leaves them out", count=len(genes), first=first)  # fmt: skip

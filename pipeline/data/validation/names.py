@@ -1,0 +1,129 @@
+"""Names of genes and cells, and classes of labels: what is wrong with them, what is only odd."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from pipeline.data.findings import FIRST, LONGEST, Finding, error, shown, warning
+from pipeline.data.labels import did_you_mean, measurements, missing
+from pipeline.data.tables import plain_id
+
+MIN_CELLS = 20  # fewer cannot be split, trained on and scored
+MOST_CLASSES = 1000  # a label with more is probably a name or a measurement
+_ORGANISM = {"ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSMMUG": "macaque"}
+_VIRUSES = {"ENSSASG"}  # SARS-CoV-2, whose genes CELLxGENE allows beside the host's
+_ENSEMBL = re.compile(r"^(ENS[A-Z]*G)\d{6,}(\.\d+)?$")
+_ODD = re.compile(r"[<>&\"\x00-\x1f\x7f]")
+_TO_IDS = "name a var column of unique ids in ingest.source.gene_id"
+
+
+def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = ()) -> Iterator[Finding]:
+    """Ids as the file has them, one per gene.
+
+    Args:
+        elsewhere: var columns that hold Ensembl ids.
+    """
+    if not len(ids):
+        yield error("there are no genes", "check that var is not empty")
+        return
+    plain = pd.Series([plain_id(x) for x in ids], dtype=object)
+    if len(twice := plain[plain.duplicated()].unique()):
+        yield error(f"{len(twice)} gene ids occur more than once", f"{_TO_IDS}, or call adata.var_names_make_unique()",
+                    count=len(twice), first=twice)  # fmt: skip
+    if n := int(plain.isin(["", "nan", "None"]).sum()):
+        yield error(f"{n} genes have no id", _TO_IDS, count=n)
+    matches = [_ENSEMBL.match(str(x)) for x in ids]
+    named = sum(m is not None for m in matches)
+    kinds = Counter(m[1] for m in matches if m and m[1] not in _VIRUSES)
+    if named < len(ids):
+        other = [x for x, m in zip(ids, matches, strict=True) if not m]
+        what = "gene ids are numbers" if all(str(x).isdigit() for x in other) else "gene ids are no Ensembl ids"
+        place = f": set ingest.source.gene_id: {shown(elsewhere[0])}" if elsewhere else "; var has none"
+        yield warning(f"{len(other)} of {len(ids)} {what}", f"models and files are matched by Ensembl id{place}",
+                      count=len(other), first=other)  # fmt: skip
+    if len(kinds) > 1:
+        counts = ", ".join(f"{n} {_ORGANISM.get(k, k)}" for k, n in kinds.most_common())
+        most, n_most = kinds.most_common(1)[0]
+        others = [x for x, m in zip(ids, matches, strict=True) if m and m[1] not in (most, *_VIRUSES)]
+        yield error(f"genes are of several organisms ({counts})", "keep the genes and cells of one",
+                    count=sum(kinds.values()) - n_most, first=others)  # fmt: skip
+    if versions := [x for x, m in zip(ids, matches, strict=True) if m and m[2]]:
+        yield warning(f"{len(versions)} gene ids have a version", "it is stripped", count=len(versions), first=versions)
+    yield from _odd("gene ids", ids)
+
+
+def ensembl_columns(var: pd.DataFrame) -> list[str]:
+    """Columns whose values are Ensembl gene ids, mostly."""
+    head = {str(c): var[c].astype(str).head(200) for c in var.columns}
+    return [c for c, values in head.items() if len(values) and values.str.match(_ENSEMBL).mean() > 0.5]
+
+
+def cell_findings(names: pd.Series) -> Iterator[Finding]:
+    """Names of cells, one per row."""
+    if len(names) < MIN_CELLS:
+        yield error(f"{len(names)} cells are too few to split, train and score", f"at least {MIN_CELLS} are needed")
+    if len(twice := names[names.duplicated()].unique()):
+        yield warning(f"{len(twice)} obs names occur more than once", "cells are told apart by soma_joinid",
+                      count=len(twice), first=twice)  # fmt: skip
+    yield from _odd("obs names", names)
+
+
+def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -> Iterator[Finding]:
+    """Label columns that were asked for."""
+    for label in labels:
+        if label not in obs:
+            hint = did_you_mean(label, [shown(c) for c in obs.columns])
+            yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels, or map it with "
+                        f"ingest.source.columns: {{{label}: <column of the file>}}")  # fmt: skip
+            continue
+        absent = np.flatnonzero(missing(obs[label]))
+        if len(absent):
+            yield error(f"{len(absent)} of {len(obs)} cells have no {label}",
+                        "leave them out with ingest.missing_label: drop, or label them",
+                        count=len(absent), first=names.iloc[absent[:FIRST]])  # fmt: skip
+        counts = class_counts(obs[label])
+        if values := measurements(obs[label]):
+            yield error(f"{label} holds {len(values):,} different measurements, not classes",
+                        "cut it into ranges with pandas.cut, or name another label",
+                        count=len(values), first=values)  # fmt: skip
+            continue
+        if single := [c for c, n in counts.items() if n == 1]:
+            yield warning(f"{len(single)} classes of {label} have one cell", "they cannot be both learned and scored: "
+                          "join them with others or leave them out", count=len(single), first=single)  # fmt: skip
+        if len(counts) > MOST_CLASSES:
+            yield warning(f"{label} has {len(counts):,} classes", "is it a label? Each class is learned by itself",
+                          count=len(counts))  # fmt: skip
+        if obs[label].dtype == object and len({type(x) for x in obs[label].dropna()}) > 1:
+            yield warning(f"{label} mixes types", "they are compared as text")
+        yield from _odd(f"classes of {label}", list(counts))
+
+
+def class_counts(column: pd.Series) -> dict[str, int]:
+    """Cells of each class that occurs, most first."""
+    return {str(k): int(n) for k, n in column[~missing(column)].astype(str).value_counts().items() if n}
+
+
+def suggested_labels(obs: pd.DataFrame, names: pd.Series) -> list[str]:
+    """Columns that look like labels: few classes, most of them with several cells."""
+    found = []
+    for column in obs.columns:
+        values = obs[column]
+        if pd.api.types.is_float_dtype(values) or not 2 <= values.nunique() <= min(MOST_CLASSES, len(names) // 3):
+            continue
+        found.append(str(column))
+    return found
+
+
+def _odd(what: str, names: Sequence[str] | pd.Series) -> Iterator[Finding]:
+    texts = [str(x) for x in names]
+    if odd := [x for x in texts if _ODD.search(x)]:
+        yield warning(f"{len(odd)} {what} hold markup or control characters", "reports escape them; rename them",
+                      count=len(odd), first=odd)  # fmt: skip
+    if long := [x for x in texts if len(x) > 2 * LONGEST]:
+        yield warning(f"{len(long)} {what} are longer than {2 * LONGEST} characters", "they are cut in reports",
+                      count=len(long), first=long)  # fmt: skip

@@ -1,0 +1,69 @@
+"""`index.parquet`: obs of all shards in one table, so that a reader need not open every shard.
+
+A row group per shard. Columns: obs_name, shard (its place in the manifest), shard_row, and obs as in the shards. The
+categories of a column, also those that no cell has, are kept in the schema's metadata: Parquet itself forgets them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scldm.cells.cells import CATEGORIES, INDEX_NAME, INDEX_ROW, INDEX_SHARD
+from scldm.cells.shards import Shard, read_part
+
+INDEX = "index.parquet"
+
+
+def write_index(folder: Path, records: Sequence[dict[str, Any]]) -> str:
+    """The index of a stage's shards, by rename; its name, for the facts. Memory: obs of one shard, and twice that.
+
+    Args:
+        records: Of the shards, in the order in which the manifest will list them.
+    """
+    shards = [Shard(folder / r["file"], r["n_cells"], r["sha256"]) for r in records]
+    categories: dict[str, list[Any]] = {}
+    for shard in shards:  # a column's categories may differ between shards
+        for column, values in read_part(shard, "obs").items():
+            if isinstance(values.dtype, pd.CategoricalDtype):
+                known = categories.setdefault(str(column), [])
+                known += [c for c in values.cat.categories if c not in set(known)]
+    tmp = folder / f".{INDEX}.{os.getpid()}.tmp"
+    writer = None
+    try:
+        for k, shard in enumerate(shards):
+            table = _table(k, read_part(shard, "obs"), categories)
+            writer = writer or pq.ParquetWriter(tmp, table.schema, compression="zstd")
+            writer.write_table(table.cast(writer.schema))
+    finally:
+        if writer is not None:
+            writer.close()
+    with tmp.open("rb") as f:
+        os.fsync(f.fileno())
+    tmp.replace(folder / INDEX)
+    return INDEX
+
+
+def _table(k: int, obs: pd.DataFrame, categories: dict[str, list[Any]]) -> pa.Table:
+    columns: dict[str, Any] = {
+        INDEX_NAME: pa.array(obs.index.astype(str), pa.string()),
+        INDEX_SHARD: pa.array(np.full(len(obs), k, np.int32)),
+        INDEX_ROW: pa.array(np.arange(len(obs), dtype=np.int32)),
+    }
+    for column, values in obs.items():
+        if str(column) in categories:
+            coded = pd.Categorical(values.astype(object), categories=categories[str(column)])
+            codes = pa.array(coded.codes.astype(np.int32), mask=coded.codes < 0)
+            columns[str(column)] = pa.DictionaryArray.from_arrays(codes, pa.array(categories[str(column)]))
+        else:
+            columns[str(column)] = pa.array(values)
+    metadata = {CATEGORIES: json.dumps(categories).encode()}
+    return pa.table(columns).replace_schema_metadata(metadata)

@@ -1,0 +1,79 @@
+"""What `scldm plan` says of generation: cells, shards, bytes, and how long it took before. Starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
+from pipeline.core.manifest import InputError, Manifest
+from pipeline.core.progress import compact, duration
+from pipeline.planning import sizes
+
+
+def generation_lines(
+    config: GenerateConfig,
+    data: sizes.DataFacts,
+    vae: TrainVaeConfig | None,
+    resources: ResourcesConfig,
+    before: Manifest | None,
+) -> tuple[list[str], int]:
+    """Lines of the plan, and bytes on disk (0 where they are not known).
+
+    Args:
+        before: The generation of this pipeline that finished last; its rate is what time is reckoned with.
+    """
+    n_cells = cells_asked_for(config, data)
+    if n_cells is None:
+        return [f"generate: as many cells as the table says, {_actors(resources)}"], 0
+    shards = max(1, -(-n_cells // config.shard_size))
+    size = cell_bytes(config, data, vae)
+    of_size = f"{n_cells:,} cells in {shards:,} shards of at most {config.shard_size:,}"
+    total = None if size is None else round(n_cells * size)
+    lines = [f"generate: {of_size}, about {sizes.human(total)}, {_actors(resources)}"]
+    if size is not None:
+        lines[0] += f"; {sizes.human(size)} a cell before compression, {sizes.human(size * config.shard_size)} a shard"
+    lines.append(f"generate: {_time(n_cells, config, before)}")
+    return lines, total or 0
+
+
+def cells_asked_for(config: GenerateConfig, data: sizes.DataFacts) -> int | None:
+    """Cells of the request; None where the data or the table is not there yet."""
+    if config.conditions is None:
+        return sizes.generated_cells(config, data)
+    from pipeline.inference.request import read_table
+
+    try:
+        table = read_table(Path(config.conditions))
+    except InputError:  # running says what is wrong with it
+        return None
+    counts = table.get("n_cells")
+    return None if counts is None else round(sum(float(n) for n in counts if str(n).replace(".", "", 1).isdigit()))
+
+
+def cell_bytes(config: GenerateConfig, data: sizes.DataFacts, vae: TrainVaeConfig | None) -> float | None:
+    """Of one cell, uncompressed: its counts and, where the VAE is known, its latents."""
+    if data.n_genes is None:
+        return None
+    share = 1.0 if config.genes is None or isinstance(config.genes, str) else len(config.genes) / data.n_genes
+    latents = 0 if vae is None else vae.model.n_latent_tokens * vae.model.latent_width * 4
+    return sizes.expressed_genes(data) * share * sizes.BYTES_PER_COUNT + latents
+
+
+def _time(n_cells: int, config: GenerateConfig, before: Manifest | None) -> str:
+    rate: float = before.facts.get("cells_per_s", 0.0) if before is not None else 0.0
+    if before is None or rate <= 0:
+        return "time unknown: no generation of this pipeline has finished yet, so its rate has not been measured"
+    used: Mapping[str, Any] = before.config.get("sampler", {})
+    same = dict(used) == config.sampler.model_dump(mode="json")
+    caveat = "with the same sampler" if same else "with another sampler"
+    return (
+        f"about {duration(n_cells / rate)} at {compact(rate)} cells/s, which is what generate {before.version} made "
+        f"({before.facts.get('n_cells', 0):,} cells, {caveat}, start-up included)"
+    )
+
+
+def _actors(resources: ResourcesConfig) -> str:
+    low, high = resources.actors_min, resources.actors_max
+    return f"{high} actors" if low in (1, high) else f"{low} to {high} actors"

@@ -1,0 +1,197 @@
+"""`scldm plan`: what would run and why, and how large it is. Reads manifests and heads of files; starts nothing.
+
+Also `scldm runs list`: what has been made.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.job import (
+    REAL_CELL_STAGES,
+    STAGES,
+    JobBase,
+    TrainConfig,
+    TrainFlowConfig,
+    TrainVaeConfig,
+    stage_configs,
+)
+from pipeline.core.manifest import InputError, Manifest, newest_manifest, read_manifest
+from pipeline.core.progress import duration
+from pipeline.planning import sizes
+from pipeline.planning.generation import generation_lines
+from pipeline.planning.memory import stage_lines, state_bytes
+from pipeline.workflow.schedule import Step, command_for, look_ahead, pipeline_folder
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A stage of a job: its version, whether it runs, and why."""
+
+    stage: str
+    version: str  # empty where it cannot be known before an earlier stage has run
+    state: str  # "done", "will run", or "needs <stage>, …"
+    why: str
+
+
+def plan(job: JobBase) -> str:
+    """Table of a job's stages, then what each would take."""
+    found, sizes_of_it = _decisions(job)
+    rows = [("stage", "version", "state", "why"), *((d.stage, d.version, d.state, d.why) for d in found)]
+    todo = [d for d in found if d.state == "will run"]
+    waits = any(d.state.startswith("needs") for d in found)
+    lines = [f"{job.name}: writes to {pipeline_folder(job)}", "", table(rows), "", *sizes_of_it]
+    lines += ["", f"{len(todo)} of {len(found)} stages will run" if todo or waits else "nothing to do"]
+    return "\n".join(lines)
+
+
+def plan_data(job: JobBase) -> dict[str, Any]:
+    """The same for a script: name, folder, stages (stage, version, state, why), and the lines on sizes."""
+    found, sizes_of_it = _decisions(job)
+    return {
+        "name": job.name,
+        "folder": str(pipeline_folder(job)),
+        "stages": [asdict(d) for d in found],
+        "sizes": [line.strip() for line in sizes_of_it if line.strip()],
+    }
+
+
+def _decisions(job: JobBase) -> tuple[list[Decision], list[str]]:
+    steps, missing = look_ahead(job)
+    decided = {s.stage: s for s in steps}
+    lacking = [m.stage for m in missing]
+    found = []
+    for stage in stage_configs(job):
+        step = decided.get(stage)
+        if step is None:
+            needs, first = ", ".join(lacking), "; ".join(map(command_for, lacking))
+            found.append(Decision(stage, "", f"needs {needs}", f"first: {first}"))
+        else:
+            found.append(Decision(stage, step.version, "done" if step.done else "will run", step.why))
+    return found, _sizes(job, decided, pipeline_folder(job))
+
+
+def finished_stages(folder: Path) -> str:
+    """Table of the finished stages under a pipeline's folder, oldest first."""
+    rows = [("stage", "version", "finished", "took", "made from")]
+    for m in finished_manifests(folder):
+        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.finished_at))
+        sources = " ".join(f"{stage}:{version}" for stage, version in m.inputs.items())
+        rows.append((m.stage, m.version, finished, duration(m.seconds), sources or "the source"))
+    return table(rows)
+
+
+def finished_manifests(folder: Path) -> list[Manifest]:
+    """The same as manifests.
+
+    Raises:
+        InputError: there are none.
+    """
+    made = [
+        m for s in (*STAGES, *REAL_CELL_STAGES) for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None
+    ]
+    if not made:
+        raise InputError(f"{folder} holds no finished stage. Give <output>/<name> of a job, for example runs/demo")
+    return sorted(made, key=lambda m: m.finished_at)
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------
+def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
+    """One line for each stage of the job that takes steps, memory or disk."""
+    configs: dict[str, Any] = dict(stage_configs(job))
+    data = sizes.data_facts(_manifest("ingest", decided, folder), configs.get("ingest"))
+    vae = _config("train_vae", TrainVaeConfig, configs, decided, folder)
+    n_cells = sum(data.n_cells.values()) if data.n_cells is not None else None
+    cells, genes = (f"{n:,}" if n is not None else UNKNOWN for n in (n_cells, data.n_genes))
+    lines = [f"data: {cells} cells x {genes} genes ({data.source})"]
+    disk = 0
+    if "train_vae" in configs:
+        n = sizes.vae_parameters(configs["train_vae"], data)
+        active = sizes.vae_step_bytes(configs["train_vae"], data, job.resources.workers.max)
+        lines += _training("train_vae", n, configs["train_vae"].train, job, active)
+        disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
+    if "encode" in configs and vae is not None:
+        size = sizes.latent_bytes(configs["encode"], vae, data)
+        lines.append(f"encode: latent cache {sizes.human(size)}, {job.resources.actors_max} actors")
+        disk += size or 0
+    if "train_flow" in configs:
+        flow: TrainFlowConfig = configs["train_flow"]
+        n = sizes.dit_parameters(flow, vae, data) if vae is not None else None
+        active = sizes.dit_step_bytes(flow, vae, job.resources.workers.max) if vae is not None else None
+        if flow.vae.train and vae is not None and n is not None and active is not None:  # the VAE is trained with it
+            n += sizes.vae_parameters(vae, data) or 0
+            active += sizes.vae_step_bytes(sizes.joint_vae(flow, vae), data, job.resources.workers.max) or 0
+        lines += _training("train_flow", n, flow.train, job, active)
+        disk += sizes.checkpoint_bytes(n or 0, flow.train)
+    if "generate" in configs:
+        before = newest_manifest(folder, "generate")
+        said, size = generation_lines(configs["generate"], data, vae, job.resources, before)
+        lines += said
+        disk += size
+    lines += _time_and_cost(job, configs, vae, data, decided, folder)
+    return [*lines, f"disk: {sizes.human(disk)} in all"] if disk else lines
+
+
+def _time_and_cost(
+    job: JobBase, configs: dict[str, Any], vae: Any, data: sizes.DataFacts, decided: dict[str, Step], folder: Path
+) -> list[str]:
+    """A line for each stage that GPUs do; none on CPUs, which nobody pays by the node."""
+    if not job.resources.gpus_per_worker:
+        return []
+    from pipeline.planning import cost as sizing
+
+    flow = _config("train_flow", TrainFlowConfig, configs, decided, folder) if "generate" in configs else None
+    lines = []
+    for stage, config in configs.items():
+        used = job.resources.workers.max if stage.startswith("train") else job.resources.actors_max
+        gpus = max(1, round(used * job.resources.gpus_per_worker))
+        if (found := sizing.stage_estimate(stage, config, vae, data, gpus, flow)) is not None:
+            lines.append(f"{stage}: {found}")
+    return lines
+
+
+def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase, activations: float | None) -> list[str]:
+    """Steps, parameters, memory and checkpoints of a training stage."""
+    workers = job.resources.world_sizes[0]  # the fewest there may be: each then holds the most
+    per_worker = max(1, train.feed.batch_size // workers)
+    rounds = math.ceil(per_worker / train.feed.micro_batch_size)
+    steps = f"{train.max_steps:,} steps x {train.feed.batch_size} cells"
+    feed = f"{workers} workers x {min(per_worker, train.feed.micro_batch_size)} cells x {rounds}"
+    if n is None:
+        return [f"{stage}: {steps} ({feed}); parameters unknown until ingest has run"]
+    state = state_bytes(n, train, workers)
+    memory = sizes.human(state.weights + state.gradients + state.optimizer)
+    kept = sizes.human(sizes.checkpoint_bytes(n, train))
+    line = (
+        f"{stage}: {steps} ({feed}); {n:,} parameters; weights + gradients + optimizer {memory} per worker "
+        f"(ZeRO {train.zero_stage}, {train.precision}); {train.keep_last} checkpoints and the model {kept}"
+    )
+    return [line] if activations is None else [line, *stage_lines(n, train, workers, activations)]
+
+
+def _manifest(stage: str, decided: dict[str, Step], folder: Path) -> Manifest | None:
+    """The stage's manifest as this job would see it."""
+    if stage in decided:
+        return decided[stage].done
+    given = next((s.inputs[stage] for s in decided.values() if stage in s.inputs), None)
+    return given if given is not None else newest_manifest(folder, stage)
+
+
+def _config(stage: str, model: type[Any], configs: dict[str, Any], decided: dict[str, Step], folder: Path) -> Any:
+    """The stage's settings: this job's, or those that it was made with."""
+    if stage in configs:
+        return configs[stage]
+    manifest = _manifest(stage, decided, folder)
+    return model.model_validate(dict(manifest.config)) if manifest is not None and manifest.config else None
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

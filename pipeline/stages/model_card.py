@@ -1,0 +1,39 @@
+"""The model card that goes with every exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+from pipeline.core.manifest import Manifest
+from scldm.api.model_card import plain_line
+from scldm.config import StrictModel
+
+_WHAT = {
+    "vae": "scLDM transformer VAE: a cell's gene counts to latent tokens and back (negative binomial).",
+    "flow": "scLDM flow-matching DiT on the latents of a VAE; `model.safetensors` holds the averaged weights.",
+}
+
+
+def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -> str:
+    """Markdown: what it is, what it was trained on, with what settings."""
+    ingest = inputs["ingest"].facts
+    labels = ", ".join(map(plain_line, ingest["labels"])) or "none"
+    lines = [
+        f"# {_WHAT[kind]}",
+        "",
+        "Architecture: Palla et al., arXiv 2511.02986. Genes and classes by name: `vocabulary.json`.",
+        "",
+        f"* data: {plain_line(ingest.get('source', 'not stated'))} (digest {str(ingest.get('digest', ''))[:12]})",
+        f"* cells: {ingest['n_cells']}; genes: {ingest['n_genes']}; labels: {labels}",
+        *(f"* input {name}: {m.version}" for name, m in inputs.items()),
+        "",
+        "Generated cells are synthetic: mark them so wherever they are mixed with measured ones.",
+        "",
+        "```yaml",
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip().replace("```", "'''"),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

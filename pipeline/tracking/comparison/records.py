@@ -1,0 +1,132 @@
+"""What is known of one run of a stage, wherever it was written down, and the line of stages that it belongs to.
+
+A record comes from a stage's manifest on disk (`of_folder`) or from a run of MLflow (`fetch`).
+Both name the versions of what the stage was made from: all that is needed to follow a line back to its cells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.job import STAGES
+from pipeline.core.manifest import InputError, Manifest, read_manifest
+from pipeline.workflow.schedule import flat
+
+SHOWN_FACTS = ("val/loss", "train/loss", "perf/cells_per_s", "perf/mfu")  # of training, in a comparison
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number, and how to read it where that is known."""
+
+    value: float
+    floor: float | None = None  # the same score of real cells against real cells
+    better: str | None = None  # lower, higher or ideal
+    ideal: float | None = None
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One version of a stage."""
+
+    stage: str
+    version: str
+    inputs: Mapping[str, str]  # stage -> version
+    params: Mapping[str, str]
+    metrics: Mapping[str, Measured]
+    finished_at: float  # s; 0 where it has not finished
+    place: str  # folder or run id
+    about: Mapping[str, str] = field(default_factory=dict)  # lineage: data digest, Census version, code
+
+
+def line_of(leaf: StageRecord, known: Iterable[StageRecord]) -> list[StageRecord]:
+    """`leaf` and everything that it was made from, in the order of the stages."""
+    by_version = {(r.stage, r.version): r for r in known}
+    found, todo = {leaf.stage: leaf}, [leaf]
+    while todo:
+        for stage, version in todo.pop().inputs.items():
+            record = by_version.get((stage, version))
+            if record is not None and stage not in found:
+                found[stage] = record
+                todo.append(record)
+    return sorted(found.values(), key=lambda r: STAGES.index(r.stage) if r.stage in STAGES else len(STAGES))
+
+
+def best_line(chosen: StageRecord | None, known: Sequence[StageRecord]) -> list[StageRecord]:
+    """The line to show for a stage, or for a whole pipeline if `chosen` is None: with its newest evaluation, if any."""
+    of_line = [r for r in known if r.stage in STAGES]
+    latest_first = sorted(of_line, key=lambda r: (STAGES.index(r.stage), r.finished_at), reverse=True)
+    if chosen is None:
+        return line_of(latest_first[0], known)
+    if chosen.stage == "evaluate":
+        return line_of(chosen, known)
+    for evaluation in (r for r in latest_first if r.stage == "evaluate"):
+        line = line_of(evaluation, known)
+        if any((r.stage, r.version) == (chosen.stage, chosen.version) for r in line):
+            return line
+    return line_of(chosen, known)
+
+
+# ---- from disk -----------------------------------------------------------------------------------------------------
+def of_folder(folder: Path) -> list[StageRecord]:
+    """The line of a pipeline's folder (its newest evaluation) or of a stage's folder.
+
+    Raises:
+        InputError: it holds no finished stage.
+    """
+    manifest = read_manifest(folder)
+    root = folder if manifest is None else folder.parent.parent
+    made = [m for stage in STAGES for d in sorted((root / stage).glob("*/")) if (m := read_manifest(d)) is not None]
+    if manifest is not None and manifest.stage not in STAGES:
+        made.append(manifest)
+    if not made:
+        raise InputError(
+            f"{folder} holds no finished stage; give a pipeline (runs/demo), a stage in it (train_flow/1a2b3c4d5e6f), "
+            "an MLflow run id or models:/name@alias"
+        )
+    chosen = None if manifest is None else record_of(manifest)
+    return best_line(chosen, [record_of(m) for m in made])
+
+
+def record_of(manifest: Manifest) -> StageRecord:
+    """What a manifest and the files beside it say."""
+    facts = manifest.facts
+    about = {"code": "", "data_digest": str(facts.get("digest", "")), "census_version": facts.get("census_version", "")}
+    return StageRecord(
+        stage=manifest.stage,
+        version=manifest.version,
+        inputs=dict(manifest.inputs),
+        params={k: str(v) for k, v in flat(manifest.config).items()},
+        metrics=_evaluated(manifest) if manifest.stage == "evaluate" else _trained(facts),
+        finished_at=manifest.finished_at,
+        place=manifest.folder,
+        about={k: str(v) for k, v in about.items() if v},
+    )
+
+
+def _trained(facts: Mapping[str, Any]) -> dict[str, Measured]:
+    metrics = facts.get("metrics", {})
+    found = {k: Measured(float(metrics[k])) for k in SHOWN_FACTS if k in metrics}
+    for name in ("n_parameters", "steps", "cells_per_s"):
+        if isinstance(facts.get(name), int | float):
+            found[name] = Measured(float(facts[name]))
+    return found
+
+
+def _evaluated(manifest: Manifest) -> dict[str, Measured]:
+    path = Path(manifest.folder) / "metrics.json"
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); delete {manifest.folder} and run evaluate again, it takes its minutes"
+        ) from error
+    return {
+        row["metric"]: Measured(float(row["generated"]), row.get("floor"), row.get("better"), row.get("ideal"))
+        for row in rows
+        if row.get("generated") is not None
+    }

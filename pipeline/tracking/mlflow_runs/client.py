@@ -1,0 +1,103 @@
+"""The client: how patient it is, what MLflow takes as a key, and what its errors mean to a person."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.manifest import InputError
+
+SENTENCES = {
+    401: "user or password are refused: export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    403: "access is refused: the user may not write there, or the server runs without --allowed-hosts of its name",
+    404: "it knows no such run or experiment: deleted for good, or the address is of another server",
+    429: "too many requests",
+}
+
+
+def mlflow_client(uri: str) -> Any:
+    """A client that gives up early: what it cannot send is spooled, so patience buys nothing."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def chosen_uri(given: str | None, near: Path | None = None) -> str:
+    """The store that a command speaks to: the option, MLFLOW_TRACKING_URI, or mlflow.db beside a pipeline's folder.
+
+    Raises:
+        InputError: there is none of them.
+    """
+    if found := given or os.environ.get("MLFLOW_TRACKING_URI"):
+        return found
+    places = [Path.cwd() / "runs"] if near is None else [near.absolute(), *near.absolute().parents][:4]
+    for place in places:
+        if (place / "mlflow.db").is_file():
+            return f"sqlite:///{place / 'mlflow.db'}"
+    looked = ", ".join(str(p / "mlflow.db") for p in places)
+    raise InputError(
+        f"no MLflow store: give --uri, export MLFLOW_TRACKING_URI, or make a run first (looked for {looked})"
+    )
+
+
+def clean_key(name: str) -> str:
+    """MLflow's alphabet for keys, without parts that a path swallows; at most 250 characters, long ones distinct."""
+    parts = [re.sub(r"[^\w\-.: ]", "_", part) for part in name.split("/")]
+    key = "/".join(part for part in parts if part.strip(" .")) or "_"
+    return key if len(key) <= 250 else f"{key[:239]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+
+
+def clean_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All of them under clean keys; two that become one, such as `CD4+` and `CD4?`, are kept apart by a hash."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = clean_key(name)
+        if key in found:
+            key = f"{key[:239]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+        found[key] = value
+    return found
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error of the client, if there is one."""
+    for link in _chain(error):
+        if found := re.search(r"error code (\d{3})|(\d{3}) (?:Client|Server) Error|too many (\d{3}) error", str(link)):
+            return int(next(g for g in found.groups() if g))
+    code = getattr(error, "error_code", None)
+    return {"RESOURCE_DOES_NOT_EXIST": 404, "PERMISSION_DENIED": 403, "UNAUTHENTICATED": 401}.get(str(code))
+
+
+def explain(error: BaseException, uri: str) -> str:
+    """One line: what happened, and what a person can do."""
+    text = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
+    status = status_of(error)
+    if "active' state" in text or "deleted" in text:
+        says = "its run was deleted; `mlflow runs restore --run-id …`, or remove tracking.json there to begin another"
+    elif status in SENTENCES:
+        says = SENTENCES[status]
+    elif "Connection refused" in str(error) or "Max retries" in str(error) or "timed out" in str(error):
+        says = "it does not answer"
+    else:
+        says = text
+    where = uri.rpartition("@")[2] if "@" in uri else uri  # a user's name and password are nobody's business
+    return f"{where}: {says}. Training goes on; `scldm mlflow sync` sends it later, `scldm doctor` looks at the server"
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found

@@ -1,0 +1,190 @@
+"""Put a pipeline's models into MLflow's registry: VAE and flow as one model with `predict(conditions) -> counts`.
+
+The model folders are copied as they are (safetensors and JSON) beside a small file of code (`predictor`); nothing is
+pickled. The same folders are registered once: asking again moves the alias and makes no second version.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.manifest import InputError, Manifest, newest_manifest, read_manifest
+from pipeline.tracking.mlflow_runs.client import mlflow_client
+from pipeline.tracking.mlflow_runs.runs import experiment_id
+from pipeline.tracking.provenance import read_ids
+from scldm.data.vocabulary import Vocabulary
+from scldm.flow.config import SamplerConfig
+
+PACKAGES = ("mlflow", "torch", "numpy", "pandas", "scipy", "pydantic", "safetensors", "numba")
+DIGEST = "scldm.models_digest"
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True)
+class Registered:
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    run_id: str
+    new: bool
+
+    def text(self) -> str:
+        said = f"{'registered' if self.new else 'registered before'}: models:/{self.name}/{self.version}"
+        aliases = "".join(f"\n  also models:/{self.name}@{a}" for a in self.aliases)
+        return f"{said}{aliases}\n  of run {self.run_id or '(none: its stage was not tracked)'}"
+
+
+@dataclass(frozen=True)
+class ModelFolders:
+    """What is registered, and the run that made it."""
+
+    vae: Path
+    flow: Path
+    stage: Manifest  # train_flow
+
+    @property
+    def pipeline(self) -> str:
+        return Path(self.stage.folder).parent.parent.name
+
+
+def find_models(folder: Path) -> ModelFolders:
+    """The models of a pipeline's newest train_flow, or of the train_flow whose folder is given.
+
+    Raises:
+        InputError: there is none, or the VAE that it was trained on has gone.
+    """
+    folder = folder.absolute()
+    stage = read_manifest(folder) or newest_manifest(folder, "train_flow")
+    if stage is None or stage.stage != "train_flow":
+        what = "no finished train_flow" if stage is None else f"a {stage.stage}"
+        raise InputError(f"{folder} holds {what}; give a pipeline (runs/demo) or runs/demo/train_flow/<version>")
+    if (own := stage.facts.get("vae")) is not None:  # trained together with its VAE
+        return ModelFolders(Path(stage.folder) / own["ema"], stage.path("model"), stage)
+    place = Path(stage.folder).parent.parent / "train_vae" / stage.inputs["train_vae"]
+    vae = read_manifest(place)
+    if vae is None:
+        raise InputError(
+            f"the VAE that this flow was trained on is not in {place}; put it back there, or train the flow again"
+        )
+    return ModelFolders(vae.path("model"), stage.path("model"), stage)
+
+
+def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[str, ...] = ()) -> Registered:
+    """Copy the models to the store and register them.
+
+    Args:
+        name: Of the registered model; default: the pipeline's.
+        aliases: Names that move to this version, such as champion.
+    """
+    from mlflow.exceptions import MlflowException
+
+    models = find_models(folder)
+    client = mlflow_client(uri)
+    model_name = name or f"scldm-{re.sub(r'[^A-Za-z0-9._-]', '-', models.pipeline)}"
+    ids = read_ids(Path(models.stage.folder))
+    run_id = str(ids.get("run_id", "")) if ids.get("uri") == uri else ""
+    digest = _digest(models)
+    try:
+        number, new = _version_of(client, model_name, digest), False
+        if number is None:
+            number, new = _make(client, models, model_name, run_id, digest), True
+        for alias in aliases:
+            client.set_registered_model_alias(model_name, alias, number)
+    except MlflowException as error:
+        raise InputError(f"{uri} does not register {model_name}: {str(error).splitlines()[0][:300]}") from error
+    return Registered(model_name, number, aliases, run_id, new)
+
+
+def _digest(models: ModelFolders) -> str:
+    from scldm.checkpoints.native import CheckpointError, folder_digest, load_flow, load_vae
+
+    try:  # a model that cannot be loaded must not be registered
+        from scldm.generation.cell_maker import check_pair
+
+        check_pair(load_vae(models.vae), load_flow(models.flow))
+    except (CheckpointError, ValueError, OSError) as error:
+        raise InputError(f"these models cannot be used and are not registered: {error}") from error
+    return f"{folder_digest(models.vae)[:32]}-{folder_digest(models.flow)[:32]}"
+
+
+def _version_of(client: Any, name: str, digest: str) -> str | None:
+    found = client.search_model_versions(f"name = '{name}'")
+    return next((str(v.version) for v in found if v.tags.get(DIGEST) == digest), None)
+
+
+def _make(client: Any, models: ModelFolders, name: str, run_id: str, digest: str) -> str:
+    """A logged model with its files, and a version of the registered model that points to it."""
+    experiment = client.get_run(run_id).info.experiment_id if run_id else _own_experiment(client, models)
+    tags = {DIGEST: digest, "scldm.train_flow_version": models.stage.version, "scldm.output_uri": models.stage.folder}
+    logged = client.create_logged_model(
+        experiment, name=name, source_run_id=run_id or None, tags=tags, model_type="scldm",
+        params={"train_flow": models.stage.version, "train_vae": models.stage.inputs["train_vae"]},
+    )  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(prefix="scldm-model-") as scratch:
+            save(models, Path(scratch) / "model", model_id=logged.model_id, run_id=run_id or None)
+            client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name, description="scLDM: a table of conditions in, counts out.")
+    made = client.create_model_version(
+        name, source=logged.artifact_location, run_id=run_id or None, model_id=logged.model_id, tags=tags
+    )
+    return str(made.version)
+
+
+def _own_experiment(client: Any, models: ModelFolders) -> str:
+    """For models whose run this store does not have."""
+    uri = str(client.tracking_uri)
+    beside = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
+    return experiment_id(client, f"scldm/{models.pipeline}", beside)
+
+
+def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run_id: str | None = None) -> None:
+    """Write the model in MLflow's format."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    code = folder.parent / "code"
+    for package in ("scldm", "pipeline"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    # No input example: MLflow would run it once, and which classes there are is in the vocabulary beside it.
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        python_model=str(ROOT / "pipeline" / "inference" / "export" / "mlflow_model.py"),
+        artifacts={"vae": str(models.vae), "flow": str(models.flow)},
+        code_paths=[str(code / "scldm"), str(code / "pipeline")],
+        signature=signature(models),
+        pip_requirements=[f"{p}=={installed(p).partition('+')[0]}" for p in PACKAGES],
+        mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
+    )
+
+
+def signature(models: ModelFolders) -> Any:
+    """Labels of the model as optional text, the other columns of a table of conditions, settings of the sampler.
+
+    The genes are not listed one by one: a signature of 60,000 columns helps nobody. They are the output's columns.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    labels = [x.name for x in Vocabulary.load(models.flow / "vocabulary.json").labels]
+    numbers = ["guidance", *(f"guidance.{x}" for x in labels), "library_size"]
+    columns = [ColSpec(DataType.string, x, required=False) for x in labels]
+    columns += [ColSpec(DataType.long, "n_cells", required=False)]
+    columns += [ColSpec(DataType.double, x, required=False) for x in numbers]
+    usual = SamplerConfig()
+    params = [
+        ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, 1.0),
+        ParamSpec("steps", DataType.long, usual.steps), ParamSpec("temperature", DataType.double, usual.temperature),
+    ]  # fmt: skip
+    return ModelSignature(inputs=Schema(columns), outputs=None, params=ParamSchema(params))

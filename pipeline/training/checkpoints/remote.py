@@ -1,0 +1,149 @@
+"""The second place of a run's checkpoints: a folder, an NFS path, or s3://bucket/prefix.
+
+The rule is the same as in the first place: a checkpoint's manifest is put last and taken away first, so a checkpoint is
+there if and only if its manifest is. What is downloaded is verified like everything else before it is loaded.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.config.resources import CheckpointStorage
+from pipeline.core.faults import fault_point
+from pipeline.core.manifest import InputError
+from pipeline.training.checkpoints.manifest import MANIFEST, Found, read
+
+CHUNK = 16 << 20
+
+
+class Remote:
+    """The checkpoints of one run in the second place. All methods raise OSError where the place does not answer."""
+
+    def __init__(self, config: CheckpointStorage, run: str):
+        assert config.storage_path is not None
+        self.address = f"{config.storage_path.rstrip('/')}/{run}"
+        self.atomic = config.storage_path.startswith("s3://")  # an object appears whole or not at all
+        self._fs, self._root = _open(config, self.address)
+
+    def put(self, folder: Path) -> None:
+        """Copy a committed checkpoint, its manifest last."""
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+        for path in [*files, folder / MANIFEST]:
+            fault_point("upload.before_file")
+            self._put(path, f"{self._root}/{folder.name}/{path.relative_to(folder)}")
+            fault_point("upload.after_file")
+
+    def get(self, name: str, root: Path) -> Path:
+        """Copy a checkpoint into `root`, its manifest last."""
+        from pyarrow.fs import FileSelector, FileType
+
+        folder = root / name
+        shutil.rmtree(folder, ignore_errors=True)
+        base = f"{self._root}/{name}"
+        found = self._fs.get_file_info(FileSelector(base, recursive=True))
+        paths = sorted((f.path for f in found if f.type == FileType.File), key=lambda p: p.endswith(MANIFEST))
+        for path in paths:
+            target = folder / path[len(base) + 1 :]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            with self._fs.open_input_stream(path) as source, part.open("wb") as f:
+                shutil.copyfileobj(source, f, CHUNK)
+            fault_point("download.before_rename")
+            part.replace(target)
+        return folder
+
+    def names(self) -> list[str]:
+        """Checkpoints that are there, newest first."""
+        return [name for name, committed in self._folders() if committed]
+
+    def unfinished(self) -> list[str]:
+        """Folders of checkpoints without a manifest: of copies, or removals, that a kill cut short."""
+        return [name for name, committed in self._folders() if not committed]
+
+    def _folders(self) -> list[tuple[str, bool]]:
+        """Name, and whether a manifest is there; newest first."""
+        from pyarrow.fs import FileSelector, FileType
+
+        found = self._fs.get_file_info(FileSelector(self._root, allow_not_found=True))
+        names = [f.base_name for f in found if f.type == FileType.Directory and f.base_name.startswith("step-")]
+        infos = self._fs.get_file_info([f"{self._root}/{n}/{MANIFEST}" for n in names]) if names else []
+        return sorted(((n, i.type == FileType.File) for n, i in zip(names, infos, strict=True)), reverse=True)
+
+    def manifest(self, name: str, scratch: Path) -> Found:
+        """What the manifest of a checkpoint says. Raises ValueError where it cannot be read."""
+        folder = scratch / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._fs.open_input_stream(f"{self._root}/{name}/{MANIFEST}") as source:
+            (folder / MANIFEST).write_bytes(source.read())
+        return read(folder)
+
+    def remove(self, name: str) -> None:
+        self._fs.delete_file(f"{self._root}/{name}/{MANIFEST}")
+        fault_point("upload.in_remove")
+        self.remove_unfinished(name)
+
+    def remove_unfinished(self, name: str) -> None:
+        self._fs.delete_dir(f"{self._root}/{name}")
+
+    def probe(self) -> None:
+        """Write and remove a small file."""
+        name = f"{self._root}/.probe-{uuid.uuid4().hex[:8]}"
+        self._parent(name)
+        with self._fs.open_output_stream(name) as f:
+            f.write(b"scldm")
+        self._fs.delete_file(name)
+
+    def _put(self, path: Path, target: str) -> None:
+        self._parent(target)
+        written = target if self.atomic else f"{target}.part"
+        with path.open("rb") as source, self._fs.open_output_stream(written) as f:
+            shutil.copyfileobj(source, f, CHUNK)
+        if written != target:
+            fault_point("upload.before_rename")
+            self._fs.move(written, target)
+
+    def _parent(self, target: str) -> None:
+        if not self.atomic:
+            self._fs.create_dir(target.rpartition("/")[0], recursive=True)
+
+
+def _open(config: CheckpointStorage, address: str) -> tuple[Any, str]:
+    """File system and path of an address."""
+    from pyarrow import fs
+
+    if "://" not in address:
+        return fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
+    if not address.startswith("s3://"):
+        raise InputError(
+            f"checkpoints.storage_path ({config.storage_path}) must be a folder or s3://bucket/prefix; other stores "
+            "can be mounted as folders"
+        )
+    options: dict[str, Any] = {
+        "connect_timeout": config.s3.connect_seconds,
+        "request_timeout": config.s3.request_seconds,
+        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=config.s3.tries),
+        "force_virtual_addressing": config.s3.addressing == "virtual" and config.s3.endpoint is not None,
+    }
+    if config.region is not None:
+        options["region"] = config.region
+    if config.s3.endpoint is not None:
+        parts = urlsplit(config.s3.endpoint)
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+    return fs.S3FileSystem(**options), address.removeprefix("s3://")
+
+
+def check_storage(config: CheckpointStorage, run: str) -> None:
+    """Refuse a place that cannot be written, before anything is computed."""
+    if config.storage_path is None:
+        return
+    try:
+        Remote(config, run).probe()
+    except OSError as error:
+        raise InputError(
+            f"checkpoints.storage_path ({config.storage_path}) cannot be written: {str(error).splitlines()[0]}; check "
+            "the path, its permissions, checkpoints.region and checkpoints.s3, or set it to null"
+        ) from error

@@ -1,0 +1,240 @@
+"""DeepSpeed, and nothing else of the training: the one module that imports it.
+
+The engine averages gradients over workers and over the micro batches of a step, clips them, and steps the optimizer.
+ZeRO stages, precision and accumulation come from our typed config; the learning rate is ours and set at every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.config.deepspeed import deepspeed_options
+from pipeline.config.job import TrainConfig
+from pipeline.training.engine.partitions import base_optimizer, flats_of, weights_from_flats
+from pipeline.training.engine.state_files import Shards, shard_tensors
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, told not to compile C++ on a machine without accelerator.
+
+    At its first initialize it would build a shared-memory communicator for minutes, or fail without a compiler. The
+    name is private to DeepSpeed; a test says so when it moves.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with _nothing_compiled(), _no_autotuner():
+        import deepspeed
+        import deepspeed.runtime.zero.muon.original_muon
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """DeepSpeed's Muon asks to be compiled as it is imported. For an optimizer that we do not use, every worker would
+    load torch's compiler at its start: seconds on a machine that has a dead worker to replace."""
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function if function is not None else lambda f: f
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
+@contextlib.contextmanager
+def _no_autotuner() -> Iterator[None]:
+    """DeepSpeed brings its autotuner, which brings all of MLflow: seconds of every worker's start, for nothing that we
+    use. Whoever imports the autotuner later gets the real one."""
+    package, name = "deepspeed.autotuning", "deepspeed.autotuning.autotuner"
+    if package in sys.modules:
+        yield
+        return
+    stub = ModuleType(name)
+    stub.Autotuner = None  # type: ignore[attr-defined]
+    sys.modules[name] = stub
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        sys.modules.pop(package, None)  # it holds the stub's
+
+
+class Engine:
+    """A module under DeepSpeed.
+
+    Args:
+        module: The network; its forward pass returns the loss of each cell.
+        optimizer: A torch optimizer over the module's parameters.
+        config: The training run.
+        micro_batch_size: Cells that this worker takes at once.
+        accumulation: Micro batches in a step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        *,
+        micro_batch_size: int,
+        accumulation: int,
+    ):
+        self._deepspeed = _import_deepspeed()
+        self.stage = config.zero_stage
+        self._fp32 = config.precision == "fp32"
+        self._open, self._stepped = True, False
+        self._norm: float | None = None  # of stage 0 in fp32, which DeepSpeed computes and forgets
+        settings = deepspeed_options(
+            config, n_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
+            micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available(),
+        )  # fmt: skip
+        self._put_gate(optimizer)
+        self._engine: Any = (
+            None  # while DeepSpeed sets up, where its bf16 stage 0 would take a step of nothing but decay
+        )
+        self._engine, self.optimizer, _, _ = self._deepspeed.initialize(
+            model=module,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
+        )
+        self._clip = config.optimizer.clip
+        self._engine.clip_fp32_gradients = self._clip_fp32
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, lr: float, *, apply: bool = True) -> None:
+        """Count a micro batch; at the last one of a step, clip, update and clear the gradients.
+
+        Args:
+            apply: False leaves the update out: weights and the optimizer's state stay, gradients are dropped. Every
+                worker must say the same. A gradient that is not finite is left out whatever is said.
+        """
+        self._open, self._stepped = apply, False
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last step changed the weights; the same on every worker."""
+        return self._stepped
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Of the last step, over all workers and before clipping; None before the first."""
+        norm = self._norm if self._norm is not None else self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _put_gate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer step only where the step is wanted and its gradient is finite.
+
+        The gate is on the optimizer, below DeepSpeed, because there every ZeRO stage comes by, with its gradients
+        reduced and their norm known, and clears them afterwards as after any step.
+        """
+        step = optimizer.step
+
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            if self._engine is None or not self._open or not self._finite():
+                return None
+            self._stepped = True
+            return step(*args, **kwargs)
+
+        optimizer.step = gated
+
+    def _finite(self) -> bool:
+        norm = self._norm if self._norm is not None else getattr(self._engine.optimizer, "_global_grad_norm", None)
+        # DeepSpeed says -1 for a norm that is not finite.
+        return norm is None or (math.isfinite(float(norm)) and float(norm) >= 0)
+
+    def _clip_fp32(self) -> None:
+        """In place of DeepSpeed's, which computes the norm and does not keep it."""
+        self._norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip))
+
+    @contextlib.contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Parameters in full on every worker; ZeRO stage 3 keeps a part of each otherwise."""
+        if self.stage < 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield
+
+    def state(self) -> dict[str, Tensor]:
+        """What this worker writes into a checkpoint, by name; see `state_files`. Collective."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        flats = flats_of(self.optimizer, self.module, rank=rank)
+        with self._whole_untrained():
+            whole = {name: t.detach().clone() for name, t in self._untrained().items()}
+        return shard_tensors(flats, base_optimizer(self.optimizer), whole, rank=rank, world_size=world_size)
+
+    def load(self, folder: Path, *, step: int) -> None:
+        """Weights and optimizer state from a checkpoint, whatever the number of workers that wrote it. Collective."""
+        shards = Shards(folder)
+        for flat in flats_of(self.optimizer, self.module, rank=dist.get_rank()):
+            flat.fill(base_optimizer(self.optimizer), shards.fields)
+        weights_from_flats(self.optimizer)
+        with self._whole_untrained(), torch.no_grad():
+            for name, tensor in self._untrained().items():
+                tensor.copy_(shards.whole(name))
+        self._engine.global_steps = step
+
+    def _untrained(self) -> dict[str, Tensor]:
+        """Buffers, and parameters without gradient."""
+        frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+        return {**frozen, **dict(self.module.named_buffers())}
+
+    @contextlib.contextmanager
+    def _whole_untrained(self) -> Iterator[None]:
+        """ZeRO stage 3 cuts frozen parameters too; what worker 0 writes into them here, all get."""
+        frozen = [p for p in self.module.parameters() if not p.requires_grad]
+        if self.stage < 3 or not frozen:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(frozen, modifier_rank=0):
+            yield
+
+    def export_state(self, checkpoint: Path) -> dict[str, Tensor]:
+        """Weights in fp32 by name, on the CPU: from the module where it holds them whole, else from a checkpoint."""
+        names = self.module.state_dict(keep_vars=True)
+        if self.stage < 3 and self._fp32:
+            return {k: v.detach().float().cpu() for k, v in names.items()}
+        shards, first = Shards(checkpoint), {id(p): name for name, p in self._trained_first()}
+        return {
+            name: shards.weight(first[id(p)], getattr(p, "ds_shape", p.shape)) if id(p) in first
+            else shards.whole(name).float()
+            for name, p in names.items()
+        }  # fmt: skip
+
+    def _trained_first(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trained parameters by the first of their names, where several modules share one."""
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)

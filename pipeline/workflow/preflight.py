@@ -1,0 +1,101 @@
+"""What can go wrong in a job is said before it starts, not after the training it comes behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from pipeline.config.apply import RealCellsConfig
+from pipeline.config.deepspeed import read_options
+from pipeline.config.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
+from pipeline.core.manifest import InputError, Manifest
+
+if TYPE_CHECKING:
+    from scldm.config import StrictModel
+
+
+def check_settings(job: JobBase) -> None:
+    """Settings that must fit one another. All problems at once."""
+    problems: list[str] = []
+    for stage, config in stage_configs(job).items():
+        where = f"{stage}." if job.kind == "line" else ""  # type: ignore[attr-defined]
+        if (train := getattr(config, "train", None)) is not None:
+            problems += feed_problems(train, job.resources, where)
+            problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
+            problems += _cautious_problems(train, job.resources, where)
+        if isinstance(config, GenerateConfig):
+            from pipeline.inference.request import check_choice
+
+            problems += check_choice(config)
+        if isinstance(config, RealCellsConfig):
+            from pipeline.inference.models import model_problems
+
+            problems += model_problems(config)
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "") -> list[str]:
+    """Batch, lanes and workers must divide one another."""
+    feed, problems = train.feed, []
+    if any(feed.lanes % n for n in resources.world_sizes):
+        whole = math.lcm(*resources.world_sizes)
+        problems.append(
+            f"{where}train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({resources.workers}); "
+            f"set {where}train.feed.lanes={-(-feed.lanes // whole) * whole}"
+        )
+    if feed.batch_size % feed.lanes:
+        problems.append(
+            f"{where}train.feed.batch_size ({feed.batch_size}) must be a multiple of {where}train.feed.lanes "
+            f"({feed.lanes}); set {where}train.feed.batch_size={-(-feed.batch_size // feed.lanes) * feed.lanes}"
+        )
+    return problems
+
+
+def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:
+    if train.deepspeed is not None:
+        try:
+            read_options(train.deepspeed)
+        except InputError as error:
+            yield str(error)
+
+
+def _cautious_problems(train: TrainConfig, resources: ResourcesConfig, where: str) -> Iterator[str]:
+    if train.optimizer.cautious and train.zero_stage > 0 and len(resources.world_sizes) > 1:
+        yield (
+            f"{where}train.optimizer.cautious (true) rescales under ZeRO by what a worker holds of all parameters, so "
+            f"its steps depend on the number of workers, and resources.workers is {resources.workers}; set "
+            f"{where}train.zero_stage=0, or a fixed number of workers"
+        )
+
+
+def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str) -> Iterator[str]:
+    if getattr(train, "decoder", "torch") == "triton" and not resources.gpus_per_worker:
+        yield (
+            f"{where}train.decoder (triton) needs a GPU in every worker, and resources.gpus_per_worker is 0; set it to "
+            f"1, or {where}train.decoder=torch"
+        )
+
+
+def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
+    """What later stages ask for must be in the data; called as soon as the data is known."""
+    config = configs.get("generate")
+    if isinstance(config, GenerateConfig):
+        from pipeline.data.ingest.dataset import Ingested
+        from pipeline.inference.request import read_request
+
+        data = Ingested.open(ingest)
+        read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
+    vae = configs.get("train_vae")
+    if isinstance(vae, TrainVaeConfig) and (vae.train.genes_seen.n or 0) > ingest.facts["n_genes"]:
+        raise InputError(
+            f"train_vae: train.genes_seen.n ({vae.train.genes_seen.n}) is more than the "
+            f"{ingest.facts['n_genes']} genes of the vocabulary; lower it"
+        )
+    for stage, split in (("train_vae", "validation"), ("evaluate", getattr(configs.get("evaluate"), "split", None))):
+        if stage in configs and split is not None and not ingest.facts["n_cells"].get(split):
+            raise InputError(
+                f"{stage} needs cells of the {split} split and there are none; "
+                f"raise ingest.split.{split} or give the source more cells"
+            )

@@ -1,0 +1,207 @@
+"""Run the stages of a job: decide, lock, run, write the manifest last.
+
+A finished stage is looked up, never run again; a changed setting reruns what depends on it and nothing else. All input
+errors are raised before anything starts. Ray is connected only if some stage must run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster import connect as cluster
+from pipeline.config.io.loader import resolved_yaml
+from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
+from pipeline.core.faults import fault_point
+from pipeline.core.lock import stage_lock
+from pipeline.core.manifest import InputError, Manifest, StageContext, newest_manifest, read_manifest, write_manifest
+from pipeline.tracking.tracker import StageTracker, Tracking
+from pipeline.workflow.preflight import check_against_data, check_settings
+from pipeline.workflow.schedule import (
+    Step,
+    command_for,
+    in_ray_package,
+    output_root,
+    pipeline_folder,
+    schedule,
+)
+
+ERROR_LOG = "error.log"
+StageFunction = Callable[[Any, StageContext], Mapping[str, Any]]
+
+
+class StageFailed(Exception):
+    """A stage ended with an error that is not the user's input; its traceback is in `log`."""
+
+    def __init__(self, stage: str, cause: BaseException, log: Path) -> None:
+        super().__init__(stage, cause, log)
+        self.stage, self.cause, self.log = stage, cause, log
+
+    def __str__(self) -> str:
+        cause = str(self.cause).strip()
+        first = cause.splitlines()[0] if cause else "no message"
+        return f"{self.stage} failed: {type(self.cause).__name__}: {first}"
+
+
+def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Run what must run. Returns the names of the stages that ran.
+
+    Args:
+        job: A validated job.
+        source_path: The job file, for messages and for the record.
+        overrides: The `a.b=c` that were applied to it, for the record.
+    """
+    check_settings(job)
+    steps = schedule(job)
+    _check_ahead(steps)
+    folder = pipeline_folder(job)
+    if in_ray_package(Path.cwd()):
+        say(f"running in Ray's copy of the code, which is thrown away: output goes to {folder}")
+    todo = [s for s in steps if s.done is None]
+    for step in steps:
+        say(f"{step.stage} {step.version} {'will run' if step.done is None else 'done before'} ({step.why})")
+    if todo:
+        _run_steps(job, steps, source_path, overrides)
+    say_where_everything_is(job, [s.stage for s in steps], ran=[s.stage for s in todo])
+    return [s.stage for s in todo]
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def stage_function(stage: str) -> StageFunction:
+    """`pipeline.stages.<stage>.run`, imported only now: it brings torch, ray and the rest."""
+    return importlib.import_module(f"pipeline.stages.{stage}").run
+
+
+def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrides: Sequence[str]) -> None:
+    tracking = Tracking.open(job, output_root(job), source_path)
+    status = "FAILED"
+    try:
+        with cluster.connect(job.resources):
+            made: dict[str, Manifest] = {}
+            for step in steps:
+                inputs = {name: made.get(name, manifest) for name, manifest in step.inputs.items()}
+                if step.done is not None:
+                    say(f"{step.stage} {step.version} done before ({step.folder}), nothing to do")
+                    made[step.stage] = step.done
+                else:
+                    header = _header(step, source_path, overrides)
+                    made[step.stage] = _run_step(job, step, inputs, tracking, header)
+                if step.stage == "ingest":  # only now is it known what the data holds
+                    check_against_data({s.stage: s.config for s in steps if s.done is None}, made["ingest"])
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        tracking.close(status)
+
+
+def _check_ahead(steps: list[Step]) -> None:
+    """What is asked of data that is known already."""
+    todo = {s.stage: s.config for s in steps if s.done is None}
+    known = [s.inputs["ingest"] for s in steps if s.done is None and "ingest" in s.inputs]
+    if known and known[0].facts:
+        check_against_data(todo, known[0])
+
+
+def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking: Tracking, header: str) -> Manifest:
+    """Run one stage in its folder, under its lock."""
+    step.folder.mkdir(parents=True, exist_ok=True)
+    with stage_lock(step.folder, say):
+        # Another job may have finished it between our decision and our lock.
+        if (done := read_manifest(step.folder)) is not None:
+            say(f"{step.stage} {step.version} was finished meanwhile ({step.folder}), nothing to do")
+            return done
+        say(f"{step.stage} {step.version} runs in {step.folder}")
+        (step.folder / "config.yaml").write_text(header + resolved_yaml(job))
+        config = step.config.model_dump(mode="json")
+        tracker = tracking.stage(step.stage, step.version, step.folder, config, inputs)
+        context = StageContext(
+            folder=step.folder, inputs=inputs, seed=job.seed, resources=job.resources, tracker=tracker,
+            output=output_root(job), checkpoints=job.checkpoints,
+        )  # fmt: skip
+        with _reported(step, tracker):
+            fault_point("stage.before_run")
+            facts = stage_function(step.stage)(step.config, context)
+            manifest = _manifest(step, inputs, context, facts, tracker)
+            fault_point("stage.before_manifest")
+            write_manifest(manifest)
+            fault_point("stage.after_manifest")
+            tracker.describe(manifest)
+        say(f"{step.stage} {step.version} finished in {manifest.seconds:.0f} s")
+        return manifest
+
+
+def _manifest(
+    step: Step, inputs: Mapping[str, Manifest], context: StageContext, facts: Mapping[str, Any], tracker: StageTracker
+) -> Manifest:
+    try:
+        json.dumps(facts)
+    except TypeError as error:
+        raise TypeError(f"facts of {step.stage} must be plain data for JSON: {error}") from error
+    now = time.time()
+    return Manifest(
+        stage=step.stage,
+        version=step.version,
+        folder=str(step.folder),
+        config=step.config.model_dump(mode="json"),
+        inputs={name: m.version for name, m in inputs.items()},
+        facts=facts,
+        seconds=round(now - context.started, 3),
+        finished_at=now,
+        tracking=tracker.ids(),
+    )
+
+
+@contextmanager
+def _reported(step: Step, tracker: StageTracker) -> Iterator[None]:
+    """End the stage's run with its true status; turn a failure into one line and a log."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        tracker.finish("KILLED")
+        raise
+    except Exception as error:
+        cause = cluster.root_cause(error)
+        log = step.folder / ERROR_LOG
+        log.write_text("".join(traceback.format_exception(error)))
+        tracker.artifact(log)
+        tracker.finish("FAILED")
+        if isinstance(cause, InputError):
+            raise InputError(f"{step.stage}: {cause}") from error
+        raise StageFailed(step.stage, cause, log) from error
+    tracker.finish("FINISHED")
+
+
+def _header(step: Step, source_path: str | Path, overrides: Sequence[str]) -> str:
+    return f"# {step.stage} {step.version}: the whole job as it ran, from {source_path} {' '.join(overrides)}\n"
+
+
+# ---- at the end --------------------------------------------------------------------------------------------------
+def say_where_everything_is(job: JobBase, stages: list[str], *, ran: list[str]) -> None:
+    """Where the outputs are, and the next command."""
+    folder = pipeline_folder(job)
+    if not ran:
+        say(f"nothing to do: {f'all {len(stages)} stages are' if len(stages) > 1 else stages[0] + ' is'} finished")
+    made = {s: m for s in (*STAGES, *REAL_CELL_STAGES) if (m := newest_manifest(folder, s)) is not None}
+    say(f"output            {folder}")
+    for stage in (s for s in stages if s in made):
+        m = made[stage]
+        label = {"generate": "generated cells", "evaluate": "report"}.get(stage, stage)
+        say(f"{label:<17} {m.path('report') if 'report' in m.facts else m.folder}")
+    say("compare runs      make ui")
+    if stages[-1] in REAL_CELL_STAGES:
+        say(f"next              scldm cells head {made[stages[-1]].folder}")
+        return
+    following = [s for s in STAGES[STAGES.index(stages[-1]) + 1 :] if s not in made]
+    if following:
+        say(f"next              {command_for(following[0])}")

@@ -1,0 +1,215 @@
+"""What a job would do, decided before anything starts: for each stage its version, its inputs, and whether it must run.
+
+A version is a hash of settings, seed and the inputs' versions, so the whole line can be decided without running any of
+it. A stage whose manifest of that version exists is done. The rest must run, and everything that they need must be
+either in the job or made before; if not, one error names all that is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
+from pipeline.core.manifest import InputError, Manifest, newest_manifest, read_manifest, stage_version
+from pipeline.workflow.input_files import outside_files
+from scldm.config import StrictModel
+
+_RAY_PACKAGE = ("working_dir_files", "_ray_pkg_")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a job, decided."""
+
+    stage: str
+    config: StrictModel
+    version: str
+    folder: Path
+    inputs: Mapping[str, Manifest]  # of stages that have not run yet: version and folder only
+    done: Manifest | None
+    why: str  # why it must run; when it was done
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A stage that is needed and was never made."""
+
+    stage: str
+    needed_by: tuple[str, ...]
+
+
+def in_ray_package(folder: Path) -> bool:
+    """Whether a folder is Ray's unpacked copy of a working_dir, thrown away after the job."""
+    return any(part == _RAY_PACKAGE[0] or part.startswith(_RAY_PACKAGE[1]) for part in folder.parts)
+
+
+def output_root(job: JobBase, *, cwd: Path | None = None) -> Path:
+    """Where pipelines are kept. Relative to the current folder, or to a lasting one if that is Ray's copy."""
+    if "://" in job.output:
+        raise InputError(
+            f"output: {job.output}: stages are written with rename, which object stores lack; "
+            "use a path that every node mounts (EFS, Filestore, Lustre, NFS), for example /shared/runs"
+        )
+    root = Path(job.output).expanduser()
+    cwd = cwd or Path.cwd()
+    if not root.is_absolute():
+        home = Path(os.environ.get("SCLDM_HOME") or "~/scldm").expanduser()
+        root = (home if in_ray_package(cwd) else cwd) / root
+    return root
+
+
+def pipeline_folder(job: JobBase) -> Path:
+    """<output root>/<name>: where the stages of this pipeline find each other."""
+    return output_root(job) / job.name
+
+
+def schedule(job: JobBase) -> list[Step]:
+    """Decide every stage of a job. Raises InputError that names all inputs that have not been made."""
+    steps, missing = look_ahead(job)
+    if missing:
+        raise InputError(missing_message(missing, pipeline_folder(job)))
+    return steps
+
+
+def look_ahead(job: JobBase) -> tuple[list[Step], list[Missing]]:
+    """Decide as many stages as can be decided, and say what is missing for the others."""
+    folder = pipeline_folder(job)
+    configs = stage_configs(job)
+    steps: dict[str, Step] = {}
+    lacking: dict[str, list[str]] = {}
+    for stage, config in configs.items():
+        made = {s: _as_input(step) for s, step in steps.items() if s in needs(stage, config)}
+        found = _find_made(job, folder, [n for n in needs(stage, config) if n not in configs])
+        for need in (n for n, manifest in found.items() if manifest is None):
+            lacking.setdefault(need, []).append(stage)
+        inputs = {**made, **{k: m for k, m in found.items() if m is not None}}
+        if len(inputs) < len(needs(stage, config)):
+            continue
+        _check_lineage(stage, inputs)
+        steps[stage] = _decide(job, folder, stage, config, inputs, steps)
+    for need in reversed(STAGES):  # what is missing needs things too; they are missing unless they have been made
+        for deeper in NEEDS[need] if need in lacking else ():
+            if deeper not in configs and deeper not in job.inputs and newest_manifest(folder, deeper) is None:
+                lacking.setdefault(deeper, []).append(need)
+    return list(steps.values()), [Missing(s, tuple(lacking[s])) for s in STAGES if s in lacking]
+
+
+def _decide(
+    job: JobBase,
+    folder: Path,
+    stage: str,
+    config: StrictModel,
+    inputs: dict[str, Manifest],
+    steps: Mapping[str, Step],
+) -> Step:
+    version = stage_version(stage, config, inputs, seed=job.seed)
+    if outside := dict(outside_files(config)):
+        version = hashlib.sha256(f"{version}{sorted(outside.items())}".encode()).hexdigest()[:12]
+    own = folder / stage / version
+    done = read_manifest(own)
+    if done is None:
+        rerun = [s for s in inputs if s in steps and steps[s].done is None]
+        why = _why(stage, config, inputs, rerun, newest_manifest(folder, stage))
+        why = f"goes on where it stopped: {why}" if own.exists() else why
+    else:
+        why = f"finished in {done.seconds:.0f} s"
+    return Step(stage, config, version, own, inputs, done, why)
+
+
+def _as_input(step: Step) -> Manifest:
+    if step.done is not None:
+        return step.done
+    return Manifest(step.stage, step.version, str(step.folder), {}, {}, {}, seconds=0, finished_at=0)
+
+
+# ---- looking things up -------------------------------------------------------------------------------------------
+def _find_made(job: JobBase, folder: Path, needs: list[str]) -> dict[str, Manifest | None]:
+    """Manifests of stages that this job does not hold: named in `inputs`, what those were made from, or the newest."""
+    found: dict[str, Manifest | None] = {}
+    for stage in reversed(needs):  # later stages first: what they were made from is then known
+        if stage in job.inputs:
+            found[stage] = _named(job.inputs[stage], stage)
+            continue
+        parents = [m for s, m in found.items() if m is not None and s in job.inputs and stage in m.inputs]
+        if parents:
+            line = Path(parents[0].folder).parent.parent
+            found[stage] = read_manifest(line / stage / parents[0].inputs[stage])
+        else:
+            found[stage] = newest_manifest(folder, stage)
+    return found
+
+
+def _named(path: str, stage: str) -> Manifest:
+    folder = Path(path).expanduser().absolute()
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError(
+            f"inputs.{stage}: {path} holds no finished {stage} (no manifest.json). "
+            "Name a version's folder, for example runs/demo/" + stage + "/1a2b3c4d5e6f"
+        )
+    if manifest.stage != stage:
+        raise InputError(f"inputs.{stage}: {path} holds a {manifest.stage}, expected a {stage}")
+    return manifest
+
+
+def _check_lineage(stage: str, inputs: Mapping[str, Manifest]) -> None:
+    """The inputs of a stage must have been made from one another: latents of one VAE are noise to another."""
+    for name, manifest in inputs.items():
+        for parent, version in manifest.inputs.items():
+            if parent in inputs and inputs[parent].version != version:
+                raise InputError(
+                    f"{stage}: {name} {manifest.version} was made from {parent} {version}, but this job takes "
+                    f"{parent} {inputs[parent].version}. Make {name} again ({command_for(name)}), or name the older "
+                    f"one: inputs.{parent}={Path(inputs[parent].folder).parent / version}"
+                )
+
+
+def missing_message(missing: list[Missing], folder: Path) -> str:
+    """All missing stages, where they were looked for, and what makes them."""
+    lines = [f"{len(missing)} input{'s' if len(missing) > 1 else ''} of this job must be made first:"]
+    for m in missing:
+        lines.append(f"  {m.stage}: needed by {', '.join(m.needed_by)}; none under {folder / m.stage}")
+    lines.append("Run, in this order, with the same `name` and `output`:")
+    lines += [f"  {command_for(m.stage)}" for m in missing]
+    lines.append("or name a finished one: inputs.<stage>=<folder>")
+    return "\n".join(lines)
+
+
+def command_for(stage: str) -> str:
+    return f"scldm run jobs/{stage}.yaml"
+
+
+# ---- reasons -----------------------------------------------------------------------------------------------------
+def _why(
+    stage: str, config: StrictModel, inputs: Mapping[str, Manifest], rerun: list[str], before: Manifest | None
+) -> str:
+    """Why a stage must run, against the last time that it finished."""
+    if before is None:
+        return "first run"
+    reasons = list(changed_settings(before.config, config.model_dump(mode="json")))
+    shown = [f"setting changed: {', '.join(reasons[:3])}{f' and {len(reasons) - 3} more' if reasons[3:] else ''}"]
+    new = [s for s, m in inputs.items() if before.inputs.get(s) != m.version]
+    shown = (shown if reasons else []) + ([f"new {', '.join(new)}"] if new else [])
+    if not shown:
+        shown = [f"{', '.join(rerun)} runs again"] if rerun else ["the seed or an input file changed"]
+    return "; ".join(shown)
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """`train.max_steps 600 -> 20` for every setting that differs."""
+    old, new = flat(before), flat(now)
+    for key in dict.fromkeys([*new, *old]):
+        if old.get(key) != new.get(key):
+            yield f"{key} {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested maps as one map of dotted paths; lists are values."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree} if prefix else {}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}

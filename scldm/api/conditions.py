@@ -1,0 +1,64 @@
+"""Conditions as a notebook says them: one as a dictionary, many as a table; read as a generate job reads its table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from scldm.data.vocabulary import Vocabulary
+from scldm.flow.config import SamplerConfig
+from scldm.generation.request import Request, RequestRow
+from scldm.generation.request_table import RequestError, check_guidance, genes_to_write, read_rows
+
+Conditions: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, str | None] | None
+
+
+def read_conditions(
+    conditions: Conditions, n: int | None, sampler: SamplerConfig, genes: Sequence[str] | None, vocabulary: Vocabulary
+) -> tuple[Request, np.ndarray | None]:
+    """The request, and the ids of the genes that are kept (None: all).
+
+    Raises:
+        RequestError: with all that is wrong.
+    """
+    table = _table(conditions, n)
+    problems = [p.replace("generate.sampler.", "") for p in check_guidance(sampler.guidance, vocabulary)]
+    rows = read_rows(table, "conditions", vocabulary, problems)
+    kept = None
+    try:
+        kept = genes_to_write(genes, vocabulary)
+    except RequestError as error:
+        problems.append(str(error))
+    if problems:
+        raise RequestError("\n".join(problems))
+    return Request(tuple(RequestRow(**row) for row in rows)), kept
+
+
+def sampler_settings(
+    given: SamplerConfig | Mapping[str, Any] | None, guidance: Mapping[str, float] | float | None
+) -> SamplerConfig:
+    """The sampler's settings; guidance, where it is given, replaces theirs."""
+    settings = given if isinstance(given, SamplerConfig) else SamplerConfig.model_validate(dict(given or {}))
+    if guidance is None:
+        return settings
+    return SamplerConfig.model_validate({**settings.model_dump(), "guidance": guidance})
+
+
+def _table(conditions: Conditions, n: int | None) -> pd.DataFrame:
+    """A table with n_cells, whichever way it was said."""
+    if isinstance(conditions, pd.DataFrame):
+        table = conditions.reset_index(drop=True)
+    elif isinstance(conditions, Mapping):
+        table = pd.DataFrame([dict(conditions)])
+    else:
+        table = pd.DataFrame([{}] if conditions is None else [dict(row) for row in conditions])
+    if "n_cells" in table:
+        if n is not None:
+            raise RequestError("the table says n_cells, and n says it again: leave one out")
+        return table
+    if n is None:
+        raise RequestError("how many cells? Give n, or the table a column n_cells")
+    return table.assign(n_cells=n)

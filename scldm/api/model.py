@@ -1,0 +1,274 @@
+"""The model in a notebook: AnnData in, AnnData out.
+
+    model = scldm.load("runs/demo")
+    model.encode(adata)                                             # obsm["X_scldm"]
+    cells = model.generate({"cell_type": "B cell"}, n=500, seed=0)  # AnnData
+    scldm.score(cells, real=adata, label="cell_type")
+
+The same networks, tiles and counters as in the batch jobs: for equal models, sampler, seed and request the cells are
+those of `scldm run jobs/generate.yaml`, to the last bit (on the same processor, with as many threads). Randomness of a
+real cell is a function of (seed, its row), which in a job on the one `.h5ad` is its soma_joinid.
+
+Shape letters: b cells, g genes, m latent tokens, e latent width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+
+from scldm.api.conditions import Conditions, read_conditions, sampler_settings
+from scldm.api.folders import ModelFolders, Weights, find_models
+from scldm.api.parts import LATENTS, digests, flat, joined, made_cells, require_counts_head, tiles
+from scldm.checkpoints.native import CheckpointError, LoadedFlow, LoadedVAE, load_flow, load_vae
+from scldm.data.align import Match, align, class_ids
+from scldm.data.vocabulary import Vocabulary
+from scldm.flow.config import SamplerConfig
+from scldm.generation.cell_maker import CellMaker, check_pair
+from scldm.generation.real_cells import draw_sparse, latent_log_prob
+from scldm.generation.recipe import generated_obs, recipe_of
+from scldm.generation.request import Settings
+from scldm.nn.vae import CountDistribution
+
+
+def load(
+    folder: str | Path,
+    *,
+    flow: str | Path | None = None,
+    weights: Weights = "ema",
+    device: str | torch.device = "cpu",
+) -> Model:
+    """The models of a folder.
+
+    Args:
+        folder: A model folder, a folder with vae/ and flow/, a finished stage, or a pipeline (its newest flow).
+        flow: Model folder of a flow, if it is not beside the VAE.
+        weights: "ema", the averaged weights of the flow, or "raw".
+        device: For example "cuda".
+
+    Raises:
+        CheckpointError: no model is there, or the two do not belong together.
+
+    >>> model = load(folder)
+    >>> model
+    scldm.Model: VAE of 6 genes, 3 x 4 latents; flow with labels cell_type (3), donor (2); on cpu
+    """
+    found = find_models(folder, weights=weights)
+    if flow is not None:
+        found = ModelFolders(found.vae, Path(flow).expanduser())
+    vae = load_vae(found.vae, device=device)
+    if vae.vae.config.adaln:
+        raise CheckpointError(f"{found.vae} has an adaLN decoder, whose condition nothing here gives; see scldm.nn.vae")
+    pair = None if found.flow is None else load_flow(found.flow, weights=weights, device=device)
+    if pair is not None:
+        try:
+            check_pair(vae, pair)
+        except ValueError as error:
+            raise CheckpointError(f"{found.vae} and {found.flow}: {error}") from error
+    return Model(vae, pair, found)
+
+
+class Model:
+    """A VAE and, perhaps, the flow on its latents. Made by `scldm.load`."""
+
+    def __init__(self, vae: LoadedVAE, flow: LoadedFlow | None, folders: ModelFolders):
+        self.vae, self.flow, self.folders = vae, flow, folders
+        self.device = next(vae.vae.parameters()).device
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.vae.vocabulary
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """Label -> its classes.
+
+        >>> model.labels["cell_type"]
+        ('T', 'B', 'NK')
+        """
+        return {x.name: x.classes for x in self.vocabulary.labels}
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """Tokens m and width e of a cell's latents; obsm["X_scldm"] holds them flat."""
+        return self.vae.vae.config.n_latent_tokens, self.vae.vae.config.latent_width
+
+    def __repr__(self) -> str:
+        m, e = self.latent_shape
+        labels = ", ".join(f"{k} ({len(v)})" for k, v in self.labels.items()) or "none"
+        flow = f"flow with labels {labels}" if self.flow is not None else "no flow"
+        return f"scldm.Model: VAE of {self.vocabulary.n_genes:,} genes, {m} x {e} latents; {flow}; on {self.device}"
+
+    # ---- real cells ----------------------------------------------------------------------------------------------
+    def encode(
+        self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
+        max_missing: float = 0.2,
+    ) -> anndata.AnnData:  # fmt: skip
+        """Latents of cells in obsm["X_scldm"], (b, m * e) float32. Deterministic.
+
+        Args:
+            adata: Cells with raw counts; it is changed, and returned. A view is copied first.
+            layer: Where the counts are; None: X.
+            match: How the model's genes are found in var: by "id", or by "symbol".
+            genes: var column that holds them; None: the index, or feature_id (feature_name).
+            max_missing: Largest share of the model's genes that var may lack; they count as zeros.
+
+        Raises:
+            CellsError: what the model cannot take, and how to mend it.
+
+        >>> model.encode(adata).obsm["X_scldm"].shape
+        (70, 12)
+        """
+        cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
+        out = adata.copy() if adata.is_view else adata
+        with torch.inference_mode():
+            parts = [flat(self.vae.vae.encode(batch)) for batch in tiles(self.vae, cells, out)]
+        out.obsm[LATENTS] = joined(parts, self.latent_shape)
+        return out
+
+    def reconstruct(
+        self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
+        max_missing: float = 0.2, mean: bool = False, seed: int = 0,
+    ) -> anndata.AnnData:  # fmt: skip
+        """Cells encoded and decoded: counts drawn from the decoder's negative binomial in X, CSR int32.
+
+        Args:
+            mean: Put the means into layers["mean"] too, dense float32: b x g x 4 bytes.
+            seed: Of the draw. The others as in `encode`.
+
+        >>> model.reconstruct(adata, seed=1).shape
+        (70, 6)
+        """
+        require_counts_head(self.vae, self.folders)
+        cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
+        counts, latents, means = [], [], []
+        for batch in tiles(self.vae, cells, adata):
+            with torch.inference_mode():
+                z = self.vae.vae.encode(batch)
+                out = self.vae.vae.decode(z, batch.library_size)
+            assert isinstance(out, CountDistribution)  # `require_counts_head` refused a Gaussian head
+            counts.append(draw_sparse(out, batch.joinids.tolist(), seed=seed))
+            latents.append(flat(z))
+            if mean:
+                means.append(out.mu.float().cpu().numpy())
+        obs = adata.obs.copy()
+        obs["is_synthetic"] = True
+        obs["library_size"] = np.asarray(cells.counts.sum(1)).ravel().astype(np.float32)
+        about = {"kind": "reconstruct", "seed": seed, **digests(self.folders)}
+        made = made_cells(self.vae, counts, latents, obs, about)
+        if mean:
+            made.layers["mean"] = np.concatenate(means)
+        return made
+
+    def log_likelihood(
+        self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
+        max_missing: float = 0.2, flow: bool = False, probes: int = 1, seed: int = 0,
+    ) -> pd.DataFrame:  # fmt: skip
+        """How likely cells are, a row each: `nll` and `nll_per_gene`, nats; with `flow`, `flow_log_prob` too.
+
+        nll = -sum over genes of log NB(count; mu(z), theta) at the cell's own latents z: how well the model describes
+        the cell, no marginal likelihood. flow_log_prob is that of z under the flow and the labels that obs holds.
+
+        Args:
+            probes: Random probes of the divergence that are averaged; the error falls as one over their root.
+            seed: Of the probes. The others as in `encode`.
+
+        >>> model.log_likelihood(adata).columns.tolist()
+        ['nll', 'nll_per_gene']
+        """
+        require_counts_head(self.vae, self.folders)
+        if flow and self.flow is None:
+            raise CheckpointError(f"{self.folders.vae} has no flow beside it; scldm.load(vae, flow=folder)")
+        cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
+        conditions = class_ids(adata, self.vocabulary) if flow else {}
+        sampler = SamplerConfig(solver="midpoint", steps=20)  # as a log_likelihood job
+        rows = []
+        for batch in tiles(self.vae, cells, adata, conditions):
+            with torch.no_grad():
+                z = self.vae.vae.encode(batch)
+                nll = self.vae.vae.nll(batch, z)
+            found = {"nll": nll.float(), "nll_per_gene": (nll / self.vocabulary.n_genes).float()}
+            if flow and self.flow is not None:
+                ids = batch.joinids.tolist()
+                found["flow_log_prob"] = latent_log_prob(
+                    self.flow, z, batch.conditions, ids, sampler=sampler, n_probes=probes, seed=seed
+                ).float()
+            rows.append(pd.DataFrame({k: v.cpu().numpy() for k, v in found.items()}))
+        return pd.concat(rows).set_axis(adata.obs_names)
+
+    # ---- generated cells -----------------------------------------------------------------------------------------
+    def generate(
+        self, conditions: Conditions = None, *, n: int | None = None, seed: int = 0,
+        guidance: Mapping[str, float] | float | None = None, library_size: float | str = "statistics",
+        genes: Sequence[str] | None = None, sampler: SamplerConfig | Mapping[str, Any] | None = None,
+    ) -> anndata.AnnData:  # fmt: skip
+        """Cells from noise, under conditions.
+
+        Args:
+            conditions: {label: class} for one condition; or a table (DataFrame, list of dictionaries) with label
+                columns, `n_cells` and, if you like, `guidance`, `guidance.<label>`, `library_size`. A label that is
+                absent or None is not asked for. None: unconditional cells.
+            n: Cells of each row, where the table has no `n_cells`.
+            seed: A cell is a function of (models, sampler, seed, request, its place in it).
+            guidance: Scale w in v = v_null + w (v_cond - v_null); None: the sampler's.
+            library_size: "statistics": drawn from those of the training cells under the condition; or one number.
+            genes: Ids or names of the genes that are kept; the softmax runs over all of them either way.
+            sampler: Settings, for example {"solver": "rk4", "steps": 20}.
+
+        Returns:
+            AnnData as a generate job writes it: X CSR int32, obs with the training categories, obsm["X_scldm"].
+
+        Raises:
+            RequestError: unknown labels, classes, genes; all of them at once.
+
+        >>> cells = model.generate({"cell_type": "B"}, n=4, seed=1)
+        >>> cells.obs["cell_type"].tolist(), cells.shape
+        (['B', 'B', 'B', 'B'], (4, 6))
+        """
+        if self.flow is None:
+            raise CheckpointError(
+                f"{self.folders.vae} has no flow, and cells come from one; scldm.load(vae, flow=folder)"
+            )
+        settings = sampler_settings(sampler, guidance)
+        request, kept = read_conditions(conditions, n, settings, genes, self.vocabulary)
+        rules = Settings(settings.guidance, library_size)
+        recipe = recipe_of(request, rules, self.vocabulary, self.flow.library_sizes, self.flow.dit.strategy)
+        maker = CellMaker(self.vae, self.flow, recipe, sampler=settings, seed=seed, genes=kept)
+        made = list(maker.cells(0, request.n_cells))
+        about = {"kind": "generate", "seed": seed, "sampler": settings.model_dump_json(), "request": request.digest,
+                 "library_size": str(library_size), **digests(self.folders)}  # fmt: skip
+        prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+        digits = len(str(max(1, request.n_cells - 1)))
+        ids = np.arange(request.n_cells, dtype=np.int64)
+        names = [f"{prefix}-{i:0{digits}d}" for i in ids.tolist()]
+        obs = generated_obs(ids, names, recipe, request, rules, self.vocabulary)
+        obs["library_size"] = np.concatenate([np.zeros(0, np.float32), *(t.library_size for t in made)])
+        return made_cells(self.vae, [t.counts for t in made], [t.latents for t in made], obs, about, kept)
+
+    # ---- folders -------------------------------------------------------------------------------------------------
+    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
+        """A folder in Hugging Face's layout: README.md (the card), vae/ and, if there is one, flow/.
+
+        Args:
+            force: Replace a folder that this wrote before. Other folders are never replaced.
+
+        >>> again = Model.from_pretrained(model.save_pretrained(tmp / "mine"))
+        >>> again.labels == model.labels
+        True
+        """
+        from scldm.api.pretrained import write_pretrained
+
+        return write_pretrained(self, Path(folder).expanduser(), force=force)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
+        """The model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded."""
+        return load(folder, device=device)

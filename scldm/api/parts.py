@@ -1,0 +1,83 @@
+"""What `scldm.api.model` does in several places: tiles of real cells, and the AnnData that comes of them.
+
+Shape letters: b cells, m latent tokens, e latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from torch import Tensor
+
+from scldm.api.folders import ModelFolders
+from scldm.checkpoints.native import CheckpointError, LoadedVAE, folder_digest
+from scldm.data.align import AlignedCells, CellsError
+from scldm.data.batch import CellBatch
+from scldm.generation.cell_maker import tile_cells
+from scldm.generation.recipe import genes_table
+
+LATENTS = "X_scldm"
+
+
+def tiles(
+    vae: LoadedVAE, cells: AlignedCells, adata: anndata.AnnData, conditions: Mapping[str, np.ndarray] | None = None
+) -> Iterator[CellBatch]:
+    """Tiles of cells on the model's device, cut as in a job: a cell's numbers do not depend on how many there are.
+
+    Raises:
+        CellsError: cells with more genes than an upstream model has room for.
+    """
+    most, lengths = vae.vae.config.genes_seq_len, np.diff(cells.counts.indptr)
+    if most is not None and len(lengths) and lengths.max() > most:
+        first = ", ".join(map(str, adata.obs_names[lengths > most][:3]))
+        raise CellsError(
+            f"{int((lengths > most).sum())} cells express more genes than the {most} that the model takes (first: "
+            f"{first}); jobs/embed.yaml draws so many of them with max_genes={most}"
+        )
+    device = next(vae.vae.parameters()).device
+    size = tile_cells(vae, device)
+    for start in range(0, cells.counts.shape[0], size):
+        yield cells.batch(start, start + size, conditions).to(device)
+
+
+def made_cells(
+    vae: LoadedVAE, counts: Sequence[sp.csr_matrix], latents: Sequence[np.ndarray], obs: pd.DataFrame,
+    about: Mapping[str, Any], genes: np.ndarray | None = None,
+) -> anndata.AnnData:  # fmt: skip
+    """Cells that the model made; adds total_counts and n_genes to obs.
+
+    Args:
+        about: For uns["scldm"]: how they were made.
+        genes: Ids of the genes that are kept; None: all.
+    """
+    var = genes_table(vae.vocabulary, genes)
+    x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.int32), *counts], format="csr")
+    obs["total_counts"] = np.asarray(x.sum(1)).ravel().astype(np.int64)
+    obs["n_genes"] = np.diff(x.indptr).astype(np.int32)
+    shape = vae.vae.config.n_latent_tokens, vae.vae.config.latent_width
+    return anndata.AnnData(x, obs=obs, var=var, obsm={LATENTS: joined(latents, shape)}, uns={"scldm": dict(about)})
+
+
+def joined(parts: Sequence[np.ndarray], latent_shape: tuple[int, int]) -> np.ndarray:
+    """(b, m * e) float32, of no cells too."""
+    return np.concatenate([np.zeros((0, latent_shape[0] * latent_shape[1]), np.float32), *parts])
+
+
+def flat(z: Tensor) -> np.ndarray:
+    return z.flatten(1).float().cpu().numpy()
+
+
+def digests(folders: ModelFolders) -> dict[str, str]:
+    """Hashes of the models, as the batch jobs write them."""
+    found = {"vae": folder_digest(folders.vae)}
+    return found if folders.flow is None else {**found, "flow": folder_digest(folders.flow)}
+
+
+def require_counts_head(vae: LoadedVAE, folders: ModelFolders) -> None:
+    if vae.vae.config.head == "gaussian":
+        raise CheckpointError(f"{folders.vae} has a gaussian head: it has no distribution of counts")

@@ -1,0 +1,45 @@
+"""A folder that can be put on a hub as it is: `Model.save_pretrained`, `scldm export --to huggingface`.
+
+    README.md            the model card
+    model_index.json     which parts there are
+    vae/                 model.safetensors, config.json, vocabulary.json, library_size.json, README.md
+    flow/                the same; raw.safetensors beside the averaged weights
+
+The parts are copied, byte for byte: their digests, and so the cells that they make, are those of the originals.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scldm.api.model_card import model_card
+from scldm.checkpoints.output_folder import check_output, written_whole
+
+if TYPE_CHECKING:
+    from scldm.api.model import Model
+
+INDEX = "model_index.json"
+FILES = ("model.safetensors", "raw.safetensors", "config.json", "vocabulary.json", "library_size.json", "README.md")
+
+
+def write_pretrained(model: Model, folder: Path, *, force: bool = False) -> Path:
+    """Write the parts, the index and the card; the folder.
+
+    Raises:
+        CheckpointError: the folder holds something else, or an earlier one and `force` is not given.
+    """
+    check_output(folder, force=force, is_earlier=lambda p: (p / INDEX).is_file())
+    parts = {"vae": model.folders.vae} | ({} if model.folders.flow is None else {"flow": model.folders.flow})
+    with written_whole(folder) as staging:
+        for part, source in parts.items():
+            (staging / part).mkdir()
+            for name in FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, staging / part / name)
+        index = {"_class_name": "scldm.Model", "format": 1, **{part: part for part in parts}}
+        (staging / INDEX).write_text(json.dumps(index, indent=1))
+        (staging / "README.md").write_text(model_card(model, folder.name))
+    return folder

@@ -1,0 +1,149 @@
+"""Generated cells beside real ones, in one call: the main scores of the evaluate stage with their floor.
+
+The **floor** is real against real: no generator should be expected to be nearer. Real cells are dealt to three parts by
+seed: one fits the space and teaches the label classifier, one is what both sides are compared with, one is the floor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from sklearn.neighbors import KNeighborsClassifier
+
+from scldm.data.align import CellsError
+from scldm.metrics import expression
+from scldm.metrics.distribution import distances, two_sample
+from scldm.metrics.distribution.projection import RealSpace
+
+ABOUT = {  # which way is better, and what it is
+    "w2": ("lower", "Wasserstein-2, exact"),
+    "mmd2": ("lower", "MMD², five σ (CFGen)"),
+    "frechet": ("lower", "Fréchet distance (squared)"),
+    "energy": ("lower", "energy distance"),
+    "auroc": ("0.5", "AUROC real/generated, logistic"),
+    "precision": ("higher", "precision"),
+    "recall": ("higher", "recall"),
+    "coverage": ("higher", "coverage"),
+    "library_size_ks": ("lower", "library size, KS"),
+    "genes_per_cell_ks": ("lower", "genes per cell, KS"),
+    "zero_fraction_difference": ("lower", "zero fraction, absolute difference"),
+    "label_accuracy": ("higher", "kNN trained on real cells recovers the label"),
+}
+FEWEST = 60  # real cells; fewer leave thirds that say nothing
+
+
+def score(
+    generated: anndata.AnnData,
+    *,
+    real: anndata.AnnData,
+    label: str | None = None,
+    layer: str | None = None,
+    max_cells: int = 2000,
+    n_pcs: int = 30,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How near generated cells are to real ones: a row a score, with `generated`, `floor`, `better`, `title`.
+
+    Args:
+        generated: Counts in X, over the genes of var_names.
+        real: Cells that the models were not trained on, with at least those genes, by var_names or `feature_id`.
+        label: obs column of both; adds how well a kNN trained on real cells recovers it.
+        layer: Where the real counts are; None: X.
+        max_cells: Cells a side, drawn by seed.
+        n_pcs: Coordinates of the space, fewer for few cells or genes.
+
+    Raises:
+        CellsError: too few cells, genes that the real cells lack, a label that one side lacks.
+
+    >>> score(model.generate(n=60), real=adata).loc["w2", ["better", "title"]].tolist()
+    ['lower', 'Wasserstein-2, exact']
+    """
+    _require(generated, real, label)
+    rng = np.random.default_rng(seed)
+    known = _Side.of(real, label, layer, _gene_names(real).get_indexer(generated.var_names))
+    order = rng.permutation(real.n_obs)
+    n = min(real.n_obs // 3, max_cells)
+    reference, held_out, others = (known[np.sort(order[k * n : (k + 1) * n])] for k in range(3))
+    made = _Side.of(generated, label)[np.sort(rng.permutation(generated.n_obs)[:n])]
+    n_pcs = min(n_pcs, n - 1, generated.n_vars - 1)
+    space = RealSpace.fit(reference.counts, n_top_genes=2000, n_pcs=n_pcs, seed=seed)
+    scores = {
+        name: _scores(held_out, side, reference, space, seed=seed)
+        for name, side in (("generated", made), ("floor", others))
+    }
+    table = pd.DataFrame(scores)
+    about = [ABOUT[name] for name in table.index]
+    return table.assign(better=[better for better, _ in about], title=[title for _, title in about])
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Cells that take part in a comparison."""
+
+    counts: sp.csr_matrix  # (n, g)
+    labels: np.ndarray | None  # (n,) class names
+
+    @classmethod
+    def of(
+        cls, adata: anndata.AnnData, label: str | None, layer: str | None = None, columns: np.ndarray | None = None
+    ) -> _Side:
+        counts = expression.as_counts(adata.X if layer is None else adata.layers[layer])
+        names = None if label is None else adata.obs[label].astype(object).map(str).to_numpy(object)
+        return cls(counts if columns is None else counts[:, columns], names)
+
+    def __getitem__(self, rows: np.ndarray) -> _Side:
+        return _Side(self.counts[rows], None if self.labels is None else self.labels[rows])
+
+
+def _scores(real: _Side, side: _Side, reference: _Side, space: RealSpace, *, seed: int) -> dict[str, float]:
+    """Scores of one side against held-out real cells; the classifier learns from the reference."""
+    x, y = space.project(real.counts), space.project(side.counts)
+    m = min(len(x), len(y))  # two-sample scores want equal numbers
+    manifolds = two_sample.manifold_metrics(x[:m], y[:m])
+    sizes = [expression.library_sizes(s.counts) for s in (real, side)]
+    genes = [expression.genes_per_cell(s.counts) for s in (real, side)]
+    found = {
+        "w2": distances.wasserstein(x, y, power=2, max_points=1000, rng=np.random.default_rng(seed)),
+        "mmd2": distances.mmd2_rbf(x, y),
+        "frechet": distances.frechet_distance(x, y),
+        "energy": distances.energy_distance(x, y),
+        "auroc": two_sample.classifier_auroc(x[:m], y[:m], seed=seed),
+        "precision": manifolds.precision,
+        "recall": manifolds.recall,
+        "coverage": manifolds.coverage,
+        "library_size_ks": expression.ks_statistic(*sizes),
+        "genes_per_cell_ks": expression.ks_statistic(*genes),
+        "zero_fraction_difference": abs(expression.zero_fraction(side.counts) - expression.zero_fraction(real.counts)),
+    }
+    if reference.labels is not None:
+        points = space.project(reference.counts)
+        judge = KNeighborsClassifier(min(15, len(points))).fit(points, reference.labels)
+        found["label_accuracy"] = float((judge.predict(y) == side.labels).mean())
+    return found
+
+
+def _require(generated: anndata.AnnData, real: anndata.AnnData, label: str | None) -> None:
+    problems = []
+    if real.n_obs < FEWEST:
+        problems.append(f"{real.n_obs} real cells are too few to deal to three parts; at least {FEWEST} are needed")
+    if generated.n_obs < FEWEST // 3:
+        problems.append(f"{generated.n_obs} generated cells are too few; at least {FEWEST // 3} are needed")
+    lacking = [g for g in generated.var_names if g not in _gene_names(real)]
+    if lacking:
+        problems.append(
+            f"the real cells lack {len(lacking)} of {generated.n_vars} genes (first: {', '.join(lacking[:3])}); score "
+            "shared genes only: generated[:, shared]"
+        )
+    for side, adata in (("generated", generated), ("real", real)):
+        if label is not None and label not in adata.obs:
+            problems.append(f"{side}.obs has no column {label!r}; it has {', '.join(map(str, adata.obs)) or 'none'}")
+    if problems:
+        raise CellsError("\n".join(problems))
+
+
+def _gene_names(adata: anndata.AnnData) -> pd.Index:
+    return pd.Index(adata.var["feature_id"].astype(str) if "feature_id" in adata.var else adata.var_names)

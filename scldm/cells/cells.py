@@ -1,0 +1,217 @@
+"""Generated cells as one lazy object, however many shards they lie in.
+
+    cells = scldm.open_cells("runs/demo/generate/1a2b3c4d5e6f")
+    cells.obs                          # one table, from the index
+    b = cells.where(cell_type="B")     # AnnData in memory, of those cells only
+    for part in cells.batches(10_000): ...
+
+Rows are read when they are asked for, so memory is that of obs and of what is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from scldm.cells.shards import CellsError, CellsManifest, Shard, read_cells_manifest, read_part, read_rows
+
+__all__ = ["Cells", "CellsError", "open_cells"]
+
+LARGE = 1_000_000  # cells that are not brought into memory without being asked twice
+CATEGORIES = b"scldm.categories"  # in the metadata of an index: column -> its categories, used or not
+INDEX_NAME, INDEX_SHARD, INDEX_ROW = "obs_name", "shard", "shard_row"
+
+
+def open_cells(folder: str | Path) -> Cells:
+    """Cells of a finished stage: generate, embed, reconstruct, perturb or log_likelihood.
+
+    Args:
+        folder: The stage's folder, which holds manifest.json. Only what the manifest lists is seen.
+
+    Raises:
+        CellsError: no finished stage of cells, or one of a newer version of this code.
+    """
+    return Cells(read_cells_manifest(folder))
+
+
+class Cells:
+    """Cells of many shards, in the order of the manifest."""
+
+    def __init__(self, manifest: CellsManifest):
+        self.manifest = manifest
+        self.folder = manifest.folder
+        self.shards: tuple[Shard, ...] = manifest.shards
+        self._ends = np.cumsum([0, *(s.n_cells for s in self.shards)])
+
+    @property
+    def n_obs(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def n_vars(self) -> int:
+        return len(self.var)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n_obs, self.n_vars
+
+    def __len__(self) -> int:
+        return self.n_obs
+
+    def __repr__(self) -> str:
+        columns = ", ".join(map(str, self.obs.columns))
+        return (
+            f"Cells {self.n_obs:,} x {self.n_vars:,} in {len(self.shards)} shards of {self.folder}\n    obs: {columns}"
+        )
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """One row per cell, with the categories of the model; read from the index where there is one."""
+        if self.manifest.index is not None:
+            return self._checked(read_index(self.manifest.index), self.manifest.index)
+        return self._checked(concat_obs([read_part(s, "obs") for s in self.shards]), self.folder)
+
+    @property
+    def obs_names(self) -> pd.Index:
+        return self.obs.index
+
+    @cached_property
+    def var(self) -> pd.DataFrame:
+        """Genes, the same in every shard."""
+        return read_part(self.shards[0], "var") if self.shards else pd.DataFrame()
+
+    @cached_property
+    def uns(self) -> dict[str, Any]:
+        """What the cells were made from (`uns["scldm"]`), of the first shard."""
+        return read_part(self.shards[0], "uns") if self.shards else {}
+
+    def __getitem__(self, key: Any) -> anndata.AnnData:
+        """Cells in memory, in the order asked for.
+
+        Args:
+            key: A slice, a position, positions, a boolean mask (array or column of obs), or obs names.
+        """
+        rows = self.rows(key)
+        parts = []
+        shard_of = np.searchsorted(self._ends, rows, side="right") - 1
+        order = np.argsort(shard_of, kind="stable")
+        for k in np.unique(shard_of):
+            at = order[shard_of[order] == k]
+            local = rows[at] - self._ends[k]
+            parts.append(read_rows(self.shards[k], local, self.obs.iloc[rows[at]]))
+        if not parts:
+            return self._nothing()
+        joined = parts[0] if len(parts) == 1 else anndata.concat(parts, merge="same", uns_merge="same")
+        joined.obs = self.obs.iloc[rows[order]].copy()  # with all categories, as in every shard
+        if (order == np.arange(len(order))).all():
+            return joined
+        return joined[np.argsort(order, kind="stable")].copy()
+
+    def rows(self, key: Any) -> np.ndarray:
+        """Positions of the cells that a key stands for, int64."""
+        if isinstance(key, slice):
+            return np.arange(self.n_obs)[key]
+        if isinstance(key, pd.Series) and key.dtype == bool:
+            key = key.reindex(self.obs_names).to_numpy() if not key.index.equals(self.obs_names) else key.to_numpy()
+        values = np.atleast_1d(np.asarray(key))
+        if values.dtype == bool:
+            if len(values) != self.n_obs:
+                raise IndexError(f"a mask must have one value per cell ({self.n_obs:,}); got {len(values):,}")
+            return np.flatnonzero(values)
+        if values.dtype.kind in "OUS":
+            return self._named(values)
+        if not len(values):
+            return np.zeros(0, np.int64)
+        if values.dtype.kind not in "iu" or values.max() >= self.n_obs or values.min() < -self.n_obs:
+            raise IndexError(f"positions must be whole numbers below {self.n_obs:,}; got {values[:3]}")
+        return np.where(values < 0, values + self.n_obs, values).astype(np.int64)
+
+    def where(self, **conditions: Any) -> anndata.AnnData:
+        """Cells in memory whose obs columns have a value, or one of a list: `where(cell_type=["B", "NK"])`."""
+        return self[self.mask(**conditions)]
+
+    def mask(self, **conditions: Any) -> np.ndarray:
+        """Which cells meet all conditions, bool (n,). An unknown column or class is a KeyError."""
+        chosen = np.ones(self.n_obs, bool)
+        for column, wanted in conditions.items():
+            if column not in self.obs:
+                raise KeyError(f"obs has no column {column!r}; it has {', '.join(map(str, self.obs.columns))}")
+            values = list(wanted) if isinstance(wanted, (list, tuple, set, np.ndarray, pd.Index)) else [wanted]
+            own = self.obs[column]
+            if isinstance(own.dtype, pd.CategoricalDtype):
+                unknown = [v for v in values if v is not None and v not in own.cat.categories]
+                if unknown:
+                    known = ", ".join(map(str, own.cat.categories[:8]))
+                    raise KeyError(f"{column} has no class {unknown[0]!r}; it has {known}")
+            met = own.isin([v for v in values if v is not None]).to_numpy()
+            chosen &= met | own.isna().to_numpy() if None in values else met
+        return chosen
+
+    def batches(self, size: int = 10_000, key: Any = slice(None)) -> Iterator[anndata.AnnData]:
+        """The cells of a key, `size` at a time; memory is that of one batch."""
+        rows = self.rows(key)
+        for start in range(0, len(rows), size):
+            yield self[rows[start : start + size]]
+
+    def to_anndata(self, *, max_cells: int = LARGE) -> anndata.AnnData:
+        """All cells in memory; refused above `max_cells`."""
+        if self.n_obs > max_cells:
+            raise CellsError(
+                f"{self.n_obs:,} cells are more than max_cells ({max_cells:,}): take some (cells[rows], cells.where, "
+                "cells.batches), raise max_cells, or export them: scldm cells export --to zarr"
+            )
+        return self[:]
+
+    def _named(self, names: np.ndarray) -> np.ndarray:
+        found = self.obs_names.get_indexer(names.astype(str))
+        if (found < 0).any():
+            raise KeyError(f"{int((found < 0).sum())} names are of no cell, the first is {names[found < 0][0]!r}")
+        return found.astype(np.int64)
+
+    def _nothing(self) -> anndata.AnnData:
+        if not self.shards:
+            return anndata.AnnData(obs=self.obs, var=self.var)
+        return read_rows(self.shards[0], np.zeros(0, np.int64), self.obs.iloc[:0])
+
+    def _checked(self, obs: pd.DataFrame, where: Path) -> pd.DataFrame:
+        if len(obs) != self.n_obs:
+            raise CellsError(
+                f"{where} has {len(obs):,} cells and the manifest {self.n_obs:,}; `scldm cells verify {self.folder}` "
+                "says what is wrong"
+            )
+        return obs
+
+
+# ---- index -------------------------------------------------------------------------------------------------------
+def read_index(path: Path) -> pd.DataFrame:
+    """obs out of an index, as `write_index` of the pipeline left it."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise CellsError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    categories = json.loads((table.schema.metadata or {}).get(CATEGORIES, b"{}"))
+    obs = table.drop_columns([INDEX_SHARD, INDEX_ROW]).to_pandas().set_index(INDEX_NAME)
+    obs.index.name = None
+    for column, values in categories.items():
+        obs[column] = pd.Categorical(obs[column].astype(object), categories=values)
+    return obs
+
+
+def concat_obs(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """obs of shards, one after the other; categories are joined, in the order of the shards."""
+    if not frames:
+        return pd.DataFrame()
+    out = pd.concat(frames)
+    for column in frames[0]:
+        if all(isinstance(f[column].dtype, pd.CategoricalDtype) for f in frames):
+            known = dict.fromkeys(c for f in frames for c in f[column].cat.categories)
+            out[column] = pd.Categorical(out[column].astype(object), categories=list(known))
+    return out

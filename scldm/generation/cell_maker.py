@@ -1,0 +1,176 @@
+"""Cells from noise: flow, decoder, draw. A cell is a function of (models, sampler, seed, request, cell id).
+
+Noise, library size and counts of a cell come from counters of its own (`scldm.counter_random`). What is left is the
+networks' rounding, which depends on the shape of a batch. So the networks only ever see *tiles*: the cells whose ids
+share a quotient by the tile's size, always at the same place, whoever asks for whichever of them. Shards, batches,
+actors and retries then change nothing at all, to the last bit. The size of a tile follows from the models and the kind
+of device alone. Other processors, GPUs or numbers of threads round differently: see `docs` of the benchmark.
+
+Shape letters: b cells, g genes, p genes that are written, m latent tokens, e latent width, r rows of the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+from scldm.counter_random import normals
+from scldm.flow.config import SamplerConfig
+from scldm.flow.sampler import sample_latents
+from scldm.generation.nb_draw import draw_counts
+from scldm.nn.vae import CountDistribution
+
+LATENT, LIBRARY, COUNTS = 11, 12, 13  # streams of a cell's randomness
+CPU_TILE, GPU_TILE = 32, 1024  # cells
+GPU_DECODE_BYTES = 2**30  # that the fp32 outputs of the decoder of a tile may take
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What each row of a request asks for; cell ids count over the rows."""
+
+    stops: np.ndarray  # (r,) int64: a row's cells have ids below its stop and not below the stop before
+    conditions: Mapping[str, np.ndarray]  # label -> class ids (r,), the null id where none is asked for
+    scale: Mapping[str, np.ndarray]  # label (or JOINT) -> guidance scale (r,)
+    log_mean: np.ndarray  # (r,) of log(library size)
+    log_sd: np.ndarray  # (r,); 0: the same library size for all cells of the row
+
+    @property
+    def n_cells(self) -> int:
+        return int(self.stops[-1]) if len(self.stops) else 0
+
+    def rows(self, cell_ids: np.ndarray) -> np.ndarray:
+        """Row of each cell; ids past the end belong to the last one (they only fill a tile)."""
+        return np.minimum(np.searchsorted(self.stops, cell_ids, side="right"), len(self.stops) - 1)
+
+
+@dataclass(frozen=True)
+class GeneratedCells:
+    cell_ids: np.ndarray  # (b,) int64
+    counts: sp.csr_matrix  # (b, p) int32
+    latents: np.ndarray  # (b, m * e) float32
+    library_size: np.ndarray  # (b,) float32: what was asked of the decoder
+
+
+@dataclass(frozen=True)
+class DecodedTile:
+    """Some cells of a tile before the draw: dense, and short-lived."""
+
+    cell_ids: np.ndarray  # (b,)
+    mu: np.ndarray  # (b, g) float32
+    theta: np.ndarray  # (g,) or (b, g) float32
+    latents: np.ndarray  # (b, m * e) float32
+    library_size: np.ndarray  # (b,) float32
+
+
+def check_pair(vae: LoadedVAE, flow: LoadedFlow) -> None:
+    """A flow and a VAE that belong together.
+
+    Raises:
+        ValueError: their latents or vocabularies differ.
+    """
+    own = (vae.vae.config.n_latent_tokens, vae.vae.config.latent_width)
+    if own != (flow.n_latent_tokens, flow.latent_width):
+        raise ValueError(f"the VAE's latents are {own}, the flow's {(flow.n_latent_tokens, flow.latent_width)}")
+    if vae.vae.config.head == "gaussian":
+        raise ValueError(
+            "the VAE's head is gaussian: it models log-normalised expression, and no counts can be drawn from it; "
+            "train one with head nb_shared or nb_cell"
+        )
+    if vae.vocabulary.digest != flow.vocabulary.digest:
+        raise ValueError("the VAE and the flow were trained with different vocabularies")
+
+
+def tile_cells(vae: LoadedVAE, device: torch.device) -> int:
+    """Cells of a tile: a power of two that depends on the model and the kind of device, never on free memory."""
+    if device.type == "cpu":
+        return CPU_TILE
+    outputs = 2 if vae.vae.config.head == "nb_cell" else 1
+    tile = GPU_TILE
+    while tile > CPU_TILE and tile * vae.vae.n_genes * 4 * (outputs + 3) > GPU_DECODE_BYTES:
+        tile //= 2
+    return tile
+
+
+class CellMaker:
+    """Both models, a recipe and a seed: makes any cells of a request.
+
+    Args:
+        genes: Ids of the genes that are written, increasing; all if None. The softmax runs over all genes either way.
+        pool: Threads that share the draws.
+    """
+
+    def __init__(
+        self,
+        vae: LoadedVAE,
+        flow: LoadedFlow,
+        recipe: Recipe,
+        *,
+        sampler: SamplerConfig,
+        seed: int,
+        genes: np.ndarray | None = None,
+        pool: ThreadPoolExecutor | None = None,
+    ):
+        check_pair(vae, flow)
+        self.vae, self.flow, self.recipe, self.sampler = vae, flow, recipe, sampler
+        self.seed, self.genes, self.pool = seed, genes, pool
+        self.device = next(vae.vae.parameters()).device
+        self.tile = tile_cells(vae, self.device)
+
+    def cells(self, start: int, stop: int) -> Iterator[GeneratedCells]:
+        """Cells with ids start .. stop - 1, a tile or less at a time."""
+        for decoded in self.decoded(start, stop):
+            yield self.drawn(decoded)
+
+    def decoded(self, start: int, stop: int) -> Iterator[DecodedTile]:
+        """The same before the draw: all that needs the networks."""
+        for first in range(start - start % self.tile, stop, self.tile):
+            ids = np.arange(first, first + self.tile, dtype=np.int64)
+            z = self.latents(ids)
+            yield self.decode(ids, z, slice(max(start - first, 0), min(stop - first, self.tile)))
+
+    @torch.inference_mode()
+    def latents(self, ids: np.ndarray) -> Tensor:
+        """Latents of a whole tile, (b, m, e)."""
+        rows = self.recipe.rows(ids)
+        shape = (self.flow.n_latent_tokens, self.flow.latent_width)
+        noise = torch.from_numpy(normals(ids, shape[0] * shape[1], seed=self.seed, stream=LATENT)).unflatten(1, shape)
+        conditions = {k: torch.as_tensor(v[rows], device=self.device) for k, v in self.recipe.conditions.items()}
+        scale = {k: torch.as_tensor(v[rows], device=self.device) for k, v in self.recipe.scale.items()}
+        x0 = noise.to(self.device)
+        return sample_latents(self.flow.dit, x0, conditions, self.sampler, self.flow.path, scale=scale or None)
+
+    @torch.inference_mode()
+    def decode(self, ids: np.ndarray, z: Tensor, kept: slice) -> DecodedTile:
+        """Means and dispersions of a tile; the cells of `kept` come back."""
+        size = self.library_sizes(ids)
+        decoded = self.vae.vae.decode(z, torch.from_numpy(size).to(self.device))
+        assert isinstance(decoded, CountDistribution)  # check_pair refuses a Gaussian head
+        mu, theta = decoded.mu[kept].cpu(), decoded.theta / self.sampler.temperature
+        if not torch.isfinite(mu).all():
+            bad = ids[kept][~torch.isfinite(mu).all(1).numpy()].tolist()
+            raise FloatingPointError(f"the decoder gave no finite means for cells {bad[:5]}; the model is not usable")
+        theta = (theta if theta.ndim == 1 else theta[kept]).float().cpu()
+        latents = z[kept].flatten(1).float().cpu().numpy()
+        return DecodedTile(ids[kept], mu.float().numpy(), theta.numpy(), latents, size[kept])
+
+    def drawn(self, tile: DecodedTile) -> GeneratedCells:
+        """Counts of decoded cells."""
+        counts = draw_counts(
+            tile.mu, tile.theta, tile.cell_ids, seed=self.seed, stream=COUNTS, genes=self.genes, pool=self.pool
+        )
+        return GeneratedCells(tile.cell_ids, counts, tile.latents, tile.library_size)
+
+    def library_sizes(self, ids: np.ndarray) -> np.ndarray:
+        """Draws from the log-normal of each cell's row, rounded to whole counts, at least one: (b,) float32."""
+        rows = self.recipe.rows(ids)
+        z = normals(ids, 1, seed=self.seed, stream=LIBRARY)[:, 0].astype(np.float64)
+        size = np.exp(self.recipe.log_mean[rows] + self.recipe.log_sd[rows] * z)
+        return np.maximum(1.0, np.rint(size)).astype(np.float32)

@@ -1,0 +1,125 @@
+"""From a request in names to a recipe in numbers: what `CellMaker` takes, and the obs that goes with it.
+
+Shape letters: b cells, r rows of the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from scldm.data.library_size import LibrarySizes
+from scldm.data.vocabulary import Vocabulary
+from scldm.flow.guidance import JOINT
+from scldm.generation.cell_maker import Recipe
+from scldm.generation.request import Request, RequestRow, Settings
+from scldm.generation.request_table import RequestError
+
+
+def recipe_of(
+    request: Request, settings: Settings, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str
+) -> Recipe:
+    """Class ids, guidance and library-size statistics of every row.
+
+    Raises:
+        RequestError: guidance that differs between labels of a model that guides them jointly; library sizes from
+            statistics that the model has not got.
+    """
+    rows = request.rows
+    ids = {x.name: x.encode([r.condition.get(x.name) for r in rows]) for x in vocabulary.labels}
+    library = np.array([_library(r, settings, sizes) for r in rows], dtype=np.float64).reshape(-1, 2)
+    return Recipe(
+        stops=np.cumsum([r.n_cells for r in rows]).astype(np.int64),
+        conditions=ids,
+        scale=_scales(rows, settings, vocabulary, strategy),
+        log_mean=library[:, 0],
+        log_sd=library[:, 1],
+    )
+
+
+def row_guidance(row: RequestRow, settings: Settings, labels: list[str]) -> dict[str, float]:
+    """Scale of every label in a row: the row's own for the label, else the row's for all, else that of the settings."""
+    default = settings.guidance
+    return {
+        label: row.guidance.get(
+            label, row.guidance.get("", default[label] if isinstance(default, Mapping) else default)
+        )
+        for label in labels
+    }
+
+
+def _scales(
+    rows: tuple[RequestRow, ...], settings: Settings, vocabulary: Vocabulary, strategy: str
+) -> dict[str, np.ndarray]:
+    labels = [x.name for x in vocabulary.labels]
+    if not labels:
+        return {}
+    found = [row_guidance(r, settings, labels) for r in rows]
+    if strategy != "joint":
+        return {label: np.array([w[label] for w in found], dtype=np.float64) for label in labels}
+    together = []
+    for i, (row, w) in enumerate(zip(rows, found, strict=True)):
+        asked = {label: w[label] for label in labels if row.condition.get(label) is not None} or {"": 1.0}
+        if len(set(asked.values())) > 1:
+            raise RequestError(
+                f"generate: row {i + 1} guides its labels by {asked}, and this model was trained with joint labels: "
+                "they are guided together; give one scale (guidance), not one per label"
+            )
+        together.append(next(iter(asked.values())))
+    return {JOINT: np.array(together, dtype=np.float64)}
+
+
+def _library(row: RequestRow, settings: Settings, sizes: LibrarySizes) -> tuple[float, float]:
+    """Mean and deviation of the log of a row's library sizes."""
+    fixed = row.library_size if row.library_size is not None else settings.library_size
+    if not isinstance(fixed, str):
+        return float(np.log(fixed)), 0.0
+    try:
+        statistic = sizes.of(row.condition)
+    except ValueError as error:
+        raise RequestError(
+            f"generate: {error}; give generate.library_size a number, or the table such a column"
+        ) from error
+    return statistic.mean, statistic.sd
+
+
+# ---- obs ---------------------------------------------------------------------------------------------------------
+def generated_obs(
+    ids: np.ndarray, names: list[str], recipe: Recipe, request: Request, settings: Settings, vocabulary: Vocabulary
+) -> pd.DataFrame:
+    """Labels of generated cells as categoricals with the training categories, is_synthetic, gen_index, guidance.
+
+    Args:
+        ids: Cell ids, (b,).
+        names: Names of the cells, unique.
+    """
+    rows = recipe.rows(ids)
+    obs = pd.DataFrame(index=pd.Index(names, dtype=str))
+    for label in vocabulary.labels:
+        codes = recipe.conditions[label.name][rows]
+        codes = np.where(codes == label.null_id, -1, codes)
+        obs[label.name] = pd.Categorical.from_codes(codes, categories=list(label.classes))
+    obs["is_synthetic"] = True
+    obs["gen_index"] = ids
+    for column, values in _guidance(request, settings, [x.name for x in vocabulary.labels]).items():
+        obs[column] = values[rows].astype(np.float32)
+    return obs
+
+
+def _guidance(request: Request, settings: Settings, labels: list[str]) -> dict[str, np.ndarray]:
+    """Columns of the request's rows: one scale, and one for each label where any row's differ."""
+    scales = [row_guidance(r, settings, labels) for r in request.rows]
+    single = [next(iter(w.values())) if len(set(w.values())) == 1 else np.nan for w in scales]
+    columns = {"guidance_scale": np.array(single if labels else [1.0] * len(scales))}
+    if np.isnan(columns["guidance_scale"]).any():
+        columns |= {f"guidance_scale.{x}": np.array([w[x] for w in scales]) for x in labels}
+    return columns
+
+
+def genes_table(vocabulary: Vocabulary, genes: np.ndarray | None = None) -> pd.DataFrame:
+    """var of cells: feature ids as the index, `feature_name`; of all genes, or of those asked for."""
+    kept = range(vocabulary.n_genes) if genes is None else genes
+    ids, names = [vocabulary.feature_ids[i] for i in kept], [vocabulary.feature_names[i] for i in kept]
+    return pd.DataFrame({"feature_name": names}, index=pd.Index(ids, name="feature_id"))

@@ -1,0 +1,158 @@
+"""What the columns of a conditions table may hold, and which genes are written. All problems are collected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scldm.data.vocabulary import UnknownNameError, Vocabulary
+
+
+class RequestError(ValueError):
+    """A request for cells that the model cannot be asked; all that is wrong, a line each."""
+
+
+GUIDANCE, LIBRARY_SIZE, N_CELLS = "guidance", "library_size", "n_cells"
+
+
+def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems: list[str]) -> list[dict[str, Any]]:
+    """Rows as arguments of `RequestRow`; what is wrong is added to `problems`, and then there are no rows."""
+    before = len(problems)
+    known = [x.name for x in vocabulary.labels]
+    labels = [c for c in table.columns if c in known]
+    scales = {c: _guided(c) for c in table.columns if c not in known and _guided(c) is not None}
+    settings = {N_CELLS, LIBRARY_SIZE, *scales}
+    if N_CELLS not in table.columns:
+        problems.append(f"{where} has no column n_cells (it has: {', '.join(map(str, table.columns))})")
+    problems += [
+        f"{where}: the model knows no label {c!r}; it knows {', '.join(known) or 'none'}"
+        for c in table.columns
+        if c not in known and c not in settings
+    ]
+    problems += [
+        f"{where}: column {column} guides {label!r}, and the model knows no such label; it knows {', '.join(known)}"
+        for column, label in scales.items()
+        if label and label not in known
+    ]
+    names = {c: [_name(v) for v in table[c]] for c in labels}
+    for label, values in names.items():
+        try:
+            vocabulary.label(label).encode(sorted({v for v in values if v is not None}))
+        except UnknownNameError as error:
+            problems.append(f"{where}: {error}")
+    counts = _numbers(table, N_CELLS, where, problems, whole=True)
+    sizes = _numbers(table, LIBRARY_SIZE, where, problems, above=0.0)
+    guidance = {label: _numbers(table, column, where, problems) for column, label in scales.items()}
+    if len(problems) > before:
+        return []
+    return [
+        {
+            "condition": {label: names[label][i] for label in labels},
+            "n_cells": int(counts[i]),
+            "guidance": {label: float(w[i]) for label, w in guidance.items() if not np.isnan(w[i])},
+            "library_size": None if np.isnan(sizes[i]) else float(sizes[i]),
+        }
+        for i in range(len(table))
+    ]
+
+
+def check_guidance(guidance: float | Mapping[str, float], vocabulary: Vocabulary) -> list[str]:
+    """Problems of the guidance in the settings."""
+    if not isinstance(guidance, Mapping):
+        return []
+    known = [x.name for x in vocabulary.labels]
+    named = ", ".join(known) or "none"
+    problems = [
+        f"generate.sampler.guidance: the model knows no label {name!r}; it knows {named}"
+        for name in guidance
+        if name not in known
+    ]
+    if missing := [name for name in known if name not in guidance]:
+        problems.append(f"generate.sampler.guidance names no scale for {', '.join(missing)}; give each label one")
+    return problems
+
+
+def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) -> np.ndarray | None:
+    """Ids of the genes asked for, increasing, int64; None for all.
+
+    Args:
+        genes: Feature ids, or names that one gene alone has; or a text file with one of them on each line.
+
+    Raises:
+        RequestError: for all genes that the vocabulary does not hold, or that a name does not tell apart.
+    """
+    if genes is None:
+        return None
+    asked = _lines(Path(genes)) if isinstance(genes, str) else list(genes)
+    by_id = {name: i for i, name in enumerate(vocabulary.feature_ids)}
+    by_name: dict[str, list[int]] = {}
+    for i, name in enumerate(vocabulary.feature_names):
+        by_name.setdefault(name, []).append(i)
+    found, problems = set(), []
+    for gene in asked:
+        ids = [by_id[gene]] if gene in by_id else by_name.get(gene, [])
+        if len(ids) == 1:
+            found.add(ids[0])
+        elif ids:
+            several = ", ".join(vocabulary.feature_ids[i] for i in ids[:4])
+            problems.append(f"{gene} is the name of {len(ids)} genes; give the id: {several}")
+        else:
+            near = difflib.get_close_matches(gene, [*by_name, *by_id], n=1)
+            problems.append(f"no gene {gene!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if not asked:
+        problems.append("it names no gene; leave it out to write all")
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise RequestError(f"generate.genes: {'; '.join(problems[:10])}{more}")
+    return np.array(sorted(found), dtype=np.int64)
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.expanduser().is_file():
+        raise RequestError(
+            f"generate.genes: no file {path}; give a list of genes, or a text file with one on each line"
+        )
+    return [line.strip() for line in path.expanduser().read_text().splitlines() if line.strip()]
+
+
+def _guided(column: str) -> str | None:
+    """Label that a guidance column is for: "" for all of them, None if the column is something else."""
+    if column == GUIDANCE:
+        return ""
+    return column.removeprefix(GUIDANCE + ".") if str(column).startswith(GUIDANCE + ".") else None
+
+
+def _name(value: Any) -> str | None:
+    """Class of a cell of the table. A column of whole numbers with gaps comes as floats: 1.0 is class "1"."""
+    if pd.isna(value):
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _numbers(
+    table: pd.DataFrame, column: str, where: str, problems: list[str], *, whole: bool = False,
+    above: float | None = None,
+) -> np.ndarray:  # fmt: skip
+    """A column as float64; NaN where it is empty or absent, which only `whole` (n_cells) forbids."""
+    if column not in table.columns:
+        return np.full(len(table), np.nan)
+    given = table[column]
+    values = pd.to_numeric(given, errors="coerce").to_numpy(np.float64)
+    bad = np.isnan(values) & given.notna().to_numpy() | np.isinf(values)
+    if whole:
+        bad |= np.isnan(values) | (values < 0) | (values % 1 != 0)
+    if above is not None:
+        bad |= values <= above
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        kind = "whole numbers >= 0" if whole else "numbers" if above is None else f"numbers above {above:g}"
+        problems.append(
+            f"{where}: {column} must be {kind}; {int(bad.sum())} are not, the first in row {first + 1} "
+            f"({given.iloc[first]!r})"
+        )
+    return values
