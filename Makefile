@@ -68,7 +68,7 @@ $(VENV)/.docs: $(VENV)/.installed
 wheel: venv
 	rm -rf dist
 	$(UV_ENV) $(BIN)/uv build --quiet --wheel --python $(BIN)/python --out-dir dist
-	$(BIN)/python -m pytest -m slow tests/unit/test_wheel.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow tests/unit/repository/test_wheel.py $(PYTEST_ARGS)
 
 # Every row of the fault matrix, then its table; TABLE=docs/reliability.md writes it there.
 RECORDS ?= build/chaos

@@ -21,8 +21,8 @@ import psutil
 import yaml
 from harness import Row
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "chaos"))
-from raylets import RealCluster, kill_tree, wait_for
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from helpers.servers.raylets import RealCluster, kill_tree, wait_for
 
 JOB = {
     "kind": "train_vae",

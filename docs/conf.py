@@ -18,7 +18,9 @@ release = version = tomllib.loads((ROOT / "pyproject.toml").read_text())["projec
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # pages show the outputs that are in the file; tests/unit/test_notebook.py executes it
+nb_execution_mode = (
+    "off"  # pages show the outputs that are in the file; tests/unit/repository/test_notebook.py executes it
+)
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 exclude_patterns = ["_build", "jupyter_execute"]  # the second is where myst-nb puts copies of notebooks

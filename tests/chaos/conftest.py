@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from mlflow_server import Proxy, Server
+from helpers.servers.mlflow_server import Proxy, Server
 
 from pipeline.tracking import tracker as tracking
 

@@ -26,9 +26,6 @@ from typing import Any
 
 import psutil
 import yaml
-from full_disk import FullDisk
-from mlflow_server import Server
-from raylets import RealCluster, kill_tree, wait_for
 from soak_ledger import Ledger
 
 from pipeline.core.manifest import newest_manifest
@@ -39,6 +36,11 @@ from pipeline.training.checkpoints.manifest import newest
 from pipeline.training.resilience.preemption import newest_step
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from helpers.servers.full_disk import FullDisk  # noqa: E402
+from helpers.servers.mlflow_server import Server  # noqa: E402
+from helpers.servers.raylets import RealCluster, kill_tree, wait_for  # noqa: E402
+
 BATCH, EVERY, DRIVER_SHARE, STOPPED = 64, 20, 0.2, 128 + signal.SIGTERM
 JOB = {
     "kind": "train_vae",

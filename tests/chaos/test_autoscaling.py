@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from generation_case import write_inputs
+from helpers.stages.generation_case import write_inputs
 
 from pipeline.core.manifest import newest_manifest, write_manifest
 

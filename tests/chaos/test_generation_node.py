@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from generation_case import generate, hashes, write_inputs
-from raylets import RealCluster, wait_for
+from helpers.servers.raylets import RealCluster, wait_for
+from helpers.stages.generation_case import generate, hashes, write_inputs
 
 from pipeline.core.faults import VARIABLE
 
@@ -22,7 +22,7 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 import ray
-from generation_case import generate
+from helpers.stages.generation_case import generate
 from pipeline.config.job import ResourcesConfig
 from pipeline.core.manifest import Manifest
 from pipeline.stages.generate import ray_pool
@@ -51,7 +51,7 @@ def test_a_killed_node_costs_nothing_but_time(tmp_path):
         given = json.dumps([str(folder), {k: asdict(m) for k, m in inputs.items()}, ASKED])
         here = Path(__file__).resolve().parents[1]
         env = {**cluster.env, VARIABLE: "generate.after_batch:n=1:sleep=3"}  # an actor's first shard takes a moment
-        env["PYTHONPATH"] += f":{here / 'unit'}"
+        env["PYTHONPATH"] += f":{here}"
         with log.open("w") as out:
             driver = subprocess.Popen(
                 [sys.executable, "-c", DRIVER, given, cluster.address], env=env, stdout=out, stderr=out

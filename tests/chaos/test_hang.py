@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from recovery import Recoveries
+from helpers.servers.recovery import Recoveries
 
 from pipeline.config.io.loader import load_job
 from pipeline.core.manifest import newest_manifest

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import KILLED, cells_by_step, start, times_begun
-from recorded_toy import (
+from helpers.training.ranks import KILLED, cells_by_step, start, times_begun
+from helpers.training.recorded_toy import (
     EVERY,
     STEPS,
     WORKERS,

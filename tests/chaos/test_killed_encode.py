@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from small_job import MODEL, ingest_small
+from helpers.training.small_job import MODEL, ingest_small
 
 from pipeline.config.job import EncodeConfig, ResourcesConfig
 from pipeline.core.fault_points import POINTS

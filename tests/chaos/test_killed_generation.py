@@ -14,8 +14,8 @@ from pathlib import Path
 import anndata
 import psutil
 import pytest
-from generation_case import REFUSED, generate, hashes, run_in_process, write_inputs
-from recovery import Recoveries
+from helpers.servers.recovery import Recoveries
+from helpers.stages.generation_case import REFUSED, generate, hashes, run_in_process, write_inputs
 
 import scldm
 from pipeline.config.job import ResourcesConfig

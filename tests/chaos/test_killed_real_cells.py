@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from cell_stages import models, run_stage, write_soma
+from helpers.stages.cell_stages import models, run_stage, write_soma
 
 import scldm
 from pipeline.core.faults import VARIABLE

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from recovery import Recoveries
+from helpers.servers.recovery import Recoveries
 from safetensors.torch import load_file
 
 from pipeline.config.io.loader import load_job

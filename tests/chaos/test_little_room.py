@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from raylets import RealCluster
+from helpers.servers.raylets import RealCluster
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 STORE = 80_000_000  # about Ray's least: nine blocks of 256 cells
 
 
 @pytest.fixture
 def cluster(tmp_path, small_disk) -> Iterator[RealCluster]:
     """One node; what its store cannot hold goes to a file system of 16 MB: two blocks."""
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     store = (f"--object-store-memory={STORE}", f"--object-spilling-directory={small_disk}")
     started = RealCluster(tmp_path, {"PYTHONPATH": path}, head=store)
     yield started
@@ -29,7 +29,14 @@ def cluster(tmp_path, small_disk) -> Iterator[RealCluster]:
 
 
 def read(cluster: RealCluster, spill: Path, *, workers: int, block: int) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(HERE / "little_room.py"), cluster.address, str(spill), str(workers), str(block)]
+    command = [
+        sys.executable,
+        str(TESTS / "helpers" / "servers" / "small_object_store.py"),
+        cluster.address,
+        str(spill),
+        str(workers),
+        str(block),
+    ]
     return subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=200)
 
 

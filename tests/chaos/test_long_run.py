@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 
-import long_run
 import numpy as np
 import pytest
-from long_run import EVERY, STEPS
-from ranks import start
-from tracked_training import open_driver
+from helpers.training import long_run
+from helpers.training.long_run import EVERY, STEPS
+from helpers.training.ranks import start
+from helpers.training.tracked_training import open_driver
 
 from pipeline.training.monitoring.metrics_log import LOG_EVERY
 

@@ -10,7 +10,7 @@ import math
 import time
 
 import pytest
-from tracked_training import STEPS, Trained, open_driver, synced, train
+from helpers.training.tracked_training import STEPS, Trained, open_driver, synced, train
 
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.provenance import read_ids

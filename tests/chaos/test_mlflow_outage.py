@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from mlflow_server import Proxy, free_port
-from tracked_training import STEPS, all_is_there, synced, train
+from helpers.servers.mlflow_server import Proxy, free_port
+from helpers.training.tracked_training import STEPS, all_is_there, synced, train
 
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.provenance import read_ids

@@ -6,8 +6,18 @@ import json
 import time
 
 import pytest
-from ranks import cells_by_step, start
-from recorded_toy import SLOW, STEPS, WORKERS, every_cell_once_an_epoch, log, result, run, slow_worker, told
+from helpers.training.ranks import cells_by_step, start
+from helpers.training.recorded_toy import (
+    SLOW,
+    STEPS,
+    WORKERS,
+    every_cell_once_an_epoch,
+    log,
+    result,
+    run,
+    slow_worker,
+    told,
+)
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 SLOW_STEPS, SECONDS = range(10, 20), 0.3

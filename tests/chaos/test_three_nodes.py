@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from raylets import RealCluster, kill_tree, wait_for
-from recovery import Recoveries
+from helpers.servers.raylets import RealCluster, kill_tree, wait_for
+from helpers.servers.recovery import Recoveries
 
 from pipeline.core.manifest import newest_manifest
 from pipeline.training.checkpoints.manifest import Found, committed

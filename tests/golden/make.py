@@ -1,6 +1,6 @@
 """Writes the golden files of a version: what it left on disk, and the numbers that come of it. Once per release:
 
-    PYTHONPATH=.:tests/unit python tests/golden/make.py 0.1.0
+    PYTHONPATH=.:tests python tests/golden/make.py 0.1.0
 
 A folder that exists is never written again: it is what that version wrote.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from small_models import CELL_TYPES, DONORS, write_flow, write_vae
+from helpers.models.small_models import CELL_TYPES, DONORS, write_flow, write_vae
 
 from pipeline.config.io.loader import load_job, resolved_yaml
 from pipeline.training.checkpoints import manifest as checkpoint

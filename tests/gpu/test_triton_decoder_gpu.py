@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from decoder_case import Case, assert_near, outputs_and_gradients
+from helpers.models.decoder_case import Case, assert_near, outputs_and_gradients
 
 from scldm.nn.kernels import fused_decoder, triton_decoder
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from cell_stages import models, write_soma
+from helpers.stages.cell_stages import models, write_soma
 from typer.testing import CliRunner
 
 import scldm

@@ -11,7 +11,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from generation_case import generate, write_inputs
+from helpers.stages.generation_case import generate, write_inputs
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app

@@ -6,11 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import elastic_toy
 import numpy as np
 import pytest
-from elastic_toy import FIRST_STOP, SECOND_STOP, SETTINGS
-from ranks import start
+from helpers.training import elastic_toy
+from helpers.training.elastic_toy import FIRST_STOP, SECOND_STOP, SETTINGS
+from helpers.training.ranks import start
 
 from pipeline.training.checkpoints.manifest import newest
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from ranks import start, starved
-from small_job import ingest_small, spec_of
+from helpers.training.ranks import start, starved
+from helpers.training.small_job import ingest_small, spec_of
 
 from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from pipeline.data.loading.blocks import NoRoom

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_training import ODD_CELL, STEPS, toy_loss
+from helpers.training.toy_training import ODD_CELL, STEPS, toy_loss
 
 pytestmark = pytest.mark.multiprocess
 STAGES = (0, 1, 2, 3)
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def torchrun(folder: Path, *args: str, timeout: float = 300) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(Path(__file__).with_name("toy_training.py")), str(folder), *args]
-    root = str(Path(__file__).resolve().parents[2])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": root}
+    command += [str(TESTS / "helpers" / "training" / "toy_training.py"), str(folder), *args]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 

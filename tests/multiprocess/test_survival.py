@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import KILLED, REFUSED, STOPPED, cells_by_step, mad_clocks, run, start, times_begun, train
+from helpers.training.ranks import KILLED, REFUSED, STOPPED, cells_by_step, mad_clocks, run, start, times_begun, train
+from helpers.training.small_job import EVERY, STEPS, ingest_small, spec_of
 from safetensors.torch import load_file
-from small_job import EVERY, STEPS, ingest_small, spec_of
 
 from pipeline.core.manifest import Manifest
 from pipeline.training.checkpoints.manifest import newest, read

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import train
+from helpers.training.ranks import train
+from helpers.training.small_job import STEPS, ingest_small, spec_of
 from safetensors.torch import load_file
-from small_job import STEPS, ingest_small, spec_of
 
 from pipeline.core.manifest import Manifest
 from pipeline.core.prometheus import gauge_name

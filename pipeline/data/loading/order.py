@@ -9,7 +9,7 @@ W. The last batch of an epoch is filled with repeats of weight 0; every cell has
 Mixing. With L lanes of K chunks a block, a batch of G cells is G / L random rows of each of L blocks, which hold a
 simple random sample of L K of all chunks. So for a label of frequency p with correlation rho <= 1 inside a chunk,
 Var(its share of a batch) <= p (1 - p) [1 / G + rho / (L K)]: at most 1 + rho G / (L K) times that of a random order,
-on any number of workers. `tests/unit/test_mixing.py` holds it, on cells sorted by label (rho = 1).
+on any number of workers. `tests/unit/data/loading/test_mixing.py` holds it, on cells sorted by label (rho = 1).
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""Cells whose obs or var is not what training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+
+from helpers.files.fault_case import Case
+from helpers.files.h5ad_cases import G, N, save
+from pipeline.config.job import SplitConfig
+from pipeline.data.ingest.split import split_cells
+
+IDS = [f"ENSG{i:011d}" for i in range(G)]
+
+
+def genes(ids: list[str], **var: Any) -> Callable[[Path], Path]:
+    """The usual cells with other gene ids, and with more columns of var."""
+
+    def make(folder: Path) -> Path:
+        path = save(folder / "a.h5ad", genes=ids)
+        if var:
+            a = ad.read_h5ad(path)
+            a.var = a.var.assign(**var)
+            a.write_h5ad(path)
+        return path
+
+    return make
+
+
+def label(values: Any) -> Callable[[Path], Path]:
+    return lambda folder: save(folder / "a.h5ad", cell_type=values)
+
+
+def in_validation_only(folder: Path) -> Path:
+    split = split_cells(pd.DataFrame({"soma_joinid": np.arange(N)}), SplitConfig())
+    classes = np.array(["a", "b"] * 20, dtype=object)
+    classes[np.flatnonzero(split == "validation")[0]] = "rare"
+    return save(folder / "a.h5ad", cell_type=classes)
+
+
+def names(folder: Path) -> Path:
+    return save(folder / "a.h5ad", names=["c0", "c1", "c1", "c2", "c2", "c2", *(f"c{i}" for i in range(6, N))])
+
+
+def odd_names(folder: Path) -> Path:
+    return save(folder / "a.h5ad", names=[f"<b>{i}\x1b[2J" for i in range(N)])
+
+
+def categories_without_codes(f: h5py.File) -> None:
+    del f["obs/cell_type/codes"]
+    f["obs/cell_type/codes"] = np.full(N, 7, np.int8)
+
+
+def broken_codes(folder: Path) -> Path:
+    path = save(folder / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        categories_without_codes(file)
+    return path
+
+
+SYMBOLS = ["GAPDH", "ACTB", "CD3D", "CD3E", "MS4A1", "LYZ"]
+
+GENES = [
+    Case("D:duplicate-gene-ids", genes(["GAPDH", "GAPDH", "ACTB", "ACTB", "LYZ", "LYZ"]),
+         says=("3 gene ids occur more than once (first: GAPDH; ACTB; LYZ)",
+               "name a var column of unique ids in ingest.source.gene_id, or call adata.var_names_make_unique()"),
+         refused=("3 gene ids occur more than once (first: GAPDH; ACTB; LYZ)", "ingest.source.gene_id")),
+    Case("D:duplicate-gene-ids", genes(["GAPDH", "GAPDH", *SYMBOLS[2:]], ensembl=IDS), also="mended",
+         source={"gene_id": "ensembl"}),
+    Case("D:duplicate-gene-ids", genes([f"{IDS[0]}.1", f"{IDS[0]}.2", *IDS[2:]]), also="by-version",
+         says=(f"1 gene ids occur more than once (first: {IDS[0]})",),
+         refused=(f"1 gene ids occur more than once (first: {IDS[0]})",)),
+    Case("D:symbols", genes(SYMBOLS, ensembl=IDS),
+         says=("6 of 6 gene ids are no Ensembl ids (first: GAPDH; ACTB; CD3D)",
+               "models and files are matched by Ensembl id: set ingest.source.gene_id: ensembl")),
+    Case("D:symbols", genes([*IDS[:4], "nan", ""]), also="no-id",
+         says=("2 genes have no id", "name a var column of unique ids in ingest.source.gene_id"),
+         refused=("2 genes have no id",)),
+    Case("D:symbols", genes([*IDS[:5], "ENSMUSG00000000001"]), also="two-organisms",
+         says=("genes are of several organisms (5 human, 1 mouse) (first: ENSMUSG00000000001)",
+               "keep the genes and cells of one"),
+         refused=("genes are of several organisms (5 human, 1 mouse)", "keep the genes and cells of one")),
+    Case("D:symbols", genes([*IDS[:5], "ENSSASG00005000001"]), also="a-virus"),
+    Case("D:versioned-ids", genes([f"{x}.{i}" for i, x in enumerate(IDS)]),
+         says=(f"6 gene ids have a version (first: {IDS[0]}.0; {IDS[1]}.1; {IDS[2]}.2); it is stripped",)),
+]  # fmt: skip
+
+CELLS = [
+    Case("D:duplicate-obs-names", names,
+         says=("2 obs names occur more than once (first: c1; c2); cells are told apart by soma_joinid",),
+         notes=("2 obs names occur more than once; cells are told apart by soma_joinid.",)),
+    Case("D:duplicate-obs-names", odd_names, also="markup",
+         says=("40 obs names hold markup or control characters (first: <b>0\\x1b[2J;",)),
+]  # fmt: skip
+
+LABELS = [
+    Case("D:label-absent", genes(IDS), labels=("celltype", "donor"),
+         says=("obs has no column 'celltype' (did you mean 'cell_type'? columns: cell_type)",
+               "obs has no column 'donor'", "map it with ingest.source.columns: {donor: <column of the file>}"),
+         refused=("obs has no column 'celltype' (did you mean 'cell_type'?", "obs has no column 'donor'")),
+    Case("D:label-missing", label(["a", None, "b", "nan"] * 10),
+         says=("20 of 40 cells have no cell_type (first: c1; c3; c5)",
+               "leave them out with ingest.missing_label: drop, or label them"),
+         refused=("20 of 40 cells have no cell_type (first: c1, c3, c5)", "ingest.missing_label: drop")),
+    Case("D:category-in-validation-only", in_validation_only,
+         says=("1 classes of cell_type have one cell (first: rare)", "they cannot be both learned and scored"),
+         notes=("cell_type has no training cells of rare: it cannot be learned.",)),
+    Case("D:label-types", label([1, 2] * 20), also="integer"),
+    Case("D:label-types", label([True, False] * 20), also="bool"),
+    Case("D:label-types", label([0.1, 0.5, 1.0, 10.0] * 10), also="doses"),
+    Case("D:label-types", label(np.linspace(0.5, 9.7, N)), also="measurements",
+         says=("cell_type holds 40 different measurements, not classes (first: 0.5; ",
+               "cut it into ranges with pandas.cut, or name another label"),
+         refused=("cell_type holds 40 different measurements, not classes", "pandas.cut")),
+    Case("D:label-types", broken_codes, also="codes-outside",
+         says=("obs cannot be read",), refused=("cannot be read",)),
+]  # fmt: skip
+
+CASES = [*GENES, *CELLS, *LABELS]

@@ -1,0 +1,308 @@
+"""`scldm init` looks at cells, writes a job that validates, says what it chose and why, and never replaces a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from helpers.files.h5ad_cases import SHARED, counts, real
+from helpers.stages.cell_stages import write_soma
+from typer.testing import CliRunner
+
+from pipeline.cli.app import app
+from pipeline.cli.init.command import _make
+from pipeline.cli.init.defaults import choose
+from pipeline.cli.init.inspect import Looked, look
+from pipeline.cli.init.labels import choose_labels, donor_column
+from pipeline.cli.init.render import job_text
+from pipeline.config.io.loader import load_job
+from pipeline.core.manifest import InputError
+from pipeline.data.inspection.columns import obs_profile
+from pipeline.data.inspection.examine import Question
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+N = 240
+cli = CliRunner()
+
+
+def table(**columns):
+    """obs with a cell type, and what else a test wants."""
+    base = {"cell_type": pd.Categorical((["T", "B", "NK"] * N)[:N])}
+    return pd.DataFrame({**base, **columns}, index=[f"c{i}" for i in range(N)])
+
+
+def cells(obs=None, genes=None):
+    obs = table() if obs is None else obs
+    rng = np.random.default_rng(0)
+    x = rng.poisson(1.0, (len(obs), 12)).astype(np.float32) + np.eye(len(obs), 12, dtype=np.float32)
+    var = pd.DataFrame(index=genes or [f"ENSG{i:011d}" for i in range(12)])
+    return ad.AnnData(sp.csr_matrix(x), obs=obs, var=var)
+
+
+def labels_of(obs, *asked):
+    return choose_labels(obs_profile(obs), len(obs), asked)
+
+
+def init(*words):
+    return cli.invoke(app, ["init", *map(str, words)])
+
+
+# ---- labels --------------------------------------------------------------------------------------------------------
+def test_cell_types_and_treatments_are_labels_and_each_other_column_has_a_reason():
+    rng = np.random.default_rng(0)
+    obs = table(
+        cytokine=rng.choice(["IL2", "none"], N),
+        batch=rng.choice(["b1", "b2"], N),
+        n_umi=rng.integers(100, 10_000, N),
+        score=rng.random(N),
+        barcode=[f"AAAC{i}" for i in range(N)],
+        assay="10x",
+        empty=[None] * N,
+        gaps=["x", "y"] * 60 + [None] * 120,
+        lineage=pd.Categorical((["t", "b", "nk"] * N)[:N]),
+        is_doublet=rng.random(N) < 0.3,
+        soma_joinid=["a", "b"] * (N // 2),
+    )
+    found = labels_of(obs)
+    assert found.columns == ("cell_type", "cytokine")
+    reasons = {
+        "batch": "batch, donor or sample; --label batch takes it",
+        "n_umi": "whole numbers",
+        "score": "a measurement, not classes",
+        "barcode": "240 classes for 240 cells",
+        "assay": "one value for all cells",
+        "empty": "no value in any cell",
+        "gaps": "120 of 240 cells have no value",
+        "lineage": "groups the cells exactly as cell_type does",
+        "is_doublet": "usable; --label is_doublet takes it",
+        "soma_joinid": "SOMA uses this name",
+    }
+    for column, words in reasons.items():
+        assert words in found.why[column], (column, found.why[column])
+    assert len(found.verdicts) == len(obs.columns)
+
+
+def test_names_are_read_loosely_and_without_any_the_first_usable_column_is_taken():
+    types = (["T", "B", "NK"] * N)[:N]
+    assert labels_of(pd.DataFrame({"x": ["p", "q"] * 120, "Seurat.Clusters": types})).columns == ("Seurat.Clusters",)
+    terms = pd.DataFrame({"x": ["p", "q"] * 120, "cell_type_ontology_term_id": types})
+    assert labels_of(terms).columns == ("cell_type_ontology_term_id",)
+    assert labels_of(pd.DataFrame({"x": types, "y": ["p", "q"] * 120})).columns == ("x",)
+    assert labels_of(pd.DataFrame({"score": np.random.default_rng(0).random(N)})).columns == ()
+
+
+def test_what_is_asked_for_is_taken_or_refused_all_at_once():
+    obs = table(batch=["b1", "b2"] * 120, score=np.linspace(0, 1, N), assay="10x")
+    assert labels_of(obs, "batch").columns == ("batch",)
+    with pytest.raises(InputError) as error:
+        labels_of(obs, "cel_type", "score", "assay")
+    for words in ("cel_type: obs has no such column (did you mean 'cell_type'?", "pandas.cut", "1 class"):
+        assert words in str(error.value)
+
+
+def test_donors_are_held_out_whole_where_there_are_many():
+    many = obs_profile(table(patient=[f"p{i % 24}" for i in range(N)]))
+    few = obs_profile(table(patient=[f"p{i % 3}" for i in range(N)]))
+    assert donor_column(many) == "patient"
+    chosen = choose(looked(many), choose_labels(many, N), gpus=0, cpus=2)
+    assert chosen.split.value["by"] == "donor_id"
+    assert chosen.columns == {"donor_id": "patient"}
+    kept = choose(looked(few), choose_labels(few, N), gpus=0, cpus=2)
+    assert kept.split.value["by"] == "cell"
+    assert "3 donors (patient) are too few" in kept.split.why
+
+
+# ---- jobs ----------------------------------------------------------------------------------------------------------
+def looked(columns, **other):
+    plain = {
+        "uri": "cells.h5ad",
+        "kind": "h5ad",
+        "n_files": 1,
+        "n_cells": N,
+        "n_genes": 12,
+        "layer": None,
+        "gene_id": None,
+    }
+    plain |= {"gene_name": None, "values_are": "raw counts", "n_stored": 900, "columns": columns}
+    return Looked(**plain | other)
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 8, 16])
+@pytest.mark.parametrize(("n_cells", "n_genes"), [(N, 12), (2_638, 32_738), (150_000, 18_000), (30_000_000, 60_000)])
+def test_every_size_makes_a_job_that_validates(tmp_path, gpus, n_cells, n_genes):
+    columns = obs_profile(table())
+    found = looked(columns, n_cells=n_cells, n_genes=n_genes)
+    labels = choose_labels(columns, N)
+    choices = choose(found, labels, gpus=gpus, cpus=2)
+    text = job_text(found, labels, choices, name="mine", source={"type": "h5ad", "path": "cells.h5ad"}, cells={},
+                    command="scldm init cells.h5ad", path="mine.yaml")  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(text)
+    job = load_job(tmp_path / "mine.yaml")
+    assert job.resources.gpus_per_worker == (1 if gpus else 0)
+    assert job.train_vae.train.genes_per_step is None or job.train_vae.train.genes_per_step < n_genes
+    assert max(map(len, text.splitlines())) <= 160
+
+
+def test_names_of_strangers_cannot_write_keys_into_the_job(tmp_path):
+    obs = table()
+    obs["x: {a}\noutput: /etc # "] = ["p", "q"] * 120
+    obs["\x1b[31mred"] = np.linspace(0, 1, N)
+    columns = obs_profile(obs)
+    found, labels = looked(columns), choose_labels(columns, N, ["x: {a}\noutput: /etc # "])
+    choices = choose(found, labels, gpus=0, cpus=2)
+    text = job_text(found, labels, choices, name="mine", source={"type": "h5ad", "path": "cells.h5ad"}, cells={},
+                    command="scldm init 'a\nb'", path="a\nb")  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(text)
+    job = load_job(tmp_path / "mine.yaml")
+    assert job.output == "runs"
+    assert "\x1b" not in text
+    [name] = job.ingest.labels
+    assert job.ingest.source.columns == {name: "x: {a}\noutput: /etc # "}
+
+
+# ---- looking -------------------------------------------------------------------------------------------------------
+def seen(path, **question):
+    return look(Question(str(path), **question))
+
+
+def test_counts_are_found_in_a_layer_and_genes_in_a_column(tmp_path):
+    adata = cells(genes=[f"gene{i}" for i in range(12)])
+    adata.var["ensembl"] = [f"ENSG{i:011d}" for i in range(12)]
+    adata.layers["umi"], adata.layers["rounded"] = adata.X.copy(), adata.X.copy()
+    adata.X = adata.X.log1p()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    found = seen(tmp_path / "a.h5ad")
+    assert (found["layer"], found["gene_id"], found["values_are"]) == ("umi", "ensembl", "raw counts")
+    assert list(found["other_places"]) == ["layer: rounded"]
+    assert not found["warnings"]  # the ids of the column are sound, whatever the index holds
+
+
+def test_repeated_symbols_are_no_obstacle_where_a_column_has_ids(tmp_path):
+    adata = cells(genes=["g"] * 12)
+    adata.var["ensembl"] = [f"ENSG{i:011d}" for i in range(12)]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert seen(tmp_path / "a.h5ad")["gene_id"] == "ensembl"
+    cells(genes=["g"] * 12).write_h5ad(tmp_path / "b.h5ad")
+    [said] = seen(tmp_path / "b.h5ad")["errors"]
+    assert "1 gene ids occur more than once" in said
+
+
+def test_several_files_are_one_collection(tmp_path):
+    for name in ("a", "b"):
+        cells().write_h5ad(tmp_path / f"{name}.h5ad")
+    found = seen(tmp_path)
+    assert (found["n_files"], found["n_cells"], found["n_genes"]) == (2, 2 * N, 12)
+    assert found["columns"]["cell_type"]["n_classes"] == 3
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+def test_the_command_writes_a_commented_program_and_says_what_it_chose(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells(table(batch=["b1", "b2"] * 120)).write_h5ad("my cells.h5ad")
+    result = init("my cells.h5ad", "-o", "jobs/mine.yaml")
+    assert result.exit_code == 0, result.output
+    for words in ("240 cells x 12 genes", "cell_type", "left out", "batch", "scldm plan jobs/mine.yaml"):
+        assert words in result.stdout
+    job, text = load_job("jobs/mine.yaml"), Path("jobs/mine.yaml").read_text()
+    assert (job.name, job.ingest.labels) == ("my-cells", ["cell_type"])
+    assert job.ingest.source.path == str(tmp_path / "my cells.h5ad")
+    assert os.access("jobs/mine.yaml", os.X_OK)
+    assert text.splitlines()[0].startswith("#!")
+    assert text.count("#") > 12
+    before = text
+    again = init("my cells.h5ad", "-o", "jobs/mine.yaml", "--label", "batch")
+    assert again.exit_code == 2
+    assert "--force" in again.stderr
+    assert Path("jobs/mine.yaml").read_text() == before
+    assert init("my cells.h5ad", "-o", "jobs/mine.yaml", "--label", "batch", "--force").exit_code == 0
+    assert load_job("jobs/mine.yaml").ingest.labels == ["batch"]
+    assert not list(Path("jobs").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\x89HDF\r\n\x1a\n" + b"\0" * 600, "the file is"), (b"a,b", "not an HDF5 file"), (b"", "the file is empty")],
+)
+def test_damaged_files_are_errors_with_a_remedy(tmp_path, content, words):
+    (tmp_path / "a.h5ad").write_bytes(content)
+    [said] = seen(tmp_path / "a.h5ad")["errors"]
+    assert words in said
+    assert "copy or download" in said
+
+
+def test_a_file_without_counts_exits_with_2_and_nothing_is_written(tmp_path):
+    ad.AnnData(np.random.default_rng(0).random((N, 12)), obs=table()).write_h5ad(tmp_path / "a.h5ad")
+    result = init(tmp_path / "a.h5ad", "-o", tmp_path / "mine.yaml")
+    assert result.exit_code == 2
+    assert "not whole numbers" in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_wrong_options_are_named_together(tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    result = init("census", "--tissue", "lung", "--layer", "raw", "-o", tmp_path / "mine.yaml")
+    assert result.exit_code == 2
+    assert "--layer" in result.stderr
+    assert "exists" in result.stderr
+    result = init(tmp_path / "absent.h5ad", "--tissue", "lung", "-o", tmp_path / "other.yaml")
+    assert "--tissue is of the Census" in result.stderr
+
+
+def test_the_census_needs_no_look(tmp_path):
+    result = init(
+        "census:2025-01-30", "--tissue", "lung", "--tissue", "blood", "-o", tmp_path / "lung.yaml", "--gpus", 8
+    )
+    assert result.exit_code == 0, result.output
+    job = load_job(tmp_path / "lung.yaml")
+    assert job.ingest.source.version == "2025-01-30"
+    assert job.ingest.cells.tissue == ["lung", "blood"]
+    assert job.ingest.labels == ["cell_type", "tissue_general"]
+    assert job.ingest.cache is True
+
+
+def test_a_cell_ranger_output_takes_its_labels_from_a_table(tmp_path):
+    folder = tmp_path / "filtered_feature_bc_matrix"
+    folder.mkdir()
+    x = sp.coo_matrix(counts())
+    (folder / "barcodes.tsv").write_text("".join(f"c{i}\n" for i in range(x.shape[0])))
+    (folder / "genes.tsv").write_text("".join(f"ENSG{i:011d}\tG{i}\n" for i in range(x.shape[1])))
+    lines = [f"{g + 1} {c + 1} {int(v)}" for c, g, v in zip(x.row, x.col, x.data, strict=True)]
+    head = f"%%MatrixMarket matrix coordinate integer general\n{x.shape[1]} {x.shape[0]} {x.nnz}\n"
+    (folder / "matrix.mtx").write_text(head + "\n".join(lines) + "\n")
+    obs = tmp_path / "cells.csv"
+    obs.write_text("barcode,cell_type\n" + "".join(f"c{i},{'ab'[i % 2]}\n" for i in range(x.shape[0])))
+    found = seen(folder, obs=str(obs))
+    assert found["kind"] == "10x"
+    assert choose_labels(found["columns"], found["n_cells"]).columns == ("cell_type",)
+    assert choose_labels(seen(folder)["columns"], found["n_cells"]).columns == ()
+
+
+def test_an_experiment_is_read_where_it_is(tmp_path):
+    write_soma(tmp_path / "cells.soma")
+    found = seen(tmp_path / "cells.soma")
+    assert (found["kind"], found["n_cells"], found["n_genes"]) == ("SOMA", 70, 8)
+    given = {"region": None, "anonymous": False}
+    text, words = _make(Looked(**found), "mine", tmp_path / "mine.yaml", given, [], [], 0)
+    (tmp_path / "mine.yaml").write_text(text)
+    job = load_job(tmp_path / "mine.yaml")
+    assert job.ingest.source.uri == str(tmp_path / "cells.soma")
+    assert job.ingest.labels == ["cell_type"]
+    assert "donor" in words
+
+
+@real
+@pytest.mark.parametrize(
+    ("name", "labels", "gene_id"),
+    [("pbmc3k_full", ("cell_type",), "ensembl_id"), ("worm_embryo_neurons", ("cell_type", "time_point"), None)],
+)
+def test_real_files(name, labels, gene_id):
+    found = seen(SHARED / f"{name}.h5ad")
+    assert choose_labels(found["columns"], found["n_cells"]).columns == labels
+    assert found["gene_id"] == gene_id
+    assert found["layer"] is None
