@@ -23,9 +23,9 @@ from anndata import AnnData
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.report.evaluation import evaluate
-from pipeline.report.parts import cell_set
 from pipeline.report.streamed import stream_generated
 from scldm.cells.cells import open_cells
+from scldm.metrics.from_anndata import cell_set
 
 TYPES = 8
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from train_small import Parts, Training, batches, read_counts, split_counts, to_batch, train
 
-from scldm.counter_random import normals
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path
 from scldm.flow.sampler import sample_latents
+from scldm.generation.counter_random import normals
 from scldm.generation.nb_draw import draw_counts
 from scldm.metrics.distribution.distances import frechet_distance, mmd2_median
 from scldm.nn.config import DiTConfig, VAEConfig

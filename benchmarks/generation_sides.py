@@ -21,7 +21,7 @@ import plain_model as plain
 import torch
 from torch import Tensor
 
-from pipeline.core.manifest import write_json_atomic
+from pipeline.core.files import write_json_atomic
 from pipeline.inference.generator import Generator
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.data.library_size import LibrarySizes, LogNormal

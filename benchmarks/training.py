@@ -40,7 +40,7 @@ from pipeline.tracking.tracker import NullTracker
 from pipeline.training.loop import run_training
 from pipeline.training.objectives.base import Slice
 from pipeline.training.objectives.vae import VaeObjective
-from pipeline.training.records import Run
+from pipeline.training.state import Run
 from scldm.api.presets import preset
 from scldm.nn.vae import VAE
 

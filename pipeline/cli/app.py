@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import signal
 import sys
-import tempfile
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipeline.cli.cells import cells_app
 from pipeline.cli.cluster import cluster, logs, status, stop, submit
+from pipeline.cli.common import JobFile, Overrides, load, reported
 from pipeline.cli.config import config_app
 from pipeline.cli.data import validate_data
 from pipeline.cli.doctor.command import doctor
@@ -66,7 +63,7 @@ def options(
     Begin with `scldm run jobs/demo.yaml`, or with `scldm init cells.h5ad` for your own cells.
     """
     from pipeline.core.faults import arm
-    from pipeline.core.manifest import InputError
+    from scldm.errors import InputError
 
     if context.invoked_subcommand == "faults":  # which says what may stand there
         return
@@ -77,59 +74,14 @@ def options(
             raise InputError(str(error)) from None
 
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change, parsed as YAML.")
-]
-
-
 def main() -> None:
     """The console script."""
     app()
 
 
-@contextmanager
-def reported() -> Iterator[None]:
-    """Errors as people want them, and the exit code that goes with each."""
-    from pipeline.core.manifest import InputError
-
-    try:
-        yield
-    except InputError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-    except (typer.Exit, SystemExit):
-        raise
-    except Exception as error:
-        _say_failure(error)
-        raise typer.Exit(1) from None
-
-
-def _say_failure(error: Exception) -> None:
-    log = getattr(error, "log", None)
-    text = str(error)
-    if log is None:
-        with tempfile.NamedTemporaryFile("w", prefix="scldm-error-", suffix=".log", delete=False) as f:
-            f.write(traceback.format_exc())
-        log, text = f.name, f"{type(error).__name__}: {(text.splitlines() or ['no message'])[0]}"
-    typer.echo(f"{text}\n  log: {log}", err=True)
-
-
 def _stop_on_sigterm() -> None:
     """`ray job stop` and schedulers send SIGTERM: leave through `finally`, so that locks and runs are closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
-def load(job: Path, overrides: list[str] | None) -> Any:
-    from pipeline.config.io.loader import load_job
-    from pipeline.workflow.preflight import check_settings
-
-    loaded = load_job(job, overrides or [])
-    check_settings(loaded)
-    return loaded
 
 
 @app.command(rich_help_panel=JOBS)
@@ -192,7 +144,7 @@ def list_runs(
     Example: `scldm runs list runs/demo`
     """
     with reported():
-        from pipeline.planning.plan import finished_manifests, finished_stages
+        from pipeline.workflow.history import finished_manifests, finished_stages
 
         if as_json:
             import json

@@ -98,8 +98,8 @@ def export(
     Example: `scldm cells export runs/demo/generate/1a2b3c4d5e6f cells.zarr --to zarr --shuffle 0`
     """
     with _reported():
-        from pipeline.core.manifest import InputError
         from scldm.cells.cells import open_cells
+        from scldm.errors import InputError
 
         if shuffle is not None and to is not Sink.zarr:
             raise InputError(f"--shuffle is of --to zarr; {to.value} keeps the order of the cells")
@@ -122,8 +122,8 @@ def export(
 @contextmanager
 def _reported() -> Iterator[None]:
     """A folder that cannot be used is bad input: exit code 2."""
-    from pipeline.cli.app import reported
-    from pipeline.core.manifest import InputError
+    from pipeline.cli.common import reported
+    from scldm.errors import InputError
 
     with reported():
         from scldm.cells.shards import CellsError

@@ -33,7 +33,7 @@ def submit(
 
     Example: `scldm submit jobs/train_vae.yaml train.max_steps=20 --address http://head:8265`
     """
-    from pipeline.cli.app import load, reported
+    from pipeline.cli.common import load, reported
 
     with reported():
         loaded = load(job, overrides)  # errors show here, not in a job's log
@@ -51,7 +51,7 @@ def status(job_id: PerhapsJobId = None, address: Address = None) -> None:
 
     Example: `scldm status`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import status as describe
@@ -68,7 +68,7 @@ def logs(
 
     Example: `scldm logs --follow scldm-train_vae-demo-1a2b3c`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import logs as show
@@ -85,7 +85,7 @@ def stop(
 
     Example: `scldm stop scldm-train_vae-demo-1a2b3c`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import stop as end
@@ -105,7 +105,7 @@ def start_cluster(
 
     Example: `scldm cluster start --num-cpus=8`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import start
@@ -128,7 +128,7 @@ def stop_cluster(
 
     Example: `scldm cluster stop`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import stop
@@ -145,7 +145,7 @@ def drain_node(
 
     For a pod's preStop, or a watcher of spot notices. Example: `scldm cluster drain --seconds 120`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import drain

@@ -21,7 +21,7 @@ def reference(out: OutFile = None) -> None:
 
     Example: `scldm config reference -o docs/configuration.md`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.config.io.reference import reference as text
@@ -35,7 +35,7 @@ def schema(out: OutFile = None) -> None:
 
     Example: `scldm config schema -o job.schema.json`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.config.io.loader import json_schema
@@ -44,7 +44,7 @@ def schema(out: OutFile = None) -> None:
 
 
 def _say(text: str, out: Path | None) -> None:
-    from pipeline.core.manifest import InputError
+    from scldm.errors import InputError
 
     if out is None:
         typer.echo(text, nl=False)

@@ -84,13 +84,13 @@ def compare(
     Example: `scldm runs compare runs/demo runs/other`, or `scldm runs compare models:/scldm-demo@champion runs/demo`
     """
     with _reported():
-        from pipeline.core.manifest import InputError
         from pipeline.tracking.comparison.compare import Side
         from pipeline.tracking.comparison.compare import compare as lay
         from pipeline.tracking.comparison.fetch import is_run, of_run
         from pipeline.tracking.comparison.records import of_folder
         from pipeline.tracking.comparison.text import as_text
         from pipeline.tracking.mlflow_runs.client import chosen_uri
+        from scldm.errors import InputError
 
         if len(things) < 2:
             raise InputError(f"compare takes two or more; got {things[0]} alone")
@@ -108,6 +108,6 @@ def compare(
 
 
 def _reported() -> AbstractContextManager[None]:
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     return reported()

@@ -111,8 +111,8 @@ def export(
 @contextmanager
 def _reported() -> Iterator[None]:
     """A checkpoint, configuration or folder that cannot be used is bad input: exit code 2."""
-    from pipeline.cli.app import reported
-    from pipeline.core.manifest import InputError
+    from pipeline.cli.common import reported
+    from scldm.errors import InputError
 
     with reported():
         from scldm.checkpoints.native import CheckpointError

@@ -26,8 +26,8 @@ def parity(folder: Folder, json_file: JsonFile = None, every: Every = False) -> 
 
     Example: `scldm parity fixtures/upstream --json parity.json`
     """
-    from pipeline.cli.app import reported
-    from pipeline.core.manifest import InputError
+    from pipeline.cli.common import reported
+    from scldm.errors import InputError
 
     with reported():
         from scldm.parity.case import FolderError, case_names

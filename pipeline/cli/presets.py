@@ -17,8 +17,8 @@ def presets(name: Name = None) -> None:
 
     Example: `scldm presets dentate_gyrus`
     """
-    from pipeline.cli.app import reported
-    from pipeline.core.manifest import InputError
+    from pipeline.cli.common import reported
+    from scldm.errors import InputError
 
     with reported():
         from scldm.api.presets import UnknownPresetError, preset, preset_names

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.job import ResourcesConfig
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job

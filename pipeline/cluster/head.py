@@ -22,7 +22,8 @@ from typing import Any
 
 from pipeline.cluster.connect import REPOSITORY
 from pipeline.cluster.submit import FINAL, STOP_WAIT, STOP_WAIT_SECONDS
-from pipeline.core.manifest import InputError, write_json_atomic
+from pipeline.core.files import write_json_atomic
+from scldm.errors import InputError
 
 START_SECONDS = 120
 TRIES = 3

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 HERE = "http://127.0.0.1:8265"
 # Seconds between SIGTERM and SIGKILL when a job is stopped: Ray's 3 are too few to write a checkpoint. Read by the
@@ -187,7 +187,7 @@ def _newest(jobs: Any) -> str:
 
 
 def _table(jobs: Sequence[Any]) -> str:
-    from pipeline.planning.plan import table
+    from pipeline.core.text import table
 
     rows = [("job", "status", "kind", "name", "started", "took")]
     for job in jobs:

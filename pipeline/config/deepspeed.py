@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.train import TrainConfig
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's own
 _ACCUMULATION = "train.feed.batch_size and micro_batch_size"

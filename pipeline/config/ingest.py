@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipeline.data.soma.s3_errors import S3Config
+from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_serializer, model_validator
 
-from pipeline.data.soma.s3_errors import S3Client
+from pipeline.config.s3 import S3Client
 from scldm.config import StrictModel
 
 
@@ -97,3 +98,8 @@ class CheckpointStorage(StrictModel):
     strict_resume: bool = False
     """Whether a damaged checkpoint ends the run, with its name and what is wrong, before a step is done. false passes
     it over, says so in the log and as ckpt/rejected in MLflow, and goes on from the newest one that verifies."""
+
+
+def threads_per_worker(resources: ResourcesConfig) -> int:
+    """Torch threads: what the job asked for, never more than the machine has."""
+    return max(1, min(int(resources.cpus_per_worker), os.cpu_count() or 1))

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 LOCK = "lock.json"
 BEAT_SECONDS = 5.0

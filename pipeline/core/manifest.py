@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.faults import fault_point
+from pipeline.core.files import write_json_atomic
 from scldm.config import StrictModel
+from scldm.errors import InputError
 
 MANIFEST = "manifest.json"
-
-
-class InputError(Exception):
-    """Bad input from the user: what, where, why and how to mend it. The command line prints it and exits with 2."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +45,6 @@ def stage_version(stage: str, config: StrictModel, inputs: Mapping[str, Manifest
     """First 12 hex digits of the hash of all that decides a stage's output."""
     what = [stage, config.model_dump(mode="json"), {k: m.version for k, m in sorted(inputs.items())}, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Written beside, flushed to disk, renamed into place: readers see the old file or the new one, never half."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with tmp.open("w") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    fault_point("record.before_rename")
-    tmp.replace(path)
 
 
 def write_manifest(manifest: Manifest) -> None:

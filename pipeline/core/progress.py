@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.core.prometheus import Gauges
+from pipeline.core.text import compact, duration
 
 PROGRESS = "progress.json"
 
@@ -154,23 +155,3 @@ def _field(name: str, value: Any) -> str:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"lr {mantissa}e{int(exponent)}" if value == value and abs(value) != float("inf") else f"lr {value}"
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-
-
-def compact(value: float) -> str:
-    """184, 18.4k, 2.1M"""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.1f}{letter}"
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
-
-
-def duration(seconds: float) -> str:
-    """9s, 1m20s, 3h12m, 2d04h"""
-    s = max(0, round(seconds))
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02d}s"
-    if s < 86_400:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 86_400}d{s % 86_400 // 3600:02d}h"

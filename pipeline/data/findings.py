@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from scldm.text import shown
+
 FIRST = 3  # offenders that are named
-LONGEST = 80  # characters of a name
 MOST_SHOWN = 20  # of a list of facts; the JSON has them all
 
 
@@ -40,12 +41,6 @@ def error(what: str, remedy: str, *, count: int = 1, first: Iterable[Any] = ()) 
 
 def warning(what: str, remedy: str, *, count: int = 1, first: Iterable[Any] = ()) -> Finding:
     return Finding("warning", what, remedy, count, tuple(shown(x) for x in list(first)[:FIRST]))
-
-
-def shown(value: object, longest: int = LONGEST) -> str:
-    """Text that is safe to print: one line, no control or direction characters, not too long."""
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 @dataclass

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from pipeline.core.manifest import InputError
-
 if TYPE_CHECKING:
-    from pipeline.data.sources.open import OpenSource
+    pass
 
 # A cell's group travels beside its labels, as one more code; no label has this name.
 GROUP = "__measured__"
@@ -93,37 +91,6 @@ class Presence:
         n_genes = np.full(len(bits), self.measured.shape[1], np.int32)
         frame = pd.DataFrame({"name": list(self.names), "n_measured": self.measured.sum(1), "bits": bits})
         frame.assign(n_genes=n_genes).to_parquet(path, index=False)
-
-
-def presence_of_cells(source: OpenSource, cells: pd.DataFrame, places: np.ndarray) -> Presence:
-    """Which genes of the vocabulary the data sets of some cells measured.
-
-    Args:
-        cells: soma_joinid; dataset_id, unless the source was written by us.
-        places: For each gene of the vocabulary its soma_joinid, -1 where the source lacks it, (g,).
-
-    Raises:
-        InputError: if neither the store nor the vocabulary tells that anything was not measured.
-    """
-    joinids, n_source = cells["soma_joinid"].to_numpy(), source.store.shape[1]
-    if source.measured is not None:
-        return source.measured.of_cells(joinids).of_genes(places)
-    if "dataset_id" in cells:
-        data_set = cells["dataset_id"].astype("category").cat.remove_unused_categories().cat
-        if n := int((data_set.codes < 0).sum()):
-            raise InputError(
-                f"ingest.genes.presence (true): {n} cells have no dataset_id, which says what they measured"
-            )
-        names = tuple(map(str, data_set.categories))
-        known = source.store.measured_by(names)
-        if known is not None:
-            return Presence(names, known, data_set.codes.to_numpy(np.int32)).of_genes(places)
-    if (places >= 0).all():
-        raise InputError(
-            f"ingest.genes.presence (true): nothing says what was measured: {source.store.uri} has no "
-            "feature_dataset_presence_matrix with a dataset_id in obs, as the Census has; set it to false"
-        )
-    return Presence.everywhere(source.description, n_cells=len(cells), n_genes=n_source).of_genes(places)
 
 
 def read_measured(path: Path) -> np.ndarray:

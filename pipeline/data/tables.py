@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+
+from pipeline.data.presence import Presence
 
 UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
 _RANGER = ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices", "raw_feature_bc_matrix")
@@ -74,3 +77,16 @@ def sample_names(paths: Sequence[Path]) -> list[str]:
 def _shared(parts: Sequence[Sequence[str]]) -> int:
     """How many of the first parts all have in common."""
     return next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), min(map(len, parts)))
+
+
+@dataclass
+class CellTables:
+    """Cells on their way into SOMA."""
+
+    obs: pd.DataFrame  # one row per cell, Census column names
+    var: pd.DataFrame  # feature_id, feature_name, feature_length
+    chunks: Callable[[], Iterator[sp.csr_matrix]]  # rows of counts in the order of obs, genes in the order of var
+    where: str  # for messages: the file
+    notes: list[str] = field(default_factory=list)  # what a reader of the results should know
+    other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
+    measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes

@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from pipeline.core.faults import arm, fault_point
-from pipeline.core.manifest import InputError, write_json_atomic
+from pipeline.core.files import write_json_atomic
 from pipeline.data.loading.blocks import LABEL, SomaReader, SomaRows
 from pipeline.data.presence import GROUP
 from pipeline.inference.generator import shard_name
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 
 NAME, JOINID = "obs_name", "soma_joinid"
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.apply import RealCellsConfig
+from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, fault_point
 from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader, ProgressWriter
@@ -28,7 +29,6 @@ from pipeline.inference.export.index import write_index
 from pipeline.inference.models import ModelPaths, locate_models
 from pipeline.inference.rows import SourceRows, source_rows
 from pipeline.inference.shard_pool import committed, made_by_actors
-from pipeline.training.trainer import threads_per_worker
 
 SCHEMA_VERSION = 1
 ROWS = "rows.parquet"

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.config.job import GenerateConfig
 from pipeline.core.faults import arm, fault_point
-from pipeline.core.manifest import write_json_atomic
+from pipeline.core.files import write_json_atomic
 from pipeline.inference.background import Behind
 from pipeline.inference.progress import ShardProgress, count_attempt
 from pipeline.inference.recipe import recipe_of, settings_of

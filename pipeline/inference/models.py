@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.apply import PerturbConfig, RealCellsConfig
-from pipeline.core.manifest import InputError, StageContext
+from pipeline.core.manifest import StageContext
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.errors import InputError
 
 
 @dataclass(frozen=True)

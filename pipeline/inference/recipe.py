@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import GenerateConfig
-from pipeline.core.manifest import InputError
 from scldm.data.library_size import LibrarySizes, condition_key
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 from scldm.generation.cell_maker import Recipe
 from scldm.generation.recipe import recipe_of as request_recipe
 from scldm.generation.request import Request, Settings

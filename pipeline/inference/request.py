@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import GenerateConfig
-from pipeline.core.manifest import InputError
 from pipeline.inference.request_table import check_guidance, read_rows
 from pipeline.inference.request_table import genes_to_write as genes_to_write
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.errors import InputError
 from scldm.generation.request import Request as Request
 from scldm.generation.request import RequestRow as RequestRow
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.core.manifest import InputError
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 from scldm.generation import request_table
 from scldm.generation.request_table import check_guidance as check_guidance
 from scldm.generation.request_table import read_rows as read_rows

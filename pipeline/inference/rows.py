@@ -17,16 +17,17 @@ import pandas as pd
 
 from pipeline.config.apply import RealCellsConfig, ScoredGenesConfig
 from pipeline.config.ingest import GenesConfig, IngestConfig
-from pipeline.core.manifest import InputError
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.ingest.genes import ModelGenes, gene_lut, model_genes
+from pipeline.data.ingest.measured import presence_of_cells
 from pipeline.data.labels import did_you_mean, missing
 from pipeline.data.loading.blocks import LABEL, SomaReader
-from pipeline.data.presence import GROUP, presence_of_cells
+from pipeline.data.presence import GROUP
 from pipeline.data.sources.open import OpenSource, open_source
 from pipeline.inference.applier import JOINID, NAME
 from pipeline.inference.models import ModelPaths
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.errors import InputError
 
 OF_THE_COPY = ("obs has no ", "var has no ", "A 10x output has no ")  # notes on the copy in SOMA, which is not kept
 FILLED = "unknown"  # what the copy holds in columns that the input has not got

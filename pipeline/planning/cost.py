@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.planning import sizes
+from pipeline.training.monitoring.throughput import PEAKS
 from scldm.flow.config import SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.nn.flops import PEAKS, TRAINING, dit_flops, vae_flops
+from scldm.nn.flops import TRAINING, dit_flops, vae_flops
 
 MFU = (0.05, 0.20)  # of the dense bf16 peak; lowest and highest assumed
 GPUS_PER_NODE = 8

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
-from pipeline.core.manifest import InputError, Manifest
-from pipeline.core.progress import compact, duration
+from pipeline.core.manifest import Manifest
+from pipeline.core.text import compact, duration, human
 from pipeline.planning import sizes
+from scldm.errors import InputError
 
 
 def generation_lines(
@@ -31,9 +32,9 @@ def generation_lines(
     size = cell_bytes(config, data, vae)
     of_size = f"{n_cells:,} cells in {shards:,} shards of at most {config.shard_size:,}"
     total = None if size is None else round(n_cells * size)
-    lines = [f"generate: {of_size}, about {sizes.human(total)}, {_actors(resources)}"]
+    lines = [f"generate: {of_size}, about {human(total)}, {_actors(resources)}"]
     if size is not None:
-        lines[0] += f"; {sizes.human(size)} a cell before compression, {sizes.human(size * config.shard_size)} a shard"
+        lines[0] += f"; {human(size)} a cell before compression, {human(size * config.shard_size)} a shard"
     lines.append(f"generate: {_time(n_cells, config, before)}")
     return lines, total or 0
 

@@ -104,7 +104,7 @@ def fits(total: float) -> list[str]:
 
 def stage_lines(n: int, train: TrainConfig, workers: int, activations: float) -> list[str]:
     """A line for each ZeRO stage: memory per GPU, and which A100 holds it."""
-    from pipeline.planning.sizes import human
+    from pipeline.core.text import human
 
     lines = []
     for stage in STAGES:

@@ -6,23 +6,19 @@ Also `scldm runs list`: what has been made.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.job import (
-    REAL_CELL_STAGES,
-    STAGES,
     JobBase,
     TrainConfig,
     TrainFlowConfig,
     TrainVaeConfig,
     stage_configs,
 )
-from pipeline.core.manifest import InputError, Manifest, newest_manifest, read_manifest
-from pipeline.core.progress import duration
+from pipeline.core.manifest import Manifest, newest_manifest
+from pipeline.core.text import human, table
 from pipeline.planning import sizes
 from pipeline.planning.generation import generation_lines
 from pipeline.planning.memory import stage_lines, state_bytes
@@ -78,30 +74,6 @@ def _decisions(job: JobBase) -> tuple[list[Decision], list[str]]:
     return found, _sizes(job, decided, pipeline_folder(job))
 
 
-def finished_stages(folder: Path) -> str:
-    """Table of the finished stages under a pipeline's folder, oldest first."""
-    rows = [("stage", "version", "finished", "took", "made from")]
-    for m in finished_manifests(folder):
-        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.finished_at))
-        sources = " ".join(f"{stage}:{version}" for stage, version in m.inputs.items())
-        rows.append((m.stage, m.version, finished, duration(m.seconds), sources or "the source"))
-    return table(rows)
-
-
-def finished_manifests(folder: Path) -> list[Manifest]:
-    """The same as manifests.
-
-    Raises:
-        InputError: there are none.
-    """
-    made = [
-        m for s in (*STAGES, *REAL_CELL_STAGES) for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None
-    ]
-    if not made:
-        raise InputError(f"{folder} holds no finished stage. Give <output>/<name> of a job, for example runs/demo")
-    return sorted(made, key=lambda m: m.finished_at)
-
-
 # ---- sizes -------------------------------------------------------------------------------------------------------
 def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
     """One line for each stage of the job that takes steps, memory or disk."""
@@ -119,7 +91,7 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
     if "encode" in configs and vae is not None:
         size = sizes.latent_bytes(configs["encode"], vae, data)
-        lines.append(f"encode: latent cache {sizes.human(size)}, {job.resources.actors_max} actors")
+        lines.append(f"encode: latent cache {human(size)}, {job.resources.actors_max} actors")
         disk += size or 0
     if "train_flow" in configs:
         flow: TrainFlowConfig = configs["train_flow"]
@@ -136,7 +108,7 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         lines += said
         disk += size
     lines += _time_and_cost(job, configs, vae, data, decided, folder)
-    return [*lines, f"disk: {sizes.human(disk)} in all"] if disk else lines
+    return [*lines, f"disk: {human(disk)} in all"] if disk else lines
 
 
 def _time_and_cost(
@@ -167,8 +139,8 @@ def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase, activ
     if n is None:
         return [f"{stage}: {steps} ({feed}); parameters unknown until ingest has run"]
     state = state_bytes(n, train, workers)
-    memory = sizes.human(state.weights + state.gradients + state.optimizer)
-    kept = sizes.human(sizes.checkpoint_bytes(n, train))
+    memory = human(state.weights + state.gradients + state.optimizer)
+    kept = human(sizes.checkpoint_bytes(n, train))
     line = (
         f"{stage}: {steps} ({feed}); {n:,} parameters; weights + gradients + optimizer {memory} per worker "
         f"(ZeRO {train.zero_stage}, {train.precision}); {train.keep_last} checkpoints and the model {kept}"
@@ -190,8 +162,3 @@ def _config(stage: str, model: type[Any], configs: dict[str, Any], decided: dict
         return configs[stage]
     manifest = _manifest(stage, decided, folder)
     return model.model_validate(dict(manifest.config)) if manifest is not None and manifest.config else None
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

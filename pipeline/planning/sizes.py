@@ -175,14 +175,3 @@ def _by_split(n_cells: int | None, split: SplitConfig) -> dict[str, int] | None:
         return None
     validation, test = round(n_cells * split.validation), round(n_cells * split.test)
     return {"train": n_cells - validation - test, "validation": validation, "test": test}
-
-
-def human(n: float | None) -> str:
-    """1.2 MB"""
-    if n is None:
-        return "unknown"
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
-from pipeline.report.parts import EvaluationError, Parts, fit_space, split_parts
+from pipeline.report.parts import Parts, fit_space, split_parts
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics import expression
@@ -18,6 +18,7 @@ from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
 from scldm.metrics.cell_set import CellSet, shown
 from scldm.metrics.compare import Compared, CompareSettings, Comparison
 from scldm.metrics.conditional import ClassTable, ConditionalSettings
+from scldm.metrics.from_anndata import EvaluationError
 from scldm.metrics.labels import labelled
 from scldm.metrics.reconstruction import reconstruction_table
 from scldm.metrics.resampling import Halves

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.core.manifest import write_json_atomic
+from pipeline.core.files import write_json_atomic
 from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import number
 from pipeline.report.rows import MetricRow

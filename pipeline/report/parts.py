@@ -12,17 +12,13 @@ import numpy as np
 from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
-from scldm.metrics import expression
 from scldm.metrics.baselines import Selection, select_like
 from scldm.metrics.cell_set import CellSet, shown
 from scldm.metrics.distribution.projection import RealSpace
+from scldm.metrics.from_anndata import EvaluationError, cell_set
 
 SHORT_NAMED = 5  # classes named in a note
 MIN_CELLS = 16  # a side: halves of fewer have too few neighbours and folds
-
-
-class EvaluationError(ValueError):
-    """Cells or settings that cannot be evaluated; the message says what, and what is needed."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +34,6 @@ class Parts:
     given: tuple[str, ...]  # labels that every generated cell has
     notes: tuple[str, ...]
     space: RealSpace
-
-
-def cell_set(adata: AnnData, labels: Sequence[str]) -> CellSet:
-    """Counts and labels of an AnnData; a missing label value becomes None."""
-    missing = [name for name in labels if name not in adata.obs]
-    if missing:
-        raise EvaluationError(f"obs lacks {', '.join(missing)}; it has {', '.join(adata.obs.columns) or 'no columns'}")
-    return CellSet(expression.as_counts(adata.X), {n: class_names(adata.obs[n]) for n in labels})
-
-
-def class_names(column: Sequence[object]) -> np.ndarray:
-    """Of a column of obs, (n,): None where there is no name."""
-    return np.array([v if isinstance(v, str) else None for v in column], dtype=object)
 
 
 def split_parts(

@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.job import EncodeConfig
+from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, arm, fault_point
-from pipeline.core.manifest import StageContext, write_json_atomic
+from pipeline.core.files import write_json_atomic
+from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.loading.blocks import LABEL, RECORD_BATCH_ROWS
 from pipeline.inference.shard_pool import actor_pool, committed
-from pipeline.training.trainer import threads_per_worker
 
 BLOCK_ROWS = 8192
 

@@ -22,20 +22,21 @@ from anndata import AnnData
 from rich.console import Console
 
 from pipeline.config.job import EvaluateConfig
-from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
-from pipeline.report.parts import EvaluationError, cell_set
 from pipeline.report.streamed import stream_generated
 from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
+from scldm.errors import InputError
 from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import shown
 from scldm.metrics.expression import as_counts
+from scldm.metrics.from_anndata import EvaluationError, cell_set
 from scldm.nn.vae import CountDistribution
 
 VAE_BATCH = 64  # cells

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.job import GenerateConfig
+from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, fault_point
 from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader
@@ -26,7 +27,6 @@ from pipeline.inference.progress import JobProgress, clear_hints
 from pipeline.inference.recipe import notes_on, recipe_of
 from pipeline.inference.request import Request, genes_to_write, n_shards, read_request
 from pipeline.inference.shard_pool import committed, made_by_actors
-from pipeline.training.trainer import threads_per_worker
 from scldm.data.library_size import LibrarySizes
 
 SCHEMA_VERSION = 2

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import InputError, StageContext
+from pipeline.core.manifest import StageContext
 from pipeline.data.ingest.fill_cache import cache_facts
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.ingest.genes import gene_lut, model_genes
@@ -32,6 +32,7 @@ from pipeline.data.validation.checks import label_problems
 from pipeline.data.validation.obs_sums import sum_findings
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
+from scldm.errors import InputError
 
 # Above this, library sizes come from obs where it has them, and gene statistics from a sample of storage tiles.
 FULL_PASS_CELLS = 200_000

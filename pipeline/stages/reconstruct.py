@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.apply import ReconstructConfig
-from pipeline.core.manifest import InputError, StageContext
+from pipeline.core.manifest import StageContext
 from pipeline.inference.applier import Made, Tile
 from pipeline.inference.apply_job import Output, Pool, run_batches
 from pipeline.inference.models import latent_width, load_models, locate_models
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 
 MOST_DENSE_BYTES = 4 << 30  # of means in one shard
 

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
+from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE
 from pipeline.core.manifest import StageContext
 from pipeline.stages.model_card import model_card
-from pipeline.training.trainer import threads_per_worker
 
 
 def worker_spec(

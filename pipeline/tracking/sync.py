@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.manifest import InputError, read_manifest
+from pipeline.core.manifest import read_manifest
 from pipeline.tracking.mlflow_runs.client import explain, mlflow_client
 from pipeline.tracking.mlflow_runs.delivery import Delivery
 from pipeline.tracking.mlflow_runs.runs import OPENING, PARENT_SPOOL, Opening, ParentTarget, PipelineRuns
@@ -20,6 +20,7 @@ from pipeline.tracking.provenance import IDS, read_ids
 from pipeline.tracking.spool import BATCH
 from pipeline.tracking.spool_file import Record, append, claim, parse, put_back, waiting
 from pipeline.tracking.tracker import SPOOL, SPOOLS
+from scldm.errors import InputError
 
 REFUSED = f"refused.{SPOOLS}"
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.config.job import JobBase
 from pipeline.core.manifest import MANIFEST, Manifest
+from pipeline.core.nested import flat
 from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys, explain
 from pipeline.tracking.mlflow_runs.client import mlflow_client as mlflow_client
 from pipeline.tracking.mlflow_runs.delivery import Delivery
@@ -27,7 +28,6 @@ from pipeline.tracking.mlflow_runs.runs import Opening, ParentTarget, Pipeline, 
 from pipeline.tracking.provenance import code_versions, datasets, inputs_of, read_ids, settings_behind
 from pipeline.tracking.spool import NotReadyError, SpooledWriter
 from pipeline.tracking.spool_file import Record, waiting
-from pipeline.workflow.schedule import flat
 
 SPOOL = "mlflow_spool.jsonl"
 SPOOLS = "mlflow_spool*.jsonl"  # also those of workers

@@ -22,16 +22,15 @@ from pipeline.training.engine.deepspeed import Engine
 from pipeline.training.monitoring.metrics_log import LOG_EVERY, TrainingCurve
 from pipeline.training.monitoring.step_timer import StepClock
 from pipeline.training.monitoring.stragglers import Pace
+from pipeline.training.monitoring.throughput import mfu, peak_flops
 from pipeline.training.objectives.base import Objective
 from pipeline.training.prefetch import Ready, prefetch
-from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.resilience.early_stopping import BestSoFar
 from pipeline.training.resilience.out_of_memory import memory_is_explained
 from pipeline.training.resilience.step_guard import StepGuard, StepLosses
 from pipeline.training.resilience.stop_signal import Notice, StopNotice
 from pipeline.training.resilience.watchdog import Watchdog
-from pipeline.training.state import MeanLoss, Memory
-from scldm.nn.flops import mfu, peak_flops
+from pipeline.training.state import MeanLoss, Memory, Run, Stopped, Trained
 from scldm.optim.adamw import adamw
 from scldm.optim.ema import EMA
 from scldm.optim.schedule import learning_rate_factor

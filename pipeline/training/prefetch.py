@@ -10,15 +10,13 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from pipeline.data.loading.feed import FeedStep
-from pipeline.training.objectives.base import Slice
+from pipeline.training.objectives.base import Slice, map_tensors
 
 AHEAD = 1  # steps that wait, ready, on the device
 
@@ -98,16 +96,3 @@ def _ready(step: FeedStep, prepare: Callable[[pa.Table, Slice], Any], device: to
         moved = [(at, map_tensors(b, lambda x: x.pin_memory().to(device, non_blocking=True))) for at, b in parts]
         event = stream.record_event()
     return Ready(step.step, step.epoch, step.real_cells, moved, event)
-
-
-def map_tensors(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with f of every tensor in it: in dataclasses, maps, tuples and lists."""
-    if isinstance(batch, Tensor):
-        return f(batch)
-    if isinstance(batch, dict):
-        return {k: map_tensors(v, f) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map_tensors(v, f) for v in batch)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{x.name: map_tensors(getattr(batch, x.name), f) for x in fields(batch)})
-    return batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
 import uuid
@@ -12,16 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.checks import feed_problems
 from pipeline.config.job import ResourcesConfig, TrainConfig
 from pipeline.config.resources import CheckpointStorage
-from pipeline.core.manifest import InputError
 from pipeline.core.progress import ProgressReader
+from pipeline.training.checkpoints.manifest import newest_step
 from pipeline.training.checkpoints.remote import check_storage
-from pipeline.training.resilience.preemption import newest_step, node_goes_at, wait_until_gone
+from pipeline.training.resilience.preemption import node_goes_at, wait_until_gone
 from pipeline.training.resilience.reservation import give_back, remember
 from pipeline.training.resilience.stop_signal import STOP_FILE
 from pipeline.training.resilience.watchdog import FIRST
-from pipeline.workflow.preflight import feed_problems
+from scldm.errors import InputError
 
 REFUSED = "refused"  # in place of facts, where no start of the workers can mend what the user must
 HOPELESS = "hopeless"  # in place of facts, where starting again would end the same: no failure that Ray may retry
@@ -34,8 +34,8 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from pipeline.training.checkpoints.selection import CannotResume
-    from pipeline.training.records import Stopped
     from pipeline.training.resilience.step_guard import TrainingStopped
+    from pipeline.training.state import Stopped
     from pipeline.training.worker import train_worker
 
     if ray.train.get_context().get_world_rank() == 0:
@@ -171,8 +171,3 @@ def stop_on_sigterm(file: Path) -> Iterator[Callable[[], bool]]:
     finally:
         signal.signal(signal.SIGTERM, before)
         file.unlink(missing_ok=True)
-
-
-def threads_per_worker(resources: ResourcesConfig) -> int:
-    """Torch threads: what the job asked for, never more than the machine has."""
-    return max(1, min(int(resources.cpus_per_worker), os.cpu_count() or 1))

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
 from pipeline.config.resources import CheckpointStorage
 from pipeline.core.faults import arm
-from pipeline.core.manifest import InputError, Manifest
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.tracking.system_metrics import node_metrics
 from pipeline.tracking.tracker import StageTracker
@@ -32,13 +32,14 @@ from pipeline.training.loop import run_training
 from pipeline.training.objectives.dispersion import fit_dispersions
 from pipeline.training.objectives.flow import FlowDraws, FlowObjective
 from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation_tables
-from pipeline.training.records import Run, Stopped, Trained
 from pipeline.training.resilience.step_guard import TrainingStopped
 from pipeline.training.resilience.stop_signal import STOP_FILE
+from pipeline.training.state import Run, Stopped, Trained
 from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
 from pipeline.training.tasks.sources import flow_samples, latent_blocks, make_order
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
+from scldm.errors import InputError
 from scldm.nn.dit import DiT
 from scldm.nn.flops import dit_flops, vae_flops
 from scldm.nn.vae import VAE

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.apply import ModelFolders
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 
 def outside_files(config: Any) -> Iterator[tuple[str, str]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.config.apply import RealCellsConfig
+from pipeline.config.checks import feed_problems
 from pipeline.config.deepspeed import read_options
 from pipeline.config.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
-from pipeline.core.manifest import InputError, Manifest
+from pipeline.core.manifest import Manifest
+from scldm.errors import InputError
 
 if TYPE_CHECKING:
     from scldm.config import StrictModel
@@ -34,23 +35,6 @@ def check_settings(job: JobBase) -> None:
             problems += model_problems(config)
     if problems:
         raise InputError("\n".join(problems))
-
-
-def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "") -> list[str]:
-    """Batch, lanes and workers must divide one another."""
-    feed, problems = train.feed, []
-    if any(feed.lanes % n for n in resources.world_sizes):
-        whole = math.lcm(*resources.world_sizes)
-        problems.append(
-            f"{where}train.feed.lanes ({feed.lanes}) must be a multiple of resources.workers ({resources.workers}); "
-            f"set {where}train.feed.lanes={-(-feed.lanes // whole) * whole}"
-        )
-    if feed.batch_size % feed.lanes:
-        problems.append(
-            f"{where}train.feed.batch_size ({feed.batch_size}) must be a multiple of {where}train.feed.lanes "
-            f"({feed.lanes}); set {where}train.feed.batch_size={-(-feed.batch_size // feed.lanes) * feed.lanes}"
-        )
-    return problems
 
 
 def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:

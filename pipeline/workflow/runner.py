@@ -20,7 +20,7 @@ from pipeline.config.io.loader import resolved_yaml
 from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
 from pipeline.core.faults import fault_point
 from pipeline.core.lock import stage_lock
-from pipeline.core.manifest import InputError, Manifest, StageContext, newest_manifest, read_manifest, write_manifest
+from pipeline.core.manifest import Manifest, StageContext, newest_manifest, read_manifest, write_manifest
 from pipeline.tracking.tracker import StageTracker, Tracking
 from pipeline.workflow.preflight import check_against_data, check_settings
 from pipeline.workflow.schedule import (
@@ -31,6 +31,7 @@ from pipeline.workflow.schedule import (
     pipeline_folder,
     schedule,
 )
+from scldm.errors import InputError
 
 ERROR_LOG = "error.log"
 StageFunction = Callable[[Any, StageContext], Mapping[str, Any]]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
-from pipeline.core.manifest import InputError, Manifest, newest_manifest, read_manifest, stage_version
+from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
+from pipeline.core.nested import changed_settings
 from pipeline.workflow.input_files import outside_files
 from scldm.config import StrictModel
+from scldm.errors import InputError
 
 _RAY_PACKAGE = ("working_dir_files", "_ray_pkg_")
 
@@ -198,18 +199,3 @@ def _why(
     if not shown:
         shown = [f"{', '.join(rerun)} runs again"] if rerun else ["the seed or an input file changed"]
     return "; ".join(shown)
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """`train.max_steps 600 -> 20` for every setting that differs."""
-    old, new = flat(before), flat(now)
-    for key in dict.fromkeys([*new, *old]):
-        if old.get(key) != new.get(key):
-            yield f"{key} {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested maps as one map of dotted paths; lists are values."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree} if prefix else {}
-    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}

@@ -7,15 +7,31 @@ not stated; who publishes the folder adds it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from scldm.api.model import Model
+from scldm.api.folders import ModelFolders
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+from scldm.data.vocabulary import Vocabulary
 
 MOST_CLASSES = 30  # of a label that are listed
 
 
-def model_card(model: Model, name: str) -> str:
+class DescribedModel(Protocol):
+    """What a card says something about; `scldm.Model` is one."""
+
+    vae: LoadedVAE
+    flow: LoadedFlow | None
+    folders: ModelFolders
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def latent_shape(self) -> tuple[int, int]: ...
+
+
+def model_card(model: DescribedModel, name: str) -> str:
     """Markdown.
 
     Args:
@@ -41,7 +57,7 @@ def _head() -> list[str]:
     ]
 
 
-def _what(model: Model) -> list[str]:
+def _what(model: DescribedModel) -> list[str]:
     vae, flow = model.vae.vae, model.flow
     m, e = model.latent_shape
     lines = [
@@ -83,7 +99,7 @@ def _use(name: str) -> list[str]:
     ]
 
 
-def _data(model: Model) -> list[str]:
+def _data(model: DescribedModel) -> list[str]:
     """What the cards of the parts say of their training."""
     lines = ["## Training", ""]
     for part, folder in (("VAE", model.folders.vae), ("flow", model.folders.flow)):
@@ -98,7 +114,7 @@ def _data(model: Model) -> list[str]:
     return [*lines, ""]
 
 
-def _limits(model: Model) -> list[str]:
+def _limits(model: DescribedModel) -> list[str]:
     return [
         "## Limits",
         "",

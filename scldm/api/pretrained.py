@@ -13,19 +13,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from scldm.api.model_card import model_card
+from scldm.api.model_card import DescribedModel, model_card
 from scldm.checkpoints.output_folder import check_output, written_whole
-
-if TYPE_CHECKING:
-    from scldm.api.model import Model
 
 INDEX = "model_index.json"
 FILES = ("model.safetensors", "raw.safetensors", "config.json", "vocabulary.json", "library_size.json", "README.md")
 
 
-def write_pretrained(model: Model, folder: Path, *, force: bool = False) -> Path:
+def write_pretrained(model: DescribedModel, folder: Path, *, force: bool = False) -> Path:
     """Write the parts, the index and the card; the folder.
 
     Raises:

@@ -1,6 +1,6 @@
 """Cells from noise: flow, decoder, draw. A cell is a function of (models, sampler, seed, request, cell id).
 
-Noise, library size and counts of a cell come from counters of its own (`scldm.counter_random`). What is left is the
+Noise, library size and counts of a cell come from counters of its own (`counter_random`). What is left is the
 networks' rounding, which depends on the shape of a batch. So the networks only ever see *tiles*: the cells whose ids
 share a quotient by the tile's size, always at the same place, whoever asks for whichever of them. Shards, batches,
 actors and retries then change nothing at all, to the last bit. The size of a tile follows from the models and the kind
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
-from scldm.counter_random import normals
 from scldm.flow.config import SamplerConfig
 from scldm.flow.sampler import sample_latents
+from scldm.generation.counter_random import normals
 from scldm.generation.nb_draw import draw_counts
 from scldm.nn.vae import CountDistribution
 

@@ -19,7 +19,7 @@ import numba
 import numpy as np
 import scipy.sparse as sp
 
-from scldm.counter_random import MASK, SHIFT, TO_UNIT, as_cells, key_of, philox
+from scldm.generation.counter_random import MASK, SHIFT, TO_UNIT, as_cells, key_of, philox
 
 INVERT_TO = 16.0  # mu: above it the walk along the distribution function is longer than two rejections
 LOW_WORDS, SEQUENCE = np.uint64(1 << 8), np.uint64(2 << 8)  # sub-streams, beside the stream's number

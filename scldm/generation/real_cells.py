@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from scldm.checkpoints.native import LoadedFlow
-from scldm.counter_random import normals
 from scldm.flow.config import SamplerConfig
 from scldm.flow.guidance import guided_velocity
 from scldm.flow.likelihood import log_likelihood, rademacher
 from scldm.flow.sampler import sample_latents, time_grid
+from scldm.generation.counter_random import normals
 from scldm.generation.nb_draw import draw_counts
 from scldm.nn.vae import CountDistribution
 from scldm.random import generator

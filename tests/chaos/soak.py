@@ -32,8 +32,7 @@ from pipeline.core.manifest import newest_manifest
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.provenance import read_ids
 from pipeline.tracking.sync import sync
-from pipeline.training.checkpoints.manifest import newest
-from pipeline.training.resilience.preemption import newest_step
+from pipeline.training.checkpoints.manifest import newest, newest_step
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

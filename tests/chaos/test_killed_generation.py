@@ -21,9 +21,9 @@ import scldm
 from pipeline.config.job import ResourcesConfig
 from pipeline.core.fault_points import POINTS
 from pipeline.core.faults import VARIABLE
-from pipeline.core.manifest import InputError
 from pipeline.stages.generate import ray_pool
 from scldm.cells.cells import CellsError
+from scldm.errors import InputError
 
 pytestmark = pytest.mark.chaos
 KILLED = -signal.SIGKILL

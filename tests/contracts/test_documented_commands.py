@@ -15,7 +15,7 @@ import typer
 
 from pipeline.cli.app import app
 from pipeline.config.io.loader import apply_overrides, read_raw, validate
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,11 +11,12 @@ import edits
 
 from pipeline.config.io.loader import apply_overrides, read_raw, validate
 from pipeline.config.job import H5adSource, TenxSource
-from pipeline.core.manifest import InputError
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.sources.h5ad import read_h5ad
 from pipeline.data.sources.tenx import read_10x
-from pipeline.data.validation.checks import CellTables, checked
+from pipeline.data.tables import CellTables
+from pipeline.data.validation.checks import checked
+from scldm.errors import InputError
 
 LABELS = ("cell_type",)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.data.ingest import statistics
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.loading import cache_writer as writer
@@ -17,6 +17,7 @@ from pipeline.data.loading.cache_writer import Cells, materialise
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
 from pipeline.stages import ingest
+from scldm.errors import InputError
 
 pytestmark = pytest.mark.integration
 

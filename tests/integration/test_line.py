@@ -13,8 +13,9 @@ import yaml
 
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import STAGES
-from pipeline.core.manifest import InputError, newest_manifest
+from pipeline.core.manifest import newest_manifest
 from pipeline.workflow.runner import run_job
+from scldm.errors import InputError
 
 pytestmark = pytest.mark.integration
 

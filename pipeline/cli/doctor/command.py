@@ -22,11 +22,11 @@ def doctor(
 
     Each line is ok or says how to mend it; exit code 1 if not. Example: `scldm doctor jobs/census/train_vae.yaml`
     """
-    from pipeline.cli.app import load, reported
+    from pipeline.cli.common import load, reported
 
     with reported():
         loaded = load(job, overrides) if job is not None else None
-        from pipeline.cli.doctor.machine import asked_by, examine, report
+        from pipeline.cli.doctor.report import asked_by, examine, report
 
         text, code = report(examine(asked_by(loaded)), as_json=as_json)
         typer.echo(text)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from pipeline.cli.doctor.machine import TIMEOUT, Asked, Finding
+from pipeline.cli.doctor.finding import TIMEOUT, Asked, Finding
 from pipeline.cluster.submit import has_token
 
 CENSUS = "https://cellxgene-census-public-us-west-2.s3.us-west-2.amazonaws.com/cell-census/"

@@ -51,7 +51,7 @@ def init(
 
     Example: `scldm init cells.h5ad -o jobs/mine.yaml`
     """
-    from pipeline.cli.app import reported
+    from pipeline.cli.common import reported
 
     with reported():
         given = {"layer": layer, "gene_id": gene_id, "obs": obs, "genome": genome, "region": region}
@@ -89,10 +89,10 @@ def _make(looked: Looked, name: str, path: Path, given: dict[str, Any], asked: l
 
 def _look(source: str, access: dict[str, Any], memory_gib: float) -> Looked:
     """What a child process finds; a source that cannot be used is bad input."""
-    from pipeline.cli.data import ask
     from pipeline.cli.init.inspect import CHILD, Looked
-    from pipeline.core.manifest import InputError
-    from pipeline.data.findings import shown
+    from pipeline.data.inspection.sandbox import ask
+    from scldm.errors import InputError
+    from scldm.text import shown
 
     typer.echo(f"looking at {shown(source, 200)} …", err=True)
     found = ask({"uri": source, **access}, memory_gib, CHILD)
@@ -112,7 +112,7 @@ def _census(source: str) -> Looked | None:
 
 def _source(looked: Looked, given: dict[str, Any]) -> dict[str, Any]:
     """ingest.source; local paths are absolute, so that the job runs from any folder."""
-    from pipeline.data.findings import shown
+    from scldm.text import shown
 
     uri = looked.uri if "://" in looked.uri else str(Path(looked.uri).expanduser().absolute())
     if looked.kind == "Census":
@@ -130,7 +130,7 @@ def _source(looked: Looked, given: dict[str, Any]) -> dict[str, Any]:
         names = {"layer": looked.layer, "gene_id": looked.gene_id, "gene_name": looked.gene_name}
         found = {"type": "h5ad", "path": uri, **names}
     if uri != shown(uri, 10**6):
-        from pipeline.core.manifest import InputError
+        from scldm.errors import InputError
 
         raise InputError(f"{shown(uri, 200)}: the path holds characters that cannot be printed; rename the file")
     return {k: v for k, v in found.items() if v is not None}
@@ -139,7 +139,7 @@ def _source(looked: Looked, given: dict[str, Any]) -> dict[str, Any]:
 # ---- checks ------------------------------------------------------------------------------------------------------
 def _check(source: str, path: Path, given: dict[str, Any], tissue: list[str] | None, force: bool) -> None:
     """What needs no look at the cells; all at once."""
-    from pipeline.core.manifest import InputError
+    from scldm.errors import InputError
 
     problems = []
     census = CENSUS.fullmatch(source) is not None and not Path(source).exists()
@@ -167,7 +167,7 @@ def _validated(text: str, path: Path) -> None:
 
 def _write(path: Path, text: str, force: bool) -> None:
     """Whole, or not at all; a file that came meanwhile is not replaced."""
-    from pipeline.core.manifest import InputError
+    from scldm.errors import InputError
 
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

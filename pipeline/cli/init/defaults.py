@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.cli.init.inspect import Looked
 from pipeline.cli.init.labels import Labels, donor_column
-from pipeline.data.findings import shown
+from scldm.text import shown
 
 MANY_DONORS = 20  # below it a hash of donors may leave a split without any
 MANY_GENES = 4096

@@ -155,7 +155,7 @@ def _files(found: list[Examined]) -> list[Examined]:
 
 
 def _where(found: list[Examined], one: Examined) -> str:
-    from pipeline.data.findings import shown
+    from scldm.text import shown
 
     return f"{shown(one.where, 200)}: " if len(found) > 1 else ""
 
@@ -167,7 +167,7 @@ def _in_all(lists: Iterable[list[str]]) -> list[str]:
 
 def child() -> None:
     """The child process: a question from stdin, the answer to a file."""
-    from pipeline.cli.data import serve
     from pipeline.data.inspection.examine import examine as examine  # before the limit on memory: libraries are mapped
+    from pipeline.data.inspection.sandbox import serve
 
     serve(look)

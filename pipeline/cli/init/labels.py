@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.manifest import InputError
-from pipeline.data.findings import shown
+from scldm.errors import InputError
+from scldm.text import shown
 
 MOST_CLASSES = 1000
 ENOUGH_CELLS = 10  # of the middle class

@@ -11,7 +11,7 @@ import yaml
 from pipeline.cli.init.defaults import Choices
 from pipeline.cli.init.inspect import Looked
 from pipeline.cli.init.labels import Labels
-from pipeline.data.findings import shown
+from scldm.text import shown
 
 COLUMN = 2  # spaces before a comment
 WIDE = 118

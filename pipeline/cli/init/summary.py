@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.cli.init.defaults import Choices
 from pipeline.cli.init.inspect import Looked
 from pipeline.cli.init.labels import Labels
-from pipeline.data.findings import shown
+from scldm.text import shown
 
 
 def story(looked: Looked, labels: Labels, choices: Choices, path: Path) -> str:

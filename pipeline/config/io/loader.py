@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config.io.errors import explain
 from pipeline.config.io.yaml import MAX_BYTES, KeyPath, decode, dotted, read_document
 from pipeline.config.job import Job, JobBase
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 _KEY_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _adapter: TypeAdapter[Any] = TypeAdapter(Job)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 30

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pipeline.core.manifest import InputError, Manifest
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.genes import gene_lut
 from pipeline.data.ingest.split import SPLITS
 from pipeline.data.loading.blocks import LABEL, SomaBlocks, SomaReader
@@ -22,6 +22,7 @@ from pipeline.data.loading.cache import CacheBlocks, cached
 from pipeline.data.presence import GROUP, read_measured
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 
 if TYPE_CHECKING:
     import anndata

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.config.ingest import CellsConfig, Value
-from pipeline.core.manifest import InputError
 from pipeline.data.labels import did_you_mean
 from pipeline.data.soma.store import SomaStore
+from scldm.errors import InputError
 
 
 def value_filter(conditions: Mapping[str, Sequence[Value]], obs_filter: str | None = None) -> str | None:

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import GenesConfig
-from pipeline.core.manifest import InputError
 from pipeline.data.soma.store import SomaStore
 from pipeline.data.tables import plain_id
+from scldm.errors import InputError
 
 if TYPE_CHECKING:
     from scldm.checkpoints.convert.gene_list import GeneList

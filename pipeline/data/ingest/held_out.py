@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import HeldOutConfig
-from pipeline.core.manifest import InputError
 from pipeline.data.labels import did_you_mean
+from scldm.errors import InputError
 
 SIDES = ("validation", "test")  # a cell of combinations of both is on the last
 SHOWN = 10  # problems in one message

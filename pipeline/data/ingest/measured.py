@@ -9,8 +9,9 @@ import pandas as pd
 
 from pipeline.config.job import CensusSource, IngestConfig
 from pipeline.data.ingest.statistics import CountStatistics
-from pipeline.data.presence import Presence, presence_of_cells
+from pipeline.data.presence import Presence
 from pipeline.data.sources.open import OpenSource
+from scldm.errors import InputError
 
 
 def measured_genes(
@@ -60,3 +61,34 @@ def _note_zeros(config: IngestConfig, source: OpenSource, cells: pd.DataFrame, p
     source.notes.append(
         f"Genes {what} taken as zeros in its cells; ingest.genes.presence=true leaves them out instead."
     )
+
+
+def presence_of_cells(source: OpenSource, cells: pd.DataFrame, places: np.ndarray) -> Presence:
+    """Which genes of the vocabulary the data sets of some cells measured.
+
+    Args:
+        cells: soma_joinid; dataset_id, unless the source was written by us.
+        places: For each gene of the vocabulary its soma_joinid, -1 where the source lacks it, (g,).
+
+    Raises:
+        InputError: if neither the store nor the vocabulary tells that anything was not measured.
+    """
+    joinids, n_source = cells["soma_joinid"].to_numpy(), source.store.shape[1]
+    if source.measured is not None:
+        return source.measured.of_cells(joinids).of_genes(places)
+    if "dataset_id" in cells:
+        data_set = cells["dataset_id"].astype("category").cat.remove_unused_categories().cat
+        if n := int((data_set.codes < 0).sum()):
+            raise InputError(
+                f"ingest.genes.presence (true): {n} cells have no dataset_id, which says what they measured"
+            )
+        names = tuple(map(str, data_set.categories))
+        known = source.store.measured_by(names)
+        if known is not None:
+            return Presence(names, known, data_set.codes.to_numpy(np.int32)).of_genes(places)
+    if (places >= 0).all():
+        raise InputError(
+            f"ingest.genes.presence (true): nothing says what was measured: {source.store.uri} has no "
+            "feature_dataset_presence_matrix with a dataset_id in obs, as the Census has; set it to false"
+        )
+    return Presence.everywhere(source.description, n_cells=len(cells), n_genes=n_source).of_genes(places)

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import SplitConfig
-from pipeline.core.manifest import InputError
 from pipeline.data.ingest.subsample import mix
+from scldm.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 

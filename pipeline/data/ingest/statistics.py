@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.core.manifest import InputError
 from pipeline.data.ingest.rare_genes import Entries, HeldEntries
 from pipeline.data.parallel import cluster_is_up, each_in_order
 from pipeline.data.soma.store import SomaStore
+from scldm.errors import InputError
 
 TILES_PER_READ = 2
 READS_PER_TASK = 8

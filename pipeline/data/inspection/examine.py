@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.core.manifest import InputError
-from pipeline.data.findings import Examined, error, shown, warning
+from pipeline.data.findings import Examined, error, warning
 from pipeline.data.inspection.columns import obs_profile
 from pipeline.data.inspection.h5ad import examine_h5ad
 from pipeline.data.safety.count_matrix import Entries
@@ -24,6 +23,8 @@ from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.validation.counts import CountAudit
 from pipeline.data.validation.names import cell_findings, class_counts, gene_findings, label_findings, suggested_labels
 from pipeline.data.validation.obs_sums import sum_findings
+from scldm.errors import InputError
+from scldm.text import shown
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 LABEL = "label:"
 RECORD_BATCH_ROWS = 2048

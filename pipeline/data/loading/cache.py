@@ -20,8 +20,9 @@ import numba
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.manifest import MANIFEST, InputError
+from pipeline.core.manifest import MANIFEST
 from pipeline.data.loading.blocks import LABEL
+from scldm.errors import InputError
 
 BATCH_ROWS = 128
 MOST_OPEN_SHARDS = 64

@@ -24,10 +24,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.faults import fault_point
-from pipeline.core.manifest import MANIFEST, InputError, write_json_atomic
+from pipeline.core.files import write_json_atomic
+from pipeline.core.manifest import MANIFEST
 from pipeline.data.loading.blocks import LABEL, SomaBlocks
 from pipeline.data.loading.cache import BATCH_ROWS, record_path
 from pipeline.data.parallel import cluster_is_up, each_in_order
+from scldm.errors import InputError
 
 FORMAT = 1
 SHARD_ROWS = 8192  # four Census tiles: 43 MB as written, 0.6 GB for the process that makes it

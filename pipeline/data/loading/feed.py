@@ -17,10 +17,10 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.manifest import InputError
 from pipeline.data.loading.blocks import BlockSource
 from pipeline.data.loading.collate import LatentBatch, to_cell_batch, to_latent_batch
 from pipeline.data.loading.order import FeedOrder
+from scldm.errors import InputError
 
 __all__ = ["FeedStep", "LatentBatch", "feed", "to_cell_batch", "to_latent_batch"]
 

@@ -20,7 +20,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 EPOCHS_KEPT = 2
 

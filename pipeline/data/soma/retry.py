@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.core.manifest import InputError
 from pipeline.data.soma.s3_errors import explain, failure
+from scldm.errors import InputError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -11,60 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-from urllib.parse import urlsplit
-
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
-
-from scldm.config import StrictModel
-
-
-class S3Client(StrictModel):
-    """Requests to S3, or to what speaks like it (MinIO, Ceph)."""
-
-    endpoint: str | None = None
-    """Address of a server that is not AWS, for example https://minio.lab:9000; null for AWS."""
-    addressing: Literal["virtual", "path"] = "virtual"
-    """How a bucket is named: bucket.host (AWS) or host/bucket (most other servers)."""
-    tries: PositiveInt = Field(7, le=12)
-    """Tries of one request inside the client; TileDB waits 25 ms, then doubles: 7 are 3 seconds, 12 are 100."""
-    connect_seconds: PositiveFloat = 3.0
-    """How long a connection may take to be made."""
-    request_seconds: PositiveFloat = 30.0
-    """How long a request may go without a byte."""
-
-    @field_validator("endpoint")
-    @classmethod
-    def _is_an_address(cls, value: str | None) -> str | None:
-        parts = urlsplit(value or "http://host")
-        plain = not (parts.path.strip("/") or parts.query or parts.fragment or parts.username)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
-            raise ValueError(f"{value!r} is no address of a server: http:// or https://, host and port, nothing more")
-        return value
-
-
-class S3Config(S3Client):
-    """Reading cells from there."""
-
-    max_parallel: PositiveInt = Field(8, le=256)
-    """Requests in flight of one process (its two computing threads may add one each); all processes together make the
-    load that a store answers with SlowDown."""
-
-    def tiledb(self) -> dict[str, str]:
-        """The same in TileDB's words."""
-        settings: dict[str, str | int] = {
-            "sm.io_concurrency_level": self.max_parallel,  # threads that read; each of them one request at a time, as
-            "vfs.s3.max_parallel_ops": 1,  # this cuts a large request into so many
-            "vfs.s3.connect_max_tries": self.tries,
-            "vfs.s3.connect_timeout_ms": round(self.connect_seconds * 1000),
-            "vfs.s3.request_timeout_ms": round(self.request_seconds * 1000),
-        }
-        if self.endpoint is not None:
-            parts = urlsplit(self.endpoint)
-            settings |= {"vfs.s3.endpoint_override": parts.netloc, "vfs.s3.scheme": parts.scheme}
-        if self.addressing == "path":
-            settings["vfs.s3.use_virtual_addressing"] = "false"
-        return {k: str(v) for k, v in settings.items()}
-
 
 # ---- failures ----------------------------------------------------------------------------------------------------
 _HTTP = re.compile(r"HTTP Response Code: (-?\d+)")

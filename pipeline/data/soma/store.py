@@ -21,10 +21,11 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import DTypeLike
 
-from pipeline.core.manifest import InputError
+from pipeline.config.s3 import S3Config
 from pipeline.data.soma.assemble import Entries, Ragged, assemble
 from pipeline.data.soma.retry import survives_faults
-from pipeline.data.soma.s3_errors import S3Config, failure
+from pipeline.data.soma.s3_errors import failure
+from scldm.errors import InputError
 
 TILE = 2048
 NO_MEMORY = "std::bad_alloc"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.job import CensusSource
-from pipeline.core.manifest import InputError
 from pipeline.data.labels import did_you_mean
 from pipeline.data.soma.store import SomaStore
+from scldm.errors import InputError
 
 TRIES = 4
 FIRST_WAIT = 1.0  # seconds; doubles

@@ -19,13 +19,12 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import H5adSource
-from pipeline.core.manifest import InputError
-from pipeline.data.inspection.h5ad import structure_problems
 from pipeline.data.labels import did_you_mean
 from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
-from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
-from pipeline.data.validation.checks import CellTables
+from pipeline.data.safety.h5ad_structure import structure_problems
+from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
+from scldm.errors import InputError
 
 CHUNK_ROWS = 4096
 CHUNK_VALUES = 1 << 24  # of a dense matrix

@@ -16,13 +16,14 @@ import numpy as np
 import scipy.sparse as sp
 
 from pipeline.config.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource, TenxSource
-from pipeline.core.manifest import InputError
+from pipeline.config.s3 import S3Config
 from pipeline.data.presence import Presence
-from pipeline.data.soma.s3_errors import S3Config
 from pipeline.data.soma.store import SomaStore
 from pipeline.data.soma.write import write_experiment
 from pipeline.data.sources.synthetic import synthetic_cells
-from pipeline.data.validation.checks import MIN_CELLS, CellTables, checked
+from pipeline.data.tables import CellTables
+from pipeline.data.validation.checks import MIN_CELLS, checked
+from scldm.errors import InputError
 
 
 @dataclass

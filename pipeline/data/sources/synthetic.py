@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import SyntheticSource
-from pipeline.data.validation.checks import CellTables
+from pipeline.data.tables import CellTables
 
 CHUNK = 1024
 TYPE_NAMES = (

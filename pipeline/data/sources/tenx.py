@@ -16,12 +16,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import TenxSource
-from pipeline.core.manifest import InputError
 from pipeline.data.labels import did_you_mean
 from pipeline.data.presence import Presence
 from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, is_tenx, open_tenx
-from pipeline.data.tables import complete_obs, plain_id, sample_names, spread
-from pipeline.data.validation.checks import CellTables
+from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
+from scldm.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -6,31 +6,17 @@ chunk by chunk while they are written, so that a large file is read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.core.manifest import InputError
 from pipeline.data.labels import did_you_mean, measurements, missing
-from pipeline.data.presence import Presence
+from pipeline.data.tables import CellTables
 from pipeline.data.validation.counts import value_faults
 from pipeline.data.validation.names import MIN_CELLS, gene_findings
-
-
-@dataclass
-class CellTables:
-    """Cells on their way into SOMA."""
-
-    obs: pd.DataFrame  # one row per cell, Census column names
-    var: pd.DataFrame  # feature_id, feature_name, feature_length
-    chunks: Callable[[], Iterator[sp.csr_matrix]]  # rows of counts in the order of obs, genes in the order of var
-    where: str  # for messages: the file
-    notes: list[str] = field(default_factory=list)  # what a reader of the results should know
-    other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
-    measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes
+from scldm.errors import InputError
 
 
 def label_problems(

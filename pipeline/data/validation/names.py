@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from pipeline.data.findings import FIRST, LONGEST, Finding, error, shown, warning
+from pipeline.data.findings import FIRST, Finding, error, warning
 from pipeline.data.labels import did_you_mean, measurements, missing
 from pipeline.data.tables import plain_id
+from scldm.text import LONGEST, shown
 
 MIN_CELLS = 20  # fewer cannot be split, trained on and scored
 MOST_CLASSES = 1000  # a label with more is probably a name or a measurement

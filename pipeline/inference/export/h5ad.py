@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 from anndata.io import write_elem
 
-from pipeline.core.manifest import InputError
 from scldm.cells.cells import Cells
+from scldm.errors import InputError
 
 MOST = 1_000_000
 VALUES = 1 << 22  # copied at once

@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.config.job import GenerateConfig
-from pipeline.core.manifest import InputError, read_manifest
+from pipeline.core.manifest import read_manifest
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.inference.request import read_request
 from scldm.cells.shards import CellsManifest
+from scldm.errors import InputError
 
 Condition = tuple[tuple[str, str | None], ...]  # (label, class) for every label of the model
 

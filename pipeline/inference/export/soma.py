@@ -21,10 +21,10 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
 
-from pipeline.core.manifest import InputError
 from pipeline.data.soma.store import TILE
 from pipeline.data.soma.write import in_tile_order, write_frame, x_layout
 from scldm.cells.cells import Cells
+from scldm.errors import InputError
 
 ROWS_PER_WRITE = 32 * TILE  # one TileDB fragment each: few, so that nothing needs consolidating
 

@@ -21,8 +21,8 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 
-from pipeline.core.manifest import InputError
 from scldm.cells.cells import Cells
+from scldm.errors import InputError
 
 ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
 CELLS_PER_DATASET = 250_000  # in memory at once, with all that goes with it

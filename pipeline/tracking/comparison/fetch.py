@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.job import STAGES
-from pipeline.core.manifest import InputError
 from pipeline.tracking.comparison.records import SHOWN_FACTS, Measured, StageRecord, best_line
 from pipeline.tracking.mlflow_runs.client import mlflow_client
+from scldm.errors import InputError
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 FLOOR = "_floor"

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.job import STAGES
-from pipeline.core.manifest import InputError, Manifest, read_manifest
-from pipeline.workflow.schedule import flat
+from pipeline.core.manifest import Manifest, read_manifest
+from pipeline.core.nested import flat
+from scldm.errors import InputError
 
 SHOWN_FACTS = ("val/loss", "train/loss", "perf/cells_per_s", "perf/mfu")  # of training, in a comparison
 

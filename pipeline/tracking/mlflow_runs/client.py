@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 SENTENCES = {
     401: "user or password are refused: export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",

@@ -14,11 +14,12 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.manifest import InputError, Manifest, newest_manifest, read_manifest
+from pipeline.core.manifest import Manifest, newest_manifest, read_manifest
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.mlflow_runs.runs import experiment_id
 from pipeline.tracking.provenance import read_ids
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 from scldm.flow.config import SamplerConfig
 
 PACKAGES = ("mlflow", "torch", "numpy", "pandas", "scipy", "pydantic", "safetensors", "numba")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.manifest import write_json_atomic
+from pipeline.core.files import write_json_atomic
 from pipeline.tracking.mlflow_runs.client import explain, mlflow_client
 from pipeline.tracking.provenance import IDS, Inputs, lineage, note, read_ids
 from pipeline.tracking.spool_file import Record, waiting

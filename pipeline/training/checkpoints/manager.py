@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.core.faults import fault_point
-from pipeline.core.manifest import InputError
 from pipeline.tracking.provenance import read_ids
 from pipeline.training.checkpoints import manifest as checkpoint
 from pipeline.training.checkpoints.manifest import Failed, Found, Position, Written
@@ -29,6 +28,7 @@ from pipeline.training.checkpoints.selection import CannotResume, Choice
 from pipeline.training.checkpoints.upload import Uploader
 from pipeline.training.engine.deepspeed import Engine
 from pipeline.training.engine.state_files import shard_name, write_tensors
+from scldm.errors import InputError
 from scldm.optim.ema import EMA
 
 EMA_FILE = "average.safetensors"

@@ -21,7 +21,8 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.core.faults import fault_point
-from pipeline.core.manifest import InputError, write_json_atomic
+from pipeline.core.files import write_json_atomic
+from scldm.errors import InputError
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 2
@@ -248,3 +249,8 @@ def retain(root: Path, *, newest: Path, keep_last: int, keep_best: int, busy: fr
             fault_point("checkpoint.in_remove")
             shutil.rmtree(folder, ignore_errors=True)
             fault_point("checkpoint.after_remove")
+
+
+def newest_step(folder: Path) -> int:
+    """The last step of a stage that a checkpoint holds."""
+    return max((found.position.step for found in committed(folder / "checkpoints")), default=0)

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from pipeline.config.resources import CheckpointStorage
 from pipeline.core.faults import fault_point
-from pipeline.core.manifest import InputError
 from pipeline.training.checkpoints.manifest import MANIFEST, Found, read
+from scldm.errors import InputError
 
 CHUNK = 16 << 20
 

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.manifest import InputError
 from pipeline.training.checkpoints import manifest as checkpoint
 from pipeline.training.checkpoints.manifest import Found
 from pipeline.training.checkpoints.remote import Remote
+from scldm.errors import InputError
 
 
 class CannotResume(InputError):

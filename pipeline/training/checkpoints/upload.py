@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.manifest import write_json_atomic
+from pipeline.core.files import write_json_atomic
 from pipeline.training.checkpoints.manifest import Found, read, to_keep
 from pipeline.training.checkpoints.remote import Remote
 

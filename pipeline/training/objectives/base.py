@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -33,3 +33,16 @@ class Objective(Protocol):
 
     def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
         """Sums over this worker's share of the validation cells, by name, `loss` among them; and the cells' number."""
+
+
+def map_tensors(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with f of every tensor in it: in dataclasses, maps, tuples and lists."""
+    if isinstance(batch, Tensor):
+        return f(batch)
+    if isinstance(batch, dict):
+        return {k: map_tensors(v, f) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(v, f) for v in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{x.name: map_tensors(getattr(batch, x.name), f) for x in fields(batch)})
+    return batch

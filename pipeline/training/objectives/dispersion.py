@@ -6,9 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.job import VaeTrainConfig
-from pipeline.training.objectives.base import Slice
+from pipeline.training.objectives.base import Slice, map_tensors
 from pipeline.training.objectives.vae import VaeObjective, validation_tables
-from pipeline.training.prefetch import map_tensors
 from scldm.nn.dispersion import fit_theta
 from scldm.nn.vae import VAE
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from pipeline.data.loading.collate import to_latent_batch
 from pipeline.data.loading.order import FeedOrder
-from pipeline.training.objectives.base import Slice
+from pipeline.training.objectives.base import Slice, map_tensors
 from pipeline.training.objectives.vae import NOISE, VALIDATION
-from pipeline.training.prefetch import map_tensors
 from scldm.flow.config import PathConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path, training_interval

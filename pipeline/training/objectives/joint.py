@@ -17,10 +17,9 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor, nn
 
-from pipeline.training.objectives.base import Slice
+from pipeline.training.objectives.base import Slice, map_tensors
 from pipeline.training.objectives.flow import Draws, FlowDraws, flow_losses
 from pipeline.training.objectives.vae import VaeBatch, VaeObjective
-from pipeline.training.prefetch import map_tensors
 from scldm.data.batch import CellBatch
 from scldm.flow.config import PathConfig
 from scldm.nn.dit import DiT, drop_labels

@@ -19,7 +19,6 @@ import scipy.sparse as sp
 import torch
 from torch import nn
 
-from pipeline.report.parts import cell_set
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.generation.cell_maker import CellMaker, Recipe
@@ -29,6 +28,7 @@ from scldm.metrics.compare import CompareSettings, Comparison
 from scldm.metrics.conditional import ConditionalSettings
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.expression import as_counts, library_sizes
+from scldm.metrics.from_anndata import cell_set
 from scldm.metrics.labels import labelled
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.loading.collate import measured_group, to_cell_batch
-from pipeline.training.objectives.base import Slice
-from pipeline.training.prefetch import map_tensors
+from pipeline.training.objectives.base import Slice, map_tensors
 from scldm.data.batch import CellBatch
 from scldm.data.gene_sampling import see_genes
 from scldm.data.genes_seen import GenesSeenConfig

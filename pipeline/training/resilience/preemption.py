@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
-from pipeline.training.checkpoints.manifest import committed
 from pipeline.training.resilience.stop_signal import AT_ONCE
 
 UNKNOWN_S = 60.0  # that a node whose time nobody said may take to go
@@ -40,8 +38,3 @@ def wait_until_gone(info: Any) -> None:
             print("the node is still there; trying all the same", flush=True)
             return
         time.sleep(0.5)
-
-
-def newest_step(folder: Path) -> int:
-    """The last step of a stage that a checkpoint holds."""
-    return max((found.position.step for found in committed(folder / "checkpoints")), default=0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.core.manifest import write_json_atomic
+from pipeline.core.files import write_json_atomic
 
 NOTE = "ray_run.json"
 ACTOR = "AutoscalingCoordinator"  # its name, and its namespace

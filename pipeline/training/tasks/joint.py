@@ -18,7 +18,7 @@ from pipeline.training.loop import run_training
 from pipeline.training.objectives.flow import FlowDraws
 from pipeline.training.objectives.joint import Joint, JointObjective, part_of
 from pipeline.training.objectives.vae import VaeObjective, validation_tables
-from pipeline.training.records import Run, Trained
+from pipeline.training.state import Run, Trained
 from scldm.checkpoints.native import load_vae, save_flow, save_vae
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE

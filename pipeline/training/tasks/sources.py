@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.config.job import FeedConfig, TrainFlowConfig
-from pipeline.core.manifest import InputError, Manifest
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.loading.blocks import IpcBlocks
 from pipeline.data.loading.order import FeedOrder
 from scldm.checkpoints.native import load_vae
+from scldm.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.training.objectives.samples import FlowSamples

@@ -12,8 +12,9 @@ import pytest
 
 from helpers.files.h5ad_cases import look, told
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import InputError, StageContext
+from pipeline.core.manifest import StageContext
 from pipeline.stages import ingest
+from scldm.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ import torch
 from helpers.models.small_models import CELL_TYPES, DONORS, library_sizes, vocabulary, write_flow, write_vae
 from pipeline.config.job import GenerateConfig, ResourcesConfig
 from pipeline.core import faults
+from pipeline.core.files import write_json_atomic
 from pipeline.core.lock import stage_lock
-from pipeline.core.manifest import InputError, Manifest, StageContext, write_json_atomic
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.inference.generator import Generator
 from pipeline.stages.generate import run
+from scldm.errors import InputError
 
 TESTS = Path(__file__).resolve().parents[2]
 LABELS = (CELL_TYPES, DONORS)

@@ -15,7 +15,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.data.loading.order import FeedOrder
 from pipeline.tracking.tracker import StageTracker
 from pipeline.training.loop import Training, run_training
-from pipeline.training.records import Run
+from pipeline.training.state import Run
 from scldm.flow.config import EMAConfig
 
 STEPS, EVERY = 5000, 250  # of looks and of checkpoints

@@ -77,7 +77,7 @@ def _train(folder: Path, steps: int, harm: Any = None) -> int:
     from pipeline.data.loading.order import FeedOrder
     from pipeline.training.checkpoints.remote import Remote
     from pipeline.training.loop import run_training
-    from pipeline.training.records import Run
+    from pipeline.training.state import Run
     from scldm.flow.config import EMAConfig
 
     torch.set_num_threads(1)

@@ -26,8 +26,8 @@ from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training.loop import run_training
-from pipeline.training.records import Run
 from pipeline.training.resilience.step_guard import TrainingStopped
+from pipeline.training.state import Run
 from scldm.flow.config import EMAConfig
 from scldm.optim.schedule import learning_rate_factor
 

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from pipeline.cli.app import app
 from pipeline.cli.doctor import machine as doctor
 from pipeline.cli.doctor import network as doctor_network
-from pipeline.cli.doctor.machine import Asked, examine, report
+from pipeline.cli.doctor import report as doctor_report
+from pipeline.cli.doctor.finding import Asked
+from pipeline.cli.doctor.report import examine, report
 
 TOKEN = "t0ken"
 
@@ -150,7 +152,7 @@ def test_the_census_is_asked_only_where_it_is_read(asked, server, monkeypatch):
 
 
 def test_a_check_that_breaks_does_not_hide_the_others(asked, monkeypatch):
-    monkeypatch.setattr(doctor, "disk", lambda _: 1 / 0)
+    monkeypatch.setattr(doctor_report, "disk", lambda _: 1 / 0)
     found = {f.check: f for f in examine(asked)}
     assert "ZeroDivisionError" in found["<lambda>"].says
     assert found["storage"].status == "ok"

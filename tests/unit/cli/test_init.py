@@ -21,9 +21,9 @@ from pipeline.cli.init.inspect import Looked, look
 from pipeline.cli.init.labels import choose_labels, donor_column
 from pipeline.cli.init.render import job_text
 from pipeline.config.io.loader import load_job
-from pipeline.core.manifest import InputError
 from pipeline.data.inspection.columns import obs_profile
 from pipeline.data.inspection.examine import Question
+from scldm.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 240

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.cluster import connect as cluster
 from pipeline.config.job import ResourcesConfig
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 
 def test_workers_find_our_code_and_know_that_they_have_no_gpu(monkeypatch):

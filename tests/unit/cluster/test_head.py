@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pipeline.cluster import head as local_cluster
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.cluster import submit as submitting
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
 CODE = ("pipeline/cli/app.py", "pipeline/data/soma/store.py", "jobs/demo.yaml", "scldm/nn/vae.py", "cluster/env.sh")

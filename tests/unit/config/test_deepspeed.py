@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from pipeline.config.deepspeed import DEFAULT_BUCKET, deepspeed_options, gradient_bucket
 from pipeline.config.train import TrainConfig
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 N = 1000  # parameters
 

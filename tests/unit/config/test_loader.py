@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.config.io.loader import json_schema, load_job, resolved_yaml
 from pipeline.config.job import REAL_CELL_STAGES, STAGES, LineJob, TrainVaeJob
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 LINE = """\
 #!/usr/bin/env -S python -m pipeline run

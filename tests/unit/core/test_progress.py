@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.config.job import TrainConfig
-from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, compact, duration, progress_line
+from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, progress_line
+from pipeline.core.text import compact, duration
 from pipeline.data.loading.order import FeedOrder
 from pipeline.tracking.tracker import StageTracker
 from pipeline.training.monitoring.metrics_log import TrainingCurve

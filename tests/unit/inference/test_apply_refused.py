@@ -11,7 +11,7 @@ from helpers.stages.real_cell_jobs import cells_and_models, made, settings
 from pydantic import ValidationError
 
 from pipeline.config.job import STAGE_CONFIGS
-from pipeline.core.manifest import InputError
+from scldm.errors import InputError
 
 
 @pytest.fixture(scope="module")

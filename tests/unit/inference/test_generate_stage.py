@@ -13,8 +13,8 @@ from helpers.stages.generation_case import generate, hashes, write_inputs
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.faults import FaultError
-from pipeline.core.manifest import InputError
 from pipeline.inference.generator import Generator
+from scldm.errors import InputError
 
 TABLE = [
     {"cell_type": "T", "donor": "d1", "n_cells": 50},

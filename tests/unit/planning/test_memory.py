@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.train import FlowTrainConfig, TrainConfig, VaeTrainConfig
 from pipeline.planning.memory import dit_activations, fits, stage_lines, state_bytes, vae_activations
+from pipeline.training.monitoring.throughput import mfu, peak_flops
 from scldm.data.batch import CellBatch
 from scldm.nn import decoder
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
-from scldm.nn.flops import TRAINING, dit_flops, mfu, peak_flops, vae_flops
+from scldm.nn.flops import TRAINING, dit_flops, vae_flops
 from scldm.nn.vae import VAE
 
 

@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.core.manifest import InputError, Manifest, write_manifest
+from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.tracking.comparison.compare import Side, compare, departure
 from pipeline.tracking.comparison.records import Measured, of_folder
 from pipeline.tracking.comparison.text import as_text
+from scldm.errors import InputError
 from scldm.metrics import score as scores
 
 SCORES = {"w2": ("lower", 0.0), "auroc": ("ideal", 0.5), "label_recall.cell_type.B cell": ("higher", 1.0)}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipeline.data.loading.feed import FeedStep
 from pipeline.training.monitoring.step_timer import StepClock
-from pipeline.training.objectives.base import Slice
-from pipeline.training.prefetch import map_tensors, prefetch
+from pipeline.training.objectives.base import Slice, map_tensors
+from pipeline.training.prefetch import prefetch
 
 CPU = torch.device("cpu")
 

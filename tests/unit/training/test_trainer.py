@@ -14,9 +14,9 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipeline.config.resources import ResourcesConfig
 from pipeline.config.train import VaeTrainConfig
-from pipeline.core.manifest import InputError
 from pipeline.training import trainer
 from pipeline.training.resilience import preemption, reservation
+from scldm.errors import InputError
 
 GOING = PreemptionInfo(deadline_ms=1_000, preempted_node_to_ranks={"n1": [0]})
 

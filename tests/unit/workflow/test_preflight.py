@@ -9,9 +9,10 @@ import pytest
 
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig
-from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.stages import ingest
 from pipeline.workflow.preflight import check_against_data, check_settings
+from scldm.errors import InputError
 
 JOBS = Path(__file__).resolve().parents[3] / "jobs"
 

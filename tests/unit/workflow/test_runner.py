@@ -16,10 +16,11 @@ from pipeline.config.io.loader import load_job
 from pipeline.config.job import STAGES
 from pipeline.core import faults
 from pipeline.core.lock import LOCK, stage_lock
-from pipeline.core.manifest import InputError, newest_manifest
+from pipeline.core.manifest import newest_manifest
 from pipeline.tracking import tracker as tracking
 from pipeline.workflow import runner
 from pipeline.workflow.schedule import output_root, pipeline_folder
+from scldm.errors import InputError
 
 LINE = "kind: line\nname: demo\ningest: {source: {type: synthetic}}\ngenerate: {per_label: {cell_type: 5}}\n"
 

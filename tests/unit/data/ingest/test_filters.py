@@ -6,9 +6,9 @@ import pytest
 import scipy.sparse as sp
 
 from pipeline.config.job import CellsConfig
-from pipeline.core.manifest import InputError
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.soma.write import write_experiment
+from scldm.errors import InputError
 
 AWKWARD = ["10x 3' v3", 'say "hi"', "back\\slash", "both ' and \"", "naïve β", "plain"]
 

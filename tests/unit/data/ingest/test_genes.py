@@ -10,12 +10,13 @@ import pytest
 import scipy.sparse as sp
 
 from pipeline.config.job import GenesConfig, IngestConfig
-from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.ingest.genes import LACKING, gene_lut, model_genes
 from pipeline.data.soma.write import write_experiment
 from pipeline.stages import ingest
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
+from scldm.errors import InputError
 
 IDS = ["ENSG00000000001.4", "ENSG00000000002", "ENSG00000000003.1", "ENSG00000000004", "ENSG00000000005"]
 SYMBOLS = ["CD3E", "MS4A1", "Y_RNA", "Y_RNA", "NKG7"]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from pipeline.config.job import IngestConfig, SplitConfig
-from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.ingest.split import split_cells
 from pipeline.stages import ingest
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 
 SYNTHETIC = {"type": "synthetic", "n_cells": 400, "n_genes": 60, "n_types": 3}
 

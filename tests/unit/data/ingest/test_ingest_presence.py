@@ -12,12 +12,13 @@ import tiledbsoma
 import torch
 
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.presence import GROUP
 from pipeline.data.soma.write import write_experiment
 from pipeline.stages import ingest
 from pipeline.training.objectives.vae import VaeObjective
+from scldm.errors import InputError
 from scldm.nn.config import VAEConfig
 from scldm.nn.vae import VAE
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.job import HeldOutConfig, IngestConfig, SplitConfig
-from pipeline.core.manifest import InputError, Manifest, StageContext
+from pipeline.core.manifest import Manifest, StageContext
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.ingest.held_out import counted, hold_out, read_combinations
 from pipeline.data.ingest.split import SPLITS, split_cells
 from pipeline.data.ingest.subsample import part_of_cells
 from pipeline.stages import ingest
+from scldm.errors import InputError
 
 SYNTHETIC = {"type": "synthetic", "n_cells": 600, "n_genes": 40, "n_types": 3, "n_donors": 6}
 B, MONOCYTE = "CD4-positive, alpha-beta T cell", "classical monocyte"

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import MANIFEST, InputError, Manifest, StageContext
+from pipeline.core.manifest import MANIFEST, Manifest, StageContext
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.data.loading import cache_writer as writer
 from pipeline.data.loading.cache import CacheBlocks, record_path
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
 from pipeline.stages import ingest
+from scldm.errors import InputError
 
 SYNTHETIC = {"type": "synthetic", "n_cells": 5000, "n_genes": 60, "n_types": 3}
 

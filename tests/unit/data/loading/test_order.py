@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.core.manifest import InputError
 from pipeline.data.loading.order import FeedOrder
+from scldm.errors import InputError
 
 TILE = 64
 

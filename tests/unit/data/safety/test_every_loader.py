@@ -19,7 +19,7 @@ from pipeline.cli.app import app
 from pipeline.config.deepspeed import read_options
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import HeldOutConfig, IngestConfig
-from pipeline.core.manifest import InputError, StageContext, read_manifest
+from pipeline.core.manifest import StageContext, read_manifest
 from pipeline.data.ingest.genes import read_vocabulary
 from pipeline.data.ingest.held_out import read_combinations
 from pipeline.data.inspection.examine import Question, examine
@@ -32,6 +32,7 @@ from scldm.checkpoints.untrusted import child as untrusted_child
 from scldm.checkpoints.untrusted.reader import UntrustedFileError, read_checkpoint, read_pickle
 from scldm.checkpoints.upstream.yaml import UpstreamYaml
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 
 OURS = (InputError, CheckpointError, CellsError, untrusted_child.foreign.Refused)
 # What a loader of a model reads first is the folder's other files: these are whole.

@@ -12,13 +12,14 @@ import scipy.sparse as sp
 from helpers.servers.s3_server import REGION, FaultyProxy, free_port, moto_server, upload
 
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import InputError
+from pipeline.config.s3 import S3Config
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.soma.retry import Backoff, retried
-from pipeline.data.soma.s3_errors import S3Config, failure
+from pipeline.data.soma.s3_errors import failure
 from pipeline.data.soma.store import SomaStore
 from pipeline.data.soma.write import write_experiment
 from pipeline.data.sources.open import open_source
+from scldm.errors import InputError
 
 N, G, TILE = 600, 50, 64
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.core.manifest import InputError
 from pipeline.data.soma.store import SomaStore
 from pipeline.data.soma.write import write_experiment
+from scldm.errors import InputError
 
 N, G = 700, 40
 

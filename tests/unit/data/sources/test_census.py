@@ -4,9 +4,9 @@ import cellxgene_census
 import pytest
 
 from pipeline.config.job import CensusSource, IngestConfig
-from pipeline.core.manifest import InputError
 from pipeline.data.sources.census import TRIES, locate_census
 from pipeline.data.sources.open import open_source
+from scldm.errors import InputError
 
 
 def release(date, **flags):

@@ -10,11 +10,12 @@ import scipy.sparse as sp
 
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import InputError, StageContext
+from pipeline.core.manifest import StageContext
 from pipeline.data.sources.open import open_source
 from pipeline.planning.sizes import data_facts
 from pipeline.stages import ingest
 from pipeline.workflow.schedule import schedule
+from scldm.errors import InputError
 
 
 def opened(tmp_path, **source):

@@ -12,10 +12,10 @@ import scipy.io
 import scipy.sparse as sp
 
 from pipeline.config.job import TenxSource
-from pipeline.core.manifest import InputError
 from pipeline.data.sources.tenx import find_outputs, read_10x
 from pipeline.data.sources.tenx_files import open_tenx
 from pipeline.data.tables import sample_names
+from scldm.errors import InputError
 
 EDGE = Path(__file__).resolve().parents[4].parent / "shared" / "data" / "edge" / "10x"
 real = pytest.mark.skipif(not EDGE.is_dir(), reason="the real Cell Ranger outputs of ../shared/data are not here")

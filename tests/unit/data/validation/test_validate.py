@@ -10,9 +10,9 @@ import pytest
 import scipy.sparse as sp
 
 from pipeline.config.job import H5adSource
-from pipeline.core.manifest import InputError
 from pipeline.data.sources.h5ad import read_h5ad
 from pipeline.data.validation.checks import checked
+from scldm.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[4].parent / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real cells are not at {SHARED}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scldm.counter_random import normals, philox
+from scldm.generation.counter_random import normals, philox
 from scldm.generation.nb_draw import INVERT_TO, draw_counts
 
 ZERO, ONES = np.uint64(0), np.uint64(0xFFFFFFFF)

@@ -9,12 +9,13 @@ import pytest
 import scipy.sparse as sp
 from helpers.models.metric_cells import cells
 
-from pipeline.core.manifest import InputError, Manifest, write_manifest
-from pipeline.report.parts import EvaluationError
+from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.report.streamed import stream_generated
 from pipeline.stages.evaluate import open_generated, read_generated
+from scldm.errors import InputError
 from scldm.metrics import expression as ex
 from scldm.metrics.cell_set import CellSet
+from scldm.metrics.from_anndata import EvaluationError
 from scldm.metrics.streaming import composition_weights, stream, streamed_scores
 
 

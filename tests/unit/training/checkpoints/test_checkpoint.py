@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from helpers.stages.committed import POSITION, commit, steps
 
-from pipeline.core.manifest import InputError
 from pipeline.training.checkpoints.manifest import check_fits, newest, read, retain, verify
+from scldm.errors import InputError
 
 
 def test_the_newest_checkpoint_that_verifies_is_taken(tmp_path):

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from helpers.stages.committed import POSITION, commit, steps
 
-from pipeline.core.manifest import InputError
 from pipeline.training.checkpoints import manifest as checkpoint
 from pipeline.training.checkpoints.manifest import DIGEST, MANIFEST, Position, best, committed, newest, retain, verify
 from pipeline.training.engine.state_files import shard_name, write_tensors
+from scldm.errors import InputError
 
 FILES = (shard_name(0, 2), shard_name(1, 2), "average.safetensors", "random-00000.safetensors")
 

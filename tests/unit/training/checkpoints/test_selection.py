@@ -6,9 +6,9 @@ import pytest
 from helpers.stages.committed import commit
 
 from pipeline.config.resources import CheckpointStorage
-from pipeline.core.manifest import InputError
 from pipeline.training.checkpoints.remote import Remote
 from pipeline.training.checkpoints.selection import Choice
+from scldm.errors import InputError
 
 
 def choice(root, remote=None, *, strict=False) -> Choice:

@@ -11,10 +11,10 @@ from helpers.servers.s3_server import REGION, free_port, moto_server
 from helpers.stages.committed import commit, steps
 
 from pipeline.config.resources import CheckpointStorage
-from pipeline.core.manifest import InputError
 from pipeline.training.checkpoints.manifest import MANIFEST, newest, verify
 from pipeline.training.checkpoints.remote import Remote, check_storage
 from pipeline.training.checkpoints.upload import Uploader
+from scldm.errors import InputError
 
 RUN = "job/train_vae/v"
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from pipeline.config.job import TrainVaeConfig, VaeTrainConfig
-from pipeline.core.manifest import InputError, Manifest
+from pipeline.core.manifest import Manifest
 from pipeline.training.objectives.vae import VaeObjective, seen_seed
 from pipeline.workflow.preflight import check_against_data
 from scldm.data.batch import CellBatch
 from scldm.data.gene_sampling import see_genes
 from scldm.data.genes_seen import GenesSeenConfig
+from scldm.errors import InputError
 from scldm.nn.config import VAEConfig
 from scldm.nn.vae import VAE
 

@@ -1,0 +1,56 @@
+"""What all commands share: the job-file arguments, loading a job, and errors as messages with exit codes."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change, parsed as YAML.")
+]
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Errors as people want them, and the exit code that goes with each."""
+    from scldm.errors import InputError
+
+    try:
+        yield
+    except InputError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:
+        _say_failure(error)
+        raise typer.Exit(1) from None
+
+
+def _say_failure(error: Exception) -> None:
+    log = getattr(error, "log", None)
+    text = str(error)
+    if log is None:
+        with tempfile.NamedTemporaryFile("w", prefix="scldm-error-", suffix=".log", delete=False) as f:
+            f.write(traceback.format_exc())
+        log, text = f.name, f"{type(error).__name__}: {(text.splitlines() or ['no message'])[0]}"
+    typer.echo(f"{text}\n  log: {log}", err=True)
+
+
+def load(job: Path, overrides: list[str] | None) -> Any:
+    from pipeline.config.io.loader import load_job
+    from pipeline.workflow.preflight import check_settings
+
+    loaded = load_job(job, overrides or [])
+    check_settings(loaded)
+    return loaded

@@ -1,0 +1,60 @@
+"""Reads untrusted data in a child process with a limit on its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scldm.errors import InputError
+
+_CHILD = "from pipeline.data.inspection.sandbox import child; child()"
+Answer = Callable[[Any], Any]
+
+
+def ask(question: dict[str, Any], memory_gib: float, child: str = _CHILD) -> Any:
+    """What a child process answers; its code ends in `serve`.
+
+    Raises:
+        InputError: the child was killed, by the file or by the limit on its memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="scldm-") as folder:
+        out = Path(folder) / "answers.json"
+        order = json.dumps({"question": question, "out": str(out), "memory": int(memory_gib * 2**30)})
+        # The same code in the child, wherever the parent was started.
+        path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        done = subprocess.run([sys.executable, "-c", child], input=order, text=True, stderr=subprocess.PIPE,
+                              env={**os.environ, "PYTHONPATH": path}, check=False)  # fmt: skip
+        if done.returncode == 0 and out.is_file():
+            return json.loads(out.read_text())
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+    ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    raise InputError(
+        f"{question['uri']} cannot be read: the process that read it ended with {ended} ({last!r}); the file is "
+        f"damaged, or needs more memory than {memory_gib:g} GiB (--memory-gib)"
+    )
+
+
+def child() -> None:
+    """The child of validate-data."""
+    from pipeline.data.inspection.examine import examine  # before the limit: libraries are mapped, not data
+
+    serve(lambda question: [{**found.to_json(), "text": found.text()} for found in examine(question)])
+
+
+def serve(answer: Answer) -> None:
+    """Read a question from stdin, write the answer as JSON to the file that it names."""
+    order = json.loads(sys.stdin.read())
+    from pipeline.data.inspection.examine import Question
+
+    if "://" not in order["question"]["uri"]:
+        # Private memory, without the libraries' mapped files.
+        resource.setrlimit(resource.RLIMIT_DATA, (order["memory"], order["memory"]))
+    question = Question(**{**order["question"], "labels": tuple(order["question"].get("labels", ()))})
+    Path(order["out"]).write_text(json.dumps(answer(question)))

@@ -1,0 +1,98 @@
+"""Structure of an `.h5ad` file, checked before any reader follows what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from pipeline.data.findings import Finding, error
+from pipeline.data.safety.count_matrix import CountMatrix, find_matrix, layout_problems
+from pipeline.data.safety.hdf5 import open_problems, unsafe
+from scldm.text import shown
+
+_AGAIN = "save it again from a sound copy"
+DAMAGE = (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, UnicodeError,
+          NotImplementedError, OverflowError, MemoryError)  # fmt: skip
+
+
+def structure_problems(path: Path, layer: str | None = None) -> list[Finding]:
+    """What must hold before a reader may open the file: it is safe, and shapes, pointers and lengths agree."""
+    if found := open_problems(path):
+        return found
+    try:
+        return _structure_problems(path, layer)
+    except DAMAGE as problem:
+        return [_damaged(problem)]
+
+
+def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
+    with h5py.File(path) as file:
+        found = [f for f in unsafe(file) if f.level == "error"]
+        if found:
+            return found
+        if absent := [k for k in ("obs", "var") if k not in file]:
+            holds = ", ".join(sorted(map(shown, file))[:6]) or "nothing"
+            return [error(f"the file is HDF5 but not .h5ad: it has no {' and no '.join(absent)} (it holds {holds})",
+                          "a Cell Ranger file is read with ingest.source: {type: 10x, …}")]  # fmt: skip
+        place, frames = _matrix_place(file, layer), ("obs", _var_place(file, layer))
+        problems = [f for name in frames if name in file for f in _frame_problems(file[name], name)]
+        matrix = find_matrix(file[place], place) if place in file else None
+        if matrix is None or isinstance(matrix, Finding):
+            return problems if matrix is None else [*problems, matrix]
+        if not problems:  # anndata itself opens a file whose tables are shorter than its matrix
+            problems = _length_problems(file, frames, matrix, place)
+        return [*problems, *layout_problems(matrix, place)]
+
+
+def _damaged(problem: BaseException) -> Finding:
+    lines = str(problem).splitlines() or ["no message"]
+    return error(f"the file is damaged: {shown(lines[0][:200])} ({type(problem).__name__})", _AGAIN)
+
+
+def _frame_problems(node: Any, name: str) -> list[Finding]:
+    """Columns that are missing or of unequal lengths; the reader would say so less plainly."""
+    if isinstance(node, h5py.Dataset):  # anndata before 0.7
+        if node.dtype.names and node.ndim == 1:
+            return []
+        return [error(f"{name} is an array of {node.dtype}", f"it must be a table; {_AGAIN}")]
+    index = _index_of(node)
+    if not isinstance(index, str) or not isinstance(node.get(index), h5py.Dataset) or node[index].ndim != 1:
+        return [error(f"{name} has no index of names (_index is {shown(index)!r})", _AGAIN)]
+    n, wrong = len(node[index]), []
+    for key in node:
+        column = node[key]
+        values = column if isinstance(column, h5py.Dataset) else column.get("codes", column.get("values"))
+        if isinstance(values, h5py.Dataset) and key != "__categories" and (values.shape or (0,))[0] != n:
+            wrong.append(f"{key}: {(values.shape or (0,))[0]}")
+    if wrong:
+        return [error(f"{len(wrong)} columns of {name} are not {n} long", _AGAIN, count=len(wrong), first=wrong)]
+    return []
+
+
+def _length_problems(file: h5py.File, frames: Sequence[str], matrix: CountMatrix, place: str) -> list[Finding]:
+    lengths = []
+    for name in frames:
+        node = file[name]
+        lengths.append(len(node if isinstance(node, h5py.Dataset) else node[_index_of(node)]))
+    if tuple(lengths) == matrix.shape:
+        return []
+    have, want = (" x ".join(f"{n:,}" for n in shape) for shape in (lengths, matrix.shape))
+    return [error(f"lengths differ: obs and var are for {have}, {place} is {want}", _AGAIN)]
+
+
+def _index_of(node: h5py.Group) -> str:
+    index = node.attrs.get("_index")
+    return index.decode() if isinstance(index, bytes) else index
+
+
+def _var_place(file: h5py.File, layer: str | None) -> str:
+    if layer != "raw":
+        return "var"
+    return "raw/var" if "raw" in file else "raw.var"
+
+
+def _matrix_place(file: h5py.File, layer: str | None) -> str:
+    return {None: "X", "raw": "raw/X" if "raw" in file else "raw.X"}.get(layer, f"layers/{layer}")

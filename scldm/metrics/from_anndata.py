@@ -1,0 +1,28 @@
+"""AnnData as the cell sets that metrics compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from anndata import AnnData
+
+from scldm.metrics import expression
+from scldm.metrics.cell_set import CellSet
+
+
+class EvaluationError(ValueError):
+    """Cells or settings that cannot be evaluated; the message says what, and what is needed."""
+
+
+def cell_set(adata: AnnData, labels: Sequence[str]) -> CellSet:
+    """Counts and labels of an AnnData; a missing label value becomes None."""
+    missing = [name for name in labels if name not in adata.obs]
+    if missing:
+        raise EvaluationError(f"obs lacks {', '.join(missing)}; it has {', '.join(adata.obs.columns) or 'no columns'}")
+    return CellSet(expression.as_counts(adata.X), {n: class_names(adata.obs[n]) for n in labels})
+
+
+def class_names(column: Sequence[object]) -> np.ndarray:
+    """Of a column of obs, (n,): None where there is no name."""
+    return np.array([v if isinstance(v, str) else None for v in column], dtype=object)
