@@ -1,6 +1,6 @@
 """What a job file may say: one pydantic model per kind of job.
 
-A job runs the stages whose sections it holds. `kind: line` holds them all; a stage's own job file holds that stage's
+A job runs the stages whose sections it holds. `kind: pipeline` holds them all; a stage's own job file holds that stage's
 settings at the top level and, if it likes, the sections of earlier stages too. The output of a stage that has no
 section is looked up under `output` (or under `inputs`), and must have been made before.
 """
@@ -140,8 +140,8 @@ class JobBase(StrictModel):
         return self
 
 
-class LineJob(JobBase):
-    kind: Literal["line"]
+class PipelineJob(JobBase):
+    kind: Literal["pipeline"]
     ingest: IngestConfig
     train_vae: TrainVaeConfig = TrainVaeConfig()
     encode: EncodeConfig = EncodeConfig()
@@ -150,7 +150,7 @@ class LineJob(JobBase):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
-    def _generates_counts(self) -> LineJob:
+    def _generates_counts(self) -> PipelineJob:
         if self.train_vae.model.head == "gaussian":
             raise ValueError(
                 "train_vae.model.head (gaussian) models log-normalised expression, and generate draws counts: "
@@ -201,7 +201,7 @@ class LogLikelihoodJob(JobBase, LogLikelihoodConfig):
 
 
 Job = Annotated[
-    LineJob
+    PipelineJob
     | IngestJob
     | TrainVaeJob
     | EncodeJob
@@ -238,6 +238,6 @@ def stage_configs(job: JobBase) -> dict[str, StrictModel]:
             found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})
         elif getattr(job, stage, None) is not None:
             found[stage] = getattr(job, stage)
-    if kind == "line" and found["train_flow"].vae.train:  # type: ignore[attr-defined]
+    if kind == "pipeline" and found["train_flow"].vae.train:  # type: ignore[attr-defined]
         del found["encode"]  # nobody would read the cache
     return found
