@@ -1,8 +1,8 @@
 """What a job file may say: one pydantic model per kind of job.
 
-A job runs the stages whose sections it holds. `kind: pipeline` holds them all; a stage's own job file holds that stage's
-settings at the top level and, if it likes, the sections of earlier stages too. The output of a stage that has no
-section is looked up under `output` (or under `inputs`), and must have been made before.
+A job runs the stages whose sections it holds. `kind: pipeline` holds all of them; the job file of one stage holds
+that stage's settings at the top level and, optionally, the sections of earlier stages. The output of a stage without a
+section is looked up under `output` (or under `inputs`) and must already exist.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from pipeline.config.job import STAGE_CONFIGS, JobBase
 
 HEAD = """# Settings
 
-<!-- Made by `scldm config reference`; change the models in pipeline/*_config.py, not this page. -->
+<!-- Made by `scldm config reference`; change the models in pipeline/config, not this page. -->
 
-Every key that a job file may hold, with its type, default and unit. A job of `kind: pipeline` has the sections `ingest`,
-`train_vae`, `encode`, `train_flow`, `generate` and `evaluate`; a job of one stage has that stage's keys at the top
-level. On the command line: `scldm run jobs/demo.yaml train_vae.train.max_steps=20`. An unknown key is an error, and so
+Every key that a job file may hold, with its type, default and unit. A job of `kind: pipeline` has the sections
+`ingest`, `train_vae`, `encode`, `train_flow`, `generate` and `evaluate`; a job of one stage has that stage's keys at
+the top level. On the command line: `scldm run jobs/demo.yaml train_vae.train.max_steps=20`. An unknown key is an error, and so
 is a value of another type: `scldm validate JOB` names all of them with their lines. `scldm config schema` prints the
 same as a JSON schema, for editors.
 
