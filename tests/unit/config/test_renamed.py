@@ -33,5 +33,5 @@ def test_a_renamed_setting_is_read_under_its_new_name(job, caplog, monkeypatch):
 
 def test_an_old_and_a_new_name_together_are_an_error(job, monkeypatch):
     monkeypatch.setattr(renamed, "SETTINGS", {"train.micro": "max_steps"})
-    with pytest.raises(InputError, match="is now called .*max_steps, and both"):
+    with pytest.raises(InputError, match=r"is now called .*max_steps, and both"):
         load_job(job, ["train_vae.train.micro=7", "train_vae.train.max_steps=8"])
