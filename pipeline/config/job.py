@@ -117,6 +117,8 @@ class TrackingConfig(StrictModel):
 class JobBase(StrictModel):
     """What every job file may say."""
 
+    kind: str
+    """Which job this is: pipeline, or the name of one stage."""
     name: Name
     """Name of the pipeline: stages of the same name and output find each other."""
     output: str = "runs"
@@ -230,14 +232,14 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
 
 def stage_configs(job: JobBase) -> dict[str, StrictModel]:
     """The stages that a job holds, in the order in which they run."""
-    kind: str = job.kind  # type: ignore[attr-defined]
     found: dict[str, StrictModel] = {}
     for stage in (*STAGES, *REAL_CELL_STAGES):
-        if stage == kind:
+        if stage == job.kind:
             config_type = STAGE_CONFIGS[stage]
-            found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})
+            # The job was validated; its own settings are taken over as they are.
+            found[stage] = config_type.model_construct(**{f: getattr(job, f) for f in config_type.model_fields})
         elif getattr(job, stage, None) is not None:
             found[stage] = getattr(job, stage)
-    if kind == "pipeline" and found["train_flow"].vae.train:  # type: ignore[attr-defined]
+    if isinstance(job, PipelineJob) and job.train_flow.vae.train:
         del found["encode"]  # nobody would read the cache
     return found
