@@ -18,7 +18,7 @@ NOT_INPUT_FILES = {
     "output", "cache", "storage_path", "uri", "endpoint", "region", "addressing", "cluster", "version", "inputs",
     "source.path",  # of Cell Ranger outputs: a folder or pattern, resolved by ingest
     # names and expressions
-    "name", "experiment", "salt", "layer", "measurement", "gene_id", "gene_name", "genome", "columns", "labels",
+    "name", "kind", "experiment", "salt", "layer", "measurement", "gene_id", "gene_name", "genome", "columns", "labels",
     "obs_filter", "value_filter", "tissue", "assay", "organism", "where", "combinations", "keep_obs", "to", "control",
     "cells", "per_label", "genes", "guidance",
 }  # fmt: skip
