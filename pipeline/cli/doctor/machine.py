@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.cli.doctor.finding import Asked, Finding
+from pipeline.core.files import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 LEAST_FREE = 5e9  # bytes: the demo's outputs and Ray's logs
 # What a difference breaks; the rest of constraints.txt follows from these.
 COMPARED = (
