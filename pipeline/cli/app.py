@@ -27,6 +27,7 @@ from pipeline.cli.mlflow import compare, mlflow_app
 from pipeline.cli.models import convert, export
 from pipeline.cli.parity import parity
 from pipeline.cli.presets import presets
+from scldm.errors import InputError
 
 app = typer.Typer(
     name="scldm",
@@ -63,7 +64,6 @@ def options(
     Begin with `scldm run jobs/demo.yaml`, or with `scldm init cells.h5ad` for your own cells.
     """
     from pipeline.core.faults import arm
-    from scldm.errors import InputError
 
     if context.invoked_subcommand == "faults":  # which says what may stand there
         return

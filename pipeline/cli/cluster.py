@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.common import load, reported
+
 cluster = typer.Typer(help="A Ray head on this machine that takes jobs, behind a token.", no_args_is_help=True)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
@@ -33,7 +35,6 @@ def submit(
 
     Example: `scldm submit jobs/train_vae.yaml train.max_steps=20 --address http://head:8265`
     """
-    from pipeline.cli.common import load, reported
 
     with reported():
         loaded = load(job, overrides)  # errors show here, not in a job's log
@@ -51,7 +52,6 @@ def status(job_id: PerhapsJobId = None, address: Address = None) -> None:
 
     Example: `scldm status`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import status as describe
@@ -68,7 +68,6 @@ def logs(
 
     Example: `scldm logs --follow scldm-train_vae-demo-1a2b3c`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import logs as show
@@ -85,7 +84,6 @@ def stop(
 
     Example: `scldm stop scldm-train_vae-demo-1a2b3c`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import stop as end
@@ -105,7 +103,6 @@ def start_cluster(
 
     Example: `scldm cluster start --num-cpus=8`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import start
@@ -128,7 +125,6 @@ def stop_cluster(
 
     Example: `scldm cluster stop`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import stop
@@ -145,7 +141,6 @@ def drain_node(
 
     For a pod's preStop, or a watcher of spot notices. Example: `scldm cluster drain --seconds 120`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import drain

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipeline.cli.common import reported
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="UPSTREAM.ckpt", help="Lightning checkpoint that upstream wrote.")]
 ConfigFile = Annotated[Path, typer.Option("--config", metavar="UPSTREAM.yaml", help="Configuration written with it.")]
@@ -68,7 +68,7 @@ def convert(
 
     Example: `scldm convert last.ckpt --config config.yaml --out models/dentate`
     """
-    with _reported():
+    with reported():
         from scldm.checkpoints.convert.convert import convert_upstream
         from scldm.checkpoints.upstream.inputs import InputFiles
 
@@ -92,7 +92,7 @@ def export(
 
     Example: `scldm export models/dentate --to upstream --out exported`
     """
-    with _reported():
+    with reported():
         from scldm.api.folders import find_models
         from scldm.checkpoints.convert.export import export_upstream
 
@@ -106,18 +106,3 @@ def export(
         typer.echo(f"wrote {done.folder}: {', '.join(done.files)} (format: {to.value})")
         for note in done.notes:
             typer.echo(f"note: {note}")
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """A checkpoint, configuration or folder that cannot be used is bad input: exit code 2."""
-    from pipeline.cli.common import reported
-    from scldm.errors import InputError
-
-    with reported():
-        from scldm.checkpoints.native import CheckpointError
-
-        try:
-            yield
-        except CheckpointError as error:
-            raise InputError(str(error)) from None

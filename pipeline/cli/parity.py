@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli.common import reported
 from pipeline.core.files import REPOSITORY
 from scldm.errors import InputError
 
@@ -31,7 +32,6 @@ def parity(folder: Folder, json_file: JsonFile = None, every: Every = False) -> 
 
     Example: `scldm parity fixtures/upstream --json parity.json`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         registry = comparison()

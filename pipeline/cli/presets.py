@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli.common import reported
+
 if TYPE_CHECKING:
     from scldm.api.presets import Preset
 
@@ -17,11 +19,9 @@ def presets(name: Name = None) -> None:
 
     Example: `scldm presets dentate_gyrus`
     """
-    from pipeline.cli.common import reported
-    from scldm.errors import InputError
 
     with reported():
-        from scldm.api.presets import UnknownPresetError, preset, preset_names
+        from scldm.api.presets import preset, preset_names
 
         if name is None:
             width = max(map(len, preset_names()))
@@ -30,10 +30,7 @@ def presets(name: Name = None) -> None:
                 size = f"{found.vae.parameters:g} M" if found.vae else ""
                 typer.echo(f"{each:<{width}}  {size:>7}  {found.about}")
             return
-        try:
-            typer.echo(as_yaml(preset(name)), nl=False)
-        except UnknownPresetError as error:
-            raise InputError(str(error)) from None
+        typer.echo(as_yaml(preset(name)), nl=False)
 
 
 def as_yaml(found: Preset) -> str:
