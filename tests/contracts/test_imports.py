@@ -67,6 +67,10 @@ def test_every_folder_is_a_room_of_the_plan():
         assert {f"{package}.{room}" for room in rooms} == {r for r in architecture.PURPOSE if r.startswith(package)}
 
 
+def test_the_picture_shows_the_rooms_as_they_are():
+    assert architecture.PICTURE.read_text() == architecture.picture(ROOT), "run: python docs/architecture.py"
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
 def test_a_folder_has_about_a_dozen_names(folder):
     names = [p for p in folder.iterdir() if p.name != "__pycache__" and (p.is_dir() or p.suffix == ".py")]
