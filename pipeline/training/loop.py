@@ -16,20 +16,20 @@ from pipeline.config.job import TrainConfig
 from pipeline.core.faults import fault_point
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
+from pipeline.training.callbacks.early_stopping import BestSoFar
+from pipeline.training.callbacks.metrics_log import LOG_EVERY, TrainingCurve
+from pipeline.training.callbacks.step_guard import StepGuard, StepLosses
+from pipeline.training.callbacks.step_timer import StepClock
+from pipeline.training.callbacks.stop_signal import Notice, StopNotice
+from pipeline.training.callbacks.stragglers import Pace
+from pipeline.training.callbacks.throughput import mfu, peak_flops
+from pipeline.training.callbacks.watchdog import Watchdog
 from pipeline.training.checkpoints.manager import Keeper
 from pipeline.training.checkpoints.manifest import Position
 from pipeline.training.engine.deepspeed import Engine
-from pipeline.training.monitoring.metrics_log import LOG_EVERY, TrainingCurve
-from pipeline.training.monitoring.step_timer import StepClock
-from pipeline.training.monitoring.stragglers import Pace
-from pipeline.training.monitoring.throughput import mfu, peak_flops
 from pipeline.training.objectives.base import Objective
+from pipeline.training.out_of_memory import memory_is_explained
 from pipeline.training.prefetch import Ready, prefetch
-from pipeline.training.resilience.early_stopping import BestSoFar
-from pipeline.training.resilience.out_of_memory import memory_is_explained
-from pipeline.training.resilience.step_guard import StepGuard, StepLosses
-from pipeline.training.resilience.stop_signal import Notice, StopNotice
-from pipeline.training.resilience.watchdog import Watchdog
 from pipeline.training.state import MeanLoss, Memory, Run, Stopped, Trained
 from scldm.optim.adamw import adamw
 from scldm.optim.ema import EMA

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.resources import CheckpointStorage
+from pipeline.training.callbacks.early_stopping import BestSoFar
+from pipeline.training.callbacks.step_guard import StepGuard
+from pipeline.training.callbacks.step_timer import StepClock
 from pipeline.training.checkpoints.remote import Remote
 from pipeline.training.engine.deepspeed import Engine
-from pipeline.training.monitoring.step_timer import StepClock
-from pipeline.training.resilience.early_stopping import BestSoFar
-from pipeline.training.resilience.step_guard import StepGuard
 from scldm.optim.ema import EMA
 
 

@@ -15,12 +15,12 @@ from pipeline.config.checks import feed_problems
 from pipeline.config.job import ResourcesConfig, TrainConfig
 from pipeline.config.resources import CheckpointStorage
 from pipeline.core.progress import ProgressReader
+from pipeline.training.callbacks.stop_signal import STOP_FILE
+from pipeline.training.callbacks.watchdog import FIRST
 from pipeline.training.checkpoints.manifest import newest_step
 from pipeline.training.checkpoints.remote import check_storage
-from pipeline.training.resilience.preemption import node_goes_at, wait_until_gone
+from pipeline.training.preemption import node_goes_at, wait_until_gone
 from pipeline.training.resilience.reservation import give_back, remember
-from pipeline.training.resilience.stop_signal import STOP_FILE
-from pipeline.training.resilience.watchdog import FIRST
 from scldm.errors import InputError
 
 REFUSED = "refused"  # in place of facts, where no start of the workers can mend what the user must
@@ -33,8 +33,8 @@ def _on_worker(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs in every Ray Train worker; imports there, so that the driver stays light."""
     import ray.train
 
+    from pipeline.training.callbacks.step_guard import TrainingStopped
     from pipeline.training.checkpoints.selection import CannotResume
-    from pipeline.training.resilience.step_guard import TrainingStopped
     from pipeline.training.state import Stopped
     from pipeline.training.worker import train_worker
 
@@ -72,7 +72,7 @@ def fit(spec: dict[str, Any], train: TrainConfig, resources: ResourcesConfig, st
             if REFUSED in facts:
                 raise InputError(facts[REFUSED])
             if HOPELESS in facts:
-                from pipeline.training.resilience.step_guard import TrainingStopped
+                from pipeline.training.callbacks.step_guard import TrainingStopped
 
                 raise TrainingStopped(facts[HOPELESS])
             if STOPPED not in facts:

@@ -26,17 +26,17 @@ from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import Ingested
 from pipeline.tracking.system_metrics import node_metrics
 from pipeline.tracking.tracker import StageTracker
+from pipeline.training.callbacks.step_guard import TrainingStopped
+from pipeline.training.callbacks.stop_signal import STOP_FILE
 from pipeline.training.checkpoints.remote import Remote
 from pipeline.training.checkpoints.selection import CannotResume
 from pipeline.training.loop import run_training
-from pipeline.training.objectives.dispersion import fit_dispersions
 from pipeline.training.objectives.flow import FlowDraws, FlowObjective
 from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation_tables
-from pipeline.training.resilience.step_guard import TrainingStopped
-from pipeline.training.resilience.stop_signal import STOP_FILE
 from pipeline.training.state import Run, Stopped, Trained
+from pipeline.training.tasks.flow import flow_samples, latent_blocks, make_order
 from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
-from pipeline.training.tasks.sources import flow_samples, latent_blocks, make_order
+from pipeline.training.tasks.vae import fit_dispersions
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.config import StrictModel
 from scldm.errors import InputError

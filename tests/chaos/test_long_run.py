@@ -12,7 +12,7 @@ from helpers.training.long_run import EVERY, STEPS
 from helpers.training.ranks import start
 from helpers.training.tracked_training import open_driver
 
-from pipeline.training.monitoring.metrics_log import LOG_EVERY
+from pipeline.training.callbacks.metrics_log import LOG_EVERY
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 WARM = 1500  # steps, until caches are full

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.config.io.loader import load_job
-from pipeline.training.resilience.stop_signal import LOOK_EVERY
+from pipeline.training.callbacks.stop_signal import LOOK_EVERY
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

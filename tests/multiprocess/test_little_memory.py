@@ -10,7 +10,7 @@ from helpers.training.small_job import ingest_small, spec_of
 
 from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from pipeline.data.loading.blocks import NoRoom
-from pipeline.training.resilience.out_of_memory import advice, is_of_memory, memory_is_explained
+from pipeline.training.out_of_memory import advice, is_of_memory, memory_is_explained
 
 pytestmark = pytest.mark.multiprocess
 WIDE = {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_heads_cross": 4, "n_latent_tokens": 128}
@@ -51,7 +51,7 @@ def test_what_is_advised_is_valid_not_yet_set_and_of_the_memory_that_ran_out():
 
 
 def test_a_block_without_room_in_the_object_store_is_said_by_its_worker_and_raised_as_it_was(monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.training.resilience.out_of_memory.dist.get_rank", lambda: 3)
+    monkeypatch.setattr("pipeline.training.out_of_memory.dist.get_rank", lambda: 3)
     with pytest.raises(NoRoom, match="set less"), memory_is_explained(VaeTrainConfig(), 32, "in step 7"):
         raise NoRoom("no room in Ray's object store memory; set less")
     assert capsys.readouterr().out == "worker 3: no room in Ray's object store memory; set less\n"

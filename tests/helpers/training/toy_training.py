@@ -25,8 +25,8 @@ from pipeline.config.train import TrainConfig
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
 from pipeline.tracking.tracker import NullTracker
+from pipeline.training.callbacks.step_guard import TrainingStopped
 from pipeline.training.loop import run_training
-from pipeline.training.resilience.step_guard import TrainingStopped
 from pipeline.training.state import Run
 from scldm.flow.config import EMAConfig
 from scldm.optim.schedule import learning_rate_factor

@@ -14,7 +14,7 @@ from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, pro
 from pipeline.core.text import compact, duration
 from pipeline.data.loading.order import FeedOrder
 from pipeline.tracking.tracker import StageTracker
-from pipeline.training.monitoring.metrics_log import TrainingCurve
+from pipeline.training.callbacks.metrics_log import TrainingCurve
 
 
 def test_a_line_says_step_loss_rate_speed_and_eta():

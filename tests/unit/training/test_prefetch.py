@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.loading.feed import FeedStep
-from pipeline.training.monitoring.step_timer import StepClock
+from pipeline.training.callbacks.step_timer import StepClock
 from pipeline.training.objectives.base import Slice, map_tensors
 from pipeline.training.prefetch import prefetch
 

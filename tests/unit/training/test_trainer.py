@@ -14,8 +14,8 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipeline.config.resources import ResourcesConfig
 from pipeline.config.train import VaeTrainConfig
-from pipeline.training import trainer
-from pipeline.training.resilience import preemption, reservation
+from pipeline.training import preemption, trainer
+from pipeline.training.resilience import reservation
 from scldm.errors import InputError
 
 GOING = PreemptionInfo(deadline_ms=1_000, preempted_node_to_ranks={"n1": [0]})

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.config.train import TrainConfig
-from pipeline.training.resilience import step_guard as guard_module
-from pipeline.training.resilience.early_stopping import BestSoFar
-from pipeline.training.resilience.step_guard import StepGuard, StepLosses, TrainingStopped
+from pipeline.training.callbacks import step_guard as guard_module
+from pipeline.training.callbacks.early_stopping import BestSoFar
+from pipeline.training.callbacks.step_guard import StepGuard, StepLosses, TrainingStopped
 from pipeline.training.state import MeanLoss, Memory
 
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch.distributed as dist
 
-from pipeline.training.resilience.stop_signal import AT_ONCE, Notice, StopNotice
+from pipeline.training.callbacks.stop_signal import AT_ONCE, Notice, StopNotice
 from pipeline.training.trainer import stop_on_sigterm
 
 

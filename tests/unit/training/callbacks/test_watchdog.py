@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from pipeline.training.resilience.watchdog import EXIT_CODE, FIRST, Watchdog
+from pipeline.training.callbacks.watchdog import EXIT_CODE, FIRST, Watchdog
 
 
 class Ended(threading.Event):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pipeline.training.resilience.stop_signal import AT_ONCE
+from pipeline.training.callbacks.stop_signal import AT_ONCE
 
 UNKNOWN_S = 60.0  # that a node whose time nobody said may take to go
 LATE_S = 30.0  # that a node may be late

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.training.monitoring.stragglers import Pace, straggler
+from pipeline.training.callbacks.stragglers import Pace, straggler
 
 SEEN = straggler([0.1, 0.4, 0.1]) | {"perf/step_s": 1.0}
 
