@@ -21,7 +21,7 @@ from helpers.servers.raylets import RealCluster, kill_tree, wait_for
 from helpers.servers.recovery import Recoveries
 
 from pipeline.core.manifest import newest_manifest
-from pipeline.training.checkpoints.manifest import Found, committed
+from pipeline.training.checkpoints.manifest import CheckpointInfo, committed
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS, EVERY = 900, 50
@@ -141,5 +141,5 @@ def training_workers(cluster: RealCluster) -> list[psutil.Process]:
     return found
 
 
-def found_newest(found: list[Found]) -> Found:
+def found_newest(found: list[CheckpointInfo]) -> CheckpointInfo:
     return max(found, key=lambda c: c.position.step)

@@ -1,4 +1,4 @@
-"""A worker that has too little memory: which one, in which step, and the settings that mend it; then the same run."""
+"""A worker that runs out of memory: which one, in which step, and the settings that fix it; then the same run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers.training.small_job import ingest_small, spec_of
 
 from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from pipeline.data.loading.blocks import NoRoom
-from pipeline.training.out_of_memory import advice, is_of_memory, memory_is_explained
+from pipeline.training.out_of_memory import advice, explain_out_of_memory, is_out_of_memory
 
 pytestmark = pytest.mark.multiprocess
 WIDE = {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_heads_cross": 4, "n_latent_tokens": 128}
@@ -27,7 +27,7 @@ def test_T12_a_worker_without_memory_says_which_settings_take_it_and_they_do(tmp
     assert "ran out of memory in step 1: " in said, said[-3000:]
     assert not list((tmp_path / "checkpoints").glob("step-*"))
     while codes != [0, 0]:  # do as it says, until it fits
-        told = re.findall(r"A worker takes (\d+) cells at once. Set train.feed.micro_batch_size=(\d+),", said)[-1]
+        told = re.findall(r"A worker computes (\d+) cells at a time. Set train.feed.micro_batch_size=(\d+),", said)[-1]
         assert int(told[1]) == int(told[0]) // 2, said[-3000:]
         spec["config"]["train"]["feed"]["micro_batch_size"] = int(told[1])
         codes = start(tmp_path, starved, 2, spec=spec)
@@ -41,7 +41,9 @@ ON_A_GPU = ("train.zero_stage=2", "train.offload_optimizer=cpu", "train.precisio
 def test_what_is_advised_is_valid_not_yet_set_and_of_the_memory_that_ran_out():
     what = "worker 1 ran out of memory in step 7"
     said = advice(VaeTrainConfig(), 32, what, "CUDA out of memory. Tried to allocate 2 GiB\nand more", on_gpu=True)
-    assert said.startswith(f"{what}: CUDA out of memory. Tried to allocate 2 GiB. A worker takes 32 cells at once. Set")
+    assert said.startswith(
+        f"{what}: CUDA out of memory. Tried to allocate 2 GiB. A worker computes 32 cells at a time. Set"
+    )
     assert "train.feed.micro_batch_size=16, or" in said
     assert all(setting in said for setting in (*ON_A_GPU, "train.genes_per_step=2000"))
     said = advice(VaeTrainConfig(), 1, what, "DefaultCPUAllocator: can't allocate memory", on_gpu=False)
@@ -50,14 +52,14 @@ def test_what_is_advised_is_valid_not_yet_set_and_of_the_memory_that_ran_out():
     assert "zero_stage" not in advice(sampled, 8, what, "", on_gpu=True), "stage 3 cannot be sampled from"
 
 
-def test_a_block_without_room_in_the_object_store_is_said_by_its_worker_and_raised_as_it_was(monkeypatch, capsys):
+def test_a_block_without_room_in_the_object_store_is_said_by_its_worker_and_raised_as_it_was(monkeypatch, caplog):
     monkeypatch.setattr("pipeline.training.out_of_memory.dist.get_rank", lambda: 3)
-    with pytest.raises(NoRoom, match="set less"), memory_is_explained(VaeTrainConfig(), 32, "in step 7"):
+    with pytest.raises(NoRoom, match="set less"), explain_out_of_memory(VaeTrainConfig(), 32, "in step 7"):
         raise NoRoom("no room in Ray's object store memory; set less")
-    assert capsys.readouterr().out == "worker 3: no room in Ray's object store memory; set less\n"
+    assert caplog.messages == ["worker 3: no room in Ray's object store memory; set less"]
 
 
 def test_other_errors_are_left_as_they_are():
-    assert is_of_memory(MemoryError())
-    assert is_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"))
-    assert not is_of_memory(RuntimeError("shapes do not match"))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))

@@ -1,129 +1,108 @@
-"""Steps that must not reach the weights: losses that are not finite, and spikes.
+"""Keeps losses that are not finite, and spikes, away from the weights.
 
-A decision is taken from sums over all workers, so that all of them take the same one. The guard's memory (how many
-steps it left out, the losses that a spike is measured against) is part of every checkpoint: a run that goes on decides
-as the uninterrupted one would have.
+A decision is made from sums over all workers, so that all of them make the same one. The guard's state (how many steps
+were skipped, the losses that a spike is measured against) is part of every checkpoint: a resumed run decides as the
+uninterrupted one would have.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from pipeline.config.train import TrainConfig
+from pipeline.training.callbacks.base import TrainingCallback
+from pipeline.training.state import StepLosses, TrainingState, TrainingStopped
 
-NAMED = 8  # cells that a message names, per worker
-JUDGED_FROM = 10  # losses that a median needs
-
-
-class TrainingStopped(Exception):
-    """The run cannot go on, and starting it again would end the same."""
+MIN_LOSSES = 10  # that a median needs
+log = logging.getLogger(__name__)
 
 
-@dataclass
-class StepLosses:
-    """Losses of one worker's cells in a step, gathered over its micro batches."""
+class StepGuard(TrainingCallback):
+    """Decides whether a step updates the weights, by `train.non_finite`, `train.max_skipped` and `train.spike`."""
 
-    device: torch.device
-    losses: list[Tensor] = field(default_factory=list)  # (b,) each
-    joinids: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-
-    def add(self, loss: Tensor, weight: Tensor, joinids: Tensor) -> None:
-        self.losses.append(loss.detach())
-        self.weights.append(weight)
-        self.joinids.append(joinids)
-
-    def reduced(self) -> tuple[float, int]:
-        """Sum of the losses over all workers' cells, and how many of them are not finite. Collective."""
-        loss, weight = torch.cat(self.losses).double(), torch.cat(self.weights)
-        bad = ~loss.isfinite()
-        sums = torch.stack([(loss * weight).sum(), bad.sum().double()])
-        dist.all_reduce(sums)
-        total, n_bad = sums.tolist()
-        return total, int(n_bad)
-
-    def offenders(self) -> str:
-        """Which cells of which workers have no finite loss; where all have one, which cells there are. Collective."""
-        loss, ids = torch.cat(self.losses).cpu(), torch.cat(self.joinids).cpu()
-        bad = ids[~loss.isfinite()].tolist()
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (bad, ids.tolist()))
-        if any(b for b, _ in everyone):
-            named = [f"worker {r}: soma_joinid {_list(b)}" for r, (b, _) in enumerate(everyone) if b]
-            return "no finite loss of " + "; ".join(named)
-        named = [f"worker {r}: soma_joinid {_list(all_)}" for r, (_, all_) in enumerate(everyone)]
-        return "finite losses of " + "; ".join(named)
-
-
-class StepGuard:
-    """Decides of every step whether it is taken, by `train.non_finite`, `train.max_skipped` and `train.spike`."""
+    state_key = "guard"
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.skipped, self.in_a_row, self.spikes = 0, 0, 0
         self._losses: deque[float] = deque(maxlen=config.spike.window)
 
-    def wants(self, loss: float, n_bad: int) -> bool:
-        """Whether a step with this mean loss is to be taken."""
-        return not n_bad and math.isfinite(loss) and not (self._is_spike(loss) and self.config.spike.action == "skip")
+    def accept_update(self, state: TrainingState, losses: StepLosses) -> bool:
+        return self.accepts(losses.mean, losses.n_non_finite)
 
-    def after(self, step: int, loss: float, losses: StepLosses, *, applied: bool) -> str | None:
-        """Account for a step that was or was not taken; what is to be said about it. Collective.
+    def on_update(self, state: TrainingState, losses: StepLosses, *, applied: bool) -> None:
+        message = self.record(state.step, losses, applied=applied)
+        if message is not None and dist.get_rank() == 0:
+            log.warning(message)
+
+    def collect_metrics(self, state: TrainingState) -> dict[str, float]:
+        return {"train/skipped": float(self.skipped)}
+
+    def accepts(self, loss: float, n_non_finite: int) -> bool:
+        """Return whether a step with this mean loss may update the weights."""
+        if n_non_finite or not math.isfinite(loss):
+            return False
+        return not (self._is_spike(loss) and self.config.spike.action == "skip")
+
+    def record(self, step: int, losses: StepLosses, *, applied: bool) -> str | None:
+        """Account for a step. Return a message if it was a spike or was skipped. Collective.
+
+        Args:
+            applied: Whether it changed the weights.
 
         Raises:
-            TrainingStopped: on all workers, where the settings say that the run ends.
+            TrainingStopped: on all workers, if the settings end the run here.
         """
-        spike = math.isfinite(loss) and self._is_spike(loss)
-        left_out = spike and self.config.spike.action == "skip"
-        self.spikes += spike
+        loss = losses.mean
+        is_spike = math.isfinite(loss) and self._is_spike(loss)
+        self.spikes += is_spike
         if applied:
             self.in_a_row = 0
-            said = f"step {step} is a spike: {self._against(loss)}" if spike else None
+            message = f"step {step} is a spike: {self._against_median(loss)}" if is_spike else None
             self._losses.append(loss)
-            return said
+            return message
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        what = f"a spike ({self._against(loss)})" if left_out else "a loss or gradient that is not finite"
-        said = f"step {step} has {what}; {losses.offenders()}"
-        if not left_out and self.config.non_finite == "stop":
+        is_skipped_spike = is_spike and self.config.spike.action == "skip"
+        reason = (
+            f"a spike ({self._against_median(loss)})" if is_skipped_spike else "a loss or gradient that is not finite"
+        )
+        message = f"step {step} has {reason}; {losses.describe_cells()}"
+        if not is_skipped_spike and self.config.non_finite == "stop":
             raise TrainingStopped(
-                f"{said}. train.non_finite is stop; take the cells out (scldm data validate), lower "
+                f"{message}. train.non_finite is stop; remove these cells (scldm validate-data), lower "
                 "train.optimizer.lr, or set train.non_finite=skip"
             )
         if self.in_a_row >= self.config.max_skipped:
             raise TrainingStopped(
-                f"{said}. It is number {self.in_a_row} in a row, train.max_skipped is {self.config.max_skipped}; lower "
-                "train.optimizer.lr or train.optimizer.clip, or look at these cells (scldm data validate)"
+                f"{message}. It is number {self.in_a_row} in a row, train.max_skipped is {self.config.max_skipped}; "
+                "lower train.optimizer.lr or train.optimizer.clip, or inspect these cells (scldm validate-data)"
             )
-        return f"{said}. Left out on all workers: {self.in_a_row} in a row, {self.skipped} in all"
+        return f"{message}. Skipped on all workers: {self.in_a_row} in a row, {self.skipped} in total"
 
     def _is_spike(self, loss: float) -> bool:
         factor = self.config.spike.factor
-        return factor is not None and len(self._losses) >= JUDGED_FROM and loss > factor * self._median()
+        return factor is not None and len(self._losses) >= MIN_LOSSES and loss > factor * self._median()
 
     def _median(self) -> float:
         return statistics.median(self._losses)
 
-    def _against(self, loss: float) -> str:
+    def _against_median(self, loss: float) -> str:
         return f"loss {loss:.4g}, median of the last {len(self._losses)} steps {self._median():.4g}"
 
-    # ---- memory ------------------------------------------------------------------------------------------------------
-    def state(self) -> dict[str, Any]:
-        """Plain data, for a checkpoint."""
+    def facts(self) -> dict[str, Any]:
+        return {"skipped_steps": self.skipped}
+
+    def state_dict(self) -> dict[str, Any]:
         counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes}
         return counts | {"losses": list(self._losses) if self.config.spike.factor is not None else []}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped, self.in_a_row, self.spikes = state["skipped"], state["in_a_row"], state["spikes"]
         self._losses.extend(state["losses"])
-
-
-def _list(ids: list[int]) -> str:
-    return ", ".join(map(str, ids[:NAMED])) + (f", … ({len(ids)})" if len(ids) > NAMED else "")

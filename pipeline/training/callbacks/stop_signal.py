@@ -1,10 +1,11 @@
-"""Notice to stop: a signal, a file, or a node that is about to be taken away. All workers learn of it at one step.
+"""Stops all workers at the same step, on a signal, a file, or because a node is about to be taken away.
 
-A worker looks at its own sources when a step begins and the answers are reduced on the CPU while the step computes, so
-asking costs the step nothing and all workers stop at the same boundary.
+A worker checks its own sources when a step begins, and the answers are reduced on the CPU while the step computes, so
+the check costs the step nothing and all workers stop at the same boundary.
 
-A node that is taken away at a known time is used until then: a checkpoint at once, in case the node goes early, and
-another in the last moments, after which the workers end. So a notice kept costs no step, and little of the node's time.
+A node that is taken away at a known time is used until then: a checkpoint immediately, in case the node goes early, and
+another in the last moments, after which the workers end. So a kept deadline costs no step, and little of the node's
+time.
 """
 
 from __future__ import annotations
@@ -12,37 +13,41 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from pipeline.training.callbacks.base import TrainingCallback
+from pipeline.training.state import TrainingState
+
 STOP_FILE = "stop.request"
-LOOK_EVERY = 1.0  # seconds between looks at the file system
-STOP, ASK = 0, 1
-AT_ONCE = 0.0  # the time of a node that goes nobody knows when
+CHECK_FILE_EVERY = 1.0  # seconds between checks of the file system
+STOP, CHECK_NODES = 0, 1  # indices of the flags
+UNKNOWN_TIME = 0.0  # the deadline of a node that goes at an unknown time
 
 
-class Notice(Enum):
-    """What a step is told at its end."""
+class StopRequest(Enum):
+    """What a step has to do at its end."""
 
     NONE = "none"
-    SAVE = "save"  # write a checkpoint now, and go on
-    STOP = "stop"  # write a checkpoint, and end
+    SAVE = "save"  # write a checkpoint and continue
+    STOP = "stop"  # write a checkpoint and end
 
 
-class StopNotice:
-    """Whether the run has to stop. Build, `ask` and `answer` are collective.
+class StopSignal(TrainingCallback):
+    """Checks whether the run has to stop. The constructor, `begin_check` and `finish_check` are collective.
 
     Args:
-        folder: Of the stage; a file `stop.request` in it is a notice. Looked at by rank 0.
-        preempted: When (seconds since 1970) a node of this run is taken away; None if none is, AT_ONCE if nobody knows.
-            Collective, with the same answer on all workers, and not free: called at most every `every_seconds`.
-        margin: Seconds before that time at which to end: what a checkpoint takes, and more.
-        clock: Seconds since 1970.
+        folder: The stage's folder; a file `stop.request` in it is a signal. Checked by rank 0.
+        preempted: Returns when (seconds since 1970) a node of this run is taken away; None if none is, UNKNOWN_TIME if
+            the time is not known. Collective, with the same answer on all workers, and not free: called at most every
+            `every_seconds`.
+        margin: Returns how many seconds before that time to end: what a checkpoint takes, and more.
+        clock: Returns seconds since 1970.
     """
 
     def __init__(
@@ -56,50 +61,58 @@ class StopNotice:
     ):
         self.file = folder / STOP_FILE
         self.signalled = False
-        self.goes_at: float | None = None  # a node of this run
+        self.deadline: float | None = None  # of the first node that is taken away
         self._preempted, self._every, self._margin, self._clock = preempted, every_seconds, margin, clock
         self._group = dist.new_group(backend="gloo")  # its own: a flag must not wait behind gradients, nor for a device
         self._flags = torch.zeros(2, dtype=torch.int32)
         self._work: dist.Work | None = None
-        self._looked = self._asked = time.monotonic()
+        self._checked_file = self._checked_nodes = time.monotonic()
+        self._handler_before: Any = None
 
-    @contextmanager
-    def on_sigterm(self) -> Iterator[None]:
-        """Take SIGTERM for a notice; only a main thread can, and under Ray it is the driver that gets the signal."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "signalled", True))
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def on_train_start(self, state: TrainingState) -> None:
+        """Take SIGTERM as a stop signal. Only a main thread can; under Ray it is the driver that gets the signal."""
+        if threading.current_thread() is threading.main_thread():
+            self._handler_before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "signalled", True))
 
-    def ask(self) -> None:
-        """At the start of a step."""
+    def on_train_end(self, state: TrainingState) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler_before)
+
+    def on_step_start(self, state: TrainingState) -> None:
+        self.begin_check()
+
+    def on_step_end(self, state: TrainingState) -> None:
+        request = self.finish_check()
+        if request is StopRequest.SAVE:
+            state.request_checkpoint()
+        elif request is StopRequest.STOP:
+            state.request_stop()
+
+    def begin_check(self) -> None:
+        """Check this worker's sources and start the reduction over all workers."""
         now = time.monotonic()
-        self._flags[STOP] = int(self.signalled or self._node_goes() or self._file_is_there(now))
-        self._flags[ASK] = int(self._preempted is not None and now - self._asked >= self._every)
+        self._flags[STOP] = int(self.signalled or self._deadline_is_near() or self._file_exists(now))
+        self._flags[CHECK_NODES] = int(self._preempted is not None and now - self._checked_nodes >= self._every)
         self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
-    def answer(self) -> Notice:
-        """At its end, the same on all workers."""
+    def finish_check(self) -> StopRequest:
+        """Return the answer, the same on all workers."""
         assert self._work is not None
         self._work.wait()
         if self._flags[STOP]:
-            return Notice.STOP
-        if self._preempted is not None and self._flags[ASK]:
-            self._asked = time.monotonic()
-            was, self.goes_at = self.goes_at, self._preempted()
-            if was is None and self.goes_at is not None:
-                return Notice.SAVE
-        return Notice.NONE
+            return StopRequest.STOP
+        if self._preempted is not None and self._flags[CHECK_NODES]:
+            self._checked_nodes = time.monotonic()
+            before, self.deadline = self.deadline, self._preempted()
+            if before is None and self.deadline is not None:
+                return StopRequest.SAVE
+        return StopRequest.NONE
 
-    def _node_goes(self) -> bool:
-        return self.goes_at is not None and self._clock() >= self.goes_at - self._margin()
+    def _deadline_is_near(self) -> bool:
+        return self.deadline is not None and self._clock() >= self.deadline - self._margin()
 
-    def _file_is_there(self, now: float) -> bool:
-        if dist.get_rank() != 0 or now - self._looked < LOOK_EVERY:
+    def _file_exists(self, now: float) -> bool:
+        if dist.get_rank() != 0 or now - self._checked_file < CHECK_FILE_EVERY:
             return False
-        self._looked = now
+        self._checked_file = now
         return self.file.exists()

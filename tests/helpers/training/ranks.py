@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from pipeline.core.faults import VARIABLE, arm
+from pipeline.core.logs import setup_logging
 
 TESTS = Path(__file__).resolve().parents[2]
 # The server of Python 3.11 knows no path but that of the environment, and passes in silence over what it cannot import.
@@ -87,6 +88,7 @@ def _rank(
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     os.environ[VARIABLE] = fault
+    setup_logging(stage="training", rank=rank)
     arm()
     from pipeline.training.objectives.vae import VaeObjective
 

@@ -44,9 +44,9 @@ def work(folder: Path) -> None:
 
 def two_saves(folder: Path) -> None:
     """The same for two checkpoints, both copied; each rank writes down how often it passed every point."""
-    from pipeline.training.checkpoints.manager import Keeper
+    from pipeline.training.checkpoints.manager import CheckpointManager
 
-    save = Keeper.save
+    save = CheckpointManager.save
 
     def save_and_copy(self: Any, *args: Any, **kwargs: Any) -> bool:
         done = save(self, *args, **kwargs)
@@ -54,7 +54,7 @@ def two_saves(folder: Path) -> None:
             time.sleep(0.01)
         return done
 
-    Keeper.save = save_and_copy  # type: ignore[method-assign]
+    CheckpointManager.save = save_and_copy  # type: ignore[method-assign]
     arm(",".join(f"{point}:n={NEVER}:kill" for point in POINTS))
     rank = _train(folder, 2 * EVERY)
     (folder / f"passed-{rank}.json").write_text(json.dumps(passed()))

@@ -1,4 +1,4 @@
-"""Notices: SIGTERM to the driver becomes a file that the workers look for; a node that goes is used until it goes."""
+"""Stop signals: SIGTERM to the driver becomes a file that the workers check; a preempted node is used until it goes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import signal
 import pytest
 import torch.distributed as dist
 
-from pipeline.training.callbacks.stop_signal import AT_ONCE, Notice, StopNotice
+from pipeline.training.callbacks.stop_signal import UNKNOWN_TIME, StopRequest, StopSignal
 from pipeline.training.trainer import stop_on_sigterm
 
 
-def test_the_first_sigterm_asks_the_workers_and_the_second_ends_the_driver(tmp_path):
+def test_the_first_sigterm_stops_the_workers_and_the_second_ends_the_driver(tmp_path):
     file = tmp_path / "stop.request"
-    file.write_text("of the run before")
+    file.write_text("left by an earlier run")
     before = signal.getsignal(signal.SIGTERM)
-    with stop_on_sigterm(file) as asked:
-        assert not asked()
+    with stop_on_sigterm(file) as requested:
+        assert not requested()
         assert not file.exists(), "an old request must not stop a new run"
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked()
+        assert requested()
         assert file.exists()
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -37,39 +37,39 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-def notices(tmp_path, goes_at: list[float | None], times: list[float]) -> list[Notice]:
-    """What each step is told, where the cluster answers `goes_at` and the clock says `times`, step after step."""
+def requests(tmp_path, goes_at: list[float | None], times: list[float]) -> list[StopRequest]:
+    """Return the request of each step, given the cluster's answers and the clock, step after step."""
     answers, clock = iter(goes_at), iter(times)
-    notice = StopNotice(
+    signals = StopSignal(
         tmp_path, lambda: next(answers), margin=lambda: 10.0, every_seconds=0.0, clock=lambda: next(clock)
     )
-    said = []
+    found = []
     for _ in goes_at:
-        notice.ask()
-        said.append(notice.answer())
-        if said[-1] is Notice.STOP:
+        signals.begin_check()
+        found.append(signals.finish_check())
+        if found[-1] is StopRequest.STOP:
             break
-    return said
+    return found
 
 
 @pytest.mark.row("T5")
 @pytest.mark.usefixtures("alone")
-def test_a_node_that_goes_costs_a_checkpoint_at_once_and_is_used_until_shortly_before(tmp_path):
-    said = notices(tmp_path, [None, 100.0, 100.0, 100.0, 100.0], [60.0, 89.0, 90.5])
-    assert said == [Notice.NONE, Notice.SAVE, Notice.NONE, Notice.NONE, Notice.STOP]
+def test_a_preempted_node_costs_a_checkpoint_immediately_and_is_used_until_shortly_before(tmp_path):
+    found = requests(tmp_path, [None, 100.0, 100.0, 100.0, 100.0], [60.0, 89.0, 90.5])
+    assert found == [StopRequest.NONE, StopRequest.SAVE, StopRequest.NONE, StopRequest.NONE, StopRequest.STOP]
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_second_node_that_goes_sooner_is_heeded(tmp_path):
-    said = notices(tmp_path, [100.0, 100.0, 70.0, 70.0], [55.0, 58.0, 62.0])
-    assert said == [Notice.SAVE, Notice.NONE, Notice.NONE, Notice.STOP]
+def test_an_earlier_deadline_of_a_second_node_counts(tmp_path):
+    found = requests(tmp_path, [100.0, 100.0, 70.0, 70.0], [55.0, 58.0, 62.0])
+    assert found == [StopRequest.SAVE, StopRequest.NONE, StopRequest.NONE, StopRequest.STOP]
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_node_that_goes_nobody_knows_when_ends_the_run_at_the_next_step(tmp_path):
-    assert notices(tmp_path, [AT_ONCE, AT_ONCE], [50.0]) == [Notice.SAVE, Notice.STOP]
+def test_a_node_that_goes_at_an_unknown_time_ends_the_run_at_the_next_step(tmp_path):
+    assert requests(tmp_path, [UNKNOWN_TIME, UNKNOWN_TIME], [50.0]) == [StopRequest.SAVE, StopRequest.STOP]
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_drain_that_was_called_off_is_forgotten(tmp_path):
-    assert notices(tmp_path, [100.0, None, None], [60.0]) == [Notice.SAVE, Notice.NONE, Notice.NONE]
+def test_a_cancelled_drain_is_forgotten(tmp_path):
+    assert requests(tmp_path, [100.0, None, None], [60.0]) == [StopRequest.SAVE, StopRequest.NONE, StopRequest.NONE]

@@ -18,7 +18,16 @@ import torch.distributed as dist
 from helpers.stages.committed import POSITION, commit, steps
 
 from pipeline.training.checkpoints import manifest as checkpoint
-from pipeline.training.checkpoints.manifest import DIGEST, MANIFEST, Position, best, committed, newest, retain, verify
+from pipeline.training.checkpoints.manifest import (
+    DIGEST,
+    MANIFEST,
+    TrainingPosition,
+    best,
+    committed,
+    newest,
+    retain,
+    verify,
+)
 from pipeline.training.engine.state_files import shard_name, write_tensors
 from scldm.errors import InputError
 
@@ -31,13 +40,13 @@ def saved(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("saved")
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=0, world_size=1)
 
-    def write(folder: Path) -> checkpoint.Written:
+    def write(folder: Path) -> checkpoint.WrittenFiles:
         tensors = {name: {"weight/0/x": torch.full((50,), float(i))} for i, name in enumerate(FILES)}
         return {name: write_tensors(folder / name, t) for name, t in tensors.items()}
 
     try:
         for step in (4, 8):
-            position = Position(**{**asdict(POSITION), "step": step})
+            position = TrainingPosition(**{**asdict(POSITION), "step": step})
             more = {"guard": {"losses": [1.5, float("nan")]}, "by worker": {10: 1, 9: 2}}
             made = checkpoint.save(root / "checkpoints", position, write, metrics={"val/loss": 1 / 3}, more=more)
             assert isinstance(made, Path)
@@ -197,4 +206,4 @@ def test_C10_another_configuration_is_refused_by_both_names(root):
     """Genes, labels and widths are part of a stage's version and so of its folder: this is for one that was moved."""
     found = newest(root)[0]
     with pytest.raises(InputError, match=re.escape(f"{found.folder} was written under another configuration (a; this")):
-        checkpoint.check_fits(found, Position(**{**asdict(found.position), "config_hash": "another"}))
+        checkpoint.check_fits(found, TrainingPosition(**{**asdict(found.position), "config_hash": "another"}))
