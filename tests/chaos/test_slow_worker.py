@@ -1,4 +1,4 @@
-"""One of two workers is slow for a while: training waits for it, nobody is given up, and nothing else changes."""
+"""One of two workers is slow for a while: training waits for it, no worker is ended, and the weights are the same."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ FEED = {"batch_size": BATCH, "micro_batch_size": 2, "lanes": 2, "block_rows": 16
 
 @dataclass(frozen=True)
 class Cells:
-    """A source of blocks, in memory."""
+    """A source of blocks in memory."""
 
     x: np.ndarray  # (n, 4)
     tile: int = 8
@@ -63,7 +63,7 @@ class Batch:
 
 
 class Toy:
-    """Squared error of a small network that is to find the sum of a cell's numbers."""
+    """Squared error of a small network that learns the sum of a cell's numbers."""
 
     validate_with_ema = True
 
@@ -96,7 +96,7 @@ def odd_loss(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
 
 
 def odd_gradient(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
-    """A finite loss whose gradient is not: the root at zero."""
+    """Return a finite loss whose gradient is not finite: the root at zero."""
     odd, more = batch.joinids == ODD_CELL, torch.zeros_like(loss)
     more[odd] = (0 * loss[odd]).abs().sqrt()
     return loss + more
@@ -149,7 +149,7 @@ def train(
 
 
 def by_hand(*, left_out: set[int], steps: int = STEPS) -> list[float]:
-    """Weights by plain torch on one worker, without the steps that hold these cells."""
+    """Train with plain torch on one worker, without the steps that hold these cells, and return the weights."""
     config = TrainConfig.model_validate({"max_steps": STEPS, "feed": FEED}).optimizer
     source, toy = cells(), Toy(None, [])
     order = FeedOrder(source.ids, source.tile, 0, BATCH, FEED["lanes"], FEED["block_rows"])
@@ -170,7 +170,7 @@ def by_hand(*, left_out: set[int], steps: int = STEPS) -> list[float]:
 
 
 def toy_loss(weights: list[float]) -> float:
-    """Mean loss of all cells but the odd one under some weights."""
+    """Return the mean loss of all cells but the odd one under some weights."""
     toy = Toy(None, [])
     nn.utils.vector_to_parameters(torch.tensor(weights), toy.module.parameters())
     x = torch.from_numpy(np.delete(cells().x, ODD_CELL, axis=0))

@@ -1,4 +1,4 @@
-"""What is random about the training of the flow, and in what precision it may be trained."""
+"""The random draws of the flow's training, and the precisions that it allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draws(rank: int, world_size: int, seed: int = 0) -> FlowDraws:
 
 
 def by_cell(step: int, world_size: int, micro: int, seed: int = 0) -> dict[int, Draws]:
-    """Each cell's draws in a step, however many workers share it and however they cut it."""
+    """Return each cell's draws in a step, for a number of workers and a micro batch size."""
     found: dict[int, Draws] = {}
     at = ORDER.locate(step)
     q = ORDER.rows_per_lane
@@ -50,7 +50,7 @@ def test_noise_time_and_coins_are_a_function_of_seed_step_and_cell(step):
     assert len(set(times)) == len(times), "every cell, so every worker, has its own"
 
 
-def test_another_step_or_seed_draws_anew():
+def test_another_step_or_seed_gives_other_draws():
     first = {float(d.t) for d in by_cell(0, 1, 8).values()}
     assert not first & {float(d.t) for d in by_cell(1, 1, 8).values()}
     assert not first & {float(d.t) for d in by_cell(0, 1, 8, seed=1).values()}
@@ -75,13 +75,13 @@ def test_a_flow_in_bf16_takes_noise_and_latents_in_fp32():
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"vae": {"weight": 2}}, "weight is of a VAE that is trained with the flow, and vae.train is false"),
         ({"train": {"feed": {"max_genes": 10}}}, "set vae.train=true"),
         ({"vae": {"train": True, "weight": 0}}, "greater than 0"),
     ],
 )
-def test_settings_that_make_no_sense_together_are_refused(section, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_make_no_sense_together_are_refused(section, message):
+    with pytest.raises(ValueError, match=message):
         TrainFlowConfig.model_validate(section)
