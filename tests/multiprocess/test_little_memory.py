@@ -27,9 +27,8 @@ def test_T12_a_worker_out_of_memory_names_settings_and_they_fix_it(tmp_path, rec
     assert "ran out of memory in step 1: " in log, log[-3000:]
     assert not list((tmp_path / "checkpoints").glob("step-*"))
     while codes != [0, 0]:  # follow the advice until it fits
-        advised = re.findall(r"A worker computes (\d+) cells at a time. Set train.feed.micro_batch_size=(\d+),", log)[
-            -1
-        ]
+        pattern = r"A worker computes (\d+) cells at a time. Set train.feed.micro_batch_size=(\d+),"
+        advised = re.findall(pattern, log)[-1]
         assert int(advised[1]) == int(advised[0]) // 2, log[-3000:]
         spec["config"]["train"]["feed"]["micro_batch_size"] = int(advised[1])
         codes = start(tmp_path, starved, 2, spec=spec)

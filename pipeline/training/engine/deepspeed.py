@@ -233,7 +233,7 @@ class Engine:
             yield
 
     def export_state(self, checkpoint: Path) -> dict[str, Tensor]:
-        """Return the weights in fp32 by name, on the CPU: from the module if it holds all of them, or from a checkpoint."""
+        """Return the weights in fp32 by name, on the CPU: from the module if it holds them all, or from a checkpoint."""
         names = self.module.state_dict(keep_vars=True)
         if self.stage < 3 and self._fp32:
             return {k: v.detach().float().cpu() for k, v in names.items()}
