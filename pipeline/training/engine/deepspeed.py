@@ -111,9 +111,7 @@ class Engine:
             micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available(),
         )  # fmt: skip
         self._gate(optimizer)
-        self._engine: Any = (
-            None  # while DeepSpeed sets up, where its bf16 stage 0 would take a step of nothing but decay
-        )
+        self._engine: Any = None  # during DeepSpeed's setup, where bf16 stage 0 would take a step of mere weight decay
         self._engine, self.optimizer, _, _ = self._deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
@@ -233,7 +231,7 @@ class Engine:
             yield
 
     def export_state(self, checkpoint: Path) -> dict[str, Tensor]:
-        """Return the weights in fp32 by name, on the CPU: from the module if it holds them all, or from a checkpoint."""
+        """Return the weights in fp32 by name, on the CPU: from the module if it holds all, or from a checkpoint."""
         names = self.module.state_dict(keep_vars=True)
         if self.stage < 3 and self._fp32:
             return {k: v.detach().float().cpu() for k, v in names.items()}
