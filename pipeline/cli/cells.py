@@ -1,18 +1,19 @@
-"""The commands `scldm cells head | verify | concat | export`: cells of a finished stage, seen, checked, carried on.
+"""The commands `scldm cells head | verify | concat | export` for the cells of a finished stage.
 
-Exit codes: 0 done, 1 what `verify` found, 2 a folder that holds no finished stage of cells.
+Exit codes: 0 done, 1 `verify` found problems, 2 the folder holds no finished stage of cells.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipeline.cli.common import reported
+from scldm.errors import InputError
 
 cells_app = typer.Typer(help="Cells of a finished stage.", no_args_is_help=True)
 
@@ -30,11 +31,11 @@ class Sink(StrEnum):
 
 @cells_app.command()
 def head(folder: Folder, n: Annotated[int, typer.Option("-n", min=0, help="Rows shown.")] = 5) -> None:
-    """Say what a stage's cells are, and show the first of obs. Opens the index and one shard.
+    """Summarise the cells of a stage and show the first rows of obs. Opens the index and one shard.
 
     Example: `scldm cells head runs/demo/generate/1a2b3c4d5e6f`
     """
-    with _reported():
+    with reported():
         import pandas as pd
 
         from scldm.cells.cells import open_cells
@@ -58,11 +59,11 @@ def verify(
         Path | None, typer.Option("--json", metavar="FILE", help="Write what was found there too.")
     ] = None,
 ) -> None:
-    """Check every byte: sizes, sha256, names, counts, NaN, and that each condition has the cells asked for.
+    """Check every byte: sizes, sha256, names, counts, NaN, and the number of cells of each condition.
 
     Example: `scldm cells verify runs/demo/generate/1a2b3c4d5e6f --json verdict.json`
     """
-    with _reported():
+    with reported():
         from pipeline.inference.export.verify import verify as look
 
         verdict = look(folder)
@@ -75,7 +76,7 @@ def verify(
 
 @cells_app.command()
 def concat(folder: Folder, out: OutFile) -> None:
-    """All shards in one .h5ad file; up to a million cells. The same as `export --to h5ad`.
+    """Write all shards to one .h5ad file, up to a million cells. The same as `export --to h5ad`.
 
     Example: `scldm cells concat runs/demo/generate/1a2b3c4d5e6f cells.h5ad`
     """
@@ -93,13 +94,12 @@ def export(
         int | None, typer.Option(min=0, metavar="SEED", help="zarr only: shuffle the cells, for training.")
     ] = None,
 ) -> None:
-    """Carry committed shards on to another format. A killed export of zarr or soma goes on where it was.
+    """Convert committed shards to another format. A killed export to zarr or soma resumes where it stopped.
 
     Example: `scldm cells export runs/demo/generate/1a2b3c4d5e6f cells.zarr --to zarr --shuffle 0`
     """
-    with _reported():
+    with reported():
         from scldm.cells.cells import open_cells
-        from scldm.errors import InputError
 
         if shuffle is not None and to is not Sink.zarr:
             raise InputError(f"--shuffle is of --to zarr; {to.value} keeps the order of the cells")
@@ -117,18 +117,3 @@ def export(
 
             export_soma(cells, out)
         typer.echo(f"wrote {out}: {cells.n_obs:,} cells x {cells.n_vars:,} genes")
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """A folder that cannot be used is bad input: exit code 2."""
-    from pipeline.cli.common import reported
-    from scldm.errors import InputError
-
-    with reported():
-        from scldm.cells.shards import CellsError
-
-        try:
-            yield
-        except CellsError as error:
-            raise InputError(str(error)) from None

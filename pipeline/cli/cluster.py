@@ -1,18 +1,25 @@
-"""The commands of clusters: `scldm submit | status | logs | stop`, `scldm cluster start | stop | drain`."""
+"""The commands for clusters: `scldm submit | status | logs | stop`, `scldm cluster start | stop | drain`, and
+`scldm faults`, which lists the points where a drill can kill a process.
+"""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipeline.cli.common import JobFile, Overrides, load, reported
+from pipeline.core.fault_points import POINTS
+from pipeline.core.faults import FORM, VARIABLE
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: a list of points.")]
+
+
 cluster = typer.Typer(help="A Ray head on this machine that takes jobs, behind a token.", no_args_is_help=True)
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change, parsed as YAML.")
-]
 Address = Annotated[
     str | None, typer.Option(help="Ray's job server; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine.")
 ]
@@ -33,10 +40,9 @@ def submit(
 
     Example: `scldm submit jobs/train_vae.yaml train.max_steps=20 --address http://head:8265`
     """
-    from pipeline.cli.common import load, reported
 
     with reported():
-        loaded = load(job, overrides)  # errors show here, not in a job's log
+        loaded = load(job, overrides)  # so that errors show here and not in a job's log
         from pipeline.cluster.submit import submit as send
 
         code = send(
@@ -47,11 +53,10 @@ def submit(
 
 
 def status(job_id: PerhapsJobId = None, address: Address = None) -> None:
-    """Jobs of a cluster, or one of them.
+    """List the jobs of a cluster, or show one of them.
 
     Example: `scldm status`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import status as describe
@@ -64,11 +69,10 @@ def logs(
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends; then with its exit code.")] = False,
 ) -> None:
-    """Log of a job, by default of the newest.
+    """Print the log of a job, by default of the newest.
 
     Example: `scldm logs --follow scldm-train_vae-demo-1a2b3c`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import logs as show
@@ -81,11 +85,10 @@ def stop(
     address: Address = None,
     seconds: Annotated[float, typer.Option(help="Most seconds to wait for its end.")] = 660,
 ) -> None:
-    """Stop a job: training leaves a checkpoint first, and the same command goes on from there.
+    """Stop a job. Training writes a checkpoint first, and the same command resumes from it.
 
     Example: `scldm stop scldm-train_vae-demo-1a2b3c`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import stop as end
@@ -101,11 +104,12 @@ def start_cluster(
     dashboard_port: Annotated[int, typer.Option(help="Of the dashboard and the job server.")] = 8265,
     temp_dir: Annotated[Path | None, typer.Option(help="Ray's logs and spilled objects; a short path.")] = None,
 ) -> None:
-    """Start a head: token on (made if there is none), dashboard on the loopback address. Options of `ray start` pass.
+    """Start a Ray head with token authentication and the dashboard on the loopback address.
+
+    Options of `ray start` are passed on.
 
     Example: `scldm cluster start --num-cpus=8`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import start
@@ -124,11 +128,10 @@ def start_cluster(
 def stop_cluster(
     force: Annotated[bool, typer.Option("--force", help="Though jobs run: they are killed, not asked.")] = False,
 ) -> None:
-    """End the head that `scldm cluster start` started, and no other Ray of this machine.
+    """Stop the head that `scldm cluster start` started, and no other Ray on this machine.
 
     Example: `scldm cluster stop`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import stop
@@ -141,13 +144,27 @@ def drain_node(
     seconds: Annotated[int, typer.Option(min=1, help="Until this machine goes.")] = 120,
     address: Annotated[str | None, typer.Option(help="Of the cluster, host:port; default: RAY_ADDRESS.")] = None,
 ) -> None:
-    """Say that this node is taken away: training writes a checkpoint and goes on without it.
+    """Announce that this node will be taken away: training writes a checkpoint and continues without it.
 
-    For a pod's preStop, or a watcher of spot notices. Example: `scldm cluster drain --seconds 120`
+    For a pod's preStop hook, or a watcher of spot interruption notices. Example: `scldm cluster drain --seconds 120`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import drain
 
         typer.echo(drain(address=address, seconds=seconds))
+
+
+def faults(as_json: AsJson = False) -> None:
+    """List the fault points: places where SCLDM_FAULT kills a process, to test that a run survives it.
+
+    Example: `scldm faults --json`
+    """
+    if as_json:
+        typer.echo(json.dumps([{"name": name, **asdict(point)} for name, point in POINTS.items()], indent=1))
+        return
+    width = max(map(len, POINTS))
+    for name, point in POINTS.items():
+        typer.echo(f"{name:<{width}}  {point.what}  [{point.where}]")
+    typer.echo(f"\n{VARIABLE}={FORM}")
+    typer.echo(f'for example {VARIABLE}="checkpoint.after_shard:rank=1:n=2:kill" scldm run jobs/demo.yaml')

@@ -1,4 +1,4 @@
-"""What all commands share: the job-file arguments, loading a job, and errors as messages with exit codes."""
+"""Shared by all commands: the job-file arguments, loading a job, and errors as messages with exit codes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from scldm.errors import InputError
+
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change, parsed as YAML.")
@@ -19,8 +21,7 @@ Overrides = Annotated[
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Errors as people want them, and the exit code that goes with each."""
-    from scldm.errors import InputError
+    """Print errors as one message and exit with the code that goes with each kind."""
 
     try:
         yield

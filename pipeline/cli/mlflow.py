@@ -1,15 +1,17 @@
 """The commands `scldm mlflow sync | register` and `scldm runs compare`.
 
-Exit codes: 0 done, 1 records still wait, 2 bad input.
+Exit codes: 0 done, 1 some records could not be sent, 2 bad input.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipeline.cli.common import reported
+from scldm.errors import InputError
 
 mlflow_app = typer.Typer(help="MLflow: complete runs after an outage, register models.", no_args_is_help=True)
 
@@ -34,11 +36,11 @@ Things = Annotated[
 
 @mlflow_app.command()
 def sync(folder: Folder, uri: Uri = None) -> None:
-    """Send to MLflow what waits on disk because the server was away. Safe to call twice, also beside a running job.
+    """Complete runs in MLflow after an outage, from the records on disk. Safe to call twice and while a job runs.
 
     Example: `scldm mlflow sync runs/demo`
     """
-    with _reported():
+    with reported():
         from pipeline.tracking.sync import sync as send
 
         done = send(folder, uri)
@@ -59,11 +61,11 @@ def register(
     ] = None,
     uri: Uri = None,
 ) -> None:
-    """Put the VAE and the flow of a pipeline into the registry, as a model with predict(conditions) -> counts.
+    """Register the VAE and the flow of a pipeline as one model with predict(conditions) -> counts.
 
     Example: `scldm mlflow register runs/demo --alias champion`
     """
-    with _reported():
+    with reported():
         from pipeline.tracking.mlflow_runs.client import chosen_uri
         from pipeline.tracking.mlflow_runs.register import register as put
 
@@ -77,20 +79,19 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
     uri: Uri = None,
 ) -> None:
-    """Lay runs side by side: settings that differ, scores with their floors, where each came from.
+    """Compare runs: settings that differ, scores with their floors, provenance.
 
-    A star marks what is nearest to its floor, which is real cells against real cells. Folders need no server.
+    A star marks the score nearest to its floor, which is real cells against real cells. Folders need no server.
 
     Example: `scldm runs compare runs/demo runs/other`, or `scldm runs compare models:/scldm-demo@champion runs/demo`
     """
-    with _reported():
+    with reported():
         from pipeline.tracking.comparison.compare import Side
         from pipeline.tracking.comparison.compare import compare as lay
         from pipeline.tracking.comparison.fetch import is_run, of_run
         from pipeline.tracking.comparison.records import of_folder
         from pipeline.tracking.comparison.text import as_text
         from pipeline.tracking.mlflow_runs.client import chosen_uri
-        from scldm.errors import InputError
 
         if len(things) < 2:
             raise InputError(f"compare takes two or more; got {things[0]} alone")
@@ -105,9 +106,3 @@ def compare(
             raise InputError("\n".join(problems))
         found = lay(sides, every=every)
         typer.echo(found.to_json() if as_json else as_text(found))
-
-
-def _reported() -> AbstractContextManager[None]:
-    from pipeline.cli.common import reported
-
-    return reported()

@@ -15,9 +15,9 @@ import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsClassifier
 
 from scldm.data.align import CellsError
-from scldm.metrics import expression
 from scldm.metrics.distribution import distances, two_sample
 from scldm.metrics.distribution.projection import RealSpace
+from scldm.metrics.genes import expression
 
 ABOUT = {  # which way is better, and what it is
     "w2": ("lower", "Wasserstein-2, exact"),
