@@ -38,7 +38,7 @@ class Flat:
     replicated: bool  # whether every worker holds a copy
 
     def fields(self, optimizer: torch.optim.Optimizer, piece: Piece) -> Fields:
-        """Return views of a piece's weights and state. The step is a tensor, also if the optimizer counts in integers."""
+        """Return views of a piece's weights and state. The step is always a tensor, as in a file."""
         own = slice(piece.at, piece.at + piece.numel)
         found = {WEIGHT: self.tensor.detach().reshape(-1)[own]}
         for name, value in optimizer.state.get(self.tensor, {}).items():
