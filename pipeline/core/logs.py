@@ -14,6 +14,7 @@ import sys
 from typing import TextIO
 
 PACKAGES = ("pipeline", "scldm")  # the only loggers that are configured
+STOPPED = "stopped as requested"  # `scldm stop` finds the driver's last message by it
 
 
 def setup_logging(*, stage: str, rank: int | None = None, level: int = logging.INFO) -> None:

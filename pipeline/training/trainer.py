@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.checks import feed_problems
 from pipeline.config.job import ResourcesConfig, TrainConfig
+from pipeline.core.logs import STOPPED as STOPPED_MESSAGE
 from pipeline.core.progress import ProgressReader
 from pipeline.training.callbacks.stop_signal import STOP_FILE
 from pipeline.training.callbacks.watchdog import FIRST
@@ -87,7 +88,7 @@ def fit(
             if STOPPED not in facts:
                 return facts
             if stop_requested():
-                log.info(f"stopped as requested; the same command resumes after step {facts[STOPPED]}")
+                log.info(f"{STOPPED_MESSAGE}; the same command resumes after step {facts[STOPPED]}")
                 raise SystemExit(128 + signal.SIGTERM)
             log.info(f"a node is taken away; step {facts[STOPPED]} is in a checkpoint, resuming without the node")
             if preempted is not None:

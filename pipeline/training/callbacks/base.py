@@ -11,8 +11,8 @@ from pipeline.training.state import StepLosses, TrainingState
 class TrainingCallback:
     """A policy of the training loop. Every hook does nothing unless a subclass overrides it.
 
-    Hooks run on every rank, callback by callback in the order of the list, so a hook may be collective as long as it is
-    so on all ranks at the same step. The hooks of one step, in order:
+    Hooks run on every rank that has the callback, callback by callback in the order of the list. A hook may be
+    collective if all ranks have the callback. The hooks of one step, in order:
 
     1. `on_step_start`: the step's cells are on the device.
     2. `on_gradient_exchange`: once or more; this worker begins to compute gradients that are exchanged.
@@ -23,7 +23,7 @@ class TrainingCallback:
     7. `on_step_end`: metrics and validation are complete; requests made here still count for this step.
     8. `on_checkpoint`: in steps that saved a checkpoint, or failed to.
 
-    A callback whose `state_key` is set has its `state_dict` in every checkpoint under that key.
+    If `state_key` is set, every checkpoint holds the `state_dict` of rank 0 under that key, and every rank loads it.
 
     Example:
         >>> class StopAtLoss(TrainingCallback):
