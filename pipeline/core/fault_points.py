@@ -62,21 +62,21 @@ POINTS: dict[str, FaultPoint] = {
     # ---- their copies --------------------------------------------------------------------------------------------
     "upload.before_file": FaultPoint(
         "pipeline.training.checkpoints.remote",
-        "a file is about to be copied to the second place; the manifest is the last",
+        "a file is about to be copied to remote storage; the manifest is the last",
     ),
     "upload.before_rename": FaultPoint(
         "pipeline.training.checkpoints.remote",
         "a copied file is whole, under its temporary name (folders only, not s3)",
     ),
     "upload.after_file": FaultPoint(
-        "pipeline.training.checkpoints.remote", "a file is in the second place; others may be missing"
+        "pipeline.training.checkpoints.remote", "a file is in remote storage; others may be missing"
     ),
     "upload.in_remove": FaultPoint(
         "pipeline.training.checkpoints.remote",
-        "an old checkpoint of the second place has lost its manifest, not its files",
+        "an old checkpoint in remote storage has lost its manifest, not its files",
     ),
     "download.before_rename": FaultPoint(
-        "pipeline.training.checkpoints.remote", "a file from the second place is whole here, under its temporary name"
+        "pipeline.training.checkpoints.remote", "a file from remote storage is whole here, under its temporary name"
     ),
     # ---- stages --------------------------------------------------------------------------------------------------
     "stage.before_run": FaultPoint(
