@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
@@ -73,7 +73,7 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
 
 def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evaluation:
     """Read the cells of all roles, and score them."""
-    ingested = Ingested.open(inputs["ingest"])
+    ingested = IngestedDataset.open(inputs["ingest"])
     held_out = ingested.anndata(config.split, max_cells=config.max_cells, seed=config.seed)
     training = ingested.anndata("train", max_cells=config.max_cells + held_out.n_obs, seed=config.seed)
     cells = open_generated(inputs["generate"], held_out.var_names)

@@ -23,7 +23,7 @@ from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
 from pipeline.config.resources import CheckpointStorage
 from pipeline.core.faults import arm
 from pipeline.core.manifest import Manifest
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.tracking.system_metrics import node_metrics
 from pipeline.tracking.tracker import StageTracker
 from pipeline.training.checkpoints.remote import Remote
@@ -96,7 +96,7 @@ def train_worker(
 
 def _train_vae(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict[str, Any]:
     config = TrainVaeConfig.model_validate(spec.config)
-    data = Ingested.open(inputs["ingest"])
+    data = IngestedDataset.open(inputs["ingest"])
     stats = pd.read_parquet(inputs["ingest"].path("gene_stats"))
     mean = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
@@ -148,7 +148,7 @@ def _train_flow(spec: WorkerSpec, inputs: dict[str, Manifest], run: Run) -> dict
         trained, both = train_joint(config, inputs, run, seed=spec.seed, card=spec.card)
         shape = [both.vae.config.n_latent_tokens, both.vae.config.latent_width]
         return _facts(trained, config.train.export, both) | {"vae": VAE_FOLDERS, "latent_shape": shape}
-    data = Ingested.open(inputs["ingest"])
+    data = IngestedDataset.open(inputs["ingest"])
     encoded = inputs["encode"]
     m, e = encoded.facts["latent_shape"]
     n_classes = data.vocabulary.n_classes

@@ -66,10 +66,10 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
     """What later stages ask for must be in the data; called as soon as the data is known."""
     config = configs.get("generate")
     if isinstance(config, GenerateConfig):
-        from pipeline.data.ingest.dataset import Ingested
+        from pipeline.data.ingest.dataset import IngestedDataset
         from pipeline.inference.request import read_request
 
-        data = Ingested.open(ingest)
+        data = IngestedDataset.open(ingest)
         read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and (vae.train.genes_seen.n or 0) > ingest.facts["n_genes"]:

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ingested:
+class IngestedDataset:
     """Vocabulary, cells and counts of a finished ingest."""
 
     folder: Path
     facts: Mapping[str, Any]
 
     @classmethod
-    def open(cls, manifest: Manifest) -> Ingested:
+    def open(cls, manifest: Manifest) -> IngestedDataset:
         return cls(Path(manifest.folder).resolve(), manifest.facts)
 
     @cached_property

@@ -11,8 +11,8 @@ import numpy as np
 from pipeline.config.job import IngestConfig
 from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader, ProgressWriter
-from pipeline.data.ingest.dataset import Ingested
-from pipeline.data.loading.cache_writer import Cells, materialise
+from pipeline.data.ingest.dataset import IngestedDataset
+from pipeline.data.loading.cache_writer import CacheInput, write_cache
 
 
 def cache_facts(config: IngestConfig, context: StageContext, facts: dict[str, Any], *, content: str) -> dict[str, Any]:
@@ -25,10 +25,10 @@ def cache_facts(config: IngestConfig, context: StageContext, facts: dict[str, An
     if not config.cache:
         return {}
     root = _root(config.cache, context)
-    data = Ingested(context.folder, facts)
+    data = IngestedDataset(context.folder, facts)
     # Cells written by this stage are known by their counts alone: the next job that writes the same shares them.
     where = None if facts["soma_uri"] == "soma" else data.soma_uri
-    cells = Cells(
+    cells = CacheInput(
         data.all_blocks(),
         data.cells["library_size"].to_numpy(np.float32),
         {"uri": where, "content": content},
@@ -36,10 +36,12 @@ def cache_facts(config: IngestConfig, context: StageContext, facts: dict[str, An
     )
     progress = ProgressWriter(context.folder)
     with ProgressReader(context.folder, "ingest cache"):
-        done = materialise(cells, root, on_shard=progress.update)
+        done = write_cache(cells, root, on_shard=progress.update)
     # Relative where it is under the same root, so that the output folder can be moved as a whole.
     folder = os.path.relpath(done.folder, context.folder.absolute()) if config.cache is True else str(done.folder)
-    return {"cache": {"folder": folder, "bytes": done.n_bytes, "shards": done.made + done.kept, "kept": done.kept}}
+    return {
+        "cache": {"folder": folder, "bytes": done.n_bytes, "shards": done.n_written + done.n_kept, "kept": done.n_kept}
+    }
 
 
 def _root(cache: str | bool, context: StageContext) -> Path:

@@ -72,7 +72,7 @@ def to_cell_batch(
 
 
 def measured_group(table: pa.Table) -> Tensor:
-    """For each cell the row of `Ingested.measured` that says which genes it measured, (b,) int64."""
+    """For each cell the row of `IngestedDataset.measured` that says which genes it measured, (b,) int64."""
     return torch.from_numpy(_column(table, LABEL + GROUP).to_numpy().astype(np.int64))
 
 

@@ -35,10 +35,10 @@ class ConditionsToCounts(PythonModel):
         import numpy as np
 
         from pipeline.config.stages import GenerateConfig
-        from pipeline.inference.recipe import recipe_of
-        from pipeline.inference.request import Request, RequestRow
-        from pipeline.inference.request_table import read_rows
+        from pipeline.inference.request import recipe_of
         from scldm.generation.cell_maker import CellMaker
+        from scldm.generation.request import Request, RequestRow
+        from scldm.generation.request_table import read_rows
 
         given = dict(params or {})
         sampler = {k: given[k] for k in ("guidance", "steps", "temperature") if given.get(k) is not None}

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
-from pipeline.inference.export.requested import CannotTell, requested_cells
+from pipeline.inference.export.requested import RequestUnknown, requested_cells
 from scldm.cells.cells import read_index
 from scldm.cells.shards import CellsError, CellsManifest, Shard, read_cells_manifest
 
@@ -172,7 +172,7 @@ def _check_request(manifest: CellsManifest, obs: pd.DataFrame, verdict: Verdict)
         return
     try:
         wanted = requested_cells(manifest)
-    except CannotTell as reason:
+    except RequestUnknown as reason:
         verdict.not_checked.append(f"cells per condition: {reason}")
         return
     labels = list(next(iter(wanted), ()))

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.config.job import FeedConfig, TrainFlowConfig
 from pipeline.core.manifest import Manifest
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import IpcBlocks
 from pipeline.data.loading.order import FeedOrder
 from scldm.checkpoints.native import load_vae
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from pipeline.training.objectives.samples import FlowSamples
 
 
-def flow_samples(config: TrainFlowConfig, inputs: dict[str, Manifest], data: Ingested, seed: int) -> FlowSamples | None:
+def flow_samples(
+    config: TrainFlowConfig, inputs: dict[str, Manifest], data: IngestedDataset, seed: int
+) -> FlowSamples | None:
     """Cells to generate on a schedule, where `train.sample_every` asks for it."""
     every, n = config.train.sample_every, config.train.sample_cells
     if every is None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.job import HeldOutConfig, IngestConfig, SplitConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.held_out import counted, hold_out, read_combinations
 from pipeline.data.ingest.split import SPLITS, split_cells
 from pipeline.data.ingest.subsample import part_of_cells
@@ -26,7 +26,7 @@ def run(folder: Path, **config):
     folder.mkdir(exist_ok=True)
     context = StageContext(folder, {}, 0, SimpleNamespace(), None)
     facts = ingest.run(IngestConfig.model_validate({"source": SYNTHETIC, **config}), context)
-    return facts, Ingested.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
+    return facts, IngestedDataset.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
 
 
 some_cells = st.builds(
@@ -94,7 +94,7 @@ def test_combinations_of_several_columns_and_lists_of_classes(tmp_path):
     assert table["n_cells"].iloc[-1] == (cells["tissue_general"] == "spleen").sum()
 
 
-def named(data: Ingested) -> pd.DataFrame:
+def named(data: IngestedDataset) -> pd.DataFrame:
     cells = data.cells
     return pd.DataFrame(
         {x.name: np.asarray(x.classes, object)[cells[f"label:{x.name}"]] for x in data.vocabulary.labels},
