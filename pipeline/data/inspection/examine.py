@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, error, warning
 from pipeline.data.inspection.columns import obs_profile
 from pipeline.data.inspection.h5ad import examine_h5ad
-from pipeline.data.safety.count_matrix import Entries
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.validation.counts import CountAudit
@@ -133,7 +133,7 @@ def _tenx(path: Path, q: Question) -> Examined:
             row = 0
             for chunk in tables.chunks():
                 coo = chunk.tocoo()
-                audit.add(Entries(coo.row.astype(np.int64) + row, coo.col.astype(np.int64), coo.data))
+                audit.add(CountEntries(coo.row.astype(np.int64) + row, coo.col.astype(np.int64), coo.data))
                 row += chunk.shape[0]
             _finish(found, audit)
     except InputError as problem:
@@ -181,7 +181,7 @@ def _soma_counts(store: Any, obs: pd.DataFrame, ids: pd.Series, name: str, genes
         block = cells[start : start + store.tile]
         rows = store.read_ragged(block, lut)
         at = start + np.repeat(np.arange(len(block)), np.diff(rows.indptr))
-        audit.add(Entries(at, np.asarray(rows.genes, np.int64), rows.counts))
+        audit.add(CountEntries(at, np.asarray(rows.genes, np.int64), rows.counts))
     return audit
 
 

@@ -22,7 +22,8 @@ import tiledbsoma as soma
 from numpy.typing import DTypeLike
 
 from pipeline.config.s3 import S3Config
-from pipeline.data.soma.assemble import Entries, Ragged, assemble
+from pipeline.data.entries import CountEntries
+from pipeline.data.soma.assemble import PlacedEntries, Ragged, assemble
 from pipeline.data.soma.retry import survives_faults
 from pipeline.data.soma.s3_errors import failure
 from scldm.errors import InputError
@@ -181,40 +182,40 @@ class SomaStore:
             kept = self.read_ragged(unique, gene_lut, gene_type=gene_type, count_type=count_type)
             return _take_rows(kept, inverse)
         lut = np.arange(self.shape[1], dtype=np.int32) if gene_lut is None else gene_lut
-        answers = _answers(self.counts, unique, tile=self.tile, row_of=np.argsort(ids, kind="stable"))
+        results = _read_entries(self.counts, unique, tile=self.tile, row_of=np.argsort(ids, kind="stable"))
         try:
-            return assemble(answers, len(ids), lut, gene_type=gene_type, count_type=count_type)
+            return assemble(results, len(ids), lut, gene_type=gene_type, count_type=count_type)
         except soma.SOMAError as error:
             if failure(error).kind != "other":
                 raise
             raise self._damaged(f"ms/{self.measurement}/X/{self.layer}", error) from error
 
 
-def _answers(array: Any, ids: np.ndarray, *, tile: int, row_of: np.ndarray) -> Iterator[Entries]:
-    """What TileDB has on some cells.
+def _read_entries(array: Any, ids: np.ndarray, *, tile: int, row_of: np.ndarray) -> Iterator[PlacedEntries]:
+    """Read the entries of some cells.
 
     Args:
         ids: Sorted and unique.
-        row_of: Row wanted for each of `ids`.
+        row_of: Row that each of `ids` becomes.
     """
-    cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read in one go
+    cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read together
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(ids)]
     if len(ids) < SCATTERED * len(starts) and len(starts) > 1:
-        for cells, genes, counts in _entries(array, pa.array(ids)):
-            yield Entries(0, row_of, np.searchsorted(ids, cells), genes, counts)
+        for e in _query(array, pa.array(ids)):
+            yield PlacedEntries(0, row_of, CountEntries(np.searchsorted(ids, e.cells), e.genes, e.counts))
         return
     for a, b in zip(starts, stops, strict=True):
         first, last = int(ids[a]), int(ids[b - 1])
         rows = np.full(last - first + 1, -1, dtype=np.int64)
         rows[ids[a:b] - first] = row_of[a:b]
-        for cells, genes, counts in _entries(array, slice(first, last)):
-            yield Entries(first, rows, cells, genes, counts)
+        for e in _query(array, slice(first, last)):
+            yield PlacedEntries(first, rows, e)
 
 
-def _entries(array: Any, cells: Any) -> Iterator[list[np.ndarray]]:
+def _query(array: Any, cells: pa.Array | slice) -> Iterator[CountEntries]:
     for table in array.read(coords=(cells,)).tables():
         for batch in table.to_batches():  # no copy
-            yield [batch[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")]
+            yield CountEntries(*(batch[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")))
 
 
 def _take_rows(rows: Ragged, index: np.ndarray) -> Ragged:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from pipeline.data.entries import CountEntries
 from pipeline.data.findings import FIRST, Finding, error, warning
-from pipeline.data.safety.count_matrix import Entries
 
 EXACT = 1 << 24  # float32 holds whole numbers exactly up to here
 OUTLIER = 50  # times the median library size
@@ -45,8 +45,8 @@ class CountAudit:
         self.per_gene = np.zeros(n_genes, np.int64)
         self.stored, self.largest = 0, 0.0
 
-    def add(self, piece: Entries) -> None:
-        values = np.asarray(piece.values)
+    def add(self, piece: CountEntries) -> None:
+        values = np.asarray(piece.counts)
         self.stored += len(values)
         for what, bad in value_faults(values):
             if n := int(bad.sum()):
