@@ -183,13 +183,14 @@ class Applier:
         return keep
 
     def _apply(self, table: pa.Table, names: pa.ChunkedArray) -> TileOutput:
-        from pipeline.data.loading.collate import measured_group, to_cell_batch
+        from pipeline.data.loading.collate import measured_group, subsample_genes, to_cell_batch
 
-        labels = [n for n in self.reader.labels if n != GROUP]
-        cells = to_cell_batch(table, labels).to(self.device)
+        cells = to_cell_batch(table, [n for n in self.reader.labels if n != GROUP])
         seen = cells
         if (max_genes := self.spec.config.max_genes) is not None:
-            seen = to_cell_batch(table, labels, max_genes=max_genes, seed=self.spec.seed).to(self.device)
+            seen = subsample_genes(cells, max_genes, seed=self.spec.seed).to(self.device)
+        cells = cells.to(self.device)
+        seen = cells if max_genes is None else seen
         if self.processor.encodes:
             self._require_few_genes(seen, names)
         if self.measured is not None:

@@ -1,5 +1,6 @@
 """The feed: the right counts, in the order's batches, from any step, on any number of workers."""
 
+import doctest
 import pickle
 import threading
 import time
@@ -52,6 +53,13 @@ def steps(source, order, rank=0, world_size=1, start=0, stop=25, micro=24):
             engine="local",
         )
     )  # fmt: skip
+
+
+def test_the_example_of_the_loader_runs():
+    from pipeline.data.loading import feed as module
+
+    assert doctest.testmod(module).attempted > 10
+    assert doctest.testmod(module).failed == 0
 
 
 def test_a_batch_holds_the_counts_of_its_cells(source, counts):
