@@ -23,7 +23,7 @@ from pipeline.data.ingest.held_out import columns_of, counted, held_out_facts, h
 from pipeline.data.ingest.measured import measured_genes, over_measured
 from pipeline.data.ingest.split import SPLITS, label_counts, require_splits, split_cells
 from pipeline.data.ingest.statistics import CountStatistics, count_statistics
-from pipeline.data.ingest.subsample import part_of_cells
+from pipeline.data.ingest.subsample import subsample_cells
 from pipeline.data.labels import missing
 from pipeline.data.loading.blocks import LABEL
 from pipeline.data.presence import GROUP, Presence
@@ -131,7 +131,7 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
             cells = cells[~absent_here].reset_index(drop=True)
     if config.max_cells is not None and len(cells) > config.max_cells:
         source.notes.append(f"{config.max_cells:,} of {len(cells):,} cells were taken: max_cells.")
-        some = part_of_cells(cells["soma_joinid"].to_numpy(), config.max_cells, tile=source.store.tile)
+        some = subsample_cells(cells["soma_joinid"].to_numpy(), config.max_cells, tile=source.store.tile)
         cells = cells.iloc[some].reset_index(drop=True)
     return cells
 
@@ -175,8 +175,8 @@ def _check_sums(cells: pd.DataFrame, source: OpenSource, stats: CountStatistics)
     """Refuse cells whose counts are gone; note others that obs describes differently."""
     for found in sum_findings(cells, n_expressed=stats.n_expressed, library_size=stats.library_size):
         if found.level == "error":
-            raise InputError(f"{source.uri}: {found.said}")
-        source.notes.append(found.said)
+            raise InputError(f"{source.uri}: {found.message}")
+        source.notes.append(found.message)
 
 
 def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:

@@ -28,8 +28,9 @@ def value_filter(conditions: Mapping[str, Sequence[Value]], obs_filter: str | No
 
 
 def check_values(cells: CellsConfig, store: SomaStore) -> None:
-    """Every column and value that is asked for must be in the store, as far as its categories tell: a value that is
-    misspelled would let fewer cells through, and nobody would know.
+    """Check every column and value of a filter against the store, as far as its categories are known.
+
+    A misspelled value would silently select fewer cells.
 
     Raises:
         InputError: with everything that is wrong.

@@ -76,7 +76,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     if len(files) > 1:
         target = pd.Index(var["feature_id"])
         places = [target.get_indexer(f.genes["feature_id"]) for f in files]
-        measured = Presence.of_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
+        measured = Presence.from_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
     other_counts = lambda: _places_with_counts(files[0].adata, source.layer)  # noqa: E731
     return CellTables(obs, var, chunks, where, notes, other_counts, measured)
 
@@ -103,7 +103,7 @@ def _listing(folder: Path) -> str:
 def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
     """A file with its genes; None after adding to `problems`."""
     if unsound := structure_problems(path, source.layer):
-        problems += [f"{path}: {finding.said}" for finding in unsound]
+        problems += [f"{path}: {finding.message}" for finding in unsound]
         return None
     try:
         adata = anndata.read_h5ad(path, backed="r")

@@ -68,7 +68,7 @@ def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
 
     where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} outputs of {source.path}"
     sizes = [len(s.matrix.barcodes) for s in samples]
-    measured = Presence.of_files([s.name for s in samples], columns, sizes, len(var))
+    measured = Presence.from_files([s.name for s in samples], columns, sizes, len(var))
     return CellTables(obs, var, chunks, where, notes, measured=measured)
 
 

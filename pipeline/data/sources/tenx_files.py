@@ -134,9 +134,9 @@ def _open_h5(path: Path, genome: str | None) -> TenxMatrix:
     if not h5py.is_hdf5(path):
         raise TenxError(f"{path} is not an HDF5 file; Cell Ranger writes filtered_feature_bc_matrix.h5")
     if broken := open_problems(path):
-        raise TenxError(f"{path}: {broken[0].said}")
+        raise TenxError(f"{path}: {broken[0].message}")
     with h5py.File(path) as f:
-        if found := [finding.said for finding in unsafe(f) if finding.level == "error"]:
+        if found := [finding.message for finding in unsafe(f) if finding.level == "error"]:
             raise TenxError(f"{path}: {'; '.join(found)}")
         group, table = ("matrix", _features_v3(f)) if "matrix" in f else _features_v2(f, path, genome)
         matrix = f[group]
