@@ -7,6 +7,7 @@ first, as in ingest). A job that was interrupted makes the shards that are missi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -120,10 +121,11 @@ def _write_rows(path: Path, rows: pd.DataFrame, shard_size: int) -> int:
 
 
 def _remove_shards_of_other_input(root: Path, folder: Path, digest: str) -> None:
-    """Remove the shards of an earlier attempt unless the input is what it was then."""
+    """Remove the shards of an earlier attempt unless its input is known to be the same."""
     mark = root / "input.json"
-    if mark.is_file() and json.loads(mark.read_text())["digest"] == digest:
-        return
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, or not written to its end
+        if json.loads(mark.read_text())["digest"] == digest:
+            return
     for shard in folder.glob("part-*"):
         shard.unlink()
     with replaces(mark) as tmp:
