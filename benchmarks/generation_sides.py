@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.config.job import GenerateConfig
 from pipeline.core.files import write_json_atomic
+from pipeline.core.shards import flush_to_disk
 from pipeline.inference.generator import Generator, GeneratorSpec
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.data.library_size import LibrarySizes, LogNormal
@@ -138,8 +139,8 @@ def our_phases(actor: Generator) -> dict[str, float]:
     from pipeline.inference.shard_writer import ShardFile
 
     clock, maker = Clock(), actor.maker
-    n = actor.request.n_cells
-    out = ShardFile(actor.folder / "phases.h5ad", n_genes=len(actor.genes), latent_width=maker.vae.vae.config.n_latent_tokens * maker.vae.vae.config.latent_width)  # fmt: skip # noqa: E501
+    n = actor.spec.request.n_cells
+    out = ShardFile(actor.spec.folder / "phases.h5ad", n_genes=len(actor.genes), latent_width=maker.vae.vae.config.n_latent_tokens * maker.vae.vae.config.latent_width)  # fmt: skip # noqa: E501
     library = []
     with out:
         for first in range(0, n, maker.tile):
@@ -159,7 +160,8 @@ def our_phases(actor: Generator) -> dict[str, float]:
                 genes_table(actor.vocabulary, actor.genes),
                 {},
             )
-            write_json_atomic(actor.folder / "phases.json", {})
+            flush_to_disk(out.path)
+            write_json_atomic(actor.spec.folder / "phases.json", {})
     return {name: n / seconds for name, seconds in clock.seconds.items()}
 
 
