@@ -13,7 +13,7 @@ from cells_on_disk import MEAN_EXPRESSED, SHARD_CELLS, CellsOnDisk
 from rounds import Side
 
 from pipeline.data.loading.cache import cached
-from pipeline.data.loading.cache_writer import Cells, materialise
+from pipeline.data.loading.cache_writer import CacheInput, write_cache
 from pipeline.data.loading.collate import padded, to_cell_batch
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
@@ -73,8 +73,8 @@ def cache_of(cells: CellsOnDisk) -> Any:
     """The cells in our local cache, written on first use."""
     source = cells.source()
     sums = SomaStore(str(cells.soma)).obs(["raw_sum"])["raw_sum"].to_numpy(np.float32)
-    everything = Cells(source, sums, {"benchmark": cells.folder.name}, mean_expressed=MEAN_EXPRESSED)
-    made = materialise(everything, cells.folder / "cache")
+    everything = CacheInput(source, sums, {"benchmark": cells.folder.name}, mean_expressed=MEAN_EXPRESSED)
+    made = write_cache(everything, cells.folder / "cache")
     return cached(source, made.folder, source.ids)
 
 

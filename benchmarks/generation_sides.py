@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,17 @@ import plain_model as plain
 import torch
 from torch import Tensor
 
+from pipeline.config.job import GenerateConfig
 from pipeline.core.files import write_json_atomic
-from pipeline.inference.generator import Generator
+from pipeline.core.shards import flush_to_disk
+from pipeline.inference.generator import Generator, GeneratorSpec
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.data.library_size import LibrarySizes, LogNormal
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.solvers import Solution, solve_dopri5
 from scldm.generation.recipe import genes_table
+from scldm.generation.request import Request, RequestRow
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
@@ -114,20 +117,20 @@ def our_actor(pair: Pair, n_cells: int, sampler: SamplerConfig, shard_size: int 
     folder = pair.folder / "cells"
     folder.mkdir(exist_ok=True)
     tokens, width = pair.vae.config.n_latent_tokens, pair.vae.config.latent_width
-    config = {"cells": [], "sampler": sampler.model_dump(mode="json"), "shard_size": shard_size or n_cells}
+    config = GenerateConfig(cells=[], sampler=sampler, shard_size=shard_size or n_cells)
     share = n_cells // len(LABEL.classes)
     counts = [share] * (len(LABEL.classes) - 1) + [n_cells - share * (len(LABEL.classes) - 1)]
-    return Generator({
-        "folder": str(folder), "vae": str(pair.folder / "vae"), "flow": str(pair.folder / "flow"), "config": config,
-        "request": [[{LABEL.name: c}, n, {}, None] for c, n in zip(LABEL.classes, counts, strict=True)],
-        "genes": None, "threads": torch.get_num_threads(), "latent_shape": [tokens, width], "prefix": "x", "digits": 9,
-        "provenance": {"schema_version": 2}, "run": str(time.time_ns()), "fault": "",
-    })  # fmt: skip
+    rows = (RequestRow({LABEL.name: c}, n) for c, n in zip(LABEL.classes, counts, strict=True))
+    return Generator(GeneratorSpec(
+        folder=folder, vae=pair.folder / "vae", flow=pair.folder / "flow", config=config, request=Request(tuple(rows)),
+        genes=None, threads=torch.get_num_threads(), latent_shape=(tokens, width), prefix="x", digits=9,
+        provenance={"schema_version": 2}, run=str(time.time_ns()), fault="",
+    ))  # fmt: skip
 
 
 def our_cells(actor: Generator) -> None:
     """One committed shard."""
-    actor.spec["run"] = str(time.time_ns())
+    actor.spec = replace(actor.spec, run=str(time.time_ns()))
     actor.make(0)
 
 
@@ -136,8 +139,8 @@ def our_phases(actor: Generator) -> dict[str, float]:
     from pipeline.inference.shard_writer import ShardFile
 
     clock, maker = Clock(), actor.maker
-    n = actor.request.n_cells
-    out = ShardFile(actor.folder / "phases.h5ad", n_genes=len(actor.genes), latent_width=maker.vae.vae.config.n_latent_tokens * maker.vae.vae.config.latent_width)  # fmt: skip # noqa: E501
+    n = actor.spec.request.n_cells
+    out = ShardFile(actor.spec.folder / "phases.h5ad", n_genes=len(actor.genes), latent_width=maker.vae.vae.config.n_latent_tokens * maker.vae.vae.config.latent_width)  # fmt: skip # noqa: E501
     library = []
     with out:
         for first in range(0, n, maker.tile):
@@ -157,7 +160,8 @@ def our_phases(actor: Generator) -> dict[str, float]:
                 genes_table(actor.vocabulary, actor.genes),
                 {},
             )
-            write_json_atomic(actor.folder / "phases.json", {})
+            flush_to_disk(out.path)
+            write_json_atomic(actor.spec.folder / "phases.json", {})
     return {name: n / seconds for name, seconds in clock.seconds.items()}
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 import scldm
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import newest_manifest
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.report.evaluation import evaluate
 from pipeline.stages.evaluate import open_generated, read_generated
 
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     model = scldm.load(args.line)
     labels = list(model.labels)
-    ingested = Ingested.open(newest_manifest(args.line, "ingest"))
+    ingested = IngestedDataset.open(newest_manifest(args.line, "ingest"))
     test, train = ingested.anndata("test"), ingested.anndata("train")
     cells = open_generated(newest_manifest(args.line, "generate"), test.var_names)
     generated = read_generated(cells, max_cells=5000, rng=np.random.default_rng(0))

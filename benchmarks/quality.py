@@ -28,7 +28,7 @@ from quality_table import Judged, as_rows, judge, print_table
 
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest, newest_manifest
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.report.evaluation import evaluate
 from pipeline.stages.evaluate import decode_cells, open_generated, read_generated
 from scldm.checkpoints.native import load_vae
@@ -84,7 +84,7 @@ def newest(name: str, out: Path) -> dict[str, Manifest]:
 
 def scvi_cells(python: Path, made: dict[str, Manifest], labels: tuple[str, ...], out: Path) -> dict[str, Any]:
     """What scVI makes of the same training cells and labels in the same time: candidates by name, and facts."""
-    ingested = Ingested.open(made["ingest"])
+    ingested = IngestedDataset.open(made["ingest"])
     folder = out / "scvi"
     folder.mkdir(parents=True, exist_ok=True)
     parts = {split: ingested.anndata(split) for split in ("train", "validation")}  # scVI stops by the second
@@ -101,7 +101,7 @@ def scvi_cells(python: Path, made: dict[str, Manifest], labels: tuple[str, ...],
 def score(made: dict[str, Manifest], labels: tuple[str, ...], extra: dict[str, anndata.AnnData]) -> Any:
     """The evaluation that the stage makes, with scVI's cells as further candidates."""
     config = EvaluateConfig(umap=False)
-    ingested = Ingested.open(made["ingest"])
+    ingested = IngestedDataset.open(made["ingest"])
     held_out = ingested.anndata("test", max_cells=config.max_cells, seed=config.seed)
     training = ingested.anndata("train")
     rng = np.random.default_rng(config.seed)

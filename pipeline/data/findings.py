@@ -1,6 +1,6 @@
-"""What is found wrong with data, and the report of it.
+"""Findings about data, and their report.
 
-Names come from files of strangers: whatever of them is shown goes through `shown`, which no terminal obeys.
+Names come from untrusted files: they are shown through `shown`, which escapes what a terminal would interpret.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from scldm.text import shown
 
-FIRST = 3  # offenders that are named
-MOST_SHOWN = 20  # of a list of facts; the JSON has them all
+FIRST = 3  # examples that are named
+MAX_SHOWN = 20  # items of a list of facts; the JSON has them all
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem: an error makes the data unusable, a warning is worth knowing."""
+    """One problem: an error makes the data unusable, a warning does not."""
 
     level: Literal["error", "warning"]
     what: str
@@ -26,13 +26,13 @@ class Finding:
     first: tuple[str, ...] = ()
 
     @property
-    def said(self) -> str:
-        """What is wrong, the first offenders, and the remedy."""
+    def message(self) -> str:
+        """The problem, its first examples, and the remedy."""
         examples = f" (first: {'; '.join(self.first)})" if self.first else ""
         return f"{self.what}{examples}; {self.remedy}"
 
     def text(self) -> str:
-        return f"{self.level}: {self.said}"
+        return f"{self.level}: {self.message}"
 
 
 def error(what: str, remedy: str, *, count: int = 1, first: Iterable[Any] = ()) -> Finding:
@@ -45,7 +45,7 @@ def warning(what: str, remedy: str, *, count: int = 1, first: Iterable[Any] = ()
 
 @dataclass
 class Examined:
-    """What one file or experiment holds, and what is wrong with it."""
+    """Contents of one file or experiment, and the findings about it."""
 
     where: str
     kind: str  # h5ad, 10x, SOMA
@@ -57,7 +57,7 @@ class Examined:
         return [f for f in self.findings if f.level == "error"]
 
     def text(self) -> str:
-        """The report for people: what it is, errors, warnings."""
+        """Return the report as text: contents, errors, warnings."""
         n = len(self.errors)
         lines = [f"{shown(self.where, 4096)} ({self.kind}): " + (f"{n} error{'s'[: n != 1]}" if n else "usable")]
         lines += [f"  {name}: {_fact(value)}" for name, value in self.facts.items()]
@@ -77,5 +77,5 @@ def _fact(value: object) -> str:
 
 
 def _some(texts: list[str]) -> str:
-    more = len(texts) - MOST_SHOWN
-    return ", ".join(texts[:MOST_SHOWN] + ([f"… and {more:,} more"] if more > 0 else [])) or "none"
+    more = len(texts) - MAX_SHOWN
+    return ", ".join(texts[:MAX_SHOWN] + ([f"… and {more:,} more"] if more > 0 else [])) or "none"

@@ -1,7 +1,7 @@
-"""A function over many parts of the data, in order: as Ray tasks where a cluster is up, else here.
+"""Maps a function over parts of the data in order: as Ray tasks if a cluster is up, else in this process.
 
-For passes whose results are small beside what they read (statistics, shards of the cache). Results come in the order of
-the parts, so that nothing depends on who was quicker.
+For passes whose results are small compared with what they read (statistics, shards of the cache). Results arrive in the
+order of the parts, so that nothing depends on timing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-TASKS_PER_CPU = 2  # in flight: one works, one waits
-RETRIES = 3  # of a task whose worker died; what a task raises is raised
+TASKS_PER_CPU = 2  # in flight: one runs, one waits
+RETRIES = 3  # of a task whose worker died; an exception of the task is raised
 
 
 def cluster_is_up() -> bool:
-    """Whether this process is connected to a Ray cluster; never starts or imports one."""
+    """Whether this process is connected to a Ray cluster; never starts one or imports Ray."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
@@ -27,13 +27,13 @@ def cluster_is_up() -> bool:
 def each_in_order(
     function: Callable[[Any, Part], Result], shared: Any, parts: Iterable[Part], *, parallel: bool
 ) -> Iterator[Result]:
-    """function(shared, part) for every part.
+    """Yield `function(shared, part)` for every part.
 
     Args:
-        function: Importable by name on every node, where it runs; with paths that every node sees.
-        shared: What every call needs; sent once.
-        parts: May be made lazily: at most a few more than are being worked on are asked for.
-        parallel: Over Ray, which must be up. False runs one call at a time in this process.
+        function: Importable by name on every node; uses paths that every node sees.
+        shared: First argument of every call; sent once.
+        parts: Consumed lazily: at most a few more than are in flight.
+        parallel: Whether to run over Ray, which must be up. False runs one call at a time in this process.
     """
     if not parallel:
         for part in parts:
@@ -53,5 +53,5 @@ def each_in_order(
         while running:
             yield ray.get(running.popleft())
     finally:
-        for left in running:
-            ray.cancel(left)
+        for task_left in running:
+            ray.cancel(task_left)

@@ -1,8 +1,8 @@
-"""Which genes a cell's data set measured: what was not measured is not zero.
+"""Records which genes each cell's data set measured: a gene that was not measured is not zero.
 
-Cells that measured the same genes form a group; a group has one row of bits, a cell the number of its group. So this
-stays small (a Census of a thousand data sets and 60,000 genes: 8 MB) and travels as plain data; the mask of a batch is
-made on the device.
+Cells that measured the same genes form a group; a group has one row of bits, a cell the number of its group. So the
+record is small (8 MB for a Census of a thousand data sets and 60,000 genes) and is sent as plain data; the mask of a
+batch is built on the device.
 
 Shape letters: n cells, p groups, g genes.
 """
@@ -12,15 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-if TYPE_CHECKING:
-    pass
-
-# A cell's group travels beside its labels, as one more code; no label has this name.
+# Name under which a cell's group is stored and sent with its label codes, as one more of them; no label is called this.
 GROUP = "__measured__"
 
 
@@ -28,19 +24,19 @@ GROUP = "__measured__"
 class Presence:
     """Measured genes of each group, and the group of each cell."""
 
-    names: tuple[str, ...]  # of the groups: data set, file or sample; several joined by " + "
+    names: tuple[str, ...]  # of the groups: data set, file or sample; merged ones joined by " + "
     measured: np.ndarray  # (p, g) bool
     group: np.ndarray  # (n,) int32
 
     @classmethod
-    def of_files(
+    def from_files(
         cls, names: Sequence[str], columns: Sequence[np.ndarray], n_cells: Sequence[int], n_genes: int
     ) -> Presence:
-        """Each file measured the genes that it lists.
+        """Return the presence of files that each measured the genes that they list.
 
         Args:
-            columns: For each file the places of its genes among all.
-            n_cells: Cells of each file, which follow one another.
+            columns: For each file the positions of its genes among all.
+            n_cells: Number of cells of each file; the files follow one another.
         """
         measured = np.zeros((len(names), n_genes), bool)
         for row, places in zip(measured, columns, strict=True):
@@ -49,19 +45,19 @@ class Presence:
 
     @classmethod
     def everywhere(cls, name: str, *, n_cells: int, n_genes: int) -> Presence:
-        """One group that measured every gene."""
+        """Return a single group that measured every gene."""
         return cls((name,), np.ones((1, n_genes), bool), np.zeros(n_cells, np.int32))
 
     def of_cells(self, index: np.ndarray) -> Presence:
-        """The same for some of the cells."""
+        """Select cells by index."""
         return Presence(self.names, self.measured, self.group[index])
 
     def of_genes(self, places: np.ndarray) -> Presence:
-        """The same for genes of a vocabulary; groups that then measured the same genes become one.
+        """Select the genes of a vocabulary; groups that then measured the same genes are merged.
 
         Args:
-            places: For each gene of the vocabulary its place in `measured`; -1 where the source lacks it: nobody
-                measured it, (g,).
+            places: Position of each gene of the vocabulary in `measured`, (g,); -1 if the source lacks the gene, which
+                then counts as not measured.
         """
         measured = self.measured[:, places] & (places >= 0)
         used, group = np.unique(self.group, return_inverse=True)
@@ -72,21 +68,21 @@ class Presence:
         return Presence(names, measured[used][first], same[group].astype(np.int32))
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every cell measured every gene."""
         return bool(self.measured.all())
 
     def cells_per_gene(self, of: np.ndarray | None = None) -> np.ndarray:
-        """How many cells measured each gene, (g,).
+        """Return the number of cells that measured each gene, (g,).
 
         Args:
-            of: Which cells count, bool (n,); all if None.
+            of: Cells to count, bool (n,); all if None.
         """
         group = self.group if of is None else self.group[of]
         return np.bincount(group, minlength=len(self.names)) @ self.measured.astype(np.int64)
 
     def save(self, path: Path) -> None:
-        """Names and bits; the groups of cells go into the table of cells."""
+        """Write names and bits; the groups of cells are stored in the table of cells."""
         bits = [row.tobytes() for row in np.packbits(self.measured, axis=1)]
         n_genes = np.full(len(bits), self.measured.shape[1], np.int32)
         frame = pd.DataFrame({"name": list(self.names), "n_measured": self.measured.sum(1), "bits": bits})
@@ -94,7 +90,7 @@ class Presence:
 
 
 def read_measured(path: Path) -> np.ndarray:
-    """Measured genes of each group, (p, g) bool."""
+    """Read the measured genes of each group, (p, g) bool."""
     frame = pd.read_parquet(path)
     bits = np.stack([np.frombuffer(b, np.uint8) for b in frame["bits"]])
     return np.unpackbits(bits, axis=1, count=int(frame["n_genes"].iloc[0])).astype(bool)

@@ -1,4 +1,4 @@
-"""What readers of files share: names of samples, obs as the Census has it, gene ids, columns of one file among all."""
+"""Tables of cells on their way into SOMA, and what readers of files share: sample names, obs, gene ids, columns."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
 
 def plain_id(gene: object) -> str:
-    """An Ensembl id without its version: ENSG00000243485.5 is the gene ENSG00000243485."""
+    """Strip the version of an Ensembl id: ENSG00000243485.5 is the gene ENSG00000243485."""
     return _VERSION.sub(r"\1", str(gene))
 
 
 def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
-    """obs in types that SOMA stores, with the Census's columns.
+    """Return obs in types that SOMA stores, with the Census's columns.
 
     Args:
         needed: Columns that the job uses: never filled in, so that their absence is noticed.
-        notes: Gets a line for everything that is left out or filled in.
+        notes: A line is added for everything that is left out or filled in.
     """
     reserved = [c for c in obs if str(c).startswith("soma_") or c in ("raw_sum", "nnz")]
     obs = obs.drop(columns=reserved)
@@ -53,10 +53,10 @@ def _storable(column: pd.Series) -> pd.Series:
 
 
 def spread(chunk: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_matrix:
-    """Columns of a file to columns of the union of all files.
+    """Move the columns of a file to their positions in the union of all files.
 
     Args:
-        columns: Place of each of the file's genes in the union.
+        columns: Position of each of the file's genes in the union.
     """
     moved = sp.csr_matrix((chunk.data, columns[chunk.indices], chunk.indptr), shape=(chunk.shape[0], n_genes))
     moved.sort_indices()
@@ -64,7 +64,7 @@ def spread(chunk: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_ma
 
 
 def sample_names(paths: Sequence[Path]) -> list[str]:
-    """What tells the paths apart, without what Cell Ranger calls every output: runs/S1/outs/filtered_… is S1."""
+    """Return the parts that differ between paths, without Cell Ranger's folder names: runs/S1/outs/filtered_… is S1."""
     parts = [[*p.parent.parts, p.stem if p.is_file() else p.name] for p in (path.absolute() for path in paths)]
     if len(parts) == 1:
         return [next((x for x in reversed(parts[0]) if x not in _RANGER), parts[0][-1])]
@@ -75,18 +75,18 @@ def sample_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many of the first parts all have in common."""
+    """Return the number of leading parts that all have in common."""
     return next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), min(map(len, parts)))
 
 
 @dataclass
 class CellTables:
-    """Cells on their way into SOMA."""
+    """Cells of a source that is not in SOMA yet."""
 
     obs: pd.DataFrame  # one row per cell, Census column names
     var: pd.DataFrame  # feature_id, feature_name, feature_length
     chunks: Callable[[], Iterator[sp.csr_matrix]]  # rows of counts in the order of obs, genes in the order of var
-    where: str  # for messages: the file
-    notes: list[str] = field(default_factory=list)  # what a reader of the results should know
+    where: str  # the file, for messages
+    notes: list[str] = field(default_factory=list)  # for readers of the results
     other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
     measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes

@@ -1,20 +1,18 @@
-"""What makes one shard of real cells: an actor that holds the models, reads rows and commits what comes of them.
+"""The actor that applies models to real cells: it reads the rows of a shard, and commits what the models make of them.
 
-The networks see tiles of cells, cut by their place in the shard: a cell's numbers do not depend on how many are read at
-once, nor on which actor makes the shard. A shard is written beside its name and flushed, renamed, and recorded.
+The networks see tiles of cells, cut by their place in the shard: a cell's numbers depend neither on how many cells are
+read at a time nor on which actor makes the shard. A shard is committed as `pipeline.core.shards` describes.
 
-Shape letters: b cells of a tile.
+Shape letters: b cells of a tile, g genes of the model, p groups of data sets.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
-import os
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anndata
 import numpy as np
@@ -23,30 +21,45 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from pipeline.core.faults import arm, fault_point
-from pipeline.core.files import write_json_atomic
+from pipeline.config.apply import RealCellsConfig
+from pipeline.core.faults import arm
+from pipeline.core.shards import CommitPoints, Record, ShardStore
 from pipeline.data.loading.blocks import LABEL, SomaReader, SomaRows
 from pipeline.data.presence import GROUP
 from pipeline.inference.generator import shard_name
+from pipeline.inference.models import ModelPaths
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from scldm.checkpoints.native import LoadedVAE
+    from scldm.data.batch import CellBatch
+
 NAME, JOINID = "obs_name", "soma_joinid"
+POINTS = CommitPoints("cells.before_rename", "cells.before_record", "cells.after_record")
+
+
+def applied_shards(folder: Path) -> ShardStore:
+    """Return the store of applied shards, `<stage>/cells`; records name files from the stage's folder."""
+    return ShardStore(folder, POINTS, prefix="cells/")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Real cells on their way through a model."""
+    """Real cells that a model is applied to."""
 
-    cells: Any  # CellBatch with all counts, on the device
-    seen: Any  # CellBatch that the encoder is shown
-    ids: np.ndarray  # (b,) int64: what makes a cell's randomness its own
-    conditions: dict[str, Any]  # label -> class ids (b,) of the cells, on the device
+    cells: CellBatch  # all counts, on the device
+    seen: CellBatch  # what the encoder is shown: at most max_genes of a cell
+    ids: np.ndarray  # (b,) int64, seed of a cell's randomness
+    conditions: dict[str, Tensor]  # label -> class ids (b,), on the device
 
 
 @dataclass
-class Made:
-    """What comes of a tile; every part has one row per cell."""
+class TileOutput:
+    """What a model made of a tile; every part has one row per cell."""
 
     counts: sp.csr_matrix | None = None  # (b, g) int32
     layers: dict[str, np.ndarray] = field(default_factory=dict)
@@ -54,80 +67,95 @@ class Made:
     obs: dict[str, Any] = field(default_factory=dict)
 
 
-class Maker(Protocol):
-    """A stage's own part: holds models, turns tiles into what is written. class `Maker` of its module."""
+@dataclass(frozen=True)
+class OutputLayout:
+    """Which parts of AnnData a stage writes."""
 
-    vae: Any  # LoadedVAE
+    genes: bool = False  # var holds the model's genes
+    counts: bool = False  # X
+    mean: bool = False  # layers["mean"]
+    obsm: Mapping[str, int] = field(default_factory=dict)  # name -> width
+
+
+class TileProcessor(Protocol):
+    """A stage's own part of the actor: holds models and turns tiles into output."""
+
+    vae: LoadedVAE
     vocabulary: Vocabulary
-    encodes: bool  # whether it looks at a cell's genes
+    encodes: bool  # whether it reads a cell's genes
     synthetic: bool  # whether the model made the cells
 
-    def __call__(self, tile: Tile) -> Made: ...
+    def __call__(self, tile: Tile) -> TileOutput: ...
 
 
-class RowsActor:
-    """A Ray Data actor; also called without Ray, with the same effect.
+@dataclass(frozen=True)
+class ApplierSpec:
+    """What an actor needs to make any shard; picklable."""
 
-    Args:
-        spec: Plain data (`pipeline.inference.apply_job`).
-    """
+    processor: Callable[[ApplierSpec, torch.device], TileProcessor]  # class of the stage; importable by name
+    config: RealCellsConfig
+    models: ModelPaths
+    layout: OutputLayout
+    folder: Path  # of the shards; exists
+    rows: Path  # rows.parquet, a row group per shard
+    reader: SomaReader
+    measured: np.ndarray | None  # genes that each group of data sets measured, (p, g) bool; None: all
+    obs_columns: list[str]  # columns of the input that are kept
+    categories: dict[str, list[Any]]  # of those columns
+    provenance: dict[str, Any]  # uns["scldm"] of every shard
+    seed: int
+    threads: int  # of torch
+    fault: str  # faults to arm, see `pipeline.core.faults`
 
-    def __init__(self, spec: dict[str, Any]):
+
+class Applier:
+    """A Ray Data actor that makes shards; can be called without Ray, to the same effect."""
+
+    def __init__(self, spec: ApplierSpec):
         import torch
 
         from scldm.generation.cell_maker import tile_cells
 
-        arm(spec["fault"])
-        torch.set_num_threads(spec["threads"])
-        self.spec, self.folder = spec, Path(spec["folder"])
+        arm(spec.fault)
+        torch.set_num_threads(spec.threads)
+        self.spec, self.store = spec, applied_shards(spec.folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.reader = SomaReader(**{**spec["reader"], "labels": tuple(spec["reader"]["labels"])})
-        self.maker: Maker = importlib.import_module(f"pipeline.stages.{spec['stage']}").Maker(spec, self.device)
-        self.measured = None if spec["measured"] is None else torch.from_numpy(spec["measured"]).to(self.device)
-        self.tile = tile_cells(self.maker.vae, self.device)
-        self.read_at_once = -(-spec["batch_size"] // self.tile) * self.tile
+        self.reader = spec.reader
+        self.processor = spec.processor(spec, self.device)
+        self.measured = None if spec.measured is None else torch.from_numpy(spec.measured).to(self.device)
+        self.tile = tile_cells(self.processor.vae, self.device)
+        self.read_rows = -(-spec.config.batch_size // self.tile) * self.tile  # whole tiles
 
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self.make(row["shard"]) for row in shards.to_pylist()])
 
-    def make(self, shard: int) -> dict[str, Any]:
-        """Write and commit a shard; its record."""
+    def make(self, shard: int) -> Record:
+        """Make and commit a shard; return its record."""
         adata, n_empty = self.shard(shard)
-        file = shard_name(shard)
-        path = self.folder / file
-        tmp = path.with_name(f".{file}.{os.getpid()}.tmp")
-        try:
-            adata.write_h5ad(tmp, compression="gzip", compression_opts=1)
-            with tmp.open("rb") as f:
-                os.fsync(f.fileno())
-                sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-            fault_point("cells.before_rename")
-            tmp.replace(path)
-        finally:
-            tmp.unlink(missing_ok=True)
-        fault_point("cells.before_record")
-        record = {"shard": shard, "file": f"cells/{file}", "n_cells": adata.n_obs, "sha256": sha256, "empty": n_empty}
-        write_json_atomic(self.folder / f"{file}.json", record)
-        fault_point("cells.after_record")
-        return record
+
+        def write(path: Path) -> dict[str, int]:
+            adata.write_h5ad(path, compression="gzip", compression_opts=1)
+            return {"shard": shard, "n_cells": adata.n_obs, "empty": n_empty}
+
+        return self.store.commit(shard_name(shard), write)
 
     def shard(self, shard: int) -> tuple[anndata.AnnData, int]:
-        """The cells of a shard, and how many were left out because they express no gene of the model."""
-        rows = pq.ParquetFile(self.spec["rows"]).read_row_group(shard)
-        made, kept = [], []
-        for start in range(0, len(rows), self.read_at_once):
-            read = rows.slice(start, self.read_at_once).combine_chunks()
+        """Return the cells of a shard, and how many were left out because they express no gene of the model."""
+        rows = pq.ParquetFile(self.spec.rows).read_row_group(shard)
+        outputs, kept = [], []
+        for start in range(0, len(rows), self.read_rows):
+            read = rows.slice(start, self.read_rows).combine_chunks()
             counts = self._read(read)
             for at in range(0, len(read), self.tile):
                 part, names = counts.slice(at, self.tile), read.slice(at, self.tile)
-                keep = self._kept(part, names)
+                keep = self._not_empty(part, names)
                 kept.append(keep)
                 if keep.any():
                     mask = pa.array(keep)
-                    made.append(self._tile(part.filter(mask).combine_chunks(), names[NAME].filter(mask)))
+                    outputs.append(self._apply(part.filter(mask).combine_chunks(), names[NAME].filter(mask)))
         keep = np.concatenate(kept) if kept else np.zeros(0, bool)
         obs = self._obs(rows.filter(pa.array(keep, pa.bool_())))
-        return self._anndata(made, obs), int((~keep).sum())
+        return self._anndata(outputs, obs), int((~keep).sum())
 
     # ---- reading ---------------------------------------------------------------------------------------------------
     def _read(self, rows: pa.Table) -> pa.Table:
@@ -143,9 +171,10 @@ class RowsActor:
             )
         return table
 
-    def _kept(self, counts: pa.Table, rows: pa.Table) -> np.ndarray:
+    def _not_empty(self, counts: pa.Table, rows: pa.Table) -> np.ndarray:
+        """Return which cells express a gene of the model, bool (b,)."""
         keep = counts["library_size"].to_numpy() > 0
-        if not keep.all() and self.spec["empty_cells"] == "error":
+        if not keep.all() and self.spec.config.empty_cells == "error":
             names = rows[NAME].to_pandas()[~keep]
             raise InputError(
                 f"{len(names)} cells express none of the model's genes (first: {', '.join(map(str, names[:5]))}); "
@@ -153,76 +182,73 @@ class RowsActor:
             )
         return keep
 
-    def _tile(self, table: pa.Table, names: pa.ChunkedArray) -> Made:
-        from dataclasses import replace
+    def _apply(self, table: pa.Table, names: pa.ChunkedArray) -> TileOutput:
+        from pipeline.data.loading.collate import measured_group, subsample_genes, to_cell_batch
 
-        from pipeline.data.loading.collate import measured_group, to_cell_batch
-
-        labels = [n for n in self.reader.labels if n != GROUP]
-        cells = to_cell_batch(table, labels).to(self.device)
+        cells = to_cell_batch(table, [n for n in self.reader.labels if n != GROUP])
         seen = cells
-        if self.spec["max_genes"] is not None:
-            seen = to_cell_batch(table, labels, max_genes=self.spec["max_genes"], seed=self.spec["seed"])
-            seen = seen.to(self.device)
-        if self.maker.encodes:
-            self._require_room(seen, names)
+        if (max_genes := self.spec.config.max_genes) is not None:
+            seen = subsample_genes(cells, max_genes, seed=self.spec.seed).to(self.device)
+        cells = cells.to(self.device)
+        seen = cells if max_genes is None else seen
+        if self.processor.encodes:
+            self._require_few_genes(seen, names)
         if self.measured is not None:
             measured = self.measured[measured_group(table).to(self.device)]
             cells, seen = replace(cells, measured=measured), replace(seen, measured=measured)
-        made = self.maker(Tile(cells, seen, table[JOINID].to_numpy(), dict(cells.conditions)))
-        made.obs = {"library_size": cells.library_size.cpu().numpy(), **made.obs}
-        if made.counts is None:
-            made.obs["n_genes"] = cells.lengths.cpu().numpy().astype(np.int32)
-        return made
+        output = self.processor(Tile(cells, seen, table[JOINID].to_numpy(), dict(cells.conditions)))
+        output.obs = {"library_size": cells.library_size.cpu().numpy(), **output.obs}
+        if output.counts is None:
+            output.obs["n_genes"] = cells.lengths.cpu().numpy().astype(np.int32)
+        return output
 
-    def _require_room(self, seen: Any, names: pa.ChunkedArray) -> None:
-        """Models of upstream take so many tokens and no more."""
-        most = self.maker.vae.vae.config.genes_seq_len
+    def _require_few_genes(self, seen: CellBatch, names: pa.ChunkedArray) -> None:
+        """Refuse cells with more genes than a model of upstream takes."""
+        most = self.processor.vae.vae.config.genes_seq_len
         if most is None or int(seen.lengths.max()) <= most:
             return
-        long = (seen.lengths > most).cpu().numpy()
-        first = ", ".join(names.to_pandas()[long][:5])
+        too_long = (seen.lengths > most).cpu().numpy()
+        first = ", ".join(names.to_pandas()[too_long][:5])
         raise InputError(
-            f"{int(long.sum())} cells express more genes than the {most} that model.vae takes (first: {first}; up to "
-            f"{int(seen.lengths.max())}); set max_genes={most}, which draws so many of them by seed"
+            f"{int(too_long.sum())} cells express more genes than the {most} that model.vae takes (first: {first}; up "
+            f"to {int(seen.lengths.max())}); set max_genes={most}, which draws that many of them by seed"
         )
 
     # ---- writing ---------------------------------------------------------------------------------------------------
     def _obs(self, rows: pa.Table) -> pd.DataFrame:
-        """Names and columns of the input, in its order."""
+        """Return names and kept columns of the input, in its order."""
         obs = pd.DataFrame(index=pd.Index(rows[NAME].to_pylist(), dtype=str))
-        for column in self.spec["obs_columns"]:
+        for column in self.spec.obs_columns:
             values = rows["obs:" + column].to_pandas()
-            categories = self.spec["categories"].get(column)
+            categories = self.spec.categories.get(column)
             if categories is not None:
                 values = pd.Categorical(values.astype(object), categories=categories)
             obs[column] = values if categories is not None else values.to_numpy()
         return obs
 
-    def _anndata(self, made: list[Made], obs: pd.DataFrame) -> anndata.AnnData:
-        vocabulary = self.maker.vocabulary
-        shapes = self.spec["shapes"]
-        obs["is_synthetic"] = self.maker.synthetic
-        for name in made[0].obs if made else ():
-            values = np.concatenate([np.asarray(m.obs[name]) for m in made])
-            obs[name] = values
+    def _anndata(self, outputs: list[TileOutput], obs: pd.DataFrame) -> anndata.AnnData:
+        vocabulary, layout = self.processor.vocabulary, self.spec.layout
+        obs["is_synthetic"] = self.processor.synthetic
+        for name in outputs[0].obs if outputs else ():
+            obs[name] = np.concatenate([np.asarray(o.obs[name]) for o in outputs])
         obsm = {
-            k: np.concatenate([np.zeros((0, w), np.float32), *(m.obsm[k] for m in made)]) for k, w in shapes.items()
+            k: np.concatenate([np.zeros((0, width), np.float32), *(o.obsm[k] for o in outputs)])
+            for k, width in layout.obsm.items()
         }
-        x = None
-        layers: dict[str, Any] = {}
-        if self.spec["genes_out"]:
+        if layout.genes:
             var = pd.DataFrame(
                 {"feature_name": list(vocabulary.feature_names)},
                 index=pd.Index(vocabulary.feature_ids, name="feature_id"),
             )
         else:
             var = pd.DataFrame(index=pd.Index([], dtype=str))
-        if self.spec["counts_out"]:
-            x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.int32), *(m.counts for m in made)], format="csr")
+        x, layers = None, {}
+        if layout.counts:
+            x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.int32), *(o.counts for o in outputs)], format="csr")
             obs["total_counts"] = np.asarray(x.sum(1)).ravel().astype(np.int64)
             obs["n_genes"] = np.diff(x.indptr).astype(np.int32)
-        if self.spec["mean_out"]:
-            layers["mean"] = np.concatenate([np.zeros((0, len(var)), np.float32), *(m.layers["mean"] for m in made)])
-        uns = {"scldm": json.loads(json.dumps(self.spec["provenance"]))}
+        if layout.mean:
+            means = (o.layers["mean"] for o in outputs)
+            layers["mean"] = np.concatenate([np.zeros((0, len(var)), np.float32), *means])
+        uns = {"scldm": json.loads(json.dumps(self.spec.provenance))}
         return anndata.AnnData(x, obs=obs, var=var, obsm=obsm, layers=layers, uns=uns)

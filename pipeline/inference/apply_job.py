@@ -1,19 +1,20 @@
-"""Rows of a source to committed shards: what embed, reconstruct, perturb and log_likelihood share.
+"""Applies models to the rows of a source, shard by shard: the job behind embed, reconstruct, perturb, log_likelihood.
 
-What can be wrong with genes, labels and obs is found before anything is computed (`pipeline.inference.rows`). The cells
-that were chosen stand in rows.parquet, a row group per shard; actors read their counts out of SOMA (files are first
-written to it, as in ingest). A job that was killed makes the shards that are missing.
+Problems with genes, labels and obs are reported before anything is computed (`pipeline.inference.rows`). The selected
+cells are listed in rows.parquet, one row group per shard; actors read their counts from SOMA (files are written to SOMA
+first, as in ingest). A job that was interrupted makes the shards that are missing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -24,91 +25,81 @@ from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, fault_point
 from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader, ProgressWriter
-from pipeline.inference.applier import RowsActor
+from pipeline.core.shards import Record, replaces
+from pipeline.inference.actor_pool import run_on_actors
+from pipeline.inference.applier import Applier, ApplierSpec, OutputLayout, TileProcessor, applied_shards
 from pipeline.inference.export.index import write_index
 from pipeline.inference.models import ModelPaths, locate_models
-from pipeline.inference.rows import SourceRows, source_rows
-from pipeline.inference.shard_pool import committed, made_by_actors
+from pipeline.inference.rows import source_rows
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = 1
 ROWS = "rows.parquet"
-Pool = Callable[[list[int], dict[str, Any], StageContext], Iterator[dict[str, Any]]]
+Pool = Callable[[list[int], ApplierSpec, StageContext], Iterator[Record]]  # makes shards, yields their records
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Output:
-    """What a stage writes of its cells."""
-
-    genes: bool = False  # var holds the model's genes
-    counts: bool = False  # X
-    mean: bool = False  # layers["mean"]
-    obsm: dict[str, int] = field(default_factory=dict)  # name -> width
+def ray_pool(shards: list[int], spec: ApplierSpec, context: StageContext) -> Iterator[Record]:
+    """Make shards on Ray actors."""
+    return run_on_actors(Applier, shards, spec, context.resources)
 
 
 def run_batches(
-    config: RealCellsConfig, context: StageContext, *, stage: str, output: Output, pool: Pool | None = None
+    config: RealCellsConfig,
+    context: StageContext,
+    *,
+    stage: str,
+    processor: Callable[[ApplierSpec, torch.device], TileProcessor],
+    layout: OutputLayout,
+    pool: Pool | None = None,
 ) -> dict[str, Any]:
-    """Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, n_empty, genes, notes.
+    """Make all shards of a stage.
 
     Args:
-        stage: Module of `pipeline.stages` whose `Maker` the actors build.
-        pool: Maker of the shards; Ray's actors if None.
+        stage: Name of the stage.
+        processor: Class that turns tiles of cells into output; built in every actor, so importable by name.
+        pool: Makes the shards; Ray actors if None.
+
+    Returns:
+        Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, n_empty, genes, notes.
     """
     models = locate_models(config, context)
     rows = source_rows(config, context.folder, models)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
-    _forget_other_cells(context.folder, folder, rows.digest)
+    _remove_shards_of_other_input(context.folder, folder, rows.digest)
     n_shards = _write_rows(context.folder / ROWS, rows.table, config.shard_size)
-    spec = _spec(stage, config, context, models, rows, output)
+    spec = ApplierSpec(
+        processor=processor, config=config, models=models, layout=layout, folder=folder, rows=context.folder / ROWS,
+        reader=rows.reader, measured=rows.measured, obs_columns=rows.obs_columns, categories=rows.categories,
+        provenance=_provenance(stage, config, context, models, rows.digest), seed=context.seed,
+        threads=threads_per_worker(context.resources), fault=os.environ.get(VARIABLE, ""),
+    )  # fmt: skip
     for note in rows.source.notes:
-        print(f"{stage}: {note}", flush=True)
+        logger.info("%s: %s", stage, note)
     records = _make_all(stage, spec, n_shards, len(rows.table), context, pool or ray_pool)
-    made, empty = sum(r["n_cells"] for r in records), sum(r["empty"] for r in records)
-    if made + empty != len(rows.table):
+    n_cells, n_empty = sum(r["n_cells"] for r in records), sum(r["empty"] for r in records)
+    if n_cells + n_empty != len(rows.table):
         raise RuntimeError(
-            f"{made + empty} cells were made instead of {len(rows.table)}; delete {folder} and run again"
+            f"{n_cells + n_empty} cells were made instead of {len(rows.table)}; delete {folder} and run again"
         )
     index = write_index(context.folder, records)
     fault_point("cells.before_manifest")
     shutil.rmtree(context.folder / "soma", ignore_errors=True)  # a copy of the input, for the actors
-    context.tracker.metrics({f"{stage}/cells": float(made), f"{stage}/shards": float(len(records))}, step=0)
-    facts = {"schema_version": SCHEMA_VERSION, "cells": "cells", "shards": records, "index": index, "n_cells": made}
-    return facts | {"n_empty": empty, "source": rows.source.description, "notes": rows.source.notes, **rows.facts}
-
-
-def _spec(
-    stage: str, config: RealCellsConfig, context: StageContext, models: ModelPaths, rows: SourceRows, output: Output
-) -> dict[str, Any]:
-    """What an actor is given, as plain data."""
-    return {
-        "stage": stage,
-        "folder": str(context.folder / "cells"),
-        "rows": str(context.folder / ROWS),
-        "config": config.model_dump(mode="json"),
-        "models": asdict(models),
-        "seed": context.seed,
-        "fault": os.environ.get(VARIABLE, ""),
-        "threads": threads_per_worker(context.resources),
-        **{k: getattr(config, k) for k in ("batch_size", "max_genes", "empty_cells")},
-        **{"genes_out": output.genes, "counts_out": output.counts, "mean_out": output.mean, "shapes": output.obsm},
-        "reader": vars(rows.reader).copy(),
-        **{k: getattr(rows, k) for k in ("measured", "obs_columns", "categories")},
-        "provenance": _provenance(stage, config, context, models, rows.digest),
-    }
-
-
-def ray_pool(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
-    return made_by_actors(RowsActor, todo, spec, context.resources)
+    context.tracker.metrics({f"{stage}/cells": float(n_cells), f"{stage}/shards": float(len(records))}, step=0)
+    facts = {"schema_version": SCHEMA_VERSION, "cells": "cells", "shards": records, "index": index, "n_cells": n_cells}
+    return facts | {"n_empty": n_empty, "source": rows.source.description, "notes": rows.source.notes, **rows.facts}
 
 
 def _make_all(
-    stage: str, spec: dict[str, Any], n_shards: int, n_rows: int, context: StageContext, pool: Pool
-) -> list[dict[str, Any]]:
-    folder = Path(spec["folder"])
-    for left in folder.glob(".part-*.tmp"):  # of a process that was killed; nobody else works here, the stage is locked
-        left.unlink()
-    records = committed(context.folder, folder)
+    stage: str, spec: ApplierSpec, n_shards: int, n_rows: int, context: StageContext, pool: Pool
+) -> list[Record]:
+    """Return the records of all shards in order; those that are missing are made."""
+    store = applied_shards(spec.folder)
+    store.remove_abandoned()  # nobody else writes here: the stage is locked
+    records = store.committed()
     have = {r["shard"] for r in records}
     todo = [k for k in range(n_shards) if k not in have]
     done = sum(r["n_cells"] for r in records)
@@ -123,22 +114,22 @@ def _make_all(
 
 # ---- files -------------------------------------------------------------------------------------------------------
 def _write_rows(path: Path, rows: pd.DataFrame, shard_size: int) -> int:
-    """One row group per shard; the number of shards."""
-    table = pa.Table.from_pandas(rows, preserve_index=False)
-    tmp = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, tmp, row_group_size=shard_size)
-    tmp.replace(path)
+    """Write one row group per shard; return the number of shards."""
+    with replaces(path) as tmp:
+        pq.write_table(pa.Table.from_pandas(rows, preserve_index=False), tmp, row_group_size=shard_size)
     return -(-len(rows) // shard_size)
 
 
-def _forget_other_cells(root: Path, folder: Path, digest: str) -> None:
-    """Shards of an earlier attempt count only if the input is what it was then."""
+def _remove_shards_of_other_input(root: Path, folder: Path, digest: str) -> None:
+    """Remove the shards of an earlier attempt unless its input is known to be the same."""
     mark = root / "input.json"
-    if mark.is_file() and json.loads(mark.read_text())["digest"] == digest:
-        return
-    for left in folder.glob("part-*"):
-        left.unlink()
-    mark.write_text(json.dumps({"digest": digest}))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, or not written to its end
+        if json.loads(mark.read_text())["digest"] == digest:
+            return
+    for shard in folder.glob("part-*"):
+        shard.unlink()
+    with replaces(mark) as tmp:
+        tmp.write_text(json.dumps({"digest": digest}))
 
 
 def _provenance(

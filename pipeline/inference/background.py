@@ -1,7 +1,7 @@
-"""Two halves of a job at once: the caller makes the next thing while a thread deals with this one.
+"""Runs the second half of a job's work in a background thread while the caller continues with the next item.
 
-It is the second half that gets the thread: torch computes a third slower in any thread but the first, whose memory
-comes from pools of its own that are handed back to the system after every layer.
+The second half gets the thread, not the first: torch computes a third slower in any thread but the first, whose memory
+comes from separate pools that are returned to the system after every layer.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from types import TracebackType
 from typing import Any, Self
 
 
-class Behind:
-    """Does one thing after the other, in order, in a thread: `with Behind(2) as behind: behind.do(write, tile)`.
+class BackgroundWriter:
+    """Runs calls in order in one thread: `with BackgroundWriter(2) as writer: writer.submit(write, tile)`.
 
-    Leaving waits until all is done; leaving by an error drops what has not begun.
+    Leaving the block waits until all calls are done; leaving it by an error drops the calls that have not begun.
 
     Args:
-        most: Things that may wait or be under way; `do` waits while there are so many.
+        max_pending: Number of calls that may be waiting or running; `submit` blocks while there are as many.
     """
 
-    def __init__(self, most: int):
-        self._most = most
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
-        self._given: deque[Future[Any]] = deque()
+    def __init__(self, max_pending: int):
+        self._max_pending = max_pending
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="background-writer")
+        self._pending: deque[Future[Any]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
-    def do(self, function: Callable[..., Any], *args: Any) -> None:
-        """Hand over. Raises the error of something that was handed over before."""
-        while self._given and (self._given[0].done() or len(self._given) >= self._most):
-            self._given.popleft().result()
-        self._given.append(self._pool.submit(function, *args))
+    def submit(self, function: Callable[..., Any], *args: Any) -> None:
+        """Queue a call. Raises the error of a call that was queued before, if it failed."""
+        while self._pending and (self._pending[0].done() or len(self._pending) >= self._max_pending):
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(function, *args))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
-            while self._given and kind is None:
-                self._given.popleft().result()
+            while self._pending and kind is None:
+                self._pending.popleft().result()
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,16 +1,15 @@
-"""What makes one shard: an actor that holds both models.
+"""The actor that generates cells: it holds both models and commits one shard at a time.
 
-The draw, the compression and the writing of a tile have a thread of their own, beside the networks of the next tile. A
-shard is committed in three steps, and a process may die between any two of them: its file is written beside its name
-and flushed, renamed, and recorded. A shard without a record is made again, to the same bytes.
+A background thread draws, compresses and writes a tile of cells while the networks compute the next one. A shard that
+was not committed is made again, to the same bytes (`pipeline.core.shards`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,97 +19,111 @@ import pyarrow as pa
 
 from pipeline.config.job import GenerateConfig
 from pipeline.core.faults import arm, fault_point
-from pipeline.core.files import write_json_atomic
-from pipeline.inference.background import Behind
+from pipeline.core.shards import CommitPoints, Record, ShardStore
+from pipeline.inference.background import BackgroundWriter
 from pipeline.inference.progress import ShardProgress, count_attempt
-from pipeline.inference.recipe import recipe_of, settings_of
-from pipeline.inference.request import Request
+from pipeline.inference.request import recipe_of, settings_of
 from pipeline.inference.shard_writer import ShardFile
 from scldm.generation.recipe import generated_obs, genes_table
+from scldm.generation.request import Request
 
 if TYPE_CHECKING:
     from scldm.generation.cell_maker import DecodedTile
 
-DEFAULT_AHEAD = 2  # tiles
-TRIES = 3  # of a shard whose file could not be written
-WAIT_SECONDS = 2.0
+logger = logging.getLogger(__name__)
+
+DEFAULT_PENDING = 2  # tiles that wait for the background thread
+MAX_WRITES = 3  # attempts at a shard whose file could not be written
+WAIT_SECONDS = 2.0  # after the first failed write; doubles
+POINTS = CommitPoints("generate.before_rename", "generate.before_record", "generate.after_record")
 
 
 def shard_name(shard: int) -> str:
     return f"part-{shard:05d}.h5ad"
 
 
+def cell_shards(folder: Path) -> ShardStore:
+    """Return the store of generated shards, `<stage>/cells`; records name files from the stage's folder."""
+    return ShardStore(folder, POINTS, prefix="cells/")
+
+
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """What an actor needs to generate any shard of a request; picklable."""
+
+    folder: Path  # of the shards; exists
+    vae: Path  # model folder
+    flow: Path  # model folder
+    config: GenerateConfig
+    request: Request
+    genes: np.ndarray | None  # ids of the genes to write, increasing; None: all
+    latent_shape: tuple[int, int]  # tokens, width
+    threads: int  # of torch, and for drawing counts
+    prefix: str  # of obs names
+    digits: int  # of the number in obs names
+    provenance: dict[str, Any]  # uns["scldm"] of every shard
+    run: str  # identifies this run of the job, for counting attempts
+    fault: str  # faults to arm, see `pipeline.core.faults`
+
+
 class Generator:
-    """A Ray Data actor; also called without Ray, with the same effect.
+    """A Ray Data actor that generates shards; can be called without Ray, to the same effect."""
 
-    Args:
-        spec: Plain data (`pipeline.stages.generate`): folders of the models, settings, the whole request.
-    """
-
-    def __init__(self, spec: dict[str, Any]):
+    def __init__(self, spec: GeneratorSpec):
         import torch
 
         from scldm.checkpoints.native import load_flow, load_vae
         from scldm.generation.cell_maker import CellMaker
 
-        arm(spec["fault"])
-        torch.set_num_threads(spec["threads"])
+        arm(spec.fault)
+        torch.set_num_threads(spec.threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.spec, self.folder = spec, Path(spec["folder"])
-        self.config = GenerateConfig.model_validate(spec["config"])
-        self.request = Request.of_plain(spec["request"])
-        vae = load_vae(Path(spec["vae"]), device=device)
-        flow = load_flow(Path(spec["flow"]), weights=self.config.sampler.weights, device=device)
+        self.spec, self.config, self.store = spec, spec.config, cell_shards(spec.folder)
+        vae = load_vae(spec.vae, device=device)
+        flow = load_flow(spec.flow, weights=self.config.sampler.weights, device=device)
         self.vocabulary = flow.vocabulary
-        recipe = recipe_of(self.request, self.config, flow.vocabulary, flow.library_sizes, flow.dit.strategy)
-        genes = None if spec["genes"] is None else np.array(spec["genes"], dtype=np.int64)
-        self.genes = np.arange(flow.vocabulary.n_genes) if genes is None else genes
-        pool = ThreadPoolExecutor(spec["threads"]) if spec["threads"] > 1 else None
+        recipe = recipe_of(spec.request, self.config, flow.vocabulary, flow.library_sizes, flow.dit.strategy)
+        self.genes = np.arange(flow.vocabulary.n_genes) if spec.genes is None else spec.genes
+        pool = ThreadPoolExecutor(spec.threads) if spec.threads > 1 else None
         self.maker = CellMaker(
-            vae, flow, recipe, sampler=self.config.sampler, seed=self.config.seed, genes=genes, pool=pool
+            vae, flow, recipe, sampler=self.config.sampler, seed=self.config.seed, genes=spec.genes, pool=pool
         )
         batch = self.config.batch_size
-        self.ahead = DEFAULT_AHEAD if batch is None else max(1, -(-batch // self.maker.tile))
+        self.max_pending = DEFAULT_PENDING if batch is None else max(1, -(-batch // self.maker.tile))
 
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self.make(row["shard"]) for row in shards.to_pylist()])
 
-    def make(self, shard: int) -> dict[str, Any]:
-        """Write and commit a shard; its record. A write that fails is tried again."""
-        count_attempt(self.folder, shard, self.spec["run"])
-        for wait in (*(WAIT_SECONDS * 2**i for i in range(TRIES - 1)), None):
+    def make(self, shard: int) -> Record:
+        """Generate and commit a shard; return its record. A write that fails is tried again.
+
+        Raises:
+            FloatingPointError: the model gave no finite numbers; a second attempt would give the same.
+            OSError: the shard could not be written.
+        """
+        count_attempt(self.spec.folder, shard, self.spec.run)
+        for wait in (*(WAIT_SECONDS * 2**i for i in range(MAX_WRITES - 1)), None):
             try:
                 return self._make(shard)
-            except FloatingPointError as error:  # again it would be the same
+            except FloatingPointError as error:
                 raise FloatingPointError(f"shard {shard}: {error}") from error
             except OSError as error:
                 if wait is None:
-                    raise OSError(f"shard {shard} could not be written in {TRIES} tries: {error}") from error
-                print(f"shard {shard}: {error}; again in {wait:.0f} s", flush=True)
+                    raise OSError(f"shard {shard} could not be written in {MAX_WRITES} attempts: {error}") from error
+                logger.warning("shard %d: %s; next attempt in %.0f s", shard, error, wait)
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
-    def _make(self, shard: int) -> dict[str, Any]:
-        file = shard_name(shard)
-        path = self.folder / file
-        tmp = path.with_name(f".{file}.{os.getpid()}.tmp")
-        n_cells = self._write(tmp, shard)
-        with tmp.open("rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        fault_point("generate.before_rename")
-        tmp.replace(path)
-        fault_point("generate.before_record")
-        record = {"shard": shard, "file": f"cells/{file}", "n_cells": n_cells, "sha256": sha256}
-        write_json_atomic(self.folder / f"{file}.json", record)
-        fault_point("generate.after_record")
-        return record
+    def _make(self, shard: int) -> Record:
+        return self.store.commit(shard_name(shard), lambda path: {"shard": shard, "n_cells": self._write(path, shard)})
 
-    def _write(self, tmp: Path, shard: int) -> int:
+    def _write(self, path: Path, shard: int) -> int:
+        """Write the file of a shard; return the number of its cells."""
         start = shard * self.config.shard_size
-        stop = min(start + self.config.shard_size, self.request.n_cells)
-        latent_width = self.spec["latent_shape"][0] * self.spec["latent_shape"][1]
+        stop = min(start + self.config.shard_size, self.spec.request.n_cells)
+        latent_width = self.spec.latent_shape[0] * self.spec.latent_shape[1]
         sizes: list[np.ndarray] = []
-        progress = ShardProgress(self.folder, shard)
+        progress = ShardProgress(self.spec.folder, shard)
 
         def add(tile: DecodedTile) -> None:
             cells = self.maker.drawn(tile)
@@ -119,25 +132,24 @@ class Generator:
             progress.add(len(cells.cell_ids))
             fault_point("generate.after_batch")
 
-        with progress, ShardFile(tmp, n_genes=len(self.genes), latent_width=latent_width) as out:
-            with Behind(self.ahead) as writer:
+        with progress, ShardFile(path, n_genes=len(self.genes), latent_width=latent_width) as out:
+            with BackgroundWriter(self.max_pending) as writer:
                 for tile in self.maker.decoded(start, stop):
-                    writer.do(add, tile)
+                    writer.submit(add, tile)
             ids = np.arange(start, stop, dtype=np.int64)
             library = np.concatenate([np.zeros(0, np.float32), *sizes])
             out.finish(
                 self._obs(ids, library, out, shard),
                 genes_table(self.vocabulary, self.genes),
-                {"scldm": self.spec["provenance"]},
+                {"scldm": self.spec.provenance},
             )
         return len(ids)
 
     def _obs(self, ids: np.ndarray, library: np.ndarray, out: ShardFile, shard: int) -> pd.DataFrame:
-        """The AnnData contract of generated cells (README: "Ask for cells")."""
-        width = self.spec["digits"]
-        names = [f"{self.spec['prefix']}-{i:0{width}d}" for i in ids.tolist()]
+        """Return obs by the AnnData contract of generated cells (README: "Ask for cells")."""
+        names = [f"{self.spec.prefix}-{i:0{self.spec.digits}d}" for i in ids.tolist()]
         settings = settings_of(self.config)
-        obs = generated_obs(ids, names, self.maker.recipe, self.request, settings, self.vocabulary)
+        obs = generated_obs(ids, names, self.maker.recipe, self.spec.request, settings, self.vocabulary)
         obs.insert(obs.columns.get_loc("gen_index"), "gen_shard", np.int32(shard))
         obs["library_size"] = library
         obs["total_counts"] = out.total_counts.astype(np.int64)

@@ -1,26 +1,33 @@
-"""Which models a job on real cells uses: folders that it names, or what this pipeline trained."""
+"""Locates and loads the models of a job on real cells: folders that it names, or what this pipeline trained."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.apply import PerturbConfig, RealCellsConfig
 from pipeline.core.manifest import StageContext
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
+    from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+
 
 @dataclass(frozen=True)
 class ModelPaths:
+    """Absolute model folders."""
+
     vae: str
     flow: str | None = None
 
 
 def locate_models(config: RealCellsConfig, context: StageContext) -> ModelPaths:
-    """Model folders, absolute."""
+    """Return the model folders of a job."""
     if config.model is not None:
         flow = config.model.flow
         return ModelPaths(_absolute(config.model.vae), None if flow is None else _absolute(flow))
@@ -28,14 +35,14 @@ def locate_models(config: RealCellsConfig, context: StageContext) -> ModelPaths:
     if not config.uses_flow:
         return ModelPaths(str(vae.resolve()))
     flow_stage = context.inputs["train_flow"]
-    own = flow_stage.facts.get("vae")  # of a flow that was trained with its VAE
+    own = flow_stage.facts.get("vae")  # of a flow that was trained together with its VAE
     if own is not None:
         vae = Path(flow_stage.folder) / own[config.flow.weights]  # type: ignore[attr-defined]
     return ModelPaths(str(vae.resolve()), str(flow_stage.path("model").resolve()))
 
 
 def model_problems(config: RealCellsConfig) -> list[str]:
-    """What is wrong with the folders that a job names, from their small files."""
+    """Return problems with the model folders that a job names, found from their small files."""
     problems = []
     named = {} if config.model is None else {"vae": config.model.vae, "flow": config.model.flow}
     for kind, place in named.items():
@@ -57,25 +64,27 @@ def model_problems(config: RealCellsConfig) -> list[str]:
     return problems
 
 
-def load_models(models: dict[str, Any], device: Any, *, weights: str = "ema", counts: bool = False) -> tuple[Any, Any]:
-    """The VAE, and the flow if there is one, on the device.
+def load_models(
+    models: ModelPaths, device: torch.device, *, weights: str = "ema", counts: bool = False
+) -> tuple[LoadedVAE, LoadedFlow | None]:
+    """Load the VAE, and the flow if there is one, to the device.
 
     Args:
-        counts: Counts will be drawn, which a Gaussian head cannot give.
+        counts: Whether counts will be drawn, which a Gaussian head cannot do.
 
     Raises:
-        InputError: they do not belong together, or cannot do what is asked.
+        InputError: the models do not belong together, or cannot do what the job needs.
     """
     from scldm.checkpoints.native import CheckpointError, load_flow, load_vae
 
     try:
-        vae = load_vae(Path(models["vae"]), device=device)
-        flow = None if models["flow"] is None else load_flow(Path(models["flow"]), weights=weights, device=device)
+        vae = load_vae(Path(models.vae), device=device)
+        flow = None if models.flow is None else load_flow(Path(models.flow), weights=weights, device=device)
     except CheckpointError as error:
         raise InputError(f"model: {error}") from error
     problems = []
     if vae.vae.config.adaln:
-        problems.append("model.vae has an adaLN decoder, which needs a condition that this job has none of")
+        problems.append("model.vae has an adaLN decoder, which needs a condition, and this job has none")
     if counts and vae.vae.config.head == "gaussian":
         problems.append("model.vae has a gaussian head, and no counts can be drawn from it")
     if flow is not None:
@@ -90,7 +99,7 @@ def load_models(models: dict[str, Any], device: Any, *, weights: str = "ema", co
 
 
 def latent_width(folder: str) -> int:
-    """m * e of a VAE's folder."""
+    """Return m * e of the VAE in a model folder."""
     config = json.loads((Path(folder) / "config.json").read_text())["config"]
     return int(config["n_latent_tokens"]) * int(config["latent_width"])
 
@@ -100,7 +109,7 @@ def _absolute(folder: str) -> str:
 
 
 def check_target(config: PerturbConfig, vocabulary: Vocabulary) -> None:
-    """The model must know the labels and classes that are asked for."""
+    """Raise InputError unless the model knows the requested labels and classes."""
     if problems := _target_problems(config, vocabulary):
         raise InputError("\n".join(problems))
 

@@ -1,4 +1,7 @@
-"""How far the shards in the making are, and how often each was begun: small files beside them, which are only hints."""
+"""Progress within unfinished shards, and how often each was started: small files in the shards' folder.
+
+The files are hints: nothing waits for them, and losing one loses no cell.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from pipeline.core.progress import ProgressWriter
 
 EVERY_SECONDS = 1.0
 STALE_SECONDS = 30.0
-MOST_ATTEMPTS = 5
+MAX_ATTEMPTS = 5
 
 
 class ShardProgress:
-    """Actor side: cells of a shard so far."""
+    """Actor side: writes the number of cells of a shard that are done."""
 
     def __init__(self, folder: Path, shard: int, clock: Callable[[], float] = time.monotonic):
         self.path, self.clock = folder / f".shard-{shard:05d}.cells", clock
@@ -36,12 +39,19 @@ class ShardProgress:
         self.n += n
         if self.clock() - self.written >= EVERY_SECONDS:
             self.written = self.clock()
-            with contextlib.suppress(OSError):  # a full disk must fail where it matters
+            with contextlib.suppress(OSError):  # a full disk is reported by the write of the shard
                 self.path.write_text(str(self.n))
 
 
 class JobProgress:
-    """Driver side: a thread that adds up committed cells and cells in the making, with their rate."""
+    """Driver side: a thread that adds up the cells of committed and unfinished shards, with their rate.
+
+    Args:
+        root: Folder of the stage, for `progress.json`.
+        folder: Folder of the shards.
+        total: Cells of the job.
+        done: Cells of shards that were committed before.
+    """
 
     def __init__(self, root: Path, folder: Path, total: int, done: int):
         self.folder, self.total, self.done = folder, total, done
@@ -56,19 +66,21 @@ class JobProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join(timeout=5)
-        self._say()
+        self._report()
 
     def committed(self, n: int) -> None:
+        """Add the cells of a shard that was committed."""
         self.done += n
 
     def cells_per_s(self) -> float:
+        """Return the rate since this run began."""
         return (self.done - self.first) / max(1e-9, time.monotonic() - self.began)
 
     def _follow(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):
-            self._say()
+            self._report()
 
-    def _say(self) -> None:
+    def _report(self) -> None:
         made = min(self.total, self.done + sum(map(_read, self.folder.glob(".shard-*.cells"))))
         seconds = max(1e-9, time.monotonic() - self.began)
         self.writer.update(made, self.total, cells_per_s=(made - self.first) / seconds)
@@ -76,32 +88,32 @@ class JobProgress:
 
 def _read(path: Path) -> int:
     with contextlib.suppress(OSError, ValueError):
-        if time.time() - path.stat().st_mtime < STALE_SECONDS:  # not of an actor that died
+        if time.time() - path.stat().st_mtime < STALE_SECONDS:  # older: left by an actor that died
             return int(path.read_text())
     return 0
 
 
 def count_attempt(folder: Path, shard: int, run: str) -> None:
-    """Count a beginning of a shard in this run of the job. Ray starts dead actors again for ever; this ends it.
+    """Count an attempt at a shard in this run of the job: Ray restarts dead actors without a limit, this sets one.
 
     Raises:
-        RuntimeError: the shard was begun MOST_ATTEMPTS times before.
+        RuntimeError: the shard was started MAX_ATTEMPTS times before.
     """
     path = folder / f".shard-{shard:05d}.attempts"
     before: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         before = json.loads(path.read_text())
     n = before.get("n", 0) + 1 if before.get("run") == run else 1
-    if n > MOST_ATTEMPTS:
+    if n > MAX_ATTEMPTS:
         raise RuntimeError(
-            f"shard {shard} was begun {MOST_ATTEMPTS} times and its actor died each time (most often: out of memory). "
-            "Lower shard_size or batch_size, or give actors more memory; the same command then goes on"
+            f"shard {shard} was started {MAX_ATTEMPTS} times and its actor died each time (most often: out of memory). "
+            "Lower shard_size or batch_size, or give actors more memory; the same command then resumes"
         )
     path.write_text(json.dumps({"run": run, "n": n}))
 
 
 def clear_hints(folder: Path) -> None:
-    """Remove what earlier attempts left: hints, and files never renamed. The caller holds the stage's lock."""
-    for pattern in (".shard-*.cells", ".shard-*.attempts", ".part-*.tmp"):
+    """Remove the hints of earlier attempts. The caller holds the stage's lock."""
+    for pattern in (".shard-*.cells", ".shard-*.attempts"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

@@ -1,42 +1,47 @@
-"""What a generation job is asked for, and how it is cut into shards.
+"""The request of a generation job: what it asks for, how it is cut into shards, and its form in numbers.
 
 A request is a table of conditions with a number of cells each. Cell ids count over the whole request, row after row;
 shard k holds ids [k * shard_size, (k + 1) * shard_size). So a shard is a function of (request, k).
 
 Columns of the table: a label of the model, `n_cells`, `guidance` (or `guidance.<label>`) and `library_size`. A column
-that is a label is a label, whatever its name.
+that is a label is a label, whatever its name. `scldm.generation` reads the rows; here are the settings of a job, and
+its errors as InputError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from pipeline.config.job import GenerateConfig
-from pipeline.inference.request_table import check_guidance, read_rows
-from pipeline.inference.request_table import genes_to_write as genes_to_write
+from scldm.data.library_size import LibrarySizes, condition_key
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
-from scldm.generation.request import Request as Request
-from scldm.generation.request import RequestRow as RequestRow
+from scldm.generation import request_table
+from scldm.generation.request import Request, RequestRow, Settings
+from scldm.generation.request_table import RequestError, check_guidance, read_rows
 
-MOST_CELLS = 10**9
+if TYPE_CHECKING:
+    from pipeline.data.ingest.dataset import IngestedDataset
+    from scldm.generation.cell_maker import Recipe
+
+MAX_CELLS = 10**9
 
 
 def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: Mapping[str, pd.DataFrame]) -> Request:
-    """The request of a config, checked against what the model was trained on.
+    """Return the request of a config, checked against what the model was trained on.
 
     Args:
         compositions: For `like`: split -> table of label columns and n_cells.
 
     Raises:
-        InputError: with all problems at once.
+        InputError: with all problems.
     """
-    _exactly_one(config)
+    _require_one_selection(config)
     if config.conditions is not None:
         table, where = read_table(Path(config.conditions)), config.conditions
     elif config.cells is not None:
@@ -53,19 +58,22 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
     except InputError as error:
         problems.append(str(error))
     rows = read_rows(table, where, vocabulary, problems)
-    if not problems and sum(r["n_cells"] for r in rows) > MOST_CELLS:
-        problems.append(
-            f"{where} asks for {sum(r['n_cells'] for r in rows):,} cells; at most {MOST_CELLS:,} in one job"
-        )
+    if not problems and (n_cells := sum(r["n_cells"] for r in rows)) > MAX_CELLS:
+        problems.append(f"{where} asks for {n_cells:,} cells; at most {MAX_CELLS:,} in one job")
     if problems:
         raise InputError("\n".join(problems))
     return Request(tuple(RequestRow(**row) for row in rows))
 
 
+def request_on(config: GenerateConfig, data: IngestedDataset) -> Request:
+    """Return the request of a config on an ingested dataset, see `read_request`."""
+    return read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
+
+
 def check_choice(config: GenerateConfig) -> list[str]:
-    """What can be said of a request without knowing the model: problems, or nothing."""
+    """Return the problems of a request that show without knowing the model."""
     try:
-        _exactly_one(config)
+        _require_one_selection(config)
         if config.conditions is not None:
             read_table(Path(config.conditions))
     except InputError as error:
@@ -74,11 +82,24 @@ def check_choice(config: GenerateConfig) -> list[str]:
 
 
 def n_shards(request: Request, shard_size: int) -> int:
-    """At least one: a request for no cells gives one empty, valid file."""
+    """Return the number of shards, at least one: a request for no cells gives one empty, valid file."""
     return max(1, -(-request.n_cells // shard_size))
 
 
-def _exactly_one(config: GenerateConfig) -> None:
+def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) -> np.ndarray | None:
+    """Return ids of the requested genes, see `scldm.generation.request_table.genes_to_write`.
+
+    Raises:
+        InputError: names that no gene has, or several have; a file that does not exist.
+    """
+    try:
+        return request_table.genes_to_write(genes, vocabulary)
+    except RequestError as error:
+        raise InputError(str(error)) from error
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+def _require_one_selection(config: GenerateConfig) -> None:
     given = [k for k in ("conditions", "cells", "per_label", "like") if getattr(config, k) is not None]
     if len(given) > 1:
         raise InputError(f"generate takes one of conditions, cells, per_label, like; got {' and '.join(given)}")
@@ -92,6 +113,7 @@ def _exactly_one(config: GenerateConfig) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
+    """Read a table of conditions: CSV, TSV or Parquet."""
     if not path.is_file():
         raise InputError(f"generate.conditions: no file {path}")
     try:
@@ -103,7 +125,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def _per_label(per_label: Mapping[str, int], vocabulary: Vocabulary) -> pd.DataFrame:
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, str | int]] = []
     for name, n in per_label.items():
         try:
             classes = vocabulary.label(name).classes
@@ -114,10 +136,68 @@ def _per_label(per_label: Mapping[str, int], vocabulary: Vocabulary) -> pd.DataF
 
 
 def _scaled(composition: pd.DataFrame, n_cells: int | None) -> pd.DataFrame:
-    """The composition of a split, at n_cells in all (largest remainders), or as it is."""
+    """Scale the composition of a split to n_cells in all, by largest remainders; None leaves it as it is."""
     if n_cells is None:
         return composition
     share = composition["n_cells"] / composition["n_cells"].sum() * n_cells
     n = np.floor(share).astype(int)
     n.iloc[np.argsort(-(share - n).to_numpy(), kind="stable")[: n_cells - int(n.sum())]] += 1
     return composition.assign(n_cells=n)[n > 0]
+
+
+# ---- in numbers --------------------------------------------------------------------------------------------------
+def recipe_of(
+    request: Request, config: GenerateConfig, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str
+) -> Recipe:
+    """Return class ids, guidance and library-size statistics of every row, see `scldm.generation.recipe.recipe_of`.
+
+    Raises:
+        InputError: the models cannot do what the request asks.
+    """
+    from scldm.generation import recipe  # brings torch, which a check of a request does without
+
+    try:
+        return recipe.recipe_of(request, settings_of(config), vocabulary, sizes, strategy)
+    except RequestError as error:
+        raise InputError(str(error)) from error
+
+
+def settings_of(config: GenerateConfig) -> Settings:
+    return Settings(config.sampler.guidance, config.library_size)
+
+
+def notes_on(request: Request, training: pd.DataFrame, sizes: LibrarySizes, config: GenerateConfig) -> list[str]:
+    """Describe what a reader of the cells should know: combinations without training cells, borrowed library sizes."""
+    labels = [c for c in training.columns if c != "n_cells"]
+    unseen, fallback = [], []
+    for row in request.rows:
+        given = {k: v for k, v in row.condition.items() if v is not None}
+        if given and not _seen(given, training, labels):
+            unseen.append(_text(given))
+        if row.library_size is None and isinstance(config.library_size, str):
+            level = sizes.of(row.condition).level
+            if given and level != condition_key(given):
+                fallback.append(f"{_text(given)} from {level}")
+    notes = []
+    if unseen:
+        notes.append(f"No training cell has {_first(unseen)}: what the model says of them is composed, not learned.")
+    if fallback:
+        notes.append(f"Too few training cells for library sizes of their own: {_first(fallback)}.")
+    return notes
+
+
+def _seen(given: Mapping[str, str], training: pd.DataFrame, labels: list[str]) -> bool:
+    found = np.ones(len(training), dtype=bool)
+    for label, value in given.items():
+        if label in labels:
+            found &= (training[label] == value).to_numpy()
+    return bool(found.any())
+
+
+def _text(given: Mapping[str, str]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in given.items())
+
+
+def _first(names: list[str], most: int = 5) -> str:
+    names = list(dict.fromkeys(names))
+    return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")

@@ -1,6 +1,6 @@
-"""Which rows of a source a job sends through models, found out before anything is computed.
+"""Selects the rows of a source that a job applies models to, before anything is computed.
 
-Everything that can be wrong with genes, labels, names and obs columns is said at once; after that only counts are read.
+All problems with genes, labels, names and obs columns are reported together; after that only counts are read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,37 +26,38 @@ from pipeline.data.presence import GROUP
 from pipeline.data.sources.open import OpenSource, open_source
 from pipeline.inference.applier import JOINID, NAME
 from pipeline.inference.models import ModelPaths
-from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.data.vocabulary import LabelVocabulary, UnknownNameError, Vocabulary
 from scldm.errors import InputError
 
-OF_THE_COPY = ("obs has no ", "var has no ", "A 10x output has no ")  # notes on the copy in SOMA, which is not kept
-FILLED = "unknown"  # what the copy holds in columns that the input has not got
+T = TypeVar("T")
+COPY_NOTES = ("obs has no ", "var has no ", "A 10x output has no ")  # about the copy in SOMA, which is not kept
+FILLED = "unknown"  # value of the copy in columns that the input does not have
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows of a job, and what its actors share."""
+    """Rows of a job, and what its actors share."""
 
     source: OpenSource
-    table: pd.DataFrame  # soma_joinid, obs_name, `label:<name>` class ids, `obs:<column>` as they are; in input order
+    table: pd.DataFrame  # soma_joinid, obs_name, `label:<name>` class ids, `obs:<column>` unchanged; in input order
     reader: SomaReader
     measured: np.ndarray | None  # genes that each group of data sets measured, (p, g) bool; None: all
     obs_columns: list[str]
-    categories: dict[str, list[Any]]  # of those columns, the same in every shard
-    digest: str  # of all this and, for files, of the counts
+    categories: dict[str, list[Any]]  # of obs_columns, the same in every shard
+    digest: str  # hash of all of this and, for files, of the counts
     facts: dict[str, Any]
 
 
 def source_rows(config: RealCellsConfig, folder: Path, models: ModelPaths) -> SourceRows:
-    """The rows of a source.
+    """Select the rows of a source.
 
     Args:
-        folder: The stage's; files are written to `soma/` in it.
+        folder: Folder of the stage; files are written to `soma/` in it.
 
     Raises:
-        InputError: with all that is wrong.
+        InputError: with all problems.
     """
-    with _own_words():
+    with _own_setting_names():
         return _source_rows(config, folder, models)
 
 
@@ -92,7 +93,7 @@ def _source_rows(config: RealCellsConfig, folder: Path, models: ModelPaths) -> S
 
 
 def _open(config: RealCellsConfig, folder: Path, vocabulary: Vocabulary, genes: GenesConfig) -> OpenSource:
-    """The experiment, opened as ingest would; columns that must be there are not filled in."""
+    """Open the experiment as ingest does; required columns are not filled in."""
     as_ingest = IngestConfig(
         source=config.source, labels=[], cells=config.cells, obs_filter=config.obs_filter, genes=genes,
         missing_label="drop",
@@ -100,7 +101,7 @@ def _open(config: RealCellsConfig, folder: Path, vocabulary: Vocabulary, genes: 
     lenient = getattr(config, "unknown_labels", "error") == "none"
     needed = [*config.keep_obs, *(_names(vocabulary) if config.uses_labels and not lenient else [])]
     source = open_source(as_ingest, folder, list(dict.fromkeys(needed)), min_cells=1)
-    source.notes = [n for n in source.notes if not n.startswith(OF_THE_COPY)]
+    source.notes = [n for n in source.notes if not n.startswith(COPY_NOTES)]
     return source
 
 
@@ -118,7 +119,7 @@ def _reader(source: OpenSource, folder: Path, genes: ModelGenes, labels: tuple[s
 
 
 def _cells(config: RealCellsConfig, source: OpenSource, vocabulary: Vocabulary, presence: bool) -> pd.DataFrame:
-    """soma_joinid, the name of each cell, and the obs columns that are used or kept."""
+    """Return soma_joinid, the name of each cell, and the obs columns that are used or kept."""
     available = source.store.obs_columns()
     problems = [
         f"keep_obs: obs has no column {c!r} ({did_you_mean(c, available)})"
@@ -143,7 +144,7 @@ def _cells(config: RealCellsConfig, source: OpenSource, vocabulary: Vocabulary, 
 
 
 def _unique(names: pd.Series, cells: pd.DataFrame, source: OpenSource) -> pd.Series:
-    """Names of the input; where several files share names, with the file's before them."""
+    """Return the names of the input, prefixed with dataset_id if several files share names."""
     if not names.duplicated().any():
         return names
     if "dataset_id" in cells and not (longer := cells["dataset_id"].astype(str) + ":" + names).duplicated().any():
@@ -159,7 +160,7 @@ def _unique(names: pd.Series, cells: pd.DataFrame, source: OpenSource) -> pd.Ser
 def _codes(
     config: RealCellsConfig, cells: pd.DataFrame, vocabulary: Vocabulary, problems: list[str]
 ) -> dict[str, np.ndarray]:
-    """Class ids of the labels that go into the flow; the null id where a cell has none."""
+    """Return class ids of the labels that the flow uses; the null id if a cell has none."""
     codes = {}
     lenient = getattr(config, "unknown_labels", "error") == "none"
     for label in vocabulary.labels if config.uses_labels else ():
@@ -183,16 +184,18 @@ def _codes(
     return codes
 
 
-def _unknown_cells(label: Any, values: np.ndarray, absent: np.ndarray, unknown: np.ndarray, names: pd.Series) -> str:
-    said = []
+def _unknown_cells(
+    label: LabelVocabulary, values: np.ndarray, absent: np.ndarray, unknown: np.ndarray, names: pd.Series
+) -> str:
+    parts = []
     if absent.any():
-        said.append(f"{int(absent.sum())} cells have no {label.name} (first: {', '.join(names[absent][:3])})")
+        parts.append(f"{int(absent.sum())} cells have no {label.name} (first: {', '.join(names[absent][:3])})")
     if unknown.any():
         try:
             label.encode(np.unique(values[unknown]))
         except UnknownNameError as error:
-            said.append(f"{int(unknown.sum())} cells (first: {', '.join(names[unknown][:3])}): {error}")
-    return f"label {label.name}: " + "; ".join(said) + ". Set unknown_labels: none to let them go without"
+            parts.append(f"{int(unknown.sum())} cells (first: {', '.join(names[unknown][:3])}): {error}")
+    return f"label {label.name}: " + "; ".join(parts) + ". Set unknown_labels: none to use them without that label"
 
 
 def _names(vocabulary: Vocabulary) -> list[str]:
@@ -200,7 +203,7 @@ def _names(vocabulary: Vocabulary) -> list[str]:
 
 
 def _categories(cells: pd.DataFrame, kept: list[str], vocabulary: Vocabulary) -> dict[str, list[Any]]:
-    """Categories of the columns in every shard: the model's where they hold all, else the input's."""
+    """Return the categories of columns: the model's classes if they cover all values, else the input's categories."""
     of_model = {x.name: list(x.classes) for x in vocabulary.labels}
     found: dict[str, list[Any]] = {}
     for column in kept:
@@ -212,17 +215,18 @@ def _categories(cells: pd.DataFrame, kept: list[str], vocabulary: Vocabulary) ->
     return found
 
 
-def _collected(problems: list[str], ask: Callable[[], Any]) -> Any:
+def _collected(problems: list[str], call: Callable[[], T]) -> T | None:
+    """Call a function; return None after adding its InputError to `problems`."""
     try:
-        return ask()
+        return call()
     except InputError as error:
         problems.append(str(error))
         return None
 
 
 @contextmanager
-def _own_words() -> Iterator[None]:
-    """Readers speak of ingest.source and ingest.genes; in these jobs the keys stand at the top."""
+def _own_setting_names() -> Iterator[None]:
+    """Rename settings in errors: ingest.source and ingest.genes of readers are top-level keys of these jobs."""
     try:
         yield
     except InputError as error:

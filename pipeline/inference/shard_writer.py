@@ -1,15 +1,14 @@
-"""A shard of generated cells, written as it is made: an h5ad file that never is in memory as a whole.
+"""Writes a shard of generated cells while they are made: an h5ad file that is never in memory as a whole.
 
 Cells are gathered to blocks of a fixed number, their non-zeros and latents to chunks of a fixed size, which are
-compressed (shuffle and zlib level 1) outside the interpreter's lock and appended. Neither depends on how the cells
-come, so equal cells give equal bytes. What is kept until the end is a few numbers per cell, for obs.
+compressed (shuffle and zlib level 1) outside the interpreter's lock and appended. Neither depends on how the cells are
+cut into batches, so equal cells give equal bytes. Only a few numbers per cell are kept until the end, for obs.
 
-Shape letters: b cells, p genes that are written.
+Shape letters: b cells, p written genes.
 """
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,15 +20,16 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata.io import write_elem
+from numpy.typing import DTypeLike
 
 CHUNK_BYTES = 1 << 20
 BLOCK_ROWS = 256
 
 
 class _Column:
-    """A dataset of rows that grows by whole compressed chunks; the last one may be short."""
+    """A dataset that grows by whole compressed chunks of rows; the last chunk may be short."""
 
-    def __init__(self, group: h5py.Group, name: str, dtype: Any, width: int | None = None):
+    def __init__(self, group: h5py.Group, name: str, dtype: DTypeLike, width: int | None = None):
         self.tail = () if width is None else (width,)
         self.dtype = np.dtype(dtype)
         row_bytes = self.dtype.itemsize * max(1, width or 1)
@@ -69,7 +69,10 @@ class _Column:
 
 
 class ShardFile:
-    """Writes one shard: `add` batches of cells, then `finish` with obs, var and uns. Without it no file is left."""
+    """Writes one shard: `add` batches of cells, then `finish` with obs, var and uns.
+
+    A context manager: leaving the block without `finish` removes the file.
+    """
 
     def __init__(self, path: Path, *, n_genes: int, latent_width: int):
         self.path, self.n_genes = path, n_genes
@@ -97,7 +100,7 @@ class ShardFile:
             self.path.unlink(missing_ok=True)
 
     def add(self, counts: sp.csr_matrix, latents: np.ndarray) -> None:
-        """Counts (b, p) int32 and latents (b, m * e) of the next cells."""
+        """Append the next cells: counts (b, p) int32 and latents (b, m * e)."""
         self.waiting.append((counts, latents))
         self.n_waiting += counts.shape[0]
         self.lengths.append(np.diff(counts.indptr))
@@ -106,7 +109,7 @@ class ShardFile:
             self._flush(self.n_waiting - self.n_waiting % BLOCK_ROWS)
 
     def _flush(self, n: int) -> None:
-        """Hand the first n waiting cells on, block by block: the order of chunks in the file follows from that."""
+        """Pass the first n waiting cells on, block by block, which fixes the order of chunks in the file."""
         counts, latents = zip(*self.waiting, strict=True)
         stacked, dense = sp.vstack(counts, format="csr"), np.concatenate(latents)
         for start in range(0, n, BLOCK_ROWS):
@@ -120,7 +123,7 @@ class ShardFile:
 
     @property
     def n_expressed(self) -> np.ndarray:
-        """Genes with a count, of each cell so far, (b,)."""
+        """Number of genes with a count of each cell so far, (b,)."""
         return np.concatenate([np.zeros(0, np.int64), *self.lengths])
 
     @property
@@ -129,7 +132,7 @@ class ShardFile:
         return np.concatenate([np.zeros(0, np.int64), *self.totals])
 
     def finish(self, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[str, Any]) -> None:
-        """Write the rest, close, and see the bytes on disk."""
+        """Write what is left, with obs, var and uns, and close the file."""
         if self.n_waiting:
             self._flush(self.n_waiting)
         lengths = self.n_expressed
@@ -147,6 +150,4 @@ class ShardFile:
         write_elem(self.file, "var", var)
         write_elem(self.file, "uns", dict(uns))
         self.file.close()
-        with self.path.open("rb") as f:
-            os.fsync(f.fileno())
         self.finished = True

@@ -1,7 +1,7 @@
-"""Stage `evaluate`: generated cells against held-out real ones; writes the report, the numbers and the pictures.
+"""Evaluate generated cells against held-out real ones; writes the report, metrics and figures.
 
-Reads the manifests of ingest, train_vae and generate. The scores are made in memory by `pipeline.report.evaluation`,
-from a sample of the generated cells; what can be had of all of them in one pass is.
+Reads the manifests of ingest, train_vae and generate. `pipeline.report.evaluation` computes the scores in memory from a
+sample of the generated cells; scores that need one pass only are computed over all of them (`report.streamed`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
@@ -40,11 +40,11 @@ from scldm.metrics.genes.expression import as_counts
 from scldm.nn.vae import CountDistribution
 
 VAE_BATCH = 64  # cells
-NO_LABEL = "cells"  # stands for the label where a model has none
+NO_LABEL = "cells"  # name of the label of a model without labels
 
 
-def _vae_that_made_the_cells(inputs: Mapping[str, Manifest]) -> Path:
-    """That of train_vae, or the one that was trained on together with the flow."""
+def _vae_of_generated(inputs: Mapping[str, Manifest]) -> Path:
+    """Return the VAE of train_vae, or the one that was trained further with the flow."""
     generated = inputs["generate"]
     return generated.path("vae") if "vae" in generated.facts else inputs["train_vae"].path("model")
 
@@ -72,15 +72,15 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
 
 
 def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evaluation:
-    """Read the cells of all roles, and score them."""
-    ingested = Ingested.open(inputs["ingest"])
+    """Read training, held-out and generated cells, and score them."""
+    ingested = IngestedDataset.open(inputs["ingest"])
     held_out = ingested.anndata(config.split, max_cells=config.max_cells, seed=config.seed)
     training = ingested.anndata("train", max_cells=config.max_cells + held_out.n_obs, seed=config.seed)
     cells = open_generated(inputs["generate"], held_out.var_names)
     generated = read_generated(cells, max_cells=config.max_cells, rng=np.random.default_rng(config.seed))
-    loaded = load_vae(_vae_that_made_the_cells(inputs))
+    loaded = load_vae(_vae_of_generated(inputs))
     labels = [label.name for label in loaded.vocabulary.labels]
-    if not labels:  # a model without conditions: all cells are of one kind, which the baselines are then fitted to
+    if not labels:  # a model without conditions: the baselines are fitted to all cells together
         labels = [NO_LABEL]
         for obs in (held_out.obs, training.obs, generated.obs, cells.obs):
             obs[NO_LABEL] = "all"
@@ -92,13 +92,14 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
         streamed=streamed,
     )  # fmt: skip
     if missing:
-        said = f"{len(missing)} classes of held-out cells were not generated, the first is {shown(missing[0])}."
-        result.notes.append(said)
+        result.notes.append(
+            f"{len(missing)} classes of held-out cells were not generated, the first is {shown(missing[0])}."
+        )
     return result
 
 
 def _track(context: StageContext, result: Evaluation, pictures: Sequence[Picture]) -> None:
-    """Metrics of the run: eval/<name>, its _floor, eval_ci/<name> (half of the 95 % interval), eval_nb/<name>."""
+    """Log metrics: eval/<name>, its _floor, eval_ci/<name> (half of the 95 % interval), eval_nb/<name>."""
     tracker = context.tracker
     tracker.metrics({f"eval/{metric_key(k)}": s.value for k, s in result.generated.items()}, step=0)
     tracker.metrics({f"eval/{metric_key(k)}_floor": s.value for k, s in result.floor.items()}, step=0)
@@ -112,12 +113,12 @@ def _track(context: StageContext, result: Evaluation, pictures: Sequence[Picture
 
 
 def metric_key(name: str) -> str:
-    """A name that MLflow accepts: class names may hold anything."""
+    """Return a name that MLflow accepts: class names may hold any characters."""
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
 def open_generated(manifest: Manifest, genes: pd.Index) -> Cells:
-    """All committed shards, lazily; refused where there are no cells, or not all genes were written."""
+    """Open all committed shards lazily. Raises InputError if there are no cells, or not all genes were written."""
     cells = open_cells(manifest.folder)
     if not cells.n_obs:
         raise InputError(f"{manifest.folder} holds no generated cells")
@@ -130,7 +131,7 @@ def open_generated(manifest: Manifest, genes: pd.Index) -> Cells:
 
 
 def read_generated(cells: Cells, *, max_cells: int, rng: np.random.Generator) -> AnnData:
-    """At most so many generated cells, drawn without replacement from all shards; nothing else is read."""
+    """Read at most `max_cells` generated cells, drawn without replacement from all shards; nothing else is read."""
     rows = np.sort(rng.choice(cells.n_obs, min(max_cells, cells.n_obs), replace=False))
     return cells[rows]
 
@@ -139,11 +140,11 @@ def read_generated(cells: Cells, *, max_cells: int, rng: np.random.Generator) ->
 def decode_cells(
     loaded: LoadedVAE, cells: AnnData, *, n_cells: int, measured: np.ndarray | None = None, seed: int = 0
 ) -> Decoded:
-    """Encode and decode the first cells that have counts (held-out cells come in random order), and draw counts.
+    """Encode and decode the first cells that have counts (held-out cells are in random order), and draw counts.
 
     Args:
         measured: Genes that were measured in each cell, bool (n, g); all if None.
-        seed: Of the draws, which a Gaussian head has none of.
+        seed: Seed of the draws; a Gaussian head draws no counts.
     """
     counts = as_counts(cells.X)
     rows = np.flatnonzero(np.diff(counts.indptr))[:n_cells]
@@ -163,7 +164,7 @@ def decode_cells(
 
 
 def training_records(inputs: Mapping[str, Manifest]) -> dict[str, list[dict[str, float]]]:
-    """Lines of metrics.jsonl of the training stages that wrote one."""
+    """Read metrics.jsonl of the training stages that wrote one."""
     files = {s: Path(inputs[s].folder) / "metrics.jsonl" for s in ("train_vae", "train_flow") if s in inputs}
     return {s: [json.loads(line) for line in f.read_text().splitlines()] for s, f in files.items() if f.is_file()}
 
@@ -176,7 +177,7 @@ def write_outputs(
     inputs: Mapping[str, Manifest],
     config: EvaluateConfig,
 ) -> None:
-    """metrics.json, metrics.csv, classes.csv, figures/*.png, report.html."""
+    """Write metrics.json, metrics.csv, classes.csv, figures/*.png and report.html."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         (folder / "figures" / f"{picture.name}.png").write_bytes(picture.png)

@@ -2,13 +2,14 @@
 
 A shard is a function of (models, sampler, seed, request, shard number); an actor makes and commits it
 (`pipeline.inference.generator`). Readers trust the stage's manifest, which lists the committed shards. A job that was
-killed makes what is missing.
+interrupted makes the shards that are missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,34 +21,44 @@ from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, fault_point
 from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.core.shards import Record
+from pipeline.data.ingest.dataset import IngestedDataset
+from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.export.index import write_index
-from pipeline.inference.generator import Generator
+from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
 from pipeline.inference.progress import JobProgress, clear_hints
-from pipeline.inference.recipe import notes_on, recipe_of
-from pipeline.inference.request import Request, genes_to_write, n_shards, read_request
-from pipeline.inference.shard_pool import committed, made_by_actors
+from pipeline.inference.request import genes_to_write, n_shards, notes_on, recipe_of, request_on
 from scldm.data.library_size import LibrarySizes
+from scldm.generation.request import Request
 
 SCHEMA_VERSION = 2
-Pool = Callable[[list[int], dict[str, Any], StageContext], Iterator[dict[str, Any]]]
+Pool = Callable[[list[int], GeneratorSpec, StageContext], Iterator[Record]]  # makes shards, yields their records
+logger = logging.getLogger(__name__)
 
 
-def ray_pool(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
-    return made_by_actors(Generator, todo, spec, context.resources)
+def ray_pool(shards: list[int], spec: GeneratorSpec, context: StageContext) -> Iterator[Record]:
+    """Make shards on Ray actors."""
+    return run_on_actors(Generator, shards, spec, context.resources)
 
 
 def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) -> dict[str, Any]:
-    """Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, request_digest, notes, cells_per_s."""
-    data = Ingested.open(context.inputs["ingest"])
-    request = read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
+    """Run the stage.
+
+    Returns:
+        Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, request_digest, notes, cells_per_s.
+    """
+    data = IngestedDataset.open(context.inputs["ingest"])
+    request = request_on(config, data)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
     spec = _spec(config, context, request, data, folder)
-    for note in spec["provenance"]["notes"]:
-        print(f"generate: {note}", flush=True)
+    notes = spec.provenance["notes"]
+    for note in notes:
+        logger.info("generate: %s", note)
     clear_hints(folder)
-    records = committed(context.folder, folder)
+    store = cell_shards(folder)
+    store.remove_abandoned()  # nobody else writes here: the stage is locked
+    records = store.committed()
     have = {r["shard"] for r in records}
     todo = [k for k in range(n_shards(request, config.shard_size)) if k not in have]
     progress = JobProgress(context.folder, folder, request.n_cells, sum(r["n_cells"] for r in records))
@@ -56,34 +67,35 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
             records.append(record)
             progress.committed(record["n_cells"])
     clear_hints(folder)
+    store.remove_abandoned()  # of actors that were killed
     records.sort(key=lambda r: r["shard"])
-    made = sum(r["n_cells"] for r in records)
-    if made != request.n_cells or len(records) != n_shards(request, config.shard_size):
-        raise RuntimeError(f"{made} cells were made instead of {request.n_cells}; delete {folder} and run again")
+    n_cells = sum(r["n_cells"] for r in records)
+    if n_cells != request.n_cells or len(records) != n_shards(request, config.shard_size):
+        raise RuntimeError(f"{n_cells} cells were made instead of {request.n_cells}; delete {folder} and run again")
     rate = progress.cells_per_s()
     context.tracker.metrics(
-        {"gen/cells": float(made), "gen/shards": float(len(records)), "gen/cells_per_s": rate}, step=0
+        {"gen/cells": float(n_cells), "gen/shards": float(len(records)), "gen/cells_per_s": rate}, step=0
     )
     fault_point("generate.before_manifest")
-    facts = {"cells": "cells", "shards": records, "n_cells": made, "request_digest": request.digest}
+    facts = {"cells": "cells", "shards": records, "n_cells": n_cells, "request_digest": request.digest}
     facts["index"] = write_index(context.folder, records)
-    facts |= {"notes": spec["provenance"]["notes"], "vae": os.path.relpath(spec["vae"], context.folder)}
+    facts |= {"notes": notes, "vae": os.path.relpath(spec.vae, context.folder)}
     return facts | ({"cells_per_s": round(rate, 2)} if todo else {})
 
 
 def _spec(
-    config: GenerateConfig, context: StageContext, request: Request, data: Ingested, folder: Path
-) -> dict[str, Any]:
-    """What an actor is given, as plain data."""
+    config: GenerateConfig, context: StageContext, request: Request, data: IngestedDataset, folder: Path
+) -> GeneratorSpec:
+    """Resolve the job to what an actor needs. Raises InputError for what the models cannot do."""
     from scldm.checkpoints.native import folder_digest
 
     vae, flow = context.inputs["train_vae"], context.inputs["train_flow"]
-    own = flow.facts.get("vae")  # of a flow that was trained with its VAE
+    own = flow.facts.get("vae")  # of a flow that was trained together with its VAE
     decoder = vae.path("model") if own is None else Path(flow.folder) / own[config.sampler.weights]
     sizes = LibrarySizes.load(flow.path("model") / "library_size.json")
     strategy = json.loads((flow.path("model") / "config.json").read_text())["config"]["strategy"]
-    recipe_of(request, config, data.vocabulary, sizes, strategy)  # what it refuses is said now, not by every actor
-    genes = genes_to_write(config.genes, data.vocabulary)
+    recipe_of(request, config, data.vocabulary, sizes, strategy)  # an error is reported here, not by every actor
+    tokens, width = vae.facts["latent_shape"]
     provenance = {
         "schema_version": SCHEMA_VERSION,
         "vae": folder_digest(decoder),
@@ -94,21 +106,21 @@ def _spec(
         "request": request.digest,
         "n_genes_decoded": data.vocabulary.n_genes,
         "data": str(context.inputs["ingest"].facts["digest"]),
-        "latent_shape": list(vae.facts["latent_shape"]),
+        "latent_shape": [tokens, width],
         "notes": notes_on(request, data.composition("train"), sizes, config),
     }
-    return {
-        "folder": str(folder),
-        "vae": str(decoder),
-        "flow": str(flow.path("model")),
-        "config": config.model_dump(mode="json"),
-        "request": request.as_plain(),
-        "genes": None if genes is None else genes.tolist(),
-        "threads": threads_per_worker(context.resources),
-        "latent_shape": list(vae.facts["latent_shape"]),
-        "prefix": hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8],
-        "digits": len(str(max(1, request.n_cells - 1))),
-        "provenance": provenance,
-        "run": uuid.uuid4().hex,
-        "fault": os.environ.get(VARIABLE, ""),
-    }
+    return GeneratorSpec(
+        folder=folder,
+        vae=decoder,
+        flow=flow.path("model"),
+        config=config,
+        request=request,
+        genes=genes_to_write(config.genes, data.vocabulary),
+        latent_shape=(tokens, width),
+        threads=threads_per_worker(context.resources),
+        prefix=hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8],
+        digits=len(str(max(1, request.n_cells - 1))),
+        provenance=provenance,
+        run=uuid.uuid4().hex,
+        fault=os.environ.get(VARIABLE, ""),
+    )

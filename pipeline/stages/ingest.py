@@ -1,14 +1,16 @@
-"""Ingest: vocabularies, split and statistics of a source of cells; the counts stay in (or go to) SOMA.
+"""Ingest a source of cells: vocabularies, split and statistics; the counts stay in SOMA, or are written to it.
 
 `.h5ad` files and synthetic cells are written once to `soma/` in the stage's folder; a SOMA experiment and the Census
-are read where they are. Everything but the counts is fixed here, so that later stages read facts and never guess.
+are read where they are. Everything but the counts is decided here, so that later stages read facts and never guess.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +18,18 @@ import pandas as pd
 
 from pipeline.config.job import IngestConfig
 from pipeline.core.manifest import StageContext
-from pipeline.data.ingest.fill_cache import cache_facts
+from pipeline.core.progress import ProgressReader, ProgressWriter
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.ingest.genes import gene_lut, model_genes
 from pipeline.data.ingest.held_out import columns_of, counted, held_out_facts, hold_out, notes_on, read_combinations
 from pipeline.data.ingest.measured import measured_genes, over_measured
 from pipeline.data.ingest.split import SPLITS, label_counts, require_splits, split_cells
 from pipeline.data.ingest.statistics import CountStatistics, count_statistics
-from pipeline.data.ingest.subsample import part_of_cells
+from pipeline.data.ingest.subsample import subsample_cells
 from pipeline.data.labels import missing
 from pipeline.data.loading.blocks import LABEL
+from pipeline.data.loading.cache_writer import CacheInput, write_cache
 from pipeline.data.presence import GROUP, Presence
 from pipeline.data.sources.open import OpenSource, open_source
 from pipeline.data.validation.checks import label_problems
@@ -34,13 +38,13 @@ from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import InputError
 
-# Above this, library sizes come from obs where it has them, and gene statistics from a sample of storage tiles.
+# Above this, library sizes come from obs if it has them, and gene statistics from a sample of storage tiles.
 FULL_PASS_CELLS = 200_000
 SAMPLED_TILES = 50
 
 
 def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
-    """The stage."""
+    """Run the stage; returns its facts."""
     source = open_source(config, context.folder, _columns(config))
     cells = _eligible(config, source)
     combinations = read_combinations(config.split.held_out)
@@ -93,19 +97,19 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         **genes.facts,
         "notes": source.notes,
     }
-    return facts | cache_facts(config, context, facts, content=source.content or stats.content)
+    return facts | _cache_facts(config, context, facts, content=source.content or stats.content)
 
 
 # ---- source ----------------------------------------------------------------------------------------------------------
 def _columns(config: IngestConfig) -> list[str]:
-    """obs columns that the job cannot do without."""
+    """Return the obs columns that the job requires."""
     by = [] if config.split.by in ("cell", "tile") else [config.split.by]
-    # A cell of unknown class may be of a held-out combination: these are needed as labels are.
+    # A cell of unknown class may belong to a held-out combination: their columns are required like labels.
     return list(dict.fromkeys([*config.labels, *by, *columns_of(config.split.held_out)]))
 
 
 def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
-    """Cells that pass the filter and have their labels; max_cells of them, if they are more."""
+    """Return the cells that pass the filter and have their labels; at most max_cells of them."""
     available, wanted = source.store.obs_columns(), _columns(config)
     if absent := [c for c in wanted if c not in available]:
         empty = pd.DataFrame(columns=available)
@@ -126,12 +130,12 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
     if problems := label_problems(cells, wanted, drop_missing=drop, names=names):
         raise InputError("\n".join(problems))
     for column in wanted:
-        if n := int((absent_here := missing(cells[column])).sum()):
+        if n := int((no_label := missing(cells[column])).sum()):
             source.notes.append(f"{n} cells have no {column} and are left out.")
-            cells = cells[~absent_here].reset_index(drop=True)
+            cells = cells[~no_label].reset_index(drop=True)
     if config.max_cells is not None and len(cells) > config.max_cells:
         source.notes.append(f"{config.max_cells:,} of {len(cells):,} cells were taken: max_cells.")
-        some = part_of_cells(cells["soma_joinid"].to_numpy(), config.max_cells, tile=source.store.tile)
+        some = subsample_cells(cells["soma_joinid"].to_numpy(), config.max_cells, tile=source.store.tile)
         cells = cells.iloc[some].reset_index(drop=True)
     return cells
 
@@ -140,7 +144,7 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
 def _statistics(
     config: IngestConfig, source: OpenSource, cells: pd.DataFrame, var: pd.DataFrame
 ) -> tuple[pd.DataFrame, CountStatistics, np.ndarray]:
-    """The genes that are kept, statistics over them, and which cells the gene statistics are from, bool (n,)."""
+    """Return the genes that are kept, statistics over them, and which cells the gene statistics are from, bool (n,)."""
     store, ids, train = source.store, cells["soma_joinid"].to_numpy(), (cells["split"] == "train").to_numpy()
     if not train.any():
         require_splits(config.split, cells)
@@ -149,8 +153,8 @@ def _statistics(
     if in_obs and len(cells) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)
         lut = gene_lut(var, store.shape[1])
-        of_some = partial(_check_sums, cells[some], source)
-        stats, _ = count_statistics(store, ids[some], train[some], lut, len(var), check=of_some)
+        check_sample = partial(_check_sums, cells[some], source)
+        stats, _ = count_statistics(store, ids[some], train[some], lut, len(var), check=check_sample)
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
         per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
         per_cell["content"] = hashlib.sha256(per_cell["n_expressed"].astype(np.int64).tobytes()).hexdigest()
@@ -172,15 +176,15 @@ def _statistics(
 
 
 def _check_sums(cells: pd.DataFrame, source: OpenSource, stats: CountStatistics) -> None:
-    """Refuse cells whose counts are gone; note others that obs describes differently."""
+    """Raise InputError for cells whose counts are lost; add notes about other differences from obs."""
     for found in sum_findings(cells, n_expressed=stats.n_expressed, library_size=stats.library_size):
         if found.level == "error":
-            raise InputError(f"{source.uri}: {found.said}")
-        source.notes.append(found.said)
+            raise InputError(f"{source.uri}: {found.message}")
+        source.notes.append(found.message)
 
 
 def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:
-    """Training cells of evenly spaced storage tiles."""
+    """Return the training cells of evenly spaced storage tiles, bool (n,)."""
     tiles = np.unique(ids[train] // tile)
     chosen = tiles[np.linspace(0, len(tiles) - 1, min(SAMPLED_TILES, len(tiles))).round().astype(int)]
     return train & np.isin(ids // tile, chosen)
@@ -206,7 +210,7 @@ def _write(
     stats: CountStatistics,
     presence: Presence | None,
 ) -> dict[str, Any]:
-    """The files of the stage; returns the facts that name them."""
+    """Write the files of the stage; return the facts that name them."""
     folder = context.folder
     codes = {x.name: x.encode(cells[x.name].astype(str).to_numpy()).astype(np.int32) for x in vocabulary.labels}
     train = (cells["split"] == "train").to_numpy()
@@ -248,3 +252,40 @@ def _write(
         "digest": digest.hexdigest(),
         **({} if presence is None else {"presence": "presence.parquet"}),
     }
+
+
+# ---- cache -----------------------------------------------------------------------------------------------------------
+def _cache_facts(config: IngestConfig, context: StageContext, facts: dict[str, Any], *, content: str) -> dict[str, Any]:
+    """Write the cache if the job asks for one; return {"cache": {folder, bytes, shards, kept}}, or {} without one.
+
+    Args:
+        facts: Facts of this ingest, whose files are written.
+        content: Hash of the counts, as far as the statistics have read them.
+    """
+    if not config.cache:
+        return {}
+    data = IngestedDataset(context.folder, facts)
+    # Cells that this stage wrote are identified by their counts alone, so that the next job that writes the same
+    # cells shares their cache.
+    where = None if facts["soma_uri"] == "soma" else data.soma_uri
+    cells = CacheInput(
+        data.all_blocks(),
+        data.cells["library_size"].to_numpy(np.float32),
+        {"uri": where, "content": content},
+        facts["mean_expressed_genes"],
+    )
+    progress = ProgressWriter(context.folder)
+    with ProgressReader(context.folder, "ingest cache"):
+        cache = write_cache(cells, _cache_root(config.cache, context), on_shard=progress.update)
+    # Relative if it is under the output folder, so that this can be moved as a whole.
+    folder = os.path.relpath(cache.folder, context.folder.absolute()) if config.cache is True else str(cache.folder)
+    n_shards = cache.n_written + cache.n_kept
+    return {"cache": {"folder": folder, "bytes": cache.n_bytes, "shards": n_shards, "kept": cache.n_kept}}
+
+
+def _cache_root(cache: str | bool, context: StageContext) -> Path:
+    if isinstance(cache, str):
+        return Path(cache).expanduser().absolute()
+    if context.output is None:
+        raise ValueError("ingest.cache: true stands for <output>/cache, and this context has no output folder")
+    return context.output.absolute() / "cache"

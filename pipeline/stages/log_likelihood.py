@@ -1,33 +1,36 @@
-"""How likely real cells are: the VAE's negative log-likelihood of their counts, and the flow's of their latents.
+"""Score real cells: the VAE's negative log-likelihood of their counts, and the flow's likelihood of their latents.
 
-obs of the output holds `nll` (nats, summed over genes), `nll_per_gene` (over the genes that were scored) and, where the
-flow is asked, `flow_log_prob` (nats).
+obs of the output holds `nll` (nats, summed over genes), `nll_per_gene` (over the genes that were scored) and, if the
+job uses the flow, `flow_log_prob` (nats).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.apply import LogLikelihoodConfig
 from pipeline.core.manifest import StageContext
-from pipeline.inference.applier import Made, Tile
-from pipeline.inference.apply_job import Output, Pool, run_batches
+from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
+from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import load_models
 
+if TYPE_CHECKING:
+    import torch
 
-class Maker:
-    """The stage's part of an actor."""
+
+class Scorer:
+    """Scores tiles of cells."""
 
     encodes = True
     synthetic = False
 
-    def __init__(self, spec: dict[str, Any], device: Any):
-        self.config = LogLikelihoodConfig.model_validate(spec["config"])
+    def __init__(self, spec: ApplierSpec, device: torch.device):
+        self.config = cast(LogLikelihoodConfig, spec.config)
         weights = self.config.flow.weights if self.config.flow is not None else "ema"
-        self.vae, self.flow = load_models(spec["models"], device, weights=weights, counts=True)
-        self.vocabulary, self.seed = self.vae.vocabulary, spec["seed"]
+        self.vae, self.flow = load_models(spec.models, device, weights=weights, counts=True)
+        self.vocabulary, self.seed = self.vae.vocabulary, spec.seed
 
-    def __call__(self, tile: Tile) -> Made:
+    def __call__(self, tile: Tile) -> TileOutput:
         import torch
 
         from scldm.flow.config import SamplerConfig
@@ -47,9 +50,9 @@ class Maker:
                 sampler=SamplerConfig(**settings), n_probes=probes, seed=self.seed,
             )  # fmt: skip
             obs["flow_log_prob"] = log_prob.float().cpu().numpy()
-        return Made(obs=obs)
+        return TileOutput(obs=obs)
 
 
 def run(config: LogLikelihoodConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
-    """Facts as `run_batches`."""
-    return run_batches(config, context, stage="log_likelihood", output=Output(), pool=pool)
+    """Run the stage; returns the facts of `run_batches`."""
+    return run_batches(config, context, stage="log_likelihood", processor=Scorer, layout=OutputLayout(), pool=pool)

@@ -1,4 +1,4 @@
-"""The model card that goes with every exported model."""
+"""Writes the model card of an exported model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pipeline.core.manifest import Manifest
 from scldm.api.model_card import plain_line
 from scldm.config import StrictModel
 
-_WHAT = {
+_SUMMARY = {
     "vae": "scLDM transformer VAE: a cell's gene counts to latent tokens and back (negative binomial).",
     "flow": "scLDM flow-matching DiT on the latents of a VAE; `model.safetensors` holds the averaged weights.",
 }
 
 
 def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -> str:
-    """Markdown: what it is, what it was trained on, with what settings."""
+    """Return the card as Markdown: the model, its training data and its settings."""
     ingest = inputs["ingest"].facts
     labels = ", ".join(map(plain_line, ingest["labels"])) or "none"
     lines = [
-        f"# {_WHAT[kind]}",
+        f"# {_SUMMARY[kind]}",
         "",
         "Architecture: Palla et al., arXiv 2511.02986. Genes and classes by name: `vocabulary.json`.",
         "",

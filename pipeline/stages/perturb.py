@@ -1,39 +1,46 @@
-"""Real cells under another condition: what would this cell be, had it another label?
+"""Predict real cells under another condition: what would this cell be if it had another label?
 
-From latents, the flow is run backwards to the noise that the cell comes from, and forwards under the new labels, so
-that what the labels do not explain stays the cell's. From noise, a new cell is made with its labels and library size.
+From latents, the flow is integrated backwards to the noise that the cell comes from, and forwards under the new labels,
+so that the cell keeps what its labels do not explain. From noise, a new cell is made with its labels and library size.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.apply import PerturbConfig
 from pipeline.core.manifest import StageContext
-from pipeline.inference.applier import Made, Tile
-from pipeline.inference.apply_job import Output, Pool, run_batches
+from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
+from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import check_target, latent_width, load_models, locate_models
 from scldm.data.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-class Maker:
-    """The stage's part of an actor."""
+
+class Perturber:
+    """Moves tiles of cells to another condition."""
 
     synthetic = True
 
-    def __init__(self, spec: dict[str, Any], device: Any):
-        self.config = PerturbConfig.model_validate(spec["config"])
-        self.vae, self.flow = load_models(spec["models"], device, weights=self.config.flow.weights, counts=True)
+    def __init__(self, spec: ApplierSpec, device: torch.device):
+        self.config = cast(PerturbConfig, spec.config)
+        self.vae, flow = load_models(spec.models, device, weights=self.config.flow.weights, counts=True)
+        assert flow is not None  # the config requires one
+        self.flow = flow
         self.encodes = self.config.start == "latents"
-        self.vocabulary, self.seed = self.vae.vocabulary, spec["seed"]
+        self.vocabulary, self.seed = self.vae.vocabulary, spec.seed
 
-    def __call__(self, tile: Tile) -> Made:
+    def __call__(self, tile: Tile) -> TileOutput:
         import torch
 
         from scldm.flow.config import SamplerConfig
         from scldm.flow.sampler import sample_latents
         from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
+        from scldm.nn.vae import CountDistribution
 
         target, obs = self._target(tile)
         sampler = SamplerConfig(**self.config.flow.model_dump(), guidance=self.config.guidance)
@@ -45,11 +52,12 @@ class Maker:
                 noise = fresh_noise(self.flow, tile.ids.tolist(), seed=self.seed).to(tile.cells.library_size.device)
                 z = sample_latents(self.flow.dit, noise, target, sampler, self.flow.path)
             out = self.vae.vae.decode(z, tile.cells.library_size)
+        assert isinstance(out, CountDistribution)  # load_models refuses other heads
         counts = draw_sparse(out, tile.ids.tolist(), seed=self.seed)
-        return Made(counts=counts, obsm={"X_scldm": z.flatten(1).float().cpu().numpy()}, obs=obs)
+        return TileOutput(counts=counts, obsm={"X_scldm": z.flatten(1).float().cpu().numpy()}, obs=obs)
 
-    def _target(self, tile: Tile) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Class ids as wanted, and what obs says of the change: `to_<label>`; the input's column stays as it was."""
+    def _target(self, tile: Tile) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+        """Return the requested class ids, and the columns `to_<label>` of obs; the input's own columns stay."""
         import torch
 
         target, obs = dict(tile.conditions), {}
@@ -62,8 +70,8 @@ class Maker:
 
 
 def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
-    """Facts as `run_batches`."""
+    """Run the stage; returns the facts of `run_batches`."""
     models = locate_models(config, context)
     check_target(config, Vocabulary.load(Path(models.vae) / "vocabulary.json"))
-    output = Output(genes=True, counts=True, obsm={"X_scldm": latent_width(models.vae)})
-    return run_batches(config, context, stage="perturb", output=output, pool=pool)
+    layout = OutputLayout(genes=True, counts=True, obsm={"X_scldm": latent_width(models.vae)})
+    return run_batches(config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool)

@@ -70,10 +70,10 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
     """Check that the data hold what later stages request; called as soon as ingest has finished."""
     config = configs.get("generate")
     if isinstance(config, GenerateConfig):
-        from pipeline.data.ingest.dataset import Ingested
+        from pipeline.data.ingest.dataset import IngestedDataset
         from pipeline.inference.request import read_request
 
-        data = Ingested.open(ingest)
+        data = IngestedDataset.open(ingest)
         read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and (vae.train.genes_seen.n or 0) > ingest.facts["n_genes"]:

@@ -37,16 +37,16 @@ class ThetaFit:
 
 
 @dataclass(frozen=True)
-class Entries:
+class GeneEntries:
     """Counts that are not zero, ordered by gene."""
 
     gene: Tensor  # (k,)
     cell: Tensor  # (k,)
     count: Tensor  # (k,) float64
 
-    def of(self, start: int, stop: int) -> Entries:
+    def of(self, start: int, stop: int) -> GeneEntries:
         low, high = torch.searchsorted(self.gene, torch.tensor([start, stop], device=self.gene.device)).tolist()
-        return Entries(self.gene[low:high] - start, self.cell[low:high], self.count[low:high])
+        return GeneEntries(self.gene[low:high] - start, self.cell[low:high], self.count[low:high])
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def _nll(vae: VAE, batch: CellBatch, mu: Tensor) -> float:
     return float(nb_nll(batch, log_proportion, vae.log_theta.exp()).double().sum())
 
 
-def entries_of(cells: Iterable[CellBatch]) -> Entries:
+def entries_of(cells: Iterable[CellBatch]) -> GeneEntries:
     """Non-zero counts of measured genes of all cells."""
     genes, rows, counts, n = [], [], [], 0
     for batch in cells:
@@ -96,10 +96,10 @@ def entries_of(cells: Iterable[CellBatch]) -> Entries:
         n += batch.n_cells
     gene = torch.cat(genes)
     order = gene.argsort(stable=True)
-    return Entries(gene[order], torch.cat(rows)[order], torch.cat(counts)[order])
+    return GeneEntries(gene[order], torch.cat(rows)[order], torch.cat(counts)[order])
 
 
-def most_probable(log_theta: Tensor, mu: Tensor, entries: Entries, *, measured: Tensor | None = None) -> Tensor:
+def most_probable(log_theta: Tensor, mu: Tensor, entries: GeneEntries, *, measured: Tensor | None = None) -> Tensor:
     """Log theta of every gene, (g,).
 
     Args:
@@ -122,14 +122,14 @@ def most_probable(log_theta: Tensor, mu: Tensor, entries: Entries, *, measured: 
     return out.to(log_theta.dtype)
 
 
-def _centre(mu: Tensor, entries: Entries, seen: Tensor, measured: Tensor | None) -> float:
+def _centre(mu: Tensor, entries: GeneEntries, seen: Tensor, measured: Tensor | None) -> float:
     """Log theta that fits all genes at once, over the genes of most counts (the others say little)."""
     total = torch.zeros(len(seen), dtype=torch.float64, device=mu.device).index_add(0, entries.gene, entries.count)
     genes = total.argsort(descending=True)[: min(CHUNK, int(seen.sum()))].sort().values
     place = torch.full((len(seen),), -1, device=mu.device, dtype=torch.int64)
     place[genes] = torch.arange(len(genes), device=mu.device)
     kept = place[entries.gene] >= 0
-    few = Entries(place[entries.gene[kept]], entries.cell[kept], entries.count[kept])
+    few = GeneEntries(place[entries.gene[kept]], entries.cell[kept], entries.count[kept])
     part, mask = mu[:, genes].double(), None if measured is None else measured[:, genes]
 
     def of(eta: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def _highest(of: Callable[[Tensor], tuple[Tensor, Tensor]], eta: Tensor) -> Tens
     return eta
 
 
-def slopes(eta: Tensor, mu: Tensor, entries: Entries, measured: Tensor | None) -> tuple[Tensor, Tensor]:
+def slopes(eta: Tensor, mu: Tensor, entries: GeneEntries, measured: Tensor | None) -> tuple[Tensor, Tensor]:
     """First and second derivative of the log-likelihood by eta = log theta, (g,) each, summed over cells."""
     theta, both = eta.exp(), eta.exp() + mu  # (g,), (n, g)
     zero_1 = eta + 1 - both.log() - theta / both

@@ -16,7 +16,7 @@ from scldm.data.batch import CellBatch
 from scldm.nn.attention_tables import Attention
 from scldm.nn.config import VAEConfig
 from scldm.nn.inputs import Tokens, count_input
-from scldm.nn.kernels.fused_pooling import Entries
+from scldm.nn.kernels.fused_pooling import PoolingEntries
 from scldm.nn.kernels.pooling import pool_cells, pool_padded
 from scldm.nn.layers import SelfAttentionBlock, SwiGLU, merge_heads, split_heads
 
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         q = split_heads(self.query(self.norm_query(self.queries)), self.n_heads)  # (h, m, c)
         attention = Attention(q, self.norm_context, self.key_value)
         if cells.gene_ids.is_cuda and self.pad is None:  # no host sync but for the longest cell
-            tokens = Tokens(embedding, cells.counts.to(embedding.dtype), Entries(cells.gene_ids, ()))
+            tokens = Tokens(embedding, cells.counts.to(embedding.dtype), PoolingEntries(cells.gene_ids, ()))
             return pool_padded(*self.counts.entries(attention, tokens), cells.lengths, cells.cell_index)
         tokens = self._tokens(cells, embedding)
         if self.plain or cells.gene_ids.is_cuda:
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
             genes, ids = torch.unique(ids, return_inverse=True)
             embedding = embedding[genes]
         if self.pad is None:
-            return Tokens(embedding, counts, Entries(ids, sizes))
+            return Tokens(embedding, counts, PoolingEntries(ids, sizes))
         embedding = torch.cat([embedding, self.pad[None]])
         assert self.genes_seq_len is not None
         return with_pads(embedding, cells, ids, counts, genes_seq_len=self.genes_seq_len)
@@ -107,4 +107,4 @@ def with_pads(embedding: Tensor, cells: CellBatch, ids: Tensor, counts: Tensor, 
     new_ids = ids.new_full((total,), len(embedding) - 1).index_copy(0, place, ids)
     new_counts = counts.new_zeros(total).index_copy(0, place, counts)
     log_number = counts.new_zeros(total).index_copy(0, of_pads, n_pads[padded.bool()].to(counts.dtype).log())
-    return Tokens(embedding, new_counts, Entries(new_ids, sizes.tolist(), log_number=log_number))
+    return Tokens(embedding, new_counts, PoolingEntries(new_ids, sizes.tolist(), log_number=log_number))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from scldm.nn.attention_tables import Attention
-from scldm.nn.kernels.fused_pooling import Entries, pool_tables
+from scldm.nn.kernels.fused_pooling import PoolingEntries, pool_tables
 
 N_BINS, BIN_HIDDEN, COUNT_HIDDEN = 10, 64, 32  # the first two are upstream's
 COUNT_STD = 0.1  # of the last layer's weights at the start, count-aware
@@ -34,7 +34,7 @@ class Tokens:
 
     embedding: Tensor  # (g, d)
     counts: Tensor  # (n,)
-    entries: Entries
+    entries: PoolingEntries
 
 
 class CountInput(nn.Module, ABC):

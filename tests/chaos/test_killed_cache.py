@@ -16,7 +16,7 @@ from pipeline.config.job import IngestConfig
 from pipeline.core.fault_points import POINTS
 from pipeline.core.faults import VARIABLE
 from pipeline.core.manifest import StageContext
-from pipeline.data.loading import cache_writer as materialise
+from pipeline.data.loading import cache_writer
 from pipeline.stages import ingest
 
 pytestmark = pytest.mark.chaos
@@ -29,8 +29,8 @@ KILLS = [
 
 def run(folder: Path, fault: str = "") -> dict[str, Any]:
     os.environ[VARIABLE] = fault
-    materialise.SHARD_ROWS = 2048
-    materialise.cluster_is_up = lambda: False
+    cache_writer.SHARD_ROWS = 2048
+    cache_writer.cluster_is_up = lambda: False
     folder.mkdir(parents=True, exist_ok=True)
     context = StageContext(folder, {}, 0, SimpleNamespace(), None, output=folder.parent)
     return ingest.run(IngestConfig.model_validate({"source": SOURCE, "cache": True}), context)
@@ -47,8 +47,8 @@ def test_every_point_of_the_cache_is_among_the_kills():
 
 @pytest.mark.row("C1")
 def test_a_cache_that_is_killed_anywhere_is_made_whole_by_the_same_command(tmp_path, monkeypatch, record):
-    monkeypatch.setattr(materialise, "SHARD_ROWS", 2048)
-    monkeypatch.setattr(materialise, "cluster_is_up", lambda: False)
+    monkeypatch.setattr(cache_writer, "SHARD_ROWS", 2048)
+    monkeypatch.setattr(cache_writer, "cluster_is_up", lambda: False)
     monkeypatch.setenv(VARIABLE, "")
     run(tmp_path / "whole" / "ingest")
     whole = shards(tmp_path / "whole" / "ingest")

@@ -18,7 +18,7 @@ from pipeline.config.job import EncodeConfig, ResourcesConfig
 from pipeline.core.fault_points import POINTS
 from pipeline.core.faults import VARIABLE
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.stages import encode
 from scldm.checkpoints.native import save_vae
 from scldm.nn.config import VAEConfig
@@ -35,7 +35,7 @@ CELLS, ROWS, ACTORS = 9000, 2048, 2  # five storage tiles; a shard is one
 def inputs(tmp_path_factory) -> dict[str, Manifest]:
     root = tmp_path_factory.mktemp("encode")
     ingested = ingest_small(root / "ingest", CELLS)
-    data = Ingested.open(ingested)
+    data = IngestedDataset.open(ingested)
     torch.manual_seed(0)
     vae = VAE(VAEConfig(**MODEL), n_genes=data.vocabulary.n_genes)
     save_vae(root / "model", vae, data.vocabulary, data.library_sizes, card="")

@@ -173,7 +173,7 @@ def kill_an_actor(cells: Path, killed: list[int], recoveries: Recoveries) -> Non
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
-                shard = cells / tmp.name.removeprefix(".").rsplit(".", 2)[0]
+                shard = cells / f"{tmp.name.removeprefix('.').partition('.h5ad')[0]}.h5ad"
                 recoveries.shard("actor of a generation, to the shard that it was making", shard)
                 return
         time.sleep(0.01)

@@ -26,10 +26,11 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
+from pipeline.data.entries import CountEntries
 from pipeline.data.loading.blocks import SomaBlocks, SomaReader
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
-from pipeline.data.soma.assemble import Entries, assemble
+from pipeline.data.soma.assemble import PlacedEntries, assemble
 from pipeline.data.soma.write import write_experiment
 
 pytestmark = pytest.mark.chaos
@@ -181,7 +182,7 @@ def main() -> None:
     """The nursery. Nothing of TileDB is opened before the forks: its threads would not be in the children."""
     source = pickle.loads(Path(sys.argv[1]).read_bytes())
     a_cell = pa.table({"cells": [0], "genes": [0], "counts": pa.array([1], pa.float32())}).to_batches()[0]
-    entries = Entries(0, np.zeros(1, np.int64), *(column.to_numpy() for column in a_cell.columns))
+    entries = PlacedEntries(0, np.zeros(1, np.int64), CountEntries(*(column.to_numpy() for column in a_cell.columns)))
     kinds = {"gene_type": np.uint16, "count_type": np.uint16}
     _ = assemble([entries], 1, source.reader.gene_lut, **kinds).row_sums  # compiled once, here
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -49,7 +49,7 @@ def test_T12_an_object_store_with_too_little_room_makes_reading_wait_or_says_wha
     assert json.loads(alone.stdout.splitlines()[-1])["spilled_mb"] == 0
     block, done = 256, read(cluster, small_disk, workers=2, block=256)
     while done.returncode != 0:
-        assert "finds no room in Ray's object store nor on the disk behind it" in done.stderr, done.stderr[-3000:]
+        assert "fits neither into Ray's object store nor on the disk behind it" in done.stderr, done.stderr[-3000:]
         told = int(re.findall(r"train.feed.block_rows=(\d+), which", done.stderr)[-1])
         assert told == block // 2
         block, done = told, read(cluster, small_disk, workers=2, block=told)

@@ -11,14 +11,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def calls() -> dict[str, list[tuple[str, bool]]]:
-    """Point -> (module, whether the call names a step) of every call of `fault_point` in the code."""
+    """Point -> (module, whether the call names a step) of every call of `fault_point` in the code.
+
+    A `ShardStore` passes the points that its `CommitPoints` names: they count where they are named.
+    """
     found: dict[str, list[tuple[str, bool]]] = {}
     for package in ("pipeline", "scldm"):
         for path in sorted((ROOT / package).rglob("*.py")):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "fault_point":
+                called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+                if called == "CommitPoints":
+                    for name in node.args:
+                        assert isinstance(name, ast.Constant), f"{module}:{node.lineno}: the names must stand there"
+                        found.setdefault(name.value, []).append((module, False))
+                elif called == "fault_point":
                     name = node.args[0]
+                    if module == "pipeline.core.shards" and ast.unparse(name).startswith("self.points."):
+                        continue
                     assert isinstance(name, ast.Constant), f"{module}:{node.lineno}: the name must stand there"
                     found.setdefault(name.value, []).append((module, any(k.arg == "step" for k in node.keywords)))
     return found

@@ -10,10 +10,10 @@ import pytest
 from pipeline.config.job import IngestConfig
 from pipeline.core.manifest import Manifest, StageContext
 from pipeline.data.ingest import statistics
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading import cache_writer as writer
 from pipeline.data.loading.cache import CacheBlocks
-from pipeline.data.loading.cache_writer import Cells, materialise
+from pipeline.data.loading.cache_writer import CacheInput, write_cache
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
 from pipeline.stages import ingest
@@ -32,7 +32,7 @@ def ingested(tmp_path_factory, ray_cluster):
         context = StageContext(folder, {}, 0, SimpleNamespace(), None)
         facts = ingest.run(IngestConfig.model_validate(config), context)
     assert facts["cache"]["shards"] == 4
-    return Ingested.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
+    return IngestedDataset.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
 
 
 def test_cached_batches_through_ray_are_those_streamed_from_soma(ingested):
@@ -58,13 +58,13 @@ def test_ray_and_one_process_write_the_same_bytes(ingested, tmp_path, monkeypatc
     monkeypatch.setattr(writer, "SHARD_ROWS", 2048)
     monkeypatch.setattr(writer, "cluster_is_up", lambda: False)
     made = Path(ingested.facts["cache"]["folder"])
-    cells = Cells(
+    cells = CacheInput(
         ingested.all_blocks(),
         ingested.cells["library_size"].to_numpy(np.float32),
         {},
         ingested.facts["mean_expressed_genes"],
     )
-    again = materialise(cells, tmp_path).folder
+    again = write_cache(cells, tmp_path).folder
     shards = sorted(p.name for p in made.glob("*.arrow"))
     assert shards == sorted(p.name for p in again.glob("*.arrow"))
     assert all((made / name).read_bytes() == (again / name).read_bytes() for name in shards)
@@ -74,9 +74,9 @@ def test_a_problem_in_a_task_reaches_the_user_as_it_is(ingested, tmp_path, monke
     from pipeline.cluster.connect import root_cause
 
     monkeypatch.setattr(writer, "SHARD_ROWS", 2048)
-    cells = Cells(ingested.all_blocks(), ingested.cells["library_size"].to_numpy(np.float32) + 1, {}, 20.0)
+    cells = CacheInput(ingested.all_blocks(), ingested.cells["library_size"].to_numpy(np.float32) + 1, {}, 20.0)
     with pytest.raises(Exception, match="do not add up") as raised:
-        materialise(cells, tmp_path)
+        write_cache(cells, tmp_path)
     assert isinstance(root_cause(raised.value), InputError)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.job import IngestConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
 from pipeline.stages import ingest
@@ -21,7 +21,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ingest")
     config = IngestConfig.model_validate({"source": {"type": "synthetic", "n_cells": 600, "n_genes": 50}})
     facts = ingest.run(config, StageContext(folder, {}, 0, SimpleNamespace(), None))
-    return Ingested.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)).blocks("train")
+    return IngestedDataset.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)).blocks("train")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.config.job import IngestConfig, TrainFlowConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.stages import ingest
 from scldm.checkpoints.native import load_flow, load_vae, save_vae
 from scldm.generation.cell_maker import check_pair
@@ -43,7 +43,7 @@ def inputs(tmp_path_factory) -> dict[str, Manifest]:
         IngestConfig.model_validate({"source": source}), StageContext(folder, {}, 0, SimpleNamespace(), None)
     )
     made = Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
-    data = Ingested.open(made)
+    data = IngestedDataset.open(made)
     torch.manual_seed(0)
     vae = VAE(VAEConfig.model_validate(VAE_MODEL), n_genes=data.vocabulary.n_genes)
     target = tmp_path_factory.mktemp("vae")

@@ -1,6 +1,6 @@
-"""What the ingest stage left behind, opened for the stages after it.
+"""Opens the output of the ingest stage for the stages after it.
 
-Paths in the facts are relative to the stage's folder; everything here that travels to a worker is plain data.
+Paths in the facts are relative to the stage's folder; everything here that is sent to a worker is plain data.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ingested:
+class IngestedDataset:
     """Vocabulary, cells and counts of a finished ingest."""
 
     folder: Path
     facts: Mapping[str, Any]
 
     @classmethod
-    def open(cls, manifest: Manifest) -> Ingested:
+    def open(cls, manifest: Manifest) -> IngestedDataset:
+        """Open the dataset of a finished ingest."""
         return cls(Path(manifest.folder).resolve(), manifest.facts)
 
     @cached_property
@@ -45,33 +46,39 @@ class Ingested:
 
     @cached_property
     def library_sizes(self) -> LibrarySizes:
-        """Statistics of the training cells."""
+        """Library-size statistics of the training cells."""
         return LibrarySizes.load(self.folder / self.facts["library_size"])
 
     @property
     def n_cells(self) -> dict[str, int]:
-        """Cells of each split."""
+        """Number of cells of each split."""
         return dict(self.facts["n_cells"])
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """soma_joinid (ascending), split, a class id `label:<name>` per label, library_size and n_expressed over the
-        vocabulary; as one more label the row of `measured`, if there is one."""
+        """Table of all cells, ascending by soma_joinid.
+
+        Columns: soma_joinid, split, a class id `label:<name>` per label, library_size and n_expressed over the
+        vocabulary; and, as one more label (`presence.GROUP`), the row of `measured`, if there is one.
+        """
         return pd.read_parquet(self.folder / self.facts["cells"])
 
     @cached_property
     def gene_stats(self) -> pd.DataFrame:
-        """In the order of the vocabulary, over training cells: feature_id, gene_joinid, mean, variance, fraction."""
+        """Statistics over training cells, in the order of the vocabulary.
+
+        Columns: feature_id, gene_joinid, mean, variance, fraction.
+        """
         return pd.read_parquet(self.folder / self.facts["gene_stats"])
 
     @cached_property
     def measured(self) -> np.ndarray | None:
-        """Genes that each group of data sets measured, (p, g) bool; None: all of them. `cells` has a cell's group."""
+        """Genes that each group of data sets measured, (p, g) bool; None: all. `cells` holds the group of a cell."""
         path = self.facts.get("presence")
         return None if path is None else read_measured(self.folder / path)
 
     def measured_by(self, joinids: np.ndarray) -> np.ndarray | None:
-        """Genes that were measured in each of some cells, (n, g) bool; None: all of them."""
+        """Return the genes that were measured in each of some cells, (n, g) bool; None: all."""
         if self.measured is None:
             return None
         rows = self.cells["soma_joinid"].searchsorted(joinids)
@@ -79,17 +86,18 @@ class Ingested:
 
     @property
     def _codes(self) -> tuple[str, ...]:
-        """Numbers that go with a cell's counts: classes of its labels, and the group that says what it measured."""
+        """Codes that are read with a cell's counts: classes of its labels, and the group of what it measured."""
         return (*(x.name for x in self.vocabulary.labels), *([] if "presence" not in self.facts else [GROUP]))
 
     @property
     def soma_uri(self) -> str:
-        """Absolute: a relative uri in the facts is inside the stage's folder, so that the folder can be moved."""
+        """Absolute address; a relative one in the facts is inside the stage's folder, which can thus be moved."""
         uri = self.facts["soma_uri"]
         return uri if "://" in uri or Path(uri).is_absolute() else str(self.folder / uri)
 
     @cached_property
     def reader(self) -> SomaReader:
+        """Reader of counts over the vocabulary."""
         places = self.gene_stats[["gene_joinid"]].rename(columns={"gene_joinid": "soma_joinid"})
         return SomaReader(
             uri=self.soma_uri,
@@ -104,7 +112,7 @@ class Ingested:
         )
 
     def blocks(self, split: str) -> SomaBlocks | CacheBlocks:
-        """The cells of a split, from the cache if ingest made one."""
+        """Return the cells of a split, read from the cache if ingest wrote one."""
         source = self.streamed(split)
         if (cache := self.facts.get("cache")) is None:
             return source
@@ -112,23 +120,23 @@ class Ingested:
         return cached(source, folder, self.cells["soma_joinid"].to_numpy(np.int64))
 
     def streamed(self, split: str) -> SomaBlocks:
-        """The cells of a split, out of SOMA."""
-        return self._blocks(self._of(split))
+        """Return the cells of a split, read from SOMA."""
+        return self._blocks(self._cells_of(split))
 
     def all_blocks(self) -> SomaBlocks:
-        """The cells of all splits, out of SOMA."""
+        """Return the cells of all splits, read from SOMA."""
         return self._blocks(self.cells)
 
     def anndata(self, split: str, max_cells: int | None = None, seed: int = 0) -> anndata.AnnData:
-        """Cells of a split in memory: counts over the vocabulary (CSR), labels as categoricals.
+        """Load cells of a split: counts over the vocabulary (CSR), labels as categoricals.
 
         Args:
-            max_cells: At most so many, drawn by seed; None takes all.
+            max_cells: Largest number of cells, drawn by seed; None loads all.
         """
         import anndata
         import scipy.sparse as sp
 
-        cells = self._of(split)
+        cells = self._cells_of(split)
         if max_cells is not None and len(cells) > max_cells:
             rng = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
             cells = cells.iloc[np.sort(rng.choice(len(cells), max_cells, replace=False))]
@@ -148,8 +156,8 @@ class Ingested:
         return anndata.AnnData(counts, obs=obs, var=var)
 
     def composition(self, split: str) -> pd.DataFrame:
-        """Combinations of labels in a split: a column of class names per label, and n_cells."""
-        cells = self._of(split)
+        """Return the combinations of labels in a split: a column of class names per label, and n_cells."""
+        cells = self._cells_of(split)
         names = {x.name: np.asarray(x.classes, dtype=object)[cells[LABEL + x.name]] for x in self.vocabulary.labels}
         table = pd.DataFrame(names, index=cells.index)
         if not names:
@@ -158,7 +166,7 @@ class Ingested:
             table.value_counts(sort=False).rename("n_cells").reset_index().sort_values(list(names), ignore_index=True)
         )
 
-    def _of(self, split: str) -> pd.DataFrame:
+    def _cells_of(self, split: str) -> pd.DataFrame:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
         cells = self.cells[(self.cells["split"] == split).to_numpy()]

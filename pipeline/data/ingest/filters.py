@@ -1,7 +1,7 @@
-"""From the conditions of a job to one SOMA value filter on obs.
+"""Builds one SOMA value filter on obs from the conditions of a job.
 
-SOMA parses a filter as a Python expression, so that Python's own quoting is the right one: `10x 3' v3` and worse go
-through `repr`, and column names through `attr`.
+SOMA parses a filter as a Python expression, so values are quoted with `repr`, which handles `10x 3' v3`, and column
+names with `attr`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from scldm.errors import InputError
 
 
 def value_filter(conditions: Mapping[str, Sequence[Value]], obs_filter: str | None = None) -> str | None:
-    """All conditions and `obs_filter`, joined by "and"; None lets every cell through.
+    """Join all conditions and `obs_filter` by "and"; None selects every cell.
 
     Args:
-        conditions: obs column -> values of which a cell must have one.
-        obs_filter: A filter in SOMA's own words.
+        conditions: obs column -> allowed values.
+        obs_filter: A SOMA value filter.
     """
     parts = [_one_of(column, values) for column, values in conditions.items()]
     if obs_filter:
@@ -28,8 +28,9 @@ def value_filter(conditions: Mapping[str, Sequence[Value]], obs_filter: str | No
 
 
 def check_values(cells: CellsConfig, store: SomaStore) -> None:
-    """Every column and value that is asked for must be in the store, as far as its categories tell: a value that is
-    misspelled would let fewer cells through, and nobody would know.
+    """Check every column and value of a filter against the store, as far as its categories are known.
+
+    A misspelled value would silently select fewer cells.
 
     Raises:
         InputError: with everything that is wrong.
@@ -61,7 +62,7 @@ def _field(cells: CellsConfig, column: str) -> str:
 
 
 def _one_of(column: str, values: Sequence[Value]) -> str:
-    name = f"attr({column!r})"  # whatever the column is called, a Python keyword too
+    name = f"attr({column!r})"  # works for any column name, also a Python keyword
     if len(values) > 1 and all(isinstance(v, str) for v in values):
         return f"{name} in {list(values)!r}"
     return " or ".join(f"{name} == {v!r}" for v in values)  # `in` is refused for booleans and some numbers

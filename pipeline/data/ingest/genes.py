@@ -1,8 +1,8 @@
-"""Which genes the model knows, and where each of them is in the source.
+"""Resolves the genes of the model, and the position of each of them in the source.
 
-A gene's id is its place in the vocabulary. The vocabulary is the source's own, a list from a file, or a model's; in the
-last two the source's genes are found by Ensembl id (versions do not count) or by symbol, and what did not match is
-counted. A gene that the source lacks keeps its id and gets the joinid -1: it was not measured.
+A gene's id is its position in the vocabulary. The vocabulary is the source's own, a list from a file, or a model's; in
+the last two cases the source's genes are matched by Ensembl id (ignoring versions) or by symbol, and genes without a
+match are counted. A gene that the source lacks keeps its id and gets the joinid -1: it was not measured.
 
 Shape letters: g genes of the vocabulary.
 """
@@ -29,18 +29,18 @@ LACKING = -1
 
 @dataclass(frozen=True)
 class ModelGenes:
-    """Genes in the order of their ids, and what is worth knowing of how they were found."""
+    """Genes in the order of their ids, and how they were matched."""
 
-    table: pd.DataFrame  # soma_joinid (LACKING where the source has no such gene), feature_id, feature_name
+    table: pd.DataFrame  # soma_joinid (LACKING if the source has no such gene), feature_id, feature_name
     facts: dict[str, Any]
     notes: list[str]
 
 
 def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
-    """The genes that a job asks for.
+    """Return the genes that a job requests.
 
     Raises:
-        InputError: if the vocabulary cannot be read, too few of its genes are in the source, or a filter leaves none.
+        InputError: the vocabulary cannot be read, too few of its genes are in the source, or a filter leaves none.
     """
     var = _genes_of(store, config.value_filter)
     if config.vocabulary == "source":
@@ -75,8 +75,8 @@ def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
 
 
 def read_vocabulary(path: str) -> GeneList:
-    """Genes of a file, or of a model's folder."""
-    from scldm.checkpoints.convert.gene_list import read_genes  # brings torch, which a reader of counts does without
+    """Read genes from a file, or from a model's folder."""
+    from scldm.checkpoints.convert.gene_list import read_genes  # imports torch, which readers of counts do without
     from scldm.checkpoints.native import CheckpointError
 
     place = Path(path).expanduser()
@@ -89,7 +89,7 @@ def read_vocabulary(path: str) -> GeneList:
 
 
 def gene_lut(table: pd.DataFrame, n_genes_source: int) -> np.ndarray:
-    """From a gene's joinid in the source to its id, -1 for genes outside the vocabulary; int32."""
+    """Return a table from a gene's joinid in the source to its id, -1 for genes outside the vocabulary; int32."""
     joinids = table["soma_joinid"].to_numpy()
     lut = np.full(n_genes_source, -1, dtype=np.int32)
     lut[joinids[joinids != LACKING]] = np.flatnonzero(joinids != LACKING)
@@ -97,7 +97,7 @@ def gene_lut(table: pd.DataFrame, n_genes_source: int) -> np.ndarray:
 
 
 def _genes_of(store: SomaStore, value_filter: str | None) -> pd.DataFrame:
-    """Genes of the source that pass the filter: soma_joinid, feature_id, feature_name."""
+    """Return the genes of the source that pass the filter: soma_joinid, feature_id, feature_name."""
     var = store.var(value_filter=value_filter)
     ids = next((c for c in ("feature_id", "var_id") if c in var), None)
     if ids is None:
@@ -146,7 +146,7 @@ def _notes(config: GenesConfig, n_genes: int, counts: dict[str, int]) -> list[st
         what = (
             "left out of the likelihood"
             if config.presence
-            else "taken as zeros, which ingest.genes.presence=true mends"
+            else "taken as zeros, which ingest.genes.presence=true fixes"
         )
         notes.append(f"{counts['missing']} genes of the vocabulary were not measured: they are {what}.")
     return notes

@@ -1,7 +1,7 @@
-"""Combinations of labels that are held out whole, as Parse1M (cell type and cytokine) and Replogle are split.
+"""Holds out whole combinations of labels, as Parse1M (cell type and cytokine) and Replogle are split.
 
-A combination names some obs columns and a class of each; a cell has it if it has all of them. All its cells go to the
-side that the combination is held out for, whatever the hash of the cell says, so no cell of it is ever trained on.
+A combination names some obs columns and a class of each; a cell belongs to it if it has all of them. All its cells go
+to the split that the combination is held out for, regardless of the cell's hash, so none of them is trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.config.job import HeldOutConfig
 from pipeline.data.labels import did_you_mean
 from scldm.errors import InputError
 
-SIDES = ("validation", "test")  # a cell of combinations of both is on the last
+SIDES = ("validation", "test")  # a cell of combinations of both is in the last
 SHOWN = 10  # problems in one message
 
 
@@ -32,7 +32,7 @@ class Combination:
 
 
 def read_combinations(config: HeldOutConfig | None) -> list[Combination]:
-    """What the config lists, one class for each column."""
+    """Return the combinations of a config, with one class for each column."""
     if config is None:
         return []
     if config.table is not None:
@@ -48,19 +48,19 @@ def read_combinations(config: HeldOutConfig | None) -> list[Combination]:
 
 
 def columns_of(config: HeldOutConfig | None) -> list[str]:
-    """obs columns that the combinations are made of."""
+    """Return the obs columns that the combinations name."""
     return list(dict.fromkeys(c for x in read_combinations(config) for c in x.classes))
 
 
 def hold_out(cells: pd.DataFrame, split: np.ndarray, combinations: list[Combination]) -> np.ndarray:
-    """The split, with every cell of a combination moved to its side.
+    """Move every cell of a combination to its split, and return the splits of all cells.
 
     Args:
         cells: Eligible cells, with the columns of the combinations, none missing.
-        split: Side of each cell by its hash, (n,).
+        split: Split of each cell by its hash, (n,).
 
     Raises:
-        InputError: for a class that no cell has, or a combination that is held out twice; if none has cells.
+        InputError: a class has no cell, a combination is held out twice, or none has cells.
     """
     _check(cells, combinations)
     moved, any_cell = split.astype(object), False
@@ -74,7 +74,7 @@ def hold_out(cells: pd.DataFrame, split: np.ndarray, combinations: list[Combinat
 
 
 def counted(cells: pd.DataFrame, combinations: list[Combination]) -> pd.DataFrame:
-    """A table of the combinations: a column for each obs column (empty for any class), split, n_cells that have it."""
+    """Return a table of the combinations: a column for each obs column (empty: any class), split, n_cells."""
     table = pd.DataFrame([{**x.classes, "split": x.split} for x in combinations])
     n_cells = np.zeros(len(combinations), np.int64)
     for members, which in _which(cells, combinations):
@@ -84,7 +84,7 @@ def counted(cells: pd.DataFrame, combinations: list[Combination]) -> pd.DataFram
 
 
 def _which(cells: pd.DataFrame, combinations: list[Combination]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """For each set of columns its combinations, and which of them each cell has, -1 for none."""
+    """Yield for each set of columns its combinations, and which of them each cell belongs to, -1 for none."""
     by_columns = defaultdict(list)
     for i, x in enumerate(combinations):
         by_columns[tuple(sorted(x.classes))].append(i)
@@ -93,7 +93,7 @@ def _which(cells: pd.DataFrame, combinations: list[Combination]) -> Iterator[tup
         for column in columns:
             values = cells[column].astype("category")
             place = {str(c): i for i, c in enumerate(values.cat.categories)}
-            # One place more, for classes that no cell has.
+            # One more value, for classes that no cell has.
             cell = cell * (len(place) + 1) + values.cat.codes.to_numpy(np.int64)
             wanted = wanted * (len(place) + 1) + [
                 place.get(combinations[i].classes[column], len(place)) for i in members
@@ -109,7 +109,7 @@ def _check(cells: pd.DataFrame, combinations: list[Combination]) -> None:
         for column, name in x.classes.items():
             if name not in known[column]:
                 hint = did_you_mean(name, sorted(known[column])[:50]).replace("columns:", "there are:")
-                problems.append(f"{x.where}: no cell that is taken in has {column} {name!r} ({hint})")
+                problems.append(f"{x.where}: no selected cell has {column} {name!r} ({hint})")
         before = sides.setdefault(tuple(sorted(x.classes.items())), x)
         if before is not x:
             what = "for two splits" if before.split != x.split else "twice"
@@ -140,7 +140,7 @@ def _of_table(path: Path, split: str) -> list[Combination]:
             raise InputError(f"{where}: split is {side!r}; it may be {' or '.join(SIDES)}")
         classes = {str(k): str(v) for k, v in row.items() if not _empty(v)}
         if not classes:
-            raise InputError(f"{where}: names no class, which every cell would have; delete the row")
+            raise InputError(f"{where}: names no class, so every cell would belong to it; delete the row")
         found.append(Combination(classes, side, where))
     if not found:
         raise InputError(f"ingest.split.held_out.table: {path} has no rows, so it holds nothing out")
@@ -152,7 +152,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _empty(value: Any) -> bool:
-    """An empty field stands for any class."""
+    """Whether a field is empty, which stands for any class."""
     return value == "" or value is None or value != value
 
 
@@ -162,7 +162,7 @@ def _text(classes: dict[str, str]) -> str:
 
 # ---- facts -------------------------------------------------------------------------------------------------------
 def held_out_facts(table: pd.DataFrame, folder: Path) -> dict[str, Any]:
-    """Facts of the combinations; the whole list goes into a file."""
+    """Write the list of combinations to a file; return the facts about it."""
     table.to_parquet(folder / "held_out.parquet", index=False)
     columns = [c for c in table if c not in ("split", "n_cells")]
     return {
@@ -176,10 +176,10 @@ def held_out_facts(table: pd.DataFrame, folder: Path) -> dict[str, Any]:
 
 
 def notes_on(table: pd.DataFrame, cells: pd.DataFrame, by: str) -> list[str]:
-    """What a reader of the results should know of the combinations.
+    """Describe what a reader of the results should know about the combinations.
 
     Args:
-        cells: With their final split, and the column `by` if the hash is of a column.
+        cells: Cells with their final split, and with the column `by` if the split is by a column.
     """
     notes = []
     if none := int((table["n_cells"] == 0).sum()):
@@ -189,7 +189,7 @@ def notes_on(table: pd.DataFrame, cells: pd.DataFrame, by: str) -> list[str]:
         shared = trained & set(cells.loc[cells["split"] != "train", by].astype(str))
         if shared:
             notes.append(
-                f"{len(shared)} {by} have cells both in training and in held-out combinations: what is held out there "
-                "is the combination."
+                f"{len(shared)} {by} have cells both in training and in held-out combinations: for these, only the "
+                "combination is held out."
             )
     return notes

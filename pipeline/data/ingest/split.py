@@ -1,8 +1,8 @@
-"""Which cells are trained on and which are held out: a function of each cell alone.
+"""Splits cells into training, validation and test: a function of each cell alone.
 
-The side is decided by a hash of (salt, joinid or storage tile) or of (salt, donor or data set), so it never changes
-when other cells come or go, and a donor is never on two sides. Combinations of labels may be held out besides
-(`held_out.py`).
+The split is decided by a hash of (salt, joinid or storage tile) or of (salt, donor or data set), so it never changes
+when other cells are added or removed, and a donor is never in two splits. Combinations of labels may be held out as
+well (`held_out.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SPLITS = ("train", "validation", "test")
 
 
 def split_cells(cells: pd.DataFrame, config: SplitConfig, *, tile: int = 2048) -> np.ndarray:
-    """The side each cell falls on, by a hash of (salt, value): never changes when other cells come or go.
+    """Return the split of each cell, by a hash of (salt, value).
 
     Args:
-        cells: soma_joinid, and the column that is split by, if it is one.
-        tile: Cells of a storage tile, for `by: tile`.
+        cells: Table with soma_joinid, and with the column named by `by`.
+        tile: Number of cells in a storage tile, for `by: tile`.
     """
     salt = np.frombuffer(hashlib.blake2b(config.salt.encode(), digest_size=8).digest(), np.uint64)[0]
     if config.by in ("cell", "tile"):
@@ -39,12 +39,12 @@ def split_cells(cells: pd.DataFrame, config: SplitConfig, *, tile: int = 2048) -
 
 
 def require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:
-    """Every split that was asked for must have cells."""
+    """Raise InputError if a requested split has no cells."""
     counts = cells["split"].value_counts()
-    asked = {"train": 1.0, "validation": config.validation, "test": config.test}
+    requested = {"train": 1.0, "validation": config.validation, "test": config.test}
     if not counts.get("train", 0) and config.held_out is not None:
         raise InputError("ingest.split.held_out: the combinations hold out every cell; leave some to train on")
-    if lacking := [s for s in SPLITS if asked[s] > 0 and not counts.get(s, 0)]:
+    if lacking := [s for s in SPLITS if requested[s] > 0 and not counts.get(s, 0)]:
         groups = f" of {cells[config.by].nunique()} different {config.by}" if config.by in cells else ""
         raise InputError(
             f"no cell{groups} fell into {' and '.join(lacking)} ({len(cells)} cells); raise ingest.split shares, set "
@@ -53,7 +53,7 @@ def require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:
 
 
 def label_counts(cells: pd.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """Cells of each class of each label in each split."""
+    """Count the cells of each class of each label in each split."""
     counts = {}
     for label in labels:
         table = pd.crosstab(cells[label].astype(str), cells["split"]).reindex(columns=list(SPLITS), fill_value=0)

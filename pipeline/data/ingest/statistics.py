@@ -1,8 +1,8 @@
-"""One streaming pass over counts: what ingest needs to know of cells and genes.
+"""Statistics of cells and genes in one streaming pass over the counts.
 
 Cells are read once, by groups of storage tiles. Sums are kept in whole numbers and the groups lie on the tile grid, so
-the result is the same to the bit however the groups are dealt to processes. Memory: one group, a few numbers per cell
-and gene, and the counts of rare genes for as long as it is open whether they are kept.
+the result is the same to the bit however the groups are distributed over processes. Memory: one group, a few numbers
+per cell and gene, and the counts of rare genes until it is known whether they are kept.
 
 Shape letters: n cells, g genes of the vocabulary.
 """
@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pipeline.data.ingest.rare_genes import Entries, HeldEntries
+from pipeline.data.entries import CountEntries
 from pipeline.data.parallel import cluster_is_up, each_in_order
 from pipeline.data.soma.store import SomaStore
 from scldm.errors import InputError
 
 TILES_PER_READ = 2
 READS_PER_TASK = 8
-PARALLEL_CELLS = 100_000  # fewer are read sooner here than by workers that have yet to start
+PARALLEL_CELLS = 100_000  # fewer are read faster here than by workers that still have to start
+MAX_HELD = 20_000_000  # entries of rare genes, 16 bytes each
 
 
 @dataclass(frozen=True)
 class CountStatistics:
-    """Per cell for all cells; per gene over the training cells."""
+    """Statistics per cell for all cells, and per gene over the training cells."""
 
     library_size: np.ndarray  # (n,) sum of counts over the vocabulary
     n_expressed: np.ndarray  # (n,) genes with a count
@@ -39,11 +40,12 @@ class CountStatistics:
 
     @property
     def mean(self) -> np.ndarray:
+        """Mean of counts over training cells, (g,)."""
         return self.gene_sum / self.n_train
 
     @property
     def variance(self) -> np.ndarray:
-        """Of counts over training cells, divided by n."""
+        """Variance of counts over training cells, divided by n, (g,)."""
         return np.maximum(self.gene_sum_squares / self.n_train - self.mean**2, 0)
 
 
@@ -58,20 +60,20 @@ def count_statistics(
     parallel: bool | None = None,
     check: Callable[[CountStatistics], None] | None = None,
 ) -> tuple[CountStatistics, np.ndarray]:
-    """Read every cell once. Statistics over the genes that are kept, and which those are, bool (g,).
+    """Read every cell once; return statistics over the genes that are kept, and which those are, bool (g,).
 
     Args:
         ids: soma_joinids, sorted, (n,).
-        train: Which cells gene statistics are taken from, bool (n,).
+        train: Cells that gene statistics are taken from, bool (n,).
         gene_lut: var soma_joinid -> gene id, -1 for genes outside the vocabulary.
         n_genes: Genes of the vocabulary, some of which the source may lack.
-        min_cells: Keep genes that at least so many training cells express. If there are none, nothing is left out: the
-            statistics then tell by how much.
-        parallel: Over Ray; None: where a cluster is up and the cells are many.
-        check: Is shown the statistics over all genes of `gene_lut`, before any is left out.
+        min_cells: Keep genes that at least this many training cells express. If there are none, all genes are kept,
+            so that the statistics show how far off the number is.
+        parallel: Whether to read over Ray; None: if a cluster is up and there are many cells.
+        check: Called with the statistics over all genes of `gene_lut`, before any is left out.
 
     Raises:
-        InputError: if a value is not a count.
+        InputError: a value is not a count.
     """
     if parallel is None:
         parallel = len(ids) >= PARALLEL_CELLS and cluster_is_up()
@@ -86,7 +88,7 @@ def count_statistics(
     kept = totals.gene_cells >= min_cells
     if kept.all() or not kept.any():
         return stats, kept
-    if totals.held is None:  # more counts of rare genes than are held: what the cells lose is read again
+    if totals.held is None:  # too many counts of rare genes to hold: what the cells lose is read again
         narrow = np.where(gene_lut >= 0, np.where(kept, np.cumsum(kept) - 1, -1)[gene_lut], -1).astype(np.int32)
         return count_statistics(store, ids, train, narrow, int(kept.sum()), parallel=parallel)[0], kept
     lost_counts, lost_genes = totals.held.of_cells(~kept, len(ids))
@@ -98,6 +100,8 @@ def count_statistics(
 # ---- parts -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Reading:
+    """What every part needs."""
+
     store: SomaStore
     gene_lut: np.ndarray
     n_genes: int
@@ -105,11 +109,11 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Part:
-    """Cells of some whole groups."""
+    """Cells of whole groups of tiles."""
 
     ids: np.ndarray
     train: np.ndarray
-    undecided: np.ndarray | None  # genes that may yet be left out, bool (g,)
+    undecided: np.ndarray | None  # genes that may still be left out, bool (g,)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class _Partial:
     gene_sum: np.ndarray
     gene_squares: np.ndarray
     digests: bytes  # of each group
-    rare: Entries | None  # counts of the undecided genes
+    rare: CountEntries | None  # counts of the undecided genes
 
 
 def _parts(ids: np.ndarray, train: np.ndarray, tile: int, n_groups: int, totals: _Totals) -> Iterator[_Part]:
@@ -134,7 +138,7 @@ def _parts(ids: np.ndarray, train: np.ndarray, tile: int, n_groups: int, totals:
 
 
 def _read_part(reading: _Reading, part: _Part) -> _Partial:
-    """Runs here or as a Ray task."""
+    """Sum up a part; runs here or as a Ray task."""
     n, g = len(part.ids), reading.n_genes
     library_size, n_expressed = np.zeros(n), np.zeros(n, np.int64)
     gene_cells, gene_sum, gene_squares = (np.zeros(g, np.int64) for _ in range(3))
@@ -154,23 +158,62 @@ def _read_part(reading: _Reading, part: _Part) -> _Partial:
         gene_squares += np.rint(np.bincount(genes, counts**2, minlength=g)).astype(np.int64)
         if part.undecided is not None:
             few = part.undecided[rows.genes]
-            rare.append(Entries(np.repeat(at, sizes)[few], rows.genes[few], rows.counts[few]))
-    found = None if part.undecided is None else Entries.joined(rare)
+            rare.append(CountEntries(np.repeat(at, sizes)[few], rows.genes[few], rows.counts[few]))
+    found = None if part.undecided is None else CountEntries.joined(rare)
     return _Partial(library_size, n_expressed, gene_cells, gene_sum, gene_squares, b"".join(digests), found)
 
 
+# ---- totals ------------------------------------------------------------------------------------------------------
+@dataclass
+class RareEntries:
+    """Counts of genes that may turn out too rare to keep, held during the pass.
+
+    Whether a gene is expressed in enough cells is known only at the end, and then its counts must be subtracted from
+    the library sizes. Entries of a gene that has reached the number are dropped, so that about `min_cells` entries are
+    held for each gene; if that is still too much, nothing is held and the caller reads a second time.
+    """
+
+    parts: list[CountEntries] = field(default_factory=list)
+    size: int = 0
+    tidied: int = 0  # size after entries were last dropped
+
+    def add(self, entries: CountEntries, first_cell: int, undecided: np.ndarray) -> bool:
+        """Hold the entries of a part; return False if they are too many to hold.
+
+        Args:
+            entries: Entries of the part; cells count from its first.
+            first_cell: Number of that cell among all.
+            undecided: Genes that may still be left out, bool (g,).
+        """
+        part = entries.of_genes(undecided)
+        self.parts.append(CountEntries(part.cells + first_cell, part.genes, part.counts))
+        self.size += len(part.genes)
+        if self.size > min(MAX_HELD, 2 * max(self.tidied, MAX_HELD // 8)):
+            self.parts = [CountEntries.joined(self.parts).of_genes(undecided)]
+            self.size = self.tidied = len(self.parts[0].genes)
+        return self.size <= MAX_HELD
+
+    def of_cells(self, genes: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sum of the counts of some genes in each cell, and their number, each (n_cells,)."""
+        if not self.parts:
+            return np.zeros(n_cells), np.zeros(n_cells, np.int64)
+        found = CountEntries.joined(self.parts).of_genes(genes)
+        total = np.bincount(found.cells, found.counts.astype(np.float64), minlength=n_cells)
+        return total, np.bincount(found.cells, minlength=n_cells)
+
+
 class _Totals:
-    """The sums so far, cells in order."""
+    """Sums over the parts so far; parts arrive in order."""
 
     def __init__(self, n: int, g: int, min_cells: int):
         self.library_size, self.n_expressed, self.n_read = np.zeros(n), np.zeros(n, np.int64), 0
         self.gene_cells, self.gene_sum, self.gene_squares = (np.zeros(g, np.int64) for _ in range(3))
         self.min_cells, self.content = min_cells, hashlib.sha256()
-        self.held = HeldEntries() if min_cells else None
+        self.held = RareEntries() if min_cells else None
 
     @property
     def undecided(self) -> np.ndarray | None:
-        """Genes that may yet be left out; None if nothing is held of them."""
+        """Genes that may still be left out; None if their entries are not held."""
         return None if self.held is None else self._too_few()
 
     def _too_few(self) -> np.ndarray:

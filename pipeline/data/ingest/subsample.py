@@ -1,8 +1,8 @@
-"""A part of many cells that is quick to read and still mixed: `ingest.max_cells`.
+"""Subsamples cells so that they are quick to read and still mixed: `ingest.max_cells`.
 
 A store is read by storage tiles of neighbours, which are mostly of one data set. Cells drawn one by one would touch
-every tile, so that a hundredth of the cells costs what all of them cost; whole tiles alone could be one data set. So at
-least MIN_TILES tiles give cells, where the source has them, and no more than are needed for whole ones.
+every tile, so that reading a hundredth of the cells would cost as much as reading all; whole tiles alone could be one
+data set. So cells come from at least MIN_TILES tiles, if the source has them, and from no more than needed.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import numpy as np
 
 MIN_TILES = 16
-_SALT = np.uint64(0x5CA1AB1E)  # not that of a split: which cells are taken says nothing about their side
+_SALT = np.uint64(0x5CA1AB1E)  # differs from a split's, so that the choice of cells is independent of their split
 
 
-def part_of_cells(joinids: np.ndarray, n: int, *, tile: int) -> np.ndarray:
-    """Places of n of the cells, ascending; a function of the joinids and n alone.
+def subsample_cells(joinids: np.ndarray, n: int, *, tile: int) -> np.ndarray:
+    """Return the positions of n of the cells, ascending; a function of the joinids and n alone.
 
-    Tiles come in an order that is a hash of theirs, and give ceil(n / MIN_TILES) cells in a round, by a hash of the
-    cell; further rounds follow only if one through all tiles is not enough.
+    Tiles are ordered by a hash of their number, and each gives ceil(n / MIN_TILES) cells in a round, ordered by a hash
+    of the cell; further rounds follow only if one round through all tiles is not enough.
 
     Args:
         joinids: soma_joinid of each cell, (N,).
-        n: Cells to take; all of them if there are no more.
+        n: Number of cells to take; all cells if there are no more.
         tile: Rows of a storage tile.
     """
     if n >= len(joinids):
@@ -37,7 +37,7 @@ def part_of_cells(joinids: np.ndarray, n: int, *, tile: int) -> np.ndarray:
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64: every bit of the key moves every bit of the result."""
+    """Hash by splitmix64: every bit of the key changes every bit of the result."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
-"""What the columns of obs and var are like, in numbers small enough to decide by: classes, gaps, what says the same.
+"""Profiles the columns of obs and var: classes, missing values, columns with the same content.
 
-A column's *partition* is how it groups the cells. Two columns of one partition say the same under other names; a column
-whose every class lies inside one class of another is finer than it.
+A column's *partition* is how it groups the cells. Two columns with the same partition hold the same information under
+other names; a column whose every class lies inside one class of another is finer than it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pipeline.data.labels import missing
 from pipeline.data.validation.names import ensembl_columns
 
 Kind = Literal["classes", "yes or no", "whole numbers", "decimal numbers"]
-MOST_COMPARED = 400  # classes of a column that is compared with others
-MOST_COLUMNS = 200  # of obs that are looked at; a table of a stranger may have any number
+MAX_COMPARED = 400  # classes of a column that is compared with others
+MAX_COLUMNS = 200  # of obs that are profiled; an untrusted table may have any number
 
 
 def obs_profile(obs: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """For each column: kind, n_missing, n_classes, cells of the smallest, middle and largest class, `same_as`.
+    """Return for each column: kind, n_missing, n_classes, cells of the smallest, middle and largest class, `same_as`.
 
     `same_as` names an earlier column with the same partition, or is None.
     """
     found: dict[str, dict[str, Any]] = {}
     partitions: dict[str, np.ndarray] = {}
-    for column in list(obs.columns)[:MOST_COLUMNS]:
+    for column in list(obs.columns)[:MAX_COLUMNS]:
         values = obs[column]
         absent = missing(values)
         codes, classes = pd.factorize(values.mask(absent).astype(object).map(str, na_action="ignore"))
@@ -41,13 +41,13 @@ def obs_profile(obs: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "largest": int(sizes[-1]),
             "same_as": next((k for k, other in partitions.items() if _same(codes, other)), None),
         }
-        if 2 <= len(classes) <= MOST_COMPARED:
+        if 2 <= len(classes) <= MAX_COMPARED:
             partitions[str(column)] = codes
     return found
 
 
 def var_profile(var: pd.DataFrame) -> dict[str, Any]:
-    """Columns of var that hold Ensembl ids, each once; whether the index does; columns of unique text."""
+    """Return columns of var that hold unique Ensembl ids; whether the index does; columns of unique text."""
     index = pd.DataFrame({"index": var.index.astype(str)})
     texts = [str(c) for c in var.columns if not pd.api.types.is_numeric_dtype(var[c])]
     return {
@@ -60,7 +60,7 @@ def var_profile(var: pd.DataFrame) -> dict[str, Any]:
 
 
 def rarest(profile: Mapping[str, Any]) -> str:
-    """The sizes of a column's classes, in words."""
+    """Describe the sizes of a column's classes."""
     return f"{profile['n_classes']} classes of {profile['smallest']:,} to {profile['largest']:,} cells"
 
 
@@ -75,7 +75,7 @@ def _kind(values: pd.Series) -> Kind:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether codes in the order of first appearance are one partition; a gap is a gap in both."""
+    """Whether codes in the order of first appearance are one partition, with the same missing values."""
     return bool(np.array_equal(a, b))
 
 

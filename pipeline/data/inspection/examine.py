@@ -1,4 +1,4 @@
-"""`scldm validate-data`: what files or experiments hold, and all that is wrong with them.
+"""Inspects files and experiments for `scldm validate-data`: their contents, and all problems with them.
 
 A path is an `.h5ad` file, a folder or pattern of them, a Cell Ranger output, or a SOMA experiment (folder or s3://).
 """
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.data.findings import Examined, error, warning
+from pipeline.data.entries import CountEntries
+from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
 from pipeline.data.inspection.h5ad import examine_h5ad
-from pipeline.data.safety.count_matrix import Entries
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.validation.counts import CountAudit
@@ -29,23 +29,23 @@ from scldm.text import shown
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the data; plain, so that a child process can be handed it."""
+    """What to inspect; plain data, so that it can be sent to a child process."""
 
     uri: str
     labels: tuple[str, ...] = ()
     layer: str | None = None
     gene_id: str | None = None
     genome: str | None = None  # of a Cell Ranger output that holds several
-    counts: bool = True  # read the values too
+    counts: bool = True  # whether to read the values
     region: str | None = None
     anonymous: bool = False
     endpoint: str | None = None
-    obs: str | None = None  # table of what is known of the cells of a Cell Ranger output
-    profile: bool = False  # say what every column of obs and var is like
+    obs: str | None = None  # table that describes the cells of a Cell Ranger output
+    profile: bool = False  # whether to describe every column of obs and var
 
 
 def examine(question: Question) -> list[Examined]:
-    """One answer per file or experiment, and one for all files together if there are several."""
+    """Return one report per file or experiment, and one for all files together if there are several."""
     uri = question.uri
     if "://" in uri or is_experiment(Path(uri).expanduser()):
         return [_soma(question)]
@@ -68,7 +68,7 @@ def is_experiment(path: Path) -> bool:
 
 
 def _paths(uri: str) -> list[Path]:
-    """Files and Cell Ranger folders that a path stands for."""
+    """Return the files and Cell Ranger folders that a path stands for."""
     from pipeline.data.sources.tenx_files import is_tenx
 
     path = Path(uri).expanduser()
@@ -92,12 +92,12 @@ def _one(path: Path, q: Question) -> Examined:
 
 
 def _together(uri: str, found: Sequence[Examined]) -> Examined:
-    """What shows only when all files are seen."""
+    """Report problems that show only when all files are compared."""
     whole = Examined(uri, f"{len(found)} files")
     bad = [f.where for f in found if f.errors]
     whole.facts = {"cells": sum(int(f.facts.get("cells", 0)) for f in found)}
     if bad:
-        whole.findings.append(error(f"{len(bad)} of {len(found)} files have errors", "mend them or leave them out",
+        whole.findings.append(error(f"{len(bad)} of {len(found)} files have errors", "fix them or leave them out",
                                     count=len(bad), first=bad))  # fmt: skip
     genes = {int(f.facts["genes"]) for f in found if "genes" in f.facts}
     if len(genes) > 1:
@@ -133,11 +133,11 @@ def _tenx(path: Path, q: Question) -> Examined:
             row = 0
             for chunk in tables.chunks():
                 coo = chunk.tocoo()
-                audit.add(Entries(coo.row.astype(np.int64) + row, coo.col.astype(np.int64), coo.data))
+                audit.add(CountEntries(coo.row.astype(np.int64) + row, coo.col.astype(np.int64), coo.data))
                 row += chunk.shape[0]
             _finish(found, audit)
     except InputError as problem:
-        found.findings.append(_said(problem, "mend that, or copy or download the output again"))
+        found.findings.append(_finding(problem, "fix that, or copy or download the output again"))
     return found
 
 
@@ -166,14 +166,14 @@ def _soma(q: Question) -> Examined:
             _finish(found, audit)
             found.findings += sum_findings(obs, n_expressed=audit.per_cell, library_size=audit.sums)
     except InputError as problem:
-        found.findings.append(_said(problem, "give the address of an experiment"))
-    except ValueError as problem:  # pydantic's: a setting
-        found.findings.append(_said(problem, "check the options"))
+        found.findings.append(_finding(problem, "give the address of an experiment"))
+    except ValueError as problem:  # from pydantic: a setting
+        found.findings.append(_finding(problem, "check the options"))
     return found
 
 
 def _soma_counts(store: Any, obs: pd.DataFrame, ids: pd.Series, name: str, genes: np.ndarray) -> CountAudit:
-    """Counts in runs of storage tiles; joinids may have gaps, so places are looked up."""
+    """Audit the counts by storage tiles; joinids may have gaps, so positions are looked up."""
     audit, cells = _audit(obs[name], ids), obs["soma_joinid"].to_numpy()
     lut = np.full(store.shape[1], -1, np.int32)
     lut[genes] = np.arange(len(genes))
@@ -181,7 +181,7 @@ def _soma_counts(store: Any, obs: pd.DataFrame, ids: pd.Series, name: str, genes
         block = cells[start : start + store.tile]
         rows = store.read_ragged(block, lut)
         at = start + np.repeat(np.arange(len(block)), np.diff(rows.indptr))
-        audit.add(Entries(at, np.asarray(rows.genes, np.int64), rows.counts))
+        audit.add(CountEntries(at, np.asarray(rows.genes, np.int64), rows.counts))
     return audit
 
 
@@ -218,7 +218,7 @@ def _finish(found: Examined, audit: CountAudit) -> None:
     found.findings += audit.findings([])
 
 
-def _said(problem: Exception, remedy: str) -> Any:
+def _finding(problem: Exception, remedy: str) -> Finding:
     text = " ".join(shown(line.strip(" -"), 1000) for line in str(problem).splitlines())
     what, _, own = text.rpartition("; ")  # errors of ours end with their remedy
     return error(what, own) if what else error(text, remedy)

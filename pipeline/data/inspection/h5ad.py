@@ -1,4 +1,4 @@
-"""What an `.h5ad` file holds and what is wrong with it; each part is looked at even if another is broken."""
+"""Inspects an untrusted `.h5ad` file; each part is inspected even if another is broken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ import pandas as pd
 from pipeline.data.findings import Examined, Finding, error
 from pipeline.data.inspection.columns import obs_profile, var_profile
 from pipeline.data.safety.count_matrix import CountMatrix, find_matrix, pieces
-from pipeline.data.safety.h5ad_structure import _AGAIN, DAMAGE, _damaged, _matrix_place, _var_place, structure_problems
+from pipeline.data.safety.h5ad_structure import (
+    DAMAGE,
+    SAVE_AGAIN,
+    damage,
+    matrix_path,
+    structure_problems,
+    var_path,
+)
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.validation.counts import CountAudit, value_faults
 from pipeline.data.validation.names import (
@@ -27,34 +34,32 @@ from pipeline.data.validation.names import (
 )
 from scldm.text import shown
 
-"""What reading a damaged file raises in h5py, anndata, pandas and numpy."""
-
 
 def examine_h5ad(
     path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool, profile: bool = False
 ) -> Examined:
-    """Everything about one file.
+    """Inspect one file.
 
     Args:
-        labels: obs columns that must be usable labels.
+        labels: obs columns that must be usable as labels.
         layer: As `ingest.source.layer`.
         gene_id: As `ingest.source.gene_id`.
-        counts: Read the values too.
-        profile: Say what every column is like, and where else whole numbers are.
+        counts: Whether to read the values.
+        profile: Whether to describe every column, and list the places that hold whole numbers.
     """
     found = Examined(str(path), "h5ad")
     found.findings += open_problems(path)
     if found.errors:
         return found
     try:
-        _look_inside(found, path, labels=labels, layer=layer, gene_id=gene_id, counts=counts, profile=profile)
+        _inspect(found, path, labels=labels, layer=layer, gene_id=gene_id, counts=counts, profile=profile)
     except DAMAGE as problem:
-        if not found.errors:  # else it follows from what is reported
-            found.findings.append(_damaged(problem))
+        if not found.errors:  # else it follows from a reported one
+            found.findings.append(damage(problem))
     return found
 
 
-def _look_inside(
+def _inspect(
     found: Examined, path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool,
     profile: bool,
 ) -> None:  # fmt: skip
@@ -67,9 +72,9 @@ def _look_inside(
         found.findings += unsound
         if not {"obs", "var"} <= set(file):
             return
-        obs, var = _frame(file, "obs", found), _frame(file, _var_place(file, layer), found)
+        obs, var = _frame(file, "obs", found), _frame(file, var_path(file, layer), found)
         _names(found, obs, var, labels, gene_id)
-        place = _matrix_place(file, layer)
+        place = matrix_path(file, layer)
         places = [p for p in _places(file) if p != f"layer: {layer or 'null'}"]
         if profile:
             found.facts["profile"] = {"obs": {} if obs is None else obs_profile(obs), "places": _places(file)}
@@ -86,10 +91,8 @@ def _look_inside(
 
 
 # ---- obs and var -------------------------------------------------------------------------------------------------
-
-
 def _frame(file: h5py.File, place: str, found: Examined) -> pd.DataFrame | None:
-    """A table; None after saying why it cannot be read."""
+    """Read a table; return None after adding a finding if it cannot be read."""
     try:
         node = file[place]
         if isinstance(node, h5py.Group):
@@ -103,9 +106,9 @@ def _frame(file: h5py.File, place: str, found: Examined) -> pd.DataFrame | None:
             codes = columns[name].astype(int)
             columns[name] = pd.Categorical.from_codes(codes, categories=list(classes))
         return pd.DataFrame(columns).set_index(rows.dtype.names[0])
-    except Exception as problem:  # any: a stranger's file in a foreign reader
+    except Exception as problem:  # any: an untrusted file in another library's reader
         line = (str(problem).splitlines() or [""])[0][:160]
-        found.findings.append(error(f"{place} cannot be read ({type(problem).__name__}: {shown(line)})", _AGAIN))
+        found.findings.append(error(f"{place} cannot be read ({type(problem).__name__}: {shown(line)})", SAVE_AGAIN))
         return None
 
 
@@ -161,7 +164,7 @@ def _elsewhere(places: list[str]) -> str:
 
 
 def _places(file: h5py.File) -> list[str]:
-    """Places whose first values are whole numbers, as config text."""
+    """Return places whose first values are whole numbers, as config text."""
     layers = {str(k): f"layers/{k}" for k in file["layers"]} if isinstance(file.get("layers"), h5py.Group) else {}
     candidates = {"null": "X", "raw": "raw/X" if "raw/X" in file else "raw.X", **layers}
     return [f"layer: {name}" for name, place in candidates.items() if place in file and _whole(file[place], place)]

@@ -19,15 +19,20 @@ Answer = Callable[[Any], Any]
 
 
 def ask(question: dict[str, Any], memory_gib: float, child: str = _CHILD) -> Any:
-    """What a child process answers; its code ends in `serve`.
+    """Send a question to a child process and return its answer.
+
+    Args:
+        question: Fields of `Question`.
+        memory_gib: Memory limit of the child.
+        child: Python code of the child, which ends in a call of `serve`.
 
     Raises:
-        InputError: the child was killed, by the file or by the limit on its memory.
+        InputError: the child was killed, by the file or by the memory limit.
     """
     with tempfile.TemporaryDirectory(prefix="scldm-") as folder:
         out = Path(folder) / "answers.json"
         order = json.dumps({"question": question, "out": str(out), "memory": int(memory_gib * 2**30)})
-        # The same code in the child, wherever the parent was started.
+        # The child imports the code of the parent, wherever that was started.
         path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         done = subprocess.run([sys.executable, "-c", child], input=order, text=True, stderr=subprocess.PIPE,
                               env={**os.environ, "PYTHONPATH": path}, check=False)  # fmt: skip
@@ -42,19 +47,19 @@ def ask(question: dict[str, Any], memory_gib: float, child: str = _CHILD) -> Any
 
 
 def child() -> None:
-    """The child of validate-data."""
-    from pipeline.data.inspection.examine import examine  # before the limit: libraries are mapped, not data
+    """Run the child of validate-data."""
+    from pipeline.data.inspection.examine import examine  # before the limit, which is for data, not for libraries
 
     serve(lambda question: [{**found.to_json(), "text": found.text()} for found in examine(question)])
 
 
 def serve(answer: Answer) -> None:
-    """Read a question from stdin, write the answer as JSON to the file that it names."""
+    """Read a question from stdin, and write the answer as JSON to the file that it names."""
     order = json.loads(sys.stdin.read())
     from pipeline.data.inspection.examine import Question
 
     if "://" not in order["question"]["uri"]:
-        # Private memory, without the libraries' mapped files.
+        # Limits private memory, not the mapped files of libraries.
         resource.setrlimit(resource.RLIMIT_DATA, (order["memory"], order["memory"]))
     question = Question(**{**order["question"], "labels": tuple(order["question"].get("labels", ()))})
     Path(order["out"]).write_text(json.dumps(answer(question)))

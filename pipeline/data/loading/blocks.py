@@ -1,13 +1,12 @@
-"""Where a block of cells is read from: counts in SOMA, or latents in Arrow IPC shards.
+"""Sources of blocks of cells: counts in SOMA, or latents in Arrow IPC shards.
 
 Convention: a source is plain data. What every read needs (`reader`) is kept apart from what one read needs (`rows`), so
 that a Ray task carries its own few hundred kilobytes and the reader is shared. A table has one row per cell, in the
-order of the ids that were asked for.
+order of the requested ids.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,15 +16,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.loading.arrow_shards import ArrowShards
 from scldm.errors import InputError
 
 LABEL = "label:"
 RECORD_BATCH_ROWS = 2048
-MOST_OPEN_FILES = 64
 
 
 class NoRoom(RuntimeError):
-    """Ray's object store and the disk behind it have no room for a block. It may be there at the next try."""
+    """Neither Ray's object store nor the disk behind it has space for a block; the next attempt may succeed."""
 
 
 class Reader(Protocol):
@@ -36,7 +35,7 @@ class Reader(Protocol):
 
     @property
     def row_bytes(self) -> int:
-        """About how much memory a cell takes."""
+        """Return the approximate memory of a cell."""
 
     def read(self, rows: Any) -> pa.Table: ...
 
@@ -48,7 +47,7 @@ class BlockSource(Protocol):
     def ids(self) -> np.ndarray: ...  # sorted, unique, int64
 
     @property
-    def tile(self) -> int: ...  # ids of one storage unit share id // tile
+    def tile(self) -> int: ...  # ids of one storage tile share id // tile
 
     @property
     def reader(self) -> Reader: ...
@@ -58,9 +57,23 @@ class BlockSource(Protocol):
     def read(self, ids: np.ndarray) -> pa.Table: ...
 
 
+def positions(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the position of each wanted id in sorted `ids`.
+
+    Raises:
+        ValueError: an id is not among them.
+    """
+    at = np.searchsorted(ids, wanted)
+    if len(wanted) and (at.max() >= len(ids) or (ids[at] != wanted).any()):
+        raise ValueError("some ids are not among the cells of this source")
+    return at
+
+
 # ---- counts ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SomaReader:
+    """Reads counts over the vocabulary from a SOMA experiment."""
+
     uri: str
     tiledb_config: Mapping[str, Any]
     measurement: str
@@ -69,7 +82,7 @@ class SomaReader:
     labels: tuple[str, ...]
     count_type: Literal["uint16", "float32"]
     genes_per_cell: int = 2000  # for memory estimates
-    seen_at: int = 0  # when the experiment was known to be there, in milliseconds since 1970
+    seen_at: int = 0  # when the experiment was known to exist, in milliseconds since 1970
 
     @property
     def gene_type(self) -> pa.DataType:
@@ -115,7 +128,9 @@ class SomaReader:
 
 @dataclass(frozen=True)
 class SomaRows:
-    ids: np.ndarray  # int64, in the order wanted
+    """Rows of one read."""
+
+    ids: np.ndarray  # soma_joinids in the requested order, int64
     codes: Mapping[str, np.ndarray]  # label -> class ids, int32
 
 
@@ -127,14 +142,12 @@ class SomaBlocks:
     """
 
     ids: np.ndarray
-    codes: Mapping[str, np.ndarray]  # label -> int32, beside ids
+    codes: Mapping[str, np.ndarray]  # label -> int32, one per id
     tile: int
     reader: SomaReader
 
     def rows(self, ids: np.ndarray) -> SomaRows:
-        at = np.searchsorted(self.ids, ids)
-        if len(ids) and (at.max() >= len(self.ids) or (self.ids[at] != ids).any()):
-            raise ValueError("some ids are not among the cells of this source")
+        at = positions(self.ids, ids)
         return SomaRows(np.ascontiguousarray(ids, np.int64), {k: v[at] for k, v in self.codes.items()})
 
     def read(self, ids: np.ndarray) -> pa.Table:
@@ -144,36 +157,28 @@ class SomaBlocks:
 # ---- latents -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class IpcReader:
+    """Reads rows of Arrow IPC shards by position."""
+
     folder: str
     files: tuple[tuple[str, int], ...]  # name and number of rows of each shard
     batch_rows: int
 
     @cached_property
-    def starts(self) -> np.ndarray:
-        """Position of the first row of each shard, and behind the last."""
-        return np.concatenate([[0], np.cumsum([rows for _, rows in self.files], dtype=np.int64)])
+    def shards(self) -> ArrowShards:
+        remedy = "delete the folder of this encode and run it again"
+        return ArrowShards(self.folder, self.files, self.batch_rows, "latent", remedy)
 
-    @cached_property
+    @property
     def schema(self) -> pa.Schema:
-        return _open_ipc(str(Path(self.folder) / self.files[0][0])).schema
+        return self.shards.schema
 
     @cached_property
     def row_bytes(self) -> int:
         total = sum((Path(self.folder) / name).stat().st_size for name, _ in self.files)
-        return max(1, total // max(1, int(self.starts[-1])))
+        return max(1, total // max(1, int(self.shards.starts[-1])))
 
     def read(self, rows: np.ndarray) -> pa.Table:
-        unique, inverse = np.unique(rows, return_inverse=True)
-        shard = np.asarray(np.searchsorted(self.starts, unique, side="right")) - 1
-        local = unique - self.starts[shard]
-        batch = local // self.batch_rows
-        cuts = np.flatnonzero((np.diff(shard) != 0) | (np.diff(batch) != 0)) + 1
-        parts = []
-        for start, stop in zip(np.r_[0, cuts], np.r_[cuts, len(unique)], strict=True):
-            k, b = int(shard[start]), int(batch[start])
-            found = _open_ipc(str(Path(self.folder) / self.files[k][0])).get_batch(b)
-            parts.append(found.take(pa.array(local[start:stop] - b * self.batch_rows)))
-        return pa.Table.from_batches(parts).take(pa.array(inverse)).combine_chunks()
+        return pa.Table.from_arrays(self.shards.read(rows, self.schema), schema=self.schema)
 
 
 @dataclass(frozen=True)
@@ -201,20 +206,3 @@ class IpcBlocks:
 
     def read(self, ids: np.ndarray) -> pa.Table:
         return self.reader.read(self.rows(ids))
-
-
-_FILES: OrderedDict[str, Any] = OrderedDict()
-
-
-def _open_ipc(path: str) -> Any:
-    """Memory-mapped shard; per process, the last ones used stay open."""
-    if path not in _FILES:
-        if not Path(path).is_file():
-            raise InputError(
-                f"{path} is missing: the latent cache is not whole; delete its folder and run encode again"
-            )
-        _FILES[path] = pa.ipc.open_file(pa.memory_map(path))
-        if len(_FILES) > MOST_OPEN_FILES:
-            _FILES.popitem(last=False)
-    _FILES.move_to_end(path)
-    return _FILES[path]

@@ -1,4 +1,4 @@
-"""From Arrow tables of cells to tensors; no copy where the types agree.
+"""Collates Arrow tables of cells into tensors, without a copy where the types agree.
 
 Shape letters: b cells, m latent tokens, e latent width.
 """
@@ -20,7 +20,7 @@ from scldm.data.batch import CellBatch
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Latents of b cells, from the cache."""
+    """Latents of b cells, from the latent cache."""
 
     latents: Tensor  # (b, m, e) float32
     log_library_size: Tensor  # (b,) float32
@@ -44,41 +44,49 @@ class LatentBatch:
 def to_cell_batch(
     table: pa.Table, label_names: Sequence[str], *, max_genes: int | None = None, seed: int = 0
 ) -> CellBatch:
-    """A batch of counts.
+    """Collate a table of counts.
 
     Args:
-        table: soma_joinid, gene, count, `label:<name>`, library_size; weight, or 1 for all.
-        max_genes: Keep at most so many expressed genes of a cell, a function of (seed, joinid); library_size stays that
-            of the whole cell.
+        table: Columns soma_joinid, gene, count, `label:<name>`, library_size; weight, or 1 for all.
+        max_genes: See `subsample_genes`.
     """
     genes, counts = _column(table, "gene"), _column(table, "count")
     offsets = genes.offsets.to_numpy().astype(np.int64)
-    gene_ids, values = genes.flatten().to_numpy(), counts.flatten().to_numpy()
     offsets -= offsets[0]  # a slice's offsets start where the slice does
-    joinids = _column(table, "soma_joinid").to_numpy()
-    if max_genes is not None and len(offsets) > 1 and np.diff(offsets).max() > max_genes:
-        keep = _sampled(offsets, joinids, max_genes, seed)
-        offsets = np.concatenate([[0], np.cumsum(np.minimum(np.diff(offsets), max_genes))])
-        gene_ids, values = gene_ids[keep], values[keep]
-    return CellBatch(
+    batch = CellBatch(
         offsets=torch.from_numpy(offsets),
-        gene_ids=torch.from_numpy(gene_ids.astype(np.int64)),
-        counts=torch.from_numpy(values.astype(np.float32)),
+        gene_ids=torch.from_numpy(genes.flatten().to_numpy().astype(np.int64)),
+        counts=torch.from_numpy(counts.flatten().to_numpy().astype(np.float32)),
         library_size=_float(table, "library_size"),
         conditions=_conditions(table, label_names),
-        joinids=torch.from_numpy(joinids.copy()),
+        joinids=torch.from_numpy(_column(table, "soma_joinid").to_numpy().copy()),
         weight=_weight(table),
     )
+    return batch if max_genes is None else subsample_genes(batch, max_genes, seed=seed)
+
+
+def subsample_genes(batch: CellBatch, max_genes: int, *, seed: int) -> CellBatch:
+    """Keep at most `max_genes` expressed genes of a cell, a function of (seed, joinid).
+
+    library_size stays that of the whole cell. The batch must be on the CPU.
+    """
+    offsets, joinids = batch.offsets.numpy(), batch.joinids.numpy()
+    lengths = np.diff(offsets)
+    if lengths.max(initial=0) <= max_genes:
+        return batch
+    keep = torch.from_numpy(_sampled_entries(offsets, joinids, max_genes, seed))
+    kept = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_genes))])
+    return replace(batch, offsets=torch.from_numpy(kept), gene_ids=batch.gene_ids[keep], counts=batch.counts[keep])
 
 
 def measured_group(table: pa.Table) -> Tensor:
-    """For each cell the row of `Ingested.measured` that says which genes it measured, (b,) int64."""
+    """Return for each cell the row of `IngestedDataset.measured` with the genes that it measured, (b,) int64."""
     return torch.from_numpy(_column(table, LABEL + GROUP).to_numpy().astype(np.int64))
 
 
 @dataclass(frozen=True)
 class PaddedCells:
-    """Expressed genes of b cells, padded to the longest of them with gene 0 and count 0."""
+    """Expressed genes of b cells, padded to the cell with the most, with gene 0 and count 0."""
 
     gene_ids: Tensor  # (b, s) int64
     counts: Tensor  # (b, s) float32
@@ -86,9 +94,9 @@ class PaddedCells:
 
 
 def padded(cells: CellBatch) -> PaddedCells:
-    """Pad on the device that the cells are on: what travels to it is ragged."""
+    """Pad on the device that holds the cells: the ragged form is copied to it."""
     longest = int(cells.lengths.max())
-    pad = torch.ops.aten._jagged_to_padded_dense_forward  # what torch.nested calls; that way costs half as much again
+    pad = torch.ops.aten._jagged_to_padded_dense_forward  # called by torch.nested, which takes 1.5 times as long
     return PaddedCells(
         pad(cells.gene_ids, [cells.offsets], [longest], 0),
         pad(cells.counts, [cells.offsets], [longest], 0.0),
@@ -97,10 +105,10 @@ def padded(cells: CellBatch) -> PaddedCells:
 
 
 def to_latent_batch(table: pa.Table, label_names: Sequence[str], *, shape: tuple[int, int]) -> LatentBatch:
-    """A batch of latents.
+    """Collate a table of latents.
 
     Args:
-        table: soma_joinid, latent, `label:<name>`, log_library_size; weight, or 1 for all.
+        table: Columns soma_joinid, latent, `label:<name>`, log_library_size; weight, or 1 for all.
         shape: (m, e).
     """
     values = _column(table, "latent").flatten().to_numpy()
@@ -113,8 +121,8 @@ def to_latent_batch(table: pa.Table, label_names: Sequence[str], *, shape: tuple
     )
 
 
-def _sampled(offsets: np.ndarray, joinids: np.ndarray, max_genes: int, seed: int) -> np.ndarray:
-    """Entries to keep."""
+def _sampled_entries(offsets: np.ndarray, joinids: np.ndarray, max_genes: int, seed: int) -> np.ndarray:
+    """Return the positions of the entries to keep."""
     kept = []
     for start, stop, joinid in zip(offsets[:-1], offsets[1:], joinids, strict=True):
         if stop - start <= max_genes:

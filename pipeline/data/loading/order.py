@@ -1,10 +1,11 @@
-"""The order in which cells are seen: a pure function of (seed, epoch), whatever the number of workers.
+"""The order in which cells are seen: a pure function of (seed, epoch), for any number of workers.
 
 The ids of the n eligible cells are cut into *chunks* on the storage tile grid. An epoch permutes the chunks and
-concatenates them. A *round* takes `lanes * block_rows` rows of that, cut into one *block* per lane; the last round
-takes what is left. The rows of a block are permuted. Global batch k of a round is rows [k q, (k + 1) q) of every lane,
-with q = batch_size / lanes. Worker r of W reads lanes r, r + W, …, so the sequence of global batches never depends on
-W. The last batch of an epoch is filled with repeats of weight 0; every cell has weight 1 exactly once per epoch.
+concatenates them. *Lanes* are parallel streams of blocks: a *round* takes `lanes * block_rows` rows of the epoch and
+cuts them into one *block* per lane; the last round takes what is left. The rows of a block are permuted. Global batch
+k of a round is rows [k q, (k + 1) q) of every lane, with q = batch_size / lanes. Worker r of W reads lanes r, r + W, …,
+so the sequence of global batches never depends on W. The last batch of an epoch is filled with repeats of weight 0;
+every cell has weight 1 exactly once per epoch.
 
 Mixing. With L lanes of K chunks a block, a batch of G cells is G / L random rows of each of L blocks, which hold a
 simple random sample of L K of all chunks. So for a label of frequency p with correlation rho <= 1 inside a chunk,
@@ -27,22 +28,22 @@ EPOCHS_KEPT = 2
 
 @dataclass(frozen=True)
 class Position:
-    """Where a global batch is."""
+    """Place of a global batch."""
 
     epoch: int
     round: int
-    batch: int  # in the round
+    batch: int  # number in the round
 
 
 @dataclass(frozen=True)
 class FeedOrder:
-    """The sequence of global batches over `ids`; all of it follows from these fields."""
+    """The sequence of global batches over `ids`; it follows from these fields alone."""
 
     ids: np.ndarray  # sorted, unique, int64
     tile: int  # rows of a storage tile
     seed: int
     batch_size: int
-    lanes: int
+    lanes: int  # parallel streams of blocks; a multiple of the number of workers
     block_rows: int
     _epochs: OrderedDict = field(default_factory=OrderedDict, repr=False, compare=False)
 
@@ -68,7 +69,7 @@ class FeedOrder:
 
     @property
     def rows_per_lane(self) -> int:
-        """q: rows that a lane gives to every global batch."""
+        """Return q, the number of rows that a lane contributes to every global batch."""
         return self.batch_size // self.lanes
 
     @property
@@ -84,7 +85,7 @@ class FeedOrder:
         return -(-self.n_steps_per_epoch // self.steps_per_round)
 
     def lanes_of(self, rank: int, world_size: int) -> list[int]:
-        """The lanes that a worker reads."""
+        """Return the lanes that a worker reads."""
         if self.lanes % world_size:
             raise InputError(
                 f"feed.lanes ({self.lanes}) must be a multiple of the number of workers ({world_size}), so that each "
@@ -95,6 +96,7 @@ class FeedOrder:
 
     # ---- position ------------------------------------------------------------------------------------------------
     def locate(self, step: int) -> Position:
+        """Return the place of the global batch of a step; steps count from 0 over all epochs."""
         epoch, k = divmod(step, self.n_steps_per_epoch)
         round_, batch = divmod(k, self.steps_per_round)
         return Position(epoch, round_, batch)
@@ -103,16 +105,16 @@ class FeedOrder:
         return min(self.steps_per_round, self.n_steps_per_epoch - round_ * self.steps_per_round)
 
     def real_cells(self, step: int) -> int:
-        """Cells of weight 1 in a global batch."""
+        """Return the number of cells of weight 1 in a global batch."""
         k = step % self.n_steps_per_epoch
         return min(self.batch_size, self.n_cells - k * self.batch_size)
 
     # ---- rows ----------------------------------------------------------------------------------------------------
     def block(self, epoch: int, round_: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and weights (float32) of a lane's rows in a round, in the order in which they are seen.
+        """Return ids and weights (float32) of a lane's rows in a round, in the order in which they are seen.
 
-        A full round gives each lane the same number of rows. In the last round the rows that are left are dealt evenly,
-        and each lane is filled up with repeats of its own rows, which land in the last batch.
+        A full round gives each lane the same number of rows. In the last round the remaining rows are distributed
+        evenly, and each lane is filled up with repeats of its own rows, which fall into the last batch.
         """
         start = round_ * self.steps_per_round * self.batch_size
         stop = min(start + self.steps_per_round * self.batch_size, self.n_cells)
@@ -128,7 +130,7 @@ class FeedOrder:
         return rows, weights
 
     def _rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Ids at positions [start, stop) of an epoch's concatenated chunks, without building the concatenation."""
+        """Return ids at positions [start, stop) of an epoch's concatenated chunks, without concatenating them."""
         chunks, ends = self._epoch(epoch)
         first, last = np.searchsorted(ends, [start, max(start, stop - 1)], side="right")
         parts = []
@@ -139,7 +141,7 @@ class FeedOrder:
         return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Chunks in the order of an epoch, and the position behind each."""
+        """Return the chunks in the order of an epoch, and the position after each."""
         if epoch not in self._epochs:
             order = self._rng(epoch, 0, 0).permutation(len(self._chunks))
             sizes = np.diff(self._chunks, axis=1)[:, 0]
@@ -150,11 +152,11 @@ class FeedOrder:
 
     @cached_property
     def _chunks(self) -> np.ndarray:
-        """(n_chunks, 2) start and stop in `ids` of the cells of each storage tile."""
+        """Start and stop in `ids` of the cells of each storage tile, (n_chunks, 2)."""
         edges = np.flatnonzero(np.diff(self.ids // self.tile)) + 1
         return np.stack([np.r_[0, edges], np.r_[edges, self.n_cells]], axis=1)
 
     def _rng(self, epoch: int, *stream: int) -> np.random.Generator:
-        """Counter-based: the high words of the counter name the stream, so that streams never meet."""
+        """Return a counter-based generator: the high words of the counter name the stream, so streams never overlap."""
         counter = np.array([0, 0, *reversed(stream)], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64), counter=counter))

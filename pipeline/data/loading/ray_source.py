@@ -1,7 +1,7 @@
-"""Blocks of cells through Ray Data: one read task per block, one block per task, in the order given.
+"""Reads blocks of cells with Ray Data: one read task per block, one block per task, in the given order.
 
-The order is ours, not Ray's (`order.py`), so nothing is shuffled, cut or merged here: `preserve_order`, as many output
-blocks as tasks, no block-size limit. A failed read is tried again; the same ids give the same table.
+The order comes from `order.py`, not from Ray, so nothing is shuffled, cut or merged here: `preserve_order`, as many
+output blocks as tasks, no block-size limit. A failed read is tried again; the same ids give the same table.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from pipeline.data.loading.blocks import BlockSource, NoRoom
 
-READ_CPUS = 0.0  # CPU slots of a read: on a machine whose slots are all held by training workers, reads must go on
-READS_AT_ONCE = 2  # per dataset; bounds reads where slots do not. A block is ~100 MB at Census scale
+READ_CPUS = 0.0  # CPU slots of a read: reads must proceed on a machine whose slots are all held by training workers
+PARALLEL_READS = 2  # per dataset; limits reads that take no slots. A block is ~100 MB at Census scale
 RETRIED = ["S3", "timed out", "timeout", "Connection", "SlowDown", "TileDBError", "curl"]
 
 
@@ -32,12 +32,12 @@ def _read_block(reader: ray.ObjectRef, rows: Any) -> list[pa.Table]:
 
 
 class BlocksDatasource(Datasource):
-    """Blocks of a source, given by the ids of their rows."""
+    """Reads blocks of a source, each given by the ids of its rows."""
 
     def __init__(self, source: BlockSource, blocks: Sequence[np.ndarray]) -> None:
         super().__init__()
         self._n_bytes = sum(map(len, blocks)) * source.reader.row_bytes
-        reader = ray.put(source.reader)  # once, not in every task
+        reader = ray.put(source.reader)  # stored once, not in every task
         self._tasks = [self._task(source, reader, ids) for ids in blocks]
 
     @staticmethod
@@ -57,7 +57,7 @@ class BlocksDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        # Called twice or more for one execution: must be pure.
+        # Ray calls this more than once per execution, so it must be pure.
         return [
             ReadTask(read, metadata, schema=schema, per_task_row_limit=per_task_row_limit)
             for read, metadata, schema in self._tasks
@@ -65,42 +65,46 @@ class BlocksDatasource(Datasource):
 
 
 def blocks_dataset(
-    source: BlockSource, blocks: Sequence[np.ndarray], *, read_cpus: float = READ_CPUS, concurrency: int = READS_AT_ONCE
+    source: BlockSource,
+    blocks: Sequence[np.ndarray],
+    *,
+    read_cpus: float = READ_CPUS,
+    concurrency: int = PARALLEL_READS,
 ) -> ray.data.Dataset:
-    """A dataset with one block per array of ids, in that order.
+    """Return a dataset with one block per array of ids, in that order.
 
     Args:
         read_cpus: CPU slots that a read takes.
-        concurrency: Most reads at once.
+        concurrency: Maximum number of simultaneous reads.
     """
     if not blocks:
         raise ValueError("no blocks to read")
     with DataContext.current(_context()):
         return ray.data.read_datasource(
             BlocksDatasource(source, blocks),
-            override_num_blocks=len(blocks),  # another number makes Ray cut every block in pieces
+            override_num_blocks=len(blocks),  # with another number Ray cuts every block
             num_cpus=read_cpus,
             concurrency=concurrency,
         )
 
 
 def storage_blocks(source: BlockSource, block_rows: int) -> list[np.ndarray]:
-    """All ids of a source in storage order, cut near every `block_rows` at storage tiles."""
+    """Return all ids of a source in storage order, cut at storage tiles near every `block_rows`."""
     tiles = max(1, block_rows // source.tile)
     group = source.ids // (source.tile * tiles)
     return np.split(source.ids, np.flatnonzero(np.diff(group)) + 1)
 
 
 def iterate_blocks(source: BlockSource, blocks: Sequence[np.ndarray], *, read_cpus: float) -> Iterator[pa.Table]:
-    """Tables of the blocks in order; read ahead by Ray as far as its object store allows."""
-    with room_is_explained(source, blocks):
+    """Yield the tables of blocks in order; Ray reads ahead as far as its object store allows."""
+    with explain_full_store(source, blocks):
         dataset = blocks_dataset(source, blocks, read_cpus=read_cpus)
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 @contextmanager
-def room_is_explained(source: BlockSource, blocks: Sequence[np.ndarray]) -> Iterator[None]:
-    """Ray's error for want of room inside becomes one that says what a block takes and what mends it.
+def explain_full_store(source: BlockSource, blocks: Sequence[np.ndarray]) -> Iterator[None]:
+    """Replace Ray's error about a full object store by one that names the size of a block and the remedies.
 
     Raises:
         NoRoom: from Ray's error.
@@ -112,23 +116,23 @@ def room_is_explained(source: BlockSource, blocks: Sequence[np.ndarray]) -> Iter
         remedies = []
         if rows // 2 >= source.tile:
             smaller = f"set train.feed.block_rows={rows // 2}"
-            remedies.append(f"{smaller}, which changes the order of the cells and so begins a new run")
+            remedies.append(f"{smaller}, which changes the order of the cells and so starts a new run")
         remedies += [
             "use fewer workers (resources.workers)",
-            "a cluster whose nodes have more room (ray start --object-store-memory=BYTES "
+            "use a cluster whose nodes have more memory and disk (ray start --object-store-memory=BYTES "
             "--object-spilling-directory=FOLDER, then RAY_ADDRESS)",
         ]
         size = rows * source.reader.row_bytes / 1e6
         raise NoRoom(
-            f"a block of cells, up to {rows} of them or {size:.1f} MB, finds no room in Ray's object store nor on the "
-            f"disk behind it, and each worker has several on the way; {', or '.join(remedies)}"
+            f"a block of up to {rows} cells ({size:.1f} MB) fits neither into Ray's object store nor on the disk "
+            f"behind it, and each worker reads several at a time; {', or '.join(remedies)}"
         ) from error
 
 
 def _context() -> DataContext:
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    context.target_max_block_size = None  # what a task returns stays one block, however large
+    context.target_max_block_size = None  # the output of a task stays one block, however large
     context.retried_map_errors = RETRIED
     context.max_map_retries = 3
     context.enable_progress_bars = False

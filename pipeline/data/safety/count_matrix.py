@@ -1,7 +1,7 @@
-"""A matrix of counts in HDF5, read raw and in pieces: sparse by rows or by columns, or dense.
+"""Reads a count matrix of an untrusted HDF5 file in pieces: sparse by rows or by columns, or dense.
 
-Nothing that a file says of itself is believed: pointers, lengths and indices are checked before they are used, since
-compiled code that trusts them reads outside its memory. A piece is `Entries`: the place and value of stored entries.
+Nothing that a file declares is trusted: pointers, lengths and indices are checked before they are used, since compiled
+code that trusts them reads outside its memory. A piece is `CountEntries`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,17 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Finding, error, warning
 
 PIECE = 1 << 21  # values at a time
-MOST_CELLS, MOST_GENES = 1 << 31, 1 << 20
-_MEND = "save it again from a sound copy (scipy's sort_indices() and sum_duplicates() mend order and repeats)"
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Stored values with their cell and gene, each (n,)."""
-
-    cells: np.ndarray
-    genes: np.ndarray
-    values: np.ndarray
+MAX_CELLS, MAX_GENES = 1 << 31, 1 << 20
+_FIX = "save it again from an intact copy (scipy's sort_indices() and sum_duplicates() fix order and repeats)"
 
 
 @dataclass(frozen=True)
 class CountMatrix:
-    """Where a matrix is and how it is laid out."""
+    """A matrix in a file and its layout."""
 
     node: Any  # h5py group or dataset
     kind: str  # csr, csc or dense
@@ -39,7 +31,7 @@ class CountMatrix:
 
 
 def find_matrix(node: Any, name: str) -> CountMatrix | Finding:
-    """What a group or dataset says of itself; a Finding if that cannot be a matrix."""
+    """Read the layout of a group or dataset; return a Finding if it cannot be a count matrix."""
     if isinstance(node, h5py.Dataset):
         if len(node.shape or ()) != 2 or node.dtype.kind not in "iufb":
             return error(
@@ -56,7 +48,7 @@ def find_matrix(node: Any, name: str) -> CountMatrix | Finding:
             f"{name} has encoding {encoding!r} and shape {tuple(shape)}", "known are csr_matrix, csc_matrix, array"
         )
     if bad := [p for p, d in parts.items() if not isinstance(d, h5py.Dataset) or d.ndim != 1]:
-        return error(f"{name} has no usable {', '.join(bad)}", "save it again from a sound copy")
+        return error(f"{name} has no usable {', '.join(bad)}", "save it again from an intact copy")
     if parts["data"].dtype.kind not in "iufb" or any(parts[p].dtype.kind not in "iu" for p in ("indices", "indptr")):
         kinds = ", ".join(f"{p} {d.dtype}" for p, d in parts.items())
         return error(f"{name} is of the wrong type ({kinds})", "data are numbers, indices and indptr whole numbers")
@@ -64,14 +56,14 @@ def find_matrix(node: Any, name: str) -> CountMatrix | Finding:
 
 
 def _sized(matrix: CountMatrix, name: str) -> CountMatrix | Finding:
-    if matrix.shape[0] > MOST_CELLS or matrix.shape[1] > MOST_GENES:
-        limits = f"{MOST_CELLS:,} x {MOST_GENES:,}"
+    if matrix.shape[0] > MAX_CELLS or matrix.shape[1] > MAX_GENES:
+        limits = f"{MAX_CELLS:,} x {MAX_GENES:,}"
         return error(f"{name} declares {matrix.shape[0]:,} x {matrix.shape[1]:,}", f"at most {limits} are read")
     return matrix
 
 
-def pieces(matrix: CountMatrix, findings: list[Finding], name: str = "X") -> Iterator[Entries]:
-    """All stored entries, in pieces of about PIECE values; adds to `findings` what is wrong with the layout."""
+def pieces(matrix: CountMatrix, findings: list[Finding], name: str = "X") -> Iterator[CountEntries]:
+    """Yield all stored entries in pieces of about PIECE values; problems with the layout are added to `findings`."""
     if matrix.kind == "dense":
         yield from _dense(matrix)
         return
@@ -83,34 +75,34 @@ def pieces(matrix: CountMatrix, findings: list[Finding], name: str = "X") -> Ite
 
 
 def layout_problems(matrix: CountMatrix, name: str) -> list[Finding]:
-    """What is wrong with the row or column pointers of a sparse matrix."""
+    """Return problems with the row or column pointers of a sparse matrix."""
     if matrix.kind == "dense":
         return []
     major = matrix.shape[0] if matrix.kind == "csr" else matrix.shape[1]
     n_data, n_indices, n_pointers = (len(matrix.node[part]) for part in ("data", "indices", "indptr"))
     if n_pointers != major + 1:
-        return [error(f"{name}/indptr has {n_pointers:,} entries, {major + 1:,} are right", _MEND)]
+        return [error(f"{name}/indptr has {n_pointers:,} entries, {major + 1:,} are right", _FIX)]
     pointers = matrix.node["indptr"][:].astype(np.int64)
     wrong = np.flatnonzero(np.diff(pointers) < 0)
     if pointers[0] == 0 and not len(wrong) and pointers[-1] == n_data == n_indices:
         return []
     return [error(
         f"{name}/indptr goes from {pointers[0]} to {pointers[-1]} with {len(wrong)} steps back, for {n_data:,} data "
-        f"and {n_indices:,} indices", _MEND, count=max(1, len(wrong)), first=wrong,
+        f"and {n_indices:,} indices", _FIX, count=max(1, len(wrong)), first=wrong,
     )]  # fmt: skip
 
 
-def _dense(matrix: CountMatrix) -> Iterator[Entries]:
+def _dense(matrix: CountMatrix) -> Iterator[CountEntries]:
     rows = max(1, PIECE // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], rows):
         block = matrix.node[start : start + rows]
         cells, genes = np.nonzero(block)
-        yield Entries(cells + start, genes, block[cells, genes])
+        yield CountEntries(cells + start, genes, block[cells, genes])
 
 
 def _compressed(
     matrix: CountMatrix, pointers: np.ndarray, minor: int, findings: list[Finding], name: str
-) -> Iterator[Entries]:
+) -> Iterator[CountEntries]:
     outside = unsorted = repeated = zeros = 0
     first_outside: list[str] = []
     last = (-1, -1)  # row and index of the entry before
@@ -128,9 +120,9 @@ def _compressed(
         zeros += int((values == 0).sum())
         last = int(majors[-1]), int(minors[-1])
         majors, minors, values = majors[good], minors[good], values[good]
-        yield Entries(majors, minors, values) if matrix.kind == "csr" else Entries(minors, majors, values)
+        yield CountEntries(*((majors, minors) if matrix.kind == "csr" else (minors, majors)), values)
     if outside:
-        findings.append(error(f"{outside:,} indices of {name} are outside its {minor:,}", _MEND, count=outside,
+        findings.append(error(f"{outside:,} indices of {name} are outside its {minor:,}", _FIX, count=outside,
                               first=first_outside))  # fmt: skip
     if repeated:
         findings.append(warning(f"{repeated:,} entries of {name} come twice in a row; they are added up",

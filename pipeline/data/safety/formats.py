@@ -1,6 +1,6 @@
-"""What a path holds that is no source of cells, and how its cells become one. Looked at by name; nothing is opened.
+"""Recognises formats that are not read as cells, by their names alone, and explains how to convert them.
 
-Zarr stores are not read: what unpacks an array is named by the store itself, and among the codecs is pickle.
+Zarr stores are not read: a store itself names the codec that unpacks an array, and pickle is among the codecs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _ENDINGS = {
 
 
 def other_format(path: Path) -> str | None:
-    """What a path is and what to do about it; None if there is nothing to say."""
+    """Return what a path is and how to convert it; None if it is not a known other format."""
     if path.is_dir():
         if any((path / name).is_file() for name in _ZARR):
-            return "a Zarr store, which is not read: anndata.read_zarr(path).write_h5ad(...) where you trust it"
+            return "a Zarr store, which is not read: anndata.read_zarr(path).write_h5ad(...) if you trust it"
         return None
-    return next((said for end, said in _ENDINGS.items() if path.name.lower().endswith(end)), None)
+    return next((text for end, text in _ENDINGS.items() if path.name.lower().endswith(end)), None)

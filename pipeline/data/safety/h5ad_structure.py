@@ -1,4 +1,4 @@
-"""Structure of an `.h5ad` file, checked before any reader follows what it says."""
+"""Checks the structure of an untrusted `.h5ad` file, before any reader follows what it declares."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from pipeline.data.safety.count_matrix import CountMatrix, find_matrix, layout_p
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from scldm.text import shown
 
-_AGAIN = "save it again from a sound copy"
+SAVE_AGAIN = "save it again from an intact copy"
+# Errors that h5py, anndata, pandas and numpy raise for a damaged file.
 DAMAGE = (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, UnicodeError,
           NotImplementedError, OverflowError, MemoryError)  # fmt: skip
 
 
 def structure_problems(path: Path, layer: str | None = None) -> list[Finding]:
-    """What must hold before a reader may open the file: it is safe, and shapes, pointers and lengths agree."""
+    """Return why a reader must not open the file: it is unsafe, or shapes, pointers and lengths disagree."""
     if found := open_problems(path):
         return found
     try:
         return _structure_problems(path, layer)
     except DAMAGE as problem:
-        return [_damaged(problem)]
+        return [damage(problem)]
 
 
 def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
@@ -37,7 +38,7 @@ def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
             holds = ", ".join(sorted(map(shown, file))[:6]) or "nothing"
             return [error(f"the file is HDF5 but not .h5ad: it has no {' and no '.join(absent)} (it holds {holds})",
                           "a Cell Ranger file is read with ingest.source: {type: 10x, …}")]  # fmt: skip
-        place, frames = _matrix_place(file, layer), ("obs", _var_place(file, layer))
+        place, frames = matrix_path(file, layer), ("obs", var_path(file, layer))
         problems = [f for name in frames if name in file for f in _frame_problems(file[name], name)]
         matrix = find_matrix(file[place], place) if place in file else None
         if matrix is None or isinstance(matrix, Finding):
@@ -47,20 +48,21 @@ def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
         return [*problems, *layout_problems(matrix, place)]
 
 
-def _damaged(problem: BaseException) -> Finding:
+def damage(problem: BaseException) -> Finding:
+    """Return a finding for an error of a reader."""
     lines = str(problem).splitlines() or ["no message"]
-    return error(f"the file is damaged: {shown(lines[0][:200])} ({type(problem).__name__})", _AGAIN)
+    return error(f"the file is damaged: {shown(lines[0][:200])} ({type(problem).__name__})", SAVE_AGAIN)
 
 
 def _frame_problems(node: Any, name: str) -> list[Finding]:
-    """Columns that are missing or of unequal lengths; the reader would say so less plainly."""
+    """Return columns that are missing or of unequal lengths; anndata's own message would be less clear."""
     if isinstance(node, h5py.Dataset):  # anndata before 0.7
         if node.dtype.names and node.ndim == 1:
             return []
-        return [error(f"{name} is an array of {node.dtype}", f"it must be a table; {_AGAIN}")]
+        return [error(f"{name} is an array of {node.dtype}", f"it must be a table; {SAVE_AGAIN}")]
     index = _index_of(node)
     if not isinstance(index, str) or not isinstance(node.get(index), h5py.Dataset) or node[index].ndim != 1:
-        return [error(f"{name} has no index of names (_index is {shown(index)!r})", _AGAIN)]
+        return [error(f"{name} has no index of names (_index is {shown(index)!r})", SAVE_AGAIN)]
     n, wrong = len(node[index]), []
     for key in node:
         column = node[key]
@@ -68,7 +70,7 @@ def _frame_problems(node: Any, name: str) -> list[Finding]:
         if isinstance(values, h5py.Dataset) and key != "__categories" and (values.shape or (0,))[0] != n:
             wrong.append(f"{key}: {(values.shape or (0,))[0]}")
     if wrong:
-        return [error(f"{len(wrong)} columns of {name} are not {n} long", _AGAIN, count=len(wrong), first=wrong)]
+        return [error(f"{len(wrong)} columns of {name} are not {n} long", SAVE_AGAIN, count=len(wrong), first=wrong)]
     return []
 
 
@@ -80,7 +82,7 @@ def _length_problems(file: h5py.File, frames: Sequence[str], matrix: CountMatrix
     if tuple(lengths) == matrix.shape:
         return []
     have, want = (" x ".join(f"{n:,}" for n in shape) for shape in (lengths, matrix.shape))
-    return [error(f"lengths differ: obs and var are for {have}, {place} is {want}", _AGAIN)]
+    return [error(f"lengths differ: obs and var are for {have}, {place} is {want}", SAVE_AGAIN)]
 
 
 def _index_of(node: h5py.Group) -> str:
@@ -88,11 +90,13 @@ def _index_of(node: h5py.Group) -> str:
     return index.decode() if isinstance(index, bytes) else index
 
 
-def _var_place(file: h5py.File, layer: str | None) -> str:
+def var_path(file: h5py.File, layer: str | None) -> str:
+    """Return the path of the genes that belong to a layer."""
     if layer != "raw":
         return "var"
     return "raw/var" if "raw" in file else "raw.var"
 
 
-def _matrix_place(file: h5py.File, layer: str | None) -> str:
+def matrix_path(file: h5py.File, layer: str | None) -> str:
+    """Return the path of a layer's counts; None is X, "raw" is adata.raw."""
     return {None: "X", "raw": "raw/X" if "raw" in file else "raw.X"}.get(layer, f"layers/{layer}")

@@ -1,8 +1,8 @@
-"""Is an HDF5 file of a stranger safe to open? Looked at before any reader follows what it says.
+"""Checks that an untrusted HDF5 file is safe to open, before any reader follows what it declares.
 
-Refused: links, external storage and virtual datasets that reach outside the file (they read any file that the reader
-may read), arrays that declare far more than the file holds, filters that are not installed (HDF5 would load a plug-in).
-Nothing is read here but structure; nothing in a file is ever unpickled.
+Refused: links, external storage and virtual datasets that reach outside the file (they can read any file that the user
+can read), arrays that declare far more than the file holds, filters that are not installed (HDF5 would load a plug-in).
+Only structure is read here; nothing in a file is ever unpickled.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import h5py
 from pipeline.data.findings import Finding, error, warning
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.hdf5_strings import text_problem
-from pipeline.data.safety.memory_limit import at_most_more
+from pipeline.data.safety.memory_limit import memory_limit
 
-MOST_OBJECTS = 100_000
-MOST_LEVELS = 16
-LARGEST_CHUNK = 1 << 30  # bytes; HDF5 takes a chunk into memory whole
+MAX_OBJECTS = 100_000
+MAX_LEVELS = 16
+LARGEST_CHUNK = 1 << 30  # bytes; HDF5 reads a chunk into memory whole
 LARGEST_TABLE = 8 << 30  # bytes of an array outside X, raw and layers: those are read whole
-ATTRIBUTES = 1 << 28  # bytes that those of an object may take
-BOMB = 1 << 28, 1200  # bytes declared, and per byte stored; gzip's own limit is about 1,030
+ATTRIBUTES = 1 << 28  # bytes of memory for the attributes of an object
+BOMB = 1 << 28, 1200  # declared bytes, and declared per stored byte; gzip reaches at most about 1,030
 COUNTS = ("X", "raw", "raw.X", "layers", "matrix")
 
 
 def open_problems(path: Path) -> list[Finding]:
-    """Why a path cannot be opened as HDF5 at all."""
+    """Return why a path cannot be opened as HDF5, if so."""
     if not path.exists():
         return [error("there is no such file", "check the path")]
     if path.is_dir():
@@ -37,9 +37,9 @@ def open_problems(path: Path) -> list[Finding]:
     if not h5py.is_hdf5(path):
         known = other_format(path)
         head = "empty" if not path.stat().st_size else "not an HDF5 file"
-        said = f"the file is {known.partition(': ')[0] if known else head}"
-        mend = ".h5ad files are written by adata.write_h5ad(); copy or download it again"
-        return [error(said, known.partition(": ")[2] if known else mend)]
+        message = f"the file is {known.partition(': ')[0] if known else head}"
+        fix = ".h5ad files are written by adata.write_h5ad(); copy or download it again"
+        return [error(message, known.partition(": ")[2] if known else fix)]
     try:
         h5py.File(path).close()
     except OSError as problem:
@@ -49,14 +49,14 @@ def open_problems(path: Path) -> list[Finding]:
 
 
 def unsafe(file: h5py.File) -> list[Finding]:
-    """What in a file must not be followed or loaded; an error here means: read no further."""
+    """Return what in a file must not be followed or loaded; after an error nothing more may be read."""
     findings: list[Finding] = []
     try:
         _read_attributes(file)
         for n, (name, item) in enumerate(_walk(file["/"], "", set(), 0)):
-            if n >= MOST_OBJECTS:
+            if n >= MAX_OBJECTS:
                 findings.append(
-                    error(f"the file holds more than {MOST_OBJECTS:,} objects", "leave out what is not cells")
+                    error(f"the file holds more than {MAX_OBJECTS:,} objects", "leave out what is not cells")
                 )
                 break
             if isinstance(item, Finding):
@@ -71,13 +71,13 @@ def unsafe(file: h5py.File) -> list[Finding]:
 
 
 def _read_attributes(item: h5py.Group | h5py.Dataset) -> None:
-    """As any reader will. HDF5 takes as much memory as a text in one says that it has: here it does not get it."""
-    with at_most_more(ATTRIBUTES):
+    """Read the attributes as any reader would, under a memory limit: HDF5 allocates whatever length a text declares."""
+    with memory_limit(ATTRIBUTES):
         _ = dict(item.attrs)
 
 
 def _walk(group: h5py.Group, at: str, seen: set[Any], level: int) -> Iterator[tuple[str, Any]]:
-    """All objects by their hard links; a Finding in place of what is not followed."""
+    """Yield all objects by their hard links, and a Finding in place of each link that is not followed."""
     for key in group:
         name = f"{at}/{key}"
         link = group.get(key, getlink=True)
@@ -85,7 +85,7 @@ def _walk(group: h5py.Group, at: str, seen: set[Any], level: int) -> Iterator[tu
             yield name, _outside(f"{name} is a link to another file ({link.filename})")
             continue
         if isinstance(link, h5py.SoftLink):
-            yield name, error(f"{name} is a soft link", "write the data themselves: read it with anndata and save it")
+            yield name, error(f"{name} is a soft link", "store the data itself: read the file with anndata and save it")
             continue
         item = group[key]
         info = h5py.h5o.get_info(item.id)
@@ -94,8 +94,8 @@ def _walk(group: h5py.Group, at: str, seen: set[Any], level: int) -> Iterator[tu
         seen.add(key_of)
         yield name, item
         if isinstance(item, h5py.Group):
-            if level >= MOST_LEVELS:
-                yield name, error(f"{name} lies {level} groups deep", f"at most {MOST_LEVELS} are read")
+            if level >= MAX_LEVELS:
+                yield name, error(f"{name} lies {level} groups deep", f"at most {MAX_LEVELS} are read")
                 continue
             yield from _walk(item, name, seen, level + 1)
 

@@ -1,8 +1,8 @@
-"""Can the texts of an HDF5 file be as long as it says? HDF5 takes its word, and that much memory, before it reads one.
+"""Checks the declared lengths of variable-length strings in an HDF5 file: HDF5 allocates them before it reads any.
 
-A text of any length stands in its array as 16 bytes: its length, and in which heap of the file it lies. They are
-read here as bytes, out of arrays that are stored in one piece, or in pieces that are plain or packed with gzip, as
-anndata and pandas store them; other filters are not looked behind.
+A variable-length string is stored in its array as 16 bytes: its length, and the heap of the file that holds it. They
+are read here as raw bytes, from arrays that are contiguous, or chunked without a filter or with gzip, as anndata and
+pandas store them; arrays with other filters are not checked.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ ELEMENT = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
 
 
 def text_problem(data: h5py.Dataset) -> str | None:
-    """What elements of variable length say that cannot be so: more bytes (or items) than the file has, a place that is
-    no heap, or a heap that goes past the end of the file. None of other arrays.
+    """Return why elements of variable length cannot be valid, or None.
+
+    Problems are more bytes (or items) than the file has, an address that is no heap, or a heap that goes past the end
+    of the file.
 
     Raises:
-        OSError, ValueError, zlib.error: of a damaged file.
+        OSError, ValueError, zlib.error: the file is damaged.
     """
     if not h5py.check_vlen_dtype(data.dtype) and not _is_text(data.dtype):
         return None
-    if data.file.userblock_size:  # places count from behind it; cells come in no such file
+    if data.file.userblock_size:  # addresses count from its end; files of cells have none
         return None
     path = Path(data.file.filename)
     most = path.stat().st_size

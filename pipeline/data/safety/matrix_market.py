@@ -1,36 +1,38 @@
-"""Matrix Market text of a stranger, made safe for scipy's reader.
+"""Reads untrusted Matrix Market text with scipy, safely.
 
-scipy 1.17 reads past the end of a file whose last line has no end and does not end in a digit, which kills the process,
-and takes `2x` for 2. So the numbers are looked at on their way: other characters are an error, a last line gets an end.
+scipy 1.17 reads past the end of a file whose last line has no newline and does not end in a digit, which kills the
+process, and it reads `2x` as 2. So the text is checked on its way to scipy: characters that no number has are an error,
+and a last line without a newline gets one.
 """
 
 from __future__ import annotations
 
 import gzip
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 import scipy.io
 
-SHORTEST_ENTRY = 2  # bytes of a line: a digit and its end
-GZIP_RATIO = 1032  # gzip packs no better
-LONGEST_LINE, MOST_COMMENTS = 1 << 16, 1000
+SHORTEST_ENTRY = 2  # bytes of a line: a digit and a newline
+GZIP_RATIO = 1032  # the largest compression ratio of gzip
+LONGEST_LINE, MAX_COMMENTS = 1 << 16, 1000
 NUMBERS = b"0123456789+-.eE \t\r\nnaifNAIF"
 
 
-class Checked:
-    """A stream for scipy: what the matrix is, its size, then numbers only."""
+class CheckedText:
+    """A stream for scipy: the header, the size line, then numbers only."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: BufferedIOBase):
         self.file, self.problem = file, ""
-        self.head = line = file.readline(LONGEST_LINE)  # what it is
-        for _ in range(MOST_COMMENTS):
+        self.head = line = file.readline(LONGEST_LINE)  # the header: type and layout
+        for _ in range(MAX_COMMENTS):
             line = file.readline(LONGEST_LINE)
             if not line.startswith(b"%"):
                 break
-        self.head += line  # the size; comments, which may be in any script, are left out
+        self.head += line  # the size line; comments, which may be in any script, are left out
         if not self.head.isascii():
-            raise ValueError("its head is not ASCII text")
+            raise ValueError("its header is not ASCII text")
         self.last = self.head[-1:]
 
     def read(self, size: int = -1) -> bytes:
@@ -48,17 +50,22 @@ class Checked:
 
 
 def read_matrix(path: Path, shape: tuple[int, int]) -> Any:
-    """The whole matrix, which must have this shape. Raises ValueError, OSError, EOFError or MemoryError."""
+    """Read the whole matrix, which must have the given shape.
+
+    Raises:
+        ShapeError: it has another shape.
+        ValueError, OSError, EOFError, MemoryError: the file is damaged.
+    """
     packed = path.suffix == ".gz"
     with gzip.open(path) if packed else path.open("rb") as file:
-        n_rows, n_columns, n_entries, _, field, _ = scipy.io.mminfo(Checked(file))
+        n_rows, n_columns, n_entries, _, field, _ = scipy.io.mminfo(CheckedText(file))
     if (n_rows, n_columns) != shape:
         raise ShapeError(n_rows, n_columns)
     most = path.stat().st_size * (GZIP_RATIO if packed else 1) // SHORTEST_ENTRY + 1
     if n_entries > most or field == "complex":
         raise ValueError(f"it declares {n_entries:,} {field} entries; in a file of its size are at most {most:,}")
     with gzip.open(path) if packed else path.open("rb") as file:
-        checked = Checked(file)
+        checked = CheckedText(file)
         try:
             found = scipy.io.mmread(checked)
         except ValueError as error:
@@ -69,7 +76,7 @@ def read_matrix(path: Path, shape: tuple[int, int]) -> Any:
 
 
 class ShapeError(ValueError):
-    """The matrix is of other features or cells."""
+    """The matrix does not belong to the features and cells."""
 
     def __init__(self, n_rows: int, n_columns: int):
         super().__init__(n_rows, n_columns)

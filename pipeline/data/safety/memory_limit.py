@@ -1,4 +1,4 @@
-"""A limit on what a library may take for a stranger's file, where the file says how much that is."""
+"""Limits the memory that a library allocates for an untrusted file, whose size fields it believes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ STATUS = Path("/proc/self/status")
 
 
 @contextmanager
-def at_most_more(n_bytes: int) -> Iterator[None]:
-    """Inside, this process gets at most so many bytes more than it has; a larger wish fails as on a full machine.
+def memory_limit(n_bytes: int) -> Iterator[None]:
+    """Limit the further memory of this process to `n_bytes`; a larger allocation fails as if memory were full.
 
-    For a moment only: the limit is on all threads. Without /proc (macOS) there is none.
+    For short blocks only: the limit applies to all threads. Without /proc (macOS) there is no limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _has() + n_bytes if STATUS.exists() else resource.RLIM_INFINITY
+    limit = _allocated() + n_bytes if STATUS.exists() else resource.RLIM_INFINITY
     if soft != resource.RLIM_INFINITY:
         limit = soft if limit == resource.RLIM_INFINITY else min(soft, limit)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -27,7 +27,7 @@ def at_most_more(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _has() -> int:
-    """Private memory of this process, in bytes, as the limit counts it."""
+def _allocated() -> int:
+    """Return the private memory of this process in bytes, as the limit counts it."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmData:"))
     return int(line.split()[1]) * 1024

@@ -1,9 +1,9 @@
-"""From the entries that TileDB returns to ragged rows, in two passes and with the final types.
+"""Assembles the entries that TileDB returns into ragged rows, in two passes and with the final types.
 
-Convention: TileDB answers with (cell, gene, count) entries, tile by tile and by cell inside a tile. Each answer is
-turned into a *piece*, rows in storage order, as soon as it comes, so that its 20 bytes an entry can go (a piece takes 4
-to 8); then the pieces' rows are copied to where they are wanted. Rows wanted in another order thus cost nothing extra.
-The loops are compiled by numba, once per machine.
+Convention: TileDB returns (cell, gene, count) entries, tile by tile and by cell inside a tile. Each result is turned
+into a *piece*, rows in storage order, as soon as it arrives, so that its 20 bytes per entry can be freed (a piece takes
+4 to 8); then the pieces' rows are copied to their final places. Rows in another order thus cost nothing extra. The
+loops are compiled by numba, once per machine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import numba
 import numpy as np
 from numpy.typing import DTypeLike
 
+from pipeline.data.entries import CountEntries
+
 
 class CountsChanged(ValueError):
-    """A count does not fit the type it should be stored as."""
+    """A count does not fit the type that it should be stored as."""
 
 
 @dataclass(frozen=True)
@@ -35,35 +37,34 @@ class Ragged:
 
 
 @dataclass(frozen=True)
-class Entries:
-    """Entries of consecutive cells; the arrays may be read-only."""
+class PlacedEntries:
+    """Entries of consecutive cells, and the row that each cell becomes."""
 
     first: int  # the cell that `rows` begins with
-    rows: np.ndarray  # row wanted for each cell from `first` on; -1: nobody asked for it
-    cells: np.ndarray  # (nnz,) int64
-    genes: np.ndarray  # (nnz,) int64
-    counts: np.ndarray  # (nnz,)
+    rows: np.ndarray  # row of each cell from `first` on; -1: not requested
+    entries: CountEntries  # cells and genes int64
 
 
 def assemble(
-    answers: Iterable[Entries], n_rows: int, gene_lut: np.ndarray, *, gene_type: DTypeLike, count_type: DTypeLike
+    results: Iterable[PlacedEntries], n_rows: int, gene_lut: np.ndarray, *, gene_type: DTypeLike, count_type: DTypeLike
 ) -> Ragged:
-    """Rows 0 .. n_rows - 1.
+    """Assemble rows 0 .. n_rows - 1.
 
     Args:
-        gene_lut: Gene id of each gene, -1 drops it.
-        gene_type: Wide enough for every gene id.
-        count_type: What a count is stored as.
+        gene_lut: Gene id of each gene; -1 drops it.
+        gene_type: Type of the gene ids; wide enough for all of them.
+        count_type: Type of the counts.
 
     Raises:
-        CountsChanged: `count_type` is a whole number and a count is not, or is too large.
+        CountsChanged: `count_type` is an integer type and a count is not whole, or is too large.
     """
     pieces, lengths = [], np.zeros(n_rows, np.int64)
-    for a in answers:
-        ends = _row_ends(a.cells, a.genes, a.first, a.rows, gene_lut)
+    for a in results:
+        e = a.entries
+        ends = _row_ends(e.cells, e.genes, a.first, a.rows, gene_lut)
         genes, counts = np.empty(ends[-1], gene_type), np.empty(ends[-1], count_type)
         starts = np.concatenate([[0], ends])
-        exact = _place_entries(a.cells, a.genes, a.counts, a.first, a.rows, gene_lut, starts[:-1].copy(), genes, counts)
+        exact = _place_entries(e.cells, e.genes, e.counts, a.first, a.rows, gene_lut, starts[:-1].copy(), genes, counts)
         if not exact and np.issubdtype(count_type, np.integer):
             raise CountsChanged(f"some counts do not fit {np.dtype(count_type).name}")
         wanted = a.rows >= 0
@@ -80,7 +81,7 @@ def assemble(
 
 @numba.njit(cache=True, nogil=True)
 def _row_ends(cells, genes, first, rows, lut):
-    """Where each cell's kept entries end if they lie one after the other."""
+    """Return where each cell's kept entries end if they lie one after the other."""
     ends = np.zeros(len(rows), np.int64)
     for k in range(len(cells)):
         cell = cells[k] - first
@@ -95,7 +96,7 @@ def _row_ends(cells, genes, first, rows, lut):
 
 @numba.njit(cache=True, nogil=True)
 def _place_entries(cells, genes, counts, first, rows, lut, at, out_genes, out_counts):
-    """Entries to their cells, in the order in which they come; False if a count changed on the way."""
+    """Copy entries to their cells, in the order in which they arrive; return False if a count changed on the way."""
     exact = True
     for k in range(len(cells)):
         cell = cells[k] - first
@@ -111,7 +112,7 @@ def _place_entries(cells, genes, counts, first, rows, lut, at, out_genes, out_co
 
 @numba.njit(cache=True, nogil=True)
 def _copy_rows(rows, starts, genes, counts, at, out_genes, out_counts):
-    """A piece's rows behind what is already there of them."""
+    """Append a piece's rows to what earlier pieces gave of them."""
     for cell in range(len(rows)):
         row = rows[cell]
         if row >= 0:
@@ -123,7 +124,7 @@ def _copy_rows(rows, starts, genes, counts, at, out_genes, out_counts):
 
 @numba.njit(cache=True, nogil=True)
 def _sort_rows(indptr, genes, counts):
-    """By gene, so that a row is the same however TileDB filled its buffers; most rows come sorted."""
+    """Sort by gene, so that a row is the same however TileDB filled its buffers; most rows arrive sorted."""
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
         for k in range(start + 1, stop):

@@ -1,8 +1,8 @@
-"""Reads that survive a store which fails for a while: the whole read is repeated, after the store was opened again.
+"""Retries reads from a store that fails temporarily: the store is opened again and the whole read is repeated.
 
-Only failures that pass by themselves are repeated (`Failure.passes`): a missing bucket or a refused key is said at
-once. A read changes nothing, so repeating it is safe. Waits double and are drawn at random below that (jitter): a
-thousand readers that were turned away together must not come back together.
+Only failures that are temporary are retried (`Failure.is_temporary`): a missing bucket or a refused key is reported
+immediately. A read changes nothing, so repeating it is safe. Waits double, with jitter: a thousand readers that were
+refused at the same time must not come back at the same time.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backoff:
-    """How often and how long; seconds."""
+    """Number of attempts and waits between them; seconds."""
 
     tries: int = 5
     first: float = 1.0
     longest: float = 20.0
-    budget: float = 60.0  # no new try is begun after so long
+    budget: float = 60.0  # no attempt is started after this time
 
     def wait(self, attempt: int, draw: float) -> float:
-        """Seconds before the next try.
+        """Return the seconds before the next attempt.
 
         Args:
-            attempt: Failed tries so far, from 1.
+            attempt: Failed attempts so far, from 1.
             draw: Uniform in [0, 1).
         """
         return min(self.longest, self.first * 2 ** (attempt - 1)) * (0.5 + draw / 2)
@@ -52,15 +52,15 @@ def retried(
     clock: Callable[[], float] = time.monotonic,
     draw: Callable[[], float] = random.random,
 ) -> T:
-    """What `read` returns, in the end.
+    """Call `read` until it succeeds, and return its result.
 
     Args:
-        uri: For messages.
-        reopen: Forgets open handles; called before every new try.
+        uri: Address for messages.
+        reopen: Closes open handles; called before every new attempt.
 
     Raises:
-        InputError: The failure does not pass, or has not passed; names address, region, tries and remedy.
-        Exception: What `read` raised, if it does not come from the object store.
+        InputError: the failure is permanent, or lasted too long; names address, region, attempts and remedy.
+        Exception: an error of `read` that does not come from the object store.
     """
     began = clock()
     for attempt in range(1, backoff.tries + 1):
@@ -73,17 +73,17 @@ def retried(
             if found.kind == "other":
                 raise
             wait, spent = backoff.wait(attempt, draw()), clock() - began
-            if not found.passes or attempt == backoff.tries or spent + wait > backoff.budget:
+            if not found.is_temporary or attempt == backoff.tries or spent + wait > backoff.budget:
                 message = explain(uri, tiledb_config, found, tries=attempt, seconds=spent)
                 raise InputError(message) from error
-            logger.warning("%s: %s; try %d follows in %.1f s", uri, found.detail, attempt + 1, wait)
+            logger.warning("%s: %s; attempt %d follows in %.1f s", uri, found.detail, attempt + 1, wait)
             reopen()
             sleep(wait)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def survives_faults(method: Callable[..., T]) -> Callable[..., T]:
-    """For methods of a store with `uri`, `tiledb_config` and `forget()`; a store on disk is read without a detour."""
+    """Retry a method of a store with `uri`, `tiledb_config` and `forget()`; stores on disk are read directly."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> T:

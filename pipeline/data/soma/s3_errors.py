@@ -1,7 +1,7 @@
-"""How object storage is spoken to: settings of `ingest.source.s3`, and what its failures mean.
+"""Interprets failures of object storage, and explains them with the settings of `ingest.source.s3`.
 
 Three layers retry. The S3 client inside TileDB repeats a request that failed (`tries`, waits from 25 ms, doubling); a
-503 SlowDown or a 429 it repeats up to a hundred times, 1.5 s apart, whatever `tries` says. Above it,
+503 SlowDown or a 429 it repeats up to a hundred times, 1.5 s apart, regardless of `tries`. Above it,
 `pipeline/data/soma/retry.py` opens the store again and repeats the whole block. Above that, Ray repeats the task.
 """
 
@@ -32,19 +32,19 @@ _BUSY = {"RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "Thro
 
 @dataclass(frozen=True)
 class Failure:
-    """What a message of TileDB's S3 client says."""
+    """A failure of TileDB's S3 client, read from its message."""
 
     kind: Literal["no bucket", "refused", "wrong region", "unreachable", "busy", "other"]
     detail: str  # a few words of the original
 
     @property
-    def passes(self) -> bool:
-        """Whether it makes sense to try again."""
+    def is_temporary(self) -> bool:
+        """Whether another attempt may succeed."""
         return self.kind in ("unreachable", "busy")
 
 
 def failure(error: BaseException) -> Failure:
-    """Sort an error by what it says; "other" if it does not come from S3."""
+    """Classify an error by its message; "other" if it does not come from S3."""
     text = str(error)
     code, name, curl = (p.search(text) for p in (_HTTP, _NAME, _CURL))
     http, word = int(code[1]) if code else 0, name[1] if name else ""
@@ -65,7 +65,7 @@ def failure(error: BaseException) -> Failure:
 
 
 def explain(uri: str, tiledb_config: Mapping[str, Any], found: Failure, *, tries: int, seconds: float) -> str:
-    """What happened, what was tried, and what to do about it."""
+    """Return a message: what happened, what was tried, and how to fix it."""
     server = tiledb_config.get("vfs.s3.endpoint_override")
     region = tiledb_config.get("vfs.s3.region")
     signed = str(tiledb_config.get("vfs.s3.no_sign_request", "false")) != "true"

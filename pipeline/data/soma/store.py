@@ -1,9 +1,9 @@
-"""Counts in TileDB-SOMA, read. The other modules that know tiledbsoma write: `write.py`, `inference/export/soma.py`.
+"""Reads counts, obs and var from TileDB-SOMA. Writers: `write.py` and `inference/export/soma.py`.
 
-Convention: a store is named by plain data (`SomaStore`), so that it travels to workers; open arrays stay per process.
-Rows are written in storage tiles of 2,048 cells and should be read by whole tiles (one row costs as much as a tile).
-Rows are never asked for in sorted order, which TileDB answers 17 times slower: the order wanted is folded into the
-assembly of the rows (`assemble.py`).
+Convention: a store is described by plain data (`SomaStore`), so that it can be sent to workers; open arrays are kept
+per process. Rows are stored in tiles of 2,048 cells and should be read by whole tiles (one row costs as much as a
+tile). TileDB is never asked to sort its result, which takes 17 times as long: rows get their order when they are
+assembled (`assemble.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import tiledbsoma as soma
 from numpy.typing import DTypeLike
 
 from pipeline.config.s3 import S3Config
-from pipeline.data.soma.assemble import Entries, Ragged, assemble
+from pipeline.data.entries import CountEntries
+from pipeline.data.soma.assemble import PlacedEntries, Ragged, assemble
 from pipeline.data.soma.retry import survives_faults
 from pipeline.data.soma.s3_errors import failure
 from scldm.errors import InputError
 
 TILE = 2048
 NO_MEMORY = "std::bad_alloc"
-SCATTERED = 64  # below so many ids per tile a point query reads less than the span of the ids
+SCATTERED = 64  # with fewer ids per tile, a point query reads less than the range of the ids
 READ_CONFIG: dict[str, Any] = {
     **S3Config().tiledb(),
     "soma.init_buffer_bytes": 256 << 20,
@@ -44,9 +45,9 @@ _OPEN: dict[tuple, Any] = {}
 class SomaStore:
     """A SOMA experiment and where its counts are; picklable.
 
-    TileDB shows what was written before a moment, by default now, by the clock of who reads: on a machine whose clock
-    is behind the writer's an experiment is empty. So a reader looks from `seen_at` (milliseconds since 1970), when the
-    experiment is known to have been there, where its own clock is behind that.
+    TileDB shows what was written before a point in time, by default now, by the clock of the reader: if that clock is
+    behind the writer's, an experiment is empty. So a reader whose clock is behind `seen_at` (milliseconds since 1970),
+    when the experiment is known to have existed, reads as of `seen_at`.
     """
 
     uri: str
@@ -56,75 +57,78 @@ class SomaStore:
     seen_at: int = 0
 
     def forget(self) -> None:
-        """Drop the handles of this process; the next read opens anew."""
+        """Close the handles of this process; the next read opens the store again."""
         for key in [k for k in _OPEN if k[0] == self.uri]:
             del _OPEN[key]
 
     @survives_faults
-    def _open(self, what: str) -> Any:
-        key = (self.uri, what, tuple(sorted(self.tiledb_config.items())))
+    def _open(self, part: str) -> Any:
+        key = (self.uri, part, tuple(sorted(self.tiledb_config.items())))
         if key not in _OPEN:
             at = self.seen_at if self.seen_at > time.time() * 1000 else None
             context = soma.SOMATileDBContext(tiledb_config={**READ_CONFIG, **self.tiledb_config}, timestamp=at)
             try:
-                _OPEN[key] = soma.open(f"{self.uri.rstrip('/')}/{what}", context=context)
+                _OPEN[key] = soma.open(f"{self.uri.rstrip('/')}/{part}", context=context)
             except (soma.DoesNotExistError, soma.SOMAError) as error:
                 if failure(error).kind != "other":
-                    raise  # the object store's: repeated or explained by `survives_faults`
+                    raise  # from the object store: repeated or explained by `survives_faults`
                 if "__fragments" in str(error) or NO_MEMORY in str(error):
-                    raise self._damaged(what, error) from error
+                    raise self._damaged(part, error) from error
                 raise InputError(
-                    f"cannot open {what} of the SOMA experiment {self.uri} ({error}); check ingest.source: uri, "
+                    f"cannot open {part} of the SOMA experiment {self.uri} ({error}); check ingest.source: uri, "
                     "measurement and layer name an experiment written by tiledbsoma"
                 ) from error
         return _OPEN[key]
 
-    def _damaged(self, what: str, error: Exception) -> InputError | MemoryError:
+    def _damaged(self, part: str, error: Exception) -> InputError | MemoryError:
         first = " ".join(str(error).split())[:300]
-        if NO_MEMORY in first:  # TileDB says so as it says everything else
-            return MemoryError(f"no memory to read {what} of the SOMA experiment {self.uri} ({first})")
+        if NO_MEMORY in first:  # TileDB reports it like any other error
+            return MemoryError(f"no memory to read {part} of the SOMA experiment {self.uri} ({first})")
         return InputError(
-            f"{what} of the SOMA experiment {self.uri} is damaged: a file of it is missing or changed ({first}); copy "
+            f"{part} of the SOMA experiment {self.uri} is damaged: a file of it is missing or changed ({first}); copy "
             "or write the experiment again"
         )
 
     @property
     def counts(self) -> Any:
+        """The open array of counts."""
         return self._open(f"ms/{self.measurement}/X/{self.layer}")
 
     @cached_property
     def shape(self) -> tuple[int, int]:
+        """Number of cells and genes."""
         return tuple(self.counts.shape)
 
     @cached_property
     def tile(self) -> int:
-        """Cells of a storage tile, as the array was created."""
+        """Number of cells in a storage tile, as the array was created."""
         dims = json.loads(self.counts.schema_config_options().dims)
         return int(dims["soma_dim_0"]["tile"])
 
     def obs_columns(self) -> list[str]:
+        """Return the names of the columns of obs."""
         return list(self._open("obs").schema.names)
 
     def categories(self, column: str) -> list[Any] | None:
-        """What a categorical obs column may hold; None if it is not categorical."""
+        """Return the categories of an obs column; None if it is not categorical."""
         frame = self._open("obs")
         if not pa.types.is_dictionary(frame.schema.field(column).type):
             return None
         return frame.get_enumeration_values([column])[column].to_pylist()
 
     def obs(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
-        """Cells that pass a filter, ascending by soma_joinid; `columns` plus soma_joinid."""
+        """Return the cells that pass a filter, ascending by soma_joinid; `columns` plus soma_joinid."""
         return self._table("obs", columns, value_filter, "ingest.obs_filter")
 
     def var(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
-        """Genes that pass a filter, ascending by soma_joinid."""
+        """Return the genes that pass a filter, ascending by soma_joinid."""
         return self._table(f"ms/{self.measurement}/var", columns, value_filter, "ingest.genes.value_filter")
 
     def measured_by(self, dataset_ids: Sequence[str]) -> np.ndarray | None:
-        """Which genes each data set measured, (datasets, genes) bool; None where the store does not say.
+        """Return which genes each data set measured, (datasets, genes) bool; None if the store does not record it.
 
-        Laid out as in the Census: feature_dataset_presence_matrix stands beside X, and its rows are numbered by the
-        table of data sets, census_info/datasets (in an experiment that is no Census: its own `datasets`).
+        The layout is that of the Census: feature_dataset_presence_matrix is in the measurement of X, and its rows are
+        numbered by the table of data sets, census_info/datasets (in another experiment: its own `datasets`).
         """
         if "feature_dataset_presence_matrix" not in self._open(f"ms/{self.measurement}"):
             return None
@@ -142,8 +146,8 @@ class SomaStore:
         return measured[rows]
 
     @survives_faults
-    def _table(self, what: str, columns: Sequence[str] | None, value_filter: str | None, name: str) -> pd.DataFrame:
-        frame = self._open(what)
+    def _table(self, part: str, columns: Sequence[str] | None, value_filter: str | None, name: str) -> pd.DataFrame:
+        frame = self._open(part)
         wanted = None if columns is None else list(dict.fromkeys(["soma_joinid", *columns]))
         try:
             table = frame.read(column_names=wanted, value_filter=value_filter or None).concat().to_pandas()
@@ -151,7 +155,7 @@ class SomaStore:
             if failure(error).kind != "other":
                 raise
             if not value_filter or NO_MEMORY in str(error):
-                raise self._damaged(what, error) from error
+                raise self._damaged(part, error) from error
             raise InputError(
                 f"{name} {value_filter!r} cannot be applied ({str(error).splitlines()[0]}); it compares columns with "
                 f"values, as in \"cell_type == 'B'\"; columns: {', '.join(frame.schema.names)}"
@@ -167,58 +171,58 @@ class SomaStore:
         gene_type: DTypeLike = np.int32,
         count_type: DTypeLike = np.float32,
     ) -> Ragged:
-        """Counts of cells, in the order of `ids` (repeats allowed).
+        """Return the counts of cells, in the order of `ids`; repeats are allowed.
 
         Args:
             ids: soma_joinids, (n,).
             gene_lut: var soma_joinid -> gene id, -1 drops the gene; None keeps the joinids.
 
         Raises:
-            CountsChanged: `count_type` is a whole number and a count is not, or is too large.
+            CountsChanged: `count_type` is an integer type and a count is not whole, or is too large.
         """
         unique, inverse = np.unique(ids, return_inverse=True)
         if len(unique) < len(ids):
             kept = self.read_ragged(unique, gene_lut, gene_type=gene_type, count_type=count_type)
             return _take_rows(kept, inverse)
         lut = np.arange(self.shape[1], dtype=np.int32) if gene_lut is None else gene_lut
-        answers = _answers(self.counts, unique, tile=self.tile, row_of=np.argsort(ids, kind="stable"))
+        results = _read_entries(self.counts, unique, tile=self.tile, row_of=np.argsort(ids, kind="stable"))
         try:
-            return assemble(answers, len(ids), lut, gene_type=gene_type, count_type=count_type)
+            return assemble(results, len(ids), lut, gene_type=gene_type, count_type=count_type)
         except soma.SOMAError as error:
             if failure(error).kind != "other":
                 raise
             raise self._damaged(f"ms/{self.measurement}/X/{self.layer}", error) from error
 
 
-def _answers(array: Any, ids: np.ndarray, *, tile: int, row_of: np.ndarray) -> Iterator[Entries]:
-    """What TileDB has on some cells.
+def _read_entries(array: Any, ids: np.ndarray, *, tile: int, row_of: np.ndarray) -> Iterator[PlacedEntries]:
+    """Read the entries of some cells.
 
     Args:
         ids: Sorted and unique.
-        row_of: Row wanted for each of `ids`.
+        row_of: Row that each of `ids` becomes.
     """
-    cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read in one go
+    cuts = np.flatnonzero(np.diff(ids // tile) > 1) + 1  # neighbouring tiles are read together
     starts, stops = np.r_[0, cuts], np.r_[cuts, len(ids)]
     if len(ids) < SCATTERED * len(starts) and len(starts) > 1:
-        for cells, genes, counts in _entries(array, pa.array(ids)):
-            yield Entries(0, row_of, np.searchsorted(ids, cells), genes, counts)
+        for e in _query(array, pa.array(ids)):
+            yield PlacedEntries(0, row_of, CountEntries(np.searchsorted(ids, e.cells), e.genes, e.counts))
         return
     for a, b in zip(starts, stops, strict=True):
         first, last = int(ids[a]), int(ids[b - 1])
         rows = np.full(last - first + 1, -1, dtype=np.int64)
         rows[ids[a:b] - first] = row_of[a:b]
-        for cells, genes, counts in _entries(array, slice(first, last)):
-            yield Entries(first, rows, cells, genes, counts)
+        for e in _query(array, slice(first, last)):
+            yield PlacedEntries(first, rows, e)
 
 
-def _entries(array: Any, cells: Any) -> Iterator[list[np.ndarray]]:
+def _query(array: Any, cells: pa.Array | slice) -> Iterator[CountEntries]:
     for table in array.read(coords=(cells,)).tables():
         for batch in table.to_batches():  # no copy
-            yield [batch[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")]
+            yield CountEntries(*(batch[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")))
 
 
 def _take_rows(rows: Ragged, index: np.ndarray) -> Ragged:
-    """Rows by position, repeats allowed."""
+    """Return rows by position; repeats are allowed."""
     lengths = np.diff(rows.indptr)[index]
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     entries = np.arange(indptr[-1]) + np.repeat(rows.indptr[:-1][index] - indptr[:-1], lengths)

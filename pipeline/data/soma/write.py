@@ -1,4 +1,4 @@
-"""Cells into a Census-shaped SOMA experiment, which appears under its name when it is whole.
+"""Writes cells into a Census-shaped SOMA experiment, which gets its name when it is complete.
 
 Counts are written in the order in which TileDB stores them, in few large writes.
 """
@@ -31,7 +31,7 @@ _FRAME = {
 def write_experiment(
     folder: Path, obs: pd.DataFrame, var: pd.DataFrame, chunks: Iterable[sp.csr_matrix], *, tile: int = TILE
 ) -> SomaStore:
-    """Write a Census-shaped experiment; `folder` appears when it is whole. Memory: a few chunks.
+    """Write a Census-shaped experiment; `folder` appears when it is complete. Memory: a few chunks.
 
     Args:
         obs: One row per cell, in the order of the chunks; columns as the Census names them. soma_joinid, raw_sum and
@@ -47,19 +47,19 @@ def write_experiment(
         write_frame(tmp, "obs", obs.assign(raw_sum=raw_sum, nnz=nnz))
         write_frame(tmp / "ms" / "RNA", "var", var.assign(nnz=gene_nnz))
         if folder.exists():
-            shutil.rmtree(folder)  # left by a run that never finished its stage
+            shutil.rmtree(folder)  # left by a run that did not finish its stage
         tmp.rename(folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     store = SomaStore(str(folder))
-    store.forget()  # what this process had open of a folder of that name
+    store.forget()  # handles on an earlier folder of that name
     return store
 
 
 def _write_counts(
     folder: Path, n_cells: int, n_genes: int, chunks: Iterable[sp.csr_matrix], tile: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The experiment with its X; returns sum and number of genes per cell, and number of cells per gene."""
+    """Write the experiment with its X; return sum and number of genes per cell, and number of cells per gene."""
     raw_sum, nnz, gene_nnz = np.zeros(n_cells), np.zeros(n_cells, np.int64), np.zeros(n_genes, np.int64)
     with soma.Experiment.create(str(folder)) as experiment:
         rna = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
@@ -84,7 +84,7 @@ def _write_counts(
 
 
 def x_layout(tile: int, across: int) -> dict[str, Any]:
-    """How TileDB stores X: tiles of so many cells by so many genes (or other columns)."""
+    """Return TileDB's options for X: tiles of `tile` cells by `across` genes (or other columns)."""
     shuffled = {"filters": ["ByteShuffleFilter", _ZSTD]}
     return {
         "capacity": 1 << 16,
@@ -97,9 +97,9 @@ def x_layout(tile: int, across: int) -> dict[str, Any]:
 
 
 def in_tile_order(coo: sp.coo_matrix, first_row: int, tile: int) -> pa.Table:
-    """Entries of rows `first_row` onwards as TileDB stores them: tile by tile, by row and gene inside a tile.
+    """Sort the entries of rows `first_row` onwards as TileDB stores them: by tile, and by row and gene inside a tile.
 
-    Sorted here by one stable sort on the tile's number, which is four times as fast as leaving it to TileDB.
+    One stable sort on the tile's number is four times as fast as TileDB's own sort.
     """
     cells, genes = coo.row.astype(np.int64) + first_row, coo.col.astype(np.int64)
     tiles_across = coo.shape[1] // tile + 1
@@ -111,11 +111,11 @@ def in_tile_order(coo: sp.coo_matrix, first_row: int, tile: int) -> pa.Table:
 
 
 def _pieces(chunks: Iterable[sp.csr_matrix]) -> Iterable[sp.csr_matrix]:
-    """Chunks joined up to ROWS_PER_WRITE, without stored zeros: few fragments, little memory."""
+    """Join chunks up to ROWS_PER_WRITE and drop stored zeros: few fragments, little memory."""
     held: list[sp.csr_matrix] = []
     for chunk in chunks:
         chunk = sp.csr_matrix(chunk)
-        chunk.sum_duplicates()  # and sorts by gene, which `in_tile_order` builds on
+        chunk.sum_duplicates()  # and sorts by gene, which `in_tile_order` relies on
         chunk.eliminate_zeros()
         held.append(chunk)
         if sum(c.shape[0] for c in held) >= ROWS_PER_WRITE:
@@ -126,6 +126,7 @@ def _pieces(chunks: Iterable[sp.csr_matrix]) -> Iterable[sp.csr_matrix]:
 
 
 def write_frame(parent: Path, name: str, frame: pd.DataFrame) -> None:
+    """Write a data frame into a SOMA collection; soma_joinid is its row number."""
     frame = frame.reset_index(drop=True).drop(columns="soma_joinid", errors="ignore")
     frame.insert(0, "soma_joinid", np.arange(len(frame), dtype=np.int64))
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata()
@@ -137,6 +138,6 @@ def write_frame(parent: Path, name: str, frame: pd.DataFrame) -> None:
             domain=[(0, max(0, len(frame) - 1))],
             platform_config={"tiledb": {"create": _FRAME}},
         )
-    # In a handle of its own: written in the creating one (tiledbsoma 2.3), the categories are lost.
+    # In a separate handle: if written in the creating one (tiledbsoma 2.3), the categories are lost.
     with soma.open(str(parent / name), "w") as out:
         out.write(table)

@@ -1,8 +1,8 @@
-"""Where a release of the CELLxGENE Census is: the only module that knows cellxgene_census.
+"""Locates a release of the CELLxGENE Census.
 
-The release is looked up once, on the driver, and its date is kept; workers get a plain address and need no directory
-service. "stable" and "latest" move: later stages read the date that they stood for, not the word. The bucket is public
-and read without an account.
+The release is looked up once, on the driver, and its date is recorded; workers get a plain address and need no
+directory service. "stable" and "latest" change over time, so later stages read the date that the name stood for. The
+bucket is public and read without an account. This is the only module that imports cellxgene_census.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class CensusRelease:
 
 
 def locate_census(source: CensusSource, *, sleep: Callable[[float], Any] = time.sleep) -> CensusRelease:
-    """The release that a version names: a date, or a name that stands for one ("stable", "latest").
+    """Look up a release by its version: a date, or a name that stands for one ("stable", "latest").
 
     Raises:
-        InputError: for a version that is unknown or was retracted, or if the directory of releases cannot be reached.
+        InputError: the version is unknown or was retracted, or the directory of releases cannot be reached.
     """
     from cellxgene_census import get_census_version_directory
 
-    directory = _ask(get_census_version_directory, sleep)
+    directory = _fetch(get_census_version_directory, sleep)
     release = directory.get(source.version)
     if release is None:
         dated = sorted((v for v in directory if _DATED.match(v)), reverse=True)
@@ -54,30 +54,30 @@ def locate_census(source: CensusSource, *, sleep: Callable[[float], Any] = time.
             f"ingest.source.version {source.version!r}: the directory does not say which date it stands for "
             f"(release_build is {version!r}); pin a date, for example 2025-01-30"
         )
-    uri, region = _place(release["soma"], sleep)
+    uri, region = _locate(release["soma"], sleep)
     config = {"vfs.s3.no_sign_request": "true", "vfs.s3.region": region}
     return CensusRelease(version, SomaStore(f"{uri.rstrip('/')}/census_data/{source.organism}", config, "RNA", "raw"))
 
 
-def _place(where: dict[str, Any], sleep: Callable[[float], Any]) -> tuple[str, str]:
-    """Address and region. A release may give its path only: then it lies on the Census's own mirror on S3."""
+def _locate(where: dict[str, Any], sleep: Callable[[float], Any]) -> tuple[str, str]:
+    """Return address and region. A release may give only its path, on the Census's own mirror on S3."""
     if where.get("uri"):
         return where["uri"], where.get("s3_region") or "us-west-2"
     from cellxgene_census import get_census_mirror_directory
 
-    mirrors = [m for m in _ask(get_census_mirror_directory, sleep).values() if m.get("provider") == "S3"]
+    mirrors = [m for m in _fetch(get_census_mirror_directory, sleep).values() if m.get("provider") == "S3"]
     if not mirrors:
         raise InputError("ingest.source: the Census names no mirror on S3; read a copy with type: soma, uri: …")
     base = mirrors[0]["base_uri"].rstrip("/")
     return f"{base}/{where['relative_uri'].lstrip('/')}", mirrors[0].get("region") or "us-west-2"
 
 
-def _ask(question: Callable[[], Any], sleep: Callable[[float], Any], tries: int = TRIES) -> dict[str, Any]:
-    """The answer of the Census's directory; its own client tries once."""
+def _fetch(request: Callable[[], Any], sleep: Callable[[float], Any], tries: int = TRIES) -> dict[str, Any]:
+    """Fetch from the Census's directory, with retries; its own client tries once."""
     for attempt in range(tries):
         try:
-            return dict(question())
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: an answer that is not JSON
+            return dict(request())
+        except (OSError, ValueError) as error:  # errors of requests are OSErrors; ValueError: the response is not JSON
             last = error
             if attempt < tries - 1:
                 sleep(FIRST_WAIT * 2**attempt)

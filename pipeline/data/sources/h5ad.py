@@ -1,8 +1,13 @@
-"""Cells from `.h5ad` files: one file by anndata's backed mode, several by cellarium-ml's collection reader.
+"""Reads cells from `.h5ad` files: one file in anndata's backed mode, several with cellarium-ml's collection reader.
 
-Genes are matched between files by id; a note says how many a file lacks, and `CellTables.measured` which. cellarium's
-collection asks that its files agree in everything but cells, so files are put in runs that agree (by cellarium's own
-schema) and each run gets a collection, which holds one file in memory at a time.
+Genes are matched between files by id; a note says how many a file lacks, and `CellTables.measured` which.
+
+What cellarium-ml does here, and why it is kept: `DistributedAnnDataCollection` opens a list of files as one collection
+with an LRU cache of loaded files (one at a time here, so that any number of files takes the memory of the largest), and
+`AnnDataSchema` decides whether two files agree in everything but their cells. Both would otherwise be written again
+here, and its users get the same reading of a sharded collection as in their own training. A collection requires that
+its files agree, so files are grouped into consecutive runs that do, and each run is a collection of its own. It is
+imported only for several files, because that takes seconds (lightning and more).
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ class _File:
 
 
 def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
-    """Tables and chunks of one or many files.
+    """Read tables and chunks of one or many files.
 
     Args:
         needed: obs columns that the job uses: never filled in, so that their absence is noticed.
@@ -46,7 +51,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     paths = find_files(source.path)
     problems: list[str] = []
     files = [f for path in paths if (f := _open(path, source, problems)) is not None]
-    if len(files) > 1:  # of one file validation reports it
+    if len(files) > 1:  # for a single file, validation reports it
         twice = [f for f in files if f.genes["feature_id"].duplicated().any()]
         problems += [
             f"{f.path} has repeated gene ids; name a column of unique ids in ingest.source.gene_id" for f in twice
@@ -76,13 +81,13 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     if len(files) > 1:
         target = pd.Index(var["feature_id"])
         places = [target.get_indexer(f.genes["feature_id"]) for f in files]
-        measured = Presence.of_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
+        measured = Presence.from_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
     other_counts = lambda: _places_with_counts(files[0].adata, source.layer)  # noqa: E731
     return CellTables(obs, var, chunks, where, notes, other_counts, measured)
 
 
 def find_files(path: str) -> list[Path]:
-    """The files that a path, folder or glob pattern stands for."""
+    """Return the files that a path, folder or glob pattern stands for."""
     p = Path(path).expanduser()
     found = sorted(p.glob("*.h5ad")) if p.is_dir() else [p] if p.exists() else sorted(map(Path, glob.glob(str(p))))
     if found:
@@ -101,23 +106,23 @@ def _listing(folder: Path) -> str:
 
 
 def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
-    """A file with its genes; None after adding to `problems`."""
+    """Open a file and read its genes; return None after adding to `problems`."""
     if unsound := structure_problems(path, source.layer):
-        problems += [f"{path}: {finding.said}" for finding in unsound]
+        problems += [f"{path}: {finding.message}" for finding in unsound]
         return None
     try:
         adata = anndata.read_h5ad(path, backed="r")
         wrong = _misnamed(path.name, adata, source)
         problems += wrong
         return None if wrong else _File(path, adata, _genes(_var(adata, source), source))
-    except Exception as error:  # any: a stranger's file in a foreign reader
+    except Exception as error:  # any: an untrusted file in another library's reader
         line = (str(error).splitlines() or ["no message"])[0]
         problems.append(f"{path} cannot be read by anndata ({type(error).__name__}: {line[:300]})")
         return None
 
 
 def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str]:
-    """Layers and columns that the config names and the file lacks."""
+    """Return problems with layers and columns that the config names and the file lacks."""
     problems = []
     layers = ", ".join(adata.layers) or "none"
     if source.layer == "raw" and adata.raw is None:
@@ -144,7 +149,7 @@ def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str
 def _has_x(adata: anndata.AnnData) -> bool:
     try:
         return adata.X is not None
-    except KeyError:  # how anndata's backed mode says that there is none
+    except KeyError:  # from anndata's backed mode, if there is none
         return False
 
 
@@ -166,7 +171,7 @@ def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
 
 # ---- obs ---------------------------------------------------------------------------------------------------------
 def _obs(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
-    """obs of all files under Census names, in types that SOMA stores."""
+    """Join obs of all files under Census names, in types that SOMA stores."""
     frames = []
     stems = [f.path.stem for f in files]  # shards of several folders may be called the same
     names = stems if len(set(stems)) == len(stems) else sample_names([f.path for f in files])
@@ -185,11 +190,10 @@ def _obs(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str],
 
 # ---- counts ------------------------------------------------------------------------------------------------------
 def _matrices(files: Sequence[_File], layer: str | None) -> Iterator[tuple[_File, Any]]:
-    """Each file with its count matrix."""
+    """Yield each file with its count matrix."""
     if len(files) == 1:
         yield files[0], _matrix(files[0].adata, layer)
         return
-    # Slow to import (lightning and more), so only when there is something to collect.
     from cellarium.ml.data.distributed_anndata import DistributedAnnDataCollection
 
     for run in _runs(files):
@@ -204,7 +208,7 @@ def _matrices(files: Sequence[_File], layer: str | None) -> Iterator[tuple[_File
 
 
 def _runs(files: Sequence[_File]) -> list[list[_File]]:
-    """Files that follow one another and agree in cellarium's schema."""
+    """Group consecutive files that agree in cellarium's schema."""
     from cellarium.ml.data.schema import AnnDataSchema
 
     runs: list[list[_File]] = []
@@ -218,7 +222,7 @@ def _runs(files: Sequence[_File]) -> list[list[_File]]:
 
 
 def _matrix(adata: anndata.AnnData, layer: str | None) -> Any:
-    """Counts of all cells, sliceable by rows: CSR or dense, in memory or on disk; CSC is turned round once."""
+    """Return the counts of all cells, sliceable by rows: CSR or dense, in memory or on disk; CSC is converted once."""
     m = adata.X if layer is None else adata.raw.X if layer == "raw" else adata.layers[layer]
     if getattr(m, "format", "csr") != "csr":
         m = (m.to_memory() if hasattr(m, "to_memory") else m).tocsr()
@@ -231,7 +235,7 @@ def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
     for start in range(0, matrix.shape[0], rows):
         chunk = sp.csr_matrix(matrix[start : start + rows])
         if chunk.nnz and not 0 <= chunk.indices.min() <= chunk.indices.max() < chunk.shape[1]:
-            # Before anything compiled trusts them.
+            # Checked before compiled code trusts them.
             raise InputError(
                 f"ingest.source: cells {start} to {start + chunk.shape[0]} have gene indices outside 0 to "
                 f"{chunk.shape[1] - 1}: the file is damaged; copy or download it again"
@@ -240,7 +244,7 @@ def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
 
 
 def _places_with_counts(adata: anndata.AnnData, layer: str | None) -> list[str]:
-    """Places other than `layer` whose first cells are whole numbers, as config text."""
+    """Return places other than `layer` whose first cells hold whole numbers, as config text."""
     places = {"null": None, "raw": "raw" if adata.raw is not None else None, **{k: k for k in adata.layers}}
     found = []
     for name, place in places.items():

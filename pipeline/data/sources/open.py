@@ -1,4 +1,4 @@
-"""From what a job says about its source of cells to a SOMA experiment that is open.
+"""Opens the source of a job as a SOMA experiment.
 
 `.h5ad` and 10x files and synthetic cells are written once to `soma/` in the stage's folder; a SOMA experiment and the
 Census are read where they are.
@@ -28,25 +28,25 @@ from scldm.errors import InputError
 
 @dataclass
 class OpenSource:
-    """An experiment and what is known of where it came from."""
+    """An experiment and what is known about its origin."""
 
     store: SomaStore
-    uri: str  # as it goes into the facts
+    uri: str  # as recorded in the facts
     description: str
     notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)  # more for the manifest
+    facts: dict[str, Any] = field(default_factory=dict)  # further facts for the manifest
     measured: Presence | None = None  # by cells of the store, genes of the store; None: ask the store
-    content: str | None = None  # hash of all counts, of a store that we wrote
+    content: str | None = None  # hash of all counts, if the store was written here
 
 
 def open_source(
     config: IngestConfig, folder: Path, columns: Sequence[str], *, min_cells: int = MIN_CELLS
 ) -> OpenSource:
-    """The experiment of a job; written to `folder/soma` if the source is not one already.
+    """Open the experiment of a job; write it to `folder/soma` if the source is not in SOMA yet.
 
     Args:
-        columns: obs columns that the job cannot do without.
-        min_cells: Fewer are an error, where the source is not in SOMA yet.
+        columns: obs columns that the job requires.
+        min_cells: Smallest number of cells of a source that is not in SOMA yet.
     """
     source = config.source
     if isinstance(source, SomaSource):
@@ -55,7 +55,7 @@ def open_source(
     if isinstance(source, CensusSource):
         return _census(source)
     tables, description = _tables(source, [*columns, *config.cells.conditions()])
-    # With a filter, cells without a label may be filtered out: they are looked at again after it.
+    # A filter may remove cells without a label: they are checked again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
     chunks = checked(tables, columns, drop_missing=lenient, min_cells=min_cells)
     content = hashlib.sha256()
@@ -65,7 +65,7 @@ def open_source(
 
 
 def _hashed(chunks: Iterable[sp.csr_matrix], content: Any) -> Iterator[sp.csr_matrix]:
-    """The chunks as they are, added to a hash on their way."""
+    """Yield the chunks unchanged, and add them to a hash."""
     for chunk in chunks:
         for values, kind in ((chunk.indptr, np.int64), (chunk.indices, np.int32), (chunk.data, np.float32)):
             content.update(np.ascontiguousarray(values, kind).data)
@@ -73,11 +73,11 @@ def _hashed(chunks: Iterable[sp.csr_matrix], content: Any) -> Iterator[sp.csr_ma
 
 
 def soma_config(source: SomaSource) -> dict[str, str]:
-    """What TileDB needs to know; credentials it finds by itself on every machine, so none go into the facts."""
+    """Return TileDB's settings for a source, without credentials: TileDB finds them itself on every machine."""
     if not source.uri.startswith("s3://"):
         if source.region or source.anonymous or source.s3 != S3Config():
             raise InputError(
-                f"ingest.source: region, anonymous and s3 are of s3:// addresses; uri is {source.uri!r}: leave them out"
+                f"ingest.source: region, anonymous and s3 are for s3:// addresses, uri is {source.uri!r}; drop them"
             )
         return {}
     config = {**source.s3.tiledb(), **({"vfs.s3.region": source.region} if source.region else {})}
@@ -101,10 +101,10 @@ def _census(source: CensusSource) -> OpenSource:
 
 
 def _tables(source: SyntheticSource | H5adSource | TenxSource, columns: Sequence[str]) -> tuple[CellTables, str]:
-    """Cells of a source that is not in SOMA yet, and a few words about them."""
+    """Read the cells of a source that is not in SOMA yet; return them with a description."""
     if isinstance(source, SyntheticSource):
-        words = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
-        return synthetic_cells(source), words
+        description = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
+        return synthetic_cells(source), description
     if isinstance(source, TenxSource):
         from pipeline.data.sources.tenx import read_10x
 

@@ -1,8 +1,9 @@
-"""Cells made on the spot, good enough to learn from: gene programmes, cell types, donors, overdispersed counts.
+"""Generates synthetic cells that a model can learn from: gene programmes, cell types, donors, overdispersed counts.
 
 The mean of gene g in cell c is library_size_c * softmax_g(base_g + sum_p activity_cp * loading_pg + donor_g), and the
 counts are negative binomial. Every number is a function of the seed; the counts of a chunk of cells are a function of
-(seed, chunk), so chunks can be made in any order. Types 0 and 1 differ in one weak programme; the others are apart.
+(seed, chunk), so chunks can be made in any order. Types 0 and 1 differ in one weak programme; the others are well
+separated.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ TISSUES = ("blood", "lung", "spleen")
 ASSAYS = ("10x 3' v3", "10x 3' v2")
 BASE_SD = 2.4  # of log expression over genes: most genes are rare
 PROGRAMME_GENES = 0.06  # share of the genes that a programme moves
-EFFECT = 1.6  # of a programme on log expression of its genes
-CLOSE = 0.35  # the same between types 0 and 1
-DONOR_SD = 0.12  # of a donor's shift of log expression
+EFFECT = 1.6  # effect of a programme on log expression of its genes
+CLOSE = 0.35  # the same for the programme between types 0 and 1
+DONOR_SD = 0.12  # standard deviation of a donor's shift of log expression
 LIBRARY_SIZE, LIBRARY_SD, LIBRARY_TYPE_SD = 350.0, 0.35, 0.25  # for 1,000 genes; grows with the root of the genes
-SPREAD = 0.3  # of a programme's activity over the cells of a type
+SPREAD = 0.3  # standard deviation of a programme's log activity over the cells of a type
 
 
 def synthetic_cells(source: SyntheticSource) -> CellTables:
-    """Tables and chunks of a synthetic experiment; a function of `source` alone."""
+    """Return tables and chunks of a synthetic experiment; a function of `source` alone."""
     rng = _rng(source.seed, 0)
     n, g, k = source.n_cells, source.n_genes, source.n_types
     abundance = 1 / np.arange(1, k + 1) ** 0.7
@@ -66,9 +67,9 @@ def synthetic_cells(source: SyntheticSource) -> CellTables:
 
 
 def _programmes(rng: np.random.Generator, g: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Loadings (programmes, g) and mean activity (types, programmes).
+    """Draw loadings (programmes, g) and mean activities (types, programmes).
 
-    One programme per type, three shared ones; type 1 is type 0 with a weak programme of its own.
+    There is one programme per type, and three shared ones; type 1 is type 0 with a weak programme of its own.
     """
     n_shared = 3
     loading = np.zeros((k + n_shared, g))

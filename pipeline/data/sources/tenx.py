@@ -1,7 +1,7 @@
-"""Cells from Cell Ranger outputs: many samples become one table, their genes are matched by id.
+"""Reads cells from Cell Ranger outputs: joins samples into one table and matches their genes by id.
 
-A sample's name is what tells its path from the others'. What is known of cells (labels, donors) is not in such files:
-it comes from a table beside them, joined by sample and barcode.
+A sample's name is the part of its path that differs from the others'. Labels and donors are not in such files: they
+come from a separate table (`ingest.source.obs`), joined by sample and barcode. `tenx_files.py` reads one output.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class _Sample:
     name: str
     path: Path
     matrix: TenxMatrix
-    kept: np.ndarray  # features that are genes of the genome
+    kept: np.ndarray  # positions of the features that are genes of the genome
     genes: pd.DataFrame  # feature_id, feature_name, feature_length of those
 
 
 def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
-    """Tables and chunks of one or many outputs.
+    """Read tables and chunks of one or many outputs.
 
     Args:
         needed: obs columns that the job uses: never filled in, so that their absence is noticed.
@@ -68,13 +68,13 @@ def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
 
     where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} outputs of {source.path}"
     sizes = [len(s.matrix.barcodes) for s in samples]
-    measured = Presence.of_files([s.name for s in samples], columns, sizes, len(var))
+    measured = Presence.from_files([s.name for s in samples], columns, sizes, len(var))
     return CellTables(obs, var, chunks, where, notes, measured=measured)
 
 
 # ---- samples -----------------------------------------------------------------------------------------------------
 def find_outputs(source: TenxSource) -> list[Path]:
-    """The outputs that a path, folder or glob pattern stands for."""
+    """Return the outputs that a path, folder or glob pattern stands for."""
     path = Path(source.path).expanduser()
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
     if not matches:
@@ -91,7 +91,7 @@ def find_outputs(source: TenxSource) -> list[Path]:
 
 
 def _inside(path: Path, genome: str | None) -> list[Path]:
-    """The path itself, or the outputs that the folder holds: its genomes (version 2) or its samples."""
+    """Return the path itself, or the outputs in the folder: its genomes (version 2) or its samples."""
     if is_tenx(path) or not path.is_dir():
         return [path] if is_tenx(path) else []
     children = sorted(p for p in path.iterdir() if is_tenx(p))
@@ -131,7 +131,7 @@ def _open(path: Path, name: str, source: TenxSource, notes: list[str]) -> _Sampl
 
 # ---- obs ---------------------------------------------------------------------------------------------------------
 def _obs(samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
-    """One row per barcode, with the columns of the table that describes them."""
+    """Return one row per barcode, with the columns of the table that describes the cells."""
     barcodes = [b for s in samples for b in s.matrix.barcodes]
     names = [s.name for s in samples for _ in s.matrix.barcodes]
     ids = [f"{n}:{b}" for n, b in zip(names, barcodes, strict=True)] if len(samples) > 1 else barcodes
@@ -149,6 +149,7 @@ def _obs(samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], 
 
 
 def _described(obs: pd.DataFrame, source: TenxSource, samples: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    """Join the table of `ingest.source.obs` to the cells."""
     assert source.obs is not None
     table = _read_table(Path(source.obs).expanduser())
     for new, old in source.columns.items():
@@ -166,7 +167,9 @@ def _described(obs: pd.DataFrame, source: TenxSource, samples: Sequence[str], no
     if len(samples) > 1:
         obs = obs.assign(sample=obs["dataset_id"])
     table = table.drop(columns="obs_id", errors="ignore")
-    own = obs.drop(columns=["dataset_id"] if "dataset_id" in table else [])  # the table's word goes first
+    own = obs.drop(
+        columns=["dataset_id"] if "dataset_id" in table else []
+    )  # the table's own dataset_id takes precedence
     joined = own.merge(table, on=keys, how="left", indicator="_found", validate="m:1")
     found = int((joined.pop("_found") == "both").sum())
     if not found:

@@ -1,7 +1,18 @@
-"""Reading one Cell Ranger output: a folder of three text files, or an HDF5 file; versions 2 and 3 of either.
+"""Reads one Cell Ranger output: a folder of three text files, or an HDF5 file; versions 2 and 3 of either.
 
-Files come from anywhere, so that sizes and indices are checked before they are used. Features stay as the file has
-them; what is kept of them is decided in `tenx.py`.
+Files are untrusted: sizes and indices are checked before they are used. Features stay as they are in the file;
+`tenx.py` selects genes.
+
+scanpy's readers are not used, for reasons measured with scanpy 1.11.5 (tests compare the results of both):
+
+* `read_10x_mtx` reads version 3 only gzipped and version 2 only unpacked, so not the folders of STARsolo or of
+  Cell Ranger after gunzip; it parses names with pandas, which turns a gene called NA into a missing value; and it opens
+  the matrix by path, so the text cannot be checked on its way to scipy, which crashes on some malformed files.
+* `read_10x_h5` rounds int32 counts to float32 without a word, so that values above 2^24 pass as counts; accepts indices
+  outside the features, which compiled code then follows; and loads the file whole, where a raw output of millions of
+  barcodes is read here in chunks.
+
+What would be left to it is the reading of six HDF5 arrays.
 """
 
 from __future__ import annotations
@@ -27,12 +38,13 @@ LONGEST_TABLE = 1 << 30  # characters of barcodes.tsv and features.tsv
 _MATRIX, _BARCODES, _FEATURES = ("matrix.mtx",), ("barcodes.tsv",), ("features.tsv", "genes.tsv")
 
 
+# Errors that h5py, numpy, scipy and gzip raise for a damaged file.
 _DAMAGE = (OSError, KeyError, ValueError, IndexError, TypeError, EOFError, AttributeError, RuntimeError, MemoryError,
            OverflowError, zlib.error)  # fmt: skip
 
 
 class TenxError(ValueError):
-    """A file that is no Cell Ranger output; the message says what is wrong with it."""
+    """A file is no valid Cell Ranger output; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,13 @@ def is_tenx(path: Path) -> bool:
 
 
 def open_tenx(path: Path, genome: str | None) -> TenxMatrix:
-    """An output, with its counts still on disk if it is HDF5.
+    """Open an output; its counts are read when `chunks` is called.
 
     Args:
-        genome: Which one to take of a version 2 file that holds several.
+        genome: Genome to read from a version 2 file that holds several.
 
     Raises:
-        TenxError: if it is not one.
+        TenxError: the path is no valid output.
     """
     try:
         matrix = _open_folder(path) if path.is_dir() else _open_h5(path, genome)
@@ -96,12 +108,12 @@ def _open_folder(folder: Path) -> TenxMatrix:
 
 
 def _read_text(matrix: Path, shape: tuple[int, int]) -> Any:
-    """Features x cells, whole: text has no index."""
+    """Read the whole matrix, features x cells: text cannot be read in parts."""
     try:
         return read_matrix(matrix, shape)
     except ShapeError as error:
         raise TenxError(
-            f"{matrix} is {error.shape}, but there are {shape[0]} features and {shape[1]} barcodes beside it: the "
+            f"{matrix} is {error.shape}, but there are {shape[0]} features and {shape[1]} barcodes: the "
             "files do not belong together"
         ) from error
     except (ValueError, OSError, EOFError, OverflowError, MemoryError, zlib.error) as error:
@@ -134,9 +146,9 @@ def _open_h5(path: Path, genome: str | None) -> TenxMatrix:
     if not h5py.is_hdf5(path):
         raise TenxError(f"{path} is not an HDF5 file; Cell Ranger writes filtered_feature_bc_matrix.h5")
     if broken := open_problems(path):
-        raise TenxError(f"{path}: {broken[0].said}")
+        raise TenxError(f"{path}: {broken[0].message}")
     with h5py.File(path) as f:
-        if found := [finding.said for finding in unsafe(f) if finding.level == "error"]:
+        if found := [finding.message for finding in unsafe(f) if finding.level == "error"]:
             raise TenxError(f"{path}: {'; '.join(found)}")
         group, table = ("matrix", _features_v3(f)) if "matrix" in f else _features_v2(f, path, genome)
         matrix = f[group]
@@ -145,8 +157,8 @@ def _open_h5(path: Path, genome: str | None) -> TenxMatrix:
         n_values, shape = matrix["data"].shape[0], tuple(int(x) for x in matrix["shape"][:])
         kinds = {name: matrix[name].dtype for name in ("data", "indices")}
         if kinds["data"].kind not in "iufb" or kinds["indices"].kind not in "iu":
-            said = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
-            raise TenxError(f"{path} holds no numbers where counts should be ({said}): it is damaged")
+            types = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+            raise TenxError(f"{path} holds no numbers where counts should be ({types}): it is damaged")
         if matrix["indices"].shape[0] != n_values:
             raise TenxError(f"{path} has {n_values} values but {matrix['indices'].shape[0]} indices: it is damaged")
     if shape != (len(table), len(barcodes)) or indptr.ndim != 1 or len(indptr) != len(barcodes) + 1:
@@ -166,7 +178,7 @@ def _open_h5(path: Path, genome: str | None) -> TenxMatrix:
 
 
 def _chunk(path: Path, matrix: h5py.Group, ends: np.ndarray, n_features: int) -> sp.csr_matrix:
-    """Cells between some ends of the indptr; indices are looked at before anything compiled trusts them."""
+    """Read consecutive cells, given by their part of indptr; indices are checked before compiled code trusts them."""
     try:
         values, indices = (matrix[k][ends[0] : ends[-1]] for k in ("data", "indices"))
         if len(indices) and (indices.min() < 0 or indices.max() >= n_features):
@@ -188,7 +200,7 @@ def _features_v3(f: h5py.File) -> pd.DataFrame:
 
 
 def _features_v2(f: h5py.File, path: Path, genome: str | None) -> tuple[str, pd.DataFrame]:
-    """A group for each genome."""
+    """Return the name of the genome's group, and its features; version 2 has one group for each genome."""
     genomes = [k for k in f if isinstance(f[k], h5py.Group) and {"genes", "barcodes", "indptr"} <= set(f[k])]
     if not genomes:
         raise TenxError(f"{path} is HDF5 but no Cell Ranger output (it holds {', '.join(sorted(f)[:6]) or 'nothing'})")

@@ -1,4 +1,4 @@
-"""Is this a table of raw counts with the labels that were asked for? All problems are reported at once.
+"""Checks that a source holds raw counts with the requested labels, and reports all problems together.
 
 A source of cells is a `CellTables`: obs, var and a stream of CSR chunks. Tables are checked whole; counts are checked
 chunk by chunk while they are written, so that a large file is read once.
@@ -22,11 +22,11 @@ from scldm.errors import InputError
 def label_problems(
     obs: pd.DataFrame, labels: Sequence[str], *, drop_missing: bool, names: pd.Series | None
 ) -> list[str]:
-    """What is wrong with the label columns of obs.
+    """Return problems with the label columns of obs.
 
     Args:
-        drop_missing: Cells without a label are left out later; do not complain.
-        names: Names of the cells for examples; None uses soma_joinid or the position.
+        drop_missing: Whether cells without a label are left out later, and so are no problem.
+        names: Names of the cells for examples; None uses the index of obs.
     """
     problems = []
     for label in labels:
@@ -54,21 +54,21 @@ def label_problems(
 def table_problems(
     tables: CellTables, labels: Sequence[str], *, drop_missing: bool, min_cells: int = MIN_CELLS
 ) -> list[str]:
-    """What is wrong with obs and var, before any count is read; adds notes to `tables`."""
+    """Return problems with obs and var, before any count is read; notes are added to `tables`."""
     obs, ids = tables.obs, tables.var["feature_id"]
     problems = []
     if len(obs) < min_cells:
         problems.append(f"{len(obs)} cells are too few to split, train and score; at least {min_cells} are needed")
     names = obs.get("obs_id")
     problems += label_problems(obs, labels, drop_missing=drop_missing, names=names)
-    problems += [f.said for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
+    problems += [f.message for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
     if names is not None and (n := int(names[names.duplicated()].nunique())):
         tables.notes.append(f"{n} obs names occur more than once; cells are told apart by soma_joinid.")
     return problems
 
 
 def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables) -> list[str]:
-    """What shows that a chunk does not hold raw counts, with an example of each."""
+    """Return reasons why a chunk does not hold raw counts, with an example of each."""
     problems = []
     for what, bad in value_faults(chunk.data):
         if bad.any():
@@ -86,15 +86,15 @@ def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables)
 def checked(
     tables: CellTables, labels: Sequence[str], *, drop_missing: bool = False, min_cells: int = MIN_CELLS
 ) -> Iterator[sp.csr_matrix]:
-    """The chunks of a source, each checked.
+    """Yield the chunks of a source, each checked.
 
     Raises:
-        InputError: at the first chunk that is not counts, or before any if the tables are wrong; with everything that
-            is wrong so far.
+        InputError: a chunk does not hold counts, or (before any chunk) the tables have problems; with all problems
+            found so far.
     """
     problems = table_problems(tables, labels, drop_missing=drop_missing, min_cells=min_cells)
     if problems and not (len(tables.obs) and len(tables.var)):
-        raise not_usable(tables, problems)  # at once: nothing can be made of no cells or no genes
+        raise not_usable(tables, problems)  # without cells or genes there are no chunks to check
     return _checked(tables, problems)
 
 
@@ -117,11 +117,12 @@ def _checked(tables: CellTables, problems: list[str]) -> Iterator[sp.csr_matrix]
 
 
 def not_usable(tables: CellTables, problems: Sequence[str]) -> InputError:
+    """Return an error that lists all problems of a source."""
     return InputError("\n".join([f"{tables.where} cannot be used:", *(f"  - {p}" for p in problems)]))
 
 
 def _remedy(tables: CellTables) -> list[str]:
-    """Where the counts may be instead."""
+    """Return where the counts may be instead."""
     places = tables.other_counts()
     if places:
         return [f"raw counts are needed; this file has some elsewhere: set ingest.source.{' or '.join(places)}"]

@@ -1,7 +1,7 @@
-"""Are these raw counts? Totals over all values, in however many pieces they come, with the first offenders of each.
+"""Checks that values are raw counts: totals over all values, which arrive in pieces, with examples of each fault.
 
-`value_faults` is the one list of what a count is not; ingest stops at the first piece with a fault, `scldm
-validate-data` goes on and counts them all.
+`value_faults` defines what is no count; ingest stops at the first piece with a fault, `scldm validate-data` continues
+and counts all faults.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from pipeline.data.entries import CountEntries
 from pipeline.data.findings import FIRST, Finding, error, warning
-from pipeline.data.safety.count_matrix import Entries
 
 EXACT = 1 << 24  # float32 holds whole numbers exactly up to here
 OUTLIER = 50  # times the median library size
@@ -20,7 +20,7 @@ RAW = "raw counts are needed, not normalised, log-transformed or scaled values"
 
 
 def value_faults(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Kinds of values that are no counts, each with a mask of the same shape."""
+    """Yield the kinds of values that are no counts, each with a mask of the same shape."""
     finite = np.isfinite(values)
     yield "are NaN or infinite", ~finite
     yield "are negative", values < 0
@@ -29,10 +29,10 @@ def value_faults(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 class CountAudit:
-    """Running totals; memory is one number per cell and gene.
+    """Running totals over pieces; memory is one number per cell and gene.
 
     Args:
-        where: Names a cell and a gene for examples.
+        where: Returns the names of a cell and a gene (-1: none) for examples.
     """
 
     def __init__(self, n_cells: int, n_genes: int, where: Callable[[int, int], str]) -> None:
@@ -40,13 +40,14 @@ class CountAudit:
         self._where = where
         self._faults: Counter[str] = Counter()
         self._first: dict[str, list[str]] = {}
-        self._fractions: list[np.ndarray] = []  # some values, to guess what was done to them
+        self._fractions: list[np.ndarray] = []  # a sample of values, to guess what was done to them
         self.sums, self.per_cell = np.zeros(n_cells), np.zeros(n_cells, np.int64)
         self.per_gene = np.zeros(n_genes, np.int64)
         self.stored, self.largest = 0, 0.0
 
-    def add(self, piece: Entries) -> None:
-        values = np.asarray(piece.values)
+    def add(self, piece: CountEntries) -> None:
+        """Add a piece."""
+        values = np.asarray(piece.counts)
         self.stored += len(values)
         for what, bad in value_faults(values):
             if n := int(bad.sum()):
@@ -70,7 +71,7 @@ class CountAudit:
         return not self._faults
 
     def guess(self) -> str:
-        """What was probably done to values that are no counts."""
+        """Guess what was done to values that are no counts."""
         if self.raw:
             return "raw counts"
         values = np.concatenate(self._fractions) if self._fractions else np.zeros(0)
@@ -82,10 +83,10 @@ class CountAudit:
         return "log-transformed values" if 0 < self.largest < 20 else "not counts"
 
     def findings(self, places: list[str]) -> Iterator[Finding]:
-        """What is wrong.
+        """Yield the problems.
 
         Args:
-            places: Where counts were found instead, as config text.
+            places: Places that hold counts instead, as config text.
         """
         elsewhere = f"; this file has counts elsewhere: set ingest.source.{' or '.join(places)}" if places else ""
         for what, n in self._faults.items():

@@ -1,4 +1,4 @@
-"""Names of genes and cells, and classes of labels: what is wrong with them, what is only odd."""
+"""Checks names of genes and cells, and classes of labels."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from pipeline.data.tables import plain_id
 from scldm.text import LONGEST, shown
 
 MIN_CELLS = 20  # fewer cannot be split, trained on and scored
-MOST_CLASSES = 1000  # a label with more is probably a name or a measurement
+MAX_CLASSES = 1000  # a label with more is probably a name or a measurement
 _ORGANISM = {"ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSMMUG": "macaque"}
-_VIRUSES = {"ENSSASG"}  # SARS-CoV-2, whose genes CELLxGENE allows beside the host's
+_VIRUSES = {"ENSSASG"}  # SARS-CoV-2, whose genes CELLxGENE allows in addition to the host's
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G)\d{6,}(\.\d+)?$")
 _ODD = re.compile(r"[<>&\"\x00-\x1f\x7f]")
 _TO_IDS = "name a var column of unique ids in ingest.source.gene_id"
 
 
 def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = ()) -> Iterator[Finding]:
-    """Ids as the file has them, one per gene.
+    """Check gene ids.
 
     Args:
+        ids: Ids as in the file, one per gene.
         elsewhere: var columns that hold Ensembl ids.
     """
     if not len(ids):
@@ -59,13 +60,13 @@ def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = ()) -> Iterator
 
 
 def ensembl_columns(var: pd.DataFrame) -> list[str]:
-    """Columns whose values are Ensembl gene ids, mostly."""
+    """Return the columns whose values are mostly Ensembl gene ids."""
     head = {str(c): var[c].astype(str).head(200) for c in var.columns}
     return [c for c, values in head.items() if len(values) and values.str.match(_ENSEMBL).mean() > 0.5]
 
 
 def cell_findings(names: pd.Series) -> Iterator[Finding]:
-    """Names of cells, one per row."""
+    """Check names of cells, one per row."""
     if len(names) < MIN_CELLS:
         yield error(f"{len(names)} cells are too few to split, train and score", f"at least {MIN_CELLS} are needed")
     if len(twice := names[names.duplicated()].unique()):
@@ -75,7 +76,7 @@ def cell_findings(names: pd.Series) -> Iterator[Finding]:
 
 
 def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -> Iterator[Finding]:
-    """Label columns that were asked for."""
+    """Check the requested label columns."""
     for label in labels:
         if label not in obs:
             hint = did_you_mean(label, [shown(c) for c in obs.columns])
@@ -96,7 +97,7 @@ def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -
         if single := [c for c, n in counts.items() if n == 1]:
             yield warning(f"{len(single)} classes of {label} have one cell", "they cannot be both learned and scored: "
                           "join them with others or leave them out", count=len(single), first=single)  # fmt: skip
-        if len(counts) > MOST_CLASSES:
+        if len(counts) > MAX_CLASSES:
             yield warning(f"{label} has {len(counts):,} classes", "is it a label? Each class is learned by itself",
                           count=len(counts))  # fmt: skip
         if obs[label].dtype == object and len({type(x) for x in obs[label].dropna()}) > 1:
@@ -105,16 +106,16 @@ def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -
 
 
 def class_counts(column: pd.Series) -> dict[str, int]:
-    """Cells of each class that occurs, most first."""
+    """Count the cells of each class that occurs, largest first."""
     return {str(k): int(n) for k, n in column[~missing(column)].astype(str).value_counts().items() if n}
 
 
 def suggested_labels(obs: pd.DataFrame, names: pd.Series) -> list[str]:
-    """Columns that look like labels: few classes, most of them with several cells."""
+    """Return columns that look like labels: few classes, most of them with several cells."""
     found = []
     for column in obs.columns:
         values = obs[column]
-        if pd.api.types.is_float_dtype(values) or not 2 <= values.nunique() <= min(MOST_CLASSES, len(names) // 3):
+        if pd.api.types.is_float_dtype(values) or not 2 <= values.nunique() <= min(MAX_CLASSES, len(names) // 3):
             continue
         found.append(str(column))
     return found

@@ -1,7 +1,7 @@
-"""Does X still hold what obs says of each cell: `nnz` and `raw_sum`, as the Census and our own experiments have them?
+"""Compares X with `nnz` and `raw_sum` in obs, as the Census and our own experiments have them.
 
 TileDB keeps no checksum over an array: a fragment that was lost together with its commit file, or is not committed yet,
-leaves cells that look empty. They would be left out as empty cells are, and nobody would know.
+leaves cells that look empty. They would silently be left out like empty cells.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _AGAIN = (
 
 
 def sum_findings(obs: pd.DataFrame, *, n_expressed: np.ndarray, library_size: np.ndarray) -> Iterator[Finding]:
-    """What X and obs say differently.
+    """Yield differences between X and obs.
 
     Args:
-        obs: Cells with soma_joinid; nothing is said without nnz.
-        n_expressed: Genes with a count in X, of all genes of the experiment, beside obs.
-        library_size: Sum of those counts.
+        obs: Cells with soma_joinid; nothing is compared without nnz.
+        n_expressed: Number of genes with a count in X, of all genes of the experiment; one per row of obs.
+        library_size: Sum of those counts, one per row of obs.
     """
     if "nnz" not in obs or not pd.api.types.is_numeric_dtype(obs["nnz"]):
         return
-    said = obs["nnz"].to_numpy()
-    lost = (n_expressed == 0) & (said > 0)
-    other = ~lost & (n_expressed != said)
+    recorded = obs["nnz"].to_numpy()
+    lost = (n_expressed == 0) & (recorded > 0)
+    other = ~lost & (n_expressed != recorded)
     if "raw_sum" in obs and pd.api.types.is_numeric_dtype(obs["raw_sum"]):
         other |= ~lost & ~np.isclose(library_size, obs["raw_sum"].to_numpy(float), rtol=1e-5)
     first = lambda bad: "cell " + obs["soma_joinid"][bad].head(FIRST).astype(str)  # noqa: E731
@@ -39,6 +39,6 @@ def sum_findings(obs: pd.DataFrame, *, n_expressed: np.ndarray, library_size: np
         yield error(f"{n:,} of {len(obs):,} cells have counts by obs (nnz) and none in X", _AGAIN,
                     count=n, first=first(lost))  # fmt: skip
     if n := int(other.sum()):
-        yield warning(f"{n:,} of {len(obs):,} cells have other counts in X than obs says (nnz, raw_sum)",
+        yield warning(f"{n:,} of {len(obs):,} cells have other counts in X than obs records (nnz, raw_sum)",
                       "X was changed after obs: are all genes and fragments there?", count=n,
                       first=first(other))  # fmt: skip

@@ -1,11 +1,10 @@
-"""All cells of a stage in one `.h5ad` file, copied shard by shard; below a million cells.
+"""Exports all cells of a stage to one `.h5ad` file, copied shard by shard; for up to a million cells.
 
-Memory is that of a piece of a shard: sizes are read first, datasets are made at their final size and filled.
+Takes the memory of a piece of a shard: sizes are read first, datasets are created at their final size and filled.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +12,41 @@ import h5py
 import numpy as np
 from anndata.io import write_elem
 
+from pipeline.core.shards import replaces
 from scldm.cells.cells import Cells
 from scldm.errors import InputError
 
-MOST = 1_000_000
-VALUES = 1 << 22  # copied at once
+MAX_CELLS = 1_000_000
+VALUES = 1 << 22  # values that are copied at a time
 PACKED = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 
 def export_h5ad(cells: Cells, out: Path) -> None:
-    """Write `out`, by rename.
+    """Write the file `out` atomically.
 
     Raises:
-        InputError: too many cells for one file, or a file is in the way.
+        InputError: there are too many cells for one file, or `out` exists.
     """
-    if cells.n_obs > MOST:
+    if cells.n_obs > MAX_CELLS:
         raise InputError(
-            f"{cells.n_obs:,} cells are too many for one .h5ad file (at most {MOST:,}); export --to zarr or soma, or "
-            "read the shards: scldm.open_cells"
+            f"{cells.n_obs:,} cells are too many for one .h5ad file (at most {MAX_CELLS:,}); export --to zarr or soma, "
+            "or read the shards: scldm.open_cells"
         )
     if out.exists():
-        raise InputError(f"{out} is there already; name another file, or remove it")
-    obs, var, uns = cells.obs, cells.var, cells.uns  # what is wrong with them shows before a byte is written
+        raise InputError(f"{out} exists already; name another file, or remove it")
+    obs, var, uns = cells.obs, cells.var, cells.uns  # read first: an error shows before a byte is written
     out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(tmp, "w") as f:
-            f.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-            for name in ("layers", "obsm", "obsp", "varm", "varp"):
-                write_elem(f, name, {})
-            _copy(cells, f)
-            for name, element in (("obs", obs), ("var", var), ("uns", uns)):
-                write_elem(f, name, element)
-        with tmp.open("rb") as f:
-            os.fsync(f.fileno())
-        tmp.replace(out)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with replaces(out) as tmp, h5py.File(tmp, "w") as f:
+        f.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for name in ("layers", "obsm", "obsp", "varm", "varp"):
+            write_elem(f, name, {})
+        _copy(cells, f)
+        for name, element in (("obs", obs), ("var", var), ("uns", uns)):
+            write_elem(f, name, element)
 
 
 def _copy(cells: Cells, out: h5py.File) -> None:
-    """X, obsm and layers of all shards."""
+    """Copy X, obsm and layers of all shards."""
     n_values, has_x = 0, False
     dense: dict[str, Any] = {}  # name -> (shape behind the cells, type)
     for shard in cells.shards:

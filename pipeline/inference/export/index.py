@@ -1,13 +1,13 @@
-"""`index.parquet`: obs of all shards in one table, so that a reader need not open every shard.
+"""Writes `index.parquet`: obs of all shards in one table, so that readers need not open every shard.
 
-A row group per shard. Columns: obs_name, shard (its place in the manifest), shard_row, and obs as in the shards. The
-categories of a column, also those that no cell has, are kept in the schema's metadata: Parquet itself forgets them.
+It has one row group per shard. Columns: obs_name, shard (its position in the manifest), shard_row, and obs as in the
+shards. The categories of a column, including those without cells, are kept in the schema's metadata: Parquet itself
+does not keep them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.core.shards import replaces
 from scldm.cells.cells import CATEGORIES, INDEX_NAME, INDEX_ROW, INDEX_SHARD
 from scldm.cells.shards import Shard, read_part
 
@@ -24,10 +25,10 @@ INDEX = "index.parquet"
 
 
 def write_index(folder: Path, records: Sequence[dict[str, Any]]) -> str:
-    """The index of a stage's shards, by rename; its name, for the facts. Memory: obs of one shard, and twice that.
+    """Write the index of a stage's shards atomically; return its name. Memory: about three times obs of one shard.
 
     Args:
-        records: Of the shards, in the order in which the manifest will list them.
+        records: Records of the shards, in the order of the manifest.
     """
     shards = [Shard(folder / r["file"], r["n_cells"], r["sha256"]) for r in records]
     categories: dict[str, list[Any]] = {}
@@ -36,19 +37,16 @@ def write_index(folder: Path, records: Sequence[dict[str, Any]]) -> str:
             if isinstance(values.dtype, pd.CategoricalDtype):
                 known = categories.setdefault(str(column), [])
                 known += [c for c in values.cat.categories if c not in set(known)]
-    tmp = folder / f".{INDEX}.{os.getpid()}.tmp"
-    writer = None
-    try:
-        for k, shard in enumerate(shards):
-            table = _table(k, read_part(shard, "obs"), categories)
-            writer = writer or pq.ParquetWriter(tmp, table.schema, compression="zstd")
-            writer.write_table(table.cast(writer.schema))
-    finally:
-        if writer is not None:
-            writer.close()
-    with tmp.open("rb") as f:
-        os.fsync(f.fileno())
-    tmp.replace(folder / INDEX)
+    with replaces(folder / INDEX) as tmp:
+        writer = None
+        try:
+            for k, shard in enumerate(shards):
+                table = _table(k, read_part(shard, "obs"), categories)
+                writer = writer or pq.ParquetWriter(tmp, table.schema, compression="zstd")
+                writer.write_table(table.cast(writer.schema))
+        finally:
+            if writer is not None:
+                writer.close()
     return INDEX
 
 

@@ -1,7 +1,8 @@
 """The model that MLflow loads: conditions in, counts out. This file is stored with the model and run when it is loaded.
 
-It holds no weights and no pickle: `load_context` reads the model folders (safetensors and JSON) that lie beside it. The
-code of `scldm` and `pipeline` travels with the model too, so that torch, numpy, pandas, scipy and pydantic are enough.
+It holds no weights and no pickle: `load_context` reads the model folders (safetensors and JSON) in the same artifact.
+The code of `scldm` and `pipeline` is stored with the model too, so that only torch, numpy, pandas, scipy and pydantic
+must be installed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mlflow.pyfunc import PythonModel
 
 
 class ConditionsToCounts(PythonModel):
-    """`predict(DataFrame of conditions) -> DataFrame of counts`, one row a cell, one column a gene."""
+    """`predict(DataFrame of conditions) -> DataFrame of counts`, one row per cell, one column per gene."""
 
     def load_context(self, context: Any) -> None:
         from scldm.checkpoints.native import load_flow, load_vae
@@ -25,20 +26,20 @@ class ConditionsToCounts(PythonModel):
         self.flow = load_flow(folders["flow"], weights="ema")
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Cells for a table of conditions, row after row.
+        """Generate cells for a table of conditions, row after row.
 
         Args:
-            model_input: Columns: labels of the model, and if you like n_cells (default 1), guidance, library_size. An
-                empty label is generated without that label.
+            model_input: Columns: labels of the model, and optionally n_cells (default 1), guidance, library_size. An
+                empty label generates cells without that label.
             params: seed (0), guidance (1), steps (14), temperature (1).
         """
         import numpy as np
 
         from pipeline.config.stages import GenerateConfig
-        from pipeline.inference.recipe import recipe_of
-        from pipeline.inference.request import Request, RequestRow
-        from pipeline.inference.request_table import read_rows
+        from pipeline.inference.request import recipe_of
         from scldm.generation.cell_maker import CellMaker
+        from scldm.generation.request import Request, RequestRow
+        from scldm.generation.request_table import read_rows
 
         given = dict(params or {})
         sampler = {k: given[k] for k in ("guidance", "steps", "temperature") if given.get(k) is not None}

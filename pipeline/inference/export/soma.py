@@ -1,14 +1,13 @@
-"""Committed shards of cells into a SOMA experiment, Census-shaped: a second step, by one writer.
+"""Exports committed shards of cells to a Census-shaped SOMA experiment, with one writer.
 
-X first, in order and in big writes; then latents; obs and var last. TileDB makes each write visible at once or not at
-all, and writes go in order, so that what is there says where a killed export goes on. The experiment appears under its
-name when it is whole. tiledbsoma is known here, in `pipeline/data/soma` only.
+X is written first, in order and in large writes; then latents; obs and var last. TileDB makes each write visible as a
+whole or not at all, and writes are in order, so the content shows where an interrupted export resumes. The experiment
+gets its name when it is complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,13 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
 
+from pipeline.core.shards import replaces
 from pipeline.data.soma.store import TILE
 from pipeline.data.soma.write import in_tile_order, write_frame, x_layout
 from scldm.cells.cells import Cells
 from scldm.errors import InputError
 
-ROWS_PER_WRITE = 32 * TILE  # one TileDB fragment each: few, so that nothing needs consolidating
+ROWS_PER_WRITE = 32 * TILE  # one TileDB fragment each: few, so that no consolidation is needed
 
 
 def export_soma(cells: Cells, out: Path, *, rows_per_write: int = ROWS_PER_WRITE) -> None:
@@ -35,12 +35,12 @@ def export_soma(cells: Cells, out: Path, *, rows_per_write: int = ROWS_PER_WRITE
     obs has soma_joinid, obs_id, raw_sum and nnz as the Census has them, and the columns of the cells.
 
     Raises:
-        InputError: cells without counts, or something is in the way.
+        InputError: the cells have no counts, or `out` exists.
     """
     if "://" in str(out):
-        raise InputError(f"{out}: the experiment is put in place by rename; write it to a folder, then copy it")
+        raise InputError(f"{out}: the experiment gets its name by rename; write it to a local folder, then copy it")
     if out.exists():
-        raise InputError(f"{out} is there already; name another folder, or remove it")
+        raise InputError(f"{out} exists already; name another folder, or remove it")
     if not cells.n_vars or not cells.n_obs:
         raise InputError(f"{cells.folder} holds {cells.n_obs} cells x {cells.n_vars} genes: no counts to write")
     if cells[:1].X is None:
@@ -61,19 +61,18 @@ def export_soma(cells: Cells, out: Path, *, rows_per_write: int = ROWS_PER_WRITE
     mark.unlink()
 
 
-def _begin(partial: Path, mark: Path, what: dict[str, Any]) -> None:
-    """An empty start, or what a killed export of the same cells left."""
-    if partial.is_dir() and mark.is_file() and json.loads(mark.read_text()) == what:
+def _begin(partial: Path, mark: Path, settings: dict[str, Any]) -> None:
+    """Keep what an interrupted export of the same cells left, or start empty."""
+    if partial.is_dir() and mark.is_file() and json.loads(mark.read_text()) == settings:
         return
     shutil.rmtree(partial, ignore_errors=True)
-    tmp = mark.with_suffix(f".{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(what))
-    tmp.replace(mark)
+    with replaces(mark) as tmp:
+        tmp.write_text(json.dumps(settings))
 
 
 # ---- X -----------------------------------------------------------------------------------------------------------
 def _write_x(folder: Path, cells: Cells, rows_per_write: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The counts that are missing; sum and number of genes per cell, and number of cells per gene, of all."""
+    """Write the counts that are missing; return sum and number of genes per cell, and number of cells per gene."""
     raw_sum, nnz = np.zeros(cells.n_obs), np.zeros(cells.n_obs, np.int64)
     gene_nnz = np.zeros(cells.n_vars, np.int64)
     written = _open_x(folder, cells.shape)
@@ -86,7 +85,7 @@ def _write_x(folder: Path, cells: Cells, rows_per_write: int) -> tuple[np.ndarra
         gene_nnz += np.bincount(chunk.indices, minlength=cells.n_vars)
         if (
             chunk.nnz and start > written
-        ):  # a write is whole or absent, and begins behind the last row of the one before
+        ):  # a write is complete or absent, and starts after the last row of the one before
             table = in_tile_order(chunk.tocoo(), start, TILE)
             with soma.open(str(folder / "ms" / "RNA" / "X" / "raw"), "w") as array:
                 array.write(table, platform_config=soma.TileDBWriteOptions(sort_coords=False))
@@ -94,7 +93,7 @@ def _write_x(folder: Path, cells: Cells, rows_per_write: int) -> tuple[np.ndarra
 
 
 def _open_x(folder: Path, shape: tuple[int, int]) -> int:
-    """Make the experiment if it is not there; the last row that X has, -1 if none."""
+    """Create the experiment if it does not exist; return the last row of X, -1 if it is empty."""
     place = folder / "ms" / "RNA" / "X" / "raw"
     if not soma.Experiment.exists(str(folder)) or not soma.SparseNDArray.exists(str(place)):
         shutil.rmtree(folder, ignore_errors=True)
@@ -118,7 +117,7 @@ def _pieces(cells: Cells, rows: int) -> Iterator[tuple[int, anndata.AnnData]]:
 
 # ---- obsm, obs, var ----------------------------------------------------------------------------------------------
 def _write_obsm(folder: Path, cells: Cells, rows_per_write: int) -> None:
-    """Arrays of cells, in the sparse form that SOMA's readers and the Census's embeddings have; anew after a kill."""
+    """Write arrays of cells in the sparse form of the Census's embeddings; starts again if it was interrupted."""
     measurement = folder / "ms" / "RNA"
     with soma.open(str(measurement), "w") as rna:
         if "obsm" in rna:

@@ -1,4 +1,4 @@
-"""Is every cell of a finished stage there, whole, and what was asked for? All problems, one shard at a time."""
+"""Verifies the cells of a finished stage: complete, intact and as requested. Reports all problems."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
-from pipeline.inference.export.requested import CannotTell, requested_cells
+from pipeline.inference.export.requested import RequestUnknown, requested_cells
 from scldm.cells.cells import read_index
 from scldm.cells.shards import CellsError, CellsManifest, Shard, read_cells_manifest
 
-VALUES = 1 << 22  # of a matrix, looked at at once
-FINITE = ("library_size", "total_counts", "n_genes", "nll", "nll_per_gene", "flow_log_prob")  # obs columns of ours
+VALUES = 1 << 22  # of a matrix, checked at a time
+FINITE = (
+    "library_size",
+    "total_counts",
+    "n_genes",
+    "nll",
+    "nll_per_gene",
+    "flow_log_prob",
+)  # obs columns that must be finite
 EXAMPLES = 3
 
 
 @dataclass
 class Verdict:
-    """What was found."""
+    """Result of a verification."""
 
     folder: str
     stage: str
@@ -41,13 +48,13 @@ class Verdict:
 
     def text(self) -> str:
         head = f"{self.folder}: {self.stage}, {self.n_cells:,} cells in {self.n_shards} shards"
-        lines = [f"{head}: {'whole' if self.ok else f'{len(self.problems)} problems'}"]
+        lines = [f"{head}: {'complete and intact' if self.ok else f'{len(self.problems)} problems'}"]
         lines += [f"  - {p}" for p in self.problems] + [f"  not checked: {n}" for n in self.not_checked]
         return "\n".join(lines)
 
 
 def verify(folder: Path) -> Verdict:
-    """Look at every byte of a stage's cells.
+    """Read and check every byte of a stage's cells.
 
     Raises:
         CellsError: the folder holds no finished stage of cells.
@@ -77,7 +84,7 @@ def verify(folder: Path) -> Verdict:
 
 # ---- one shard ---------------------------------------------------------------------------------------------------
 def _shard(shard: Shard, var: pd.DataFrame | None, problems: list[str]) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-    """obs and var of a shard that is what the manifest says; None after adding to the problems."""
+    """Read obs and var of a shard that matches the manifest; return None after adding to the problems."""
     name = shard.path.name
     if not shard.path.is_file():
         problems.append(f"{name} is missing")
@@ -118,7 +125,7 @@ def _contents(f: h5py.File, obs: pd.DataFrame, n_genes: int) -> Iterator[str]:
 
 
 def _counts(x: Any, obs: pd.DataFrame, n_genes: int) -> Iterator[str]:
-    """What shows that X is no CSR matrix of counts."""
+    """Yield reasons why X is no CSR matrix of counts."""
     if not isinstance(x, h5py.Group) or x.attrs.get("encoding-type") != "csr_matrix":
         yield "X is no CSR matrix"
         return
@@ -163,16 +170,16 @@ def _index_problems(manifest: CellsManifest, obs: pd.DataFrame) -> Iterator[str]
         yield str(error)
         return
     if not index.index.equals(obs.index.astype(str)):
-        yield f"{manifest.index.name} does not name the cells of the shards in their order"
+        yield f"{manifest.index.name} does not list the cells of the shards in order"
 
 
 def _check_request(manifest: CellsManifest, obs: pd.DataFrame, verdict: Verdict) -> None:
-    """Cells of each condition against what was asked for."""
+    """Compare the number of cells of each condition with the request."""
     if manifest.stage != "generate":
         return
     try:
         wanted = requested_cells(manifest)
-    except CannotTell as reason:
+    except RequestUnknown as reason:
         verdict.not_checked.append(f"cells per condition: {reason}")
         return
     labels = list(next(iter(wanted), ()))
@@ -183,6 +190,6 @@ def _check_request(manifest: CellsManifest, obs: pd.DataFrame, verdict: Verdict)
     wrong = [k for k in {**wanted, **found} if wanted.get(k, 0) != found.get(k, 0)]
     for key in wrong[:10]:
         what = ", ".join(f"{n}={c if c is not None else '(none)'}" for n, c in key) or "no label"
-        verdict.problems.append(f"{found.get(key, 0):,} cells of {what}; {wanted.get(key, 0):,} were asked for")
+        verdict.problems.append(f"{found.get(key, 0):,} cells of {what}; {wanted.get(key, 0):,} were requested")
     if len(wrong) > 10:
-        verdict.problems.append(f"{len(wrong) - 10} more conditions have another number of cells than asked for")
+        verdict.problems.append(f"{len(wrong) - 10} more conditions have another number of cells than requested")

@@ -1,16 +1,15 @@
-"""Cells as a collection of Zarr v3 stores, as annbatch reads it for training.
+"""Exports cells to a collection of Zarr v3 stores, which annbatch reads for training.
 
 Layout (annbatch's DatasetCollection): a group with `encoding-type: annbatch-preshuffled`, and in it `dataset_0`,
 `dataset_1`, …, each an AnnData of up to 2,097,152 cells whose sparse values lie in chunks of 32,768 inside shards, one
-file each. Readers order datasets by their name, so that numbers have one width here.
+file each. Readers sort datasets by name, so all numbers have the same width here.
 
-The collection appears under its name when it is whole. A run that was killed goes on behind the last whole dataset.
+The collection gets its name when it is complete. An interrupted run resumes after the last complete dataset.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -21,39 +20,40 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 
+from pipeline.core.shards import replaces
 from scldm.cells.cells import Cells
 from scldm.errors import InputError
 
 ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
-CELLS_PER_DATASET = 250_000  # in memory at once, with all that goes with it
+CELLS_PER_DATASET = 250_000  # in memory together, with their arrays
 SPARSE_CHUNK, SPARSE_SHARD = 32_768, 1 << 26  # values
 DENSE_CHUNK, DENSE_SHARD = 1024, 1 << 17  # cells
-SLICE = 1000  # cells that stay together on their way through a shuffle
+SLICE = 1000  # cells that stay together when datasets are shuffled
 
 
 def export_zarr(
     cells: Cells, out: Path, *, shuffle: int | None = None, cells_per_dataset: int = CELLS_PER_DATASET
 ) -> int:
-    """Write the collection `out` (a folder that ends in .zarr); the number of datasets.
+    """Write the collection `out`, a folder that ends in .zarr; return the number of datasets.
 
     Args:
-        shuffle: Seed of a shuffle: slices of 1,000 cells are dealt to datasets, cells inside a dataset permuted. None
-            keeps the order.
+        shuffle: Seed of a shuffle: slices of 1,000 cells are distributed over datasets, and cells are permuted inside a
+            dataset. None keeps the order.
 
     Raises:
-        InputError: the name is not one that annbatch opens, or something is in the way.
+        InputError: annbatch does not open such a name, or `out` exists.
     """
     if out.suffix != ".zarr":
         raise InputError(f"{out}: name a folder that ends in .zarr; annbatch opens no other")
     if out.exists():
-        raise InputError(f"{out} is there already; name another folder, or remove it")
+        raise InputError(f"{out} exists already; name another folder, or remove it")
     if not cells.n_obs or not cells.n_vars:
         raise InputError(f"{cells.folder} holds {cells.n_obs} cells x {cells.n_vars} genes: nothing to train on")
     partial = out.with_name(f".{out.name}.partial")
-    what = {"cells": [s.sha256 for s in cells.shards], "shuffle": shuffle, "cells_per_dataset": cells_per_dataset}
+    settings = {"cells": [s.sha256 for s in cells.shards], "shuffle": shuffle, "cells_per_dataset": cells_per_dataset}
     mark = partial.with_suffix(".json")
-    _begin(partial, mark, what)
-    with warnings.catch_warnings():  # of defaults to come, and that consolidated metadata is younger than the format
+    _begin(partial, mark, settings)
+    with warnings.catch_warnings():  # about future defaults, and consolidated metadata that is not in the format yet
         warnings.simplefilter("ignore", UserWarning)
         n = _write_all(cells, partial, _parts(cells.n_obs, cells_per_dataset, shuffle), shuffle)
     partial.rename(out)
@@ -62,7 +62,7 @@ def export_zarr(
 
 
 def _write_all(cells: Cells, partial: Path, parts: list[np.ndarray], shuffle: int | None) -> int:
-    """The datasets that are missing, then what says that all are there."""
+    """Write the datasets that are missing, then the metadata that marks the collection as complete."""
     group = zarr.open_group(partial, mode="a", zarr_format=3)
     width = max(1, len(str(len(parts) - 1)))
     for k, rows in enumerate(parts):
@@ -77,19 +77,18 @@ def _write_all(cells: Cells, partial: Path, parts: list[np.ndarray], shuffle: in
     return len(parts)
 
 
-def _begin(partial: Path, mark: Path, what: dict[str, Any]) -> None:
-    """An empty start, or what a killed export of the same cells left."""
-    if partial.is_dir() and mark.is_file() and json.loads(mark.read_text()) == json.loads(json.dumps(what)):
+def _begin(partial: Path, mark: Path, settings: dict[str, Any]) -> None:
+    """Keep what an interrupted export of the same cells left, or start empty."""
+    if partial.is_dir() and mark.is_file() and json.loads(mark.read_text()) == json.loads(json.dumps(settings)):
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tmp = mark.with_suffix(f".{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(what))
-    tmp.replace(mark)
+    with replaces(mark) as tmp:
+        tmp.write_text(json.dumps(settings))
 
 
 def _parts(n: int, size: int, shuffle: int | None) -> list[np.ndarray]:
-    """Rows of each dataset, in their order."""
+    """Return the rows of each dataset, in order."""
     if shuffle is None:
         return [np.arange(i, min(i + size, n)) for i in range(0, n, size)]
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([shuffle, n])))
@@ -99,14 +98,14 @@ def _parts(n: int, size: int, shuffle: int | None) -> list[np.ndarray]:
 
 
 def _write(group: zarr.Group, name: str, adata: anndata.AnnData) -> None:
-    """One dataset; marked when it is whole."""
+    """Write one dataset, and mark it as complete."""
     with anndata.settings.override(zarr_write_format=3):
         anndata.experimental.write_dispatched(group, name, adata, callback=_sharded)
     group[name].attrs["scldm-complete"] = True
 
 
 def _sharded(write: Any, store: Any, key: str, element: Any, dataset_kwargs: Any, *, iospec: Any) -> None:
-    """Chunks and shards for what has values of many cells; the rest as anndata writes it."""
+    """Write large elements in chunks and shards, and the others as anndata does."""
     options = {"compressors": (BloscCodec(cname="lz4", clevel=3, shuffle=BloscShuffle.shuffle),)}
     kwargs = dict(dataset_kwargs)
     if iospec.encoding_type == "csr_matrix":

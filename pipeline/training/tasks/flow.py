@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.manifest import Manifest
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import IpcBlocks
 from pipeline.training.loop import run_training
 from pipeline.training.objectives.flow import FlowDraws, FlowObjective
@@ -34,7 +34,7 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
         result, both = train_joint(config, spec.inputs, run, seed=spec.seed, card=spec.card)
         shape = [both.vae.config.n_latent_tokens, both.vae.config.latent_width]
         return training_facts(result, train.export, both) | {"vae": VAE_FOLDERS, "latent_shape": shape}
-    data = Ingested.open(spec.inputs["ingest"])
+    data = IngestedDataset.open(spec.inputs["ingest"])
     encoded = spec.inputs["encode"]
     m, e = encoded.facts["latent_shape"]
     n_classes = data.vocabulary.n_classes
@@ -78,7 +78,7 @@ def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
     return IpcBlocks(str(encoded.path("latents")), tuple((f["file"], f["n_cells"]) for f in files))
 
 
-def flow_samples(spec: FlowWorkerSpec, data: Ingested) -> FlowSamples | None:
+def flow_samples(spec: FlowWorkerSpec, data: IngestedDataset) -> FlowSamples | None:
     """Prepare cells to generate in validations; None unless `train.sample_every` is set."""
     every, n = spec.config.train.sample_every, spec.config.train.sample_cells
     if every is None:

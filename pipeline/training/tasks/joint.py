@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config.job import TrainFlowConfig
 from pipeline.core.manifest import Manifest
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.training.loop import TrainingResult, run_training
 from pipeline.training.objectives.flow import FlowDraws
 from pipeline.training.objectives.joint import Joint, JointObjective, part_of
@@ -31,7 +31,7 @@ def train_joint(
     config: TrainFlowConfig, inputs: Mapping[str, Manifest], run: Run, *, seed: int, card: str
 ) -> tuple[TrainingResult, Joint]:
     """Train the VAE of train_vae together with a new flow, and export both. Collective."""
-    data = Ingested.open(inputs["ingest"])
+    data = IngestedDataset.open(inputs["ingest"])
     module = _networks(config, inputs, data, seed)
     train, source = config.train, data.blocks("train")
     feed = train.feed
@@ -62,7 +62,7 @@ def train_joint(
     return result, module
 
 
-def _networks(config: TrainFlowConfig, inputs: Mapping[str, Manifest], data: Ingested, seed: int) -> Joint:
+def _networks(config: TrainFlowConfig, inputs: Mapping[str, Manifest], data: IngestedDataset, seed: int) -> Joint:
     vae = load_vae(inputs["train_vae"].path("model")).vae.train()
     for p in vae.parameters():
         p.requires_grad_(True)
@@ -79,7 +79,7 @@ def _export(
     folder: Path,
     states: Mapping[str, Mapping[str, Tensor]],
     config: TrainFlowConfig,
-    data: Ingested,
+    data: IngestedDataset,
     vae: VAE,
     card: str,
 ) -> None:

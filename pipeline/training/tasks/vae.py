@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.job import VaeTrainConfig
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import BlockSource
 from pipeline.training.loop import run_training
 from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
@@ -28,7 +28,7 @@ from scldm.nn.vae import VAE
 def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
     """Train and export a VAE. Collective. Returns the stage's facts; only rank 0's hold the fit of theta."""
     config, train = spec.config, spec.config.train
-    data = Ingested.open(spec.inputs["ingest"])
+    data = IngestedDataset.open(spec.inputs["ingest"])
     n_genes = data.vocabulary.n_genes
     stats = pd.read_parquet(spec.inputs["ingest"].path("gene_stats"))
     mean_counts = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)

@@ -27,7 +27,7 @@ from scldm.nn.kernels.pooling import require_tokens
 
 
 @dataclass(frozen=True)
-class Entries:
+class PoolingEntries:
     """Which rows the cells gather."""
 
     genes: Tensor  # (n,) rows of the gene table
@@ -53,7 +53,7 @@ class Heads:
 
 def pool_tables(
     table: Tensor,
-    entries: Entries,
+    entries: PoolingEntries,
     heads: Heads,
     *,
     scale: Tensor | None = None,
@@ -96,7 +96,7 @@ class _Tables:
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, entries: Entries, heads: Heads, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, entries: PoolingEntries, heads: Heads, *tensors: Tensor | None) -> Tensor:
         ctx.entries, ctx.heads = entries, heads
         ctx.save_for_backward(*tensors)
         tables = _Tables(*tensors)
@@ -129,12 +129,12 @@ class _Pool(torch.autograd.Function):
         return None, None, d_table, d_scale, d_added, d_count
 
 
-def _cells(entries: Entries) -> list[slice]:
+def _cells(entries: PoolingEntries) -> list[slice]:
     stops = torch.tensor([0, *entries.sizes]).cumsum(0).tolist()
     return [slice(start, stop) for start, stop in pairwise(stops)]
 
 
-def _gather(at: slice, entries: Entries, heads: Heads, tables: _Tables) -> _Cell:
+def _gather(at: slice, entries: PoolingEntries, heads: Heads, tables: _Tables) -> _Cell:
     raw = tables.gene.index_select(0, entries.genes[at])
     kinds = None if entries.kinds is None else entries.kinds[at]
     if tables.added is not None:

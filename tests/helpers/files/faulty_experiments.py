@@ -83,6 +83,6 @@ CASES = [
     case("D:soma-wrong-time", without("obs/__commits/*"), "before-obs",
          says=("0 cells are too few",), refused=("holds no cells",)),
     case("D:soma-wrong-time", changed_counts, "after",
-         says=("1 of 40 cells have other counts in X than obs says (nnz, raw_sum) (first: cell 7)",),
-         notes=("1 of 40 cells have other counts in X than obs says",)),
+         says=("1 of 40 cells have other counts in X than obs records (nnz, raw_sum) (first: cell 7)",),
+         notes=("1 of 40 cells have other counts in X than obs records",)),
 ]  # fmt: skip

@@ -226,7 +226,7 @@ def zarr_without_chunk(folder: Path) -> Path:
     return store
 
 
-ZARR_SAYS = ("this is a Zarr store, which is not read", "anndata.read_zarr(path).write_h5ad(...) where you trust it")
+ZARR_SAYS = ("this is a Zarr store, which is not read", "anndata.read_zarr(path).write_h5ad(...) if you trust it")
 PLACES = [
     Case("D:path-spaces-unicode", spaces_and_unicode),
     Case("D:directory-for-file", folder_named_like_a_file,

@@ -119,7 +119,7 @@ CASES = [
          "/matrix/data is a link to another file (/etc/passwd), which could be any file of yours"),
     case("D:huge-declared", entries(HUGE), "10x-entries", "is not a whole Matrix Market file"),
     case("D:huge-declared", entries("integer general\n6 4000000000000 1\n1 1 1\n"), "10x-shape",
-         "is 6 x 4000000000000, but there are 6 features and 40 barcodes beside it: the files do not belong together"),
+         "is 6 x 4000000000000, but there are 6 features and 40 barcodes: the files do not belong together"),
     case("D:corrupt-10x", entries(ONE), "entries-missing", "is not a whole Matrix Market file"),
     case("D:corrupt-10x", entries(ONE + "7 1 1\n"), "entry-outside", "is not a whole Matrix Market file"),
     case("D:corrupt-10x", entries(ONE + "1 1 x\n"), "entry-text", "is not a whole Matrix Market file"),

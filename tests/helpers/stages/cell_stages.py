@@ -17,7 +17,7 @@ from pipeline.config.job import STAGE_CONFIGS
 from pipeline.config.resources import ResourcesConfig
 from pipeline.core.manifest import Manifest, StageContext, write_manifest
 from pipeline.data.soma.write import write_experiment
-from pipeline.inference.applier import RowsActor
+from pipeline.inference.applier import Applier, ApplierSpec
 
 TRACKER = SimpleNamespace(metrics=lambda values, step: None)
 
@@ -62,9 +62,9 @@ def write_soma(folder: Path) -> dict[str, Any]:
     return {"type": "soma", "uri": write_experiment(folder, obs, var, [adata.X]).uri}
 
 
-def here(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
+def here(todo: list[int], spec: ApplierSpec, context: StageContext) -> Iterator[dict[str, Any]]:
     """Makes the shards in this process, one after the other, as one actor would."""
-    actor = RowsActor(spec)
+    actor = Applier(spec)
     for shard in todo:
         yield actor.make(shard)
 

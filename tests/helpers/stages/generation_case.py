@@ -22,7 +22,7 @@ from pipeline.core import faults
 from pipeline.core.files import write_json_atomic
 from pipeline.core.lock import stage_lock
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.inference.generator import Generator
+from pipeline.inference.generator import Generator, GeneratorSpec
 from pipeline.stages.generate import run
 from scldm.errors import InputError
 
@@ -72,7 +72,7 @@ def _manifest(stage: str, folder: Path, facts: dict[str, Any]) -> Manifest:
     return Manifest(stage, "0", str(folder), {}, {}, facts, seconds=0, finished_at=0)
 
 
-def local_pool(todo: list[int], spec: dict[str, Any], context: StageContext) -> Iterator[dict[str, Any]]:
+def local_pool(todo: list[int], spec: GeneratorSpec, context: StageContext) -> Iterator[dict[str, Any]]:
     """One actor, in this process."""
     actor = Generator(spec)
     for shard in todo:

@@ -75,6 +75,12 @@ def test_a_killed_job_makes_what_is_missing_and_nothing_else(place, tmp_path, st
     assert not list(cells.glob(".*"))
 
 
+def test_a_record_of_the_input_that_was_not_written_to_its_end_starts_the_job_anew(place, tmp_path):
+    whole = made(place, tmp_path, "embed", shard_size=40)
+    (tmp_path / "out" / "input.json").write_text('{"dig')
+    equal(made(place, tmp_path, "embed", shard_size=40), whole)
+
+
 @pytest.mark.row("G8")
 def test_shards_of_another_input_do_not_count(place, tmp_path):
     _, _, folders = place

@@ -172,7 +172,7 @@ def test_unmeasured_genes_are_left_out_of_likelihood_and_mean(place, tmp_path):
 def test_dense_means_of_a_large_shard_are_refused_with_a_size_that_fits(place, tmp_path, monkeypatch):
     from pipeline.stages import reconstruct
 
-    monkeypatch.setattr(reconstruct, "MOST_DENSE_BYTES", 240)
+    monkeypatch.setattr(reconstruct, "MAX_DENSE_BYTES", 240)
     assert "set shard_size=10 or less" in refused(place, tmp_path, "reconstruct")
 
 

@@ -57,7 +57,7 @@ def test_cells_without_counts_go_to_one_file_too(tmp_path):
 
 
 def test_too_many_cells_for_one_file_are_refused_with_what_to_do(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(single_file, "MOST", 69)
+    monkeypatch.setattr(single_file, "MAX_CELLS", 69)
     result = run("concat", made, tmp_path / "all.h5ad")
     assert result.exit_code == 2
     assert "--to zarr or soma" in result.output

@@ -178,7 +178,7 @@ def test_a_shard_that_kills_its_actor_each_time_ends_the_job(inputs, tmp_path, m
             except FaultError:
                 continue
 
-    with pytest.raises(RuntimeError, match="shard 0 was begun 5 times and its actor died each time"):
+    with pytest.raises(RuntimeError, match="shard 0 was started 5 times and its actor died each time"):
         generate(tmp_path / "a", inputs, pool=stubborn, n_cells=3)
 
 

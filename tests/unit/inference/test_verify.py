@@ -37,7 +37,7 @@ def folder(made, tmp_path):
 def test_whole_cells_are_whole(made, tmp_path):
     result = run("verify", made, "--json", tmp_path / "verdict.json")
     assert result.exit_code == 0, result.output
-    assert "70 cells in 3 shards: whole" in result.output
+    assert "70 cells in 3 shards: complete and intact" in result.output
     verdict = json.loads((tmp_path / "verdict.json").read_text())
     assert verdict["ok"]
     assert verdict["problems"] == []
@@ -86,7 +86,7 @@ FAULTS = {
     "NaN in obs": (lambda f: rewrite(f, 1, no_size), "library_size is not finite in 30 cells"),
     "a lost cell": (lambda f: rewrite(f, 0, lambda a: a[1:].copy()), "holds 29 cells, the manifest says 30"),
     "other genes": (lambda f: rewrite(f, 1, other_genes), "part-00001.h5ad has other genes than the first"),
-    "a swapped order": (lambda f: rewrite(f, 1, lambda a: a[::-1].copy()), "index.parquet does not name the cells"),
+    "a swapped order": (lambda f: rewrite(f, 1, lambda a: a[::-1].copy()), "index.parquet does not list the cells"),
     "another sum": (
         lambda f: rewrite(f, 0, lambda a: a.obs.__setitem__("total_counts", a.obs["total_counts"] + 1)),
         "total_counts differs from the sum of X in 30 cells",
@@ -158,18 +158,18 @@ def test_cells_of_each_condition_are_counted_against_the_request(generated):
     rewrite(generated, 0, change_one)
     problems = verify(generated).problems
     assert len(problems) == 2  # one condition lacks a cell, another has one too many
-    assert all("were asked for" in p for p in problems)
+    assert all("were requested" in p for p in problems)
 
 
 def test_a_request_that_cannot_be_read_again_is_said_not_to_be_checked(generated):
     manifest = json.loads((generated / "manifest.json").read_text())
     manifest["facts"]["request_digest"] = "another"
     (generated / "manifest.json").write_text(json.dumps(manifest))
-    assert "no longer the one that was asked for" in verify(generated).not_checked[0]
+    assert "no longer the one of the request" in verify(generated).not_checked[0]
     shutil.rmtree(generated.parent.parent / "ingest")
     result = run("verify", generated)
     assert result.exit_code == 0
-    assert "not checked: cells per condition: its ingest i1 is not beside it" in result.output
+    assert "not checked: cells per condition: its ingest i1 is not in the same output folder" in result.output
 
 
 def test_what_the_generate_stage_made_is_opened_and_counted_against_its_request(tmp_path):

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from pipeline.config.job import GenesConfig, IngestConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.genes import LACKING, gene_lut, model_genes
 from pipeline.data.soma.write import write_experiment
 from pipeline.stages import ingest
@@ -129,7 +129,7 @@ def test_the_stage_counts_over_the_vocabulary_and_keeps_ids_of_missing_genes(sto
     context = StageContext(tmp_path, {}, 0, SimpleNamespace(), None)
     config = IngestConfig.model_validate({"source": {"type": "soma", "uri": store.uri}, "genes": genes})
     facts = ingest.run(config, context)
-    data = Ingested.open(Manifest("ingest", "v", str(tmp_path), {}, {}, facts, 0.0, 0.0))
+    data = IngestedDataset.open(Manifest("ingest", "v", str(tmp_path), {}, {}, facts, 0.0, 0.0))
     train = data.anndata("train")
     everything = store.read_ragged(train.obs_names.astype(int).to_numpy())
     dense = sp.csr_matrix((everything.counts, everything.genes, everything.indptr), shape=(train.n_obs, 5)).toarray()

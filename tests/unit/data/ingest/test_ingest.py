@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.job import IngestConfig, SplitConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.split import split_cells
 from pipeline.stages import ingest
 from scldm.data.vocabulary import Vocabulary
@@ -21,7 +21,7 @@ def run(folder: Path, **config):
     folder.mkdir(exist_ok=True)
     context = StageContext(folder, {}, 0, SimpleNamespace(), None)
     facts = ingest.run(IngestConfig.model_validate({"source": SYNTHETIC, **config}), context)
-    return facts, Ingested.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
+    return facts, IngestedDataset.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,6 @@ def test_mistakes_are_explained(tmp_path):
 def test_the_folder_can_be_moved(tmp_path):
     facts, _ = run(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    moved = Ingested.open(Manifest("ingest", "v", str(tmp_path / "b"), {}, {}, facts, 0.0, 0.0))
+    moved = IngestedDataset.open(Manifest("ingest", "v", str(tmp_path / "b"), {}, {}, facts, 0.0, 0.0))
     assert moved.anndata("test").n_obs == facts["n_cells"]["test"]
     assert isinstance(moved.vocabulary, Vocabulary)

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config.job import IngestConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.presence import GROUP
 from pipeline.data.soma.write import write_experiment
 from pipeline.stages import ingest
@@ -29,7 +29,7 @@ def run(folder, **config):
     folder.mkdir(exist_ok=True)
     context = StageContext(folder, {}, 0, SimpleNamespace(), None)
     facts = ingest.run(IngestConfig.model_validate(config), context)
-    return facts, Ingested.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
+    return facts, IngestedDataset.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
 
 
 @pytest.fixture

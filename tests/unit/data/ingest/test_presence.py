@@ -171,7 +171,9 @@ def test_draws_of_a_cell_that_measured_everything_do_not_change(cells):
 
 # ---- groups ------------------------------------------------------------------------------------------------------
 def test_groups_that_measured_the_same_become_one():
-    found = Presence.of_files(["a", "b", "c"], [np.array([0, 1]), np.array([0, 1, 2]), np.array([0, 1])], [2, 1, 3], 4)
+    found = Presence.from_files(
+        ["a", "b", "c"], [np.array([0, 1]), np.array([0, 1, 2]), np.array([0, 1])], [2, 1, 3], 4
+    )
     over = found.of_genes(np.array([1, 0, -1]))  # gene 2 of the source is not in the vocabulary
     assert over.names == ("a + b + c",)
     assert over.measured.tolist() == [[True, True, False]]

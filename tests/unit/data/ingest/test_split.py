@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from pipeline.config.job import HeldOutConfig, IngestConfig, SplitConfig
 from pipeline.core.manifest import Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.held_out import counted, hold_out, read_combinations
 from pipeline.data.ingest.split import SPLITS, split_cells
-from pipeline.data.ingest.subsample import part_of_cells
+from pipeline.data.ingest.subsample import subsample_cells
 from pipeline.stages import ingest
 from scldm.errors import InputError
 
@@ -26,7 +26,7 @@ def run(folder: Path, **config):
     folder.mkdir(exist_ok=True)
     context = StageContext(folder, {}, 0, SimpleNamespace(), None)
     facts = ingest.run(IngestConfig.model_validate({"source": SYNTHETIC, **config}), context)
-    return facts, Ingested.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
+    return facts, IngestedDataset.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
 
 
 some_cells = st.builds(
@@ -94,7 +94,7 @@ def test_combinations_of_several_columns_and_lists_of_classes(tmp_path):
     assert table["n_cells"].iloc[-1] == (cells["tissue_general"] == "spleen").sum()
 
 
-def named(data: Ingested) -> pd.DataFrame:
+def named(data: IngestedDataset) -> pd.DataFrame:
     cells = data.cells
     return pd.DataFrame(
         {x.name: np.asarray(x.classes, object)[cells[f"label:{x.name}"]] for x in data.vocabulary.labels},
@@ -197,7 +197,7 @@ def tiles_of(joinids, places):
 
 def test_a_part_of_a_large_store_is_of_sixteen_tiles_in_equal_shares():
     joinids = np.arange(100_000)
-    places = part_of_cells(joinids, 400, tile=100)
+    places = subsample_cells(joinids, 400, tile=100)
     assert len(np.unique(places)) == 400
     given = tiles_of(joinids, places)
     assert sorted(given[given > 0]) == [25] * 16
@@ -207,14 +207,14 @@ def test_a_part_of_a_large_store_is_of_sixteen_tiles_in_equal_shares():
 
 def test_a_large_part_is_of_whole_tiles_and_of_few_small_ones_every_tile_gives():
     joinids = np.arange(100_000)
-    assert (np.sort(tiles_of(joinids, part_of_cells(joinids, 5000, tile=100)))[-50:] == 100).all()
-    two = tiles_of(joinids, part_of_cells(joinids[:200], 100, tile=100))
+    assert (np.sort(tiles_of(joinids, subsample_cells(joinids, 5000, tile=100)))[-50:] == 100).all()
+    two = tiles_of(joinids, subsample_cells(joinids[:200], 100, tile=100))
     assert abs(two[0] - two[1]) <= 7  # a share: 100 cells in sixteen parts
-    assert len(part_of_cells(joinids[:200], 500, tile=100)) == 200
+    assert len(subsample_cells(joinids[:200], 500, tile=100)) == 200
 
 
 def test_which_cells_are_taken_says_nothing_about_their_side():
     cells = pd.DataFrame({"soma_joinid": np.arange(100_000)})
-    places = part_of_cells(cells["soma_joinid"].to_numpy(), 8000, tile=2048)
+    places = subsample_cells(cells["soma_joinid"].to_numpy(), 8000, tile=2048)
     side = split_cells(cells, SplitConfig())[places]
     assert 0.08 < (side == "test").mean() < 0.12

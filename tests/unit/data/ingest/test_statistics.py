@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.data.ingest import rare_genes, statistics
-from pipeline.data.ingest.rare_genes import Entries, HeldEntries
-from pipeline.data.ingest.statistics import count_statistics
+from pipeline.data.entries import CountEntries
+from pipeline.data.ingest import statistics
+from pipeline.data.ingest.statistics import RareEntries, count_statistics
 from pipeline.data.soma.write import write_experiment
 
 N, G, TILE = 700, 40, 32
@@ -89,7 +89,7 @@ def test_too_many_rare_counts_are_read_a_second_time_to_the_same_end(store, cell
     # genes outside the vocabulary, of which the last one is not the last of the source
     lut = np.where(IDENTITY % 7 == 3, -1, IDENTITY).astype(np.int32)
     once, kept = count_statistics(store, ids, train, lut, G, min_cells=60)
-    monkeypatch.setattr(rare_genes, "MOST_HELD", 50)
+    monkeypatch.setattr(statistics, "MAX_HELD", 50)
     reads = counted_reads(monkeypatch)
     twice, kept_again = count_statistics(store, ids, train, lut, G, min_cells=60)
     assert sum(reads) == 2 * len(ids)
@@ -131,9 +131,9 @@ def test_if_no_gene_is_kept_the_statistics_say_by_how_much(store, cells):
 
 
 def test_entries_of_decided_genes_are_let_go(monkeypatch):
-    monkeypatch.setattr(rare_genes, "MOST_HELD", 16)
-    held = HeldEntries()
-    part = Entries(np.arange(4), np.arange(4, dtype=np.int32), np.ones(4, np.float32))
+    monkeypatch.setattr(statistics, "MAX_HELD", 16)
+    held = RareEntries()
+    part = CountEntries(np.arange(4), np.arange(4, dtype=np.int32), np.ones(4, np.float32))
     for i in range(15):  # gene 0 alone stays undecided after the first part
         assert held.add(part, 4 * i, np.array([True, i == 0, i == 0, i == 0]))
     total, number = held.of_cells(np.array([True, False, False, False]), 60)

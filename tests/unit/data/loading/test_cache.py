@@ -10,9 +10,10 @@ import pytest
 
 from pipeline.config.job import IngestConfig
 from pipeline.core.manifest import MANIFEST, Manifest, StageContext
-from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading import cache_writer as writer
-from pipeline.data.loading.cache import CacheBlocks, record_path
+from pipeline.data.loading.arrow_shards import close_all, record_path
+from pipeline.data.loading.cache import CacheBlocks
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
 from pipeline.stages import ingest
@@ -28,11 +29,11 @@ def run(folder: Path, **config):
     return facts, opened(folder, facts)
 
 
-def opened(folder: Path, facts: dict) -> Ingested:
-    return Ingested.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
+def opened(folder: Path, facts: dict) -> IngestedDataset:
+    return IngestedDataset.open(Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0))
 
 
-def shards_of(data: Ingested) -> list[Path]:
+def shards_of(data: IngestedDataset) -> list[Path]:
     return sorted((data.folder / data.facts["cache"]["folder"]).resolve().glob("*.arrow"))
 
 
@@ -139,7 +140,7 @@ def test_the_output_folder_can_be_moved(tmp_path):
 
 # ---- what can go wrong -------------------------------------------------------------------------------------------
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
-    real, calls = writer._write, []
+    real, calls = writer.write_shard_file, []
 
     def killed_at_the_third(path, table):
         calls.append(path)
@@ -148,7 +149,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(path, table)
 
-    monkeypatch.setattr(writer, "_write", killed_at_the_third)
+    monkeypatch.setattr(writer, "write_shard_file", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", cache=str(tmp_path / "cache"))
     folder = next((tmp_path / "cache").iterdir())
@@ -181,9 +182,7 @@ def test_a_damaged_shard_is_refused_when_read_and_mended_by_ingest(tmp_path):
 
 
 def fresh_process():
-    from pipeline.data.loading import cache
-
-    cache._SHARDS.clear()
+    close_all()
 
 
 @pytest.mark.parametrize("what", ["shard", "record", "end of a shard", "manifest"])
@@ -212,9 +211,11 @@ def test_a_small_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatc
 
 def test_counts_that_changed_since_they_were_taken_are_refused(made, tmp_path):
     _, data = made
-    cells = writer.Cells(data.all_blocks(), data.cells["library_size"].to_numpy(np.float32) + 1, {}, 20.0)
-    with pytest.raises(InputError, match=r"do not add up to what ingest took them for .cell 0: \d+, not \d+"):
-        writer.materialise(cells, tmp_path)
+    cells = writer.CacheInput(data.all_blocks(), data.cells["library_size"].to_numpy(np.float32) + 1, {}, 20.0)
+    with pytest.raises(
+        InputError, match=r"do not add up to the library size that ingest recorded .cell 0: \d+, not \d+"
+    ):
+        writer.write_cache(cells, tmp_path)
 
 
 def test_the_manifest_says_what_the_cache_is(made):

@@ -1,5 +1,6 @@
 """The feed: the right counts, in the order's batches, from any step, on any number of workers."""
 
+import doctest
 import pickle
 import threading
 import time
@@ -15,6 +16,7 @@ from pipeline.data.loading.blocks import IpcBlocks, SomaBlocks, SomaReader
 from pipeline.data.loading.feed import feed, to_cell_batch, to_latent_batch
 from pipeline.data.loading.order import FeedOrder
 from pipeline.data.soma.write import write_experiment
+from scldm.errors import InputError
 
 N, G, TILE = 300, 30, 16
 
@@ -52,6 +54,13 @@ def steps(source, order, rank=0, world_size=1, start=0, stop=25, micro=24):
             engine="local",
         )
     )  # fmt: skip
+
+
+def test_the_example_of_the_loader_runs():
+    from pipeline.data.loading import feed as module
+
+    assert doctest.testmod(module).attempted > 10
+    assert doctest.testmod(module).failed == 0
 
 
 def test_a_batch_holds_the_counts_of_its_cells(source, counts):
@@ -124,7 +133,8 @@ def test_the_gene_cap_samples_by_cell_and_keeps_the_library_size(source):
     assert ((values == whole.dense(G)) | (values == 0)).all()
 
 
-def test_latents_are_read_by_position_from_shards(tmp_path):
+def write_latents(folder):
+    """Two shards in record batches of 8 rows; the source, and the latents of all rows."""
     m, e = 2, 3
     values = np.arange(50 * m * e, dtype=np.float32).reshape(50, m * e)
     table = pa.table(
@@ -137,9 +147,14 @@ def test_latents_are_read_by_position_from_shards(tmp_path):
     )
     files = (("a.arrow", 30), ("b.arrow", 20))
     for (name, rows), start in zip(files, (0, 30), strict=True):
-        with pa.ipc.new_file(tmp_path / name, table.schema) as writer:
+        with pa.ipc.new_file(folder / name, table.schema) as writer:
             writer.write_table(table.slice(start, rows), max_chunksize=8)
-    source = pickle.loads(pickle.dumps(IpcBlocks(str(tmp_path), files, tile=8)))
+    return pickle.loads(pickle.dumps(IpcBlocks(str(folder), files, tile=8))), values
+
+
+def test_latents_are_read_by_position_from_shards(tmp_path):
+    m, e = 2, 3
+    source, values = write_latents(tmp_path)
     ids = np.array([49, 0, 31, 31, 29, 8])
     batch = to_latent_batch(source.read(ids), ["cell_type"], shape=(m, e))
     np.testing.assert_array_equal(batch.latents.numpy(), values[ids].reshape(-1, m, e))
@@ -147,6 +162,18 @@ def test_latents_are_read_by_position_from_shards(tmp_path):
     np.testing.assert_array_equal(batch.conditions["cell_type"].numpy(), ids % 4)
     found = steps(source, order_of(source, batch_size=8, block_rows=8), stop=7)
     assert sum(s.real_cells for s in found) == 50
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_latent_shard_that_is_missing_or_damaged_is_named_with_a_remedy(tmp_path, damage):
+    source, _ = write_latents(tmp_path)
+    shard = tmp_path / "b.arrow"
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "cut":
+        shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"latent shard .*b\.arrow is missing or damaged .* run it again"):
+        source.read(np.array([40]))
 
 
 class Recording:

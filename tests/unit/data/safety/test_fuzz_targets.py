@@ -17,7 +17,7 @@ import targets
 
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.safety.hdf5_strings import text_problem
-from pipeline.data.safety.memory_limit import at_most_more
+from pipeline.data.safety.memory_limit import memory_limit
 
 FOUND = Path(targets.__file__).parent / "found"
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.row("D:fuzz")]
@@ -68,10 +68,10 @@ def test_a_file_that_says_it_has_gigabytes_of_text_gets_no_such_memory():
 
 def test_memory_is_limited_inside_and_not_after():
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    with pytest.raises(MemoryError), at_most_more(64 << 20):
+    with pytest.raises(MemoryError), memory_limit(64 << 20):
         np.ones(1 << 26)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
-    with at_most_more(1 << 30):
+    with memory_limit(1 << 30):
         assert np.ones(1 << 24).sum() == 1 << 24
 
 

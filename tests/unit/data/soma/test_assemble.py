@@ -5,16 +5,17 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from pipeline.data.entries import CountEntries
 from pipeline.data.loading.collate import padded
-from pipeline.data.soma.assemble import CountsChanged, Entries, assemble
+from pipeline.data.soma.assemble import CountsChanged, PlacedEntries, assemble
 from scldm.data.batch import CellBatch
 
 
 def entries(matrix, rows, first=0, order=None):
     coo = matrix.tocoo()
     order = slice(None) if order is None else order
-    return Entries(first, np.asarray(rows), coo.row.astype(np.int64)[order] + first, coo.col.astype(np.int64)[order],
-                   coo.data.astype(np.float32)[order])  # fmt: skip
+    cells, genes = coo.row.astype(np.int64)[order] + first, coo.col.astype(np.int64)[order]
+    return PlacedEntries(first, np.asarray(rows), CountEntries(cells, genes, coo.data.astype(np.float32)[order]))
 
 
 def matrix(n=6, g=9, seed=0):
@@ -41,7 +42,8 @@ def test_the_order_of_entries_and_the_cuts_between_answers_change_nothing():
     m, lut = matrix(), np.array([8, 7, -1, 5, 4, 3, 2, 1, 0], np.int32)  # a vocabulary in another order, without gene 2
     whole = assemble([entries(m, range(6))], 6, lut, gene_type=np.uint16, count_type=np.uint16)
     shuffled = entries(m, range(6), order=np.random.default_rng(0).permutation(m.nnz))
-    parts = [Entries(0, shuffled.rows, *(x[s] for x in (shuffled.cells, shuffled.genes, shuffled.counts)))
+    e = shuffled.entries
+    parts = [PlacedEntries(0, shuffled.rows, CountEntries(e.cells[s], e.genes[s], e.counts[s]))
              for s in (slice(0, 11), slice(11, None))]  # fmt: skip
     again = assemble(parts, 6, lut, gene_type=np.uint16, count_type=np.uint16)
     for name in ("indptr", "genes", "counts"):

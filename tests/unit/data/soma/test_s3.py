@@ -246,7 +246,7 @@ def test_an_endpoint_is_an_address_of_a_server(endpoint):
 
 def test_settings_of_s3_need_an_s3_address(tmp_path):
     source = {"type": "soma", "uri": "/data/exp", "s3": {"max_parallel": 2}}
-    with pytest.raises(InputError, match="region, anonymous and s3 are of s3:// addresses"):
+    with pytest.raises(InputError, match="region, anonymous and s3 are for s3:// addresses"):
         open_source(IngestConfig.model_validate({"source": source}), tmp_path, [])
 
 

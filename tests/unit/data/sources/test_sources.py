@@ -39,7 +39,7 @@ def test_credentials_are_looked_for_by_default_and_never_written_down(tmp_path, 
 
 @pytest.mark.parametrize("setting", [{"region": "eu-west-1"}, {"anonymous": True}])
 def test_settings_of_s3_are_refused_for_a_folder(tmp_path, setting):
-    with pytest.raises(InputError, match="are of s3:// addresses"):
+    with pytest.raises(InputError, match="are for s3:// addresses"):
         opened(tmp_path, uri=str(tmp_path / "cells"), **setting)
 
 

@@ -143,14 +143,14 @@ def test_the_ingest_stage_takes_a_10x_folder(tmp_path):
 
     from pipeline.config.job import IngestConfig
     from pipeline.core.manifest import Manifest, StageContext
-    from pipeline.data.ingest.dataset import Ingested
+    from pipeline.data.ingest.dataset import IngestedDataset
     from pipeline.stages import ingest
 
     path = EDGE / "scvi_pbmc10k_protein" / "filtered_feature_bc_matrix"
     config = {"source": {"type": "10x", "path": str(path)}, "labels": ["dataset_id"]}
     context = StageContext(tmp_path, {}, 0, SimpleNamespace(), None)
     facts = ingest.run(IngestConfig.model_validate(config), context)
-    data = Ingested.open(Manifest("ingest", "v", str(tmp_path), {}, {}, facts, 0.0, 0.0))
+    data = IngestedDataset.open(Manifest("ingest", "v", str(tmp_path), {}, {}, facts, 0.0, 0.0))
     expected = dense(read_10x(source(path), ["dataset_id"]))
     found = {s: data.anndata(s) for s in ("train", "validation", "test")}
     for adata in found.values():

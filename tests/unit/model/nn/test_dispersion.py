@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 
 from scldm.data.batch import CellBatch
 from scldm.nn.config import VAEConfig
-from scldm.nn.dispersion import PRIOR_SD, Entries, entries_of, fit_theta, most_probable, slopes
+from scldm.nn.dispersion import PRIOR_SD, GeneEntries, entries_of, fit_theta, most_probable, slopes
 from scldm.nn.likelihood import nb_log_prob
 from scldm.nn.vae import VAE
 
@@ -24,9 +24,9 @@ def drawn(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(mu), torch.from_numpy(counts).double()
 
 
-def entries(counts: torch.Tensor) -> Entries:
+def entries(counts: torch.Tensor) -> GeneEntries:
     gene, cell = counts.T.nonzero(as_tuple=True)
-    return Entries(gene, cell, counts[cell, gene])
+    return GeneEntries(gene, cell, counts[cell, gene])
 
 
 def test_slopes_are_the_derivatives_of_the_likelihood():

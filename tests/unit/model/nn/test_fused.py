@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from scldm.data.batch import CellBatch
 from scldm.nn.config import DiTConfig, InputMode, VAEConfig
 from scldm.nn.dit import DiT
-from scldm.nn.kernels.fused_pooling import Entries, Heads, pool_tables
+from scldm.nn.kernels.fused_pooling import Heads, PoolingEntries, pool_tables
 from scldm.nn.kernels.nb_sparse import sparse_nb_nll
 from scldm.nn.kernels.pooling import pool_cells
 from scldm.nn.likelihood import nb_log_prob
@@ -118,7 +118,7 @@ def test_poolings_gradient_is_that_of_its_finite_differences_and_its_value_the_p
     table, scale, count_table = draw(6, heads.logits + h * c), draw(9), draw(4, heads.logits + h * c)
     genes = torch.cat([torch.randperm(6, generator=g)[:size] for size in sizes])
     kinds, log_number = torch.randint(0, 4, (9,), generator=g), draw(9)
-    entries = Entries(genes, sizes, kinds, log_number)
+    entries = PoolingEntries(genes, sizes, kinds, log_number)
     inputs = tuple(x.requires_grad_() for x in (table, scale, count_table))
     assert gradcheck(lambda t, s, k: pool_tables(t, entries, heads, scale=s, count_table=k), inputs)
 
@@ -130,7 +130,7 @@ def test_poolings_gradient_is_that_of_its_finite_differences_and_its_value_the_p
 
 
 def test_a_cell_without_tokens_is_named():
-    entries = Entries(torch.tensor([0, 1]), [1, 0, 1])
+    entries = PoolingEntries(torch.tensor([0, 1]), [1, 0, 1])
     with pytest.raises(ValueError, match=r"cells \[1\] of the batch have no tokens"):
         pool_tables(torch.randn(3, 2), entries, Heads(1, 1, 1))
 

@@ -1,0 +1,46 @@
+"""Runs the shards of a batch job on Ray actors that hold the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.config.resources import ResourcesConfig
+from pipeline.core.shards import Record
+
+if TYPE_CHECKING:
+    from ray.data import ActorPoolStrategy
+
+Spec = TypeVar("Spec")
+
+
+def actor_pool(resources: ResourcesConfig, n_tasks: int) -> ActorPoolStrategy:
+    """Return a pool that grows from resources.actors' min to its max as tasks wait, with at most one actor per task."""
+    from ray.data import ActorPoolStrategy
+
+    most = max(1, min(resources.actors_max, n_tasks))
+    return ActorPoolStrategy(min_size=min(resources.actors_min, most), max_size=most)
+
+
+def run_on_actors(
+    actor: Callable[[Spec], Any], shards: list[int], spec: Spec, resources: ResourcesConfig
+) -> Iterator[Record]:
+    """Yield the records of shards as actors commit them. An actor that dies is restarted with its shard.
+
+    Args:
+        actor: Class that is built from `spec`; called with a table of one row, `shard`, it returns a table of records.
+        shards: Numbers of the shards.
+    """
+    import ray.data
+
+    tasks = ray.data.from_items([{"shard": k} for k in shards], override_num_blocks=len(shards))
+    committed = tasks.map_batches(
+        actor,
+        fn_constructor_args=(spec,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=actor_pool(resources, len(shards)),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker or None,
+    )
+    yield from committed.iter_rows()
