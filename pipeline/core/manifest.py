@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,17 +67,3 @@ def newest_manifest(root: Path, stage: str) -> Manifest | None:
     """Return the manifest of a stage that finished last under a pipeline's folder, or None."""
     found = [m for d in (root / stage).glob("*/") if (m := read_manifest(d)) is not None]
     return max(found, key=lambda m: m.finished_at, default=None)
-
-
-@dataclass
-class StageContext:
-    """Everything that a stage's function receives besides its config."""
-
-    folder: Path  # its own; exists
-    inputs: Mapping[str, Manifest]
-    seed: int
-    resources: Any  # ResourcesConfig
-    tracker: Any  # pipeline.tracking.tracker.StageTracker
-    output: Path | None = None  # root folder of all pipelines, for what they share
-    checkpoints: Any = None  # CheckpointStorage; of training stages
-    started: float = field(default_factory=time.time)

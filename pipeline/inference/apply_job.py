@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.apply import RealCellsConfig
+from pipeline.config.context import StageContext
 from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, fault_point
-from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.core.shards import Record, replaces
 from pipeline.inference.actor_pool import run_on_actors

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.apply import PerturbConfig, RealCellsConfig
-from pipeline.core.manifest import StageContext
+from pipeline.config.context import StageContext
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 

@@ -4,13 +4,15 @@ A request is a table of conditions with a number of cells each. Cell ids count o
 shard k holds ids [k * shard_size, (k + 1) * shard_size). So a shard is a function of (request, k).
 
 Columns of the table: a label of the model, `n_cells`, `guidance` (or `guidance.<label>`) and `library_size`. A column
-that is a label is a label, whatever its name. `scldm.generation` reads the rows; here are the settings of a job, and
-its errors as InputError.
+that is a label is a label, whatever its name. `scldm.generation` reads the rows. A job resolves its request once,
+before anything is computed, and records it in the stage's folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,18 +20,19 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import GenerateConfig
+from pipeline.core.files import write_json_atomic
 from scldm.data.library_size import LibrarySizes, condition_key
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
-from scldm.generation import request_table
 from scldm.generation.request import Request, RequestRow, Settings
-from scldm.generation.request_table import RequestError, check_guidance, read_rows
+from scldm.generation.request_table import check_guidance, genes_to_write, read_rows
 
 if TYPE_CHECKING:
     from pipeline.data.ingest.dataset import IngestedDataset
     from scldm.generation.cell_maker import Recipe
 
 MAX_CELLS = 10**9
+REQUEST = "request.json"  # in the folder of a generate stage
 
 
 def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: Mapping[str, pd.DataFrame]) -> Request:
@@ -65,9 +68,34 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
     return Request(tuple(RequestRow(**row) for row in rows))
 
 
-def request_on(config: GenerateConfig, data: IngestedDataset) -> Request:
-    """Return the request of a config on an ingested dataset, see `read_request`."""
+def resolve_request(config: GenerateConfig, data: IngestedDataset) -> Request:
+    """Resolve the settings of a job to rows of labels and numbers, on an ingested dataset; see `read_request`."""
     return read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
+
+
+def record_request(folder: Path, request: Request) -> None:
+    """Write the resolved request into the folder of its stage, for later readers."""
+    write_json_atomic(folder / REQUEST, {"digest": request.digest, "rows": request.as_plain()})
+
+
+def recorded_request(folder: Path) -> Request | None:
+    """Return the request that a stage recorded; None if it recorded none, as versions before 0.2 did.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = folder / REQUEST
+    if not path.is_file():
+        return None
+    try:
+        recorded = json.loads(path.read_text())
+        request = Request.of_plain(recorded["rows"])
+        whole = request.digest == recorded["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run the job again") from error
+    if not whole:
+        raise InputError(f"{path} is damaged (its digest does not match its rows); delete it and run the job again")
+    return request
 
 
 def check_choice(config: GenerateConfig) -> list[str]:
@@ -86,18 +114,6 @@ def n_shards(request: Request, shard_size: int) -> int:
     return max(1, -(-request.n_cells // shard_size))
 
 
-def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) -> np.ndarray | None:
-    """Return ids of the requested genes, see `scldm.generation.request_table.genes_to_write`.
-
-    Raises:
-        InputError: names that no gene has, or several have; a file that does not exist.
-    """
-    try:
-        return request_table.genes_to_write(genes, vocabulary)
-    except RequestError as error:
-        raise InputError(str(error)) from error
-
-
 # ---- tables ------------------------------------------------------------------------------------------------------
 def _require_one_selection(config: GenerateConfig) -> None:
     given = [k for k in ("conditions", "cells", "per_label", "like") if getattr(config, k) is not None]
@@ -113,9 +129,16 @@ def _require_one_selection(config: GenerateConfig) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table of conditions: CSV, TSV or Parquet."""
+    """Read a table of conditions: CSV, TSV or Parquet. A file that did not change is parsed once per process."""
+    path = path.expanduser()
     if not path.is_file():
         raise InputError(f"generate.conditions: no file {path}")
+    about = path.stat()
+    return _parsed_table(path, about.st_size, about.st_mtime_ns).copy()
+
+
+@lru_cache(maxsize=4)
+def _parsed_table(path: Path, size: int, modified: int) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
@@ -149,17 +172,10 @@ def _scaled(composition: pd.DataFrame, n_cells: int | None) -> pd.DataFrame:
 def recipe_of(
     request: Request, config: GenerateConfig, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str
 ) -> Recipe:
-    """Return class ids, guidance and library-size statistics of every row, see `scldm.generation.recipe.recipe_of`.
+    """Return class ids, guidance and library-size statistics of every row, see `scldm.generation.recipe.recipe_of`."""
+    from scldm.generation import recipe  # imports torch, which the check of a request does not need
 
-    Raises:
-        InputError: the models cannot do what the request asks.
-    """
-    from scldm.generation import recipe  # brings torch, which a check of a request does without
-
-    try:
-        return recipe.recipe_of(request, settings_of(config), vocabulary, sizes, strategy)
-    except RequestError as error:
-        raise InputError(str(error)) from error
+    return recipe.recipe_of(request, settings_of(config), vocabulary, sizes, strategy)
 
 
 def settings_of(config: GenerateConfig) -> Settings:

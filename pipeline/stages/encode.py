@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import EncodeConfig
 from pipeline.config.resources import ResourcesConfig, threads_per_worker
 from pipeline.core.faults import VARIABLE, arm
-from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.core.shards import CommitPoints, Record, ShardStore
 from pipeline.data.ingest.dataset import IngestedDataset

@@ -21,8 +21,9 @@ import torch
 from anndata import AnnData
 from rich.console import Console
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import EvaluateConfig
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
@@ -35,7 +36,7 @@ from scldm.data.batch import CellBatch
 from scldm.errors import InputError
 from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import shown
-from scldm.metrics.from_anndata import EvaluationError, cell_set
+from scldm.metrics.from_anndata import cell_set
 from scldm.metrics.genes.expression import as_counts
 from scldm.nn.vae import CountDistribution
 
@@ -51,10 +52,7 @@ def _vae_of_generated(inputs: Mapping[str, Manifest]) -> Path:
 
 def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
     """Evaluate, write report.html, metrics.json, metrics.csv, classes.csv and figures/*.png, and return the facts."""
-    try:
-        result = _evaluated(config, context.inputs)
-    except EvaluationError as error:
-        raise InputError(f"evaluate: {error}") from error
+    result = _evaluated(config, context.inputs)
     pictures = list(gallery(result, config, training_records(context.inputs)))
     write_outputs(context.folder, result, pictures, inputs=context.inputs, config=config)
     _track(context, result, pictures)

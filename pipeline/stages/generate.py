@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import GenerateConfig
 from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, fault_point
-from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader
 from pipeline.core.shards import Record
 from pipeline.data.ingest.dataset import IngestedDataset
@@ -27,9 +27,10 @@ from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.export.index import write_index
 from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
 from pipeline.inference.progress import JobProgress, clear_hints
-from pipeline.inference.request import genes_to_write, n_shards, notes_on, recipe_of, request_on
+from pipeline.inference.request import n_shards, notes_on, recipe_of, record_request, resolve_request
 from scldm.data.library_size import LibrarySizes
 from scldm.generation.request import Request
+from scldm.generation.request_table import genes_to_write
 
 SCHEMA_VERSION = 2
 Pool = Callable[[list[int], GeneratorSpec, StageContext], Iterator[Record]]  # makes shards, yields their records
@@ -48,7 +49,8 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
         Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, request_digest, notes, cells_per_s.
     """
     data = IngestedDataset.open(context.inputs["ingest"])
-    request = request_on(config, data)
+    request = context.request or resolve_request(config, data)
+    record_request(context.folder, request)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
     spec = _spec(config, context, request, data, folder)

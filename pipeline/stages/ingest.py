@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import StageContext
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.filters import check_values, value_filter

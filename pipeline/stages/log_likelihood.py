@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.apply import LogLikelihoodConfig
-from pipeline.core.manifest import StageContext
+from pipeline.config.context import StageContext
 from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
 from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import load_models

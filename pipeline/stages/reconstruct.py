@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.apply import ReconstructConfig
-from pipeline.core.manifest import StageContext
+from pipeline.config.context import StageContext
 from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
 from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import latent_width, load_models, locate_models

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.core.manifest import StageContext
+from pipeline.config.context import StageContext
 
 StageFunction = Callable[[Any, StageContext], Mapping[str, Any]]
 """From the settings of a stage and its context to the facts that its manifest records."""

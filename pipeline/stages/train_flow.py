@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import TrainFlowConfig
-from pipeline.core.manifest import StageContext
 from pipeline.stages.training_spec import flow_spec
 from pipeline.training.trainer import fit
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
 from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE
-from pipeline.core.manifest import StageContext
 from pipeline.stages.model_card import model_card
 from pipeline.training.tasks.spec import FlowWorkerSpec, VaeWorkerSpec
 

@@ -11,6 +11,7 @@ from pipeline.config.deepspeed import read_options
 from pipeline.config.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
 from pipeline.core.manifest import Manifest
 from scldm.errors import InputError
+from scldm.generation.request import Request
 
 if TYPE_CHECKING:
     from scldm.config import StrictModel
@@ -66,15 +67,25 @@ def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str
         )
 
 
-def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
-    """Check that the data hold what later stages request; called as soon as ingest has finished."""
+def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> Request | None:
+    """Check that the data hold what later stages need; called as soon as ingest has finished.
+
+    Args:
+        configs: Stage -> settings, of the stages that will run.
+
+    Returns:
+        The request of generate, resolved to rows of labels and numbers; None if generate does not run.
+
+    Raises:
+        InputError: The data lack something.
+    """
+    request = None
     config = configs.get("generate")
     if isinstance(config, GenerateConfig):
         from pipeline.data.ingest.dataset import IngestedDataset
-        from pipeline.inference.request import read_request
+        from pipeline.inference.request import resolve_request
 
-        data = IngestedDataset.open(ingest)
-        read_request(config, data.vocabulary, {config.like: data.composition(config.like)} if config.like else {})
+        request = resolve_request(config, IngestedDataset.open(ingest))
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and (vae.train.genes_seen.n or 0) > ingest.facts["n_genes"]:
         raise InputError(
@@ -87,3 +98,4 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
                 f"{stage} needs cells of the {split} split and there are none; "
                 f"raise ingest.split.{split} or give the source more cells"
             )
+    return request

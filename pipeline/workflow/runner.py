@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connect as cluster
+from pipeline.config.context import StageContext
 from pipeline.config.io.loader import resolved_yaml
 from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase, stage_configs
 from pipeline.core.faults import fault_point
 from pipeline.core.lock import stage_lock
 from pipeline.core.logs import setup_logging
-from pipeline.core.manifest import Manifest, StageContext, newest_manifest, read_manifest, write_manifest
+from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, write_manifest
 from pipeline.stages.registry import stage_function
 from pipeline.tracking.tracker import StageTracker, Tracking
 from pipeline.workflow.preflight import check_against_data, check_settings
@@ -34,6 +35,7 @@ from pipeline.workflow.schedule import (
     schedule,
 )
 from scldm.errors import InputError
+from scldm.generation.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -64,81 +66,86 @@ def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()
     setup_logging(stage=job.name)
     check_settings(job)
     steps = schedule(job)
-    _check_ahead(steps)
+    run = JobRun(job, steps, f"{source_path} {' '.join(overrides)}")
     if in_ray_package(Path.cwd()):
         log.info("running in Ray's temporary copy of the code; output goes to %s", pipeline_folder(job))
-    todo = [s for s in steps if s.done is None]
     for step in steps:
         decision = "will run" if step.done is None else "done before"
         log.info("%s %s %s (%s)", step.stage, step.version, decision, step.why)
-    if todo:
-        _run_steps(job, steps, source_path, overrides)
+    if run.todo:
+        run.run()
     else:
         finished = f"all {len(steps)} stages are" if len(steps) > 1 else f"{steps[0].stage} is"
         log.info("nothing to do: %s finished", finished)
-    return [s.stage for s in todo]
+    return list(run.todo)
 
 
-def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrides: Sequence[str]) -> None:
-    tracking = Tracking.open(job, output_root(job), source_path)
-    status = "FAILED"
-    try:
-        with cluster.connect(job.resources):
-            made: dict[str, Manifest] = {}
-            for step in steps:
-                inputs = {name: made.get(name, manifest) for name, manifest in step.inputs.items()}
-                if step.done is not None:
-                    log.info("%s %s done before (%s), nothing to do", step.stage, step.version, step.folder)
-                    made[step.stage] = step.done
-                else:
-                    header = _header(step, source_path, overrides)
-                    made[step.stage] = _run_step(job, step, inputs, tracking, header)
-                if step.stage == "ingest":  # the content of the data is known only now
-                    check_against_data({s.stage: s.config for s in steps if s.done is None}, made["ingest"])
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        setup_logging(stage=job.name)
-        tracking.close(status)
+class JobRun:
+    """A job in progress: its decided stages, the manifests made so far, and the request of generate.
 
+    Args:
+        source: The job file and the overrides, for the record.
 
-def _check_ahead(steps: list[Step]) -> None:
-    """Check requests against data that was ingested before."""
-    todo = {s.stage: s.config for s in steps if s.done is None}
-    known = [s.inputs["ingest"] for s in steps if s.done is None and "ingest" in s.inputs]
-    if known and known[0].facts:
-        check_against_data(todo, known[0])
+    Raises:
+        InputError: Data that were ingested before lack what the job needs.
+    """
 
+    def __init__(self, job: JobBase, steps: Sequence[Step], source: str) -> None:
+        self.job, self.steps, self.source = job, steps, source
+        self.todo = {s.stage: s.config for s in steps if s.done is None}
+        self.manifests: dict[str, Manifest] = {}
+        self.request: Request | None = None
+        known = next((s.inputs["ingest"] for s in steps if s.done is None and "ingest" in s.inputs), None)
+        if known is not None and known.facts:
+            self.request = check_against_data(self.todo, known)
 
-def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking: Tracking, header: str) -> Manifest:
-    """Run one stage in its folder, under its lock."""
-    setup_logging(stage=step.stage)
-    step.folder.mkdir(parents=True, exist_ok=True)
-    with stage_lock(step.folder, log.warning):
-        # Another job may have finished the stage before we took the lock.
-        if (done := read_manifest(step.folder)) is not None:
-            log.info("%s was finished in the meantime (%s), nothing to do", step.version, step.folder)
-            return done
-        log.info("%s runs in %s", step.version, step.folder)
-        (step.folder / "config.yaml").write_text(header + resolved_yaml(job))
-        config = step.config.model_dump(mode="json")
-        tracker = tracking.stage(step.stage, step.version, step.folder, config, inputs)
-        context = StageContext(
-            folder=step.folder, inputs=inputs, seed=job.seed, resources=job.resources, tracker=tracker,
-            output=output_root(job), checkpoints=job.checkpoints,
-        )  # fmt: skip
-        with _reported(step, tracker):
-            fault_point("stage.before_run")
-            facts = stage_function(step.stage)(step.config, context)
-            manifest = _manifest(step, inputs, context, facts, tracker)
-            fault_point("stage.before_manifest")
-            write_manifest(manifest)
-            fault_point("stage.after_manifest")
-            tracker.describe(manifest)
-        log.info("%s finished in %.0f s", step.version, manifest.seconds)
-        return manifest
+    def run(self) -> None:
+        """Run all stages in order."""
+        tracking = Tracking.open(self.job, output_root(self.job), self.source)
+        status = "FAILED"
+        try:
+            with cluster.connect(self.job.resources):
+                for step in self.steps:
+                    self.manifests[step.stage] = step.done or self._run_step(step, tracking)
+                    if step.stage == "ingest":  # the content of the data is known only now
+                        self.request = check_against_data(self.todo, self.manifests["ingest"])
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            setup_logging(stage=self.job.name)
+            tracking.close(status)
+
+    def _run_step(self, step: Step, tracking: Tracking) -> Manifest:
+        """Run one stage in its folder, under its lock."""
+        setup_logging(stage=step.stage)
+        step.folder.mkdir(parents=True, exist_ok=True)
+        with stage_lock(step.folder, log.warning):
+            # Another job may have finished the stage before we took the lock.
+            if (done := read_manifest(step.folder)) is not None:
+                log.info("%s was finished in the meantime (%s), nothing to do", step.version, step.folder)
+                return done
+            log.info("%s runs in %s", step.version, step.folder)
+            header = f"# {step.stage} {step.version}: the whole job as it ran, from {self.source}\n"
+            (step.folder / "config.yaml").write_text(header + resolved_yaml(self.job))
+            inputs = {name: self.manifests.get(name, manifest) for name, manifest in step.inputs.items()}
+            config = step.config.model_dump(mode="json")
+            tracker = tracking.stage(step.stage, step.version, step.folder, config, inputs)
+            context = StageContext(
+                folder=step.folder, inputs=inputs, seed=self.job.seed, resources=self.job.resources, tracker=tracker,
+                output=output_root(self.job), checkpoints=self.job.checkpoints, request=self.request,
+            )  # fmt: skip
+            with _reported(step, tracker):
+                fault_point("stage.before_run")
+                facts = stage_function(step.stage)(step.config, context)
+                manifest = _manifest(step, inputs, context, facts, tracker)
+                fault_point("stage.before_manifest")
+                write_manifest(manifest)
+                fault_point("stage.after_manifest")
+                tracker.describe(manifest)
+            log.info("%s finished in %.0f s", step.version, manifest.seconds)
+            return manifest
 
 
 def _manifest(
@@ -180,10 +187,6 @@ def _reported(step: Step, tracker: StageTracker) -> Iterator[None]:
             raise InputError(f"{step.stage}: {cause}") from error
         raise StageFailed(step.stage, cause, log) from error
     tracker.finish("FINISHED")
-
-
-def _header(step: Step, source_path: str | Path, overrides: Sequence[str]) -> str:
-    return f"# {step.stage} {step.version}: the whole job as it ran, from {source_path} {' '.join(overrides)}\n"
 
 
 # ---- at the end --------------------------------------------------------------------------------------------------

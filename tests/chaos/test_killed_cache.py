@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
 from pipeline.core.fault_points import POINTS
 from pipeline.core.faults import VARIABLE
-from pipeline.core.manifest import StageContext
 from pipeline.data.loading import cache_writer
 from pipeline.stages import ingest
 

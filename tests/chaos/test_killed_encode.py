@@ -14,10 +14,11 @@ import pytest
 import torch
 from helpers.training.small_job import MODEL, ingest_small
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import EncodeConfig, ResourcesConfig
 from pipeline.core.fault_points import POINTS
 from pipeline.core.faults import VARIABLE
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.stages import encode
 from scldm.checkpoints.native import save_vae

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest import statistics
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading import cache_writer as writer

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig, TrainFlowConfig
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.stages import ingest
 from scldm.checkpoints.native import load_flow, load_vae, save_vae

@@ -1,4 +1,4 @@
-"""Reads from the settings of a generate stage how many cells of each condition were requested."""
+"""The number of cells that a generate stage was asked for, by condition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.config.job import GenerateConfig
 from pipeline.core.manifest import read_manifest
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.inference.request import request_on
+from pipeline.inference.request import recorded_request, resolve_request
 from scldm.cells.shards import CellsManifest
 from scldm.errors import InputError
 
@@ -35,7 +35,7 @@ def requested_cells(manifest: CellsManifest) -> dict[Condition, int]:
     data = IngestedDataset.open(ingest)
     try:
         config = GenerateConfig.model_validate(manifest.raw["config"])
-        request = request_on(config, data)
+        request = recorded_request(folder) or resolve_request(config, data)
     except (InputError, ValueError, KeyError) as error:
         raise RequestUnknown(f"the request cannot be read again ({str(error).splitlines()[0]})") from error
     if request.digest != manifest.raw["facts"].get("request_digest"):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from helpers.files.h5ad_cases import look, told
+from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import StageContext
 from pipeline.stages import ingest
 from scldm.errors import InputError
 

@@ -13,9 +13,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from helpers.models.small_models import CELL_TYPES, DONORS, GENES, write_flow, write_vae
+from pipeline.config.context import StageContext
 from pipeline.config.job import STAGE_CONFIGS
 from pipeline.config.resources import ResourcesConfig
-from pipeline.core.manifest import Manifest, StageContext, write_manifest
+from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.data.soma.write import write_experiment
 from pipeline.inference.applier import Applier, ApplierSpec
 

@@ -17,11 +17,12 @@ import pandas as pd
 import torch
 
 from helpers.models.small_models import CELL_TYPES, DONORS, library_sizes, vocabulary, write_flow, write_vae
+from pipeline.config.context import StageContext
 from pipeline.config.job import GenerateConfig, ResourcesConfig
 from pipeline.core import faults
 from pipeline.core.files import write_json_atomic
 from pipeline.core.lock import stage_lock
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.inference.generator import Generator, GeneratorSpec
 from pipeline.stages.generate import run
 from scldm.errors import InputError

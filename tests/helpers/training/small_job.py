@@ -7,8 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig, TrainVaeConfig
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.stages import ingest
 
 STEPS, EVERY = 12, 4

@@ -7,12 +7,13 @@ import pytest
 
 from pipeline.config.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
 from pipeline.core.manifest import Manifest
-from pipeline.inference.request import check_choice, genes_to_write, n_shards, read_request
+from pipeline.inference.request import check_choice, n_shards, read_request
 from pipeline.planning.generation import generation_lines
 from pipeline.planning.sizes import DataFacts
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import InputError
 from scldm.generation.request import Request, RequestRow
+from scldm.generation.request_table import genes_to_write
 
 VOCABULARY = Vocabulary(
     ("g1", "g2"), ("A", "B"), (LabelVocabulary("cell_type", ("B", "NK")), LabelVocabulary("donor_id", ("d1", "d2")))

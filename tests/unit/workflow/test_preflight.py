@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.stages import ingest
 from pipeline.workflow.preflight import check_against_data, check_settings
 from scldm.errors import InputError

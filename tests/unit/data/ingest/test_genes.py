@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import GenesConfig, IngestConfig
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.genes import LACKING, gene_lut, model_genes
 from pipeline.data.soma.write import write_experiment

@@ -11,8 +11,9 @@ import scipy.sparse as sp
 import tiledbsoma
 import torch
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.presence import GROUP
 from pipeline.data.soma.write import write_experiment

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import HeldOutConfig, IngestConfig, SplitConfig
-from pipeline.core.manifest import Manifest, StageContext
+from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.held_out import counted, hold_out, read_combinations
 from pipeline.data.ingest.split import SPLITS, split_cells

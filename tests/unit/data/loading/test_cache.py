@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import MANIFEST, Manifest, StageContext
+from pipeline.core.manifest import MANIFEST, Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading import cache_writer as writer
 from pipeline.data.loading.arrow_shards import close_all, record_path

@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
+from pipeline.config.context import StageContext
 from pipeline.config.deepspeed import read_options
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import HeldOutConfig, IngestConfig
-from pipeline.core.manifest import StageContext, read_manifest
+from pipeline.core.manifest import read_manifest
 from pipeline.data.ingest.genes import read_vocabulary
 from pipeline.data.ingest.held_out import read_combinations
 from pipeline.data.inspection.examine import Question, examine

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import IngestConfig
-from pipeline.core.manifest import StageContext
 from pipeline.data.sources.open import open_source
 from pipeline.planning.sizes import data_facts
 from pipeline.stages import ingest

@@ -141,8 +141,9 @@ def test_an_archive_is_answered_with_how_to_unpack_it():
 def test_the_ingest_stage_takes_a_10x_folder(tmp_path):
     from types import SimpleNamespace
 
+    from pipeline.config.context import StageContext
     from pipeline.config.job import IngestConfig
-    from pipeline.core.manifest import Manifest, StageContext
+    from pipeline.core.manifest import Manifest
     from pipeline.data.ingest.dataset import IngestedDataset
     from pipeline.stages import ingest
 
