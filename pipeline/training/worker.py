@@ -24,7 +24,6 @@ from pipeline.config.resources import CheckpointStorage
 from pipeline.core.faults import arm
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import Ingested
-from pipeline.tracking.system_metrics import node_metrics
 from pipeline.tracking.tracker import StageTracker
 from pipeline.training.checkpoints.remote import Remote
 from pipeline.training.checkpoints.selection import CannotResume
@@ -88,8 +87,7 @@ def train_worker(
     )  # fmt: skip
     inputs = {k: Manifest(**v) for k, v in spec.inputs.items()}
     try:
-        with node_metrics(spec.tracker, tracker, rank=dist.get_rank()):
-            return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
+        return (_train_vae if spec.kind == "vae" else _train_flow)(spec, inputs, run)
     finally:
         tracker.close()
 

@@ -65,7 +65,7 @@ class TrainingCurve:
     def last(self) -> dict[str, float]:
         merged: dict[str, float] = {}
         for row in self._rows():
-            merged |= {k: v for k, v in row.items() if k != "step"}
+            merged |= {k: v for k, v in row.items() if k not in ("step", "time_ms")}
         return merged
 
     def write(self, step: int, metrics: dict[str, float], grad_norm: float | None, *, last: bool) -> None:
@@ -91,6 +91,7 @@ class TrainingCurve:
         if grad_norm is not None:
             row["train/grad_norm"] = grad_norm
         self.progress.gauges.set(row)
+        time_ms = int(time.time() * 1000)
         with self._or_say(), self.path.open("a") as f:
-            f.write(json.dumps({"step": step, **row}) + "\n")
-        self.tracker.metrics(row, step=step)
+            f.write(json.dumps({"step": step, "time_ms": time_ms, **row}) + "\n")
+        self.tracker.metrics(row, step=step, time_ms=time_ms)
