@@ -107,24 +107,24 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         said, size = generation_lines(configs["generate"], data, vae, job.resources, before)
         lines += said
         disk += size
-    lines += _time_and_cost(job, configs, vae, data, decided, folder)
+    lines += _gpu_hours(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {human(disk)} in all"] if disk else lines
 
 
-def _time_and_cost(
+def _gpu_hours(
     job: JobBase, configs: dict[str, Any], vae: Any, data: sizes.DataFacts, decided: dict[str, Step], folder: Path
 ) -> list[str]:
-    """A line for each stage that GPUs do; none on CPUs, which nobody pays by the node."""
+    """Return a line for each stage that runs on GPUs; none if the job has no GPU."""
     if not job.resources.gpus_per_worker:
         return []
-    from pipeline.planning import cost as sizing
+    from pipeline.planning.cost import stage_estimate
 
     flow = _config("train_flow", TrainFlowConfig, configs, decided, folder) if "generate" in configs else None
     lines = []
     for stage, config in configs.items():
         used = job.resources.workers.max if stage.startswith("train") else job.resources.actors_max
         gpus = max(1, round(used * job.resources.gpus_per_worker))
-        if (found := sizing.stage_estimate(stage, config, vae, data, gpus, flow)) is not None:
+        if (found := stage_estimate(stage, config, vae, data, gpus, flow)) is not None:
             lines.append(f"{stage}: {found}")
     return lines
 

@@ -113,8 +113,12 @@ def open_driver(root: Path, uri: str) -> Tracking:
 
 
 def synced(done: Trained) -> list[str]:
-    """Complete the run from disk; returns the problems."""
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "20"  # the fixture that shortened it puts it back
+    """Complete the run from disk, with the patience of the command; returns the problems.
+
+    A server that was frozen may close the connection that is used next, which is what the one retry is for.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "20"  # the fixture that shortened them puts them back
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
     return [s.problem for s in sync(done.folder.parent.parent) if s.problem]
 
 
