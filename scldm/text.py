@@ -1,11 +1,27 @@
-"""Text that is safe and helpful to show: names from untrusted files, and the name that was probably meant."""
+"""Text for messages: names from untrusted files made safe to print, and the name that was probably meant."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 LONGEST = 80  # characters of a name
 
 
 def shown(value: object, longest: int = LONGEST) -> str:
-    """Text that is safe to print: one line, no control or direction characters, not too long."""
+    """Return text that is safe to print: one line, without control or direction characters, cut to a length."""
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def did_you_mean(word: str, choices: Iterable[str], *, quote: str = "'", n: int = 1) -> str:
+    """Return `did you mean 'x'?` for the choices closest to a word, or an empty text if none is close.
+
+    Args:
+        word: What was given.
+        choices: What exists.
+        quote: Put around each suggestion.
+        n: Suggestions at most.
+    """
+    near = difflib.get_close_matches(word, [str(c) for c in choices], n=n, cutoff=0.5)
+    return f"did you mean {' or '.join(f'{quote}{shown(c)}{quote}' for c in near)}?" if near else ""

@@ -16,17 +16,16 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.cells import cells_app
-from pipeline.cli.cluster import cluster, logs, status, stop, submit
+from pipeline.cli.cluster import cluster, faults, logs, status, stop, submit
 from pipeline.cli.common import JobFile, Overrides, load, reported
 from pipeline.cli.config import config_app
 from pipeline.cli.data import validate_data
 from pipeline.cli.doctor.command import doctor
-from pipeline.cli.faults import faults
 from pipeline.cli.init.command import init
 from pipeline.cli.mlflow import compare, mlflow_app
-from pipeline.cli.models import convert, export
+from pipeline.cli.models import convert, export, presets
 from pipeline.cli.parity import parity
-from pipeline.cli.presets import presets
+from scldm.errors import InputError
 
 app = typer.Typer(
     name="scldm",
@@ -63,7 +62,6 @@ def options(
     Begin with `scldm run jobs/demo.yaml`, or with `scldm init cells.h5ad` for your own cells.
     """
     from pipeline.core.faults import arm
-    from scldm.errors import InputError
 
     if context.invoked_subcommand == "faults":  # which says what may stand there
         return

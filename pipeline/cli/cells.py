@@ -6,13 +6,14 @@ Exit codes: 0 done, 1 what `verify` found, 2 a folder that holds no finished sta
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipeline.cli.common import reported
+from scldm.errors import InputError
 
 cells_app = typer.Typer(help="Cells of a finished stage.", no_args_is_help=True)
 
@@ -34,7 +35,7 @@ def head(folder: Folder, n: Annotated[int, typer.Option("-n", min=0, help="Rows 
 
     Example: `scldm cells head runs/demo/generate/1a2b3c4d5e6f`
     """
-    with _reported():
+    with reported():
         import pandas as pd
 
         from scldm.cells.cells import open_cells
@@ -62,7 +63,7 @@ def verify(
 
     Example: `scldm cells verify runs/demo/generate/1a2b3c4d5e6f --json verdict.json`
     """
-    with _reported():
+    with reported():
         from pipeline.inference.export.verify import verify as look
 
         verdict = look(folder)
@@ -97,9 +98,8 @@ def export(
 
     Example: `scldm cells export runs/demo/generate/1a2b3c4d5e6f cells.zarr --to zarr --shuffle 0`
     """
-    with _reported():
+    with reported():
         from scldm.cells.cells import open_cells
-        from scldm.errors import InputError
 
         if shuffle is not None and to is not Sink.zarr:
             raise InputError(f"--shuffle is of --to zarr; {to.value} keeps the order of the cells")
@@ -117,18 +117,3 @@ def export(
 
             export_soma(cells, out)
         typer.echo(f"wrote {out}: {cells.n_obs:,} cells x {cells.n_vars:,} genes")
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """A folder that cannot be used is bad input: exit code 2."""
-    from pipeline.cli.common import reported
-    from scldm.errors import InputError
-
-    with reported():
-        from scldm.cells.shards import CellsError
-
-        try:
-            yield
-        except CellsError as error:
-            raise InputError(str(error)) from None

@@ -1,18 +1,25 @@
-"""The commands of clusters: `scldm submit | status | logs | stop`, `scldm cluster start | stop | drain`."""
+"""The commands for clusters: `scldm submit | status | logs | stop`, `scldm cluster start | stop | drain`, and
+`scldm faults`, which lists the points where a drill can kill a process.
+"""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipeline.cli.common import JobFile, Overrides, load, reported
+from pipeline.core.fault_points import POINTS
+from pipeline.core.faults import FORM, VARIABLE
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: a list of points.")]
+
+
 cluster = typer.Typer(help="A Ray head on this machine that takes jobs, behind a token.", no_args_is_help=True)
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change, parsed as YAML.")
-]
 Address = Annotated[
     str | None, typer.Option(help="Ray's job server; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine.")
 ]
@@ -33,7 +40,6 @@ def submit(
 
     Example: `scldm submit jobs/train_vae.yaml train.max_steps=20 --address http://head:8265`
     """
-    from pipeline.cli.common import load, reported
 
     with reported():
         loaded = load(job, overrides)  # errors show here, not in a job's log
@@ -51,7 +57,6 @@ def status(job_id: PerhapsJobId = None, address: Address = None) -> None:
 
     Example: `scldm status`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import status as describe
@@ -68,7 +73,6 @@ def logs(
 
     Example: `scldm logs --follow scldm-train_vae-demo-1a2b3c`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import logs as show
@@ -85,7 +89,6 @@ def stop(
 
     Example: `scldm stop scldm-train_vae-demo-1a2b3c`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.submit import stop as end
@@ -105,7 +108,6 @@ def start_cluster(
 
     Example: `scldm cluster start --num-cpus=8`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import start
@@ -128,7 +130,6 @@ def stop_cluster(
 
     Example: `scldm cluster stop`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import stop
@@ -145,9 +146,23 @@ def drain_node(
 
     For a pod's preStop, or a watcher of spot notices. Example: `scldm cluster drain --seconds 120`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.cluster.head import drain
 
         typer.echo(drain(address=address, seconds=seconds))
+
+
+def faults(as_json: AsJson = False) -> None:
+    """List the fault points: places where SCLDM_FAULT makes a process die, to see a run survive it.
+
+    Example: `scldm faults --json`
+    """
+    if as_json:
+        typer.echo(json.dumps([{"name": name, **asdict(point)} for name, point in POINTS.items()], indent=1))
+        return
+    width = max(map(len, POINTS))
+    for name, point in POINTS.items():
+        typer.echo(f"{name:<{width}}  {point.what}  [{point.where}]")
+    typer.echo(f"\n{VARIABLE}={FORM}")
+    typer.echo(f'for example {VARIABLE}="checkpoint.after_shard:rank=1:n=2:kill" scldm run jobs/demo.yaml')

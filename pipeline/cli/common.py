@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from scldm.errors import InputError
+
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, for example jobs/demo.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Settings to change, parsed as YAML.")
@@ -20,7 +22,6 @@ Overrides = Annotated[
 @contextmanager
 def reported() -> Iterator[None]:
     """Errors as people want them, and the exit code that goes with each."""
-    from scldm.errors import InputError
 
     try:
         yield

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.common import reported
+from scldm.errors import InputError
+
 config_app = typer.Typer(help="All settings of a job file.", no_args_is_help=True)
 
 OutFile = Annotated[
@@ -21,7 +24,6 @@ def reference(out: OutFile = None) -> None:
 
     Example: `scldm config reference -o docs/configuration.md`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.config.io.reference import reference as text
@@ -35,7 +37,6 @@ def schema(out: OutFile = None) -> None:
 
     Example: `scldm config schema -o job.schema.json`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         from pipeline.config.io.loader import json_schema
@@ -44,7 +45,6 @@ def schema(out: OutFile = None) -> None:
 
 
 def _say(text: str, out: Path | None) -> None:
-    from scldm.errors import InputError
 
     if out is None:
         typer.echo(text, nl=False)

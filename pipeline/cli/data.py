@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.common import reported
 from pipeline.data.inspection.sandbox import ask
 
 Labels = Annotated[list[str] | None, typer.Option("--label", help="obs column to condition on; may be repeated.")]
@@ -37,7 +38,6 @@ def validate_data(
 
     Example: `scldm validate-data cells.h5ad --label cell_type --json findings.json`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         data = {"uri": uri, "labels": label or [], "layer": layer, "gene_id": gene_id, "genome": genome}

@@ -5,11 +5,13 @@ Exit codes: 0 done, 1 records still wait, 2 bad input.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipeline.cli.common import reported
+from scldm.errors import InputError
 
 mlflow_app = typer.Typer(help="MLflow: complete runs after an outage, register models.", no_args_is_help=True)
 
@@ -38,7 +40,7 @@ def sync(folder: Folder, uri: Uri = None) -> None:
 
     Example: `scldm mlflow sync runs/demo`
     """
-    with _reported():
+    with reported():
         from pipeline.tracking.sync import sync as send
 
         done = send(folder, uri)
@@ -63,7 +65,7 @@ def register(
 
     Example: `scldm mlflow register runs/demo --alias champion`
     """
-    with _reported():
+    with reported():
         from pipeline.tracking.mlflow_runs.client import chosen_uri
         from pipeline.tracking.mlflow_runs.register import register as put
 
@@ -83,14 +85,13 @@ def compare(
 
     Example: `scldm runs compare runs/demo runs/other`, or `scldm runs compare models:/scldm-demo@champion runs/demo`
     """
-    with _reported():
+    with reported():
         from pipeline.tracking.comparison.compare import Side
         from pipeline.tracking.comparison.compare import compare as lay
         from pipeline.tracking.comparison.fetch import is_run, of_run
         from pipeline.tracking.comparison.records import of_folder
         from pipeline.tracking.comparison.text import as_text
         from pipeline.tracking.mlflow_runs.client import chosen_uri
-        from scldm.errors import InputError
 
         if len(things) < 2:
             raise InputError(f"compare takes two or more; got {things[0]} alone")
@@ -105,9 +106,3 @@ def compare(
             raise InputError("\n".join(problems))
         found = lay(sides, every=every)
         typer.echo(found.to_json() if as_json else as_text(found))
-
-
-def _reported() -> AbstractContextManager[None]:
-    from pipeline.cli.common import reported
-
-    return reported()

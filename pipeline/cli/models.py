@@ -1,14 +1,20 @@
-"""The commands `scldm convert` and `scldm export`: upstream's checkpoints to our model folders, and back."""
+"""The commands `scldm convert`, `scldm export` and `scldm presets`: upstream's checkpoints to our model
+folders and back, and the named models of the paper as settings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from pipeline.cli.common import reported
+from scldm.api.presets import Preset
+
+Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="A preset; without it, all are listed.")]
+
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="UPSTREAM.ckpt", help="Lightning checkpoint that upstream wrote.")]
 ConfigFile = Annotated[Path, typer.Option("--config", metavar="UPSTREAM.yaml", help="Configuration written with it.")]
@@ -68,7 +74,7 @@ def convert(
 
     Example: `scldm convert last.ckpt --config config.yaml --out models/dentate`
     """
-    with _reported():
+    with reported():
         from scldm.checkpoints.convert.convert import convert_upstream
         from scldm.checkpoints.upstream.inputs import InputFiles
 
@@ -92,7 +98,7 @@ def export(
 
     Example: `scldm export models/dentate --to upstream --out exported`
     """
-    with _reported():
+    with reported():
         from scldm.api.folders import find_models
         from scldm.checkpoints.convert.export import export_upstream
 
@@ -108,16 +114,64 @@ def export(
             typer.echo(f"note: {note}")
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    """A checkpoint, configuration or folder that cannot be used is bad input: exit code 2."""
-    from pipeline.cli.common import reported
-    from scldm.errors import InputError
+def presets(name: Name = None) -> None:
+    """Show the named models of the paper and of upstream, or one of them as sections of a job file.
+
+    Example: `scldm presets dentate_gyrus`
+    """
 
     with reported():
-        from scldm.checkpoints.native import CheckpointError
+        from scldm.api.presets import preset, preset_names
 
-        try:
-            yield
-        except CheckpointError as error:
-            raise InputError(str(error)) from None
+        if name is None:
+            width = max(map(len, preset_names()))
+            for each in preset_names():
+                found = preset(each)
+                size = f"{found.vae.parameters:g} M" if found.vae else ""
+                typer.echo(f"{each:<{width}}  {size:>7}  {found.about}")
+            return
+        typer.echo(as_yaml(preset(name)), nl=False)
+
+
+def as_yaml(found: Preset) -> str:
+    """Sections `train_vae` and `train_flow`; settings that are our defaults are left out."""
+    import yaml
+
+    sections: dict[str, Any] = {}
+    lines = [f"# {found.name}: {found.about}."]
+    if found.inferred:
+        lines.append(f"# No source states: {'; '.join(found.inferred)}.")
+    if found.vae is not None:
+        lines.append(
+            f"# VAE: {found.vae.n_genes:,} genes, {found.vae.parameters:g} M parameters, {_epochs(found.vae)}."
+        )
+        sections["train_vae"] = {"model": _choices(found.vae.model), "train": _training(found.vae)}
+    if found.flow is not None:
+        lines.append(f"# Flow: labels {dict(found.flow.n_classes)}, {_epochs(found.flow)}.")
+        train = _training(found.flow)
+        if found.flow.ema is not None:
+            train["ema"] = _choices(found.flow.ema)
+        sections["train_flow"] = {
+            "model": _choices(found.flow.model),
+            "flow": _choices(found.flow.path),
+            "train": train,
+        }
+    lines.append("# Set train.max_steps to epochs x training cells / batch size of your data.")
+    return "\n".join(lines) + "\n" + yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=100)
+
+
+def _epochs(recipe: Any) -> str:
+    return f"{recipe.epochs} epochs" if recipe.epochs else "epochs not known"
+
+
+def _choices(config: Any) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_defaults=True)
+
+
+def _training(recipe: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    if recipe.batch_size is not None:
+        out["feed"] = {"batch_size": recipe.batch_size}
+    if recipe.optimizer is not None:
+        out["optimizer"] = _choices(recipe.optimizer)
+    return out

@@ -1,18 +1,24 @@
-"""The command `scldm parity`: our numbers beside upstream's recorded ones, a line for each."""
+"""The command `scldm parity`: compare our numbers with recorded outputs of upstream, one line for each case."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from scldm.parity.ledger import Row
+from pipeline.cli.common import reported
+from pipeline.core.files import REPOSITORY
+from scldm.errors import InputError
+
+Row = Any  # parity.ledger.Row, of the tests
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of cases: pairs NAME.safetensors and NAME.json.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows and the summary here.")]
@@ -26,31 +32,39 @@ def parity(folder: Folder, json_file: JsonFile = None, every: Every = False) -> 
 
     Example: `scldm parity fixtures/upstream --json parity.json`
     """
-    from pipeline.cli.common import reported
-    from scldm.errors import InputError
 
     with reported():
-        from scldm.parity.case import FolderError, case_names
-        from scldm.parity.registry import check_folder, summary
-
-        try:
-            case_names(folder)
-        except FolderError as error:
-            raise InputError(str(error)) from None
+        registry = comparison()
         rows: list[Row] = []
         typer.echo(HEADER)
-        for _, of_case in groupby(check_folder(folder), key=lambda row: row.case):
+        for _, of_case in groupby(registry.check_folder(folder), key=lambda row: row.case):
             found = list(of_case)
             rows += found
-            for text in map(line, found) if every else case_lines(found):
+            for text in map(line, found) if every else case_lines(found, registry):
                 typer.echo(text)
-        total = summary(rows)
+        total = registry.summary(rows)
         typer.echo(str(total))
         if json_file is not None:
             content = {"summary": vars(total), "rows": [row.as_json() for row in rows]}
             json_file.write_text(json.dumps(content, indent=1) + "\n")
         if total.failures:
             raise typer.Exit(1)
+
+
+def comparison() -> ModuleType:
+    """Import the comparison, which is part of the tests and so of a source checkout only.
+
+    Raises:
+        InputError: There is no source checkout.
+    """
+    tests = REPOSITORY / "tests"
+    if not (tests / "parity").is_dir():
+        raise InputError(
+            f"scldm parity compares with the code in tests/parity of a source checkout, and {REPOSITORY} is not one; "
+            "run it in a clone of the repository"
+        )
+    sys.path.insert(0, str(tests))
+    return import_module("parity.registry")
 
 
 HEADER = f"{'case':<36} {'quantity':<52} {'max abs error':>13} {'tolerance':>10}  ok"
@@ -63,13 +77,11 @@ def line(row: Row) -> str:
     return f"{row.case:<36} {row.quantity:<52} {error:>13} {tolerance:>10}  {row.status}{note}"
 
 
-def case_lines(rows: list[Row]) -> Iterator[str]:
+def case_lines(rows: list[Row], registry: ModuleType) -> Iterator[str]:
     """The lines of one case."""
-    from scldm.parity.registry import nearest_to_failing
-
     if failed := [row for row in rows if row.failed]:
         yield from map(line, failed)
         return
     faults = sum(row.status == "known fault" for row in rows)
     note = f"  (the nearest of {len(rows)}" + (f"; {faults} known faults of upstream: --all)" if faults else ")")
-    yield line(replace(nearest_to_failing(rows), note="")) + note
+    yield line(replace(registry.nearest_to_failing(rows), note="")) + note

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config.ingest import CellsConfig, Source
+from pipeline.config.input_paths import FlowFolder, VaeFolder
 from scldm.config import StrictModel
 from scldm.flow.config import Solver
 
@@ -14,9 +15,9 @@ from scldm.flow.config import Solver
 class ModelFolders(StrictModel):
     """Model folders, as training leaves them in `model/` and as `scldm convert` writes them."""
 
-    vae: str
+    vae: VaeFolder
     """Model folder of a VAE."""
-    flow: str | None = None
+    flow: FlowFolder | None = None
     """Only for a job that uses one: perturb, and log_likelihood with `flow`."""
 
 

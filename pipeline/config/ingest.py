@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
 
@@ -31,7 +32,7 @@ class H5adSource(StrictModel):
     """One or many `.h5ad` files with raw counts; written once into a SOMA experiment."""
 
     type: Literal["h5ad"]
-    path: str
+    path: H5adPath
     """File, folder of files or glob pattern."""
     layer: str | None = None
     """Where the counts are: a layer's name, "raw" for adata.raw, or null for X."""
@@ -55,7 +56,7 @@ class TenxSource(StrictModel):
     such folders and files, or a glob pattern: every match is a sample, whose name becomes dataset_id."""
     genome: str | None = None
     """Which genome to take where an output holds several."""
-    obs: str | None = None
+    obs: BarcodeTable | None = None
     """Table of what is known of the cells, .csv, .tsv or .parquet: a column `barcode`, `sample` if there are many, and
     the labels. Cells that are not in it have no labels."""
     columns: dict[str, str] = {}
@@ -140,7 +141,7 @@ class CellsConfig(StrictModel):
 class GenesConfig(StrictModel):
     """Which genes the model knows."""
 
-    vocabulary: str = "source"
+    vocabulary: GeneVocabulary = "source"
     """source: the genes of the source. Or a file that lists them, in the order of their ids (.json, .txt, .csv, .tsv,
     .parquet, .h5ad), or the folder of a model, whose vocabulary the cells are then aligned to."""
     match: Literal["id", "symbol"] = "id"
@@ -180,7 +181,7 @@ class HeldOutConfig(StrictModel):
     combinations: list[dict[str, Value | list[Value]]] | None = None
     """Each a class, or a list of classes, for some obs columns: [{cell_type: CD4 Naive, cytokine: [IL-2, IFN-beta]}]
     holds out two combinations."""
-    table: str | None = None
+    table: HeldOutTable | None = None
     """The same as a CSV or Parquet table: obs columns, one combination a row, an empty field for any class. A column
     `split` says validation or test for each row."""
 

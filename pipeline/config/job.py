@@ -1,8 +1,8 @@
 """What a job file may say: one pydantic model per kind of job.
 
-A job runs the stages whose sections it holds. `kind: line` holds them all; a stage's own job file holds that stage's
-settings at the top level and, if it likes, the sections of earlier stages too. The output of a stage that has no
-section is looked up under `output` (or under `inputs`), and must have been made before.
+A job runs the stages whose sections it holds. `kind: pipeline` holds all of them; the job file of one stage holds
+that stage's settings at the top level and, optionally, the sections of earlier stages. The output of a stage without a
+section is looked up under `output` (or under `inputs`) and must already exist.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ class TrackingConfig(StrictModel):
 class JobBase(StrictModel):
     """What every job file may say."""
 
+    kind: str
+    """Which job this is: pipeline, or the name of one stage."""
     name: Name
     """Name of the pipeline: stages of the same name and output find each other."""
     output: str = "runs"
@@ -140,8 +142,8 @@ class JobBase(StrictModel):
         return self
 
 
-class LineJob(JobBase):
-    kind: Literal["line"]
+class PipelineJob(JobBase):
+    kind: Literal["pipeline"]
     ingest: IngestConfig
     train_vae: TrainVaeConfig = TrainVaeConfig()
     encode: EncodeConfig = EncodeConfig()
@@ -150,7 +152,7 @@ class LineJob(JobBase):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
-    def _generates_counts(self) -> LineJob:
+    def _generates_counts(self) -> PipelineJob:
         if self.train_vae.model.head == "gaussian":
             raise ValueError(
                 "train_vae.model.head (gaussian) models log-normalised expression, and generate draws counts: "
@@ -201,7 +203,7 @@ class LogLikelihoodJob(JobBase, LogLikelihoodConfig):
 
 
 Job = Annotated[
-    LineJob
+    PipelineJob
     | IngestJob
     | TrainVaeJob
     | EncodeJob
@@ -230,14 +232,14 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
 
 def stage_configs(job: JobBase) -> dict[str, StrictModel]:
     """The stages that a job holds, in the order in which they run."""
-    kind: str = job.kind  # type: ignore[attr-defined]
     found: dict[str, StrictModel] = {}
     for stage in (*STAGES, *REAL_CELL_STAGES):
-        if stage == kind:
+        if stage == job.kind:
             config_type = STAGE_CONFIGS[stage]
-            found[stage] = config_type.model_validate({f: getattr(job, f) for f in config_type.model_fields})
+            # The job was validated; its own settings are taken over as they are.
+            found[stage] = config_type.model_construct(**{f: getattr(job, f) for f in config_type.model_fields})
         elif getattr(job, stage, None) is not None:
             found[stage] = getattr(job, stage)
-    if kind == "line" and found["train_flow"].vae.train:  # type: ignore[attr-defined]
+    if isinstance(job, PipelineJob) and job.train_flow.vae.train:
         del found["encode"]  # nobody would read the cache
     return found

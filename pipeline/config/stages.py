@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.config.input_paths import ConditionsTable, GeneFile
 from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
 from scldm.flow.config import PathConfig, SamplerConfig
@@ -88,7 +89,7 @@ class TrainFlowConfig(StrictModel):
 class GenerateConfig(StrictModel):
     """Which cells are made, and how."""
 
-    conditions: str | None = None
+    conditions: ConditionsTable | None = None
     """CSV, TSV or Parquet table: label columns, n_cells and, if you like, guidance (or guidance.<label>), library_size.
     An empty field of a label: generated without that label; of another column: as the settings below say."""
     cells: list[dict[str, Any]] | None = None
@@ -102,7 +103,7 @@ class GenerateConfig(StrictModel):
     library_size: Literal["statistics"] | PositiveFloat = "statistics"
     """Sum of counts that the decoder is asked for: drawn from the training cells' statistics of the condition (its
     combination of labels, else the label with most cells, else all cells), or one number for all cells."""
-    genes: list[str] | str | None = None
+    genes: list[str] | GeneFile | None = None
     """Genes that are written: ids or names, or a text file with one on each line. All are decoded either way, so that
     the counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()

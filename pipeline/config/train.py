@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.config.input_paths import DeepSpeedFile
 from scldm.config import StrictModel
 from scldm.data.genes_seen import GenesSeenConfig
 from scldm.flow.config import EMAConfig
@@ -63,7 +64,7 @@ class TrainConfig(StrictModel):
     offload_optimizer: Literal["none", "cpu"] = "none"
     """cpu keeps the optimizer's state and its step in the host's memory, with ZeRO stages 1 to 3: room on the GPU for
     time. The step is torch's own fused AdamW, so nothing is compiled."""
-    deepspeed: str | None = None
+    deepspeed: DeepSpeedFile | None = None
     """For experts: a JSON file of further DeepSpeed options (buckets, overlap_comm, compression, …). What we set
     ourselves it may not set: the error names both."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -89,7 +89,7 @@ POINTS: dict[str, FaultPoint] = {
         "pipeline.workflow.runner", "a stage is finished; its run in MLflow is still open"
     ),
     "record.before_rename": FaultPoint(
-        "pipeline.core.manifest", "any manifest or record: it is whole and flushed, under its temporary name"
+        "pipeline.core.files", "any manifest or record: it is whole and flushed, under its temporary name"
     ),
     # ---- shards --------------------------------------------------------------------------------------------------
     "cache.before_rename": FaultPoint(

@@ -20,7 +20,7 @@ def check_settings(job: JobBase) -> None:
     """Settings that must fit one another. All problems at once."""
     problems: list[str] = []
     for stage, config in stage_configs(job).items():
-        where = f"{stage}." if job.kind == "line" else ""  # type: ignore[attr-defined]
+        where = f"{stage}." if job.kind == "pipeline" else ""
         if (train := getattr(config, "train", None)) is not None:
             problems += feed_problems(train, job.resources, where)
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]

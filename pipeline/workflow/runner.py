@@ -6,11 +6,10 @@ errors are raised before anything starts. Ray is connected only if some stage mu
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
 from pipeline.core.faults import fault_point
 from pipeline.core.lock import stage_lock
 from pipeline.core.manifest import Manifest, StageContext, newest_manifest, read_manifest, write_manifest
+from pipeline.stages.registry import stage_function
 from pipeline.tracking.tracker import StageTracker, Tracking
 from pipeline.workflow.preflight import check_against_data, check_settings
 from pipeline.workflow.schedule import (
@@ -34,7 +34,6 @@ from pipeline.workflow.schedule import (
 from scldm.errors import InputError
 
 ERROR_LOG = "error.log"
-StageFunction = Callable[[Any, StageContext], Mapping[str, Any]]
 
 
 class StageFailed(Exception):
@@ -75,11 +74,6 @@ def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def stage_function(stage: str) -> StageFunction:
-    """`pipeline.stages.<stage>.run`, imported only now: it brings torch, ray and the rest."""
-    return importlib.import_module(f"pipeline.stages.{stage}").run
 
 
 def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrides: Sequence[str]) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.input_paths import input_identities
 from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
 from pipeline.core.nested import changed_settings
-from pipeline.workflow.input_files import outside_files
 from scldm.config import StrictModel
 from scldm.errors import InputError
 
@@ -109,8 +109,9 @@ def _decide(
     steps: Mapping[str, Step],
 ) -> Step:
     version = stage_version(stage, config, inputs, seed=job.seed)
-    if outside := dict(outside_files(config)):
-        version = hashlib.sha256(f"{version}{sorted(outside.items())}".encode()).hexdigest()[:12]
+    where = "" if stage == job.kind else f"{stage}."  # a job of one stage has its settings at the top level
+    if identities := input_identities(config, where=where):
+        version = hashlib.sha256(f"{version}{sorted(identities.items())}".encode()).hexdigest()[:12]
     own = folder / stage / version
     done = read_manifest(own)
     if done is None:

@@ -7,13 +7,14 @@ None sets `genes_seq_len`: a new model masks its pads, and a converted checkpoin
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from scldm.errors import InputError
 from scldm.flow.config import EMAConfig, PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.optim.config import OptimizerConfig
+from scldm.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,14 @@ class Preset:
     inferred: tuple[str, ...] = ()  # settings that no source states
 
 
-class UnknownPresetError(ValueError):
+class UnknownPresetError(InputError, ValueError):
     """No preset of that name; the message says which are near."""
 
 
 def preset(name: str) -> Preset:
     """The preset of a name; `preset_names()` lists them."""
     if name not in _PRESETS:
-        near = difflib.get_close_matches(name, _PRESETS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_PRESETS)}"
+        hint = did_you_mean(name, _PRESETS, quote="", n=3) or f"known: {', '.join(_PRESETS)}"
         raise UnknownPresetError(f"no preset {name!r}; {hint}")
     return _PRESETS[name](name)
 

@@ -18,11 +18,13 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem, sparse_dataset
 
+from scldm.errors import InputError
+
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2  # the newest contract of cells that this code reads
 
 
-class CellsError(ValueError):
+class CellsError(InputError, ValueError):
     """A folder or a shard that cannot be read; what is wrong, where, and how to mend it."""
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
 from scldm.flow.config import PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
@@ -36,7 +37,7 @@ from scldm.nn.vae import VAE
 FORMAT = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError, ValueError):
     """A model folder that cannot be used; the message says what is wrong and what was expected."""
 
 

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from scldm.data.batch import CellBatch
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.errors import InputError
 
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 MATCH = {"id": "feature_id", "symbol": "feature_name"}
 Match = Literal["id", "symbol"]
 
 
-class CellsError(ValueError):
+class CellsError(InputError, ValueError):
     """Cells that a model cannot take; the message says what, where, and how to mend it."""
 
 

@@ -6,7 +6,6 @@ more id, `n_classes`, is the *null* class that stands for "no label given" (clas
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from scldm.errors import InputError
+from scldm.text import did_you_mean
 
-class UnknownNameError(ValueError):
+
+class UnknownNameError(InputError, ValueError):
     """A gene or class that the vocabulary does not hold; the message names it and what is near."""
 
 
@@ -56,12 +58,8 @@ class LabelVocabulary:
         return [None if i == self.null_id else self.classes[i] for i in ids]
 
     def _explain(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.classes, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"known: {', '.join(self.classes[:8])}" + (", …" if len(self.classes) > 8 else "")
-        )
+        known = f"known: {', '.join(self.classes[:8])}" + (", …" if len(self.classes) > 8 else "")
+        hint = did_you_mean(name, self.classes) or known
         return f"{self.name} has no class {name!r} ({hint})"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.errors import InputError
+from scldm.text import did_you_mean
 
 
-class RequestError(ValueError):
+class RequestError(InputError, ValueError):
     """A request for cells that the model cannot be asked; all that is wrong, a line each."""
 
 
@@ -102,8 +103,8 @@ def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) ->
             several = ", ".join(vocabulary.feature_ids[i] for i in ids[:4])
             problems.append(f"{gene} is the name of {len(ids)} genes; give the id: {several}")
         else:
-            near = difflib.get_close_matches(gene, [*by_name, *by_id], n=1)
-            problems.append(f"no gene {gene!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            hint = did_you_mean(gene, [*by_name, *by_id])
+            problems.append(f"no gene {gene!r}" + (f" ({hint})" if hint else ""))
     if not asked:
         problems.append("it names no gene; leave it out to write all")
     if problems:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from anndata import AnnData
 
+from scldm.errors import InputError
 from scldm.metrics import expression
 from scldm.metrics.cell_set import CellSet
 
 
-class EvaluationError(ValueError):
+class EvaluationError(InputError, ValueError):
     """Cells or settings that cannot be evaluated; the message says what, and what is needed."""
 
 

@@ -36,4 +36,4 @@ def test_the_schema_is_that_of_a_job(tmp_path):
     result = CliRunner().invoke(app, ["config", "schema", "-o", str(tmp_path / "schema.json")])
     assert result.exit_code == 0
     schema = json.loads((tmp_path / "schema.json").read_text())
-    assert schema["discriminator"]["mapping"].keys() >= {"line", "generate", "perturb"}
+    assert schema["discriminator"]["mapping"].keys() >= {"pipeline", "generate", "perturb"}

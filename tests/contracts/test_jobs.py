@@ -36,7 +36,7 @@ def test_a_job_file_is_a_program(path):
 @pytest.mark.parametrize("path", JOBS, ids=name)
 def test_a_job_file_validates(path):
     job = load_job(path)
-    assert job.kind in stage_configs(job) or job.kind == "line"
+    assert job.kind in stage_configs(job) or job.kind == "pipeline"
 
 
 @pytest.mark.parametrize("path", JOBS, ids=name)

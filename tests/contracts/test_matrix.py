@@ -35,14 +35,14 @@ def test_the_table_says_what_failed_what_did_not_run_and_what_was_measured():
         {"rows": ["C1", "C2"], "test": "tests/b.py::test_b", "outcome": "failed", "at": 2.0},
         {"rows": ["N1"], "test": "tests/b.py::test_c[1]", "outcome": "passed", "at": 2.0},
         {"rows": ["N1"], "test": "tests/b.py::test_c[2]", "outcome": "passed", "at": 2.0},
-        {"rows": ["C7"], "test": "tests/unit/test_d.py::test_d[1]", "outcome": "passed", "at": 2.0},
-        {"rows": ["C7"], "test": "tests/unit/test_d.py::test_d[2]", "outcome": "skipped", "at": 2.0},
+        {"rows": ["C7"], "test": "tests/x/test_upload.py::test_d[1]", "outcome": "passed", "at": 2.0},
+        {"rows": ["C7"], "test": "tests/x/test_upload.py::test_d[2]", "outcome": "skipped", "at": 2.0},
     ]  # fmt: skip
     lines = {line.split(" | ")[0].strip("| "): line for line in table(found).splitlines()}
     assert "FAILED | `tests/a.py`, `tests/b.py`" in lines["C1"]
     assert "FAILED" in lines["C2"]
     assert "held (not run: test_loop_policies.py) | `tests/b.py` (2)" in lines["N1"]
-    assert "held (1 skipped) | `tests/unit/test_d.py` (2)" in lines["C7"]
+    assert "held (1 skipped) | `tests/x/test_upload.py` (2)" in lines["C7"]
     assert "not run" in lines["T1"]
     assert "| C1 | test_a |  |  | 1.23 |" in numbers(found)
 

@@ -43,7 +43,7 @@ assert cells.shape == model.reconstruct(adata).shape == (80, 6)
 assert model.log_likelihood(adata, flow=True).notna().all().all()
 import scldm.api.scoring
 scldm.Model.from_pretrained(model.save_pretrained(root / "saved"))
-import scldm.checkpoints.convert.convert, scldm.cells.cells, scldm.parity.registry, scldm.api.presets
+import scldm.checkpoints.convert.convert, scldm.cells.cells, scldm.api.presets
 """
 
 

@@ -20,7 +20,7 @@ from scldm.errors import InputError
 pytestmark = pytest.mark.integration
 
 JOB = {
-    "kind": "line",
+    "kind": "pipeline",
     "name": "tiny",
     "resources": {"workers": 2, "cpus_per_worker": 1, "actors": 2},
     "ingest": {
@@ -51,7 +51,7 @@ JOB = {
 @pytest.fixture(scope="module")
 def line(tmp_path_factory, ray_cluster):
     """The job's file, its pipeline folder, and what ran."""
-    root = tmp_path_factory.mktemp("line")
+    root = tmp_path_factory.mktemp("pipeline")
     file = root / "job.yaml"
     file.write_text(yaml.safe_dump({**JOB, "output": str(root / "runs")}))
     return file, root / "runs" / "tiny", run_job(load_job(file), file)

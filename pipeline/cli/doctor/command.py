@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.common import load, reported
+
 JobFile = Annotated[
     Path | None, typer.Argument(metavar="[JOB]", help="A job file: only what this job needs is looked at.")
 ]
@@ -22,7 +24,6 @@ def doctor(
 
     Each line is ok or says how to mend it; exit code 1 if not. Example: `scldm doctor jobs/census/train_vae.yaml`
     """
-    from pipeline.cli.common import load, reported
 
     with reported():
         loaded = load(job, overrides) if job is not None else None

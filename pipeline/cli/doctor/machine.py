@@ -16,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.cli.doctor.finding import Asked, Finding
+from pipeline.core.files import REPOSITORY
+from scldm.errors import InputError
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 LEAST_FREE = 5e9  # bytes: the demo's outputs and Ray's logs
 # What a difference breaks; the rest of constraints.txt follows from these.
 COMPARED = (
@@ -116,7 +117,6 @@ def storage(asked: Asked) -> Finding:
     if asked.storage is None:
         return Finding("storage", "ok", f"{asked.output} takes files, fsync and rename")
     from pipeline.training.checkpoints.remote import check_storage
-    from scldm.errors import InputError
 
     try:
         check_storage(asked.storage, "doctor")

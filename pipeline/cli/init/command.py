@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli.common import reported
+from scldm.errors import InputError
+
 if TYPE_CHECKING:
     from pipeline.cli.init.inspect import Looked
 
@@ -51,7 +54,6 @@ def init(
 
     Example: `scldm init cells.h5ad -o jobs/mine.yaml`
     """
-    from pipeline.cli.common import reported
 
     with reported():
         given = {"layer": layer, "gene_id": gene_id, "obs": obs, "genome": genome, "region": region}
@@ -91,7 +93,6 @@ def _look(source: str, access: dict[str, Any], memory_gib: float) -> Looked:
     """What a child process finds; a source that cannot be used is bad input."""
     from pipeline.cli.init.inspect import CHILD, Looked
     from pipeline.data.inspection.sandbox import ask
-    from scldm.errors import InputError
     from scldm.text import shown
 
     typer.echo(f"looking at {shown(source, 200)} …", err=True)
@@ -130,8 +131,6 @@ def _source(looked: Looked, given: dict[str, Any]) -> dict[str, Any]:
         names = {"layer": looked.layer, "gene_id": looked.gene_id, "gene_name": looked.gene_name}
         found = {"type": "h5ad", "path": uri, **names}
     if uri != shown(uri, 10**6):
-        from scldm.errors import InputError
-
         raise InputError(f"{shown(uri, 200)}: the path holds characters that cannot be printed; rename the file")
     return {k: v for k, v in found.items() if v is not None}
 
@@ -139,7 +138,6 @@ def _source(looked: Looked, given: dict[str, Any]) -> dict[str, Any]:
 # ---- checks ------------------------------------------------------------------------------------------------------
 def _check(source: str, path: Path, given: dict[str, Any], tissue: list[str] | None, force: bool) -> None:
     """What needs no look at the cells; all at once."""
-    from scldm.errors import InputError
 
     problems = []
     census = CENSUS.fullmatch(source) is not None and not Path(source).exists()
@@ -167,7 +165,6 @@ def _validated(text: str, path: Path) -> None:
 
 def _write(path: Path, text: str, force: bool) -> None:
     """Whole, or not at all; a file that came meanwhile is not replaced."""
-    from scldm.errors import InputError
 
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

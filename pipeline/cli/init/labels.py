@@ -6,14 +6,13 @@ is one embedding; what it needs is examples.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scldm.errors import InputError
-from scldm.text import shown
+from scldm.text import did_you_mean, shown
 
 MOST_CLASSES = 1000
 ENOUGH_CELLS = 10  # of the middle class
@@ -110,10 +109,9 @@ def _best(usable: Sequence[str]) -> list[str]:
 
 def _asked_problem(name: str, columns: Mapping[str, Mapping[str, Any]]) -> str | None:
     if name not in columns:
-        near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
         has = ", ".join(shown(c) for c in list(columns)[:20]) or "none"
-        hint = f"did you mean {shown(near[0])!r}? " if near else ""
-        return f"--label {shown(name)}: obs has no such column ({hint}columns: {has})"
+        hint = did_you_mean(name, columns)
+        return f"--label {shown(name)}: obs has no such column ({hint}{' ' if hint else ''}columns: {has})"
     p = columns[name]
     if p["kind"] == "decimal numbers":
         return f"--label {shown(name)}: decimal numbers, not classes; cut them into ranges with pandas.cut and save"

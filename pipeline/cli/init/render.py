@@ -29,7 +29,7 @@ def job_text(looked: Looked, labels: Labels, choices: Choices, *, name: str, sou
     """
     lines = [
         *_head(looked, choices, command, path),
-        "kind: line",
+        "kind: pipeline",
         f"name: {_flow(name)}",
         "output: runs",
         *_setting("resources", _resources(choices), _machines(choices)),

@@ -6,7 +6,6 @@ paths name the members of unions too; those are no keys of the file and are drop
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import types
@@ -19,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.config.io.yaml import Key, KeyPath, dotted
 from pipeline.config.job import Job
+from scldm.text import did_you_mean
 
 Place = Callable[..., str]
 
@@ -57,10 +57,10 @@ def _message(kind: str, item: Any, path: KeyPath, expected: str, model: Any, dat
     if kind == "union_tag_invalid":
         tag = item["input"].get(path[-1])
         choices = [c.strip(" '") for c in item["ctx"]["expected_tags"].split(",")]
-        return f"got {shown(tag)}, expected {_tag_choices(item)}{_did_you_mean(str(tag), choices)}"
+        return f"got {as_written(tag)}, expected {_tag_choices(item)}{_hint(str(tag), choices)}"
     got = item["input"]
-    meant = _did_you_mean(got, re.findall(r'"([^"]*)"', expected)) if isinstance(got, str) else ""
-    return f"got {shown(got)}, expected {expected}{meant}"
+    meant = _hint(got, re.findall(r'"([^"]*)"', expected)) if isinstance(got, str) else ""
+    return f"got {as_written(got)}, expected {expected}{meant}"
 
 
 def locate(loc: tuple[Key, ...], data: Any) -> tuple[KeyPath, str, Any]:
@@ -199,10 +199,15 @@ def _limited(noun: str, limits: list[Any]) -> str:
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
-def shown(value: Any) -> str:
+def as_written(value: Any) -> str:
     """A value as it would be written, cut short."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _hint(word: str, choices: list[str]) -> str:
+    meant = did_you_mean(word, choices, quote="`")
+    return f"; {meant}" if meant else ""
 
 
 def _tag_choices(item: Any) -> str:
@@ -213,15 +218,10 @@ def _tag_choices(item: Any) -> str:
     return "one of " + tags.replace("'", '"') if tags else ""
 
 
-def _did_you_mean(word: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
 def _suggest(key: str, model: Any, job: Any) -> str:
     """Close keys of this level; else the same key elsewhere in the job; else all keys of this level."""
     fields = list(model.model_fields) if model is not None else []
-    if meant := _did_you_mean(key, fields):
+    if meant := _hint(key, fields):
         return meant
     elsewhere = [p for p in all_paths(job) if p.rpartition(".")[2] == key][:4] if job else []
     if elsewhere:

@@ -104,7 +104,7 @@ def _together(uri: str, found: Sequence[Examined]) -> Examined:
         sizes = ", ".join(f"{n:,}" for n in sorted(genes))
         what = f"files have different numbers of genes ({sizes})"
         whole.findings.append(
-            warning(what, "genes are matched by id; set ingest.presence to tell unmeasured from zero")
+            warning(what, "genes are matched by id; set ingest.genes.presence to tell unmeasured from zero")
         )
     return whole
 

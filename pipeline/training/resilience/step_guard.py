@@ -94,13 +94,13 @@ class StepGuard:
         said = f"step {step} has {what}; {losses.offenders()}"
         if not left_out and self.config.non_finite == "stop":
             raise TrainingStopped(
-                f"{said}. train.non_finite is stop; take the cells out (scldm data validate), lower "
+                f"{said}. train.non_finite is stop; take the cells out (scldm validate-data), lower "
                 "train.optimizer.lr, or set train.non_finite=skip"
             )
         if self.in_a_row >= self.config.max_skipped:
             raise TrainingStopped(
                 f"{said}. It is number {self.in_a_row} in a row, train.max_skipped is {self.config.max_skipped}; lower "
-                "train.optimizer.lr or train.optimizer.clip, or look at these cells (scldm data validate)"
+                "train.optimizer.lr or train.optimizer.clip, or look at these cells (scldm validate-data)"
             )
         return f"{said}. Left out on all workers: {self.in_a_row} in a row, {self.skipped} in all"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scldm.checkpoints.untrusted.pickle_rules import shown
 from scldm.checkpoints.untrusted.reader import ForeignCheckpoint
 from scldm.checkpoints.upstream.layout import UpstreamParts
 from scldm.checkpoints.upstream.settings import UpstreamSettings
+from scldm.text import shown
 
 _COUNTERS = ("epoch", "global_step", "pytorch-lightning_version")  # kept on the card
 _MEANING = {

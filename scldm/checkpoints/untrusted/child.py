@@ -58,8 +58,8 @@ def read_checkpoint(path: str, out: str, torch: Any, save_file: Any) -> None:
     rest = {k: v for k, v in whole.items() if k != "state_dict"} if "state_dict" in whole else {}
     others = write_tensors(state, out, torch, save_file)
     large = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
-    about = {foreign.shown(k): foreign.Plain()(v) for k, v in rest.items() if k not in large}
-    left = {foreign.shown(k): len(v) if isinstance(v, (dict, list)) else 0 for k, v in rest.items()}
+    about = {foreign.printable(k): foreign.Plain()(v) for k, v in rest.items() if k not in large}
+    left = {foreign.printable(k): len(v) if isinstance(v, (dict, list)) else 0 for k, v in rest.items()}
     write_json(out, "about", {"about": about, "left": left, "same_memory": others, "stand_ins": replaced})
 
 
@@ -89,7 +89,7 @@ def write_tensors(state: dict[Any, Any], out: str, torch: Any, save_file: Any) -
     own: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > 1000:
-            raise foreign.Refused(f"its state_dict has a key {foreign.shown(name)}; keys are printable names")
+            raise foreign.Refused(f"its state_dict has a key {foreign.printable(name)}; keys are printable names")
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise foreign.Refused(f"state_dict[{name!r}] is a {type(value).__name__}; only dense tensors are read")
         place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), name if not value.numel() else "")

@@ -68,7 +68,7 @@ class PlainDict(StandIn):
         return {}
 
 
-def shown(name: Any) -> str:
+def printable(name: Any) -> str:
     """A foreign name as it may be printed: one line, not long, no escape sequences."""
     text = name if isinstance(name, str) and name.isprintable() else ascii(name)
     return text if len(text) <= 200 else f"{text[:200]}…"
@@ -120,7 +120,7 @@ def check_names(names: Iterable[str], *, torch_too: bool) -> None:
     """Refuse a pickle that names anything else than what is listed here."""
     bad = sorted(n for n in names if n not in MADE and not is_stand_in(n) and not (torch_too and TORCH.fullmatch(n)))
     if bad:
-        asked = ", ".join(map(shown, bad[:10]))
+        asked = ", ".join(map(printable, bad[:10]))
         raise Refused(f"its pickle asks for {asked}, which no checkpoint of upstream needs; nothing ran")
 
 

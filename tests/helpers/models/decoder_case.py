@@ -76,7 +76,8 @@ def assert_near(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
 def interpreted(cases: Sequence[Case], folder: Path) -> list[dict[str, Tensor]]:
     """Outputs and gradients of the Triton kernels on the CPU."""
     torch.save(list(cases), folder / "cases.pt")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    path = os.pathsep.join(str(Path(__file__).resolve().parents[n]) for n in (2, 3))  # tests/ and the repository
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, __file__, str(folder / "cases.pt"), str(folder / "results.pt")]
     subprocess.run(command, check=True, env=environment)
     return torch.load(folder / "results.pt", weights_only=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from parity.kinds.dit import new_dit
+
 from helpers.models.upstream_fixtures import Fixture
 from scldm.checkpoints.upstream.names_dit import dit_state_from_upstream
 from scldm.nn.dit import DiT
-from scldm.parity.dit import new_dit
 
 CASES = ["dit_joint", "dit_me_single", "dit_me_two", "dit_me_single_nobias"]
 

@@ -61,7 +61,7 @@ def test_rays_own_command_leaves_the_same_behind(folder, tmp_path_factory):
 
 
 def test_a_job_outside_what_is_sent_is_refused(tmp_path):
-    options = {"kind": "line", "name": "x", "address": None, "wait": False}
+    options = {"kind": "pipeline", "name": "x", "address": None, "wait": False}
     with pytest.raises(InputError, match="not under --working-dir"):
         submitting.submit(Path("/elsewhere/job.yaml"), [], working_dir=tmp_path, **options)
 

@@ -9,12 +9,12 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config.io.loader import json_schema, load_job, resolved_yaml
-from pipeline.config.job import REAL_CELL_STAGES, STAGES, LineJob, TrainVaeJob
+from pipeline.config.job import REAL_CELL_STAGES, STAGES, PipelineJob, TrainVaeJob
 from scldm.errors import InputError
 
 LINE = """\
 #!/usr/bin/env -S python -m pipeline run
-kind: line
+kind: pipeline
 name: demo
 ingest:
   source: {type: synthetic, n_cells: 40}
@@ -51,7 +51,7 @@ def only_error(path: Path, *overrides: str) -> str:
 # ---- a good file ---------------------------------------------------------------------------------------------------
 def test_a_job_file_is_read_with_its_defaults(write):
     job = load_job(write(LINE))
-    assert isinstance(job, LineJob)
+    assert isinstance(job, PipelineJob)
     assert job.train_vae.train.max_steps == 7
     assert job.train_vae.train.keep_last == 2
 
@@ -79,7 +79,7 @@ def test_aliases_may_be_used_with_measure(write):
 
 
 def test_the_schema_names_every_kind():
-    assert set(json_schema()["discriminator"]["mapping"]) == {"line", *STAGES, *REAL_CELL_STAGES}
+    assert set(json_schema()["discriminator"]["mapping"]) == {"pipeline", *STAGES, *REAL_CELL_STAGES}
 
 
 # ---- overrides -----------------------------------------------------------------------------------------------------
@@ -157,13 +157,13 @@ def test_an_unlike_key_is_told_what_is_allowed(write):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("kind: lime", 'got "lime", expected one of "line", "ingest"'),
-        ("kind: [line]", 'kind: got ["line"], expected one of "line"'),
-        ("knd: line", 'kind: missing; expected one of "line", "ingest"'),
+        ("kind: lime", 'got "lime", expected one of "pipeline", "ingest"'),
+        ("kind: [pipeline]", 'kind: got ["pipeline"], expected one of "pipeline"'),
+        ("knd: pipeline", 'kind: missing; expected one of "pipeline", "ingest"'),
     ],
 )
 def test_a_wrong_kind_is_told_the_kinds(write, kind, expected):
-    assert expected in errors(write(LINE.replace("kind: line", kind)))[0]
+    assert expected in errors(write(LINE.replace("kind: pipeline", kind)))[0]
 
 
 def test_a_wrong_source_is_told_the_types(write):
@@ -188,7 +188,7 @@ def test_a_section_inside_its_own_kind_of_job_is_an_unknown_key(write):
 
 
 def test_missing_keys_are_named_with_their_section(write):
-    assert only_error(write("kind: line\nname: demo\ningest: {}\ngenerate: {}\n")) == (
+    assert only_error(write("kind: pipeline\nname: demo\ningest: {}\ngenerate: {}\n")) == (
         "job.yaml:3: ingest.source: missing; expected a section with keys type, n_cells, n_genes, n_types, n_donors, "
         "seed or a section with keys type, path, layer, columns, gene_id, gene_name "
         "or a section with keys type, path, genome, obs, columns "
@@ -216,12 +216,12 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9
     [
         (b"", "this one is empty"),
         (b"- a\n- b\n", "this one is a list"),
-        (b"\xef\xbb\xbfkind: line\n", "job.yaml:1: starts with a byte-order mark"),
-        (b"kind: line\nname: caf\xe9\n", "job.yaml:2: byte 0xe9 is not UTF-8"),
+        (b"\xef\xbb\xbfkind: pipeline\n", "job.yaml:1: starts with a byte-order mark"),
+        (b"kind: pipeline\nname: caf\xe9\n", "job.yaml:2: byte 0xe9 is not UTF-8"),
         (b"\x89HDF\r\n\x1a\n\x00\x00", "not UTF-8"),
-        (b"kind: line\x00\n", "not YAML text"),
-        (b"kind: line\n\tname: x\n", "job.yaml:2: column 1: a tab; YAML is indented with spaces"),
-        (b"kind: line\nname: a\nname: b\n", "job.yaml:3: column 1: name is written twice, first on line 2"),
+        (b"kind: pipeline\x00\n", "not YAML text"),
+        (b"kind: pipeline\n\tname: x\n", "job.yaml:2: column 1: a tab; YAML is indented with spaces"),
+        (b"kind: pipeline\nname: a\nname: b\n", "job.yaml:3: column 1: name is written twice, first on line 2"),
         (b"kind: [line\n", "job.yaml:2: column 1"),
         (b"a: !!python/object/apply:os.system [id]\n", "job.yaml:1: column 4: tag"),
         (b"a: !secret x\n", "has no tags"),
@@ -231,7 +231,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9
         (b"x: " + b"y" * 1_100_000, "larger than 1,000,000 bytes"),
         (BOMB.encode(), "once aliases (*name) are followed"),
         (b"? [a, b]\n: c\n", "a key must be a word"),
-        (b"kind: line\n---\nkind: line\n", "expected a single document"),
+        (b"kind: pipeline\n---\nkind: pipeline\n", "expected a single document"),
     ],
 )
 def test_a_file_that_is_no_job_is_refused_quickly_and_clearly(write, text, expected):
@@ -264,8 +264,8 @@ def test_a_stage_job_may_hold_earlier_stages(write):
 
 def test_heads_and_decoders_that_the_line_cannot_use_are_refused_before_anything_runs():
     ingest = {"source": {"type": "synthetic"}}
-    line = {"kind": "line", "name": "x", "ingest": ingest, "generate": {"n_cells": 5}}
+    line = {"kind": "pipeline", "name": "x", "ingest": ingest, "generate": {"n_cells": 5}}
     with pytest.raises(ValidationError, match=r"gaussian.*generate draws counts"):
-        LineJob.model_validate({**line, "train_vae": {"model": {"head": "gaussian", "gene_bias": False}}})
+        PipelineJob.model_validate({**line, "train_vae": {"model": {"head": "gaussian", "gene_bias": False}}})
     with pytest.raises(ValidationError, match=r"adaln.*needs a condition vector"):
-        LineJob.model_validate({**line, "train_vae": {"model": {"adaln": True}}})
+        PipelineJob.model_validate({**line, "train_vae": {"model": {"adaln": True}}})

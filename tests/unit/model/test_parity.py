@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models.upstream_fixtures import FOLDER
+from parity.case import FolderError
+from parity.kinds.schedules import schedule_of
+from parity.ledger import Row, largest_difference
+from parity.registry import check_case, check_folder, stray_files, summary
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from scldm.parity.case import FolderError
-from scldm.parity.ledger import Row, largest_difference
-from scldm.parity.registry import check_case, check_folder, stray_files, summary
-from scldm.parity.schedules import schedule_of
 
 recorded = pytest.mark.skipif(not FOLDER.is_dir(), reason="upstream's recorded outputs are not beside this checkout")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json")) if FOLDER.is_dir() else []

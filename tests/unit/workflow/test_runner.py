@@ -22,7 +22,7 @@ from pipeline.workflow import runner
 from pipeline.workflow.schedule import output_root, pipeline_folder
 from scldm.errors import InputError
 
-LINE = "kind: line\nname: demo\ningest: {source: {type: synthetic}}\ngenerate: {per_label: {cell_type: 5}}\n"
+LINE = "kind: pipeline\nname: demo\ningest: {source: {type: synthetic}}\ngenerate: {per_label: {cell_type: 5}}\n"
 
 
 class Stages:

@@ -57,7 +57,7 @@ def version(tmp_path, text):
 def test_a_vocabulary_of_other_genes_is_another_version(tmp_path):
     genes = tmp_path / "genes.txt"
     job = f"source: {{type: synthetic}}\ngenes: {{vocabulary: {genes}}}\n"
-    with pytest.raises(InputError, match=r"ingest.genes.vocabulary: .*no such file"):
+    with pytest.raises(InputError, match=r"genes.vocabulary: .*no such file"):
         version(tmp_path, job)
     genes.write_text("ENSG00000000001")
     first = version(tmp_path, job)
@@ -69,7 +69,7 @@ def test_a_vocabulary_of_other_genes_is_another_version(tmp_path):
 def test_other_labels_of_10x_cells_are_another_version(tmp_path):
     table = tmp_path / "cells.csv"
     job = f"source: {{type: 10x, path: sample, obs: {table}}}\n"
-    with pytest.raises(InputError, match=r"ingest.source.obs: .*no such file"):
+    with pytest.raises(InputError, match=r"source.obs: .*no such file"):
         version(tmp_path, job)
     table.write_text("barcode,cell_type\nA-1,B cell\n")
     first = version(tmp_path, job)

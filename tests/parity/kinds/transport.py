@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from parity.case import Case, CaseError
+from parity.ledger import Ledger
+from parity.tolerance import CLOSED_FORM, SINGLE
 from scldm.flow.config import PathConfig
 from scldm.flow.objective import flow_loss, to_noise, to_score, to_velocity
 from scldm.flow.path import PATHS, sample_path, sampling_interval, times_like, training_interval
 from scldm.flow.sde import SDEOptions, diffusion, sde_interval
-from scldm.parity.case import Case, CaseError
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import CLOSED_FORM, SINGLE
 
 PATH_NAMES = {"Linear": "linear", "GVP": "gvp", "VP": "vp"}
 DIFFUSION_NAMES = {

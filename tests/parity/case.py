@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scldm.errors import InputError
 
-class CaseError(ValueError):
+
+class CaseError(InputError):
     """A case that cannot be read or is not of a form that we know; the message says what is wrong."""
 
 
-class FolderError(ValueError):
+class FolderError(InputError):
     """Not a folder of cases."""
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.case import Case, CaseError
+from parity.kinds.sampling import ADAPTIVE_COUNT, EVALUATIONS, SOLVERS, check_grid_point, even_times
+from parity.kinds.transport import DIFFUSION_NAMES, path_config, toy_field
+from parity.ledger import Ledger
+from parity.tolerance import ADAPTIVE, EXACT, SINGLE, STOCHASTIC, TRAJECTORY, Tolerance
 from scldm.flow.likelihood import log_likelihood, standard_normal_log_prob
 from scldm.flow.objective import to_velocity
 from scldm.flow.path import sampling_interval
 from scldm.flow.sde import SDEOptions, last_step, sde_states, solve_sde
 from scldm.flow.solvers import dopri5_states, solve_ode
-from scldm.parity.case import Case, CaseError
-from scldm.parity.ledger import Ledger
-from scldm.parity.sampling import ADAPTIVE_COUNT, EVALUATIONS, SOLVERS, check_grid_point, even_times
-from scldm.parity.tolerance import ADAPTIVE, EXACT, SINGLE, STOCHASTIC, TRAJECTORY, Tolerance
-from scldm.parity.transport import DIFFUSION_NAMES, path_config, toy_field
 
 Field = Callable[[Tensor, Tensor], Tensor]
 LIKELIHOOD = Tolerance(1e-3, 1e-4, "dopri5 at rtol 1e-3, with steps that upstream's random probes decide")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from parity.case import Case
+from parity.ledger import Ledger
+from parity.tolerance import SINGLE
 from scldm.nn.likelihood import EPS, nb_log_prob
-from scldm.parity.case import Case
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import SINGLE
 
 CANCELLATION = 8  # roundings that may add up
 

@@ -19,6 +19,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from parity.case import Case, CaseError
+from parity.ledger import Ledger
+from parity.tolerance import EXACT, SINGLE
 from scldm.checkpoints.convert.convert import convert_upstream
 from scldm.checkpoints.convert.gene_list import read_genes
 from scldm.checkpoints.native import load_flow, load_vae
@@ -27,9 +30,6 @@ from scldm.data.batch import CellBatch
 from scldm.data.vocabulary import Vocabulary
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE, CountDistribution
-from scldm.parity.case import Case, CaseError
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import EXACT, SINGLE
 
 KEYS = "state_dict_keys.json"  # a copy of what the description says
 

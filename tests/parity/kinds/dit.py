@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.case import Case, CaseError
+from parity.ledger import Ledger
+from parity.tolerance import EXACT, GUIDED, SINGLE, SINGLE_GRADIENT, Tolerance
 from scldm.checkpoints.upstream.names_dit import dit_key, dit_state_from_upstream
 from scldm.flow.guidance import guided_prediction
 from scldm.nn.config import DiTConfig
 from scldm.nn.dit import DiT, sincos_positions, time_frequencies
-from scldm.parity.case import Case, CaseError
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import EXACT, GUIDED, SINGLE, SINGLE_GRADIENT, Tolerance
 
 
 def matches(case: Case) -> bool:

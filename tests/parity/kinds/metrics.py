@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scldm.metrics import upstream as u
+from parity.case import Case
+from parity.kinds import upstream_metrics as u
+from parity.ledger import Ledger
+from parity.tolerance import Tolerance
 from scldm.metrics.distribution.distances import CFGEN_SIGMAS
-from scldm.parity.case import Case
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import Tolerance
 
 # Kernels take differences of sums over genes; in float32 that leaves five digits, and fewer where they nearly cancel.
 SINGLE_METRIC = Tolerance(1e-4, 1e-6, "float32 sums over genes and pairs of cells, whose differences are taken")

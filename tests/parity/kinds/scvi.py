@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from parity.case import Case
+from parity.ledger import Ledger
+from parity.tolerance import DOUBLE, DOUBLE_GRADIENT, SINGLE, Tolerance
 from scldm.checkpoints.upstream.names_scvi import scvi_key, scvi_state_from_upstream
 from scldm.data.batch import CellBatch
 from scldm.nn.config import ScviConfig
 from scldm.nn.likelihood import nb_log_prob
 from scldm.nn.scvi import ScviVAE
-from scldm.parity.case import Case
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import DOUBLE, DOUBLE_GRADIENT, SINGLE, Tolerance
 
 
 def matches(case: Case) -> bool:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from parity.case import Case, CaseError
+from parity.kinds.upstream_tokens import gene_tokens, split_cells, split_files, tokenise
+from parity.ledger import Ledger
+from parity.tolerance import CLOSED_FORM, EXACT
 from scldm.checkpoints.untrusted.reader import read_pickle
 from scldm.data.vocabulary import LabelVocabulary
-from scldm.parity.case import Case, CaseError
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import CLOSED_FORM, EXACT
-from scldm.parity.upstream_tokens import gene_tokens, split_cells, split_files, tokenise
 
 
 def matches(case: Case) -> bool:

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from parity.case import Case, CaseError
+from parity.ledger import Ledger
+from parity.tolerance import DOUBLE, DOUBLE_GRADIENT, EXACT, SINGLE, Tolerance
 from scldm.checkpoints.upstream.config import vae_config_from_upstream
 from scldm.checkpoints.upstream.names_vae import vae_key, vae_state_from_upstream
 from scldm.data.batch import CellBatch
 from scldm.nn.likelihood import nb_log_prob
 from scldm.nn.vae import VAE, CountDistribution, ExpressionDistribution
-from scldm.parity.case import Case, CaseError
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import DOUBLE, DOUBLE_GRADIENT, EXACT, SINGLE, Tolerance
 
 
 def matches(case: Case) -> bool:

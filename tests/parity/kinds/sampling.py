@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.case import Case, read_case
+from parity.kinds.dit import recorded_dit
+from parity.ledger import Ledger
+from parity.tolerance import ADAPTIVE, EXACT, TRAJECTORY, Tolerance
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.guidance import guided_velocity
 from scldm.flow.sampler import sample_latents
 from scldm.flow.solvers import dopri5_states
 from scldm.nn.dit import DiT
-from scldm.parity.case import Case, read_case
-from scldm.parity.dit import recorded_dit
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import ADAPTIVE, EXACT, TRAJECTORY, Tolerance
 
 # Names of torchdiffeq's fixed-step solvers, and ours. Its rk4 is Kutta's 3/8 rule, as ours is.
 SOLVERS = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4"}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from scldm.parity import (
+from parity.case import Case, CaseError, case_names, read_case
+from parity.kinds import (
     checkpoints,
     dit,
     grid,
@@ -21,8 +22,7 @@ from scldm.parity import (
     transport,
     vae,
 )
-from scldm.parity.case import Case, CaseError, case_names, read_case
-from scldm.parity.ledger import Ledger, Row
+from parity.ledger import Ledger, Row
 
 # A kind is a module with `matches(case)`, `check(case, ledger)` and, where a case speaks of other files, `files(case)`.
 # Exactly one kind must match a case.

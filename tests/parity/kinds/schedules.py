@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parity.case import Case, CaseError
+from parity.ledger import Ledger
+from parity.tolerance import CLOSED_FORM, EXACT, TRAJECTORY, Tolerance
 from scldm.flow.config import EMAConfig
 from scldm.optim.adamw import CautiousAdamW
 from scldm.optim.ema import EMA, ema_decay, upstream_ema_decay
 from scldm.optim.schedule import upstream_wsd
-from scldm.parity.case import Case, CaseError
-from scldm.parity.ledger import Ledger
-from scldm.parity.tolerance import CLOSED_FORM, EXACT, TRAJECTORY, Tolerance
 
 LOSS = "mean((tanh(X@A+b)-Y)^2) before each step"
 DECAY = Tolerance(0, 1e-6, "upstream computes the decay in float32")

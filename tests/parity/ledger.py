@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scldm.parity.case import Case
-from scldm.parity.tolerance import EXACT, Tolerance
+from parity.case import Case
+from parity.tolerance import EXACT, Tolerance
 
 Status = Literal["ok", "FAIL", "known fault", "not understood"]
 # Entries of a description that explain others: words, settings, and the index of tensors that `close` goes through.
