@@ -114,13 +114,14 @@ def test_no_cluster_is_said_with_what_to_do(monkeypatch):
         pass
 
 
-def test_a_missing_token_is_said_with_where_to_put_it(tmp_path, monkeypatch):
+def test_the_message_about_a_missing_token_tells_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    said = submitting._explained("http://head:8265", RuntimeError("status code 401: Unauthorized"))
-    assert "found none" in said
-    assert "~/.ray/auth_token" in said
+    message = submitting.explain("http://head:8265", RuntimeError("status code 401: Unauthorized"))
+    assert "needs a token" in message
+    assert "there is none" in message
+    assert "~/.ray/auth_token" in message
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):

@@ -103,7 +103,7 @@ def test_a_process_that_is_stopped_answers_nobody_and_does_not_end():
         ("generate.before_record:explode", "'explode'"),
         ("generate.before_record:exit=1.5", "'exit=1.5'"),
         ("generate.before_record:kill=9", "'kill=9'"),
-        ("generate.before_record:step=3:kill", "generate.before_record knows no step"),
+        ("generate.before_record:step=3:kill", "generate.before_record has no step"),
     ],
 )
 def test_a_fault_that_cannot_happen_is_refused(text, said):

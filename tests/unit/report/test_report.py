@@ -115,7 +115,7 @@ def test_extra_candidates_need_names_and_labels_of_their_own():
 
 def test_too_few_cells_of_the_held_out_classes_are_named():
     few = toy(90, 3, classes=("a", "x"))
-    with pytest.raises(EvaluationError, match=r"at least 16 cells a side.* there are 6 generated"):
+    with pytest.raises(EvaluationError, match=r"at least 16 cells .* there are 6 generated"):
         evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=few[:12], labels=["kind"], config=CONFIG)
 
 
