@@ -1,7 +1,7 @@
 """Start and stop a Ray head on this machine that takes jobs, and drain a node of any cluster.
 
-The job server listens on the loopback address. Ray's other ports listen on all addresses, whatever it is told; like the
-job server they accept nothing without the token.
+The job server listens on the loopback address. Ray's other ports listen on all addresses, which no option changes;
+like the job server they accept nothing without the token.
 
 The head is a session of its own. Its first process is remembered with its start time, so that `stop` ends it and what
 it started, and never another Ray of this machine (`ray stop` ends them all).

@@ -84,13 +84,14 @@ def _sync_stage(folder: Path, parents: dict[str, ParentRun], uri: str | None) ->
             result.problem = f"{folder / OPENING} is missing or damaged: the run cannot be created"
             return result
         _complete(result, folder, client)
+        if uri is None and not result.problem:
+            result.spools = _remove_spools(folder)
     except Exception as error:  # of one stage; the others are synced
         result.problem = explain(error, result.uri)
     return result
 
 
 def _complete(result: Synced, folder: Path, client: Any) -> None:
-    old = spools(folder)
     records = read_logs(folder)
     status = last_status(records)
     manifest = read_manifest(folder)
@@ -101,10 +102,14 @@ def _complete(result: Synced, folder: Path, client: Any) -> None:
     result.sent = delivery.send(records, replay=True)
     if delivery.refused:
         result.problem = f"{result.uri} takes all but: {', '.join(delivery.refused)[:1000]}"
-        return
-    for path in old:
+
+
+def _remove_spools(folder: Path) -> list[str]:
+    """Remove what version 0.1.0 had left undelivered, and return the names."""
+    sent = spools(folder)
+    for path in sent:
         path.unlink(missing_ok=True)
-    result.spools = [path.name for path in old]
+    return [path.name for path in sent]
 
 
 def _sync_parent(parent: ParentRun) -> Synced | None:

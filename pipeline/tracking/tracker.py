@@ -196,7 +196,7 @@ class StageTracker(NullTracker):
         if self._runs is not None and self._opening is not None:
             return self._runs.open_stage(self.folder, self._opening)
         ids = read_ids(self.folder)
-        if not ids:
+        if ids.get("uri") != self.uri:  # none yet, or that of an earlier attempt with another server
             raise NotReadyError("the driver has not created the run yet")
         return mlflow_client(self.uri), ids["run_id"]
 

@@ -55,7 +55,7 @@ def mlflow(asked: Asked) -> Finding:
     if answer.code == 200:
         return Finding("mlflow", "ok", f"{asked.tracking} answers")
     mends = {
-        None: "start it (cluster/mlflow.sh, make ui), or unset tracking.uri: training goes on without it, and spools",
+        None: "start it (cluster/mlflow.sh, make ui), or unset tracking.uri: training needs neither, and sends later",
         401: "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         403: "start the server with --allowed-hosts naming this address, as cluster/mlflow.sh does",
     }

@@ -1,4 +1,4 @@
-"""What goes to a cluster and what does not, and what is said when one does not answer. No Ray is started here."""
+"""What is sent to a cluster and what is not, and the message if none answers. No Ray is started here."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_exit_code_is_the_jobs(status, driver, code):
     assert submitting.exit_code(info, "id") == code
 
 
-def test_no_cluster_is_said_with_what_to_do(monkeypatch):
+def test_the_message_without_a_cluster_tells_how_to_start_one(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with (
         pytest.raises(InputError, match=r"127\.0\.0\.1:9: start one \(scldm cluster start\)"),
@@ -133,7 +133,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):
     assert "hunter2" not in str(error.value)
 
 
-def test_a_clusters_mlflow_is_used_where_the_job_names_none(tmp_path, monkeypatch):
+def test_a_clusters_mlflow_is_used_if_the_job_names_none(tmp_path, monkeypatch):
     from pipeline.config.io.loader import load_job
     from pipeline.tracking.tracker import Tracking
 

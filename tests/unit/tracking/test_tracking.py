@@ -15,6 +15,7 @@ from pipeline.tracking import tracker as tracking_module
 from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys, mlflow_client
 from pipeline.tracking.provenance import IDS, lineage, read_ids, settings_behind
 from pipeline.tracking.record_log import WORKER_LOG, RecordLog
+from pipeline.tracking.sender import NotReadyError
 from pipeline.tracking.sync import sync
 from pipeline.tracking.tracker import NullTracker, StageTracker, Tracking
 from scldm.errors import InputError
@@ -185,6 +186,15 @@ def test_the_driver_sends_what_a_killed_worker_left_on_disk(store):
     assert client.get_run(run_id).data.tags["scldm.world_size"] == "2"
 
 
+def test_a_worker_ignores_the_run_of_an_earlier_attempt_on_another_server(tmp_path):
+    folder = stage_folder(tmp_path)
+    (folder / IDS).write_text(json.dumps({"run_id": "0" * 32, "uri": "sqlite:///elsewhere.db"}))
+    worker = StageTracker.attach({"folder": str(folder), "uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    with pytest.raises(NotReadyError):
+        worker.deliver([], replay=True)
+    worker.close()
+
+
 def test_a_stage_that_logs_the_same_again_leaves_its_points_once(store):
     folder = stage_folder(store, "again0")
     for _ in range(2):
@@ -207,7 +217,7 @@ def test_sync_sends_a_whole_run_to_another_store_and_nothing_the_second_time(sto
     assert [s.sent for s in sync(folder, other)] == [{}]
 
 
-def test_sync_delivers_what_version_0_1_0_left_and_removes_it(store):
+def test_sync_delivers_what_version_0_1_0_left_and_removes_it(store, tmp_path):
     folder = stage_folder(store, "old000")
     tracking = Tracking.open(job(), store)
     open_stage(tracking, folder).finish()
@@ -220,6 +230,9 @@ def test_sync_delivers_what_version_0_1_0_left_and_removes_it(store):
     ]
     spool = folder / ".mlflow_spool.worker.jsonl.host-17-0"
     spool.write_text("".join(json.dumps(record) + "\n" for record in old))
+    other = sync(folder, f"sqlite:///{tmp_path}/other.db")
+    assert other[0].problem == ""
+    assert spool.exists(), "its own store has not got it"
     (done,) = sync(folder)
     assert done.sent == {"points": 2, "params": 1}
     assert "0.1.0" in done.text()
