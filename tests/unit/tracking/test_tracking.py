@@ -14,7 +14,7 @@ from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.tracking import tracker as tracking_module
 from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys, mlflow_client
 from pipeline.tracking.provenance import IDS, lineage, read_ids, settings_behind
-from pipeline.tracking.record_log import WORKER_LOG, RecordLog
+from pipeline.tracking.record_log import DRIVER_LOG, WORKER_LOG, RecordLog
 from pipeline.tracking.sender import NotReadyError
 from pipeline.tracking.sync import sync
 from pipeline.tracking.tracker import NullTracker, StageTracker, Tracking
@@ -193,6 +193,21 @@ def test_a_worker_ignores_the_run_of_an_earlier_attempt_on_another_server(tmp_pa
     with pytest.raises(NotReadyError):
         worker.deliver([], replay=True)
     worker.close()
+
+
+def test_a_server_gets_what_cannot_be_written_to_a_full_disk(store):
+    folder = stage_folder(store, "full00")
+    (folder / DRIVER_LOG).mkdir()  # as unwritable as a full disk
+    tracking = Tracking.open(job(), store)
+    tracker = open_stage(tracking, folder)
+    for step in range(20):
+        tracker.metrics({"train/loss": 1.0}, step=step)
+    tracker.finish()
+    tracking.close()
+    assert steps(store, folder) == list(range(20))
+    run = mlflow_client(f"sqlite:///{store}/mlflow.db").get_run(read_ids(folder)["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"train.max_steps": "3"}
 
 
 def test_a_stage_that_logs_the_same_again_leaves_its_points_once(store):
