@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from scldm.data.batch import CellBatch
-from scldm.metrics.expression import gene_moments
-from scldm.metrics.reconstruction import reconstruction_scores
+from scldm.metrics.genes.expression import gene_moments
+from scldm.metrics.genes.reconstruction import reconstruction_scores
 from scldm.nn.config import VAEConfig
 from scldm.nn.vae import VAE
 from scldm.optim.config import OptimizerConfig

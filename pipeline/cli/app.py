@@ -1,9 +1,7 @@
-"""The command line: `scldm run | validate | plan | runs | cells | config | mlflow`; of your own cells `init |
-validate-data`; of clusters `submit | status | logs | stop | cluster | doctor`; drills `faults`; of models `convert |
-export | parity | presets`.
+"""The command line. Groups of commands: jobs, your cells, clusters, models.
 
-Exit codes: 0 done, 1 failed (one line and where the log is), 2 bad input (what, where, why, how to mend), 130 Ctrl-C,
-143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help and validate are quick.
+Exit codes: 0 done, 1 failed (one line, and where the log is), 2 bad input (what, where, why, how to fix it), 130
+Ctrl-C, 143 stopped by SIGTERM. Heavy libraries are imported when a command needs them, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ def options(
     """
     from pipeline.core.faults import arm
 
-    if context.invoked_subcommand == "faults":  # which says what may stand there
+    if context.invoked_subcommand == "faults":  # it prints the points that the variable may name
         return
     with reported():
         try:
@@ -73,18 +71,18 @@ def options(
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     app()
 
 
 def _stop_on_sigterm() -> None:
-    """`ray job stop` and schedulers send SIGTERM: leave through `finally`, so that locks and runs are closed."""
+    """Turn SIGTERM, which `ray job stop` and schedulers send, into SystemExit, so that locks and runs are closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 @app.command(rich_help_panel=JOBS)
 def run(job: JobFile, overrides: Overrides = None) -> None:
-    """Run a job: what is finished is looked up, what a changed setting touches runs again.
+    """Run a job. Finished stages are reused; a changed setting reruns the stages that depend on it.
 
     Example: `scldm run jobs/demo.yaml train_vae.train.max_steps=50`
     """
@@ -98,7 +96,7 @@ def run(job: JobFile, overrides: Overrides = None) -> None:
 
 @app.command(rich_help_panel=JOBS)
 def validate(job: JobFile, overrides: Overrides = None) -> None:
-    """Check a job file; say all that is wrong with it at once.
+    """Check a job file and list every problem.
 
     Example: `scldm validate jobs/train_vae.yaml resources.workers=4`
     """
@@ -115,7 +113,7 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, folder, stages, sizes.")] = False,
 ) -> None:
-    """Say what would run and why, with steps, parameters, memory and disk. Starts nothing.
+    """Show what would run and why, with steps, parameters, memory and disk space. Starts nothing.
 
     Example: `scldm plan jobs/demo.yaml train_vae.train.max_steps=20`
     """
@@ -137,7 +135,7 @@ def list_runs(
     folder: Annotated[Path, typer.Argument(metavar="OUTPUT/NAME", help="For example runs/demo.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list, oldest first.")] = False,
 ) -> None:
-    """Table of the finished stages of a pipeline.
+    """List the finished stages of a pipeline.
 
     Example: `scldm runs list runs/demo`
     """

@@ -1,6 +1,6 @@
-"""The commands `scldm cells head | verify | concat | export`: cells of a finished stage, seen, checked, carried on.
+"""The commands `scldm cells head | verify | concat | export` for the cells of a finished stage.
 
-Exit codes: 0 done, 1 what `verify` found, 2 a folder that holds no finished stage of cells.
+Exit codes: 0 done, 1 `verify` found problems, 2 the folder holds no finished stage of cells.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Sink(StrEnum):
 
 @cells_app.command()
 def head(folder: Folder, n: Annotated[int, typer.Option("-n", min=0, help="Rows shown.")] = 5) -> None:
-    """Say what a stage's cells are, and show the first of obs. Opens the index and one shard.
+    """Summarise the cells of a stage and show the first rows of obs. Opens the index and one shard.
 
     Example: `scldm cells head runs/demo/generate/1a2b3c4d5e6f`
     """
@@ -59,7 +59,7 @@ def verify(
         Path | None, typer.Option("--json", metavar="FILE", help="Write what was found there too.")
     ] = None,
 ) -> None:
-    """Check every byte: sizes, sha256, names, counts, NaN, and that each condition has the cells asked for.
+    """Check every byte: sizes, sha256, names, counts, NaN, and the number of cells of each condition.
 
     Example: `scldm cells verify runs/demo/generate/1a2b3c4d5e6f --json verdict.json`
     """
@@ -76,7 +76,7 @@ def verify(
 
 @cells_app.command()
 def concat(folder: Folder, out: OutFile) -> None:
-    """All shards in one .h5ad file; up to a million cells. The same as `export --to h5ad`.
+    """Write all shards to one .h5ad file, up to a million cells. The same as `export --to h5ad`.
 
     Example: `scldm cells concat runs/demo/generate/1a2b3c4d5e6f cells.h5ad`
     """
@@ -94,7 +94,7 @@ def export(
         int | None, typer.Option(min=0, metavar="SEED", help="zarr only: shuffle the cells, for training.")
     ] = None,
 ) -> None:
-    """Carry committed shards on to another format. A killed export of zarr or soma goes on where it was.
+    """Convert committed shards to another format. A killed export to zarr or soma resumes where it stopped.
 
     Example: `scldm cells export runs/demo/generate/1a2b3c4d5e6f cells.zarr --to zarr --shuffle 0`
     """

@@ -42,7 +42,7 @@ def submit(
     """
 
     with reported():
-        loaded = load(job, overrides)  # errors show here, not in a job's log
+        loaded = load(job, overrides)  # so that errors show here and not in a job's log
         from pipeline.cluster.submit import submit as send
 
         code = send(
@@ -53,7 +53,7 @@ def submit(
 
 
 def status(job_id: PerhapsJobId = None, address: Address = None) -> None:
-    """Jobs of a cluster, or one of them.
+    """List the jobs of a cluster, or show one of them.
 
     Example: `scldm status`
     """
@@ -69,7 +69,7 @@ def logs(
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends; then with its exit code.")] = False,
 ) -> None:
-    """Log of a job, by default of the newest.
+    """Print the log of a job, by default of the newest.
 
     Example: `scldm logs --follow scldm-train_vae-demo-1a2b3c`
     """
@@ -85,7 +85,7 @@ def stop(
     address: Address = None,
     seconds: Annotated[float, typer.Option(help="Most seconds to wait for its end.")] = 660,
 ) -> None:
-    """Stop a job: training leaves a checkpoint first, and the same command goes on from there.
+    """Stop a job. Training writes a checkpoint first, and the same command resumes from it.
 
     Example: `scldm stop scldm-train_vae-demo-1a2b3c`
     """
@@ -104,7 +104,9 @@ def start_cluster(
     dashboard_port: Annotated[int, typer.Option(help="Of the dashboard and the job server.")] = 8265,
     temp_dir: Annotated[Path | None, typer.Option(help="Ray's logs and spilled objects; a short path.")] = None,
 ) -> None:
-    """Start a head: token on (made if there is none), dashboard on the loopback address. Options of `ray start` pass.
+    """Start a Ray head with token authentication and the dashboard on the loopback address.
+
+    Options of `ray start` are passed on.
 
     Example: `scldm cluster start --num-cpus=8`
     """
@@ -126,7 +128,7 @@ def start_cluster(
 def stop_cluster(
     force: Annotated[bool, typer.Option("--force", help="Though jobs run: they are killed, not asked.")] = False,
 ) -> None:
-    """End the head that `scldm cluster start` started, and no other Ray of this machine.
+    """Stop the head that `scldm cluster start` started, and no other Ray on this machine.
 
     Example: `scldm cluster stop`
     """
@@ -142,9 +144,9 @@ def drain_node(
     seconds: Annotated[int, typer.Option(min=1, help="Until this machine goes.")] = 120,
     address: Annotated[str | None, typer.Option(help="Of the cluster, host:port; default: RAY_ADDRESS.")] = None,
 ) -> None:
-    """Say that this node is taken away: training writes a checkpoint and goes on without it.
+    """Announce that this node will be taken away: training writes a checkpoint and continues without it.
 
-    For a pod's preStop, or a watcher of spot notices. Example: `scldm cluster drain --seconds 120`
+    For a pod's preStop hook, or a watcher of spot interruption notices. Example: `scldm cluster drain --seconds 120`
     """
 
     with reported():
@@ -154,7 +156,7 @@ def drain_node(
 
 
 def faults(as_json: AsJson = False) -> None:
-    """List the fault points: places where SCLDM_FAULT makes a process die, to see a run survive it.
+    """List the fault points: places where SCLDM_FAULT kills a process, to test that a run survives it.
 
     Example: `scldm faults --json`
     """

@@ -1,4 +1,4 @@
-"""What all commands share: the job-file arguments, loading a job, and errors as messages with exit codes."""
+"""Shared by all commands: the job-file arguments, loading a job, and errors as messages with exit codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Overrides = Annotated[
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Errors as people want them, and the exit code that goes with each."""
+    """Print errors as one message and exit with the code that goes with each kind."""
 
     try:
         yield

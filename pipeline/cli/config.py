@@ -1,4 +1,4 @@
-"""The commands `scldm config reference | schema`: all settings, for people and for editors."""
+"""The commands `scldm config reference | schema`: all settings as a page and as a JSON schema."""
 
 from __future__ import annotations
 

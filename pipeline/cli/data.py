@@ -1,7 +1,7 @@
-"""The command `scldm validate-data`: looks at data of strangers in a child process with a limit on its memory.
+"""The command `scldm validate-data`: inspects untrusted data in a child process with a memory limit.
 
-The child may be killed by a broken file (a crash in HDF5, memory): the parent says so and exits with 2, like for any
-other bad file.
+A broken file may kill the child (a crash in HDF5, the memory limit); the parent reports that and exits with 2, as for
+any other bad file.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def validate_data(
     memory_gib: Annotated[float, typer.Option(min=1, help="Most memory that reading may take.")] = 16,
     json_file: JsonFile = None,
 ) -> None:
-    """Say what data hold and all that is wrong with them. Exit code 0: usable; 2: not.
+    """Inspect data and list every problem. Exit code 0: usable; 2: not usable.
 
-    Files of strangers are safe to look at: what reaches outside a file is refused, nothing is unpickled.
+    Safe on untrusted files: nothing outside the file is followed and nothing is unpickled.
 
     Example: `scldm validate-data cells.h5ad --label cell_type --json findings.json`
     """

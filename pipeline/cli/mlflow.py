@@ -1,6 +1,6 @@
 """The commands `scldm mlflow sync | register` and `scldm runs compare`.
 
-Exit codes: 0 done, 1 records still wait, 2 bad input.
+Exit codes: 0 done, 1 some records could not be sent, 2 bad input.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Things = Annotated[
 
 @mlflow_app.command()
 def sync(folder: Folder, uri: Uri = None) -> None:
-    """Send to MLflow what waits on disk because the server was away. Safe to call twice, also beside a running job.
+    """Complete runs in MLflow after an outage, from the records on disk. Safe to call twice and while a job runs.
 
     Example: `scldm mlflow sync runs/demo`
     """
@@ -61,7 +61,7 @@ def register(
     ] = None,
     uri: Uri = None,
 ) -> None:
-    """Put the VAE and the flow of a pipeline into the registry, as a model with predict(conditions) -> counts.
+    """Register the VAE and the flow of a pipeline as one model with predict(conditions) -> counts.
 
     Example: `scldm mlflow register runs/demo --alias champion`
     """
@@ -79,9 +79,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
     uri: Uri = None,
 ) -> None:
-    """Lay runs side by side: settings that differ, scores with their floors, where each came from.
+    """Compare runs: settings that differ, scores with their floors, provenance.
 
-    A star marks what is nearest to its floor, which is real cells against real cells. Folders need no server.
+    A star marks the score nearest to its floor, which is real cells against real cells. Folders need no server.
 
     Example: `scldm runs compare runs/demo runs/other`, or `scldm runs compare models:/scldm-demo@champion runs/demo`
     """

@@ -69,8 +69,8 @@ def convert(
 ) -> None:
     """Turn a checkpoint of upstream scLDM into our model folders, DIR/vae and DIR/flow.
 
-    The pickle is read in a child process that runs nothing of it. Gene names, classes and size factors are taken from
-    the files that the configuration names, where they lie beside the checkpoint.
+    The pickle is read in a child process that executes nothing of it. Gene names, classes and size factors are read
+    from the files that the configuration names, if they are in the checkpoint's folder.
 
     Example: `scldm convert last.ckpt --config config.yaml --out models/dentate`
     """
@@ -134,7 +134,7 @@ def presets(name: Name = None) -> None:
 
 
 def as_yaml(found: Preset) -> str:
-    """Sections `train_vae` and `train_flow`; settings that are our defaults are left out."""
+    """Return the sections `train_vae` and `train_flow`; settings with our default value are left out."""
     import yaml
 
     sections: dict[str, Any] = {}

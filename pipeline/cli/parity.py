@@ -28,7 +28,7 @@ Every = Annotated[bool, typer.Option("--all", help="A line for every quantity, k
 def parity(folder: Folder, json_file: JsonFile = None, every: Every = False) -> None:
     """Compare this model with outputs recorded from upstream; exit 1 if any differs or is not understood.
 
-    One line for each case: the quantity that came nearest to its tolerance, or every one that failed.
+    Prints one line for each case: the quantity that came nearest to its tolerance, or every one that failed.
 
     Example: `scldm parity fixtures/upstream --json parity.json`
     """
@@ -71,14 +71,14 @@ HEADER = f"{'case':<36} {'quantity':<52} {'max abs error':>13} {'tolerance':>10}
 
 
 def line(row: Row) -> str:
-    """One row as text."""
+    """Format one row."""
     error, tolerance = ("-" if x is None else f"{x:.2e}" for x in (row.error, row.tolerance))
     note = f"  ({row.note})" if row.note else ""
     return f"{row.case:<36} {row.quantity:<52} {error:>13} {tolerance:>10}  {row.status}{note}"
 
 
 def case_lines(rows: list[Row], registry: ModuleType) -> Iterator[str]:
-    """The lines of one case."""
+    """Yield the lines of one case."""
     if failed := [row for row in rows if row.failed]:
         yield from map(line, failed)
         return

@@ -1,4 +1,4 @@
-"""What a job may say that sends real cells through trained models: embed, reconstruct, perturb, log_likelihood."""
+"""Settings of jobs that send real cells through trained models: embed, reconstruct, perturb, log_likelihood."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ModelFolders(StrictModel):
     vae: VaeFolder
     """Model folder of a VAE."""
     flow: FlowFolder | None = None
-    """Only for a job that uses one: perturb, and log_likelihood with `flow`."""
+    """Model folder of a flow; only for perturb, and for log_likelihood with `flow`."""
 
 
 class ModelGenesConfig(StrictModel):
@@ -31,11 +31,11 @@ class ModelGenesConfig(StrictModel):
 
 
 class ScoredGenesConfig(ModelGenesConfig):
-    """The same, where genes are decoded or scored beside the cell's own counts."""
+    """How genes are found, for jobs that decode or score genes."""
 
     presence: bool = False
-    """Whether a gene that a cell's data set did not measure is left out of its likelihood, as in ingest. False takes it
-    as a zero."""
+    """Whether a gene that a cell's data set did not measure is left out of its likelihood, as in ingest. False treats
+    it as a zero."""
 
 
 class FlowConfig(StrictModel):
@@ -44,7 +44,7 @@ class FlowConfig(StrictModel):
     solver: Solver = "midpoint"
     """ODE solver, as generate.sampler.solver."""
     steps: PositiveInt = 20
-    """Of a fixed-step solver."""
+    """Steps of a fixed-step solver."""
     rtol: PositiveFloat = 1e-5
     """Relative tolerance of dopri5."""
     atol: PositiveFloat = 1e-5
@@ -54,29 +54,29 @@ class FlowConfig(StrictModel):
 
 
 class RealCellsConfig(StrictModel):
-    """Rows of a source, in its order, into shards."""
+    """Cells of a source, in its order, written to shards."""
 
     source: Source
-    """Where the cells are; as in ingest."""
+    """The source of cells, as in ingest."""
     cells: CellsConfig = CellsConfig()
-    """Which of them; as in ingest."""
+    """Which cells, as in ingest."""
     obs_filter: str | None = None
     """SOMA value filter on obs, for what `cells` cannot say."""
     keep_obs: list[str] = []
-    """obs columns that go into the output as they are; columns that are labels of the model always do."""
+    """obs columns that are copied to the output; the labels of the model always are."""
     genes: ModelGenesConfig = ModelGenesConfig()
     model: ModelFolders | None = None
-    """Folders of models; null takes those that this pipeline trained."""
+    """Model folders; null: the models that this pipeline trained."""
     empty_cells: Literal["error", "drop"] = "error"
-    """What to do with cells that express none of the model's genes. drop leaves their rows out, and says how many."""
+    """What to do with cells that express none of the model's genes. drop leaves them out and reports how many."""
     max_genes: PositiveInt | None = None
-    """Most expressed genes of a cell that the encoder is shown, drawn by seed and soma_joinid; null: all of them. The
-    likelihood always scores all."""
+    """Maximum number of expressed genes of a cell that the encoder sees, drawn by seed and soma_joinid; null: all of
+    them. The likelihood always scores all."""
     shard_size: int = Field(25_000, ge=1, le=250_000)
-    """Cells of a file."""
+    """Cells per file."""
     batch_size: PositiveInt = 2048
-    """Cells that an actor has read at once. It decides memory, never a number: the networks see tiles of 32 cells (up
-    to 1,024 on a GPU), cut by the cells' place in the shard."""
+    """Cells that an actor reads at a time. Affects memory, never results: the networks see tiles of 32 cells (up to
+    1,024 on a GPU), cut by the cells' position in the shard."""
 
     @property
     def uses_flow(self) -> bool:
@@ -84,7 +84,7 @@ class RealCellsConfig(StrictModel):
 
     @property
     def uses_labels(self) -> bool:
-        """Whether the labels of the cells go into the flow."""
+        """Whether the flow is conditioned on the cells' labels."""
         return False
 
     @model_validator(mode="after")
@@ -107,28 +107,30 @@ class ReconstructConfig(RealCellsConfig):
 
     genes: ScoredGenesConfig = ScoredGenesConfig()
     decode: Literal["counts", "mean", "both"] = "counts"
-    """counts: a draw from the decoder's distribution, in X. mean: its mean, in layers["mean"], dense. Or both."""
+    """counts: a draw from the decoder's distribution, in X. mean: its mean, dense, in layers["mean"]. both: both."""
 
 
 class UnknownLabelsConfig(RealCellsConfig):
     """A job that may use the labels of its cells."""
 
     unknown_labels: Literal["error", "none"] = "error"
-    """What to do with cells whose label is missing or no class of the model. none: they go without that label."""
+    """What to do with cells whose label is missing or is not a class of the model. none: use them without that
+    label."""
 
 
 class PerturbConfig(UnknownLabelsConfig):
     """Real cells under another condition."""
 
     to: dict[str, str | None] = Field(min_length=1)
-    """Labels that change, and to what: {cytokine: IFN-beta}; null takes the label away. The others stay the cell's."""
+    """Labels that change and their new classes: {cytokine: IFN-beta}; null removes a label. Other labels stay as they
+    are."""
     start: Literal["latents", "noise"] = "latents"
-    """latents: the flow is run backwards from the cell's latents, under its own labels and without guidance, to the
-    noise that they come from, and forwards under the new ones. noise: forwards from fresh noise; of the cell itself
-    only labels and library size are used."""
+    """latents: integrate the flow backwards from the cell's latents, under its own labels and without guidance, to the
+    noise that they correspond to, and forwards under the new labels. noise: forwards from new noise; only the labels
+    and the library size of the cell are used."""
     flow: FlowConfig = FlowConfig()
     guidance: dict[str, float] | float = 1.0
-    """Of the way forwards, as generate.sampler.guidance."""
+    """Guidance of the forward integration, as generate.sampler.guidance."""
 
     @property
     def uses_flow(self) -> bool:
@@ -149,9 +151,10 @@ class FlowLikelihoodConfig(FlowConfig):
     """Log-likelihood of a cell's latents under the flow, by its ODE."""
 
     labels: Literal["own", "none"] = "own"
-    """Under the cell's own labels, or under none."""
+    """Condition on the cell's own labels, or on none."""
     probes: PositiveInt = 1
-    """Random probes of the divergence that are averaged: the error falls as one over their root, the cost grows."""
+    """Random probes of the divergence that are averaged. The error falls with their square root, the cost grows
+    linearly."""
 
 
 class LogLikelihoodConfig(UnknownLabelsConfig):
@@ -159,7 +162,7 @@ class LogLikelihoodConfig(UnknownLabelsConfig):
 
     genes: ScoredGenesConfig = ScoredGenesConfig()
     flow: FlowLikelihoodConfig | None = None
-    """null: only the VAE's likelihood of the counts."""
+    """The flow's log-likelihood of the latents; null: only the VAE's likelihood of the counts."""
 
     @property
     def uses_flow(self) -> bool:

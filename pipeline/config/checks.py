@@ -1,4 +1,4 @@
-"""Checks between settings that the config models cannot make alone."""
+"""Checks between settings of different sections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.config.job import ResourcesConfig, TrainConfig
 
 
 def feed_problems(train: TrainConfig, resources: ResourcesConfig, where: str = "") -> list[str]:
-    """Batch, lanes and workers must divide one another."""
+    """Check that batch size, lanes and workers divide each other; return the problems."""
     feed, problems = train.feed, []
     if any(feed.lanes % n for n in resources.world_sizes):
         whole = math.lcm(*resources.world_sizes)

@@ -1,7 +1,7 @@
-"""What DeepSpeed is told: our typed settings, and an expert's file of raw options beside them.
+"""DeepSpeed's configuration, made from our typed settings and an optional file of further options.
 
-A key has one owner. What follows from the job (batch, accumulation, clipping, ZeRO stage, precision) is ours, the
-learning rate and the optimizer too: DeepSpeed never scales or schedules them. A file that sets one of them is refused.
+Every option has one owner. Batch size, accumulation, clipping, ZeRO stage, precision, learning rate and optimizer
+follow from the job, and DeepSpeed never scales or schedules them. A file that sets one of them is refused.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ OWNED = {
 def deepspeed_options(
     config: TrainConfig, *, n_parameters: int, micro_batch_size: int, accumulation: int, gpu: bool
 ) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`.
+    """Return the dictionary for `deepspeed.initialize`.
 
     Args:
-        n_parameters: Numbers that are trained.
-        micro_batch_size: Cells that a worker takes at once.
-        accumulation: Micro batches in a step.
-        gpu: Whether the workers have one.
+        n_parameters: Number of trained parameters.
+        micro_batch_size: Cells in a worker's micro batch.
+        accumulation: Micro batches per step.
+        gpu: Whether workers have a GPU.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer == "cpu":
@@ -59,7 +59,7 @@ def deepspeed_options(
         "gradient_clipping": config.optimizer.clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # The optimizer is torch's, on whatever device its shard is; DeepSpeed's own would be compiled on the spot.
+        # The optimizer is torch's, on the device of its shard; DeepSpeed would compile its own.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**40,
         "bf16": {"enabled": config.precision == "bf16"},
@@ -70,16 +70,20 @@ def deepspeed_options(
 
 
 def gradient_bucket(n_parameters: int) -> int:
-    """Numbers in the buffer in which gradients are reduced: DeepSpeed's 500 million, or the model, if it is smaller.
+    """Return the size of the buffer that gradients are reduced in: DeepSpeed's 500 million numbers, or the model's.
 
-    DeepSpeed takes the whole buffer however small the model is: 2 GB in fp32. One bucket that holds all gradients is
+    DeepSpeed allocates the whole buffer even for a small model: 2 GB in fp32. One bucket that holds all gradients gives
     the same reduction.
     """
     return max(1, min(DEFAULT_BUCKET, n_parameters))
 
 
 def read_options(path: str) -> dict[str, Any]:
-    """An expert's file. Raises InputError that names every key that is not theirs to set."""
+    """Read a file of further DeepSpeed options.
+
+    Raises:
+        InputError: The file cannot be read, or sets options that other settings own; all are named.
+    """
     try:
         raw = json.loads(Path(path).expanduser().read_text())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a job file may say of cells: where they come from, which of them and which genes, and how they are split."""
+"""Settings of ingest: the source of the cells, which cells and genes, and the split."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from scldm.config import StrictModel
 
 # ---- sources -----------------------------------------------------------------------------------------------------
 class SyntheticSource(StrictModel):
-    """Cells made on the spot: gene programmes, cell types, negative-binomial counts; a function of the seed."""
+    """Synthetic cells: gene programmes, cell types, negative-binomial counts; a function of the seed."""
 
     type: Literal["synthetic"]
     n_cells: PositiveInt = 4000
-    """Cells that are made."""
+    """Number of cells."""
     n_genes: PositiveInt = 1000
-    """Genes of the vocabulary."""
+    """Number of genes."""
     n_types: PositiveInt = 6
     """Classes of cell_type."""
     n_donors: PositiveInt = 4
     """Classes of donor_id."""
     seed: int = Field(0, ge=0)
-    """Of the cells; not the job's."""
+    """Seed of the synthetic cells; independent of the job's seed."""
 
 
 class H5adSource(StrictModel):
@@ -35,9 +35,9 @@ class H5adSource(StrictModel):
     path: H5adPath
     """File, folder of files or glob pattern."""
     layer: str | None = None
-    """Where the counts are: a layer's name, "raw" for adata.raw, or null for X."""
+    """Location of the counts: the name of a layer, "raw" for adata.raw, or null for X."""
     columns: dict[str, str] = {}
-    """Names to give to obs columns, Census name -> name in the file: {cell_type: louvain, donor_id: patient}."""
+    """Renamed obs columns, new name -> name in the file: {cell_type: louvain, donor_id: patient}."""
     gene_id: str | None = None
     """var column that holds the gene id (Ensembl); null takes the var index."""
     gene_name: str | None = None
@@ -47,7 +47,7 @@ class H5adSource(StrictModel):
 class TenxSource(StrictModel):
     """One or many Cell Ranger outputs, version 2 or 3; written once into a SOMA experiment.
 
-    Of other features than "Gene Expression" a note says how many were left out.
+    Features other than "Gene Expression" are left out; a note says how many.
     """
 
     type: Literal["10x"]
@@ -55,16 +55,16 @@ class TenxSource(StrictModel):
     """A folder with matrix.mtx, genes.tsv or features.tsv, and barcodes.tsv (gzipped or not), an .h5 file, a folder of
     such folders and files, or a glob pattern: every match is a sample, whose name becomes dataset_id."""
     genome: str | None = None
-    """Which genome to take where an output holds several."""
+    """Genome to read if an output holds several."""
     obs: BarcodeTable | None = None
-    """Table of what is known of the cells, .csv, .tsv or .parquet: a column `barcode`, `sample` if there are many, and
-    the labels. Cells that are not in it have no labels."""
+    """Table of cell metadata, .csv, .tsv or .parquet, with the columns `barcode`, `sample` if there are several
+    samples, and the labels. Cells that are not in the table have no labels."""
     columns: dict[str, str] = {}
-    """Names to give to columns of that table, Census name -> name in the table."""
+    """Renamed columns of that table, new name -> name in the table."""
 
 
 class SomaSource(StrictModel):
-    """A SOMA experiment that exists, read where it is."""
+    """An existing SOMA experiment, read in place."""
 
     type: Literal["soma"]
     uri: str
@@ -72,10 +72,10 @@ class SomaSource(StrictModel):
     region: str | None = None
     """AWS region of an s3:// URI."""
     anonymous: bool = False
-    """Read s3:// without an account, as public buckets are read. False looks for credentials where AWS's own tools do:
-    AWS_* variables, ~/.aws, the machine's role. Keys never stand in a job file."""
+    """Read s3:// without credentials, for public buckets. False finds credentials as AWS's own tools do: AWS_*
+    variables, ~/.aws, the machine's role. Job files never hold keys."""
     s3: S3Config = S3Config()
-    """How an s3:// address is read."""
+    """S3 requests."""
     measurement: str = "RNA"
     """Measurement of the experiment: ms[measurement]."""
     layer: str = "raw"
@@ -87,12 +87,12 @@ class CensusSource(StrictModel):
 
     type: Literal["census"]
     version: str
-    """A dated release such as 2025-01-30. "stable" and "latest" move: they are looked up once, and what they stood for
-    is kept in the facts of the stage (census_version) and read by every later one."""
+    """A dated release such as 2025-01-30. "stable" and "latest" are resolved once; the release is recorded in the facts
+    of the stage (census_version), and every later stage reads that one."""
     organism: Literal["homo_sapiens", "mus_musculus"] = "homo_sapiens"
-    """One organism is one experiment of the Census."""
+    """Each organism is an experiment of its own in the Census."""
     s3: S3Config = S3Config()
-    """How the bucket is read."""
+    """S3 requests."""
 
 
 Source = Annotated[SyntheticSource | H5adSource | TenxSource | SomaSource | CensusSource, Field(discriminator="type")]
@@ -103,21 +103,21 @@ Value = str | bool | int | float
 
 
 class CellsConfig(StrictModel):
-    """Which cells of the source; a cell must meet every condition, and obs_filter too."""
+    """Which cells of the source; a cell must meet all conditions and obs_filter."""
 
     is_primary_data: bool | None = None
-    """true counts every cell of the Census once: it holds many twice, in collections of other data sets."""
+    """true selects every cell of the Census once: many occur twice, in collections that reuse other data sets."""
     tissue: str | list[str] | None = None
-    """Of the column tissue_general, for example [lung, blood]; finer ones: where: {tissue: …}."""
+    """Values of the column tissue_general, for example [lung, blood]; for finer tissues: where: {tissue: …}."""
     assay: str | list[str] | None = None
-    """For example ["10x 3' v2", "10x 3' v3"]."""
+    """Values of the column assay, for example ["10x 3' v2", "10x 3' v3"]."""
     organism: str | list[str] | None = None
-    """Of the column organism. An experiment of the Census has one organism: there it is ingest.source.organism."""
+    """Values of the column organism. An experiment of the Census has one organism, chosen by ingest.source.organism."""
     where: dict[str, Value | list[Value]] = {}
-    """Any obs column: its value, or a list of values: {disease: normal, donor_id: [D1, D2]}."""
+    """Values of any other obs column, one or a list: {disease: normal, donor_id: [D1, D2]}."""
 
     def conditions(self) -> dict[str, list[Value]]:
-        """Values that are let through, for each obs column that decides."""
+        """Return the accepted values of each obs column that has a condition."""
         named = {
             "is_primary_data": self.is_primary_data,
             "tissue_general": self.tissue,
@@ -142,21 +142,22 @@ class GenesConfig(StrictModel):
     """Which genes the model knows."""
 
     vocabulary: GeneVocabulary = "source"
-    """source: the genes of the source. Or a file that lists them, in the order of their ids (.json, .txt, .csv, .tsv,
-    .parquet, .h5ad), or the folder of a model, whose vocabulary the cells are then aligned to."""
+    """source: the genes of the source. Otherwise a file that lists genes in order (.json, .txt, .csv, .tsv, .parquet,
+    .h5ad), or the folder of a model, to align the cells to that vocabulary."""
     match: Literal["id", "symbol"] = "id"
-    """How genes of a vocabulary are found in the source: by id (the version in ENSG….12 does not count), or by
-    feature_name. A symbol that several genes of the source share finds none of them, and a note says so."""
+    """How genes of a vocabulary are found in the source: by id (the version in ENSG….12 is ignored), or by
+    feature_name. A symbol that several genes of the source share matches none of them; a note says so."""
     max_missing: float = Field(0.2, ge=0, le=1)
-    """Largest share of a vocabulary's genes that the source may lack."""
+    """Largest fraction of a vocabulary's genes that the source may lack."""
     presence: bool = False
-    """Whether a gene that a cell's data set did not measure is left out of that cell's likelihood and never shown to
-    the encoder as a zero. What was measured: the file's genes for h5ad and 10x, the feature_dataset_presence_matrix for
-    SOMA and the Census. False takes every absent count as a zero, and a note says where that is a guess."""
+    """Whether genes that a cell's data set did not measure are left out of that cell's likelihood and are never shown
+    to the encoder as zeros. Measured genes are those of the file for h5ad and 10x, and the
+    feature_dataset_presence_matrix for SOMA and the Census. False treats every absent count as a zero; a note says if
+    that is uncertain."""
     value_filter: str | None = None
     """SOMA value filter on var, for example "feature_length > 500"."""
     min_cells: int = Field(0, ge=0)
-    """Keep genes that at least so many training cells express. 0 keeps every gene of the source."""
+    """Keep genes that at least this many training cells express. 0 keeps every gene of the source."""
 
     @model_validator(mode="after")
     def _keeps_a_given_vocabulary_whole(self) -> GenesConfig:
@@ -174,16 +175,16 @@ class GenesConfig(StrictModel):
 
 
 class HeldOutConfig(StrictModel):
-    """Combinations of labels of which every cell is held out."""
+    """Combinations of labels whose cells are all held out."""
 
     split: Literal["validation", "test"] = "test"
-    """The side that the combinations go to."""
+    """The split that the combinations go to."""
     combinations: list[dict[str, Value | list[Value]]] | None = None
-    """Each a class, or a list of classes, for some obs columns: [{cell_type: CD4 Naive, cytokine: [IL-2, IFN-beta]}]
-    holds out two combinations."""
+    """Combinations, each with a class or a list of classes for some obs columns: [{cell_type: CD4 Naive, cytokine:
+    [IL-2, IFN-beta]}] holds out two combinations."""
     table: HeldOutTable | None = None
-    """The same as a CSV or Parquet table: obs columns, one combination a row, an empty field for any class. A column
-    `split` says validation or test for each row."""
+    """The same as a CSV or Parquet table: obs columns, one combination per row, an empty field for any class. An
+    optional column `split` sets validation or test for each row."""
 
     @model_validator(mode="after")
     def _said_once(self) -> HeldOutConfig:
@@ -195,21 +196,21 @@ class HeldOutConfig(StrictModel):
 
 
 class SplitConfig(StrictModel):
-    """Share of cells held out, by a hash of `by`: the same cell always falls on the same side."""
+    """The fractions of held-out cells. The split is a hash of `by`: the same cell is always in the same split."""
 
     validation: float = Field(0.1, ge=0, lt=1)
-    """Share of the cells that training is validated on."""
+    """Fraction of the cells in the validation split."""
     test: float = Field(0.1, ge=0, lt=1)
-    """Share of the cells that are never trained on; evaluate compares with them."""
+    """Fraction of the cells in the test split, which evaluate compares with."""
     by: Literal["cell", "tile", "donor_id", "dataset_id"] = "cell"
-    """What is hashed. donor_id or dataset_id keep donors or data sets whole. cell scatters the held-out cells over the
-    store, where reading them costs nearly as much as reading all; tile holds out whole storage tiles of 2,048
-    neighbours, which read at full speed (or keep cell, and read from ingest.cache)."""
+    """What is hashed. donor_id and dataset_id keep donors and data sets together. cell spreads the held-out cells over
+    the store, so that reading them costs nearly as much as reading all cells; tile holds out whole storage tiles of
+    2,048 rows, which are read at full speed (an alternative is cell with ingest.cache)."""
     salt: str = "scldm"
-    """Another salt is another split."""
+    """Another salt gives another split."""
     held_out: HeldOutConfig | None = None
-    """Combinations of labels that no training cell has. The other cells are split by hash; the share of the side that
-    the combinations go to is then 0 unless it is given, so that they are not mixed with cells of the usual kind."""
+    """Combinations of labels that no training cell has. The other cells are split by hash; the fraction of the split
+    that the combinations go to is then 0 unless set, so that they are not mixed with other cells."""
 
     @model_validator(mode="before")
     @classmethod
@@ -231,22 +232,22 @@ class IngestConfig(StrictModel):
     """Vocabularies, split and statistics of a source; the counts stay in SOMA."""
 
     source: Source
-    """Where the cells are; `type` says which kind of source."""
+    """The source of cells; `type` says which kind."""
     labels: list[str] = ["cell_type"]
-    """obs columns that generation is conditioned on."""
+    """obs columns that the flow is conditioned on."""
     cells: CellsConfig = CellsConfig()
     obs_filter: str | None = None
     """SOMA value filter on obs, for what `cells` cannot say: "n_genes > 500 or tissue_general == 'lung'"."""
     max_cells: PositiveInt | None = None
-    """At most so many of the cells that are left, from few storage tiles but from 16 at least, so that a part of a
-    large store is quick to read and still mixed. The same cells every time; null takes all. Files are written to SOMA
-    whole, whatever is taken."""
+    """Maximum number of cells after filtering. They are taken from few storage tiles, but from at least 16, so that a
+    part of a large store is fast to read and still mixed. Deterministic; null takes all cells. Files are always written
+    to SOMA as a whole."""
     missing_label: Literal["error", "drop"] = "error"
     """What to do with cells that have no value for a label."""
     genes: GenesConfig = GenesConfig()
     split: SplitConfig = SplitConfig()
     cache: bool | str | None = None
-    """Where all cells are written once as ragged shards, to be read from there in every epoch of every job, in the same
-    order and the same batches: true for <output>/cache, or a folder that every node sees. Pays from the second epoch.
-    null (or false) streams from SOMA. Jobs of the same cells and genes share a cache; turning it on or off makes
-    another version of ingest."""
+    """A cache that all cells are written to once, as sparse shards, and that every epoch of every job reads, in the
+    same order and with the same batches: true for <output>/cache, or a folder that every node sees. Worthwhile from the
+    second epoch on. null (or false) streams from SOMA. Jobs with the same cells and genes share a cache; turning it on
+    or off makes another version of ingest."""

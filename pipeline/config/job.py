@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
-REAL_CELL_STAGES = ("embed", "reconstruct", "perturb", "log_likelihood")  # jobs of their own; no part of the line
+REAL_CELL_STAGES = ("embed", "reconstruct", "perturb", "log_likelihood")  # jobs of their own, not part of a pipeline
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "train_vae": ("ingest",),
@@ -81,7 +81,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 def needs(stage: str, config: Any) -> tuple[str, ...]:
-    """Stages that a stage with these settings is made from."""
+    """Return the stages that a stage with these settings reads."""
     if stage == "train_flow" and config.vae.train:
         return ("ingest", "train_vae")  # it streams counts
     if isinstance(config, RealCellsConfig):
@@ -96,12 +96,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 # ---- jobs --------------------------------------------------------------------------------------------------------
 class TrackingConfig(StrictModel):
-    """MLflow."""
+    """MLflow tracking."""
 
     uri: str | None = None
-    """Tracking server; null takes MLFLOW_TRACKING_URI, and without it keeps a SQLite file under the output folder."""
+    """Tracking server; null uses MLFLOW_TRACKING_URI or, if that is not set, a SQLite file in the output folder."""
     experiment: str | None = None
-    """Null: scldm/<name of the job>."""
+    """Name of the experiment; null: scldm/<name of the job>."""
 
     @field_validator("uri")
     @classmethod
@@ -115,24 +115,24 @@ class TrackingConfig(StrictModel):
 
 
 class JobBase(StrictModel):
-    """What every job file may say."""
+    """Settings of every job."""
 
     kind: str
     """Which job this is: pipeline, or the name of one stage."""
     name: Name
     """Name of the pipeline: stages of the same name and output find each other."""
     output: str = "runs"
-    """Root folder; this pipeline writes to <output>/<name>. On a cluster: a path that every node sees."""
+    """Root folder of outputs; this pipeline writes to <output>/<name>. On a cluster: a path that every node sees."""
     seed: int = Field(0, ge=0)
-    """Of weights, order of cells and noise in training. A part of every version."""
+    """Seed of weights, order of cells and noise in training. Part of every version."""
     cluster: str | None = None
-    """The cluster file that this job is sized for; for people and for `scldm plan`."""
+    """The cluster file that this job is sized for; for readers and for `scldm plan`."""
     resources: ResourcesConfig = ResourcesConfig()
     checkpoints: CheckpointStorage = CheckpointStorage()
-    """A second place for the checkpoints of training."""
+    """Remote storage of training checkpoints."""
     tracking: TrackingConfig = TrackingConfig()
     inputs: dict[str, str] = {}
-    """Stage -> folder of a finished run of it; default: the newest under the output folder."""
+    """Stage -> folder of a finished run to use; default: the newest under the output folder."""
 
     @model_validator(mode="after")
     def _inputs_are_stages(self) -> JobBase:
@@ -231,7 +231,7 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
 
 
 def stage_configs(job: JobBase) -> dict[str, StrictModel]:
-    """The stages that a job holds, in the order in which they run."""
+    """Return the settings of each stage of a job, in the order in which the stages run."""
     found: dict[str, StrictModel] = {}
     for stage in (*STAGES, *REAL_CELL_STAGES):
         if stage == job.kind:
@@ -241,5 +241,5 @@ def stage_configs(job: JobBase) -> dict[str, StrictModel]:
         elif getattr(job, stage, None) is not None:
             found[stage] = getattr(job, stage)
     if isinstance(job, PipelineJob) and job.train_flow.vae.train:
-        del found["encode"]  # nobody would read the cache
+        del found["encode"]  # nothing reads the cache
     return found

@@ -1,4 +1,4 @@
-"""What a job asks of the machines: workers, a fixed number or a range, and a second place for checkpoints."""
+"""Resources of a job: training workers (a number or a range), actors, and remote storage of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from scldm.config import StrictModel
 
 class _Range(StrictModel):
     min: PositiveInt
-    """The fewest."""
+    """Lower bound."""
     max: PositiveInt
-    """The most."""
+    """Upper bound."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -25,10 +25,10 @@ class _Range(StrictModel):
 
 
 class WorkerRange(_Range):
-    """How many training workers there may be. A plain number stands for exactly so many.
+    """The number of training workers: a fixed number, or a range.
 
-    Workers of a range come and go with the nodes: the run starts again from its newest checkpoint with as many as there
-    are, and sees the same cells in the same order.
+    With a range the number of workers follows the available nodes: the run restarts from its newest checkpoint with as
+    many workers as fit, and sees the same cells in the same order.
     """
 
     @model_validator(mode="before")
@@ -49,23 +49,22 @@ class WorkerRange(_Range):
 
 
 class ActorRange(_Range):
-    """How many actors a batch job may have."""
+    """The number of actors of a batch job."""
 
 
 class ResourcesConfig(StrictModel):
-    """What the job asks Ray for."""
+    """Resources that the job requests from Ray."""
 
     workers: WorkerRange = WorkerRange(min=2, max=2)
-    """Training workers: a number, or {min: 1, max: 4} to go on with fewer when nodes die and with more when they come.
-    train.feed.lanes must be a multiple of every number of workers that there may be."""
+    """Training workers: a number, or {min: 1, max: 4} to continue with fewer workers after nodes fail and with more
+    when nodes join. train.feed.lanes must be a multiple of every possible number of workers."""
     cpus_per_worker: PositiveFloat = 1
     """CPU cores of a worker or actor."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a worker or actor; 0.5: two actors share one."""
     actors: PositiveInt | ActorRange = 2
-    """Actors of the batch jobs (encode, generate): at most so many, from one on; or {min: 2, max: 16}, of which min are
-    asked for at once and the rest come while shards wait. Each takes cpus_per_worker and gpus_per_worker (0.5: two
-    share a GPU)."""
+    """Actors of the batch jobs (encode, generate, …). A number is the maximum, starting from one; {min: 2, max: 16}
+    starts with min and adds actors while shards wait. Each takes cpus_per_worker and gpus_per_worker."""
 
     @property
     def actors_min(self) -> int:
@@ -77,29 +76,29 @@ class ResourcesConfig(StrictModel):
 
     @property
     def world_sizes(self) -> range:
-        """Numbers of workers that training may run with."""
+        """All possible numbers of training workers."""
         return range(self.workers.min, self.workers.max + 1)
 
 
 class CheckpointStorage(StrictModel):
-    """Where checkpoints are copied to, while training goes on."""
+    """Remote storage that checkpoints are copied to in the background."""
 
     storage_path: str | None = None
-    """Folder that outlives the machine (NFS), or s3://bucket/prefix; null copies them nowhere. Under it:
-    <name>/<stage>/<version>/step-…, so jobs may share it. Credentials are looked for where AWS's own tools do."""
+    """Folder on a network file system, or s3://bucket/prefix; null: no copies. Checkpoints are stored under
+    <name>/<stage>/<version>/step-…, so jobs may share it. Credentials are found as by AWS's own tools."""
     region: str | None = None
     """AWS region of an s3:// path."""
     s3: S3Client = S3Client()
-    """How s3:// is spoken to."""
+    """S3 requests."""
     tries: int = Field(6, ge=1, le=20)
-    """Tries of an upload; waits double from 1 s."""
+    """Attempts of an upload; the wait between them starts at 1 s and doubles."""
     wait_at_end: PositiveFloat = 600.0
-    """Most seconds that the end of training waits for the last upload."""
+    """Longest time that the end of training waits for the last upload."""
     strict_resume: bool = False
-    """Whether a damaged checkpoint ends the run, with its name and what is wrong, before a step is done. false passes
-    it over, says so in the log and as ckpt/rejected in MLflow, and goes on from the newest one that verifies."""
+    """Whether a damaged checkpoint is an error at the start, with its name and what is wrong. false skips it, reports
+    it in the log and as ckpt/rejected in MLflow, and resumes from the newest one that verifies."""
 
 
 def threads_per_worker(resources: ResourcesConfig) -> int:
-    """Torch threads: what the job asked for, never more than the machine has."""
+    """Return the number of torch threads: as requested, at most the machine's cores."""
     return max(1, min(int(resources.cpus_per_worker), os.cpu_count() or 1))

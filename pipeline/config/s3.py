@@ -11,18 +11,18 @@ from scldm.config import StrictModel
 
 
 class S3Client(StrictModel):
-    """Requests to S3, or to what speaks like it (MinIO, Ceph)."""
+    """Requests to S3 or a compatible server (MinIO, Ceph)."""
 
     endpoint: str | None = None
     """Address of a server that is not AWS, for example https://minio.lab:9000; null for AWS."""
     addressing: Literal["virtual", "path"] = "virtual"
     """How a bucket is named: bucket.host (AWS) or host/bucket (most other servers)."""
     tries: PositiveInt = Field(7, le=12)
-    """Tries of one request inside the client; TileDB waits 25 ms, then doubles: 7 are 3 seconds, 12 are 100."""
+    """Attempts of one request; the wait starts at 25 ms and doubles: 7 attempts take 3 seconds, 12 take 100."""
     connect_seconds: PositiveFloat = 3.0
-    """How long a connection may take to be made."""
+    """Time limit of opening a connection."""
     request_seconds: PositiveFloat = 30.0
-    """How long a request may go without a byte."""
+    """Time limit of a request without any data."""
 
     @field_validator("endpoint")
     @classmethod
@@ -35,14 +35,14 @@ class S3Client(StrictModel):
 
 
 class S3Config(S3Client):
-    """Reading cells from there."""
+    """Reading cells from S3."""
 
     max_parallel: PositiveInt = Field(8, le=256)
-    """Requests in flight of one process (its two computing threads may add one each); all processes together make the
-    load that a store answers with SlowDown."""
+    """Concurrent requests of one process (its two compute threads may add one each). Too many over all processes make
+    the store answer SlowDown."""
 
     def tiledb(self) -> dict[str, str]:
-        """The same in TileDB's words."""
+        """Return the settings as a TileDB configuration."""
         settings: dict[str, str | int] = {
             "sm.io_concurrency_level": self.max_parallel,  # threads that read; each of them one request at a time, as
             "vfs.s3.max_parallel_ops": 1,  # this cuts a large request into so many

@@ -1,4 +1,4 @@
-"""What a job file may say of a stage behind ingest: its section, or the top level of its own job file."""
+"""Settings of the stages after ingest: a section of a pipeline's job file, or the top level of a stage's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scldm.nn.config import DiTConfig, VAEConfig
 
 
 class TrainVaeConfig(StrictModel):
-    """The VAE: its sizes, and how it is trained."""
+    """The VAE: its sizes and its training."""
 
     model: VAEConfig = VAEConfig()
     train: VaeTrainConfig = VaeTrainConfig()
@@ -32,19 +32,20 @@ class EncodeConfig(StrictModel):
     """The latent cache that the flow is trained on."""
 
     batch_size: PositiveInt = 256
-    """Cells that an actor encodes at once."""
+    """Cells that an actor encodes in one batch."""
     splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
     """Splits that are encoded."""
 
 
 class JointVaeConfig(StrictModel):
-    """Whether the VAE is trained on, together with the flow."""
+    """Fine-tuning of the VAE together with the flow."""
 
     train: bool = False
-    """true streams counts instead of reading the latent cache, with the encoder in the graph; the stage then needs no
-    encode, and exports both networks. generate and evaluate take this VAE."""
+    """true trains the VAE too: counts are streamed instead of the latent cache, the stage does not need encode, and it
+    exports both networks. generate and evaluate then use this VAE."""
     weight: PositiveFloat = 1.0
-    """Of the VAE's negative log-likelihood (nats per cell) beside the flow's loss (mean square of a latent)."""
+    """Weight of the VAE's negative log-likelihood (nats per cell) relative to the flow's loss (mean square of a
+    latent)."""
     genes_per_step: PositiveInt | None = None
     """Genes scored in a training step, as train_vae.train.genes_per_step."""
 
@@ -60,7 +61,7 @@ class JointVaeConfig(StrictModel):
 
 
 class TrainFlowConfig(StrictModel):
-    """The flow on the VAE's latents: its sizes, path, and how it is trained."""
+    """The flow on the VAE's latents: its sizes, path and training."""
 
     model: DiTConfig = DiTConfig()
     flow: PathConfig = PathConfig()
@@ -87,33 +88,33 @@ class TrainFlowConfig(StrictModel):
 
 
 class GenerateConfig(StrictModel):
-    """Which cells are made, and how."""
+    """Which cells are generated, and how."""
 
     conditions: ConditionsTable | None = None
-    """CSV, TSV or Parquet table: label columns, n_cells and, if you like, guidance (or guidance.<label>), library_size.
-    An empty field of a label: generated without that label; of another column: as the settings below say."""
+    """CSV, TSV or Parquet table with label columns, n_cells and, optionally, guidance (or guidance.<label>) and
+    library_size. An empty label field means: generated without that label; in another column: as set below."""
     cells: list[dict[str, Any]] | None = None
     """The same table inline: [{cell_type: B, n_cells: 1000}, …]."""
     per_label: dict[str, PositiveInt] | None = None
-    """So many cells for each class of a label: {cell_type: 200}."""
+    """The same number of cells for each class of a label: {cell_type: 200}."""
     like: Literal["train", "validation", "test"] | None = None
-    """As many cells of each combination of labels as this split has."""
+    """Cells with the label composition of this split: as many of each combination as it has."""
     n_cells: PositiveInt | None = None
-    """With `like`: how many cells in all, at the same composition. Alone: so many unconditional cells."""
+    """With `like`: the total number of cells, at the same composition. Alone: the number of unconditional cells."""
     library_size: Literal["statistics"] | PositiveFloat = "statistics"
-    """Sum of counts that the decoder is asked for: drawn from the training cells' statistics of the condition (its
+    """Sum of counts of a generated cell: drawn from the statistics of the training cells with the same condition (its
     combination of labels, else the label with most cells, else all cells), or one number for all cells."""
     genes: list[str] | GeneFile | None = None
-    """Genes that are written: ids or names, or a text file with one on each line. All are decoded either way, so that
-    the counts of a gene do not depend on which others are written."""
+    """Genes to write: ids or names, or a text file with one on each line. All genes are decoded either way, so the
+    counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()
     shard_size: int = Field(25_000, ge=1, le=250_000)
-    """Cells of a file."""
+    """Cells per file."""
     batch_size: PositiveInt | None = None
-    """Cells that an actor has decoded ahead of its writer, in whole tiles (32 cells on a CPU, up to 1,024 on a GPU).
-    Null: two tiles. It decides memory, never a count."""
+    """Cells that an actor decodes ahead of its writer, in whole tiles (32 cells on a CPU, up to 1,024 on a GPU). Null:
+    two tiles. Affects memory, never results."""
     seed: int = Field(0, ge=0, lt=2**64)
-    """Of noise, library sizes and counts: another seed, other cells."""
+    """Seed of noise, library sizes and counts: another seed gives other cells."""
 
 
 CFGEN: dict[str, Any] = {
@@ -127,53 +128,54 @@ PROTOCOLS: dict[str, dict[str, Any]] = {"default": {}, "cfgen": CFGEN, "paper": 
 
 
 class EvaluateConfig(StrictModel):
-    """Generated cells beside held-out real ones."""
+    """Comparison of generated cells with held-out real ones."""
 
     protocol: Literal["default", "cfgen", "paper"] = "default"
     """Named settings. cfgen: as CFGen was evaluated (2,000 genes by seurat_v3, log1p CP10k, 30 components fitted on the
-    real cells that are compared with, classes averaged alike). paper: the scLDM paper's, which is not published: the
-    nearest published one, cfgen's. A setting that a protocol owns can be set to its value only."""
+    compared real cells, classes weighted equally). paper: the scLDM paper's protocol is not published; this is the
+    nearest published one, cfgen's. A setting that a protocol owns can only be set to the protocol's value."""
     split: Literal["validation", "test"] = "test"
-    """Held-out cells that are compared with."""
+    """Held-out cells that generated cells are compared with."""
     n_pcs: PositiveInt = 30
-    """Principal components of the space."""
+    """Principal components of the space that cells are compared in."""
     n_top_genes: PositiveInt = 2000
-    """Genes of the space."""
+    """Genes of that space."""
     gene_rule: Literal["variance", "seurat_v3"] = "variance"
-    """Which genes the PCA sees: of highest variance of log1p CP10k, or of highest standardised variance of counts."""
+    """Genes of the PCA: those with the highest variance of log1p CP10k, or of the highest standardised variance of
+    counts."""
     space_from: Literal["training", "held_out"] = "training"
-    """Real cells that genes and PCA are fitted on."""
+    """Real cells that the genes and the PCA are fitted on."""
     class_average: Literal["cells", "classes"] = "cells"
-    """Means over classes: weighted by their real cells, or every class alike."""
+    """Weights of means over classes: by their number of real cells, or equal."""
     max_cells: PositiveInt = 5000
-    """Real and generated cells scored at most; drawn by seed. Statistics of genes and of cells are also taken over all
-    generated cells."""
+    """Maximum number of real and of generated cells that are scored; drawn by seed. Statistics of genes and of cells
+    are also taken over all generated cells."""
     n_neighbors: PositiveInt = 15
-    """Of the label classifier."""
+    """Neighbours of the label classifier."""
     transport_cells: PositiveInt = 1000
-    """Cells a side in the exact Wasserstein distances; time grows as its cube."""
+    """Cells on each side of the exact Wasserstein distances; time grows as the cube."""
     min_class_cells: int = Field(20, ge=8)
-    """Real and generated cells that a class must have to be scored on its own; the others are listed."""
+    """Real and generated cells that a class must have to be scored; smaller classes are only listed."""
     control: dict[str, str] | None = None
-    """Class that the others are compared with in log fold changes, {cytokine: PBS}: its real training cells, of the
-    same other labels where labels are crossed. Null: all other cells."""
+    """Control class of log fold changes, {cytokine: PBS}: its real training cells, with the same other labels if labels
+    are crossed. Null: all other cells."""
     reconstruction_cells: PositiveInt = 512
     """Held-out cells that the VAE encodes and decodes."""
     resamples: int = Field(100, ge=5)
-    """Random halves of the cells behind the 95 % intervals of scores that are sums over cells or pairs."""
+    """Random halves of the cells for the 95 % intervals of scores that are sums over cells or pairs."""
     refits: int = Field(10, ge=5)
-    """The same for scores that are solved anew for each: Wasserstein, neighbours, classifier, classes, reconstruction.
-    Time grows with it."""
+    """Random halves for scores that are computed again for each: Wasserstein, neighbours, classifier, classes,
+    reconstruction. Time grows with it."""
     umap: bool = True
-    """False draws the first two principal components instead, which is quicker."""
+    """Whether pictures show a UMAP; false shows the first two principal components, which is faster."""
     seed: int = Field(0, ge=0)
-    """Of the cells that are drawn, of the classifiers and the pictures."""
+    """Seed of the drawn cells, the classifiers and the pictures."""
 
     @model_validator(mode="before")
     @classmethod
     def _as_the_protocol_says(cls, given: Any) -> Any:
         if not isinstance(given, dict) or given.get("protocol") not in PROTOCOLS:
-            return given  # said by the type
+            return given  # the type reports it
         name = given["protocol"]
         owned = PROTOCOLS[name]
         wrong = [f"{k} is {v} in it, got {given[k]}" for k, v in owned.items() if k in given and given[k] != v]

@@ -1,6 +1,6 @@
-"""What a job file may say about a training run: how cells reach the workers, how they step, what is kept.
+"""Settings of a training run: how cells reach the workers, optimizer steps, validation, checkpoints.
 
-The stage's own sections (`pipeline.config.job`) hold one of these under `train`.
+The sections of the training stages (`pipeline.config.job`) hold one of these under `train`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ class FeedConfig(StrictModel):
     batch_size: PositiveInt = 64
     """Cells per optimizer step, over all workers."""
     micro_batch_size: PositiveInt = 64
-    """Most cells a worker takes at once; accumulation follows."""
+    """Most cells in a worker's micro batch; gradient accumulation follows from it."""
     lanes: PositiveInt = 4
-    """Parallel streams of blocks that every batch is drawn from. A multiple of the workers; divides batch_size."""
+    """Parallel streams of blocks. Every batch takes the same number of cells from each, which mixes cells from distant
+    parts of the store. Must be a multiple of the number of workers and divide batch_size."""
     block_rows: PositiveInt = 8192
     """Cells in a block, read from whole storage tiles and shuffled inside."""
     max_genes: PositiveInt | None = None
@@ -32,28 +33,28 @@ class FeedConfig(StrictModel):
 
 
 class SpikeConfig(StrictModel):
-    """What to do about a step whose loss leaps. Off unless `factor` is given."""
+    """Detection of steps whose loss jumps. Off unless `factor` is given."""
 
     factor: float | None = Field(None, gt=1)
-    """A spike is a loss above so many times the median of the last `window` steps. Null: no guard."""
+    """A spike is a loss above this multiple of the median of the last `window` steps. Null: no detection."""
     action: Literal["log", "skip"] = "log"
-    """log says it; skip also leaves the step out, on all workers. Skipped steps count towards max_skipped."""
+    """log only reports a spike; skip also skips the step, on all workers. Skipped steps count towards max_skipped."""
     window: int = Field(100, ge=10)
-    """Steps of the median; judged from the tenth on."""
+    """Steps that the median is taken over; detection starts at the tenth step."""
 
 
 class EarlyStoppingConfig(StrictModel):
-    """End when validation no longer improves. The learning rate's final decay is then not reached: set
-    optimizer.decay=0, or a max_steps near where the run is expected to end."""
+    """Stop when validation no longer improves. The learning rate's final decay is then not reached: set
+    optimizer.decay=0, or max_steps near the expected end of the run."""
 
     patience: PositiveInt = 5
-    """Validations without improvement that are waited for."""
+    """Validations without improvement before training stops."""
     min_delta: float = Field(0.0, ge=0)
-    """What counts as an improvement: a validation loss lower than the best by more than this."""
+    """A validation loss must be lower than the best by more than this to count as an improvement."""
 
 
 class TrainConfig(StrictModel):
-    """A training run. Also the place for what DeepSpeed is told."""
+    """A training run, including the options of DeepSpeed."""
 
     max_steps: PositiveInt = 600
     """Optimizer steps."""
@@ -62,30 +63,30 @@ class TrainConfig(StrictModel):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """cpu keeps the optimizer's state and its step in the host's memory, with ZeRO stages 1 to 3: room on the GPU for
-    time. The step is torch's own fused AdamW, so nothing is compiled."""
+    """cpu keeps the optimizer's state and its step in the host's memory, with ZeRO stages 1 to 3: this saves GPU
+    memory and costs time. The step is torch's own fused AdamW, so nothing is compiled."""
     deepspeed: DeepSpeedFile | None = None
-    """For experts: a JSON file of further DeepSpeed options (buckets, overlap_comm, compression, …). What we set
-    ourselves it may not set: the error names both."""
+    """For experts: a JSON file of further DeepSpeed options (buckets, overlap_comm, compression, …). Options
+    that follow from other settings of the job may not be set there; the error names both."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 pays on A100 and later; on CPU it is slower."""
+    """bf16 is faster on A100 and later, and slower on CPUs."""
     validate_every: PositiveInt = 200
     """Steps between validations."""
     validation_cells: PositiveInt = 512
-    """Cells of the validation split that are scored."""
+    """Cells of the validation split that are scored in each validation."""
     checkpoint_every: PositiveInt = 200
     """Steps between checkpoints."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     keep_best: int = Field(1, ge=0)
-    """Checkpoints kept besides, of lowest validation loss among those written at a step that was validated."""
+    """Further checkpoints kept: those with the lowest validation loss among steps that were validated."""
     log_every_seconds: PositiveFloat = 5.0
     """Seconds between progress lines."""
     non_finite: Literal["skip", "stop"] = "skip"
-    """A step with a NaN or infinite loss or gradient on any worker: skip leaves it out on all workers (weights,
-    optimizer and average stay as they were), counts it and names the cells; stop ends the run at the first."""
+    """What to do about a NaN or infinite loss or gradient on any worker. skip skips the step on all workers (weights,
+    optimizer state and average do not change), counts it and names the cells; stop ends the run at the first."""
     max_skipped: PositiveInt = 10
-    """Steps skipped in a row before the run ends."""
+    """Consecutive skipped steps before the run ends."""
     spike: SpikeConfig = SpikeConfig()
     early_stopping: EarlyStoppingConfig | None = None
     """Null trains to max_steps."""
@@ -93,10 +94,10 @@ class TrainConfig(StrictModel):
     """Which weights become the model: those of the last step, or of the lowest validation loss. best writes a
     checkpoint at every validation that improves."""
     step_timeout_s: PositiveFloat = 600.0
-    """A worker without a step, validation or checkpoint finished for so long (3 times, for its first step) writes its
-    stacks to hang-rank<r>.txt and ends, so that the group starts again from the last checkpoint."""
+    """A worker that finishes no step, validation or checkpoint for this many seconds (three times as many before its
+    first step) writes its stacks to hang-rank<r>.txt and exits; the group restarts from the last checkpoint."""
     max_failures: int = Field(3, ge=0)
-    """Worker failures survived before the job gives up."""
+    """Worker failures after which the job is restarted; one more ends it."""
 
     @model_validator(mode="after")
     def _offload_is_of_shards(self) -> TrainConfig:
@@ -112,19 +113,19 @@ class VaeTrainConfig(TrainConfig):
     """The training run of the VAE."""
 
     genes_per_step: PositiveInt | None = None
-    """Genes scored in a training step, drawn by expression; the loss stays an estimate of the full one. Null: all."""
+    """Genes scored in a training step, drawn by expression; the loss is then an unbiased estimate. Null: all genes."""
     genes_seen: GenesSeenConfig = GenesSeenConfig()
-    """Genes that the encoder sees of a cell in training, drawn anew for every cell in every epoch by (seed, epoch). All
-    genes are scored, whichever are seen. Validation and encode see all expressed genes whatever is set here: a latent
-    must not depend on a draw, and what validation scores is then what encode makes. weighted draws by the gene means of
-    ingest; one that no training cell expresses is taken for as rare as the rarest that is."""
+    """Genes of a cell that the encoder sees in training, drawn again for every cell in every epoch by (seed, epoch).
+    The likelihood always scores all genes. Validation and encode always see all expressed genes, because a latent must
+    not depend on a draw. weighted draws by the gene means of ingest; a gene that no training cell expresses counts as
+    rare as the rarest expressed one."""
 
     theta_cells: int = Field(2048, ge=0)
     """Training cells that each gene's inverse dispersion is fitted on when training ends, by maximum likelihood given
     the trained means (head nb_shared); drawn by seed. 0 keeps the values that the optimizer left, which lag behind."""
     decoder: Literal["torch", "triton"] = "torch"
-    """What computes the decoder. triton: kernels for a GPU, asked for by name because no GPU has timed them yet; an
-    error at the start where a worker has no CUDA device."""
+    """Implementation of the decoder. triton: kernels for a GPU, not the default because they were never timed on one;
+    an error at the start if a worker has no CUDA device."""
 
     @model_validator(mode="after")
     def _genes_are_chosen_once(self) -> VaeTrainConfig:
@@ -142,11 +143,11 @@ class FlowTrainConfig(TrainConfig):
 
     ema: EMAConfig = EMAConfig()
     sample_every: PositiveInt | None = None
-    """Validations between two generations of a few cells with the averaged weights, scored by the metrics of evaluate
-    against cells of the validation split and logged as val/gen_*; the first validation has one. Null: none. Worker 0
-    makes them and the others wait: some seconds on a CPU."""
+    """Generate a few cells with the averaged weights in every n-th validation, beginning with the first, score them
+    with the metrics of evaluate against the validation split and log the scores as val/gen_*. Null: never. Worker 0
+    generates while the others wait: some seconds on a CPU."""
     sample_cells: int = Field(256, ge=32)
-    """Cells that are generated then: the labels and library sizes of so many held-out cells."""
+    """Cells that are generated then, with the labels and library sizes of as many held-out cells."""
 
     @model_validator(mode="after")
     def _samples_need_whole_weights_on_one_worker(self) -> FlowTrainConfig:

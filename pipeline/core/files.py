@@ -1,4 +1,4 @@
-"""Files that readers see whole or not at all."""
+"""Atomic writes: readers see the old file or the new one, never a part."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A stage: name, config, inputs, and a function from an output folder to facts.
+"""Manifests: the record of a finished stage.
 
-Its version is a hash of name, config and the versions of its inputs. It works in `<root>/<stage>/<version>/` and writes
-`manifest.json` there last, by rename: a manifest means that the stage finished. Later stages read facts from manifests
-and never guess a path.
+The version of a stage is a hash of its name, its config and the versions of its inputs. The stage works in
+`<root>/<stage>/<version>/` and writes `manifest.json` there last, by rename: a manifest means that the stage finished.
+Later stages read facts from manifests and never guess a path.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage says of itself."""
+    """The record of a finished stage: what it was made from, and the facts that later stages read."""
 
     stage: str
     version: str
@@ -37,22 +37,23 @@ class Manifest:
     tracking: Mapping[str, str] = field(default_factory=dict)  # run ids
 
     def path(self, fact: str) -> Path:
-        """A fact that names a file or folder, relative to this stage's folder."""
+        """Return the path that a fact names, which is relative to this stage's folder."""
         return Path(self.folder) / self.facts[fact]
 
 
 def stage_version(stage: str, config: StrictModel, inputs: Mapping[str, Manifest], *, seed: int) -> str:
-    """First 12 hex digits of the hash of all that decides a stage's output."""
+    """Return the first 12 hex digits of a hash over everything that determines a stage's output."""
     what = [stage, config.model_dump(mode="json"), {k: m.version for k, m in sorted(inputs.items())}, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_manifest(manifest: Manifest) -> None:
+    """Write a stage's manifest, atomically: from here on the stage counts as finished."""
     write_json_atomic(Path(manifest.folder) / MANIFEST, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a stage folder; None if the stage has not finished there."""
+    """Return the manifest of a stage folder, or None if the stage has not finished there."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -64,14 +65,14 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def newest_manifest(root: Path, stage: str) -> Manifest | None:
-    """The stage's manifest that finished last under a pipeline's folder."""
+    """Return the manifest of a stage that finished last under a pipeline's folder, or None."""
     found = [m for d in (root / stage).glob("*/") if (m := read_manifest(d)) is not None]
     return max(found, key=lambda m: m.finished_at, default=None)
 
 
 @dataclass
 class StageContext:
-    """What a stage's function gets besides its config."""
+    """Everything that a stage's function receives besides its config."""
 
     folder: Path  # its own; exists
     inputs: Mapping[str, Manifest]

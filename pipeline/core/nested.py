@@ -1,4 +1,4 @@
-"""Nested settings as flat `a.b` keys, and what changed between two of them."""
+"""Flatten nested settings to dotted keys, and compare two of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """`train.max_steps 600 -> 20` for every setting that differs."""
+    """Yield `train.max_steps 600 -> 20` for every setting that differs."""
     old, new = flat(before), flat(now)
     for key in dict.fromkeys([*new, *old]):
         if old.get(key) != new.get(key):
@@ -15,7 +15,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested maps as one map of dotted paths; lists are values."""
+    """Flatten nested mappings to one dictionary with dotted keys; lists are values."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree} if prefix else {}
     return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}

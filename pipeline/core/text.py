@@ -1,4 +1,4 @@
-"""Numbers, times and tables as text for people."""
+"""Format numbers, durations and tables for terminals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def compact(value: float) -> str:
-    """184, 18.4k, 2.1M"""
+    """Format a number in four characters or so: 184, 18.4k, 2.1M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.1f}{letter}"
@@ -14,7 +14,7 @@ def compact(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """9s, 1m20s, 3h12m, 2d04h"""
+    """Format seconds: 9s, 1m20s, 3h12m, 2d04h."""
     s = max(0, round(seconds))
     if s < 60:
         return f"{s}s"
@@ -26,12 +26,13 @@ def duration(seconds: float) -> str:
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Align rows of text in columns; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def human(n: float | None) -> str:
-    """1.2 MB"""
+    """Format bytes with a decimal unit: 1.2 MB."""
     if n is None:
         return "unknown"
     for unit in ("B", "kB", "MB", "GB"):

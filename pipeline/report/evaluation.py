@@ -13,14 +13,14 @@ from pipeline.config.job import EvaluateConfig
 from pipeline.report.cells import EvaluationCells, fit_space, select_cells
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
-from scldm.metrics import expression
 from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
 from scldm.metrics.cell_set import CellSet, shown
 from scldm.metrics.compare import Compared, CompareSettings, Comparison
 from scldm.metrics.conditional import ClassTable, ConditionalSettings
 from scldm.metrics.from_anndata import EvaluationError
+from scldm.metrics.genes import expression
+from scldm.metrics.genes.reconstruction import reconstruction_table
 from scldm.metrics.labels import labelled
-from scldm.metrics.reconstruction import reconstruction_table
 from scldm.metrics.resampling import Halves
 from scldm.metrics.score import Score, checked
 from scldm.metrics.streaming import StreamedCells, composition_weights, stream, streamed_scores

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scldm.metrics.expression import GeneMoments
+from scldm.metrics.genes.expression import GeneMoments
 from scldm.metrics.labels import LabelAgreement
 
 REAL, GENERATED, UNLABELLED = "#2f6db3", "#e07b2e", "#c4c4c4"

@@ -12,9 +12,9 @@ from pipeline.report import figures
 from pipeline.report.cells import EvaluationCells
 from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import Picture
-from scldm.metrics import expression
 from scldm.metrics.baselines import select_like
 from scldm.metrics.cell_set import LABELS, CellSet, shown
+from scldm.metrics.genes import expression
 
 EMBEDDED = 2000  # cells a side in the UMAP
 MAX_CLASSES = 40  # rows of a heat map: the classes with most real cells

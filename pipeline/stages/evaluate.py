@@ -35,8 +35,8 @@ from scldm.data.batch import CellBatch
 from scldm.errors import InputError
 from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import shown
-from scldm.metrics.expression import as_counts
 from scldm.metrics.from_anndata import EvaluationError, cell_set
+from scldm.metrics.genes.expression import as_counts
 from scldm.nn.vae import CountDistribution
 
 VAE_BATCH = 64  # cells

@@ -1,4 +1,4 @@
-"""Which stages of a pipeline have finished."""
+"""List the finished stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from scldm.errors import InputError
 
 
 def finished_stages(folder: Path) -> str:
-    """Table of the finished stages under a pipeline's folder, oldest first."""
+    """Return a table of the finished stages under a pipeline's folder, oldest first."""
     rows = [("stage", "version", "finished", "took", "made from")]
     for m in finished_manifests(folder):
         finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.finished_at))
         sources = " ".join(f"{stage}:{version}" for stage, version in m.inputs.items())
-        rows.append((m.stage, m.version, finished, duration(m.seconds), sources or "the source"))
+        rows.append((m.stage, m.version, finished, duration(m.seconds), sources or "source"))
     return table(rows)
 
 
 def finished_manifests(folder: Path) -> list[Manifest]:
-    """The same as manifests.
+    """Return the manifests of the finished stages under a pipeline's folder, oldest first.
 
     Raises:
-        InputError: there are none.
+        InputError: No stage has finished there.
     """
     made = [
         m for s in (*STAGES, *REAL_CELL_STAGES) for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None

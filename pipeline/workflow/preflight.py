@@ -1,4 +1,4 @@
-"""What can go wrong in a job is said before it starts, not after the training it comes behind."""
+"""Check a job before it starts, so that an error shows at once and not after hours of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def check_settings(job: JobBase) -> None:
-    """Settings that must fit one another. All problems at once."""
+    """Check that the settings of a job fit together.
+
+    Raises:
+        InputError: Settings contradict each other; all problems are listed.
+    """
     problems: list[str] = []
     for stage, config in stage_configs(job).items():
         where = f"{stage}." if job.kind == "pipeline" else ""
@@ -63,7 +67,7 @@ def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str
 
 
 def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
-    """What later stages ask for must be in the data; called as soon as the data is known."""
+    """Check that the data hold what later stages request; called as soon as ingest has finished."""
     config = configs.get("generate")
     if isinstance(config, GenerateConfig):
         from pipeline.data.ingest.dataset import Ingested

@@ -1,7 +1,7 @@
 """Run the stages of a job: decide, lock, run, write the manifest last.
 
-A finished stage is looked up, never run again; a changed setting reruns what depends on it and nothing else. All input
-errors are raised before anything starts. Ray is connected only if some stage must run.
+A finished stage never runs again; a changed setting reruns the stages that depend on it and no others. All input errors
+are raised before anything starts. Ray is started only if a stage must run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ERROR_LOG = "error.log"
 
 
 class StageFailed(Exception):
-    """A stage ended with an error that is not the user's input; its traceback is in `log`."""
+    """A stage failed with an error that is not bad input; its traceback is in `log`."""
 
     def __init__(self, stage: str, cause: BaseException, log: Path) -> None:
         super().__init__(stage, cause, log)
@@ -50,12 +50,12 @@ class StageFailed(Exception):
 
 
 def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
-    """Run what must run. Returns the names of the stages that ran.
+    """Run the stages of a job that have not finished yet. Returns the names of the stages that ran.
 
     Args:
         job: A validated job.
         source_path: The job file, for messages and for the record.
-        overrides: The `a.b=c` that were applied to it, for the record.
+        overrides: The `a.b=c` settings that were applied to it, for the record.
     """
     check_settings(job)
     steps = schedule(job)
@@ -90,7 +90,7 @@ def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrid
                 else:
                     header = _header(step, source_path, overrides)
                     made[step.stage] = _run_step(job, step, inputs, tracking, header)
-                if step.stage == "ingest":  # only now is it known what the data holds
+                if step.stage == "ingest":  # the content of the data is known only now
                     check_against_data({s.stage: s.config for s in steps if s.done is None}, made["ingest"])
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
@@ -101,7 +101,7 @@ def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrid
 
 
 def _check_ahead(steps: list[Step]) -> None:
-    """What is asked of data that is known already."""
+    """Check requests against data that was ingested before."""
     todo = {s.stage: s.config for s in steps if s.done is None}
     known = [s.inputs["ingest"] for s in steps if s.done is None and "ingest" in s.inputs]
     if known and known[0].facts:
@@ -112,7 +112,7 @@ def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking
     """Run one stage in its folder, under its lock."""
     step.folder.mkdir(parents=True, exist_ok=True)
     with stage_lock(step.folder, say):
-        # Another job may have finished it between our decision and our lock.
+        # Another job may have finished the stage before we took the lock.
         if (done := read_manifest(step.folder)) is not None:
             say(f"{step.stage} {step.version} was finished meanwhile ({step.folder}), nothing to do")
             return done
@@ -159,7 +159,7 @@ def _manifest(
 
 @contextmanager
 def _reported(step: Step, tracker: StageTracker) -> Iterator[None]:
-    """End the stage's run with its true status; turn a failure into one line and a log."""
+    """End the tracking run with the stage's status; turn a failure into a one-line error and a log file."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -183,7 +183,7 @@ def _header(step: Step, source_path: str | Path, overrides: Sequence[str]) -> st
 
 # ---- at the end --------------------------------------------------------------------------------------------------
 def say_where_everything_is(job: JobBase, stages: list[str], *, ran: list[str]) -> None:
-    """Where the outputs are, and the next command."""
+    """Print where the outputs are and which command comes next."""
     folder = pipeline_folder(job)
     if not ran:
         say(f"nothing to do: {f'all {len(stages)} stages are' if len(stages) > 1 else stages[0] + ' is'} finished")

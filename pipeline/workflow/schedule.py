@@ -1,8 +1,8 @@
-"""What a job would do, decided before anything starts: for each stage its version, its inputs, and whether it must run.
+"""Decide what a job does before anything starts: the version and inputs of each stage, and whether it must run.
 
-A version is a hash of settings, seed and the inputs' versions, so the whole line can be decided without running any of
-it. A stage whose manifest of that version exists is done. The rest must run, and everything that they need must be
-either in the job or made before; if not, one error names all that is missing.
+A version is a hash of settings, seed and the versions of the inputs, so all stages can be decided without running any.
+A stage whose manifest of that version exists is done. The others must run, and each of their inputs must be a stage of
+the job or an earlier result; otherwise one error names everything that is missing.
 """
 
 from __future__ import annotations
@@ -25,32 +25,35 @@ _RAY_PACKAGE = ("working_dir_files", "_ray_pkg_")
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a job, decided."""
+    """A stage of a job with its version, its inputs and whether it must run."""
 
     stage: str
     config: StrictModel
     version: str
     folder: Path
-    inputs: Mapping[str, Manifest]  # of stages that have not run yet: version and folder only
+    inputs: Mapping[str, Manifest]  # only version and folder are set for stages that have not run yet
     done: Manifest | None
-    why: str  # why it must run; when it was done
+    why: str  # reason for running, or how long the finished run took
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A stage that is needed and was never made."""
+    """A stage that others need, that is not in the job and has not run before."""
 
     stage: str
     needed_by: tuple[str, ...]
 
 
 def in_ray_package(folder: Path) -> bool:
-    """Whether a folder is Ray's unpacked copy of a working_dir, thrown away after the job."""
+    """Return whether a folder is Ray's unpacked copy of a working_dir, which Ray deletes after the job."""
     return any(part == _RAY_PACKAGE[0] or part.startswith(_RAY_PACKAGE[1]) for part in folder.parts)
 
 
 def output_root(job: JobBase, *, cwd: Path | None = None) -> Path:
-    """Where pipelines are kept. Relative to the current folder, or to a lasting one if that is Ray's copy."""
+    """Return the folder that holds all pipelines.
+
+    A relative path starts at the current folder, or at SCLDM_HOME (~/scldm) if that is Ray's temporary copy.
+    """
     if "://" in job.output:
         raise InputError(
             f"output: {job.output}: stages are written with rename, which object stores lack; "
@@ -65,12 +68,16 @@ def output_root(job: JobBase, *, cwd: Path | None = None) -> Path:
 
 
 def pipeline_folder(job: JobBase) -> Path:
-    """<output root>/<name>: where the stages of this pipeline find each other."""
+    """Return <output root>/<name>, where the stages of this pipeline find each other."""
     return output_root(job) / job.name
 
 
 def schedule(job: JobBase) -> list[Step]:
-    """Decide every stage of a job. Raises InputError that names all inputs that have not been made."""
+    """Decide every stage of a job.
+
+    Raises:
+        InputError: Inputs do not exist; all of them are named.
+    """
     steps, missing = look_ahead(job)
     if missing:
         raise InputError(missing_message(missing, pipeline_folder(job)))
@@ -78,7 +85,7 @@ def schedule(job: JobBase) -> list[Step]:
 
 
 def look_ahead(job: JobBase) -> tuple[list[Step], list[Missing]]:
-    """Decide as many stages as can be decided, and say what is missing for the others."""
+    """Decide as many stages as possible, and return what is missing for the others."""
     folder = pipeline_folder(job)
     configs = stage_configs(job)
     steps: dict[str, Step] = {}
@@ -93,7 +100,7 @@ def look_ahead(job: JobBase) -> tuple[list[Step], list[Missing]]:
             continue
         _check_lineage(stage, inputs)
         steps[stage] = _decide(job, folder, stage, config, inputs, steps)
-    for need in reversed(STAGES):  # what is missing needs things too; they are missing unless they have been made
+    for need in reversed(STAGES):  # a missing stage has inputs of its own, which may be missing too
         for deeper in NEEDS[need] if need in lacking else ():
             if deeper not in configs and deeper not in job.inputs and newest_manifest(folder, deeper) is None:
                 lacking.setdefault(deeper, []).append(need)
@@ -131,9 +138,12 @@ def _as_input(step: Step) -> Manifest:
 
 # ---- looking things up -------------------------------------------------------------------------------------------
 def _find_made(job: JobBase, folder: Path, needs: list[str]) -> dict[str, Manifest | None]:
-    """Manifests of stages that this job does not hold: named in `inputs`, what those were made from, or the newest."""
+    """Find the manifests of stages that are not in this job.
+
+    The order is: the one named in `inputs`; the one that a named stage was made from; the newest.
+    """
     found: dict[str, Manifest | None] = {}
-    for stage in reversed(needs):  # later stages first: what they were made from is then known
+    for stage in reversed(needs):  # later stages first, so that their own inputs are known
         if stage in job.inputs:
             found[stage] = _named(job.inputs[stage], stage)
             continue
@@ -160,7 +170,7 @@ def _named(path: str, stage: str) -> Manifest:
 
 
 def _check_lineage(stage: str, inputs: Mapping[str, Manifest]) -> None:
-    """The inputs of a stage must have been made from one another: latents of one VAE are noise to another."""
+    """Check that the inputs of a stage were made from each other: latents of one VAE mean nothing to another."""
     for name, manifest in inputs.items():
         for parent, version in manifest.inputs.items():
             if parent in inputs and inputs[parent].version != version:
@@ -172,7 +182,7 @@ def _check_lineage(stage: str, inputs: Mapping[str, Manifest]) -> None:
 
 
 def missing_message(missing: list[Missing], folder: Path) -> str:
-    """All missing stages, where they were looked for, and what makes them."""
+    """Name all missing stages, where they were looked for, and the commands that make them."""
     lines = [f"{len(missing)} input{'s' if len(missing) > 1 else ''} of this job must be made first:"]
     for m in missing:
         lines.append(f"  {m.stage}: needed by {', '.join(m.needed_by)}; none under {folder / m.stage}")
@@ -190,7 +200,7 @@ def command_for(stage: str) -> str:
 def _why(
     stage: str, config: StrictModel, inputs: Mapping[str, Manifest], rerun: list[str], before: Manifest | None
 ) -> str:
-    """Why a stage must run, against the last time that it finished."""
+    """Explain why a stage must run, compared with the last time that it finished."""
     if before is None:
         return "first run"
     reasons = list(changed_settings(before.config, config.model_dump(mode="json")))

@@ -1,4 +1,4 @@
-"""Conditions as a notebook says them: one as a dictionary, many as a table; read as a generate job reads its table."""
+"""Conditions in a notebook: one as a dictionary, many as a table, read as a generate job reads its table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Conditions: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str
 def read_conditions(
     conditions: Conditions, n: int | None, sampler: SamplerConfig, genes: Sequence[str] | None, vocabulary: Vocabulary
 ) -> tuple[Request, np.ndarray | None]:
-    """The request, and the ids of the genes that are kept (None: all).
+    """Return the request, and the ids of the genes to keep (None: all).
 
     Raises:
-        RequestError: with all that is wrong.
+        RequestError: The request is invalid; all problems are listed.
     """
     table = _table(conditions, n)
     problems = [p.replace("generate.sampler.", "") for p in check_guidance(sampler.guidance, vocabulary)]
@@ -40,7 +40,7 @@ def read_conditions(
 def sampler_settings(
     given: SamplerConfig | Mapping[str, Any] | None, guidance: Mapping[str, float] | float | None
 ) -> SamplerConfig:
-    """The sampler's settings; guidance, where it is given, replaces theirs."""
+    """Return the settings of the sampler, with `guidance` in place of theirs if it is given."""
     settings = given if isinstance(given, SamplerConfig) else SamplerConfig.model_validate(dict(given or {}))
     if guidance is None:
         return settings
@@ -48,7 +48,7 @@ def sampler_settings(
 
 
 def _table(conditions: Conditions, n: int | None) -> pd.DataFrame:
-    """A table with n_cells, whichever way it was said."""
+    """Return a table with a column n_cells."""
     if isinstance(conditions, pd.DataFrame):
         table = conditions.reset_index(drop=True)
     elif isinstance(conditions, Mapping):

@@ -1,11 +1,11 @@
-"""Which models a folder stands for: a model folder, a pair of them, a finished stage, or a whole pipeline.
+"""Find the models of a folder: a model folder, a pair of them, a finished stage, or a whole pipeline.
 
     models/dentate/vae                        config.json of a VAE
     models/dentate                            vae/ and, perhaps, flow/ (`scldm convert`, `Model.save_pretrained`)
     runs/demo/train_flow/1a2b3c4d5e6f         a stage: its manifest names the versions that it was made from
     runs/demo                                 a pipeline: its newest flow, or its newest VAE
 
-Nothing is guessed: a stage's own VAE is the one whose version its manifest names.
+The VAE of a stage is the one whose version its manifest names; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Weights = Literal["ema", "raw"]
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """Folders that hold models."""
+    """The folders of a VAE and, optionally, a flow."""
 
     vae: Path
     flow: Path | None
 
 
 def find_models(folder: str | Path, *, weights: Weights = "ema") -> ModelFolders:
-    """The models of a folder.
+    """Return the models of a folder.
 
     Args:
-        weights: Which weights of a flow are used: of a VAE that was trained with it, the same kind is taken.
+        weights: Which weights of the flow are used. A VAE that was trained with the flow is taken with the same kind.
 
     Raises:
-        CheckpointError: none are there, or one that is needed is missing.
+        CheckpointError: No model is there, or a required one is missing.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -71,7 +71,7 @@ def _of_model(folder: Path) -> ModelFolders:
 
 
 def _of_stage(folder: Path, weights: Weights) -> ModelFolders:
-    """Models that a finished stage is, or was made with."""
+    """Return the models of a finished stage: those that it trained or used."""
     manifest = _json(folder / MANIFEST)
     stage, facts, inputs = manifest.get("stage"), manifest.get("facts", {}), manifest.get("inputs", {})
     if stage == "train_vae":
@@ -118,7 +118,7 @@ def _stage_model(folder: Path, stage: str, inputs: Any) -> Path:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A folder that a manifest names; a manifest of a stranger could name any."""
+    """Return a folder that a manifest names; refuse one outside, which an untrusted manifest could name."""
     found = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which is outside the folder; it is not ours")

@@ -5,9 +5,9 @@
     cells = model.generate({"cell_type": "B cell"}, n=500, seed=0)  # AnnData
     scldm.score(cells, real=adata, label="cell_type")
 
-The same networks, tiles and counters as in the batch jobs: for equal models, sampler, seed and request the cells are
-those of `scldm run jobs/generate.yaml`, to the last bit (on the same processor, with as many threads). Randomness of a
-real cell is a function of (seed, its row), which in a job on the one `.h5ad` is its soma_joinid.
+Networks, tiles and counters are those of the batch jobs: with equal models, sampler, seed and request the cells equal
+those of `scldm run jobs/generate.yaml`, bit for bit (on the same processor with as many threads). The randomness of a
+real cell is a function of (seed, its row); in a job on the same `.h5ad`, the row is the soma_joinid.
 
 Shape letters: b cells, g genes, m latent tokens, e latent width.
 """
@@ -46,16 +46,16 @@ def load(
     weights: Weights = "ema",
     device: str | torch.device = "cpu",
 ) -> Model:
-    """The models of a folder.
+    """Load the models of a folder.
 
     Args:
         folder: A model folder, a folder with vae/ and flow/, a finished stage, or a pipeline (its newest flow).
-        flow: Model folder of a flow, if it is not beside the VAE.
+        flow: Model folder of a flow, if it is not in the VAE's folder.
         weights: "ema", the averaged weights of the flow, or "raw".
         device: For example "cuda".
 
     Raises:
-        CheckpointError: no model is there, or the two do not belong together.
+        CheckpointError: No model is there, or VAE and flow do not belong together.
 
     >>> model = load(folder)
     >>> model
@@ -77,7 +77,7 @@ def load(
 
 
 class Model:
-    """A VAE and, perhaps, the flow on its latents. Made by `scldm.load`."""
+    """A VAE and, optionally, the flow on its latents. Created by `scldm.load`."""
 
     def __init__(self, vae: LoadedVAE, flow: LoadedFlow | None, folders: ModelFolders):
         self.vae, self.flow, self.folders = vae, flow, folders
@@ -89,7 +89,7 @@ class Model:
 
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:
-        """Label -> its classes.
+        """Return the classes of each label.
 
         >>> model.labels["cell_type"]
         ('T', 'B', 'NK')
@@ -98,7 +98,7 @@ class Model:
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """Tokens m and width e of a cell's latents; obsm["X_scldm"] holds them flat."""
+        """Return the shape (m, e) of a cell's latents; obsm["X_scldm"] holds them flattened."""
         return self.vae.vae.config.n_latent_tokens, self.vae.vae.config.latent_width
 
     def __repr__(self) -> str:
@@ -112,17 +112,17 @@ class Model:
         self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
         max_missing: float = 0.2,
     ) -> anndata.AnnData:  # fmt: skip
-        """Latents of cells in obsm["X_scldm"], (b, m * e) float32. Deterministic.
+        """Encode cells: latents in obsm["X_scldm"], (b, m * e) float32. Deterministic.
 
         Args:
-            adata: Cells with raw counts; it is changed, and returned. A view is copied first.
-            layer: Where the counts are; None: X.
+            adata: Cells with raw counts; it is modified and returned. A view is copied first.
+            layer: Layer of the counts; None: X.
             match: How the model's genes are found in var: by "id", or by "symbol".
-            genes: var column that holds them; None: the index, or feature_id (feature_name).
-            max_missing: Largest share of the model's genes that var may lack; they count as zeros.
+            genes: var column of gene ids or symbols; None: the index, or feature_id (feature_name).
+            max_missing: Largest fraction of the model's genes that var may lack; they count as zeros.
 
         Raises:
-            CellsError: what the model cannot take, and how to mend it.
+            CellsError: The model cannot use the cells; the message says why and how to fix it.
 
         >>> model.encode(adata).obsm["X_scldm"].shape
         (70, 12)
@@ -138,11 +138,11 @@ class Model:
         self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
         max_missing: float = 0.2, mean: bool = False, seed: int = 0,
     ) -> anndata.AnnData:  # fmt: skip
-        """Cells encoded and decoded: counts drawn from the decoder's negative binomial in X, CSR int32.
+        """Encode and decode cells: counts drawn from the decoder's negative binomial in X, CSR int32.
 
         Args:
-            mean: Put the means into layers["mean"] too, dense float32: b x g x 4 bytes.
-            seed: Of the draw. The others as in `encode`.
+            mean: Also store the means in layers["mean"], dense float32: b x g x 4 bytes.
+            seed: Seed of the draw. Other arguments as in `encode`.
 
         >>> model.reconstruct(adata, seed=1).shape
         (70, 6)
@@ -172,14 +172,16 @@ class Model:
         self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
         max_missing: float = 0.2, flow: bool = False, probes: int = 1, seed: int = 0,
     ) -> pd.DataFrame:  # fmt: skip
-        """How likely cells are, a row each: `nll` and `nll_per_gene`, nats; with `flow`, `flow_log_prob` too.
+        """Return likelihoods of cells, one row each: `nll` and `nll_per_gene` in nats; with `flow`, also
+        `flow_log_prob`.
 
         nll = -sum over genes of log NB(count; mu(z), theta) at the cell's own latents z: how well the model describes
-        the cell, no marginal likelihood. flow_log_prob is that of z under the flow and the labels that obs holds.
+        the cell, not a marginal likelihood. flow_log_prob is the log-likelihood of z under the flow and the labels in
+        obs.
 
         Args:
-            probes: Random probes of the divergence that are averaged; the error falls as one over their root.
-            seed: Of the probes. The others as in `encode`.
+            probes: Random probes of the divergence that are averaged; the error falls with their square root.
+            seed: Seed of the probes. Other arguments as in `encode`.
 
         >>> model.log_likelihood(adata).columns.tolist()
         ['nll', 'nll_per_gene']
@@ -210,24 +212,24 @@ class Model:
         guidance: Mapping[str, float] | float | None = None, library_size: float | str = "statistics",
         genes: Sequence[str] | None = None, sampler: SamplerConfig | Mapping[str, Any] | None = None,
     ) -> anndata.AnnData:  # fmt: skip
-        """Cells from noise, under conditions.
+        """Generate cells under conditions.
 
         Args:
             conditions: {label: class} for one condition; or a table (DataFrame, list of dictionaries) with label
-                columns, `n_cells` and, if you like, `guidance`, `guidance.<label>`, `library_size`. A label that is
-                absent or None is not asked for. None: unconditional cells.
-            n: Cells of each row, where the table has no `n_cells`.
-            seed: A cell is a function of (models, sampler, seed, request, its place in it).
+                columns, `n_cells` and, optionally, `guidance`, `guidance.<label>`, `library_size`. A label that is
+                absent or None is left open. None: unconditional cells.
+            n: Cells of each row, if the table has no `n_cells`.
+            seed: A cell is a function of (models, sampler, seed, request, its position in the request).
             guidance: Scale w in v = v_null + w (v_cond - v_null); None: the sampler's.
-            library_size: "statistics": drawn from those of the training cells under the condition; or one number.
-            genes: Ids or names of the genes that are kept; the softmax runs over all of them either way.
+            library_size: "statistics": drawn from the training cells' statistics of the condition; or one number.
+            genes: Ids or names of the genes to keep; the softmax runs over all genes either way.
             sampler: Settings, for example {"solver": "rk4", "steps": 20}.
 
         Returns:
             AnnData as a generate job writes it: X CSR int32, obs with the training categories, obsm["X_scldm"].
 
         Raises:
-            RequestError: unknown labels, classes, genes; all of them at once.
+            RequestError: Labels, classes or genes are unknown; all are listed.
 
         >>> cells = model.generate({"cell_type": "B"}, n=4, seed=1)
         >>> cells.obs["cell_type"].tolist(), cells.shape
@@ -255,10 +257,10 @@ class Model:
 
     # ---- folders -------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
-        """A folder in Hugging Face's layout: README.md (the card), vae/ and, if there is one, flow/.
+        """Write a folder in Hugging Face's layout: README.md (the model card), vae/ and, if there is one, flow/.
 
         Args:
-            force: Replace a folder that this wrote before. Other folders are never replaced.
+            force: Replace a folder that this method wrote before. Other folders are never replaced.
 
         >>> again = Model.from_pretrained(model.save_pretrained(tmp / "mine"))
         >>> again.labels == model.labels
@@ -270,5 +272,5 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
-        """The model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded."""
+        """Load the model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded."""
         return load(folder, device=device)

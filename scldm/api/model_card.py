@@ -1,7 +1,7 @@
-"""The card of a pair of models in a folder that others will open: README.md with the YAML head that Hugging Face reads.
+"""The model card of a published folder: README.md with the YAML header that Hugging Face reads.
 
-It says what can be read off the models themselves. What cannot (licence, intended use, consent of donors) is named as
-not stated; who publishes the folder adds it.
+The card holds what is known from the models themselves. Licence, intended use and consent of donors are marked as not
+stated; the publisher adds them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST_CLASSES = 30  # of a label that are listed
 
 
 class DescribedModel(Protocol):
-    """What a card says something about; `scldm.Model` is one."""
+    """What a card describes; `scldm.Model` is one."""
 
     vae: LoadedVAE
     flow: LoadedFlow | None
@@ -32,10 +32,10 @@ class DescribedModel(Protocol):
 
 
 def model_card(model: DescribedModel, name: str) -> str:
-    """Markdown.
+    """Return the card as Markdown.
 
     Args:
-        name: Title: the name of the folder.
+        name: Title, the name of the folder.
     """
     return (
         "\n".join([*_head(), f"# {plain_line(name)}", "", *_what(model), *_use(name), *_data(model), *_limits(model)])
@@ -100,7 +100,7 @@ def _use(name: str) -> list[str]:
 
 
 def _data(model: DescribedModel) -> list[str]:
-    """What the cards of the parts say of their training."""
+    """Return what the cards of VAE and flow state about their training."""
     lines = ["## Training", ""]
     for part, folder in (("VAE", model.folders.vae), ("flow", model.folders.flow)):
         if folder is not None:
@@ -138,6 +138,6 @@ def _parameters(module: object) -> str:
 
 
 def plain_line(text: object) -> str:
-    """One line, without markup that a stranger's name could carry."""
+    """Return one line without markup, which an untrusted name could contain."""
     plain = "".join(c if c.isprintable() else " " for c in str(text))
     return plain.replace("<", "&lt;").replace("`", "'")

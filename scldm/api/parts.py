@@ -1,4 +1,4 @@
-"""What `scldm.api.model` does in several places: tiles of real cells, and the AnnData that comes of them.
+"""Shared by the methods of `scldm.Model`: tiles of real cells, and AnnData made from results.
 
 Shape letters: b cells, m latent tokens, e latent width.
 """
@@ -27,10 +27,11 @@ LATENTS = "X_scldm"
 def tiles(
     vae: LoadedVAE, cells: AlignedCells, adata: anndata.AnnData, conditions: Mapping[str, np.ndarray] | None = None
 ) -> Iterator[CellBatch]:
-    """Tiles of cells on the model's device, cut as in a job: a cell's numbers do not depend on how many there are.
+    """Yield tiles of cells on the model's device, cut as in a job, so that results do not depend on the number of
+    cells.
 
     Raises:
-        CellsError: cells with more genes than an upstream model has room for.
+        CellsError: Cells express more genes than a model of upstream accepts.
     """
     most, lengths = vae.vae.config.genes_seq_len, np.diff(cells.counts.indptr)
     if most is not None and len(lengths) and lengths.max() > most:
@@ -49,11 +50,11 @@ def made_cells(
     vae: LoadedVAE, counts: Sequence[sp.csr_matrix], latents: Sequence[np.ndarray], obs: pd.DataFrame,
     about: Mapping[str, Any], genes: np.ndarray | None = None,
 ) -> anndata.AnnData:  # fmt: skip
-    """Cells that the model made; adds total_counts and n_genes to obs.
+    """Return cells that the model made as AnnData; adds total_counts and n_genes to obs.
 
     Args:
-        about: For uns["scldm"]: how they were made.
-        genes: Ids of the genes that are kept; None: all.
+        about: Provenance, for uns["scldm"].
+        genes: Ids of the genes to keep; None: all.
     """
     var = genes_table(vae.vocabulary, genes)
     x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.int32), *counts], format="csr")
@@ -64,7 +65,7 @@ def made_cells(
 
 
 def joined(parts: Sequence[np.ndarray], latent_shape: tuple[int, int]) -> np.ndarray:
-    """(b, m * e) float32, of no cells too."""
+    """Join latents of tiles to (b, m * e) float32, also of zero tiles."""
     return np.concatenate([np.zeros((0, latent_shape[0] * latent_shape[1]), np.float32), *parts])
 
 
@@ -73,7 +74,7 @@ def flat(z: Tensor) -> np.ndarray:
 
 
 def digests(folders: ModelFolders) -> dict[str, str]:
-    """Hashes of the models, as the batch jobs write them."""
+    """Return the hashes of the models, as the batch jobs record them."""
     found = {"vae": folder_digest(folders.vae)}
     return found if folders.flow is None else {**found, "flow": folder_digest(folders.flow)}
 

@@ -1,8 +1,8 @@
-"""Models of the paper and of upstream's repositories by name: sizes, and how they were trained as far as it is known.
+"""Named models of the paper and of upstream's repositories: sizes, and training as far as it is known.
 
-Sizes come from upstream's configuration files; those of the Census models, whose files were not published, from the
-widths and layers that their checkpoints show and from their names. What had to be inferred is listed with each preset.
-None sets `genes_seq_len`: a new model masks its pads, and a converted checkpoint brings its own.
+Sizes come from upstream's configuration files. The files of the Census models were not published; their sizes come from
+the checkpoints' widths and layers and from their names. Inferred settings are listed with each preset. None sets
+`genes_seq_len`: a new model masks its pads, and a converted checkpoint has its own.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Preset:
 
 
 class UnknownPresetError(InputError, ValueError):
-    """No preset of that name; the message says which are near."""
+    """No preset has that name; the message suggests similar ones."""
 
 
 def preset(name: str) -> Preset:
-    """The preset of a name; `preset_names()` lists them."""
+    """Return the preset of a name; `preset_names()` lists them."""
     if name not in _PRESETS:
         hint = did_you_mean(name, _PRESETS, quote="", n=3) or f"known: {', '.join(_PRESETS)}"
         raise UnknownPresetError(f"no preset {name!r}; {hint}")
@@ -82,7 +82,8 @@ _EMA = EMAConfig(decay=0.9999, every=10, start=10_000)
 
 
 def _upstream_vae(**sizes: object) -> VAEConfig:
-    """Upstream's transformer VAE: counts scale embeddings, one theta per gene, no bias of genes, frozen positions."""
+    """Return upstream's transformer VAE: counts scale embeddings, one theta per gene, no gene bias, frozen
+    positions."""
     common = {"input": "log1p", "head": "nb_shared", "gene_bias": False, "zero_positions": True}
     return VAEConfig.model_validate({**common, **sizes})
 
@@ -107,7 +108,7 @@ def _default(name: str) -> Preset:
 
 
 def _flow(latent_shape: tuple[int, int], n_classes: Mapping[str, int], parameters: float | None) -> FlowRecipe:
-    """Upstream's DiT: 256 wide, 8 blocks, 8 heads, as in the paper's Table 9."""
+    """Return upstream's DiT: 256 wide, 8 blocks, 8 heads, as in the paper's Table 9."""
     return FlowRecipe(
         _upstream_dit(), latent_shape, n_classes, parameters, _FLOW_OPTIMIZER, _EMA, batch_size=128, epochs=100
     )

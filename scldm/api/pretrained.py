@@ -1,11 +1,11 @@
-"""A folder that can be put on a hub as it is: `Model.save_pretrained`, `scldm export --to huggingface`.
+"""Write a folder for a model hub: `Model.save_pretrained`, `scldm export --to huggingface`.
 
     README.md            the model card
-    model_index.json     which parts there are
+    model_index.json     the list of parts
     vae/                 model.safetensors, config.json, vocabulary.json, library_size.json, README.md
-    flow/                the same; raw.safetensors beside the averaged weights
+    flow/                the same, and raw.safetensors, the weights before averaging
 
-The parts are copied, byte for byte: their digests, and so the cells that they make, are those of the originals.
+The parts are copied byte for byte, so their digests, and the cells that they generate, stay the same.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FILES = ("model.safetensors", "raw.safetensors", "config.json", "vocabulary.json
 
 
 def write_pretrained(model: DescribedModel, folder: Path, *, force: bool = False) -> Path:
-    """Write the parts, the index and the card; the folder.
+    """Write the parts, the index and the card; return the folder.
 
     Raises:
-        CheckpointError: the folder holds something else, or an earlier one and `force` is not given.
+        CheckpointError: The folder holds something else, or an earlier model and `force` is not set.
     """
     check_output(folder, force=force, is_earlier=lambda p: (p / INDEX).is_file())
     parts = {"vae": model.folders.vae} | ({} if model.folders.flow is None else {"flow": model.folders.flow})

@@ -1,7 +1,7 @@
-"""Generated cells beside real ones, in one call: the main scores of the evaluate stage with their floor.
+"""Compare generated with real cells in one call: the main scores of the evaluate stage, with their floor.
 
-The **floor** is real against real: no generator should be expected to be nearer. Real cells are dealt to three parts by
-seed: one fits the space and teaches the label classifier, one is what both sides are compared with, one is the floor.
+The **floor** is the score of real against real cells: no generator can be expected to do better. Real cells are divided
+into three parts by seed: one fits the space and trains the label classifier, one is the reference, one is the floor.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsClassifier
 
 from scldm.data.align import CellsError
-from scldm.metrics import expression
 from scldm.metrics.distribution import distances, two_sample
 from scldm.metrics.distribution.projection import RealSpace
+from scldm.metrics.genes import expression
 
 ABOUT = {  # which way is better, and what it is
     "w2": ("lower", "Wasserstein-2, exact"),
@@ -46,18 +46,18 @@ def score(
     n_pcs: int = 30,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How near generated cells are to real ones: a row a score, with `generated`, `floor`, `better`, `title`.
+    """Score generated cells against real ones. Returns one row per score: `generated`, `floor`, `better`, `title`.
 
     Args:
         generated: Counts in X, over the genes of var_names.
         real: Cells that the models were not trained on, with at least those genes, by var_names or `feature_id`.
         label: obs column of both; adds how well a kNN trained on real cells recovers it.
-        layer: Where the real counts are; None: X.
-        max_cells: Cells a side, drawn by seed.
-        n_pcs: Coordinates of the space, fewer for few cells or genes.
+        layer: Layer of the real counts; None: X.
+        max_cells: Cells on each side, drawn by seed.
+        n_pcs: Dimensions of the space; fewer for few cells or genes.
 
     Raises:
-        CellsError: too few cells, genes that the real cells lack, a label that one side lacks.
+        CellsError: Too few cells, genes that the real cells lack, or a label that one side lacks.
 
     >>> score(model.generate(n=60), real=adata).loc["w2", ["better", "title"]].tolist()
     ['lower', 'Wasserstein-2, exact']
@@ -82,7 +82,7 @@ def score(
 
 @dataclass(frozen=True)
 class _Side:
-    """Cells that take part in a comparison."""
+    """One side of a comparison."""
 
     counts: sp.csr_matrix  # (n, g)
     labels: np.ndarray | None  # (n,) class names
@@ -100,7 +100,7 @@ class _Side:
 
 
 def _scores(real: _Side, side: _Side, reference: _Side, space: RealSpace, *, seed: int) -> dict[str, float]:
-    """Scores of one side against held-out real cells; the classifier learns from the reference."""
+    """Score one side against held-out real cells; the classifier is trained on the reference."""
     x, y = space.project(real.counts), space.project(side.counts)
     m = min(len(x), len(y))  # two-sample scores want equal numbers
     manifolds = two_sample.manifold_metrics(x[:m], y[:m])

@@ -1,11 +1,11 @@
-"""Generated cells as one lazy object, however many shards they lie in.
+"""Generated cells as one lazy object over any number of shards.
 
     cells = scldm.open_cells("runs/demo/generate/1a2b3c4d5e6f")
     cells.obs                          # one table, from the index
-    b = cells.where(cell_type="B")     # AnnData in memory, of those cells only
+    b = cells.where(cell_type="B")     # AnnData in memory, only those cells
     for part in cells.batches(10_000): ...
 
-Rows are read when they are asked for, so memory is that of obs and of what is asked for.
+Rows are read on request: memory holds obs and the requested rows.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from scldm.cells.shards import CellsError, CellsManifest, Shard, read_cells_mani
 
 __all__ = ["Cells", "CellsError", "open_cells"]
 
-LARGE = 1_000_000  # cells that are not brought into memory without being asked twice
+LARGE = 1_000_000  # more cells are only read into memory if `max_cells` is raised
 CATEGORIES = b"scldm.categories"  # in the metadata of an index: column -> its categories, used or not
 INDEX_NAME, INDEX_SHARD, INDEX_ROW = "obs_name", "shard", "shard_row"
 
 
 def open_cells(folder: str | Path) -> Cells:
-    """Cells of a finished stage: generate, embed, reconstruct, perturb or log_likelihood.
+    """Open the cells of a finished stage: generate, embed, reconstruct, perturb or log_likelihood.
 
     Args:
-        folder: The stage's folder, which holds manifest.json. Only what the manifest lists is seen.
+        folder: The stage's folder, which holds manifest.json. Only files that the manifest lists are read.
 
     Raises:
-        CellsError: no finished stage of cells, or one of a newer version of this code.
+        CellsError: The folder holds no finished stage of cells, or one of a newer version of this code.
     """
     return Cells(read_cells_manifest(folder))
 
@@ -74,7 +74,7 @@ class Cells:
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        """One row per cell, with the categories of the model; read from the index where there is one."""
+        """Return one row per cell with the categories of the model; read from the index if there is one."""
         if self.manifest.index is not None:
             return self._checked(read_index(self.manifest.index), self.manifest.index)
         return self._checked(concat_obs([read_part(s, "obs") for s in self.shards]), self.folder)
@@ -85,16 +85,16 @@ class Cells:
 
     @cached_property
     def var(self) -> pd.DataFrame:
-        """Genes, the same in every shard."""
+        """Return the genes, which are the same in every shard."""
         return read_part(self.shards[0], "var") if self.shards else pd.DataFrame()
 
     @cached_property
     def uns(self) -> dict[str, Any]:
-        """What the cells were made from (`uns["scldm"]`), of the first shard."""
+        """Return the provenance (`uns["scldm"]`) of the first shard."""
         return read_part(self.shards[0], "uns") if self.shards else {}
 
     def __getitem__(self, key: Any) -> anndata.AnnData:
-        """Cells in memory, in the order asked for.
+        """Read cells into memory, in the given order.
 
         Args:
             key: A slice, a position, positions, a boolean mask (array or column of obs), or obs names.
@@ -116,7 +116,7 @@ class Cells:
         return joined[np.argsort(order, kind="stable")].copy()
 
     def rows(self, key: Any) -> np.ndarray:
-        """Positions of the cells that a key stands for, int64."""
+        """Return the positions of the cells of a key, int64."""
         if isinstance(key, slice):
             return np.arange(self.n_obs)[key]
         if isinstance(key, pd.Series) and key.dtype == bool:
@@ -135,11 +135,11 @@ class Cells:
         return np.where(values < 0, values + self.n_obs, values).astype(np.int64)
 
     def where(self, **conditions: Any) -> anndata.AnnData:
-        """Cells in memory whose obs columns have a value, or one of a list: `where(cell_type=["B", "NK"])`."""
+        """Read cells whose obs columns have a value, or one of a list: `where(cell_type=["B", "NK"])`."""
         return self[self.mask(**conditions)]
 
     def mask(self, **conditions: Any) -> np.ndarray:
-        """Which cells meet all conditions, bool (n,). An unknown column or class is a KeyError."""
+        """Return which cells meet all conditions, bool (n,). An unknown column or class is a KeyError."""
         chosen = np.ones(self.n_obs, bool)
         for column, wanted in conditions.items():
             if column not in self.obs:
@@ -156,13 +156,13 @@ class Cells:
         return chosen
 
     def batches(self, size: int = 10_000, key: Any = slice(None)) -> Iterator[anndata.AnnData]:
-        """The cells of a key, `size` at a time; memory is that of one batch."""
+        """Yield the cells of a key, `size` at a time; memory holds one batch."""
         rows = self.rows(key)
         for start in range(0, len(rows), size):
             yield self[rows[start : start + size]]
 
     def to_anndata(self, *, max_cells: int = LARGE) -> anndata.AnnData:
-        """All cells in memory; refused above `max_cells`."""
+        """Read all cells into memory; refused above `max_cells`."""
         if self.n_obs > max_cells:
             raise CellsError(
                 f"{self.n_obs:,} cells are more than max_cells ({max_cells:,}): take some (cells[rows], cells.where, "
@@ -192,7 +192,7 @@ class Cells:
 
 # ---- index -------------------------------------------------------------------------------------------------------
 def read_index(path: Path) -> pd.DataFrame:
-    """obs out of an index, as `write_index` of the pipeline left it."""
+    """Read obs from an index that the pipeline's `write_index` wrote."""
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:
@@ -206,7 +206,7 @@ def read_index(path: Path) -> pd.DataFrame:
 
 
 def concat_obs(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """obs of shards, one after the other; categories are joined, in the order of the shards."""
+    """Concatenate obs of shards; categories are united in the order of the shards."""
     if not frames:
         return pd.DataFrame()
     out = pd.concat(frames)

@@ -1,6 +1,6 @@
-"""What a finished stage says of its shards of cells, and rows out of one shard.
+"""Read the manifest of a finished stage of cells, and rows of one shard.
 
-The manifest alone is trusted: files that it does not list are not there, and a folder without one holds nothing yet.
+Only the manifest is trusted: files that it does not list are ignored, and a folder without one holds no result yet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCHEMA_VERSION = 2  # the newest contract of cells that this code reads
 
 
 class CellsError(InputError, ValueError):
-    """A folder or a shard that cannot be read; what is wrong, where, and how to mend it."""
+    """A folder or a shard cannot be read; the message says what is wrong, where, and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class CellsManifest:
 
 
 def read_cells_manifest(folder: Path | str) -> CellsManifest:
-    """The manifest of a stage folder, checked.
+    """Read and check the manifest of a stage folder.
 
     Raises:
-        CellsError: there is none, it is no manifest of cells, or it is of a newer version of this code.
+        CellsError: There is no manifest, it is not of cells, or it is of a newer version of this code.
     """
     folder = Path(folder).expanduser()
     path = folder / MANIFEST
@@ -116,7 +116,7 @@ def _is_record(record: Any) -> bool:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file that the manifest names; a manifest of a stranger could name any file of this machine."""
+    """Return a file that the manifest names; refuse one outside, which an untrusted manifest could name."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise CellsError(f"{folder / MANIFEST} names {name!r}, which is outside the folder; it is not ours")
@@ -125,20 +125,20 @@ def _inside(folder: Path, name: str) -> Path:
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 def read_part(shard: Shard, name: str) -> Any:
-    """An element of a shard: obs, var, uns.
+    """Read an element of a shard: obs, var or uns.
 
     Raises:
-        CellsError: the file is missing or cannot be read.
+        CellsError: The file is missing or cannot be read.
     """
     with _opened(shard) as f:
         return read_elem(f[name]) if name in f else None
 
 
 def read_rows(shard: Shard, rows: np.ndarray, obs: pd.DataFrame) -> anndata.AnnData:
-    """Cells of one shard in memory: X, layers and obsm of those rows only.
+    """Read cells of one shard into memory: X, layers and obsm of those rows only.
 
     Args:
-        rows: Positions in the shard, in any order, repeats allowed, (n,).
+        rows: Positions in the shard, in any order and with repeats, (n,).
         obs: Their obs, from the index.
     """
     unique, inverse = np.unique(rows, return_inverse=True)
@@ -153,7 +153,7 @@ def read_rows(shard: Shard, rows: np.ndarray, obs: pd.DataFrame) -> anndata.AnnD
 
 
 def _rows(element: Any, rows: np.ndarray) -> Any:
-    """Sorted unique rows of a CSR group or a dense dataset."""
+    """Read sorted unique rows of a CSR group or a dense dataset."""
     whole = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
     key = slice(int(rows[0]), int(rows[-1]) + 1) if whole else rows
     if isinstance(element, h5py.Group):

@@ -1,10 +1,10 @@
-"""Cells from noise: flow, decoder, draw. A cell is a function of (models, sampler, seed, request, cell id).
+"""Generate cells: flow, decoder, draw. A cell is a function of (models, sampler, seed, request, cell id).
 
-Noise, library size and counts of a cell come from counters of its own (`counter_random`). What is left is the
-networks' rounding, which depends on the shape of a batch. So the networks only ever see *tiles*: the cells whose ids
-share a quotient by the tile's size, always at the same place, whoever asks for whichever of them. Shards, batches,
-actors and retries then change nothing at all, to the last bit. The size of a tile follows from the models and the kind
-of device alone. Other processors, GPUs or numbers of threads round differently: see `docs` of the benchmark.
+Noise, library size and counts of a cell come from its own counters (`counter_random`). The networks' rounding depends
+on the shape of a batch, so the networks only see *tiles*: all cells whose ids have the same quotient by the tile size,
+each always at the same position. Shards, batches, actors and retries therefore change no bit of a cell. The size of a
+tile follows from the models and the kind of device alone. Other processors, GPUs or numbers of threads round
+differently.
 
 Shape letters: b cells, g genes, p genes that are written, m latent tokens, e latent width, r rows of the request.
 """
@@ -29,12 +29,12 @@ from scldm.nn.vae import CountDistribution
 
 LATENT, LIBRARY, COUNTS = 11, 12, 13  # streams of a cell's randomness
 CPU_TILE, GPU_TILE = 32, 1024  # cells
-GPU_DECODE_BYTES = 2**30  # that the fp32 outputs of the decoder of a tile may take
+GPU_DECODE_BYTES = 2**30  # bytes of the decoder's fp32 outputs for a tile
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What each row of a request asks for; cell ids count over the rows."""
+    """The numbers of each row of a request; cell ids count over the rows."""
 
     stops: np.ndarray  # (r,) int64: a row's cells have ids below its stop and not below the stop before
     conditions: Mapping[str, np.ndarray]  # label -> class ids (r,), the null id where none is asked for
@@ -47,7 +47,7 @@ class Recipe:
         return int(self.stops[-1]) if len(self.stops) else 0
 
     def rows(self, cell_ids: np.ndarray) -> np.ndarray:
-        """Row of each cell; ids past the end belong to the last one (they only fill a tile)."""
+        """Return the row of each cell; ids past the end belong to the last row (they only fill a tile)."""
         return np.minimum(np.searchsorted(self.stops, cell_ids, side="right"), len(self.stops) - 1)
 
 
@@ -61,7 +61,7 @@ class GeneratedCells:
 
 @dataclass(frozen=True)
 class DecodedTile:
-    """Some cells of a tile before the draw: dense, and short-lived."""
+    """Decoded cells of a tile before counts are drawn: dense and short-lived."""
 
     cell_ids: np.ndarray  # (b,)
     mu: np.ndarray  # (b, g) float32
@@ -71,10 +71,10 @@ class DecodedTile:
 
 
 def check_pair(vae: LoadedVAE, flow: LoadedFlow) -> None:
-    """A flow and a VAE that belong together.
+    """Check that a flow and a VAE belong together.
 
     Raises:
-        ValueError: their latents or vocabularies differ.
+        ValueError: Their latents or vocabularies differ.
     """
     own = (vae.vae.config.n_latent_tokens, vae.vae.config.latent_width)
     if own != (flow.n_latent_tokens, flow.latent_width):
@@ -89,7 +89,8 @@ def check_pair(vae: LoadedVAE, flow: LoadedFlow) -> None:
 
 
 def tile_cells(vae: LoadedVAE, device: torch.device) -> int:
-    """Cells of a tile: a power of two that depends on the model and the kind of device, never on free memory."""
+    """Return the cells of a tile: a power of two that depends on the model and the kind of device, not on free
+    memory."""
     if device.type == "cpu":
         return CPU_TILE
     outputs = 2 if vae.vae.config.head == "nb_cell" else 1
@@ -100,11 +101,11 @@ def tile_cells(vae: LoadedVAE, device: torch.device) -> int:
 
 
 class CellMaker:
-    """Both models, a recipe and a seed: makes any cells of a request.
+    """Generates any cells of a request from both models, a recipe and a seed.
 
     Args:
-        genes: Ids of the genes that are written, increasing; all if None. The softmax runs over all genes either way.
-        pool: Threads that share the draws.
+        genes: Ids of the genes to write, increasing; None: all. The softmax runs over all genes either way.
+        pool: Threads that draw counts.
     """
 
     def __init__(
@@ -125,12 +126,12 @@ class CellMaker:
         self.tile = tile_cells(vae, self.device)
 
     def cells(self, start: int, stop: int) -> Iterator[GeneratedCells]:
-        """Cells with ids start .. stop - 1, a tile or less at a time."""
+        """Yield the cells with ids start .. stop - 1, a tile or less at a time."""
         for decoded in self.decoded(start, stop):
             yield self.drawn(decoded)
 
     def decoded(self, start: int, stop: int) -> Iterator[DecodedTile]:
-        """The same before the draw: all that needs the networks."""
+        """Yield the same cells before counts are drawn: everything that needs the networks."""
         for first in range(start - start % self.tile, stop, self.tile):
             ids = np.arange(first, first + self.tile, dtype=np.int64)
             z = self.latents(ids)
@@ -138,7 +139,7 @@ class CellMaker:
 
     @torch.inference_mode()
     def latents(self, ids: np.ndarray) -> Tensor:
-        """Latents of a whole tile, (b, m, e)."""
+        """Sample the latents of a whole tile, (b, m, e)."""
         rows = self.recipe.rows(ids)
         shape = (self.flow.n_latent_tokens, self.flow.latent_width)
         noise = torch.from_numpy(normals(ids, shape[0] * shape[1], seed=self.seed, stream=LATENT)).unflatten(1, shape)
@@ -149,7 +150,7 @@ class CellMaker:
 
     @torch.inference_mode()
     def decode(self, ids: np.ndarray, z: Tensor, kept: slice) -> DecodedTile:
-        """Means and dispersions of a tile; the cells of `kept` come back."""
+        """Decode a tile to means and dispersions; returns the cells of `kept`."""
         size = self.library_sizes(ids)
         decoded = self.vae.vae.decode(z, torch.from_numpy(size).to(self.device))
         assert isinstance(decoded, CountDistribution)  # check_pair refuses a Gaussian head
@@ -162,14 +163,15 @@ class CellMaker:
         return DecodedTile(ids[kept], mu.float().numpy(), theta.numpy(), latents, size[kept])
 
     def drawn(self, tile: DecodedTile) -> GeneratedCells:
-        """Counts of decoded cells."""
+        """Draw the counts of decoded cells."""
         counts = draw_counts(
             tile.mu, tile.theta, tile.cell_ids, seed=self.seed, stream=COUNTS, genes=self.genes, pool=self.pool
         )
         return GeneratedCells(tile.cell_ids, counts, tile.latents, tile.library_size)
 
     def library_sizes(self, ids: np.ndarray) -> np.ndarray:
-        """Draws from the log-normal of each cell's row, rounded to whole counts, at least one: (b,) float32."""
+        """Draw library sizes from the log-normal of each cell's row, rounded to integers of at least one, (b,)
+        float32."""
         rows = self.recipe.rows(ids)
         z = normals(ids, 1, seed=self.seed, stream=LIBRARY)[:, 0].astype(np.float64)
         size = np.exp(self.recipe.log_mean[rows] + self.recipe.log_sd[rows] * z)

@@ -1,10 +1,10 @@
-"""Randomness by counter: a number is a function of (seed, stream, cell id, place) and of nothing else.
+"""Counter-based random numbers: a number is a function of (seed, stream, cell id, position) only.
 
-Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a counter of four words and a
-key of two into four random words. No state is kept, so cells may be made in any order, batch or process. The loops are
-compiled by numba, once per machine, and run without the interpreter's lock.
+Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a counter of four words and a
+key of two words to four random words. There is no state, so cells can be generated in any order, batch or process. The
+loops are compiled by numba once per machine and release the GIL.
 
-Counter: (place, cell id, its upper half, stream and a sub-stream). Key: the two halves of the seed.
+Counter: (position, cell id, its upper half, stream and sub-stream). Key: the two halves of the seed.
 
 Shape letters: b cells.
 """
@@ -26,7 +26,7 @@ TO_UNIT = 2.0**-32
 
 @numba.njit(cache=True, nogil=True)
 def philox(c0, c1, c2, c3, k0, k1):
-    """Four random words (as uint64, each < 2^32) of a counter and a key (uint64, each < 2^32)."""
+    """Return four random words of a counter and a key; all are uint64 < 2^32."""
     for _ in range(10):
         p0, p1 = M0 * c0, M1 * c2
         c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & MASK, (p0 >> SHIFT) ^ c3 ^ k1, p0 & MASK
@@ -36,7 +36,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @numba.njit(cache=True, nogil=True)
 def _normals(out, cells, k0, k1, stream):
-    """Fill out (b, n) by Box and Muller's method: four words make four normals."""
+    """Fill out (b, n) with normals by the Box-Muller method: four words give four normals."""
     n = out.shape[1]
     for row in range(out.shape[0]):
         low, high = cells[row] & MASK, cells[row] >> SHIFT
@@ -54,14 +54,14 @@ def _normals(out, cells, k0, k1, stream):
 
 
 def key_of(seed: int) -> tuple[np.uint64, np.uint64]:
-    """The two words of a seed, 0 <= seed < 2^64."""
+    """Return the two words of a seed, 0 <= seed < 2^64."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"a seed must lie in 0 .. 2^64 - 1; got {seed}")
     return np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
 
 
 def as_cells(cell_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Ids as uint64, (b,); they must be >= 0."""
+    """Return cell ids as uint64, (b,); they must be >= 0."""
     ids = np.asarray(cell_ids, dtype=np.int64)
     if ids.size and ids.min() < 0:
         raise ValueError(f"cell ids must be >= 0; got {int(ids.min())}")
@@ -69,7 +69,7 @@ def as_cells(cell_ids: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def normals(cell_ids: Sequence[int] | np.ndarray, n: int, *, seed: int, stream: int) -> np.ndarray:
-    """n standard normal numbers for each cell, (b, n) float32. Places 0 .. n - 1 do not depend on n."""
+    """Return n standard normal numbers for each cell, (b, n) float32. They do not depend on n."""
     out = np.empty((len(cell_ids), n), dtype=np.float32)
     _normals(out, as_cells(cell_ids), *key_of(seed), np.uint64(stream))
     return out

@@ -1,10 +1,10 @@
-"""Counts drawn from the negative binomial, sparse from the start, each from its own counter.
+"""Draw sparse counts from the negative binomial, each from its own counter.
 
-A count is a function of (seed, stream, cell id, gene id, mu, theta): which other genes or cells are drawn beside it
-does not matter. The distribution is exact, and most genes cost one comparison: with v uniform in [0, 1) the count is 0
-if and only if v >= P(X >= 1), and P(X >= 1) <= E[X] = mu, so that v >= mu settles it without a logarithm. 32 bits of v
-are drawn for four genes at once; the lower 32 only where v < mu. From there the distribution function is followed
-upwards (mu <= INVERT_TO), or a gamma rate and a Poisson are drawn (larger mu).
+A count is a function of (seed, stream, cell id, gene id, mu, theta) and does not depend on other genes or cells. The
+distribution is exact, and most genes cost one comparison: with v uniform in [0, 1) the count is 0 if and only if v >=
+P(X >= 1), and P(X >= 1) <= E[X] = mu, so v >= mu decides without a logarithm. 32 bits of v are drawn for four genes
+together; the lower 32 bits only if v < mu. Otherwise the distribution function is inverted by summation (mu <=
+INVERT_TO), or a gamma rate and a Poisson are drawn (larger mu).
 
 Shape letters: b cells, g genes, p genes that are drawn.
 """
@@ -29,7 +29,7 @@ MOST = float(2**31 - 1)
 
 @numba.njit(cache=True, nogil=True)
 def _uniforms(gene, low, high, stream, n, k0, k1):
-    """The n-th pair of uniforms in (0, 1) of a gene of a cell, of 53 bits."""
+    """Return the n-th pair of uniforms in (0, 1) of a gene of a cell, with 53 bits."""
     w0, w1, w2, w3 = philox(gene, low, high, stream + SEQUENCE + (np.uint64(n) << np.uint64(12)), k0, k1)
     a = ((w0 << np.uint64(21)) ^ (w1 >> np.uint64(11))) + 0.5
     b = ((w2 << np.uint64(21)) ^ (w3 >> np.uint64(11))) + 0.5
@@ -38,7 +38,7 @@ def _uniforms(gene, low, high, stream, n, k0, k1):
 
 @numba.njit(cache=True, nogil=True)
 def _inverted(v, mu, theta):
-    """The smallest k with P(X > k) <= v."""
+    """Return the smallest k with P(X > k) <= v."""
     log_zero = -theta * math.log1p(mu / theta)
     above = -math.expm1(log_zero)  # P(X > 0)
     p, k, ratio = math.exp(log_zero), 0, mu / (mu + theta)
@@ -51,7 +51,7 @@ def _inverted(v, mu, theta):
 
 @numba.njit(cache=True, nogil=True)
 def _gamma(shape, gene, low, high, stream, n, k0, k1):
-    """Gamma of unit scale (Marsaglia and Tsang 2000), and the next free n."""
+    """Draw a gamma variable of unit scale (Marsaglia and Tsang 2000); also returns the next free n."""
     boost, a = 1.0, shape
     if a < 1.0:
         u, _ = _uniforms(gene, low, high, stream, n, k0, k1)
@@ -71,7 +71,7 @@ def _gamma(shape, gene, low, high, stream, n, k0, k1):
 
 @numba.njit(cache=True, nogil=True)
 def _poisson(rate, gene, low, high, stream, n, k0, k1):
-    """Poisson: the distribution function followed up, or transformed rejection (Hörmann 1993, PTRS) from 10 on."""
+    """Draw a Poisson variable: by inversion, or from 10 on by transformed rejection (Hörmann 1993, PTRS)."""
     if rate < 10.0:
         u, _ = _uniforms(gene, low, high, stream, n, k0, k1)
         p, k = math.exp(-rate), 0.0
@@ -136,13 +136,13 @@ def draw_counts(
     genes: np.ndarray | None = None,
     pool: ThreadPoolExecutor | None = None,
 ) -> sp.csr_matrix:
-    """Counts of b cells, CSR int32, (b, p); column j is gene `genes[j]`.
+    """Draw the counts of b cells, CSR int32, (b, p); column j is gene `genes[j]`.
 
     Args:
         mu: Means, (b, g) float32, finite and >= 0.
         theta: Inverse dispersions, (g,) or (b, g), > 0.
-        cell_ids: What makes a cell's draws its own, (b,), >= 0.
-        genes: Ids of the genes that are drawn, increasing; all if None.
+        cell_ids: Ids that the cells' counters use, (b,), >= 0.
+        genes: Ids of the genes to draw, increasing; None: all.
         pool: Threads that share the cells; the result does not depend on them.
     """
     b, g = mu.shape

@@ -1,6 +1,6 @@
-"""What trained models make of real cells: reconstructions, cells under another condition, likelihoods.
+"""Apply trained models to real cells: reconstructions, cells under another condition, likelihoods.
 
-What is random of a cell is a function of (seed, stream, cell id), so that it does not matter beside which cells it is.
+The randomness of a cell is a function of (seed, stream, cell id) and does not depend on other cells.
 
 Shape letters: b cells, g genes, m latent tokens, e latent width.
 """
@@ -28,10 +28,10 @@ NOISE, COUNTS, PROBE = 21, 22, 23  # streams of a cell's randomness; generated c
 
 
 def draw_sparse(decoded: CountDistribution, cell_ids: Sequence[int], *, seed: int) -> sp.csr_matrix:
-    """Counts drawn from the decoder's negative binomial, (b, g) int32.
+    """Draw counts from the decoder's negative binomial, (b, g) int32.
 
     Raises:
-        FloatingPointError: means that are not finite, with the cells.
+        FloatingPointError: Means are not finite; the cells are named.
     """
     if not (finite := torch.isfinite(decoded.mu).all(1)).all():
         bad = np.asarray(cell_ids)[~finite.cpu().numpy()]
@@ -43,16 +43,16 @@ def draw_sparse(decoded: CountDistribution, cell_ids: Sequence[int], *, seed: in
 
 
 def fresh_noise(flow: LoadedFlow, cell_ids: Sequence[int], *, seed: int) -> Tensor:
-    """Noise of each cell, (b, m, e)."""
+    """Return new noise for each cell, (b, m, e)."""
     shape = (flow.n_latent_tokens, flow.latent_width)
     flat = normals(np.asarray(cell_ids), shape[0] * shape[1], seed=seed, stream=NOISE)
     return torch.from_numpy(flat).unflatten(1, shape)
 
 
 def to_noise(flow: LoadedFlow, z: Tensor, conditions: Mapping[str, Tensor], sampler: SamplerConfig) -> Tensor:
-    """The noise that latents z (b, m, e) come from: the flow run backwards, under the cells' conditions, unguided.
+    """Return the noise of latents z (b, m, e): integrate the flow backwards under the cells' conditions, unguided.
 
-    Guidance is left out because a guided flow has no noise of its own: it does not carry the noise to the data.
+    There is no guidance, because a guided flow does not map the noise distribution to the data.
     """
     plain = sampler.model_copy(update={"guidance": 1.0})
     backwards = time_grid(plain, flow.path)[::-1]
@@ -67,12 +67,13 @@ def under_condition(
     target: Mapping[str, Tensor],
     sampler: SamplerConfig,
 ) -> Tensor:
-    """Latents (b, m, e) of the cells of z under other conditions: to noise under their own, and back under the target.
+    """Return latents (b, m, e) of the cells of z under other conditions: to noise under their own, back under the
+    target.
 
     Args:
-        own: Label -> class ids (b,), the null id where a cell has none.
-        target: The same, as wanted.
-        sampler: Its guidance is of the way forwards.
+        own: Label -> class ids (b,), the null id if a cell has none.
+        target: The same for the target conditions.
+        sampler: Its guidance applies to the forward integration.
     """
     return sample_latents(flow.dit, to_noise(flow, z, own, sampler), target, sampler, flow.path)
 
@@ -87,10 +88,10 @@ def latent_log_prob(
     n_probes: int,
     seed: int,
 ) -> Tensor:
-    """Log-likelihood of latents under the flow in nats, (b,): the mean over probes of the divergence.
+    """Return the log-likelihood of latents under the flow in nats, (b,), averaged over probes of the divergence.
 
-    Latents are normalised per token, so they fill a surface and have no density of their own: compare cells and
-    models of one latent shape by it, and read no absolute meaning into it.
+    Latents are normalised per token, so they lie on a surface and have no density of their own. Use the values only to
+    compare cells and models with the same latent shape.
     """
     velocity = guided_velocity(flow.dit, conditions, scale=1.0, path=flow.path, one_time=True)
     times = time_grid(sampler, flow.path)[::-1]

@@ -1,4 +1,4 @@
-"""From a request in names to a recipe in numbers: what `CellMaker` takes, and the obs that goes with it.
+"""Turn a request in names into a recipe in numbers for `CellMaker`, and into the obs of the cells.
 
 Shape letters: b cells, r rows of the request.
 """
@@ -21,10 +21,10 @@ from scldm.generation.request_table import RequestError
 def recipe_of(
     request: Request, settings: Settings, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str
 ) -> Recipe:
-    """Class ids, guidance and library-size statistics of every row.
+    """Return class ids, guidance and library-size statistics of every row.
 
     Raises:
-        RequestError: guidance that differs between labels of a model that guides them jointly; library sizes from
+        RequestError: Guidance differs between labels of a model that guides them jointly; library sizes from
             statistics that the model has not got.
     """
     rows = request.rows
@@ -40,7 +40,7 @@ def recipe_of(
 
 
 def row_guidance(row: RequestRow, settings: Settings, labels: list[str]) -> dict[str, float]:
-    """Scale of every label in a row: the row's own for the label, else the row's for all, else that of the settings."""
+    """Return the scale of every label in a row: the row's for the label, else the row's for all, else the settings'."""
     default = settings.guidance
     return {
         label: row.guidance.get(
@@ -72,7 +72,7 @@ def _scales(
 
 
 def _library(row: RequestRow, settings: Settings, sizes: LibrarySizes) -> tuple[float, float]:
-    """Mean and deviation of the log of a row's library sizes."""
+    """Return mean and standard deviation of the log library sizes of a row."""
     fixed = row.library_size if row.library_size is not None else settings.library_size
     if not isinstance(fixed, str):
         return float(np.log(fixed)), 0.0

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm.metrics.cell_set import CellSet
-from scldm.metrics.expression import as_counts, library_sizes
+from scldm.metrics.genes.expression import as_counts, library_sizes
 
 ALL = ""  # key of the statistics of all cells
 MIN_COMBINATION = 20  # training cells

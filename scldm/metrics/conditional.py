@@ -20,7 +20,7 @@ import scipy.sparse as sp
 
 from scldm.metrics.cell_set import CLASSES, LABELS, CellSet, label_sets
 from scldm.metrics.distribution import distances
-from scldm.metrics.fold_change import log_fold_change, recovery, weighted_sum
+from scldm.metrics.genes.fold_change import log_fold_change, recovery, weighted_sum
 from scldm.metrics.score import Score
 from scldm.metrics.side import Side
 

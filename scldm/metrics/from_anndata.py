@@ -8,8 +8,8 @@ import numpy as np
 from anndata import AnnData
 
 from scldm.errors import InputError
-from scldm.metrics import expression
 from scldm.metrics.cell_set import CellSet
+from scldm.metrics.genes import expression
 
 
 class EvaluationError(InputError, ValueError):

@@ -11,9 +11,9 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse as sp
 
-from scldm.metrics import expression
 from scldm.metrics.cell_set import CellSet
-from scldm.metrics.expression import GeneMoments
+from scldm.metrics.genes import expression
+from scldm.metrics.genes.expression import GeneMoments
 from scldm.metrics.resampling import Halves
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from scldm.metrics import expression
-from scldm.metrics.expression import GeneMoments
+from scldm.metrics.genes import expression
+from scldm.metrics.genes.expression import GeneMoments
 from scldm.metrics.score import Score, checked
 
 

@@ -29,7 +29,7 @@ def test_every_number_has_a_unit():
 
 def test_a_setting_is_shown_with_type_default_unit_and_meaning():
     [row] = [line for line in reference().splitlines() if line.startswith("| `shard_size`") and "25000" in line][:1]
-    assert row == "| `shard_size` | an integer ≥ 1 and ≤ 250,000 | `25000` | cells | Cells of a file. |"
+    assert row == "| `shard_size` | an integer ≥ 1 and ≤ 250,000 | `25000` | cells | Cells per file. |"
 
 
 def test_the_schema_is_that_of_a_job(tmp_path):

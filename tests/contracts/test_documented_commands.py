@@ -76,13 +76,13 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 def made_by_init(tmp_path_factory):
     """A job as `scldm init screen.h5ad --label cell_type --label cytokine` writes it."""
     from pipeline.cli.init.defaults import choose
-    from pipeline.cli.init.inspect import Looked
+    from pipeline.cli.init.inspect import SourceSummary
     from pipeline.cli.init.labels import choose_labels
     from pipeline.cli.init.render import job_text
 
     profile = {"kind": "classes", "n_missing": 0, "n_classes": 3, "smallest": 50, "middle": 90, "largest": 100}
     columns = {name: {**profile, "same_as": None} for name in ("cell_type", "cytokine")}
-    looked = Looked("screen.h5ad", "h5ad", 1, 240, 2000, None, None, None, "raw counts", 999, columns)
+    looked = SourceSummary("screen.h5ad", "h5ad", 1, 240, 2000, None, None, None, "raw counts", 999, columns)
     labels = choose_labels(columns, 240, ["cell_type", "cytokine"])
     text = job_text(looked, labels, choose(looked, labels, gpus=0, cpus=2), name="mine", cells={}, command="",
                     source={"type": "h5ad", "path": "screen.h5ad"}, path=MADE_BY_INIT)  # fmt: skip

@@ -22,13 +22,15 @@ def doctor(
 ) -> None:
     """Check this machine: versions, GPUs, NCCL, disk, storage, MLflow, the Census, the token, clocks.
 
-    Each line is ok or says how to mend it; exit code 1 if not. Example: `scldm doctor jobs/census/train_vae.yaml`
+    Each line is ok or says how to fix the problem; exit code 1 if there is one.
+
+    Example: `scldm doctor jobs/census/train_vae.yaml`
     """
 
     with reported():
         loaded = load(job, overrides) if job is not None else None
-        from pipeline.cli.doctor.report import asked_by, examine, report
+        from pipeline.cli.doctor.report import examine, report, requirements_of
 
-        text, code = report(examine(asked_by(loaded)), as_json=as_json)
+        text, code = report(examine(requirements_of(loaded)), as_json=as_json)
         typer.echo(text)
         raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""One result of `scldm doctor`, and what a job asks of the machine."""
+"""One result of `scldm doctor`, and what a job requires of the machine."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ TIMEOUT = 5.0  # seconds
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
     check: str
     status: Literal["ok", "fail", "skip"]
-    says: str
-    mend: str = ""
+    message: str
+    fix: str = ""
+
+    def as_json(self) -> dict[str, str]:
+        """Return the finding as it stands in `scldm doctor --json`."""
+        return {"check": self.check, "status": self.status, "says": self.message, "mend": self.fix}
 
     def line(self) -> str:
+        """Return the finding as a line for the terminal."""
         mark = {"ok": "ok  ", "fail": "FAIL", "skip": "-   "}[self.status]
-        return f"{mark}  {self.check:<9} {self.says}" + (f"\n                mend: {self.mend}" if self.mend else "")
+        return f"{mark}  {self.check:<9} {self.message}" + (f"\n                fix: {self.fix}" if self.fix else "")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is looked at: of a job, or what a machine without one should have."""
+class Requirements:
+    """What the checks look for: the requirements of a job, or defaults if no job is given."""
 
     output: Path
     gpus: bool = False
-    census: bool = True  # without a job it is not known that it is not needed
+    census: bool = True  # checked if no job is given, because one may need it
     tracking: str | None = None
     storage: Any = None  # pipeline.config.resources.CheckpointStorage
-    address: str | None = None  # of the job server, if there is one to ask
+    address: str | None = None  # address of the job server, if one is configured

@@ -1,4 +1,7 @@
-"""Checks of `scldm doctor` that ask others: MLflow, the Census, the cluster's job server, and whose clock is wrong."""
+"""Checks of `scldm doctor` that contact servers: MLflow, the Census, the cluster's job server, clocks.
+
+None waits longer than TIMEOUT.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from pipeline.cli.doctor.finding import TIMEOUT, Asked, Finding
+from pipeline.cli.doctor.finding import TIMEOUT, Finding, Requirements
 from pipeline.cluster.submit import has_token
 
 CENSUS = "https://cellxgene-census-public-us-west-2.s3.us-west-2.amazonaws.com/cell-census/"
@@ -22,15 +25,15 @@ MOST_SKEW = 60.0  # seconds. S3 refuses signatures at 900; logs of several nodes
 
 @dataclass(frozen=True)
 class Answer:
-    """Of a server: its status code and clock, or why there is none."""
+    """The answer of a server: its status code and clock, or the reason why there is none."""
 
     code: int | None
     date: float | None = None
-    why: str = ""
+    reason: str = ""
 
 
 def ask(url: str, headers: dict[str, str] | None = None) -> Answer:
-    """GET, at most TIMEOUT; an error status is an answer too."""
+    """Send a GET request and wait at most TIMEOUT; an error status is an answer too."""
     request = urllib.request.Request(url, headers=headers or {})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
@@ -38,29 +41,31 @@ def ask(url: str, headers: dict[str, str] | None = None) -> Answer:
     except urllib.error.HTTPError as error:
         return Answer(error.code, _date(error.headers.get("Date")))
     except (OSError, ValueError) as error:
-        return Answer(None, why=str(getattr(error, "reason", error)))
+        return Answer(None, reason=str(getattr(error, "reason", error)))
 
 
 def _date(text: str | None) -> float | None:
     return parsedate_to_datetime(text).timestamp() if text else None
 
 
-def mlflow(asked: Asked) -> Finding:
-    if asked.tracking is None or asked.tracking.startswith("sqlite:///"):
-        path = Path((asked.tracking or "").removeprefix("sqlite:///") or asked.output / "mlflow.db")
+def mlflow(requirements: Requirements) -> Finding:
+    if requirements.tracking is None or requirements.tracking.startswith("sqlite:///"):
+        path = Path((requirements.tracking or "").removeprefix("sqlite:///") or requirements.output / "mlflow.db")
         return _mlflow_file(path)
-    if not asked.tracking.startswith("http"):
-        return Finding("mlflow", "skip", f"{asked.tracking} is neither a SQLite file nor a server: not looked at")
-    answer = ask(f"{asked.tracking.rstrip('/')}/health", _login())
+    if not requirements.tracking.startswith("http"):
+        return Finding(
+            "mlflow", "skip", f"{requirements.tracking} is neither a SQLite file nor a server: not looked at"
+        )
+    answer = ask(f"{requirements.tracking.rstrip('/')}/health", _login())
     if answer.code == 200:
-        return Finding("mlflow", "ok", f"{asked.tracking} answers")
-    mends = {
-        None: "start it (cluster/mlflow.sh, make ui), or unset tracking.uri: training needs neither, and sends later",
+        return Finding("mlflow", "ok", f"{requirements.tracking} answers")
+    fixes = {
+        None: "start it (cluster/mlflow.sh, make ui), or unset tracking.uri: training continues and sends later",
         401: "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         403: "start the server with --allowed-hosts naming this address, as cluster/mlflow.sh does",
     }
-    says = f"{asked.tracking}: {answer.why or f'status {answer.code}'}"
-    return Finding("mlflow", "fail", says, mends.get(answer.code, "its log says more"))
+    message = f"{requirements.tracking}: {answer.reason or f'status {answer.code}'}"
+    return Finding("mlflow", "fail", message, fixes.get(answer.code, "its log says more"))
 
 
 def _login() -> dict[str, str]:
@@ -81,52 +86,52 @@ def _mlflow_file(path: Path) -> Finding:
     return Finding("mlflow", "ok", f"{path}, {runs} runs")
 
 
-def census(asked: Asked) -> Finding:
-    if not asked.census:
+def census(requirements: Requirements) -> Finding:
+    if not requirements.census:
         return Finding("census", "skip", "the job does not read it")
     answer = ask(f"{CENSUS}?list-type=2&max-keys=1")
-    if answer.code in (200, 403):  # it answers; whether strangers may list is not ours to know
+    if answer.code in (200, 403):  # any answer will do: listing may be forbidden
         return Finding("census", "ok", "the bucket answers (us-west-2)")
-    mend = "a way out over https (NAT, proxy: HTTPS_PROXY); or another source. Only census jobs need it: name yours"
-    return Finding("census", "fail", f"the bucket does not answer: {answer.why or f'status {answer.code}'}", mend)
+    fix = "a way out over https (NAT, proxy: HTTPS_PROXY); or another source. Only census jobs need it: name yours"
+    return Finding("census", "fail", f"the bucket does not answer: {answer.reason or f'status {answer.code}'}", fix)
 
 
-def token(asked: Asked) -> Finding:
-    """Whether this machine's token is private, and the cluster's."""
+def token(requirements: Requirements) -> Finding:
+    """Check that this machine's token is private and is the cluster's."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not os.environ.get("RAY_AUTH_TOKEN") and path.is_file() and path.stat().st_mode & 0o077:
         return Finding("token", "fail", f"{path} is readable by others", f"chmod 600 {path}")
-    if asked.address is None:
-        says = "there is one" if has_token() else "none; scldm cluster start makes one"
-        return Finding("token", "ok", f"{says}; no RAY_API_SERVER_ADDRESS to try it on")
+    if requirements.address is None:
+        message = "there is one" if has_token() else "none; scldm cluster start makes one"
+        return Finding("token", "ok", f"{message}; no RAY_API_SERVER_ADDRESS to try it on")
     sent = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
-    url = f"{asked.address.rstrip('/')}/api/jobs/"
+    url = f"{requirements.address.rstrip('/')}/api/jobs/"
     bare = ask(url)
     if bare.code is None:
-        mend = "scldm cluster start, or ray attach cluster/aws.yaml --port-forward 8265"
-        return Finding("token", "fail", f"{asked.address}: {bare.why}", mend)
+        fix = "scldm cluster start, or ray attach cluster/aws.yaml --port-forward 8265"
+        return Finding("token", "fail", f"{requirements.address}: {bare.reason}", fix)
     if bare.code == 200:
-        mend = "start it with RAY_AUTH_MODE=token (cluster/env.sh, scldm cluster start)"
-        return Finding("token", "fail", f"{asked.address} takes jobs from anybody", mend)
+        fix = "start it with RAY_AUTH_MODE=token (cluster/env.sh, scldm cluster start)"
+        return Finding("token", "fail", f"{requirements.address} takes jobs from anybody", fix)
     if ask(url, {"Authorization": f"Bearer {sent}"}).code == 200:
-        return Finding("token", "ok", f"{asked.address} refuses strangers and takes ours")
+        return Finding("token", "ok", f"{requirements.address} refuses strangers and takes ours")
     return Finding(
-        "token", "fail", f"{asked.address} does not take our token", "copy the cluster's to ~/.ray/auth_token"
+        "token", "fail", f"{requirements.address} does not take our token", "copy the cluster's to ~/.ray/auth_token"
     )
 
 
-def clocks(asked: Asked) -> Finding:
-    """This clock beside those of the servers that answer."""
-    servers = {"the Census": CENSUS if asked.census else None, "the job server": asked.address}
-    if asked.tracking and asked.tracking.startswith("http"):
-        servers["MLflow"] = asked.tracking
+def clocks(requirements: Requirements) -> Finding:
+    """Compare this clock with those of the servers that answer."""
+    servers = {"the Census": CENSUS if requirements.census else None, "the job server": requirements.address}
+    if requirements.tracking and requirements.tracking.startswith("http"):
+        servers["MLflow"] = requirements.tracking
     skews = {}
     for name, url in servers.items():
         if url and (date := ask(url).date) is not None:
             skews[name] = time.time() - date
     if not skews:
         return Finding("clocks", "skip", "no server answers to compare with")
-    says = ", ".join(f"{skew:+.0f} s from {name}" for name, skew in skews.items())
+    message = ", ".join(f"{skew:+.0f} s from {name}" for name, skew in skews.items())
     if max(map(abs, skews.values())) > MOST_SKEW:
-        return Finding("clocks", "fail", says, "turn on time synchronisation: timedatectl set-ntp true")
-    return Finding("clocks", "ok", says)
+        return Finding("clocks", "fail", message, "turn on time synchronisation: timedatectl set-ntp true")
+    return Finding("clocks", "ok", message)

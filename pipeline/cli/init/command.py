@@ -1,4 +1,4 @@
-"""The command `scldm init`: looks at the user's cells, and writes a job file with the reason beside every choice."""
+"""The command `scldm init`: inspects the user's cells and writes a job file with the reason for every choice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.cli.common import reported
 from scldm.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.cli.init.inspect import Looked
+    from pipeline.cli.init.inspect import SourceSummary
 
 CENSUS = re.compile(r"census(?::(?P<version>[A-Za-z0-9._-]+))?(?:/(?P<organism>[a-z_]+))?")
 DEFAULT_CENSUS = "2025-01-30"
@@ -50,7 +50,7 @@ def init(
     memory_gib: Annotated[float, typer.Option(min=1, help="Most memory that reading may take.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Replace the job file that is there.")] = False,
 ) -> None:
-    """Look at your cells and write a commented job file for them; says what it chose and why.
+    """Inspect your cells and write a commented job file for them. Prints what it chose and why.
 
     Example: `scldm init cells.h5ad -o jobs/mine.yaml`
     """
@@ -61,37 +61,43 @@ def init(
         path = out or (Path("jobs") if Path("jobs").is_dir() else Path()) / f"{named}.yaml"
         _check(source, path, given, tissue, force)
         access = {**given, "obs": None if obs is None else str(obs), "anonymous": anonymous, "counts": counts}
-        looked = _census(source) or _look(source, access, memory_gib)
-        text, words = _make(looked, named, path, given | {"anonymous": anonymous}, label or [], tissue or [], gpus)
+        summary = _census(source) or _inspect(source, access, memory_gib)
+        text, words = _make(summary, named, path, given | {"anonymous": anonymous}, label or [], tissue or [], gpus)
         _write(path, text, force)
         typer.echo(words)
 
 
-def _make(looked: Looked, name: str, path: Path, given: dict[str, Any], asked: list[str], tissues: list[str],
-          gpus: int) -> tuple[str, str]:  # fmt: skip
-    """The job file, and what is said of it."""
+def _make(
+    summary: SourceSummary, name: str, path: Path, given: dict[str, Any], requested: list[str], tissues: list[str],
+    gpus: int,
+) -> tuple[str, str]:  # fmt: skip
+    """Return the text of the job file and the summary for the terminal."""
     from pipeline.cli.init.defaults import choose
     from pipeline.cli.init.labels import Labels, Verdict, choose_labels
     from pipeline.cli.init.render import job_text
-    from pipeline.cli.init.summary import story
+    from pipeline.cli.init.summary import summary_text
 
-    if looked.kind == "Census":
-        taken = tuple(asked) or ("cell_type", *(["tissue_general"] if len(tissues) > 1 else []))
+    if summary.kind == "Census":
+        taken = tuple(requested) or ("cell_type", *(["tissue_general"] if len(tissues) > 1 else []))
         labels = Labels(taken, tuple(Verdict(c, True, "a column of every Census release") for c in taken), 0)
     else:
-        labels = choose_labels(looked.columns, looked.n_cells, asked)
-    choices = choose(looked, labels, gpus=gpus, cpus=os.cpu_count() or 1)
-    cells: dict[str, Any] = {} if looked.kind != "Census" else {"is_primary_data": True}
+        labels = choose_labels(summary.columns, summary.n_cells, requested)
+    choices = choose(summary, labels, gpus=gpus, cpus=os.cpu_count() or 1)
+    cells: dict[str, Any] = {} if summary.kind != "Census" else {"is_primary_data": True}
     cells |= {"tissue": tissues} if tissues else {}
-    text = job_text(looked, labels, choices, name=name, source=_source(looked, given), cells=cells,
-                    command=_command(looked.uri, path, gpus, asked, tissues), path=str(path))  # fmt: skip
+    text = job_text(summary, labels, choices, name=name, source=_source(summary, given), cells=cells,
+                    command=_command(summary.uri, path, gpus, requested, tissues), path=str(path))  # fmt: skip
     _validated(text, path)
-    return text, story(looked, labels, choices, path)
+    return text, summary_text(summary, labels, choices, path)
 
 
-def _look(source: str, access: dict[str, Any], memory_gib: float) -> Looked:
-    """What a child process finds; a source that cannot be used is bad input."""
-    from pipeline.cli.init.inspect import CHILD, Looked
+def _inspect(source: str, access: dict[str, Any], memory_gib: float) -> SourceSummary:
+    """Inspect the source in a child process.
+
+    Raises:
+        InputError: The source cannot be used.
+    """
+    from pipeline.cli.init.inspect import CHILD, SourceSummary
     from pipeline.data.inspection.sandbox import ask
     from scldm.text import shown
 
@@ -99,36 +105,38 @@ def _look(source: str, access: dict[str, Any], memory_gib: float) -> Looked:
     found = ask({"uri": source, **access}, memory_gib, CHILD)
     if "errors" in found:
         raise InputError("\n".join([f"{shown(source, 200)} cannot be used:", *(f"  {e}" for e in found["errors"])]))
-    return Looked(**{**found, "other_places": tuple(found["other_places"]), "warnings": tuple(found["warnings"])})
+    return SourceSummary(
+        **{**found, "other_places": tuple(found["other_places"]), "warnings": tuple(found["warnings"])}
+    )
 
 
-def _census(source: str) -> Looked | None:
+def _census(source: str) -> SourceSummary | None:
     from pipeline.cli.init.defaults import CENSUS_GENES
-    from pipeline.cli.init.inspect import Looked
+    from pipeline.cli.init.inspect import SourceSummary
 
     if CENSUS.fullmatch(source) is None or Path(source).exists():
         return None
-    return Looked(source, "Census", 1, 0, CENSUS_GENES, None, None, None, None, None)
+    return SourceSummary(source, "Census", 1, 0, CENSUS_GENES, None, None, None, None, None)
 
 
-def _source(looked: Looked, given: dict[str, Any]) -> dict[str, Any]:
-    """ingest.source; local paths are absolute, so that the job runs from any folder."""
+def _source(summary: SourceSummary, given: dict[str, Any]) -> dict[str, Any]:
+    """Return ingest.source; local paths are absolute, so that the job runs from any folder."""
     from scldm.text import shown
 
-    uri = looked.uri if "://" in looked.uri else str(Path(looked.uri).expanduser().absolute())
-    if looked.kind == "Census":
-        match = CENSUS.fullmatch(looked.uri)
+    uri = summary.uri if "://" in summary.uri else str(Path(summary.uri).expanduser().absolute())
+    if summary.kind == "Census":
+        match = CENSUS.fullmatch(summary.uri)
         assert match is not None  # `_census` made it of such a text
         version, organism = match["version"] or DEFAULT_CENSUS, match["organism"] or "homo_sapiens"
         return {"type": "census", "version": version, "organism": organism}
-    if looked.kind == "SOMA":
-        more = {"layer": looked.layer, "region": given["region"], "anonymous": given["anonymous"] or None}
+    if summary.kind == "SOMA":
+        more = {"layer": summary.layer, "region": given["region"], "anonymous": given["anonymous"] or None}
         found: dict[str, Any] = {"type": "soma", "uri": uri, **more}
-    elif looked.kind == "10x":
+    elif summary.kind == "10x":
         table = given["obs"] and str(Path(given["obs"]).expanduser().absolute())
         found = {"type": "10x", "path": uri, "genome": given["genome"], "obs": table}
     else:
-        names = {"layer": looked.layer, "gene_id": looked.gene_id, "gene_name": looked.gene_name}
+        names = {"layer": summary.layer, "gene_id": summary.gene_id, "gene_name": summary.gene_name}
         found = {"type": "h5ad", "path": uri, **names}
     if uri != shown(uri, 10**6):
         raise InputError(f"{shown(uri, 200)}: the path holds characters that cannot be printed; rename the file")
@@ -137,7 +145,7 @@ def _source(looked: Looked, given: dict[str, Any]) -> dict[str, Any]:
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 def _check(source: str, path: Path, given: dict[str, Any], tissue: list[str] | None, force: bool) -> None:
-    """What needs no look at the cells; all at once."""
+    """Check what can be checked without the cells; all problems at once."""
 
     problems = []
     census = CENSUS.fullmatch(source) is not None and not Path(source).exists()
@@ -154,7 +162,7 @@ def _check(source: str, path: Path, given: dict[str, Any], tissue: list[str] | N
 
 
 def _validated(text: str, path: Path) -> None:
-    """A job that `scldm validate` refuses is a fault of ours, or a name that no job may hold: nothing is written."""
+    """Validate the new job before it is written. An invalid one is our bug, or holds a name that is not allowed."""
     from pipeline.config.io.loader import RawJob, validate
     from pipeline.config.io.yaml import read_document
     from pipeline.workflow.preflight import check_settings
@@ -164,13 +172,13 @@ def _validated(text: str, path: Path) -> None:
 
 
 def _write(path: Path, text: str, force: bool) -> None:
-    """Whole, or not at all; a file that came meanwhile is not replaced."""
+    """Write the file atomically; a file that appeared in the meantime is not replaced."""
 
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not force:
-            path.touch(exist_ok=False)  # whoever comes between the check and here keeps the name
+            path.touch(exist_ok=False)  # fails if the file was created after the check
         tmp.write_text(text)
         tmp.chmod(0o755)
         tmp.replace(path)
@@ -186,7 +194,7 @@ def _write(path: Path, text: str, force: bool) -> None:
 
 # ---- words -------------------------------------------------------------------------------------------------------
 def _name(source: str) -> str:
-    """A name for the pipeline, of the letters that one may have."""
+    """Return a valid name for the pipeline."""
     last = [p for p in re.split(r"[/\\]", source.partition("*")[0]) if p] or ["cells"]
     if last[-1] in ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices") and len(last) > 1:
         last = [p for p in last if p not in ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices")] or last
@@ -194,7 +202,7 @@ def _name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "cells"
 
 
-def _command(uri: str, path: Path, gpus: int, asked: list[str], tissues: list[str]) -> str:
+def _command(uri: str, path: Path, gpus: int, requested: list[str], tissues: list[str]) -> str:
     words = ["scldm", "init", uri, "-o", str(path)]
-    words += [w for x in asked for w in ("--label", x)] + [w for x in tissues for w in ("--tissue", x)]
+    words += [w for x in requested for w in ("--label", x)] + [w for x in tissues for w in ("--tissue", x)]
     return shlex.join(words + (["--gpus", str(gpus)] if gpus else []))

@@ -1,7 +1,7 @@
-"""What `scldm init` chooses for a source, with reasons: split, sizes, batches, steps. Pure functions of numbers.
+"""Defaults that `scldm init` chooses for a source, with reasons: split, sizes, batches, steps. Pure functions.
 
 The sizes are those of this repository's own jobs: of `jobs/demo_h5ad.yaml` on CPUs, of the paper's Dentate Gyrus and
-Census models (`scldm presets`) on GPUs. They are where to begin, not the best for the data.
+Census models (`scldm presets`) on GPUs. They are starting points, not the best for the data.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cli.init.inspect import Looked
+from pipeline.cli.init.inspect import SourceSummary
 from pipeline.cli.init.labels import Labels, donor_column
 from scldm.text import shown
 
-MANY_DONORS = 20  # below it a hash of donors may leave a split without any
+MANY_DONORS = 20  # with fewer, a hash of donors may leave a split empty
 MANY_GENES = 4096
-CENSUS_GENES = 60_000  # about; not looked at
+CENSUS_GENES = 60_000  # approximate; not read from the Census
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A value and its reason."""
+    """A chosen value with its reason."""
 
     value: Any
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Everything of a job that depends on the data or the machine."""
+    """All settings of a job that depend on the data or the machine."""
 
     gpus: int
     workers: int
@@ -48,20 +48,20 @@ class Choices:
     shard_size: int
 
 
-def choose(looked: Looked, labels: Labels, *, gpus: int, cpus: int) -> Choices:
-    """Choices for a source.
+def choose(summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int) -> Choices:
+    """Choose the settings of a job for a source.
 
     Args:
         gpus: Training workers with a GPU each; 0 trains on CPUs.
         cpus: Cores of the machine that trains, where there is no GPU.
     """
     columns, names = _names(labels)
-    split = _split(looked, columns)
+    split = _split(summary, columns)
     share = 1 - split.value.get("validation", 0.1) - split.value.get("test", 0.1)
-    n_train = round((looked.n_cells - labels.drops) * share)
+    n_train = round((summary.n_cells - labels.drops) * share)
     workers = gpus or min(2, max(1, cpus))
     steps = _gpu_steps if gpus else _cpu_steps
-    vae_train, flow_train = steps(n_train, workers, flow=False, looked=looked), steps(n_train, workers, flow=True)
+    vae_train, flow_train = steps(n_train, workers, flow=False, summary=summary), steps(n_train, workers, flow=True)
     return Choices(
         gpus=gpus,
         workers=workers,
@@ -69,19 +69,19 @@ def choose(looked: Looked, labels: Labels, *, gpus: int, cpus: int) -> Choices:
         labels=names,
         missing_label="drop" if labels.drops else "error",
         split=split,
-        min_cells=_min_cells(looked),
-        vae=_vae(looked, gpus),
-        genes_per_step=_genes_per_step(looked, gpus),
+        min_cells=_min_cells(summary),
+        vae=_vae(summary, gpus),
+        genes_per_step=_genes_per_step(summary, gpus),
         vae_train=vae_train,
-        flow=_flow(looked, gpus),
+        flow=_flow(summary, gpus),
         flow_train=flow_train,
-        n_generated=_n_generated(looked, gpus),
+        n_generated=_n_generated(summary, gpus),
         shard_size=25_000 if gpus else 250,
     )
 
 
 def _names(labels: Labels) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Names that stand in filters and overrides without quotes, and what they are called in the file."""
+    """Map the columns to names that need no quotes in filters and overrides."""
     columns: dict[str, str] = {}
     names = []
     for column in labels.columns:
@@ -94,68 +94,70 @@ def _names(labels: Labels) -> tuple[dict[str, str], tuple[str, ...]]:
     return columns, tuple(names)
 
 
-def _split(looked: Looked, columns: dict[str, str]) -> Chosen:
-    """Held-out cells; adds donor_id to `columns` where whole donors are held out."""
-    if looked.kind == "Census":
+def _split(summary: SourceSummary, columns: dict[str, str]) -> Chosen:
+    """Choose the held-out cells; adds donor_id to `columns` if whole donors are held out."""
+    if summary.kind == "Census":
         return Chosen({"by": "tile", "validation": 0.02, "test": 0.02}, "whole storage tiles: they read at full speed")
-    share = 0.1 if looked.n_cells < 1_000_000 else 0.02
+    share = 0.1 if summary.n_cells < 1_000_000 else 0.02
     shares = {"validation": share, "test": share}
     held = f"{share:.0%} of the cells to validate on and {share:.0%} to test on"
-    donors = donor_column(looked.columns)
-    n = looked.columns[donors]["n_classes"] if donors is not None else 0
-    if donors is not None and n >= MANY_DONORS and not looked.columns[donors]["n_missing"] and looked.kind != "SOMA":
+    donors = donor_column(summary.columns)
+    n = summary.columns[donors]["n_classes"] if donors is not None else 0
+    if donors is not None and n >= MANY_DONORS and not summary.columns[donors]["n_missing"] and summary.kind != "SOMA":
         if donors != "donor_id":
             columns["donor_id"] = donors
         return Chosen(
             {"by": "donor_id", **shares}, f"{held}, whole donors ({n} in {shown(donors)}): scores mean new ones"
         )
-    why = "no column of donors is known" if donors is None else f"{n} donors ({shown(donors)}) are too few to hold out"
-    return Chosen({"by": "cell", **shares}, f"{held}; by cell, because {why}")
+    reason = (
+        "no column of donors is known" if donors is None else f"{n} donors ({shown(donors)}) are too few to hold out"
+    )
+    return Chosen({"by": "cell", **shares}, f"{held}; by cell, because {reason}")
 
 
-def _min_cells(looked: Looked) -> Chosen:
-    if looked.kind == "Census" or looked.n_cells < 200:
+def _min_cells(summary: SourceSummary) -> Chosen:
+    if summary.kind == "Census" or summary.n_cells < 200:
         return Chosen(0, "every gene of the source")
     return Chosen(3, "a gene that fewer training cells express cannot be learned; 0 keeps every gene")
 
 
-def _vae(looked: Looked, gpus: int) -> Chosen:
+def _vae(summary: SourceSummary, gpus: int) -> Chosen:
     small = {"d_model": 32, "n_layers": 2, "n_latent_tokens": 16, "latent_width": 16}
     if not gpus:
-        return Chosen(small, f"{looked.n_genes:,} genes on CPUs: the small model of jobs/demo_h5ad.yaml")
-    if looked.kind == "Census" or looked.n_cells >= 1_000_000:
+        return Chosen(small, f"{summary.n_genes:,} genes on CPUs: the small model of jobs/demo_h5ad.yaml")
+    if summary.kind == "Census" or summary.n_cells >= 1_000_000:
         large = {"d_model": 512, "n_layers": 8, "n_heads": 8, "n_latent_tokens": 256, "latent_width": 16}
         return Chosen(large, "a million cells or more: the sizes of preset census_70m")
-    if looked.n_cells >= 100_000:
+    if summary.n_cells >= 100_000:
         middle = {"d_model": 256, "n_layers": 8, "n_heads": 8, "n_latent_tokens": 128, "latent_width": 16}
-        return Chosen(middle, f"{looked.n_cells:,} cells: between presets dentate_gyrus and census_70m")
+        return Chosen(middle, f"{summary.n_cells:,} cells: between presets dentate_gyrus and census_70m")
     paper = {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_latent_tokens": 128, "latent_width": 16}
-    return Chosen(paper, f"{looked.n_cells:,} cells: the sizes of preset dentate_gyrus (13,113 training cells)")
+    return Chosen(paper, f"{summary.n_cells:,} cells: the sizes of preset dentate_gyrus (13,113 training cells)")
 
 
-def _genes_per_step(looked: Looked, gpus: int) -> Chosen:
+def _genes_per_step(summary: SourceSummary, gpus: int) -> Chosen:
     most = 8192 if gpus else 1024
-    if looked.n_genes <= 2 * most:
-        return Chosen(None, f"all {looked.n_genes:,} genes are scored in every step")
-    return Chosen(most, f"of {looked.n_genes:,}: the decoder is the cost; validation scores all of them")
+    if summary.n_genes <= 2 * most:
+        return Chosen(None, f"all {summary.n_genes:,} genes are scored in every step")
+    return Chosen(most, f"of {summary.n_genes:,}: the decoder is the cost; validation scores all of them")
 
 
-def _flow(looked: Looked, gpus: int) -> Chosen:
+def _flow(summary: SourceSummary, gpus: int) -> Chosen:
     if not gpus:
         model = {"d_model": 96, "n_layers": 4, "n_heads": 4, "label_dropout": 0.1}
         return Chosen(model, "the small DiT of jobs/demo_h5ad.yaml")
-    if looked.kind == "Census" or looked.n_cells >= 1_000_000:
+    if summary.kind == "Census" or summary.n_cells >= 1_000_000:
         model = {"d_model": 512, "n_layers": 12, "n_heads": 8, "label_dropout": 0.1}
         return Chosen(model, "as jobs/census/train_flow.yaml")
     return Chosen({"d_model": 256, "n_layers": 8, "n_heads": 8, "label_dropout": 0.1}, "the DiT of the paper's Table 9")
 
 
-def _cpu_steps(n_train: int, workers: int, *, flow: bool, looked: Looked | None = None) -> Chosen:
-    """As in jobs/demo_h5ad.yaml; more steps for more cells, within what two cores do in minutes."""
+def _cpu_steps(n_train: int, workers: int, *, flow: bool, summary: SourceSummary | None = None) -> Chosen:
+    """Choose steps as in jobs/demo_h5ad.yaml: more for more cells, within minutes on two cores."""
     batch = 128 if flow else 64
-    few = max(200, 200 * n_train // batch) if n_train > 0 else 1200  # what a handful of cells can take
+    few = max(200, 200 * n_train // batch) if n_train > 0 else 1200  # limits for a very small data set
     steps = _hundreds(min(max(min(1200, few), 15 * n_train // batch), 3000))
-    many = looked is not None and looked.n_genes > MANY_GENES
+    many = summary is not None and summary.n_genes > MANY_GENES
     train = {
         "max_steps": steps,
         "feed": {"batch_size": batch, "micro_batch_size": batch // 2, "lanes": 4},
@@ -169,7 +171,7 @@ def _cpu_steps(n_train: int, workers: int, *, flow: bool, looked: Looked | None 
     return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
 
 
-def _gpu_steps(n_train: int, workers: int, *, flow: bool, looked: Looked | None = None) -> Chosen:
+def _gpu_steps(n_train: int, workers: int, *, flow: bool, summary: SourceSummary | None = None) -> Chosen:
     lanes = workers * math.ceil(4 / workers)
     batch = lanes * math.ceil((2048 if n_train >= 1_000_000 else 128) / lanes)
     steps = _hundreds(min(max(10_000, 100 * n_train // batch), 150_000))
@@ -188,9 +190,9 @@ def _gpu_steps(n_train: int, workers: int, *, flow: bool, looked: Looked | None 
     return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
 
 
-def _n_generated(looked: Looked, gpus: int) -> Chosen:
+def _n_generated(summary: SourceSummary, gpus: int) -> Chosen:
     most = 100_000 if gpus else 2000
-    n = most if looked.kind == "Census" else min(most, looked.n_cells)
+    n = most if summary.kind == "Census" else min(most, summary.n_cells)
     return Chosen(n, "in the composition of the training cells")
 
 
@@ -203,5 +205,5 @@ def _passes(seen: int, n_train: int) -> str:
 
 
 def _hundreds(steps: float) -> int:
-    """Rounded up to a multiple of four hundred, so that quarters are whole hundreds."""
+    """Round up to a multiple of 400, so that quarters are multiples of 100."""
     return 400 * math.ceil(steps / 400)

@@ -1,7 +1,7 @@
-"""What `scldm init` knows of a source before it chooses: looked at in a child process, as `scldm validate-data` does.
+"""Inspect a source for `scldm init`, in a child process as `scldm validate-data` does.
 
 Counts may be in X or elsewhere, and genes may be named by the index of var or by a column. The first place that holds
-counts throughout, and the first column of unique Ensembl ids, are taken.
+only counts and the first column of unique Ensembl ids are taken.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ NAMED_COUNTS = ("counts", "raw_counts", "umi", "umis", "raw")  # layers that are
 
 
 @dataclass(frozen=True)
-class Looked:
-    """A source, in numbers. Everything is plain data; names in it are a stranger's."""
+class SourceSummary:
+    """A summary of a source as plain data. Names in it are untrusted."""
 
     uri: str
     kind: str  # h5ad, 10x, SOMA
@@ -33,12 +33,12 @@ class Looked:
     values_are: str | None  # None: the counts were not read
     n_stored: int | None  # non-zeros, if they were read
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)  # of obs, as `obs_profile`
-    other_places: tuple[str, ...] = ()  # where else whole numbers are, as config text
+    other_places: tuple[str, ...] = ()  # other places with whole numbers, as setting text
     warnings: tuple[str, ...] = ()
 
 
-def look(question: Question) -> dict[str, Any]:
-    """Plain data of a `Looked`, or {"errors": [...]} if the source cannot be used."""
+def inspect_source(question: Question) -> dict[str, Any]:
+    """Return a `SourceSummary` as plain data, or {"errors": [...]} if the source cannot be used."""
     from dataclasses import replace
 
     from pipeline.data.inspection.examine import examine
@@ -53,18 +53,18 @@ def look(question: Question) -> dict[str, Any]:
         named = examine(replace(question, layer=layer, gene_id=gene_id, counts=False))
         if any(f.errors for f in named):
             gene_id = None
-        elif any(f.errors for f in found):  # of the index, which is then not asked
+        elif any(f.errors for f in found):  # of the index, which is then not used
             found = examine(replace(question, layer=layer, gene_id=gene_id))
         else:
             _speak_of_names(found, named)
     errors = [f"{_where(found, e)}{f.text()}" for e in found for f in e.errors]
     if errors:
         return {"errors": errors}
-    return asdict(_looked(question.uri, found, layer, gene_id))
+    return asdict(_summarise(question.uri, found, layer, gene_id))
 
 
 def _speak_of_names(found: list[Examined], named: list[Examined]) -> None:
-    """What is odd about gene ids is said of the column that was chosen, not of the index."""
+    """Report problems of gene ids for the chosen column and not for the index."""
     of_genes = lambda f: "gene ids" in f.what  # noqa: E731
     for one, other in zip(found, named, strict=True):
         kept = [f for f in one.findings if not of_genes(f)]
@@ -72,7 +72,7 @@ def _speak_of_names(found: list[Examined], named: list[Examined]) -> None:
 
 
 def _elsewhere(question: Question, found: list[Examined]) -> tuple[str | None, list[Examined]]:
-    """The first layer without errors, and what was found there; X, if there is none."""
+    """Return the first layer without errors and its findings; X if no layer is valid."""
     from dataclasses import replace
 
     from pipeline.data.inspection.examine import examine
@@ -90,7 +90,7 @@ def _preference(layer: str) -> tuple[int, str]:
 
 
 def _gene_id(found: list[Examined]) -> str | None:
-    """A var column of all files that names genes better than the index does."""
+    """Return a var column, present in all files, that holds better gene ids than the index."""
     profiles = [v for e in _files(found) if (v := e.facts.get("profile", {}).get("var"))]
     if not profiles or all(p["index_is_ensembl"] and p["index_is_unique"] for p in profiles):
         return None
@@ -101,7 +101,7 @@ def _gene_id(found: list[Examined]) -> str | None:
 
 
 def _gene_name(found: list[Examined], gene_id: str | None) -> str | None:
-    """The var column of symbols; None where the index holds them."""
+    """Return the var column of gene symbols; None if the index holds them."""
     profiles = [v for e in _files(found) if (v := e.facts.get("profile", {}).get("var"))]
     if not profiles or (gene_id is not None and not profiles[0]["index_is_ensembl"]):
         return None
@@ -110,13 +110,13 @@ def _gene_name(found: list[Examined], gene_id: str | None) -> str | None:
     return next((n for n in names if n in texts), None)
 
 
-def _looked(uri: str, found: list[Examined], layer: str | None, gene_id: str | None) -> Looked:
+def _summarise(uri: str, found: list[Examined], layer: str | None, gene_id: str | None) -> SourceSummary:
     files = _files(found)
     facts = [e.facts for e in files]
     counted = all("values are" in f for f in facts)
     warnings = dict.fromkeys(f"{_where(found, e)}{w.text()}" for e in found for w in e.findings if w.level == "warning")
     places = [p for p in facts[0].get("profile", {}).get("places", ()) if p != f"layer: {layer or 'null'}"]
-    return Looked(
+    return SourceSummary(
         uri=uri,
         kind=files[0].kind,
         n_files=len(files),
@@ -134,7 +134,7 @@ def _looked(uri: str, found: list[Examined], layer: str | None, gene_id: str | N
 
 
 def _columns(profiles: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Columns that all files have. Of several files classes are not compared: numbers are bounds."""
+    """Return the columns that all files have. Classes are not compared between files: numbers are bounds."""
     if len(profiles) == 1:
         return profiles[0]
     joined = {}
@@ -150,7 +150,7 @@ def _columns(profiles: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _files(found: list[Examined]) -> list[Examined]:
-    """Without the answer about all files together."""
+    """Return the results of single files, without the one about all files together."""
     return [e for e in found if e.kind in ("h5ad", "10x", "SOMA")] or found[:1]
 
 
@@ -166,8 +166,8 @@ def _in_all(lists: Iterable[list[str]]) -> list[str]:
 
 
 def child() -> None:
-    """The child process: a question from stdin, the answer to a file."""
+    """Run the child process: read a question from stdin, write the answer to a file."""
     from pipeline.data.inspection.examine import examine as examine  # before the limit on memory: libraries are mapped
     from pipeline.data.inspection.sandbox import serve
 
-    serve(look)
+    serve(inspect_source)

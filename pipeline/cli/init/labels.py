@@ -1,7 +1,7 @@
-"""Which obs columns `scldm init` takes as labels, and why not the others.
+"""Choose the obs columns that `scldm init` takes as labels, with a reason for each column that it does not take.
 
-A label is what generation is conditioned on: classes, each of them with cells enough to learn from. What a class costs
-is one embedding; what it needs is examples.
+Generation is conditioned on labels: columns of classes, each with enough cells to learn from. A class costs one
+embedding; it needs examples.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ RESERVED = ("raw_sum", "nnz")  # and soma_…: the reader leaves such columns ou
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a column."""
+    """The decision about one column."""
 
     column: str
     taken: bool
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -44,42 +44,42 @@ class Labels:
     drops: int  # cells at most that have no value of some label, and are left out
 
     @property
-    def why(self) -> dict[str, str]:
-        return {v.column: v.why for v in self.verdicts}
+    def reason(self) -> dict[str, str]:
+        return {v.column: v.reason for v in self.verdicts}
 
 
-def choose_labels(columns: Mapping[str, Mapping[str, Any]], n_cells: int, asked: Sequence[str] = ()) -> Labels:
-    """Labels among the columns of obs: those asked for, or at most one of cell types and one of treatments.
+def choose_labels(columns: Mapping[str, Mapping[str, Any]], n_cells: int, requested: Sequence[str] = ()) -> Labels:
+    """Choose labels among the columns of obs: those requested, or at most one of cell types and one of treatments.
 
     Args:
         columns: As `obs_profile`.
 
     Raises:
-        InputError: a label that was asked for is no column, or holds no classes; all of them at once.
+        InputError: A requested label is not a column, or holds no classes; all of them are named.
     """
-    if problems := [p for name in asked if (p := _asked_problem(name, columns)) is not None]:
+    if problems := [p for name in requested if (p := _request_problem(name, columns)) is not None]:
         raise InputError("\n".join(problems))
-    unfit = {c: why for c, p in columns.items() if (why := _unfit(c, p, n_cells)) is not None}
-    chosen = list(dict.fromkeys(asked)) or _best([c for c in columns if c not in unfit])
+    unfit = {c: reason for c, p in columns.items() if (reason := _unfit(c, p, n_cells)) is not None}
+    chosen = list(dict.fromkeys(requested)) or _best([c for c in columns if c not in unfit])
     verdicts = []
     for column, profile in columns.items():
         if column in chosen:
-            why = f"asked for: {_sizes(profile)}" if asked else _sizes(profile)
-            verdicts.append(Verdict(column, True, why))
+            reason = f"asked for: {_sizes(profile)}" if requested else _sizes(profile)
+            verdicts.append(Verdict(column, True, reason))
         else:
-            why = unfit.get(column) or f"{_sizes(profile)}: usable; --label {_quoted(column)} takes it"
-            verdicts.append(Verdict(column, False, why))
+            reason = unfit.get(column) or f"{_sizes(profile)}: usable; --label {_quoted(column)} takes it"
+            verdicts.append(Verdict(column, False, reason))
     return Labels(tuple(chosen), tuple(verdicts), sum(columns[c]["n_missing"] for c in chosen))
 
 
 def donor_column(columns: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The column that says whose cells they are."""
+    """Return the column of donors, or None."""
     named = {_plain(c): c for c in reversed(list(columns))}
     return next((named[d] for d in DONORS if d in named and columns[named[d]]["n_classes"] > 1), None)
 
 
 def _unfit(column: str, p: Mapping[str, Any], n_cells: int) -> str | None:
-    """Why a column is no label, unless it is asked for; None if it may be one."""
+    """Return why a column is not taken as a label unless requested; None if it may be one."""
     add = f"; --label {_quoted(column)} takes it all the same"
     if column.startswith("soma_") or column in RESERVED:
         return "SOMA uses this name, the reader leaves the column out"
@@ -101,13 +101,13 @@ def _unfit(column: str, p: Mapping[str, Any], n_cells: int) -> str | None:
 
 
 def _best(usable: Sequence[str]) -> list[str]:
-    """One column named like a cell type and one like a treatment; if there is neither, the first usable."""
+    """Return one column named like a cell type and one like a treatment; without either, the first usable one."""
     named = {_plain(c): c for c in reversed(usable)}
     kinds = [next((named[n] for n in names if n in named), None) for names in (TYPES, TREATED)]
     return [c for c in kinds if c is not None] or list(usable[:1])
 
 
-def _asked_problem(name: str, columns: Mapping[str, Mapping[str, Any]]) -> str | None:
+def _request_problem(name: str, columns: Mapping[str, Mapping[str, Any]]) -> str | None:
     if name not in columns:
         has = ", ".join(shown(c) for c in list(columns)[:20]) or "none"
         hint = did_you_mean(name, columns)
@@ -126,7 +126,7 @@ def _sizes(p: Mapping[str, Any]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Lower case, words joined by _; a column of ontology terms goes by the name of the column beside it."""
+    """Normalise a name: lower case, words joined by _; ontology columns get the name of the column they describe."""
     return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_").removesuffix("_ontology_term_id")
 
 

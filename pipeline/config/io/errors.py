@@ -1,7 +1,7 @@
-"""Validation errors for people: the dotted path as it stands in the file, what came, what is allowed, what was meant.
+"""Readable validation errors: the dotted path as in the file, what was given, what is allowed, what was probably meant.
 
-What is allowed is read from the models' own annotations, so that it cannot drift from what is enforced. pydantic's
-paths name the members of unions too; those are no keys of the file and are dropped here.
+What is allowed is read from the models' own annotations, so it cannot drift from what is enforced. pydantic's paths
+also name members of unions, which are not keys of the file; they are dropped here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Place = Callable[..., str]
 
 
 def explain(error: ValidationError, data: dict[str, Any], place: Place) -> list[str]:
-    """One line for each thing that is wrong, in the order of the file's paths.
+    """Return one line for each problem, in the order of the file's paths.
 
     Args:
-        error: What pydantic said.
+        error: pydantic's error.
         data: The input, to tell keys from union members.
         place: path -> "file:line"; takes whole_section for errors about several keys.
     """
@@ -40,7 +40,7 @@ def explain(error: ValidationError, data: dict[str, Any], place: Place) -> list[
             kind = "missing" if kind == "union_tag_not_found" else kind
         text = _message(kind, item, path, expected, model, data)
         where = place(path, whole_section=kind == "value_error")
-        # Both members of a union complain about one value; once is enough.
+        # Both members of a union may report the same value; once is enough.
         messages.setdefault(
             (path, "" if kind != "extra_forbidden" else kind), f"{where}: {dotted(path) or 'job'}: {text}"
         )
@@ -64,7 +64,7 @@ def _message(kind: str, item: Any, path: KeyPath, expected: str, model: Any, dat
 
 
 def locate(loc: tuple[Key, ...], data: Any) -> tuple[KeyPath, str, Any]:
-    """pydantic's location -> path in the file, what is allowed there, and the model that holds the last key."""
+    """Map pydantic's location to the path in the file, what is allowed there, and the model of the last key."""
     path: list[Key] = []
     holder: Any = None
     here: Any = job_model(data)
@@ -97,13 +97,13 @@ def _child(data: Any, part: Key) -> Any:
 
 # ---- models and annotations --------------------------------------------------------------------------------------
 def job_model(data: Any) -> type[BaseModel] | None:
-    """The model of this kind of job."""
+    """Return the model of this kind of job."""
     kind = data.get("kind") if isinstance(data, dict) else None
     return next((m for m in members_of(Job) if kind in get_args(m.model_fields["kind"].annotation)), None)
 
 
 def model_of(annotation: Any, data: Any) -> type[BaseModel] | None:
-    """The model that an annotation means here; of a union with a `type`, the one that the data names."""
+    """Return the model of an annotation; for a union with a `type`, the one that the data name."""
     models = [m for m in members_of(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
     if len(models) < 2:
         return models[0] if models else None
@@ -116,7 +116,7 @@ def _tag(annotation: Any, data: Any) -> Any:
 
 
 def annotation_of(field: FieldInfo) -> Any:
-    """A field's annotation with its constraints put back."""
+    """Return a field's annotation together with its constraints."""
     result: Any = field.annotation
     for extra in field.metadata:
         result = Annotated[result, extra]
@@ -124,7 +124,7 @@ def annotation_of(field: FieldInfo) -> Any:
 
 
 def members_of(annotation: Any) -> Iterator[Any]:
-    """Members of a union, without Annotated around it; the annotation itself if it is none."""
+    """Yield the members of a union, or the annotation itself."""
     if annotation is None:
         return
     if get_origin(annotation) is Annotated and get_origin(get_args(annotation)[0]) in (Union, types.UnionType):
@@ -137,7 +137,7 @@ def members_of(annotation: Any) -> Iterator[Any]:
 
 
 def _item(annotation: Any, container: type, index: int = -1) -> Any:
-    """Annotation of the values of a dict, list or tuple member."""
+    """Return the annotation of the items of a dict, list or tuple."""
     for member in members_of(annotation):
         if get_origin(member) is container:
             return get_args(member)[-1]
@@ -147,7 +147,7 @@ def _item(annotation: Any, container: type, index: int = -1) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """What an annotation allows, in words."""
+    """Describe what an annotation allows."""
     return " or ".join(dict.fromkeys(_describe_one(m) for m in members_of(annotation))) or "nothing"
 
 
@@ -183,7 +183,7 @@ def _each(what: str, annotation: Any) -> str:
 
 
 def _limited(noun: str, limits: list[Any]) -> str:
-    """A noun with its bounds: `a positive integer`, `a number ≥ 0 and < 1`."""
+    """Return a noun with its bounds: `a positive integer`, `a number ≥ 0 and < 1`."""
     bounds = []
     for limit in limits:
         if isinstance(limit, at.Gt) and limit.gt == 0:
@@ -200,7 +200,7 @@ def _limited(noun: str, limits: list[Any]) -> str:
 
 # ---- words -------------------------------------------------------------------------------------------------------
 def as_written(value: Any) -> str:
-    """A value as it would be written, cut short."""
+    """Return a value as it would be written in the file, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -219,7 +219,8 @@ def _tag_choices(item: Any) -> str:
 
 
 def _suggest(key: str, model: Any, job: Any) -> str:
-    """Close keys of this level; else the same key elsewhere in the job; else all keys of this level."""
+    """Suggest similar keys of this section, else the same key elsewhere in the job, else list the keys of this
+    section."""
     fields = list(model.model_fields) if model is not None else []
     if meant := _hint(key, fields):
         return meant
@@ -230,7 +231,7 @@ def _suggest(key: str, model: Any, job: Any) -> str:
 
 
 def all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted path that a model allows."""
+    """Yield every dotted path that a model allows."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for member in members_of(field.annotation):

@@ -1,7 +1,7 @@
-"""Job files in and out: YAML and `a.b=c` overrides to a validated Job, and back.
+"""Read job files: YAML and `a.b=c` overrides to a validated job, and back to YAML.
 
-All that is wrong is said at once, each error with its dotted path and the line it stands on; a value from the command
-line says so instead of a line. Nothing here imports torch, ray or mlflow: `scldm validate` is quick.
+All errors are reported together, each with its dotted path and its line, or `command line` for an override. Nothing
+here imports torch, ray or mlflow, so that `scldm validate` is quick.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _adapter: TypeAdapter[Any] = TypeAdapter(Job)
 
 @dataclass
 class RawJob:
-    """A job before validation, with what is needed to say where each value came from."""
+    """A job before validation, with the place where each value was written."""
 
     source: str
     data: dict[str, Any]
@@ -35,10 +35,10 @@ class RawJob:
     overridden: list[KeyPath] = field(default_factory=list)
 
     def place(self, path: KeyPath, *, whole_section: bool = False) -> str:
-        """Where a value was written: `file:line`, or the command line.
+        """Return where a value was written: `file:line`, or the command line.
 
         Args:
-            path: Path of the value; where it is absent, its nearest ancestor that was written.
+            path: Path of the value; if it is absent, its nearest ancestor in the file is used.
             whole_section: The error is about several keys under `path`, any of which may have been overridden.
         """
         for over in self.overridden:
@@ -51,14 +51,18 @@ class RawJob:
 
 
 def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> JobBase:
-    """Read, override and validate a job file. Raises InputError that holds every error."""
+    """Read a job file, apply overrides and validate it.
+
+    Raises:
+        InputError: The job is invalid; the message holds every error.
+    """
     raw = read_raw(Path(path))
     apply_overrides(raw, overrides)
     return validate(raw)
 
 
 def read_raw(path: Path) -> RawJob:
-    """The file as plain data with lines; nothing is validated yet but its form."""
+    """Read a job file as plain data with line numbers; only its YAML is checked."""
     where = str(path)
     if path.is_dir():
         raise InputError(f"{where} is a folder; a job is one YAML file, for example jobs/demo.yaml")
@@ -77,7 +81,7 @@ def read_raw(path: Path) -> RawJob:
 
 
 def apply_overrides(raw: RawJob, overrides: list[str] | tuple[str, ...]) -> None:
-    """Put `a.b=c` into the data. A value replaces the whole value that was there; the last one wins."""
+    """Apply `a.b=c` overrides. A value replaces the whole previous value; the last one wins."""
     problems = []
     for text in overrides:
         try:
@@ -109,7 +113,7 @@ def _apply_override(raw: RawJob, text: str) -> None:
 
 
 def validate(raw: RawJob) -> JobBase:
-    """Plain data to a Job. JSON mode is strict about types (no "12" for 12, no true for 1), lists are tuples."""
+    """Validate plain data as a job. JSON mode is strict about types (no "12" for 12, no true for 1)."""
     accept_old_names(raw.data, raw.place)
     try:
         return _adapter.validate_json(json.dumps(raw.data), strict=True)
@@ -118,23 +122,23 @@ def validate(raw: RawJob) -> JobBase:
 
 
 def _line(message: str) -> int:
-    """File order; the command line last."""
+    """Sort key: order in the file; errors of the command line last."""
     found = re.match(r".*?:(\d+): ", message)
     return int(found[1]) if found else MAX_BYTES
 
 
 def resolved_yaml(job: JobBase) -> str:
-    """The job with every default written out; loads back to an equal job."""
+    """Return a job as YAML with every default written out; it loads back to an equal job."""
     return yaml.dump(job.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a job file, for editors."""
+    """Return the JSON schema of a job file, for editors."""
     return _adapter.json_schema()
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes no anchors, and floats that YAML 1.2 reads back as floats."""
+    """A dumper without anchors, whose floats are floats in YAML 1.2 too."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,7 +1,7 @@
-"""The reference of all settings, made from the models that validate them: docs/configuration.md and a JSON schema.
+"""The reference of all settings, docs/configuration.md, made from the models that validate them.
 
-A setting's meaning is the text under it in its model. A section that occurs in several places is written once, at the
-first of them; the others point to it.
+The meaning of a setting is the text under it in its model. A section that occurs in several places is written once; the
+others refer to it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Unit 1 is a number without a unit. A default in *italics* is a section of its ow
 
 
 def reference() -> str:
-    """Markdown: the keys of every job, then of each stage."""
+    """Return the reference as Markdown: the keys of every job, then of each stage."""
     written: dict[type[BaseModel], str] = {}
     lines = [
         HEAD,
@@ -49,21 +49,21 @@ def reference() -> str:
 
 
 def numbers() -> Iterator[tuple[str, str]]:
-    """(dotted path, name) of every setting that may be a number."""
+    """Yield (dotted path, name) of every numeric setting."""
     for at, _, name, field in _settings():
         if any(_is_number(m) for m in members_of(annotation_of(field))):
             yield f"{at}.{name}", name
 
 
 def undescribed() -> Iterator[str]:
-    """Settings that say nothing of themselves: no text, and no section that has one."""
+    """Yield settings that have neither a text nor a section with one."""
     for at, model, name, field in _settings():
         if not _is_tag(name, field) and not _meaning(field):
             yield f"{at}.{name} ({model.__module__}.{model.__name__})"
 
 
 def _settings() -> Iterator[tuple[str, type[BaseModel], str, FieldInfo]]:
-    """(dotted path of the section, its model, name, field) of every setting; a model that stands twice, once."""
+    """Yield (dotted path of the section, its model, name, field) of every setting; each model once."""
     seen: set[type[BaseModel]] = set()
     todo: list[tuple[str, type[BaseModel]]] = [("job", JobBase), *STAGE_CONFIGS.items()]
     while todo:
@@ -78,7 +78,7 @@ def _settings() -> Iterator[tuple[str, type[BaseModel], str, FieldInfo]]:
 
 # ---- sections ----------------------------------------------------------------------------------------------------
 def _section(model: type[BaseModel], path: str, written: dict[type[BaseModel], str]) -> list[str]:
-    """A table of the keys of a model, and the sections below it that were not written yet."""
+    """Return a table of the keys of a model, and the sections below it that were not written yet."""
     written.setdefault(model, path)
     fields = {n: f for n, f in model.model_fields.items() if not _is_tag(n, f)}
     lines = ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
@@ -112,7 +112,7 @@ def _row(name: str, field: FieldInfo, written: dict[type[BaseModel], str], path:
 
 
 def _type(field: FieldInfo) -> str:
-    """Sections are named, not listed."""
+    """Return the type of a setting; sections are referred to by name."""
     plain = [m for m in members_of(annotation_of(field)) if not _is_model(m)]
     kinds = [get_args(m.model_fields["type"].annotation)[0] for m in _models(field) if "type" in m.model_fields]
     written = field.default.model_dump() if isinstance(field.default, BaseModel) else None
@@ -147,7 +147,7 @@ def _meaning(field: FieldInfo) -> str:
 
 
 def _about(model: type[BaseModel]) -> str:
-    """First paragraph of a model's own text."""
+    """Return the first paragraph of a model's docstring."""
     own = model.__dict__.get("__doc__") or ""
     return " ".join(inspect.cleandoc(own).split("\n\n")[0].split())
 
@@ -162,7 +162,7 @@ def _is_model(member: Any) -> bool:
 
 
 def _is_tag(name: str, field: FieldInfo) -> bool:
-    """The key that says which member of a union a section is; it stands in the heading."""
+    """Return whether a key selects the member of a union; it is shown in the heading."""
     return name == "type" and get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
 
 

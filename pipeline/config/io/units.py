@@ -1,6 +1,6 @@
-"""The unit of every number that a job may set, by the name of the setting; "1" is a number without a unit.
+"""The unit of every numeric setting, by its name; "1" is a number without a unit.
 
-A test asks that every number has an entry: who adds a setting says here what it counts.
+A test requires an entry for every numeric setting.
 """
 
 from __future__ import annotations

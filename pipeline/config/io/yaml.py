@@ -1,8 +1,8 @@
-"""YAML that remembers its lines: plain data out of a job file, and the line on which every key stands.
+"""A YAML reader that keeps line numbers: plain data, and the line of every key.
 
 Only data: no tags, no interpolation, no merge keys. Scalars follow YAML 1.2 (`no` is text, `2025-01-30` is text, `1e-3`
-is a number), because YAML 1.1's guesses turn cell types and Census versions into something else. Limits on size,
-depth and aliases keep a hostile file from costing more than its error message.
+is a number), because YAML 1.1 would turn cell types and Census versions into something else. Limits on size, depth and
+aliases protect against hostile files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Document:
 
 
 def read_document(text: str, where: str) -> Document:
-    """Parse one YAML document. Errors say `where:line: column`."""
+    """Parse one YAML document. Errors name `where:line: column`."""
     _check_shape(text, where)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -51,7 +51,7 @@ def read_document(text: str, where: str) -> Document:
 
 
 def decode(raw: bytes, where: str) -> str:
-    """Bytes of a file to text, or an error that says what to save differently."""
+    """Decode the bytes of a file; an error says how to save it instead."""
     if len(raw) > MAX_BYTES:
         raise InputError(
             f"{where}: larger than {MAX_BYTES:,} bytes. A job file is a page of YAML; is this the right file?"
@@ -70,7 +70,7 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def _check_shape(text: str, where: str) -> None:
-    """Depth and number of values, counted on events: before anything recursive, or in memory, sees the file."""
+    """Check depth and number of values on parser events, before anything recursive or in memory handles the file."""
     depth = nodes = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -105,7 +105,7 @@ def _at(where: str, mark: Any, message: str) -> InputError:
 
 
 class _Walker:
-    """Nodes to plain data. Aliases are followed, counted, and must not lead back to themselves."""
+    """Converts nodes to plain data. Aliases are followed and counted, and must not be recursive."""
 
     def __init__(self, where: str) -> None:
         self.where = where

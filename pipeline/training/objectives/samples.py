@@ -27,8 +27,8 @@ from scldm.metrics.cell_set import CellSet
 from scldm.metrics.compare import CompareSettings, Comparison
 from scldm.metrics.conditional import ConditionalSettings
 from scldm.metrics.distribution.projection import RealSpace
-from scldm.metrics.expression import as_counts, library_sizes
 from scldm.metrics.from_anndata import cell_set
+from scldm.metrics.genes.expression import as_counts, library_sizes
 from scldm.metrics.labels import labelled
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
-from scldm.metrics.expression import as_counts, chunks, gene_moments, log1p_cp10k
+from scldm.metrics.genes.expression import as_counts, chunks, gene_moments, log1p_cp10k
 
 GeneRule = Literal["variance", "seurat_v3"]
 MIN_CELLS = 3  # with the gene, for seurat_v3

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pipeline.cli.app import app
 from pipeline.cli.init.command import _make
 from pipeline.cli.init.defaults import choose
-from pipeline.cli.init.inspect import Looked, look
+from pipeline.cli.init.inspect import SourceSummary, inspect_source
 from pipeline.cli.init.labels import choose_labels, donor_column
 from pipeline.cli.init.render import job_text
 from pipeline.config.io.loader import load_job
@@ -44,8 +44,8 @@ def cells(obs=None, genes=None):
     return ad.AnnData(sp.csr_matrix(x), obs=obs, var=var)
 
 
-def labels_of(obs, *asked):
-    return choose_labels(obs_profile(obs), len(obs), asked)
+def labels_of(obs, *requested):
+    return choose_labels(obs_profile(obs), len(obs), requested)
 
 
 def init(*words):
@@ -83,7 +83,7 @@ def test_cell_types_and_treatments_are_labels_and_each_other_column_has_a_reason
         "soma_joinid": "SOMA uses this name",
     }
     for column, words in reasons.items():
-        assert words in found.why[column], (column, found.why[column])
+        assert words in found.reason[column], (column, found.reason[column])
     assert len(found.verdicts) == len(obs.columns)
 
 
@@ -109,16 +109,16 @@ def test_donors_are_held_out_whole_where_there_are_many():
     many = obs_profile(table(patient=[f"p{i % 24}" for i in range(N)]))
     few = obs_profile(table(patient=[f"p{i % 3}" for i in range(N)]))
     assert donor_column(many) == "patient"
-    chosen = choose(looked(many), choose_labels(many, N), gpus=0, cpus=2)
+    chosen = choose(summary(many), choose_labels(many, N), gpus=0, cpus=2)
     assert chosen.split.value["by"] == "donor_id"
     assert chosen.columns == {"donor_id": "patient"}
-    kept = choose(looked(few), choose_labels(few, N), gpus=0, cpus=2)
+    kept = choose(summary(few), choose_labels(few, N), gpus=0, cpus=2)
     assert kept.split.value["by"] == "cell"
-    assert "3 donors (patient) are too few" in kept.split.why
+    assert "3 donors (patient) are too few" in kept.split.reason
 
 
 # ---- jobs ----------------------------------------------------------------------------------------------------------
-def looked(columns, **other):
+def summary(columns, **other):
     plain = {
         "uri": "cells.h5ad",
         "kind": "h5ad",
@@ -129,14 +129,14 @@ def looked(columns, **other):
         "gene_id": None,
     }
     plain |= {"gene_name": None, "values_are": "raw counts", "n_stored": 900, "columns": columns}
-    return Looked(**plain | other)
+    return SourceSummary(**plain | other)
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 8, 16])
 @pytest.mark.parametrize(("n_cells", "n_genes"), [(N, 12), (2_638, 32_738), (150_000, 18_000), (30_000_000, 60_000)])
 def test_every_size_makes_a_job_that_validates(tmp_path, gpus, n_cells, n_genes):
     columns = obs_profile(table())
-    found = looked(columns, n_cells=n_cells, n_genes=n_genes)
+    found = summary(columns, n_cells=n_cells, n_genes=n_genes)
     labels = choose_labels(columns, N)
     choices = choose(found, labels, gpus=gpus, cpus=2)
     text = job_text(found, labels, choices, name="mine", source={"type": "h5ad", "path": "cells.h5ad"}, cells={},
@@ -153,7 +153,7 @@ def test_names_of_strangers_cannot_write_keys_into_the_job(tmp_path):
     obs["x: {a}\noutput: /etc # "] = ["p", "q"] * 120
     obs["\x1b[31mred"] = np.linspace(0, 1, N)
     columns = obs_profile(obs)
-    found, labels = looked(columns), choose_labels(columns, N, ["x: {a}\noutput: /etc # "])
+    found, labels = summary(columns), choose_labels(columns, N, ["x: {a}\noutput: /etc # "])
     choices = choose(found, labels, gpus=0, cpus=2)
     text = job_text(found, labels, choices, name="mine", source={"type": "h5ad", "path": "cells.h5ad"}, cells={},
                     command="scldm init 'a\nb'", path="a\nb")  # fmt: skip
@@ -167,7 +167,7 @@ def test_names_of_strangers_cannot_write_keys_into_the_job(tmp_path):
 
 # ---- looking -------------------------------------------------------------------------------------------------------
 def seen(path, **question):
-    return look(Question(str(path), **question))
+    return inspect_source(Question(str(path), **question))
 
 
 def test_counts_are_found_in_a_layer_and_genes_in_a_column(tmp_path):
@@ -288,7 +288,7 @@ def test_an_experiment_is_read_where_it_is(tmp_path):
     found = seen(tmp_path / "cells.soma")
     assert (found["kind"], found["n_cells"], found["n_genes"]) == ("SOMA", 70, 8)
     given = {"region": None, "anonymous": False}
-    text, words = _make(Looked(**found), "mine", tmp_path / "mine.yaml", given, [], [], 0)
+    text, words = _make(SourceSummary(**found), "mine", tmp_path / "mine.yaml", given, [], [], 0)
     (tmp_path / "mine.yaml").write_text(text)
     job = load_job(tmp_path / "mine.yaml")
     assert job.ingest.source.uri == str(tmp_path / "cells.soma")

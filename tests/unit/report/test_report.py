@@ -18,8 +18,8 @@ from pipeline.report.gallery import gallery
 from pipeline.report.html import MAX_BYTES, Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
 from pipeline.report.rows import MetricRow
-from scldm.metrics.expression import chunks
 from scldm.metrics.from_anndata import EvaluationError
+from scldm.metrics.genes.expression import chunks
 from scldm.metrics.score import Score
 from scldm.metrics.streaming import stream
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 from sklearn.metrics import r2_score
 
-from scldm.metrics import expression as ex
+from scldm.metrics.genes import expression as ex
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from sklearn.decomposition import PCA
 from scldm.metrics.baselines import LabelBaseline, Pools, halves, select_like, shuffled
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.distribution.projection import RealSpace, most_variable
-from scldm.metrics.expression import log1p_cp10k
-from scldm.metrics.reconstruction import correlations, reconstruction_scores, reconstruction_table, zero_accuracy
+from scldm.metrics.genes.expression import log1p_cp10k
+from scldm.metrics.genes.reconstruction import correlations, reconstruction_scores, reconstruction_table, zero_accuracy
 from scldm.metrics.resampling import Halves
 
 

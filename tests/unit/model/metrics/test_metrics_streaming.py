@@ -13,9 +13,9 @@ from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.report.streamed import stream_generated
 from pipeline.stages.evaluate import open_generated, read_generated
 from scldm.errors import InputError
-from scldm.metrics import expression as ex
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.from_anndata import EvaluationError
+from scldm.metrics.genes import expression as ex
 from scldm.metrics.streaming import composition_weights, stream, streamed_scores
 
 

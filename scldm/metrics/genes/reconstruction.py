@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import scipy.sparse as sp
 
-from scldm.metrics.expression import as_counts, log1p_cp10k
+from scldm.metrics.genes.expression import as_counts, log1p_cp10k
 from scldm.metrics.resampling import Halves
 from scldm.metrics.score import Score
 

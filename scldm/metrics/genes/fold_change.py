@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 
-from scldm.metrics.expression import as_counts, library_sizes
+from scldm.metrics.genes.expression import as_counts, library_sizes
 
 PSEUDO = 1.0  # counts per 10,000
 
