@@ -88,10 +88,12 @@ def run(job: JobFile, overrides: Overrides = None) -> None:
     """
     with reported():
         loaded = load(job, overrides)
-        from pipeline.workflow.runner import run_job
+        from pipeline.workflow.runner import output_lines, run_job
 
         _stop_on_sigterm()
         run_job(loaded, job, overrides or [])
+        for line in output_lines(loaded):
+            typer.echo(line)
 
 
 @app.command(rich_help_panel=JOBS)

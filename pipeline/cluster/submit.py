@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.logs import STOPPED
 from scldm.errors import InputError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -183,7 +184,7 @@ def stop(submission_id: str, address: str | None, *, seconds: float) -> str:
         info = wait_for_end(jobs, submission_id, seconds)
         if info.status.value not in FINAL:
             return f"{submission_id}: {info.status.value} after {seconds:.0f} s; the stop was requested: scldm status"
-        stopped = [line for line in jobs.get_job_logs(submission_id).splitlines() if "stopped as asked" in line]
+        stopped = [line for line in jobs.get_job_logs(submission_id).splitlines() if STOPPED in line]
         return "\n".join([f"{submission_id}: {info.status.value}; the same command continues", *stopped[-1:]])
 
 

@@ -1,4 +1,4 @@
-"""Train the flow-matching DiT on the latent cache; counts are touched only where the VAE is trained with it."""
+"""Trains the flow-matching DiT on the latent cache; counts are read only if the VAE is trained with it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 from pipeline.config.job import TrainFlowConfig
 from pipeline.core.manifest import StageContext
-from pipeline.stages.training_spec import worker_spec
+from pipeline.stages.training_spec import flow_spec
 from pipeline.training.trainer import fit
 
 
 def run(config: TrainFlowConfig, context: StageContext) -> dict[str, Any]:
-    """Facts: model (folder), steps, n_parameters, metrics, checkpoint."""
-    return fit(worker_spec("flow", config, context), config.train, context.resources, "train_flow")
+    """Train and return the facts: model (folder), steps, n_parameters, metrics, checkpoint."""
+    return fit(flow_spec(config, context), config.train, context.resources, "train_flow")

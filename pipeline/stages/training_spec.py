@@ -1,34 +1,40 @@
-"""What the workers of a training stage are told, as plain data."""
+"""Builds the specification that the workers of a training stage receive."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
 from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE
 from pipeline.core.manifest import StageContext
 from pipeline.stages.model_card import model_card
+from pipeline.training.tasks.spec import FlowWorkerSpec, VaeWorkerSpec
 
 
-def worker_spec(
-    kind: Literal["vae", "flow"], config: TrainVaeConfig | TrainFlowConfig, context: StageContext
-) -> dict[str, Any]:
-    """See `pipeline.training.worker.WorkerSpec`, which validates it on arrival."""
+def vae_spec(config: TrainVaeConfig, context: StageContext) -> VaeWorkerSpec:
+    """Build the specification of a worker of train_vae."""
+    card = model_card("vae", config, context.inputs)
+    return VaeWorkerSpec(config=config, card=card, **_common(context))
+
+
+def flow_spec(config: TrainFlowConfig, context: StageContext) -> FlowWorkerSpec:
+    """Build the specification of a worker of train_flow."""
+    card = model_card("flow", config, context.inputs)
+    return FlowWorkerSpec(config=config, card=card, **_common(context))
+
+
+def _common(context: StageContext) -> dict[str, Any]:
     return {
-        "kind": kind,
-        "config": config.model_dump(mode="json"),
-        "inputs": {k: asdict(m) for k, m in context.inputs.items()},
-        "folder": str(context.folder),
+        "inputs": dict(context.inputs),
+        "folder": context.folder,
         "version": context.folder.name,
         "seed": context.seed,
         "feed_engine": "ray",
         "tracker": context.tracker.spec(),
         "threads": threads_per_worker(context.resources),
-        "card": model_card(kind, config, context.inputs),
-        "storage": context.checkpoints.model_dump(mode="json"),
+        "storage": context.checkpoints,
         "run_name": "/".join(context.folder.parts[-3:]),
         "fault": os.environ.get(VARIABLE, ""),
     }

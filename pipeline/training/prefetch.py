@@ -1,7 +1,7 @@
-"""The next step is made ready while this one computes: Arrow tables become tensors in a thread, one step ahead.
+"""Prepares the next step while the current one computes: Arrow tables become tensors in a thread, one step ahead.
 
-On a GPU the thread pins them and copies them on a stream of its own, so that the copy hides behind the computation; the
-step then waits for an event, not for the host. The order of steps is the feed's; nothing here is random.
+On a GPU the thread pins them and copies them on a stream of its own, so that the copy overlaps with the computation;
+the step then waits for an event, not for the host. The order of steps is the feed's; nothing here is random.
 """
 
 from __future__ import annotations
@@ -10,49 +10,65 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
 
 import pyarrow as pa
 import torch
 
 from pipeline.data.loading.feed import FeedStep
-from pipeline.training.objectives.base import Slice, map_tensors
+from pipeline.training.objectives.base import Batch, MicroBatchIndex, map_tensors
 
-AHEAD = 1  # steps that wait, ready, on the device
+AHEAD = 1  # prepared steps that wait on the device
+PrepareBatch = Callable[[pa.Table, MicroBatchIndex], Batch]
 
 
-class Ready:
-    """A step whose micro batches are on the device."""
+class PreparedStep:
+    """A step whose micro batches are on the device.
 
-    def __init__(self, step: int, epoch: int, real_cells: int, parts: list[tuple[Slice, Any]], event: Any):
-        self.step, self.epoch, self.real_cells, self._parts, self._event = step, epoch, real_cells, parts, event
+    Args:
+        real_cells: Cells of the global batch, without repeats.
+        event: Recorded when the copy to the device is done; None on a CPU.
+    """
 
-    def parts(self) -> Iterator[tuple[Slice, Any]]:
-        """Micro batches, each with the part of the step that it is."""
+    def __init__(
+        self,
+        step: int,
+        epoch: int,
+        real_cells: int,
+        micro_batches: list[tuple[MicroBatchIndex, Batch]],
+        event: torch.cuda.Event | None,
+    ):
+        self.step, self.epoch, self.real_cells = step, epoch, real_cells
+        self._micro_batches, self._event = micro_batches, event
+
+    def micro_batches(self) -> Iterator[tuple[MicroBatchIndex, Batch]]:
+        """Yield the micro batches, each with its index, once their copy to the device is done."""
         if self._event is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(self._event)
-            for _, batch in self._parts:  # the copying stream must not reuse their memory before this one is done
+            for (
+                _,
+                batch,
+            ) in self._micro_batches:  # the copying stream must not reuse their memory before this one is done
                 map_tensors(batch, lambda x: (x.record_stream(stream), x)[1] if x.is_cuda else x)
-        yield from self._parts
+        yield from self._micro_batches
 
 
 def prefetch(
-    steps: Iterator[FeedStep], prepare: Callable[[pa.Table, Slice], Any], device: torch.device
-) -> Generator[Ready, None, None]:
-    """Steps with their tables prepared and on the device.
+    steps: Iterator[FeedStep], prepare: PrepareBatch, device: torch.device
+) -> Generator[PreparedStep, None, None]:
+    """Yield the steps, prepared and on the device.
 
     Args:
-        steps: Read in a thread of this iterator's own, which ends with it.
-        prepare: From a table and its place to a batch: a dataclass of tensors on the CPU.
-        device: Where the batches are to be.
+        steps: Read in a thread that ends with this iterator.
+        prepare: Makes a batch, a dataclass of tensors on the CPU, from a table and its index.
+        device: Where the batches are used.
     """
-    ready: queue.Queue[Any] = queue.Queue(AHEAD)
-    over = threading.Event()
+    ready: queue.Queue[PreparedStep | BaseException | None] = queue.Queue(AHEAD)
+    ended = threading.Event()
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def put(item: Any) -> None:
-        while not over.is_set():
+    def put(item: PreparedStep | BaseException | None) -> None:
+        while not ended.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.2)
                 return
@@ -60,11 +76,11 @@ def prefetch(
     def work() -> None:
         try:
             for step in steps:
-                put(_ready(step, prepare, device, stream))
-                if over.is_set():
+                put(_prepare_step(step, prepare, device, stream))
+                if ended.is_set():
                     break
             put(None)
-        except BaseException as error:  # goes to who iterates
+        except BaseException as error:  # raised where the steps are used
             put(error)
         finally:
             close = getattr(steps, "close", None)
@@ -79,20 +95,25 @@ def prefetch(
                 raise item
             yield item
     finally:
-        over.set()
+        ended.set()
         thread.join(timeout=30)
 
 
-def _ready(step: FeedStep, prepare: Callable[[pa.Table, Slice], Any], device: torch.device, stream: Any) -> Ready:
-    parts, start = [], 0
+def _prepare_step(
+    step: FeedStep, prepare: PrepareBatch, device: torch.device, stream: torch.cuda.Stream | None
+) -> PreparedStep:
+    on_cpu, start = [], 0
     for table in step.micro:
-        part = Slice(step.step, step.epoch, start)
-        parts.append((part, prepare(table, part)))
+        index = MicroBatchIndex(step.step, step.epoch, start)
+        on_cpu.append((index, prepare(table, index)))
         start += table.num_rows
     if stream is None:
-        moved = [(at, map_tensors(batch, lambda x: x.to(device))) for at, batch in parts]
-        return Ready(step.step, step.epoch, step.real_cells, moved, None)
+        moved = [(index, map_tensors(batch, lambda x: x.to(device))) for index, batch in on_cpu]
+        return PreparedStep(step.step, step.epoch, step.real_cells, moved, None)
     with torch.cuda.stream(stream):
-        moved = [(at, map_tensors(b, lambda x: x.pin_memory().to(device, non_blocking=True))) for at, b in parts]
+        moved = [
+            (index, map_tensors(batch, lambda x: x.pin_memory().to(device, non_blocking=True)))
+            for index, batch in on_cpu
+        ]
         event = stream.record_event()
-    return Ready(step.step, step.epoch, step.real_cells, moved, event)
+    return PreparedStep(step.step, step.epoch, step.real_cells, moved, event)

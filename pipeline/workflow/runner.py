@@ -7,6 +7,7 @@ are raised before anything starts. Ray is started only if a stage must run.
 from __future__ import annotations
 
 import json
+import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,10 @@ from typing import Any
 
 from pipeline.cluster import connect as cluster
 from pipeline.config.io.loader import resolved_yaml
-from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
+from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase, stage_configs
 from pipeline.core.faults import fault_point
 from pipeline.core.lock import stage_lock
+from pipeline.core.logs import setup_logging
 from pipeline.core.manifest import Manifest, StageContext, newest_manifest, read_manifest, write_manifest
 from pipeline.stages.registry import stage_function
 from pipeline.tracking.tracker import StageTracker, Tracking
@@ -32,6 +34,8 @@ from pipeline.workflow.schedule import (
     schedule,
 )
 from scldm.errors import InputError
+
+log = logging.getLogger(__name__)
 
 ERROR_LOG = "error.log"
 
@@ -57,23 +61,22 @@ def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()
         source_path: The job file, for messages and for the record.
         overrides: The `a.b=c` settings that were applied to it, for the record.
     """
+    setup_logging(stage=job.name)
     check_settings(job)
     steps = schedule(job)
     _check_ahead(steps)
-    folder = pipeline_folder(job)
     if in_ray_package(Path.cwd()):
-        say(f"running in Ray's copy of the code, which is thrown away: output goes to {folder}")
+        log.info("running in Ray's temporary copy of the code; output goes to %s", pipeline_folder(job))
     todo = [s for s in steps if s.done is None]
     for step in steps:
-        say(f"{step.stage} {step.version} {'will run' if step.done is None else 'done before'} ({step.why})")
+        decision = "will run" if step.done is None else "done before"
+        log.info("%s %s %s (%s)", step.stage, step.version, decision, step.why)
     if todo:
         _run_steps(job, steps, source_path, overrides)
-    say_where_everything_is(job, [s.stage for s in steps], ran=[s.stage for s in todo])
+    else:
+        finished = f"all {len(steps)} stages are" if len(steps) > 1 else f"{steps[0].stage} is"
+        log.info("nothing to do: %s finished", finished)
     return [s.stage for s in todo]
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrides: Sequence[str]) -> None:
@@ -85,7 +88,7 @@ def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrid
             for step in steps:
                 inputs = {name: made.get(name, manifest) for name, manifest in step.inputs.items()}
                 if step.done is not None:
-                    say(f"{step.stage} {step.version} done before ({step.folder}), nothing to do")
+                    log.info("%s %s done before (%s), nothing to do", step.stage, step.version, step.folder)
                     made[step.stage] = step.done
                 else:
                     header = _header(step, source_path, overrides)
@@ -97,6 +100,7 @@ def _run_steps(job: JobBase, steps: list[Step], source_path: str | Path, overrid
         status = "KILLED"
         raise
     finally:
+        setup_logging(stage=job.name)
         tracking.close(status)
 
 
@@ -110,13 +114,14 @@ def _check_ahead(steps: list[Step]) -> None:
 
 def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking: Tracking, header: str) -> Manifest:
     """Run one stage in its folder, under its lock."""
+    setup_logging(stage=step.stage)
     step.folder.mkdir(parents=True, exist_ok=True)
-    with stage_lock(step.folder, say):
+    with stage_lock(step.folder, log.warning):
         # Another job may have finished the stage before we took the lock.
         if (done := read_manifest(step.folder)) is not None:
-            say(f"{step.stage} {step.version} was finished meanwhile ({step.folder}), nothing to do")
+            log.info("%s was finished in the meantime (%s), nothing to do", step.version, step.folder)
             return done
-        say(f"{step.stage} {step.version} runs in {step.folder}")
+        log.info("%s runs in %s", step.version, step.folder)
         (step.folder / "config.yaml").write_text(header + resolved_yaml(job))
         config = step.config.model_dump(mode="json")
         tracker = tracking.stage(step.stage, step.version, step.folder, config, inputs)
@@ -132,7 +137,7 @@ def _run_step(job: JobBase, step: Step, inputs: Mapping[str, Manifest], tracking
             write_manifest(manifest)
             fault_point("stage.after_manifest")
             tracker.describe(manifest)
-        say(f"{step.stage} {step.version} finished in {manifest.seconds:.0f} s")
+        log.info("%s finished in %.0f s", step.version, manifest.seconds)
         return manifest
 
 
@@ -182,21 +187,18 @@ def _header(step: Step, source_path: str | Path, overrides: Sequence[str]) -> st
 
 
 # ---- at the end --------------------------------------------------------------------------------------------------
-def say_where_everything_is(job: JobBase, stages: list[str], *, ran: list[str]) -> None:
-    """Print where the outputs are and which command comes next."""
+def output_lines(job: JobBase) -> list[str]:
+    """Return lines that say where the outputs of a finished job are and which command comes next."""
     folder = pipeline_folder(job)
-    if not ran:
-        say(f"nothing to do: {f'all {len(stages)} stages are' if len(stages) > 1 else stages[0] + ' is'} finished")
+    stages = list(stage_configs(job))
     made = {s: m for s in (*STAGES, *REAL_CELL_STAGES) if (m := newest_manifest(folder, s)) is not None}
-    say(f"output            {folder}")
+    lines = [f"output            {folder}"]
     for stage in (s for s in stages if s in made):
         m = made[stage]
         label = {"generate": "generated cells", "evaluate": "report"}.get(stage, stage)
-        say(f"{label:<17} {m.path('report') if 'report' in m.facts else m.folder}")
-    say("compare runs      make ui")
+        lines.append(f"{label:<17} {m.path('report') if 'report' in m.facts else m.folder}")
+    lines.append("compare runs      make ui")
     if stages[-1] in REAL_CELL_STAGES:
-        say(f"next              scldm cells head {made[stages[-1]].folder}")
-        return
+        return [*lines, f"next              scldm cells head {made[stages[-1]].folder}"]
     following = [s for s in STAGES[STAGES.index(stages[-1]) + 1 :] if s not in made]
-    if following:
-        say(f"next              {command_for(following[0])}")
+    return [*lines, f"next              {command_for(following[0])}"] if following else lines

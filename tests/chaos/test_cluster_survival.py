@@ -20,8 +20,9 @@ import yaml
 from helpers.servers.raylets import RealCluster, kill_tree, wait_for
 from helpers.servers.recovery import Recoveries
 
+from pipeline.core.logs import STOPPED
 from pipeline.core.manifest import newest_manifest
-from pipeline.training.checkpoints.manifest import Found, committed
+from pipeline.training.checkpoints.manifest import CheckpointInfo, committed
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS, EVERY = 900, 50
@@ -70,10 +71,10 @@ def test_nodes_and_the_driver_go_and_the_run_ends_with_every_step_done(tmp_path,
     wait_for(lambda: time.time() > goes_at, NOTICE_S + 1, "")
     cluster.kill(cluster.nodes[1])
     gone = time.time()
-    wait_for(lambda: "a node is taken away; step" in said(), 60, "the notice was not seen")
+    wait_for(lambda: "a node is taken away; step" in said(), 60, "the preemption was not seen")
     safe = int(said().split("a node is taken away; step ")[1].split()[0])
     early = [c.position.step for c in found() if c.position.step % EVERY]
-    assert len(early) >= 2, "one checkpoint at once and one at the last moment"
+    assert len(early) >= 2, "one checkpoint immediately and one at the last moment"
     assert max(early) == safe
     recoveries.steps("node, after its notice", stage, gone)
     wait_for(lambda: latest() > safe, 200, "the run does not go on without the node")
@@ -93,7 +94,7 @@ def test_nodes_and_the_driver_go_and_the_run_ends_with_every_step_done(tmp_path,
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(timeout=120) == 128 + signal.SIGTERM, said()[-3000:]
     stopped = latest()
-    assert f"stopped as asked; the same command goes on after step {stopped}\n" in said(), "steps were lost"
+    assert f"{STOPPED}; the same command resumes after step {stopped}\n" in said(), "steps were lost"
     gone = time.time()
     driver = cluster.run(job)
     recoveries.steps("driver that was asked to stop (from the same command on)", stage, gone)
@@ -141,5 +142,5 @@ def training_workers(cluster: RealCluster) -> list[psutil.Process]:
     return found
 
 
-def found_newest(found: list[Found]) -> Found:
+def found_newest(found: list[CheckpointInfo]) -> CheckpointInfo:
     return max(found, key=lambda c: c.position.step)

@@ -1,4 +1,4 @@
-"""A training worker that stops answering under Ray: its peers say where they wait, and the group starts again."""
+"""A training worker freezes under Ray: its peers report where they wait, and the group restarts."""
 
 from __future__ import annotations
 

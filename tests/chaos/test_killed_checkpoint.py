@@ -1,8 +1,8 @@
-"""SIGKILL at every fault point of a training step, a checkpoint, its retention and its copies, on every worker.
+"""SIGKILL at every fault point of a training step, a checkpoint, its retention and its uploads, on every worker.
 
-One run of two workers is killed again and again, each time at another place, and started again; a run that came to its
-end before its turn to die is followed by a new one. After each kill the checkpoint that the next attempt starts from
-verifies and is at most an interval behind; at the end weights, average and cells are those of a run that nobody killed.
+One run of two workers is killed again and again, each time at another point, and restarted; a run that ended before its
+kill is followed by a new one. After each kill the checkpoint that the next attempt starts from verifies and is at most
+an interval behind; at the end weights, average and cells are those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ HANDFUL = (
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that nobody killed."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     assert run(folder) == [0] * WORKERS, log(folder)
     return folder
 
 
 def killed_in_turn(root: Path, whole: Path, faults: list[str]) -> dict[str, float]:
-    """Every fault once; what it cost in all."""
+    """Inject every fault once and return the total cost."""
     attempts = Attempts(root, whole)
     for fault in faults:
         attempts.kill(fault)
@@ -72,9 +72,9 @@ class Attempts:
         self._new_run()
 
     def kill(self, fault: str) -> None:
-        """Let this fault happen, in this run or, if this one is over first, in the next."""
+        """Inject a fault in this run or, if the run ends first, in the next."""
         for _ in range(2):
-            if fault.startswith("download"):  # this machine's disk is gone
+            if fault.startswith("download"):  # the local disk is lost
                 self._until_a_copy_is_there()
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             codes = self._attempt(fault)
@@ -94,7 +94,7 @@ class Attempts:
     def _new_run(self) -> None:
         self.runs += 1
         self.folder = self.root / f"run{self.runs}"
-        self.safe = 0  # steps that the next attempt may not do again
+        self.safe = 0  # steps that the next attempt must not repeat
 
     def _until_a_copy_is_there(self) -> None:
         if not list(self.folder.glob("second/toy/step-*/MANIFEST.json")):
@@ -114,14 +114,14 @@ class Attempts:
         return codes
 
     def _must_be_safe(self, fault: str) -> None:
-        """A checkpoint that verifies, at most an interval (and the step under way) behind what was done."""
+        """Assert that a checkpoint verifies, at most an interval (and the current step) behind what was done."""
         done = max(times_begun(self.folder), default=0)
         found, _ = newest(self.folder / "checkpoints")
         copies, _ = newest(self.folder / "second" / "toy")
         if fault.startswith("download"):
-            found = copies  # what is here is being fetched
+            found = copies  # the local one is being downloaded
         self.safe = 0 if found is None else found.position.step
-        # A copy flies while another waits: who has lost this machine's disk may do two intervals more again.
+        # One upload runs while another waits: after the loss of the local disk two more intervals may be repeated.
         most = 3 * EVERY if fault.startswith("download") else EVERY
         assert done - self.safe <= most, f"{fault}: {done} steps were done, {self.safe} are safe"
         if copies is not None:
@@ -144,13 +144,13 @@ class Attempts:
             assert len(left) <= 2, f"in {place} stay {left}"
 
 
-def test_C1_a_handful_of_places_in_a_checkpoint(tmp_path, whole, record):
+def test_C1_a_handful_of_points_in_a_checkpoint(tmp_path, whole, record):
     record |= killed_in_turn(tmp_path, whole, list(HANDFUL))
 
 
 @pytest.mark.row("C2")
 def test_C2_a_checkpoint_that_is_passed_over_is_counted_for_the_tracker(tmp_path, whole):
-    """Its copy in the second place is whole, and is what the run goes on from."""
+    """Its remote copy is valid, and the run resumes from it."""
     assert run(tmp_path, f"training.before_step:rank=0:step={5 * EVERY}:kill")[0] == KILLED
     damaged = newest(tmp_path / "checkpoints")[0].folder
     next(damaged.glob("state-*")).write_bytes(b"")
@@ -159,8 +159,8 @@ def test_C2_a_checkpoint_that_is_passed_over_is_counted_for_the_tracker(tmp_path
     assert result(tmp_path)["weights"] == result(whole)["weights"]
 
 
-def test_C1_what_a_kill_left_after_the_last_save_goes_at_the_next_start(tmp_path, whole):
-    """All steps are done and nothing is saved any more, yet what need not stay goes, here and in the second place."""
+def test_C1_what_a_kill_left_after_the_last_save_is_removed_at_the_next_start(tmp_path, whole):
+    """All steps are done and nothing is saved any more, yet old checkpoints are removed, local and remote."""
     places = [tmp_path / "run" / place for place in ("checkpoints", "second/toy")]
     assert run(tmp_path / "run", f"training.before_step:rank=0:step={9 * EVERY + 1}:kill")[0] == KILLED
     before = newest(places[0])[0].folder
@@ -177,7 +177,7 @@ def test_C1_what_a_kill_left_after_the_last_save_goes_at_the_next_start(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_C1_every_place_in_a_step_a_checkpoint_its_retention_and_its_copies(tmp_path, whole, record):
+def test_C1_every_point_in_a_step_a_checkpoint_its_retention_and_its_uploads(tmp_path, whole, record):
     faults = every_place(tmp_path / "trace")
     points = {fault.split(":")[0] for fault in faults}
     parts = ("training", "checkpoint", "upload", "download", "record")
@@ -186,7 +186,7 @@ def test_C1_every_place_in_a_step_a_checkpoint_its_retention_and_its_copies(tmp_
 
 
 def every_place(folder: Path) -> list[str]:
-    """Each point that each worker passes in a run of two checkpoints: the first time, the last, and one between."""
+    """List each point that each worker passes in a run of two checkpoints: the first and last time, and one between."""
     folder.mkdir()
     assert start(folder, two_saves, WORKERS) == [0] * WORKERS, log(folder)
     faults = []

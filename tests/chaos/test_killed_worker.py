@@ -1,4 +1,4 @@
-"""A training worker is killed under Ray: the group goes on from the last checkpoint and ends where it would have."""
+"""A training worker is killed under Ray: the group resumes from the last checkpoint and ends with the same weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(root: Path, name: str) -> Path:
 
 
 def kill_a_worker(folder: Path, killed: list[int], recoveries: Recoveries) -> None:
-    """SIGKILL to one training worker of this cluster, once the first checkpoint is committed."""
+    """Send SIGKILL to one training worker of this cluster, once the first checkpoint is committed."""
     while not list(folder.glob("train_vae/*/checkpoints/step-*/MANIFEST.json")):
         time.sleep(0.05)
     for process in psutil.Process().children(recursive=True):  # only what this test session started
@@ -67,6 +67,6 @@ def test_a_killed_worker_costs_no_step_and_changes_no_weight(tmp_path, ray_clust
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=0, msg=name)
     rows = [json.loads(line) for line in (Path(broken.folder) / "metrics.jsonl").read_text().splitlines()]
     steps = [r["step"] for r in rows]
-    assert steps == sorted(set(steps)), "a replayed step stands twice in the curve"
+    assert steps == sorted(set(steps)), "a repeated step is logged twice"
     assert steps[-1] == 240
     record |= {"kills": 1, "recover": recoveries.seconds}

@@ -1,4 +1,4 @@
-"""What a long run leaves behind does not grow with its length, or grows as it says."""
+"""Memory, files and logs of a long run do not grow with its length, or grow as promised."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from helpers.training.long_run import EVERY, STEPS
 from helpers.training.ranks import start
 from helpers.training.tracked_training import open_driver
 
-from pipeline.training.monitoring.metrics_log import LOG_EVERY
+from pipeline.training.callbacks.metrics_log import LOG_EVERY
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 WARM = 1500  # steps, until caches are full
 MOST_MB = 5.0  # per thousand steps
-MOST_KEYS = 40  # of a point of the curve
+MOST_KEYS = 40  # of a row of metrics
 LOG_BYTES_A_STEP = 4.0
 
 
@@ -52,7 +52,7 @@ def test_memory_open_files_and_threads_stay_flat(looks):
         assert looks[-1][what] <= looks[0][what] + 2, [r[what] for r in looks]
 
 
-def test_kept_checkpoints_logs_and_the_curve_are_bounded(run):
+def test_kept_checkpoints_logs_and_metrics_are_bounded(run):
     folder, _ = run
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -62,7 +62,7 @@ def test_kept_checkpoints_logs_and_the_curve_are_bounded(run):
     assert not [p.name for p in folder.iterdir() if p.name.endswith(".tmp")]
 
 
-def test_mlflow_gets_a_row_for_every_point_of_the_curve_and_no_more(run):
+def test_mlflow_gets_every_logged_row_once(run):
     folder, store = run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     expected = sum(len(r) - 2 for r in rows)  # without step and time

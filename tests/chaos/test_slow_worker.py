@@ -1,4 +1,4 @@
-"""One of two workers is slow for a while: training waits for it, nobody is given up, and nothing else changes."""
+"""One of two workers is slow for a while: training waits for it, no worker is ended, and the weights are the same."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_T10_a_slow_worker_costs_its_own_time_and_nothing_else(tmp_path, record)
     seen = next(r for r in rows if r["step"] == SLOW_STEPS.stop)
     assert seen["perf/straggler_rank"] == 1
     assert seen["perf/straggler_wait_s"] > 0.8 * SECONDS
-    assert "s a step or more for worker 1" in (tmp_path / "slow" / "log").read_text()
+    assert "s a step for worker 1" in (tmp_path / "slow" / "log").read_text()
     record |= {"lost_steps": 0, "duplicates": 0, "missing": 0, "exit_code": 0, "peak_rss_mb": slow["peak_rss_mb"]}
 
 
@@ -56,4 +56,4 @@ def test_T10_a_worker_that_computes_slowly_is_named_too(tmp_path):
     for row in seen:
         assert row["perf/straggler_rank"] == 1
         assert row["perf/straggler_wait_s"] > 0.8 * 2 * SLOW
-    assert "s a step or more for worker 1" in log(tmp_path)
+    assert "s a step for worker 1" in log(tmp_path)

@@ -15,7 +15,7 @@ from helpers.servers.raylets import RealCluster, kill_tree, wait_for
 from helpers.servers.recovery import Recoveries
 
 from pipeline.core.manifest import newest_manifest
-from pipeline.training.checkpoints.manifest import Found, committed
+from pipeline.training.checkpoints.manifest import CheckpointInfo, committed
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1500)]
 EVERY, PATIENCE_S = 25, 400
@@ -69,11 +69,11 @@ def test_the_group_grows_to_a_third_node_loses_one_and_ends(tmp_path, cluster, r
     record |= {"kills": 1, "recover": recoveries.seconds}
 
 
-def newest(found: list[Found]) -> Found:
+def newest(found: list[CheckpointInfo]) -> CheckpointInfo:
     return max(found, key=lambda c: c.position.step)
 
 
-def timeline(found: list[Found]) -> list[tuple[int, int]]:
+def timeline(found: list[CheckpointInfo]) -> list[tuple[int, int]]:
     """(step, workers) where the number of workers changed."""
     out: list[tuple[int, int]] = []
     for c in sorted(found, key=lambda c: c.position.step):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.config.io.loader import load_job
-from pipeline.training.resilience.stop_signal import LOOK_EVERY
+from pipeline.training.callbacks.stop_signal import CHECK_FILE_EVERY
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -94,7 +94,7 @@ def test_the_environment_has_a_token_and_time_for_a_checkpoint():
     )
     env = dict(line.split("=", 1) for line in out.stdout.splitlines() if "=" in line)
     assert env["RAY_AUTH_MODE"] == "token"
-    assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) >= 300 > LOOK_EVERY
+    assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) >= 300 > CHECK_FILE_EVERY
     assert env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert not any("SECRET" in k or k == "RAY_AUTH_TOKEN" for k in env)
 

@@ -56,7 +56,7 @@ def state() -> dict[str, torch.Tensor]:
 def write_run(root: Path) -> None:
     """A committed checkpoint, written as a worker that is alone writes it."""
     dist.init_process_group("gloo", init_method=f"file://{root.parent}/.store", rank=0, world_size=1)
-    position = checkpoint.Position(step=40, epoch=1, offset=8, world_size=1, config_hash="golden", zero_stage=1)
+    position = checkpoint.TrainingPosition(step=40, epoch=1, offset=8, world_size=1, config_hash="golden", zero_stage=1)
     write = lambda folder: {shard_name(0, 1): write_tensors(folder / shard_name(0, 1), state())}  # noqa: E731
     done = checkpoint.save(root, position, write, metrics={"val/loss": 1.25}, more={"tracker": "run"})
     assert isinstance(done, Path), done

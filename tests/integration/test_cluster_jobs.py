@@ -129,7 +129,7 @@ def stopped(head) -> tuple[int, str]:
         assert head.info("first")["status"] in ("PENDING", "RUNNING"), log
         time.sleep(1)
     said = head.scldm("stop", "first").stdout
-    found = re.search(r"goes on after step (\d+)", said)
+    found = re.search(r"resumes after step (\d+)", said)
     assert found, said + head.scldm("logs", "first").stdout
     return int(found[1]), said
 

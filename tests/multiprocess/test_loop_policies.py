@@ -28,7 +28,7 @@ def torchrun(folder: Path, *args: str, timeout: float = 300) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
-    """Of every scenario, for each worker."""
+    """The results of every scenario, for each worker."""
     folder = tmp_path_factory.mktemp("policies")
     done = torchrun(folder, "policies")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,19 +68,22 @@ def test_the_same_in_bf16(results):
 
 
 def test_the_log_names_step_worker_and_cell(results):
-    line = next(x for x in results[0]["log"].splitlines() if "Left out on all workers" in x)
+    line = next(x for x in results[0]["log"].splitlines() if "Skipped on all workers" in x)
     assert f"soma_joinid {ODD_CELL}." in line
-    assert "no finite loss of worker" in line
+    assert "the loss is not finite for worker" in line
 
 
 @pytest.mark.row("N2")
 def test_stop_and_too_many_in_a_row_end_the_run_on_all_workers_with_the_cells(results):
-    for name, said in (("stop", f"soma_joinid {ODD_CELL}. train.non_finite is stop"), ("all odd", "number 3 in a row")):
-        assert said in results[0][name]["stopped"]
+    for name, message in (
+        ("stop", f"soma_joinid {ODD_CELL}. train.non_finite is stop"),
+        ("all odd", "number 3 in a row"),
+    ):
+        assert message in results[0][name]["stopped"]
         assert results[0][name] == results[1][name]
 
 
-def test_a_spike_is_logged_or_left_out(results):
+def test_a_spike_is_logged_or_skipped(results):
     assert (results[0]["spike logged"]["spikes"], results[0]["spike logged"]["skipped"]) == (1, 0)
     assert (results[0]["spike left out"]["spikes"], results[0]["spike left out"]["skipped"]) == (1, 1)
 
@@ -96,22 +99,22 @@ def test_N3_gradients_a_million_times_too_large_are_clipped_and_training_goes_on
     assert reached < 0.05 * start, f"from {start:.3g} to {reached:.3g}; without the cell to {end:.3g}"
 
 
-def test_early_stopping_ends_the_run_and_the_best_weights_are_what_is_left(results):
+def test_early_stopping_ends_the_run_and_exports_the_best_weights(results):
     for found in (r["early"] for r in results):
         assert (found["steps"], found["exported"], found["early"]) == (6, 5, True)
         assert_close(found["weights"], results[0]["early by hand"])
     assert "train/loss" in results[0]["early"]["rows"][-1]
 
 
-def test_the_curve_says_where_the_time_went(results):
+def test_the_metrics_hold_where_the_time_went(results):
     row = results[0]["plain 1"]["rows"][-1]
     assert row["step"] == STEPS
     assert {"perf/data_wait_s", "perf/step_s", "perf/cells_per_s", "train/grad_norm"} <= row.keys()
 
 
 @pytest.mark.row("T9")
-def test_a_worker_that_falls_asleep_ends_both_with_their_stacks(tmp_path):
-    """Both wait: one for ever in its step, the other for the first one's gradients."""
+def test_a_hanging_worker_ends_both_with_their_stacks(tmp_path):
+    """Both hang: one in its step, the other waiting for the first one's gradients."""
     start = time.monotonic()
     done = torchrun(tmp_path, "hang", "6")
     assert done.returncode != 0

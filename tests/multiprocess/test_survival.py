@@ -1,4 +1,4 @@
-"""Ranks die, are told to go, or find their disk full, at exact places: the run ends as if nothing had happened."""
+"""Ranks are killed, stopped, or run out of disk at exact points; the run ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_uninterrupted_run_sees_every_cell_once_an_epoch(whole, ingested):
     "faults",
     [
         ["training.before_step:step=6:rank=0:kill", "training.before_update:step=9:rank=1:kill"],
-        [  # n counts from where a killed run goes on
+        [  # n counts from where a killed run resumes
             "checkpoint.in_shard:rank=1:n=3:kill",
             "checkpoint.before_manifest:rank=0:n=1:kill",
             "checkpoint.after_manifest:rank=0:n=1:kill",
@@ -100,7 +100,7 @@ def test_killed_ranks_change_nothing_and_cost_at_most_an_interval_each(tmp_path,
 
 
 @pytest.mark.row("T5", "T6")
-def test_a_notice_costs_no_step(tmp_path, whole, ingested, record):
+def test_a_stop_signal_costs_no_step(tmp_path, whole, ingested, record):
     """SIGTERM to one rank: all write a checkpoint at the end of that step and end."""
     spec = spec_of(tmp_path, ingested)
     assert run(spec, fault="training.before_step:step=6:rank=1:term") == [STOPPED, STOPPED]
@@ -112,8 +112,8 @@ def test_a_notice_costs_no_step(tmp_path, whole, ingested, record):
 
 
 @pytest.mark.row("T6")
-def test_a_stop_file_is_a_notice(tmp_path, ingested):
-    """What the driver writes when it is told to go. It is taken away at the next start."""
+def test_a_stop_file_is_a_stop_signal(tmp_path, ingested):
+    """The driver writes it when it is asked to stop. It is removed at the next start."""
     spec = spec_of(tmp_path, ingested, max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
     import threading
 
@@ -136,12 +136,12 @@ def test_C2_a_damaged_checkpoint_costs_an_interval_or_under_strict_resume_ends_a
     shard.write_bytes(shard.read_bytes()[:-1])
     began = time.monotonic()
     assert run(spec_of(tmp_path, ingested, {"strict_resume": True})) == [REFUSED, REFUSED], (
-        "none waits for one that has gone"
+        "no worker waits for one that has ended"
     )
     assert time.monotonic() - began < 60
-    said = (tmp_path / "log").read_text()
-    assert f"{damaged}: {shard.name} has " in said
-    assert "checkpoints.strict_resume=false" in said
+    log = (tmp_path / "log").read_text()
+    assert f"{damaged}: {shard.name} has " in log
+    assert "checkpoints.strict_resume=false" in log
     assert damaged.is_dir(), "nothing is removed"
     train(spec)
     assert_same(tmp_path, whole)
@@ -150,8 +150,8 @@ def test_C2_a_damaged_checkpoint_costs_an_interval_or_under_strict_resume_ends_a
 
 # ---- another place, another number of workers --------------------------------------------------------------------
 @pytest.mark.row("C1", "T7")
-def test_a_run_whose_machine_is_gone_goes_on_from_the_second_place(tmp_path, whole, ingested):
-    """Killed in the middle of an upload; then nothing is left here."""
+def test_a_run_whose_machine_is_gone_resumes_from_remote_storage(tmp_path, whole, ingested):
+    """Killed in the middle of an upload; then the local folder is lost."""
     storage = {"storage_path": str(tmp_path / "nfs")}
     spec = spec_of(tmp_path / "a", ingested, storage)
     # 2 shards, 2 random states and a manifest of the first checkpoint; then the second file of the next
@@ -165,7 +165,7 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_second_place(tmp_path, who
     train(spec)
     assert_same(tmp_path / "a", whole)
     assert newest(there)[0].position.step == STEPS
-    assert len(list(there.glob("step-*"))) <= 3, "old checkpoints stay in the second place"
+    assert len(list(there.glob("step-*"))) <= 3, "old checkpoints stay in remote storage"
 
 
 @pytest.mark.row("C8")
@@ -187,7 +187,7 @@ def test_another_number_of_workers_sees_the_same_cells_in_the_same_order(tmp_pat
 
 # ---- clocks ------------------------------------------------------------------------------------------------------
 @pytest.mark.row("T14")
-def test_T14_workers_whose_clocks_are_days_apart_and_jump_go_on_from_one_place(tmp_path, whole, ingested, record):
+def test_T14_workers_whose_clocks_are_days_apart_and_jump_resume_from_the_same_step(tmp_path, whole, ingested, record):
     spec = spec_of(tmp_path, ingested)
     fault = "training.before_step:step=6:rank=1:kill"
     assert start(tmp_path, mad_clocks, 2, fault, spec=spec)[1] == KILLED
@@ -222,7 +222,7 @@ def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(small_disk
     assert not [p for p in (folder / "checkpoints").glob("step-*") if not (p / "MANIFEST.json").exists()]
 
 
-def test_the_manifest_says_what_a_checkpoint_holds(whole):
+def test_the_manifest_describes_the_checkpoint(whole):
     found = read(newest(whole / "checkpoints")[0].folder)
     assert (found.position.step, found.position.epoch, found.position.offset) == (12, 1, 4)
     assert found.position.world_size == 2

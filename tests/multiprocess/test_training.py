@@ -52,17 +52,17 @@ def whole(tmp_path_factory, ingested) -> Path:
     return folder
 
 
-def test_the_grafana_board_draws_numbers_that_training_says(whole):
+def test_the_grafana_board_draws_metrics_that_training_writes(whole):
     board = (Path(__file__).resolve().parents[2] / "cluster" / "grafana" / "scldm.json").read_text()
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     progress = json.loads((whole / "progress.json").read_text())["fields"]
-    said = {gauge_name(k) for row in rows for k in row}
-    said |= {gauge_name(f"progress/{k}") for k in ("step", "total", *progress)}
+    written = {gauge_name(k) for row in rows for k in row}
+    written |= {gauge_name(f"progress/{k}") for k in ("step", "total", *progress)}
     drawn = set(re.findall(r"\bray_(scldm_[a-z_]+)", board))
-    assert drawn - said == {"scldm_perf_mfu"}, "which is said where the peak of the device is known"
+    assert drawn - written == {"scldm_perf_mfu"}, "it needs a device whose peak is known"
 
 
-def curve(folder: Path) -> dict[str, float]:
+def losses_by_step(folder: Path) -> dict[str, float]:
     """Training and validation losses by "key at step"."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {f"{k} at {r['step']}": r[k] for r in rows for k in ("train/loss", "val/loss") if k in r}
@@ -79,7 +79,7 @@ def test_training_lowers_the_loss_and_commits_checkpoints_that_verify(whole):
     folders = sorted((whole / "checkpoints").glob("step-*"))
     assert [int(p.name.split("-")[1]) for p in folders] == [4, 8, 12]
     assert all(verify(p) is None for p in folders)
-    losses = curve(whole)
+    losses = losses_by_step(whole)
     assert losses["val/loss at 12"] < losses["val/loss at 6"]
     assert {p.name for p in (whole / "model").iterdir()} == {
         "model.safetensors", "config.json", "vocabulary.json", "library_size.json", "README.md",
@@ -87,7 +87,7 @@ def test_training_lowers_the_loss_and_commits_checkpoints_that_verify(whole):
 
 
 @pytest.mark.row("T8")
-def test_a_killed_run_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_path, whole, ingested):
+def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, whole, ingested):
     process = torchrun(tmp_path / "run", ingested)
     deadline = time.monotonic() + 240
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -121,10 +121,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_used(tmp_path
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_zero_stages_give_the_same_training_curve(tmp_path, whole, ingested, stage):
+def test_zero_stages_give_the_same_losses(tmp_path, whole, ingested, stage):
     """Not the same weights: the head's bias, say, has no gradient but rounding, which Adam makes large."""
     train(spec_of(tmp_path / "run", ingested, zero_stage=stage))
-    own, expected = curve(tmp_path / "run"), curve(whole)
+    own, expected = losses_by_step(tmp_path / "run"), losses_by_step(whole)
     assert own.keys() == expected.keys()
     assert list(own.values()) == pytest.approx(list(expected.values()), rel=1e-5)
 

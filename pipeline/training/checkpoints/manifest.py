@@ -1,8 +1,8 @@
 """Checkpoints that exist if and only if their MANIFEST.json verifies.
 
-Every worker writes its files into a folder whose name is used once, says their sizes and sha256, and rank 0 writes the
-manifest last, by rename. Resuming takes the newest folder that verifies and walks back past the others. A checkpoint
-that could not be written (a full disk) is none: what was written of it is removed and the ones before it stay.
+Every worker writes its files into a folder whose name is used once and reports their sizes and sha256; rank 0 writes
+the manifest last, by rename. Resuming takes the newest folder that verifies and walks back past the others. If a
+checkpoint cannot be written (a full disk), its files are removed and the earlier checkpoints stay.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from scldm.errors import InputError
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 2
-DIGEST = "sha256"  # in the manifest, of all else in it
-Written = dict[str, tuple[int, str]]  # file name -> (size, sha256)
+DIGEST = "sha256"  # key in the manifest: the hash of everything else in it
+WrittenFiles = dict[str, tuple[int, str]]  # file name -> (size, sha256)
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where training is, and what must be the same for it to go on."""
+class TrainingPosition:
+    """How far training is, and what must be the same for it to resume."""
 
     step: int
     epoch: int
@@ -43,19 +43,19 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint, by what its manifest says."""
+class CheckpointInfo:
+    """A checkpoint as its manifest describes it."""
 
     folder: Path
-    position: Position
+    position: TrainingPosition
     metrics: dict[str, float] = field(default_factory=dict)  # measured at this very step
     more: dict[str, Any] = field(default_factory=dict)
     bytes: int = 0
 
 
 @dataclass(frozen=True)
-class Failed:
-    """A checkpoint that could not be written, said in one line."""
+class SaveFailure:
+    """A checkpoint that could not be written, and the reason in one line."""
 
     problem: str
     disk_full: bool
@@ -63,26 +63,29 @@ class Failed:
 
 def save(
     root: Path,
-    position: Position,
-    write: Callable[[Path], Written],
+    position: TrainingPosition,
+    write: Callable[[Path], WrittenFiles],
     *,
     metrics: Mapping[str, float] | None = None,
     more: Mapping[str, Any] | None = None,
-) -> Path | Failed:
-    """Commit a checkpoint, or say why it could not be. Collective: every rank calls it with the same position.
+) -> Path | SaveFailure:
+    """Commit a checkpoint. Collective: every rank calls it with the same position.
 
     Args:
-        root: The stage's checkpoint folder, seen by all ranks.
-        write: Writes this rank's files into the folder it is given; an OSError is a failure of the whole checkpoint.
+        root: The stage's checkpoint folder, shared by all ranks.
+        write: Writes this rank's files into the folder it is given; an OSError fails the whole checkpoint.
         metrics: Measured at this step.
-        more: Plain data for the manifest; rank 0's counts.
+        more: Plain data for the manifest; that of rank 0 is used.
+
+    Returns:
+        The checkpoint's folder, or why it could not be written; the same on all ranks.
     """
     name = [f"step-{position.step:08d}-w{position.world_size}-{os.urandom(4).hex()}" if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(name)  # a fresh name: shards of a dead attempt can never be mixed in
     folder = root / str(name[0])
     written: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(written, _attempt(folder, write))
-    outcome: list[Any] = [next((w for w in written if isinstance(w, Failed)), None)]
+    outcome: list[Any] = [next((w for w in written if isinstance(w, SaveFailure)), None)]
     if dist.get_rank() == 0:
         if outcome[0] is None:
             files = {k: v for table in written for k, v in table.items()}
@@ -95,31 +98,30 @@ def save(
     return outcome[0] or folder
 
 
-def _attempt(folder: Path, write: Callable[[Path], Written]) -> Written | Failed:
+def _attempt(folder: Path, write: Callable[[Path], WrittenFiles]) -> WrittenFiles | SaveFailure:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return write(folder)
     except OSError as error:
-        return Failed(f"worker {dist.get_rank()}: {error}", error.errno in (errno.ENOSPC, errno.EDQUOT))
+        return SaveFailure(f"worker {dist.get_rank()}: {error}", error.errno in (errno.ENOSPC, errno.EDQUOT))
 
 
-def _commit(folder: Path, manifest: dict[str, Any]) -> Failed | None:
+def _commit(folder: Path, manifest: dict[str, Any]) -> SaveFailure | None:
     fault_point("checkpoint.before_manifest")
     try:
         write_json_atomic(folder / MANIFEST, manifest)
     except OSError as error:
-        return Failed(f"manifest: {error}", error.errno in (errno.ENOSPC, errno.EDQUOT))
+        return SaveFailure(f"manifest: {error}", error.errno in (errno.ENOSPC, errno.EDQUOT))
     fault_point("checkpoint.after_manifest")
     return None
 
 
 # ---- finding -----------------------------------------------------------------------------------------------------
-def newest(root: Path) -> tuple[Found | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over.
+def newest(root: Path) -> tuple[CheckpointInfo | None, list[str]]:
+    """Return the newest checkpoint that verifies, and the reasons why newer ones do not.
 
     Raises:
-        InputError: where a newer version of scldm wrote one. To pass over it would be to do its steps again, and to
-            remove it in time.
+        InputError: if a newer version of scldm wrote one. Passing over it would repeat its steps, and remove it later.
     """
     rejected: list[str] = []
     for folder in sorted(root.glob("step-*"), reverse=True):
@@ -132,32 +134,34 @@ def newest(root: Path) -> tuple[Found | None, list[str]]:
     return None, rejected
 
 
-def read(folder: Path) -> Found:
-    """A checkpoint by its manifest, its files unverified. Raises OSError or ValueError where there is none to read."""
+def read(folder: Path) -> CheckpointInfo:
+    """Read a checkpoint's manifest; its files are not verified. Raises OSError or ValueError if it cannot be read."""
     return _read(folder)[0]
 
 
-def _read(folder: Path) -> tuple[Found, Written]:
+def _read(folder: Path) -> tuple[CheckpointInfo, WrittenFiles]:
     manifest = json.loads((folder / MANIFEST).read_text())
     if not isinstance(manifest, dict):
         raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
     digest = manifest.pop(DIGEST, None)  # absent in those of early versions
     if digest is not None and digest != _digest(manifest):
-        raise ValueError("it does not have its own sha256")
+        raise ValueError("its content does not match its own sha256")
     schema = manifest.get("schema")
     if schema != SCHEMA:
         if isinstance(schema, int) and schema > SCHEMA:
             raise InputError(
                 f"{folder} was written by a newer version of scldm (schema {schema}, this version reads {SCHEMA}); "
-                "upgrade scldm on all nodes, or move this folder away to go on from the checkpoint before it"
+                "upgrade scldm on all nodes, or move this folder away to resume from the checkpoint before it"
             )
         raise ValueError(f"it has schema {schema}, this version reads {SCHEMA}")
     try:
-        files: Written = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
+        files: WrittenFiles = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
         size = sum(size for size, _ in files.values())
-        found = Found(folder, Position(**manifest["position"]), manifest["metrics"], manifest["more"], size)
+        found = CheckpointInfo(
+            folder, TrainingPosition(**manifest["position"]), manifest["metrics"], manifest["more"], size
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it lacks what it should hold ({error})") from error
+        raise ValueError(f"it lacks a required field ({error})") from error
     return found, files
 
 
@@ -167,7 +171,11 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if all its files are as they were written. Raises InputError: `newest`."""
+    """Return what is wrong with a checkpoint; None if all its files are as they were written.
+
+    Raises:
+        InputError: if a newer version of scldm wrote it; see `newest`.
+    """
     try:
         _, files = _read(folder)
     except (OSError, ValueError) as error:
@@ -186,8 +194,8 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def check_fits(found: Found, position: Position) -> None:
-    """Refuse to go on with what was made under other settings. The number of workers may differ."""
+def check_fits(found: CheckpointInfo, position: TrainingPosition) -> None:
+    """Raise an InputError if a checkpoint was written under other settings. The number of workers may differ."""
     if found.position.config_hash != position.config_hash:
         raise InputError(
             f"{found.folder} was written under another configuration ({found.position.config_hash}; this run has "
@@ -196,13 +204,14 @@ def check_fits(found: Found, position: Position) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---- retention ---------------------------------------------------------------------------------------------------
-def committed(root: Path) -> list[Found]:
-    """Checkpoints whose manifest can be read, newest first; not verified."""
+def committed(root: Path) -> list[CheckpointInfo]:
+    """Return the checkpoints whose manifest can be read, newest first; not verified."""
     found = []
     for folder in sorted(root.glob("step-*"), reverse=True):
         try:
@@ -212,14 +221,13 @@ def committed(root: Path) -> list[Found]:
     return found
 
 
-def to_keep(found: Sequence[Found], *, keep_last: int, keep_best: int) -> list[str]:
-    """Names of the checkpoints that stay: the last ones, and the best by validation loss of those that have one."""
+def to_keep(found: Sequence[CheckpointInfo], *, keep_last: int, keep_best: int) -> list[str]:
+    """Return the names of the checkpoints to keep: the last ones, and the best by validation loss of those with one."""
     return [f.folder.name for f in [*found[:keep_last], *_by_loss(found)[:keep_best]]]
 
 
-def best(root: Path) -> tuple[Found | None, list[str]]:
-    """The checkpoint with the lowest validation loss of those that verify and have one; why better ones were passed
-    over."""
+def best(root: Path) -> tuple[CheckpointInfo | None, list[str]]:
+    """Return the valid checkpoint with the lowest validation loss, and the reasons why better ones do not verify."""
     rejected: list[str] = []
     for found in _by_loss(committed(root)):
         problem = verify(found.folder)
@@ -229,28 +237,30 @@ def best(root: Path) -> tuple[Found | None, list[str]]:
     return None, rejected
 
 
-def _by_loss(found: Sequence[Found]) -> list[Found]:
+def _by_loss(found: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
     scored = [f for f in found if math.isfinite(f.metrics.get("val/loss", math.nan))]
     return sorted(scored, key=lambda f: f.metrics["val/loss"])
 
 
 def retain(root: Path, *, newest: Path, keep_last: int, keep_best: int, busy: frozenset[str] = frozenset()) -> None:
-    """Remove what need not stay, and what was never committed before the newest.
+    """Remove old checkpoints, and folders older than `newest` that were never committed.
 
     Args:
-        newest: Just committed and so known to be whole: always stays.
-        busy: Names that are in use, by an upload.
+        newest: Just committed and so known to be valid: always stays.
+        busy: Names that an upload is using.
     """
     stay = {newest.name, *busy, *to_keep(committed(root), keep_last=keep_last, keep_best=keep_best)}
     for folder in sorted(root.glob("step-*")):
         if folder.name not in stay and folder.name < newest.name:
             fault_point("checkpoint.before_remove")
-            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that half a folder is never taken for a checkpoint
+            (folder / MANIFEST).unlink(
+                missing_ok=True
+            )  # first, so that an incomplete folder is never taken for a checkpoint
             fault_point("checkpoint.in_remove")
             shutil.rmtree(folder, ignore_errors=True)
             fault_point("checkpoint.after_remove")
 
 
 def newest_step(folder: Path) -> int:
-    """The last step of a stage that a checkpoint holds."""
+    """Return the last step of a stage that is in a checkpoint; 0 if there is none."""
     return max((found.position.step for found in committed(folder / "checkpoints")), default=0)

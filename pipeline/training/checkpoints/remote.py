@@ -1,7 +1,7 @@
-"""The second place of a run's checkpoints: a folder, an NFS path, or s3://bucket/prefix.
+"""Remote storage of a run's checkpoints: a folder, an NFS path, or s3://bucket/prefix.
 
-The rule is the same as in the first place: a checkpoint's manifest is put last and taken away first, so a checkpoint is
-there if and only if its manifest is. What is downloaded is verified like everything else before it is loaded.
+The rule is that of local checkpoints: the manifest is written last and removed first, so a checkpoint exists if and
+only if its manifest does. A downloaded checkpoint is verified like every other before it is loaded.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from urllib.parse import urlsplit
 
 from pipeline.config.resources import CheckpointStorage
 from pipeline.core.faults import fault_point
-from pipeline.training.checkpoints.manifest import MANIFEST, Found, read
+from pipeline.training.checkpoints.manifest import MANIFEST, CheckpointInfo, read
 from scldm.errors import InputError
 
 CHUNK = 16 << 20
 
 
 class Remote:
-    """The checkpoints of one run in the second place. All methods raise OSError where the place does not answer."""
+    """The checkpoints of one run in remote storage. All methods raise OSError if the storage does not answer.
+
+    Args:
+        run: The run's folder under `config.storage_path`: <name>/<stage>/<version>.
+    """
 
     def __init__(self, config: CheckpointStorage, run: str):
         assert config.storage_path is not None
@@ -30,7 +34,7 @@ class Remote:
         self._fs, self._root = _open(config, self.address)
 
     def put(self, folder: Path) -> None:
-        """Copy a committed checkpoint, its manifest last."""
+        """Upload a committed checkpoint, its manifest last."""
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
         for path in [*files, folder / MANIFEST]:
             fault_point("upload.before_file")
@@ -38,7 +42,7 @@ class Remote:
             fault_point("upload.after_file")
 
     def get(self, name: str, root: Path) -> Path:
-        """Copy a checkpoint into `root`, its manifest last."""
+        """Download a checkpoint into `root`, its manifest last. Return its folder."""
         from pyarrow.fs import FileSelector, FileType
 
         folder = root / name
@@ -57,15 +61,15 @@ class Remote:
         return folder
 
     def names(self) -> list[str]:
-        """Checkpoints that are there, newest first."""
+        """Return the names of committed checkpoints, newest first."""
         return [name for name, committed in self._folders() if committed]
 
     def unfinished(self) -> list[str]:
-        """Folders of checkpoints without a manifest: of copies, or removals, that a kill cut short."""
+        """Return the folders without a manifest: uploads, or removals, that a kill interrupted."""
         return [name for name, committed in self._folders() if not committed]
 
     def _folders(self) -> list[tuple[str, bool]]:
-        """Name, and whether a manifest is there; newest first."""
+        """Return each folder's name and whether it has a manifest, newest first."""
         from pyarrow.fs import FileSelector, FileType
 
         found = self._fs.get_file_info(FileSelector(self._root, allow_not_found=True))
@@ -73,8 +77,8 @@ class Remote:
         infos = self._fs.get_file_info([f"{self._root}/{n}/{MANIFEST}" for n in names]) if names else []
         return sorted(((n, i.type == FileType.File) for n, i in zip(names, infos, strict=True)), reverse=True)
 
-    def manifest(self, name: str, scratch: Path) -> Found:
-        """What the manifest of a checkpoint says. Raises ValueError where it cannot be read."""
+    def manifest(self, name: str, scratch: Path) -> CheckpointInfo:
+        """Read the manifest of a checkpoint, downloaded into `scratch`. Raises ValueError if it is damaged."""
         folder = scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         with self._fs.open_input_stream(f"{self._root}/{name}/{MANIFEST}") as source:
@@ -82,15 +86,17 @@ class Remote:
         return read(folder)
 
     def remove(self, name: str) -> None:
+        """Remove a checkpoint, its manifest first."""
         self._fs.delete_file(f"{self._root}/{name}/{MANIFEST}")
         fault_point("upload.in_remove")
         self.remove_unfinished(name)
 
     def remove_unfinished(self, name: str) -> None:
+        """Remove a folder that has no manifest."""
         self._fs.delete_dir(f"{self._root}/{name}")
 
     def probe(self) -> None:
-        """Write and remove a small file."""
+        """Write and remove a small file, to check that the storage can be written."""
         name = f"{self._root}/.probe-{uuid.uuid4().hex[:8]}"
         self._parent(name)
         with self._fs.open_output_stream(name) as f:
@@ -112,15 +118,15 @@ class Remote:
 
 
 def _open(config: CheckpointStorage, address: str) -> tuple[Any, str]:
-    """File system and path of an address."""
+    """Return the file system and the path of an address."""
     from pyarrow import fs
 
     if "://" not in address:
         return fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
     if not address.startswith("s3://"):
         raise InputError(
-            f"checkpoints.storage_path ({config.storage_path}) must be a folder or s3://bucket/prefix; other stores "
-            "can be mounted as folders"
+            f"checkpoints.storage_path ({config.storage_path}) must be a folder or s3://bucket/prefix; mount other "
+            "stores as folders"
         )
     options: dict[str, Any] = {
         "connect_timeout": config.s3.connect_seconds,
@@ -137,7 +143,7 @@ def _open(config: CheckpointStorage, address: str) -> tuple[Any, str]:
 
 
 def check_storage(config: CheckpointStorage, run: str) -> None:
-    """Refuse a place that cannot be written, before anything is computed."""
+    """Raise an InputError if checkpoints cannot be uploaded, before anything is computed."""
     if config.storage_path is None:
         return
     try:

@@ -1,7 +1,7 @@
-"""DeepSpeed, and nothing else of the training: the one module that imports it.
+"""The engine: a network under DeepSpeed. The only module that imports DeepSpeed.
 
 The engine averages gradients over workers and over the micro batches of a step, clips them, and steps the optimizer.
-ZeRO stages, precision and accumulation come from our typed config; the learning rate is ours and set at every step.
+ZeRO stages, precision and accumulation come from our typed config; the learning rate is set by the loop at every step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pipeline.training.engine.state_files import Shards, shard_tensors
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, told not to compile C++ on a machine without accelerator.
+    """Import DeepSpeed without letting it compile C++ on a machine without accelerator.
 
-    At its first initialize it would build a shared-memory communicator for minutes, or fail without a compiler. The
-    name is private to DeepSpeed; a test says so when it moves.
+    Its first `initialize` would build a shared-memory communicator for minutes, or fail without a compiler. The name is
+    private to DeepSpeed; a test fails if it moves.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -47,8 +47,11 @@ def _import_deepspeed() -> Any:
 
 @contextlib.contextmanager
 def _nothing_compiled() -> Iterator[None]:
-    """DeepSpeed's Muon asks to be compiled as it is imported. For an optimizer that we do not use, every worker would
-    load torch's compiler at its start: seconds on a machine that has a dead worker to replace."""
+    """Disable `torch.compile` during the import.
+
+    DeepSpeed's Muon compiles itself when it is imported. For an optimizer that is not used here, every worker would
+    load torch's compiler at its start: seconds on a machine that has a dead worker to replace.
+    """
     compile_ = torch.compile
     torch.compile = lambda function=None, **options: function if function is not None else lambda f: f
     try:
@@ -59,8 +62,11 @@ def _nothing_compiled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_autotuner() -> Iterator[None]:
-    """DeepSpeed brings its autotuner, which brings all of MLflow: seconds of every worker's start, for nothing that we
-    use. Whoever imports the autotuner later gets the real one."""
+    """Replace DeepSpeed's autotuner during the import.
+
+    It imports all of MLflow: seconds of every worker's start, for nothing that is used here. A later import of the
+    autotuner gets the real one.
+    """
     package, name = "deepspeed.autotuning", "deepspeed.autotuning.autotuner"
     if package in sys.modules:
         yield
@@ -72,17 +78,17 @@ def _no_autotuner() -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
-        sys.modules.pop(package, None)  # it holds the stub's
+        sys.modules.pop(package, None)  # it holds the stub
 
 
 class Engine:
-    """A module under DeepSpeed.
+    """A network under DeepSpeed.
 
     Args:
         module: The network; its forward pass returns the loss of each cell.
         optimizer: A torch optimizer over the module's parameters.
         config: The training run.
-        micro_batch_size: Cells that this worker takes at once.
+        micro_batch_size: This worker's micro batch size, in cells.
         accumulation: Micro batches in a step.
     """
 
@@ -99,15 +105,13 @@ class Engine:
         self.stage = config.zero_stage
         self._fp32 = config.precision == "fp32"
         self._open, self._stepped = True, False
-        self._norm: float | None = None  # of stage 0 in fp32, which DeepSpeed computes and forgets
+        self._norm: float | None = None  # only under stage 0 in fp32, where DeepSpeed computes it and does not keep it
         settings = deepspeed_options(
             config, n_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
             micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available(),
         )  # fmt: skip
-        self._put_gate(optimizer)
-        self._engine: Any = (
-            None  # while DeepSpeed sets up, where its bf16 stage 0 would take a step of nothing but decay
-        )
+        self._gate(optimizer)
+        self._engine: Any = None  # during DeepSpeed's setup, where bf16 stage 0 would take a step of mere weight decay
         self._engine, self.optimizer, _, _ = self._deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
@@ -120,24 +124,27 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
+        """The network."""
         return self._engine.module
 
     @property
     def device(self) -> torch.device:
+        """The device of the network."""
         return self._engine.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro batch."""
         self._engine.backward(loss)
 
     def step(self, lr: float, *, apply: bool = True) -> None:
-        """Count a micro batch; at the last one of a step, clip, update and clear the gradients.
+        """Count a micro batch; after the last one of a step, clip and clear the gradients and update the weights.
 
         Args:
-            apply: False leaves the update out: weights and the optimizer's state stay, gradients are dropped. Every
-                worker must say the same. A gradient that is not finite is left out whatever is said.
+            apply: False skips the update: weights and optimizer state stay, gradients are dropped. It must be the same
+                on every worker. A gradient that is not finite is never applied.
         """
         self._open, self._stepped = apply, False
         for group in self.optimizer.param_groups:
@@ -151,15 +158,15 @@ class Engine:
 
     @property
     def grad_norm(self) -> float | None:
-        """Of the last step, over all workers and before clipping; None before the first."""
+        """Global gradient norm of the last step, before clipping; None before the first step."""
         norm = self._norm if self._norm is not None else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def _put_gate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimizer step only where the step is wanted and its gradient is finite.
+    def _gate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer step only if the update is to be applied and the gradient is finite.
 
-        The gate is on the optimizer, below DeepSpeed, because there every ZeRO stage comes by, with its gradients
-        reduced and their norm known, and clears them afterwards as after any step.
+        The gate is on the optimizer, below DeepSpeed, because every ZeRO stage calls it, with its gradients reduced and
+        their norm known, and clears them afterwards as after any step.
         """
         step = optimizer.step
 
@@ -173,16 +180,16 @@ class Engine:
 
     def _finite(self) -> bool:
         norm = self._norm if self._norm is not None else getattr(self._engine.optimizer, "_global_grad_norm", None)
-        # DeepSpeed says -1 for a norm that is not finite.
+        # DeepSpeed reports -1 for a norm that is not finite.
         return norm is None or (math.isfinite(float(norm)) and float(norm) >= 0)
 
     def _clip_fp32(self) -> None:
-        """In place of DeepSpeed's, which computes the norm and does not keep it."""
+        """Clip like DeepSpeed, but keep the norm."""
         self._norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip))
 
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """Parameters in full on every worker; ZeRO stage 3 keeps a part of each otherwise."""
+        """Gather all parameters on every worker for the block; under ZeRO stage 3 each holds a part. Collective."""
         if self.stage < 3:
             yield
             return
@@ -190,7 +197,7 @@ class Engine:
             yield
 
     def state(self) -> dict[str, Tensor]:
-        """What this worker writes into a checkpoint, by name; see `state_files`. Collective."""
+        """Return what this worker writes into a checkpoint, by name; see `state_files`. Collective."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
         flats = flats_of(self.optimizer, self.module, rank=rank)
         with self._whole_untrained():
@@ -198,7 +205,7 @@ class Engine:
         return shard_tensors(flats, base_optimizer(self.optimizer), whole, rank=rank, world_size=world_size)
 
     def load(self, folder: Path, *, step: int) -> None:
-        """Weights and optimizer state from a checkpoint, whatever the number of workers that wrote it. Collective."""
+        """Load weights and optimizer state from a checkpoint, written by any number of workers. Collective."""
         shards = Shards(folder)
         for flat in flats_of(self.optimizer, self.module, rank=dist.get_rank()):
             flat.fill(base_optimizer(self.optimizer), shards.fields)
@@ -209,13 +216,13 @@ class Engine:
         self._engine.global_steps = step
 
     def _untrained(self) -> dict[str, Tensor]:
-        """Buffers, and parameters without gradient."""
+        """Return buffers, and parameters without gradient, by name."""
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         return {**frozen, **dict(self.module.named_buffers())}
 
     @contextlib.contextmanager
     def _whole_untrained(self) -> Iterator[None]:
-        """ZeRO stage 3 cuts frozen parameters too; what worker 0 writes into them here, all get."""
+        """Gather frozen parameters, which ZeRO stage 3 partitions too; worker 0's changes are sent to all."""
         frozen = [p for p in self.module.parameters() if not p.requires_grad]
         if self.stage < 3 or not frozen:
             yield
@@ -224,7 +231,7 @@ class Engine:
             yield
 
     def export_state(self, checkpoint: Path) -> dict[str, Tensor]:
-        """Weights in fp32 by name, on the CPU: from the module where it holds them whole, else from a checkpoint."""
+        """Return the weights in fp32 by name, on the CPU: from the module if it holds all, or from a checkpoint."""
         names = self.module.state_dict(keep_vars=True)
         if self.stage < 3 and self._fp32:
             return {k: v.detach().float().cpu() for k, v in names.items()}
@@ -236,5 +243,5 @@ class Engine:
         }  # fmt: skip
 
     def _trained_first(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trained parameters by the first of their names, where several modules share one."""
+        """Yield trained parameters by their first name, if several modules share one."""
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)

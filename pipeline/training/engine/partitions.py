@@ -1,8 +1,8 @@
-"""Where DeepSpeed keeps the fp32 weights and the optimizer state, under every ZeRO stage and in every precision.
+"""Locates the fp32 weights and the optimizer state in DeepSpeed, under every ZeRO stage and in every precision.
 
 The base optimizer updates *flats*: tensors that hold *pieces*, elements [start, start + numel) of named parameters, in
-an order and with a padding that depend on the stage and on the number of workers. Said in pieces, a state depends on
-neither. Everything of DeepSpeed's inside that we read for this is read here.
+an order and with a padding that depend on the stage and on the number of workers. Expressed in pieces, a state depends
+on neither. All private attributes of DeepSpeed that this needs are read here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Fields = dict[str, Tensor]  # of a piece: "weight", the optimizer's own such as "exp_avg", and its "step"
+Fields = dict[str, Tensor]  # a piece's "weight", the optimizer's fields such as "exp_avg", and its "step"
 STEP = "step"  # the one field that a flat has once, not for each element
 WEIGHT = "weight"
 
@@ -35,10 +35,10 @@ class Flat:
 
     tensor: Tensor  # fp32, of any shape; the key of its optimizer state
     pieces: list[Piece]
-    replicated: bool  # whether every worker holds the same
+    replicated: bool  # whether every worker holds a copy
 
     def fields(self, optimizer: torch.optim.Optimizer, piece: Piece) -> Fields:
-        """Views of a piece's weights and state. The step is a tensor, whatever the optimizer counts with."""
+        """Return views of a piece's weights and state. The step is always a tensor, as in a file."""
         own = slice(piece.at, piece.at + piece.numel)
         found = {WEIGHT: self.tensor.detach().reshape(-1)[own]}
         for name, value in optimizer.state.get(self.tensor, {}).items():
@@ -50,7 +50,7 @@ class Flat:
 
     @torch.no_grad()
     def fill(self, optimizer: torch.optim.Optimizer, read: Callable[[Piece], Fields]) -> None:
-        """Take weights and state of every piece from `read`; what lies between pieces is padding, and zero."""
+        """Fill weights and state of every piece from `read`; the padding between pieces is zero."""
         state: dict[str, Any] = {}
         flat = self.tensor.detach().view(-1)
         for piece in self.pieces:
@@ -68,7 +68,7 @@ class Flat:
 
 
 def _counter(optimizer: torch.optim.Optimizer, step: float, device: torch.device) -> int | Tensor:
-    """Optimizer steps taken, as this kind of optimizer counts them."""
+    """Return the number of optimizer steps, in the type that this optimizer counts with."""
     if not isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam)):
         return int(step)
     fused = bool(optimizer.defaults.get("fused"))
@@ -76,15 +76,18 @@ def _counter(optimizer: torch.optim.Optimizer, step: float, device: torch.device
 
 
 def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside DeepSpeed's."""
+    """Return the torch optimizer inside DeepSpeed's."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def flats_of(optimizer: Any, module: nn.Module, *, rank: int) -> list[Flat]:
-    """All flats of this worker.
+    """Return all flats of this worker.
 
     Args:
-        optimizer: What DeepSpeed steps: one of its own, or the torch optimizer (stage 0 in fp32).
+        optimizer: DeepSpeed's optimizer, or the torch optimizer itself (stage 0 in fp32).
+
+    Raises:
+        NotImplementedError: if the optimizer's layout is not known.
     """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -103,14 +106,14 @@ def flats_of(optimizer: Any, module: nn.Module, *, rank: int) -> list[Flat]:
         pairs = [(p, p) for group in optimizer.param_groups for p in group["params"]]
     else:
         raise NotImplementedError(
-            f"checkpoints do not know where {type(optimizer).__name__} keeps its weights; use another "
+            f"checkpoints cannot locate the weights of {type(optimizer).__name__}; use another "
             "train.zero_stage or train.precision"
         )
     return [Flat(q, [Piece(names[id(p)], 0, p.numel(), 0)], replicated=True) for p, q in pairs]
 
 
 def _stage_3(optimizer: Any, trained: list[tuple[str, Any]], rank: int) -> Iterator[Flat]:
-    """Every parameter is cut in one part for each worker, the last ones padded."""
+    """Yield the flats of ZeRO stage 3: every parameter is split in one part per worker, the last ones padded."""
     pieces: dict[int, list[Piece]] = {}
     for name, p in trained:
         group, at, size = optimizer.grad_position[optimizer.get_param_id(p)]
@@ -124,10 +127,10 @@ def _stage_3(optimizer: Any, trained: list[tuple[str, Any]], rank: int) -> Itera
 
 
 def _stages_1_and_2(partitions: list[Tensor], trained: list[tuple[str, Any]]) -> Iterator[Flat]:
-    """All parameters end to end are cut in one partition for each worker."""
+    """Yield the flats of ZeRO stages 1 and 2: all parameters end to end are split in one partition per worker."""
     pieces: dict[int, list[Piece]] = {}
     for name, p in trained:
-        mapping = p._hp_mapping  # None where this worker holds nothing of it
+        mapping = p._hp_mapping  # None if this worker holds no part of it
         if mapping is not None:
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             piece = Piece(name, here.start, here.numel, there.start)
@@ -138,7 +141,7 @@ def _stages_1_and_2(partitions: list[Tensor], trained: list[tuple[str, Any]]) ->
 
 @torch.no_grad()
 def weights_from_flats(optimizer: Any) -> None:
-    """Bring the weights that the network computes with up to those in the flats. Collective."""
+    """Copy the weights in the flats to those that the network computes with. Collective."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.checkpoint_event_prologue()
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):

@@ -1,8 +1,8 @@
 """Checkpoint files: each worker's pieces of parameters in one safetensors file, readable by any number of workers.
 
-A tensor is called `<field>/<first element>/<parameter>`. What a worker needs of a parameter is put together from the
-pieces that overlap it, whoever wrote them; with as many workers as wrote them, its own piece is exactly that, bit for
-bit. No pickle anywhere.
+A tensor is named `<field>/<first element>/<parameter>`. A worker assembles its part of a parameter from the pieces that
+overlap it, whoever wrote them; with the same number of workers, its own piece comes back bit for bit. No pickle
+anywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.core.faults import fault_point
 from pipeline.training.engine.partitions import STEP, WEIGHT, Fields, Flat, Piece
 
-WHOLE = "whole"  # field of tensors that belong to no optimizer: buffers, and parameters that are not trained
+WHOLE = "whole"  # field of tensors without optimizer state: buffers, and parameters that are not trained
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -29,10 +29,10 @@ CHUNK = 64 << 20
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write a safetensors file, flushed to disk. Its size and sha256.
+    """Write a safetensors file, flushed to disk, and return its size and sha256.
 
-    Not the library's own writer: the hash is taken on the way out instead of by reading a file of gigabytes again,
-    tensors come from the device one at a time, and a full disk is an OSError.
+    The library's own writer is not used: here the hash is computed while writing instead of by reading a file of
+    gigabytes again, tensors are copied from the device one at a time, and a full disk is an OSError.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -63,13 +63,14 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def shard_name(rank: int, world_size: int) -> str:
+    """Return the name of the file that a worker writes."""
     return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def shard_tensors(
     flats: list[Flat], optimizer: torch.optim.Optimizer, whole: Mapping[str, Tensor], *, rank: int, world_size: int
 ) -> dict[str, Tensor]:
-    """What a worker writes: its pieces; of what every worker holds, each its share; worker 0 also `whole`."""
+    """Return what a worker writes: its pieces, its share of replicated flats, and on worker 0 also `whole`."""
     found: dict[str, Tensor] = {}
     for i, flat in enumerate(flats):
         if flat.replicated and i % world_size != rank:
@@ -83,7 +84,7 @@ def shard_tensors(
 
 
 class Shards:
-    """The state in a checkpoint folder, by parameter."""
+    """Reads the state in a checkpoint folder, by parameter."""
 
     def __init__(self, folder: Path):
         from safetensors import safe_open
@@ -100,20 +101,20 @@ class Shards:
                 parts.sort(key=lambda part: part[0])
 
     def fields(self, piece: Piece) -> Fields:
-        """Weights and state of a piece. Raises KeyError if the folder lacks any of its elements."""
+        """Return weights and state of a piece. Raises KeyError if the folder lacks any of its elements."""
         fields = self._held.get(piece.name, {})
         if WEIGHT not in fields:
             raise KeyError(f"{self.folder} holds no weights of {piece.name}")
         return {f: self._first(piece.name, f) if f == STEP else self._elements(f, piece) for f in fields}
 
     def whole(self, name: str) -> Tensor:
-        """A tensor that no optimizer has, in its own shape."""
+        """Return a tensor without optimizer state, in its own shape."""
         if WHOLE not in self._held.get(name, {}):
             raise KeyError(f"{self.folder} holds no {name}")
         return self._first(name, WHOLE)
 
     def weight(self, name: str, shape: torch.Size) -> Tensor:
-        """A trained parameter in fp32 and in full."""
+        """Return a trained parameter in fp32 and in full."""
         return self._elements(WEIGHT, Piece(name, 0, shape.numel(), 0)).view(shape)
 
     def _first(self, name: str, field: str) -> Tensor:

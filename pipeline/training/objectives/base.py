@@ -1,4 +1,4 @@
-"""Which part of a step a micro batch is, and what an objective is: the words that the loop and its objectives share."""
+"""The interface between the training loop and what it trains: objectives, batches and micro-batch indices."""
 
 from __future__ import annotations
 
@@ -11,32 +11,55 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Which part of a step a micro batch is."""
+class MicroBatchIndex:
+    """Which part of a training run a micro batch is. Random draws are keyed by it, never by the worker."""
 
     step: int
     epoch: int
     start: int  # first row of the micro batch among this worker's rows of the step
 
 
+class Batch(Protocol):
+    """A dataclass of tensors for b cells."""
+
+    @property
+    def weight(self) -> Tensor:
+        """1 for a cell, 0 for a repeat that fills the batch; (b,)."""
+
+    @property
+    def joinids(self) -> Tensor:
+        """The cells' ids; (b,)."""
+
+
 class Objective(Protocol):
-    """What is trained."""
+    """A network with its loss and its validation.
+
+    Attributes:
+        module: What is trained.
+        validate_with_ema: Whether validation uses the averaged weights, if there are any.
+    """
 
     module: nn.Module
     validate_with_ema: bool
 
-    def prepare(self, table: pa.Table, part: Slice) -> Any:
-        """A batch on the CPU: a dataclass of tensors with `weight` and `joinids`, both (b,). Runs in a thread."""
+    def prepare(self, table: pa.Table, index: MicroBatchIndex) -> Any:
+        """Make a `Batch` on the CPU. Runs in a thread."""
 
-    def loss(self, model: Callable[..., Tensor], batch: Any, part: Slice) -> Tensor:
-        """Loss of each cell of a micro batch, (b,); the batch is on the module's device."""
+    def loss(self, model: Callable[..., Any], batch: Any, index: MicroBatchIndex) -> Tensor:
+        """Return the loss of each cell of a micro batch, (b,).
+
+        Args:
+            model: The module, or the engine around it.
+            batch: What `prepare` made, on the module's device.
+        """
 
     def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
-        """Sums over this worker's share of the validation cells, by name, `loss` among them; and the cells' number."""
+        """Return sums over this worker's share of the validation cells, by name, with `loss` among them, and the number
+        of these cells."""
 
 
 def map_tensors(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with f of every tensor in it: in dataclasses, maps, tuples and lists."""
+    """Apply f to every tensor of a batch: in dataclasses, mappings, tuples and lists."""
     if isinstance(batch, Tensor):
         return f(batch)
     if isinstance(batch, dict):

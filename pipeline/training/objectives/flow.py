@@ -1,9 +1,9 @@
-"""Training of the flow: matching on latents, from the cache.
+"""Trains the flow: flow matching on cached latents.
 
-What is random (noise, times, dropped labels) is drawn for each lane of the order by (seed, step, lane), a row for each
-of its cells. Which cell stands in a row follows from (seed, step) alone, so the draws are a function of (seed, step,
-cell): they differ between workers, and a cell gets the same ones on any number of them. Validation has its own for each
-cell, by (seed, cell): the same in every validation, in every run with the seed, however it is batched.
+Noise, times and dropped labels are drawn for each lane of the order by (seed, step, lane), a row for each of its cells.
+Which cell is in a row follows from (seed, step) alone, so the draws are a function of (seed, step, cell): they differ
+between workers, and a cell gets the same ones with any number of workers. Validation draws for each cell by (seed,
+cell): the same in every validation and in every run with the seed, whatever the batch size.
 
 Shape letters: b cells, m latent tokens, e latent width.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.data.loading.collate import to_latent_batch
 from pipeline.data.loading.order import FeedOrder
-from pipeline.training.objectives.base import Slice, map_tensors
+from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
 from pipeline.training.objectives.vae import NOISE, VALIDATION
 from scldm.flow.config import PathConfig
 from scldm.flow.objective import flow_loss
@@ -34,35 +34,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random about b cells of a flow."""
+    """The random numbers of b cells."""
 
     noise: Tensor  # (b, m, e)
     t: Tensor  # (b,), uniform in [0, 1)
     coins: Tensor  # (b, 1 + labels), uniform: which labels are dropped
 
     def rows(self, start: int, n: int) -> Draws:
+        """Return the draws of n rows from `start` on."""
         return Draws(self.noise[start : start + n], self.t[start : start + n], self.coins[start : start + n])
 
 
 class FlowDraws:
-    """Draws of this worker's rows of a step, and of validation cells."""
+    """Draws random numbers for this worker's rows of a step, and for validation cells.
+
+    Args:
+        lanes: This worker's lanes of the order.
+        latent_shape: (m, e).
+    """
 
     def __init__(
         self, seed: int, order: FeedOrder, lanes: Sequence[int], *, latent_shape: tuple[int, int], n_labels: int
     ):
         self.seed, self.lanes, self.rows_per_lane = seed, lanes, order.rows_per_lane
         self.shape, self.n_labels = latent_shape, n_labels
-        self._at: tuple[int, Draws] | None = None
+        self._cached: tuple[int, Draws] | None = None  # by step
 
-    def of(self, part: Slice, n: int) -> Draws:
-        """Of a micro batch of n cells."""
-        if self._at is None or self._at[0] != part.step:  # drawn once for all micro batches of the step
-            lanes = [self._draw(self.rows_per_lane, NOISE, part.step, lane) for lane in self.lanes]
-            self._at = (part.step, _joined(lanes))
-        return self._at[1].rows(part.start, n)
+    def for_micro_batch(self, index: MicroBatchIndex, n: int) -> Draws:
+        """Draw for a micro batch of n cells."""
+        if self._cached is None or self._cached[0] != index.step:  # drawn once for all micro batches of the step
+            lanes = [self._draw(self.rows_per_lane, NOISE, index.step, lane) for lane in self.lanes]
+            self._cached = (index.step, _concatenate(lanes))
+        return self._cached[1].rows(index.start, n)
 
-    def of_validation(self, joinids: Tensor) -> Draws:
-        return _joined([self._draw(1, VALIDATION, i) for i in joinids.tolist()])
+    def for_validation(self, joinids: Tensor) -> Draws:
+        """Draw for validation cells, by their ids."""
+        return _concatenate([self._draw(1, VALIDATION, i) for i in joinids.tolist()])
 
     def _draw(self, n: int, *key: int) -> Draws:
         g = generator(self.seed, *key)
@@ -70,13 +77,13 @@ class FlowDraws:
         return Draws(noise, torch.rand(n, generator=g), torch.rand(n, 1 + self.n_labels, generator=g))
 
 
-def _joined(draws: Sequence[Draws]) -> Draws:
+def _concatenate(draws: Sequence[Draws]) -> Draws:
     return Draws(*(torch.cat([getattr(d, f) for d in draws]) for f in ("noise", "t", "coins")))
 
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """Latents of b cells with their draws."""
+    """Latents of b cells with their random numbers."""
 
     latents: Tensor  # (b, m, e)
     conditions: Mapping[str, Tensor]
@@ -86,7 +93,14 @@ class FlowBatch:
 
 
 class FlowObjective:
-    """Flow-matching loss on cached latents."""
+    """Flow-matching loss on cached latents.
+
+    Args:
+        draws: Draws noise, times and dropped labels.
+        label_dropout: Fraction of cells trained without labels.
+        validation: Tables of latents.
+        samples: Generates and scores cells in validations; worker 0 only.
+    """
 
     validate_with_ema = True
 
@@ -101,16 +115,16 @@ class FlowObjective:
         validation: Sequence[pa.Table],
         samples: FlowSamples | None = None,
     ):
-        self.samples = samples  # of worker 0
+        self.samples = samples
         self.sampled: dict[str, float] = {}  # scores of generated cells in the last validation, if it had any
         self.module, self.path, self.n_classes, self.draws = dit, path, n_classes, draws
         self.label_dropout = label_dropout
         self._validation = [self._batch(table, None) for table in validation]
 
-    def prepare(self, table: pa.Table, part: Slice) -> FlowBatch:
-        return self._batch(table, part)
+    def prepare(self, table: pa.Table, index: MicroBatchIndex) -> FlowBatch:
+        return self._batch(table, index)
 
-    def loss(self, model: Callable[..., Tensor], batch: FlowBatch, part: Slice) -> Tensor:
+    def loss(self, model: Callable[..., Tensor], batch: FlowBatch, index: MicroBatchIndex) -> Tensor:
         conditions = drop_labels(
             batch.conditions, self.n_classes, p=self.label_dropout, uniform=batch.draws.coins,
             strategy=self.module.config.strategy,
@@ -128,17 +142,17 @@ class FlowObjective:
         self.sampled = {} if self.samples is None else self.samples.scores(self.module)
         return {"loss": total}, n
 
-    def _batch(self, table: pa.Table, part: Slice | None) -> FlowBatch:
+    def _batch(self, table: pa.Table, index: MicroBatchIndex | None) -> FlowBatch:
         cells = to_latent_batch(table, list(self.n_classes), shape=self.draws.shape)
         n = len(cells.joinids)
-        draws = self.draws.of_validation(cells.joinids) if part is None else self.draws.of(part, n)
+        draws = self.draws.for_validation(cells.joinids) if index is None else self.draws.for_micro_batch(index, n)
         return FlowBatch(cells.latents, cells.conditions, draws, cells.joinids, cells.weight)
 
 
 def flow_losses(
     model: Callable[..., Tensor], x1: Tensor, draws: Draws, conditions: Mapping[str, Any], path: PathConfig
 ) -> Tensor:
-    """Flow-matching loss of each cell, (b,), at its own noise and time."""
+    """Return the flow-matching loss of each cell, (b,), at its own noise and time."""
     t0, t1 = training_interval(path)
     t = t0 + (t1 - t0) * draws.t
     sample = sample_path(draws.noise, x1, t, path.path)

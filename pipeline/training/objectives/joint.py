@@ -1,9 +1,9 @@
-"""The VAE and the flow trained together: counts are streamed, the encoder is in the graph, no latent is cached.
+"""Trains the VAE and the flow together: counts are streamed, the encoder is in the graph, no latent is cached.
 
 The loss of a cell is that of the flow at its latent plus `vae.weight` times the negative log-likelihood of its counts,
-in nats. The likelihood holds the latent to the cell: by the flow's loss alone the encoder would make latents that are
-easy to match and say nothing. Averaged and raw weights of both networks are exported; a sampler takes both from one
-side, because an averaged flow matches averaged latents.
+in nats. The likelihood ties the latent to the cell: with the flow's loss alone the encoder would learn latents that are
+easy to match and carry no information. Averaged and raw weights of both networks are exported; a sampler takes both
+from the same side, because an averaged flow matches averaged latents.
 
 Shape letters: b cells, g genes, m latent tokens, e latent width.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor, nn
 
-from pipeline.training.objectives.base import Slice, map_tensors
+from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
 from pipeline.training.objectives.flow import Draws, FlowDraws, flow_losses
 from pipeline.training.objectives.vae import VaeBatch, VaeObjective
 from scldm.data.batch import CellBatch
@@ -42,11 +42,11 @@ class Joint(nn.Module):
         conditions: Mapping[str, Tensor],
         sample: GeneSample | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The flow's loss and the negative log-likelihood (nats) of each cell, (b,) both.
+        """Return the flow's loss and the negative log-likelihood (nats) of each cell, both (b,).
 
         Args:
-            cells: What is scored.
-            seen: What the encoder is shown of the same cells.
+            cells: Counts that are scored.
+            seen: The same cells as the encoder sees them.
             sample: Genes that are scored; all if None.
         """
         z = self.vae.encode(seen)  # (b, m, e)
@@ -55,7 +55,7 @@ class Joint(nn.Module):
 
 @dataclass(frozen=True)
 class JointBatch:
-    """Cells, with the draws of their flow."""
+    """Cells, with the random numbers of their flow."""
 
     cells: VaeBatch
     draws: Draws
@@ -74,7 +74,9 @@ class JointObjective:
 
     Args:
         counts: Prepares cells, as in the training of the VAE alone.
-        weight: Of the likelihood.
+        draws: Draws noise, times and dropped labels.
+        weight: The weight of the likelihood.
+        validation: Tables of cells.
     """
 
     validate_with_ema = True
@@ -93,26 +95,26 @@ class JointObjective:
         self.module, self.counts, self.draws, self.weight = module, counts, draws, weight
         self.n_classes, self.label_dropout, self._validation = n_classes, label_dropout, validation
 
-    def prepare(self, table: pa.Table, part: Slice) -> JointBatch:
-        return JointBatch(self.counts.prepare(table, part), self.draws.of(part, len(table)))
+    def prepare(self, table: pa.Table, index: MicroBatchIndex) -> JointBatch:
+        return JointBatch(self.counts.prepare(table, index), self.draws.for_micro_batch(index, len(table)))
 
-    def loss(self, model: Callable[..., tuple[Tensor, Tensor]], batch: JointBatch, part: Slice) -> Tensor:
+    def loss(self, model: Callable[..., tuple[Tensor, Tensor]], batch: JointBatch, index: MicroBatchIndex) -> Tensor:
         cells, seen = self.counts.scored_and_seen(batch.cells)
         conditions = drop_labels(
             cells.conditions, self.n_classes, p=self.label_dropout, uniform=batch.draws.coins,
             strategy=self.module.dit.config.strategy,
         )  # fmt: skip
-        sample = self.counts.sample(part.step, cells.counts.device)
+        sample = self.counts.sample(index.step, cells.counts.device)
         flow, nll = model(cells, seen, batch.draws, conditions, sample)
         return flow + self.weight * nll
 
     def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
-        """Sums of the loss, and of its two parts unweighted."""
+        """Return sums of the loss, and of its two parts without weight; and the number of cells."""
         device = next(self.module.parameters()).device
         flow, nll, n = 0.0, 0.0, 0
         for table in self._validation[rank::world_size]:
-            counts = self.counts.prepare(table, Slice(0, 0, 0))
-            held = JointBatch(counts, self.draws.of_validation(counts.joinids))
+            counts = self.counts.prepare(table, MicroBatchIndex(0, 0, 0))
+            held = JointBatch(counts, self.draws.for_validation(counts.joinids))
             batch: Any = map_tensors(held, lambda x: x.to(device))
             cells, seen = self.counts.scored_and_seen(batch.cells)
             flows, nlls = self.module(cells, seen, batch.draws, cells.conditions)
@@ -121,6 +123,6 @@ class JointObjective:
 
 
 def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Weights of one of the two networks, out of those of `Joint`."""
+    """Return the weights of one of the two networks, `vae` or `dit`, out of those of `Joint`."""
     prefix = f"{name}."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,15 +1,16 @@
-"""Generated cells on a schedule while the flow trains: a few cells, the metrics of `evaluate`, the averaged weights.
+"""Generates and scores a few cells on a schedule while the flow trains, with the metrics of `evaluate`.
 
-Every held-out cell of a small fixed set is asked for again: its labels, its library size, noise of its own. So the same
-cells are made in every validation but for the weights, and a curve of the scores shows training and nothing else. The
-library sizes are the real ones, hence no score of them.
+For every held-out cell of a small fixed set a cell is generated with its labels, its library size and noise of its own,
+by the averaged weights. So validations differ in the weights only, and a plot of the scores shows training and nothing
+else. The library sizes are the real ones, so they are not scored.
 
-Only worker 0 does it, the others wait, so keep the set small. A model that cannot be scored yet costs a line in the
-log, not the run.
+Only worker 0 does it and the others wait, so the set should be small. If the cells cannot be scored, that is logged and
+training goes on.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -37,23 +38,24 @@ if TYPE_CHECKING:
 KEPT = ("w2", "mmd2", "frechet", "energy", "auroc", "precision", "recall", "gene_mean_r2", "gene_variance_r2")
 KEPT_PER_LABEL = ("conditional_w2.", "label_accuracy.")
 N_TOP_GENES, N_PCS, N_NEIGHBORS, MIN_CLASS = 2000, 30, 15, 8
+log = logging.getLogger(__name__)
 
 
 class FlowSamples:
-    """A fixed set of held-out cells, and what a flow makes of their labels.
+    """Generates cells like a fixed set of held-out cells, and scores them.
 
     Args:
-        held_out: Cells to resemble; a training cell is none of them.
+        held_out: Cells to resemble, none of them a training cell.
         training: Twice as many or more: the floor, and the cells that the space and the classifiers are fitted on.
-        vae: Decodes; on the device that the flow is on.
+        vae: The decoder, on the flow's device.
         every: Validations between two scorings; the first one is scored.
-        seed: Of noise and counts.
+        seed: The seed of noise and counts.
     """
 
     def __init__(
         self, held_out: AnnData, training: AnnData, vae: LoadedVAE, *, path: PathConfig, every: int, seed: int
     ):
-        self.vae, self.path, self.every, self.seed, self.asked = vae, path, every, seed, 0
+        self.vae, self.path, self.every, self.seed, self.n_validations = vae, path, every, seed, 0
         names = [x.name for x in vae.vocabulary.labels]
         self.real, train = cell_set(held_out, names), cell_set(training, names)
         given = [name for name in names if labelled(self.real.labels[name]).all()]
@@ -73,19 +75,19 @@ class FlowSamples:
         }
 
     def scores(self, dit: nn.Module) -> dict[str, float]:
-        """`gen_<metric>` and `gen_<metric>_floor`, where it is time for them; nothing in between."""
-        self.asked += 1
-        if (self.asked - 1) % self.every:
+        """Return `gen_<metric>` and `gen_<metric>_floor`; nothing between two scorings."""
+        self.n_validations += 1
+        if (self.n_validations - 1) % self.every:
             return {}
         try:
             with _evaluating(dit):
-                made = self._made(dit)
-            return self._scores(made) | self.floor
+                generated = self._generate(dit)
+            return self._scores(generated) | self.floor
         except (ValueError, FloatingPointError) as error:
-            print(f"generated cells of this validation have no scores: {error}", flush=True)
+            log.warning(f"the cells generated in this validation cannot be scored: {error}")
             return {}
 
-    def _made(self, dit: Any) -> CellSet:
+    def _generate(self, dit: Any) -> CellSet:
         config = self.vae.vae.config
         flow = LoadedFlow(
             dit, self.path, self.vae.vocabulary, self.vae.library_sizes, config.n_latent_tokens, config.latent_width
@@ -110,10 +112,10 @@ class FlowSamples:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    was = module.training
+    was_training = module.training
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(was)
+        module.train(was_training)

@@ -1,4 +1,4 @@
-"""Training of the VAE: the likelihood of the cells' counts.
+"""Trains the VAE by the likelihood of the cells' counts.
 
 Shape letters: b cells, g genes.
 """
@@ -13,8 +13,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.data.loading.blocks import BlockSource
 from pipeline.data.loading.collate import measured_group, to_cell_batch
-from pipeline.training.objectives.base import Slice, map_tensors
+from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
 from scldm.data.batch import CellBatch
 from scldm.data.gene_sampling import see_genes
 from scldm.data.genes_seen import GenesSeenConfig
@@ -26,17 +27,17 @@ GENES, NOISE, VALIDATION, SEEN = 1, 2, 3, 4  # streams of randomness
 
 
 def seen_seed(seed: int, epoch: int) -> int:
-    """Seed of the genes that the encoder sees in an epoch; with a cell's id it decides the draw."""
+    """Return the seed of the genes that the encoder sees in an epoch; with a cell's id it determines the draw."""
     return int(np.random.SeedSequence([seed, SEEN, epoch]).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
 class VaeBatch:
-    """Cells, and what the encoder is shown of them where a cap cuts it."""
+    """Cells, and the same cells with fewer genes if a cap limits what the encoder sees."""
 
     cells: CellBatch
-    fewer: CellBatch | None
-    group: Tensor | None  # which row of `measured` a cell has, (b,)
+    capped: CellBatch | None
+    group: Tensor | None  # the cell's row of `measured`, (b,)
 
     @property
     def weight(self) -> Tensor:
@@ -48,7 +49,16 @@ class VaeBatch:
 
 
 class VaeObjective:
-    """Negative log-likelihood of the cells' counts, in nats, summed over genes."""
+    """Negative log-likelihood of the cells' counts, in nats, summed over genes.
+
+    Args:
+        mean_counts: Mean count of each gene, (g,).
+        genes_per_step: Genes that are scored in a step; all if None.
+        max_genes: Most expressed genes of a cell that the encoder sees; all if None.
+        validation: Tables of cells.
+        measured: Genes that each group of data sets measured, (p, g) bool; all genes if None.
+        genes_seen: Which genes the encoder sees in training.
+    """
 
     validate_with_ema = False
 
@@ -66,34 +76,34 @@ class VaeObjective:
         genes_seen: GenesSeenConfig | None = None,
     ):
         self.module, self.labels, self.seed, self.max_genes = vae, labels, seed, max_genes
-        self.measured = measured  # (p, g) bool: genes that each group of data sets measured; None: all of them
+        self.measured = measured
         self.genes_seen = genes_seen or GenesSeenConfig()
         found = mean_counts[mean_counts > 0]
         self.mean_counts = mean_counts.clamp(min=float(found.min()) if len(found) else 1.0)  # for weighted, > 0
         self.probability = None if genes_per_step is None else gene_probabilities(mean_counts, genes_per_step)
         self._validation = validation
 
-    def prepare(self, table: pa.Table, part: Slice) -> VaeBatch:
+    def prepare(self, table: pa.Table, index: MicroBatchIndex) -> VaeBatch:
         cells = to_cell_batch(table, self.labels)
-        fewer = None
+        capped = None
         if self.max_genes is not None:
-            fewer = to_cell_batch(table, self.labels, max_genes=self.max_genes, seed=self.seed)
-        return VaeBatch(cells, fewer, None if self.measured is None else measured_group(table))
+            capped = to_cell_batch(table, self.labels, max_genes=self.max_genes, seed=self.seed)
+        return VaeBatch(cells, capped, None if self.measured is None else measured_group(table))
 
-    def loss(self, model: Callable[..., Tensor], batch: VaeBatch, part: Slice) -> Tensor:
+    def loss(self, model: Callable[..., Tensor], batch: VaeBatch, index: MicroBatchIndex) -> Tensor:
         cells, seen = self.scored_and_seen(batch)
         if self.genes_seen.mode != "expressed":
-            seen = self._drawn(cells, part.epoch)
-        return model(cells, self.sample(part.step, cells.counts.device), seen)
+            seen = self._drawn(cells, index.epoch)
+        return model(cells, self.sample(index.step, cells.counts.device), seen)
 
     def sample(self, step: int, device: torch.device) -> GeneSample | None:
-        """Genes that are scored in a step: the same on every worker and in every micro batch of it."""
+        """Return the genes that are scored in a step: the same on every worker and in each of its micro batches."""
         if self.probability is None:
             return None
         return sample_genes(self.probability.to(device), generator(self.seed, GENES, step))
 
     def _drawn(self, cells: CellBatch, epoch: int) -> CellBatch:
-        """What the encoder sees of the cells in an epoch; validation sees the expressed genes instead."""
+        """Return the cells as the encoder sees them in an epoch; in validation it sees the expressed genes."""
         self.mean_counts = self.mean_counts.to(cells.counts.device)
         seed = seen_seed(self.seed, epoch)
         n_genes = len(self.mean_counts)
@@ -103,23 +113,25 @@ class VaeObjective:
         device = next(self.module.parameters()).device
         total, n = 0.0, 0
         for table in self._validation[rank::world_size]:
-            cells, seen = self.scored_and_seen(map_tensors(self.prepare(table, Slice(0, 0, 0)), lambda x: x.to(device)))
+            cells, seen = self.scored_and_seen(
+                map_tensors(self.prepare(table, MicroBatchIndex(0, 0, 0)), lambda x: x.to(device))
+            )
             total += float(self.module(cells, None, seen).double().sum())
             n += cells.n_cells
         return {"loss": total}, n
 
     def scored_and_seen(self, batch: VaeBatch) -> tuple[CellBatch, CellBatch]:
-        """The cells that are scored, and what the encoder sees of them."""
+        """Return the cells that are scored, and the same cells as the encoder sees them."""
         cells = batch.cells
         if self.measured is not None and batch.group is not None:
-            # On the device: a row for each cell would be the largest part of what travels there.
+            # Expanded on the device: a row for each cell would be the largest part of what is copied there.
             self.measured = self.measured.to(batch.group.device)
             cells = replace(cells, measured=self.measured[batch.group])
-        return cells, cells if batch.fewer is None else batch.fewer
+        return cells, cells if batch.capped is None else batch.capped
 
 
-def validation_tables(source, *, n_cells: int, batch_size: int, seed: int) -> list[pa.Table]:
-    """Batches of validation cells, the same in every run: drawn by seed, read in storage order."""
+def validation_tables(source: BlockSource, *, n_cells: int, batch_size: int, seed: int) -> list[pa.Table]:
+    """Read tables of validation cells, the same in every run: drawn by seed, in storage order."""
     ids = source.ids
     if len(ids) > n_cells:
         rng = np.random.Generator(np.random.Philox(key=[seed, VALIDATION]))

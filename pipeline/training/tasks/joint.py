@@ -1,4 +1,4 @@
-"""A training worker's part of `train_flow` with `vae: {train: true}`: build both networks, train them, export both."""
+"""A worker's part of `train_flow` with `vae: {train: true}`: build both networks, train them and export both."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor
 from pipeline.config.job import TrainFlowConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import Ingested
-from pipeline.data.loading.order import FeedOrder
-from pipeline.training.loop import run_training
+from pipeline.training.loop import TrainingResult, run_training
 from pipeline.training.objectives.flow import FlowDraws
 from pipeline.training.objectives.joint import Joint, JointObjective, part_of
 from pipeline.training.objectives.vae import VaeObjective, validation_tables
-from pipeline.training.state import Run, Trained
+from pipeline.training.state import Run
+from pipeline.training.tasks.base import make_order
 from scldm.checkpoints.native import load_vae, save_flow, save_vae
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 
-# Folders of the two VAEs beside the flow's: sampling with weights "ema" takes the first, with "raw" the second.
+# Folders of the two VAEs, next to the flow's: sampling with weights "ema" uses the first, with "raw" the second.
 VAE_FOLDERS = {"ema": "vae", "raw": "vae_raw"}
 
 
 def train_joint(
     config: TrainFlowConfig, inputs: Mapping[str, Manifest], run: Run, *, seed: int, card: str
-) -> tuple[Trained, Joint]:
-    """Start from the VAE of train_vae and a new flow. Collective."""
+) -> tuple[TrainingResult, Joint]:
+    """Train the VAE of train_vae together with a new flow, and export both. Collective."""
     data = Ingested.open(inputs["ingest"])
     module = _networks(config, inputs, data, seed)
     train, source = config.train, data.blocks("train")
     feed = train.feed
-    order = FeedOrder(source.ids, source.tile, seed, feed.batch_size, feed.lanes, feed.block_rows)
+    order = make_order(source, feed, seed)
     labels = [x.name for x in data.vocabulary.labels]
     stats = pd.read_parquet(inputs["ingest"].path("gene_stats"))
     counts = VaeObjective(
@@ -52,14 +52,14 @@ def train_joint(
             data.blocks("validation"), n_cells=train.validation_cells, batch_size=feed.micro_batch_size, seed=seed
         ),
     )  # fmt: skip
-    trained = run_training(objective, source, order, train, run, ema_config=train.ema)
-    raw = trained.engine.export_state(trained.checkpoint)
-    assert trained.ema is not None
-    averaged = {**raw, **{k: v.float().cpu() for k, v in trained.ema.state_dict().items()}}
+    result = run_training(objective, source, order, train, run, ema_config=train.ema)
+    raw = result.engine.export_state(result.checkpoint)
+    assert result.ema is not None
+    averaged = {**raw, **{k: v.float().cpu() for k, v in result.ema.state_dict().items()}}
     if dist.get_rank() == 0:
         _export(run.folder, {"ema": averaged, "raw": raw}, config, data, module.vae, card)
     dist.barrier()
-    return trained, module
+    return result, module
 
 
 def _networks(config: TrainFlowConfig, inputs: Mapping[str, Manifest], data: Ingested, seed: int) -> Joint:
@@ -84,9 +84,9 @@ def _export(
     card: str,
 ) -> None:
     for side, state in states.items():
-        made = VAE(vae.config, n_genes=vae.n_genes)
-        made.load_state_dict(part_of(state, "vae"))
-        save_vae(folder / VAE_FOLDERS[side], made, data.vocabulary, data.library_sizes, card=card)
+        exported = VAE(vae.config, n_genes=vae.n_genes)
+        exported.load_state_dict(part_of(state, "vae"))
+        save_vae(folder / VAE_FOLDERS[side], exported, data.vocabulary, data.library_sizes, card=card)
     shape = (vae.config.n_latent_tokens, vae.config.latent_width)
     save_flow(
         folder / "model", {"model": part_of(states["ema"], "dit"), "raw": part_of(states["raw"], "dit")},

@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.training.checkpoints.manifest import SCHEMA, Position, sha256_of
+from pipeline.training.checkpoints.manifest import SCHEMA, TrainingPosition, sha256_of
 
-POSITION = Position(step=4, epoch=0, offset=4, world_size=2, config_hash="a", zero_stage=1)
+POSITION = TrainingPosition(step=4, epoch=0, offset=4, world_size=2, config_hash="a", zero_stage=1)
 
 
 def commit(root: Path, step: int, content: bytes = b"weights", loss: float | None = None) -> Path:

@@ -1,7 +1,7 @@
-"""A toy run under every ZeRO stage, in one process per rank: straight through, and stopped and gone on elsewhere.
+"""Train a toy under every ZeRO stage, in one process per rank: straight through, and stopped and resumed elsewhere.
 
-Phases, each with its own number of workers: `first` trains straight through and, in another folder, up to a notice;
-`second` goes on up to the next notice; `third` goes on to the end.
+Phases, each with its own number of workers: `first` trains straight through and, in another folder, up to a stop
+signal; `second` resumes and trains to the next signal; `third` resumes and trains to the end.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.training.callbacks.base import TrainingCallback
+from pipeline.training.state import Stopped, TrainingState
+
 SETTINGS: dict[str, dict[str, Any]] = {
     **{f"zero {stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)},
     **{f"zero {stage} in bf16": {"zero_stage": stage, "precision": "bf16"} for stage in (0, 1, 2, 3)},
@@ -23,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero 2, offloaded": {"zero_stage": 2, "offload_optimizer": "cpu"},
     "zero 3, offloaded": {"zero_stage": 3, "offload_optimizer": "cpu"},
 }
-FIRST_STOP, SECOND_STOP = 5, 9  # steps done at the notices
+FIRST_STOP, SECOND_STOP = 5, 9  # steps done at the signals
 
 
 def first(folder: Path) -> None:
@@ -55,27 +58,27 @@ def _each(folder: Path, work: Callable[[str, dict[str, Any]], None]) -> None:
     dist.destroy_process_group()
 
 
-def _train(folder: Path, settings: dict[str, Any], stop: int | None = None) -> None:
-    """To the end, where rank 0 writes weights and average, or to the step at whose beginning a notice comes."""
-    from helpers.training.toy_training import train
-    from pipeline.training.loop import Stopped, Training
+class SignalAt(TrainingCallback):
+    """Sends SIGTERM to the last rank's process, so that the run stops at the end of step `stop`."""
 
-    take = Training.take
+    def __init__(self, stop: int):
+        self.stop = stop
 
-    def notified(self: Training, at: Any) -> bool:
-        if stop is not None and at.step == stop - 1 and dist.get_rank() == dist.get_world_size() - 1:
+    def on_step_end(self, state: TrainingState) -> None:
+        if state.step == self.stop - 1 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take(self, at)
 
-    Training.take = notified  # type: ignore[method-assign]
+
+def _train(folder: Path, settings: dict[str, Any], stop: int | None = None) -> None:
+    """Train to the end, where rank 0 writes weights and average, or to a signal that stops the run at a step."""
+    from helpers.training.toy_training import train
+
     try:
-        done = train(folder, checkpoint_every=100, **settings)
+        done = train(folder, callbacks=[] if stop is None else [SignalAt(stop)], checkpoint_every=100, **settings)
     except Stopped as stopped:
         if stopped.step != stop:
             raise
         return
-    finally:
-        Training.take = take  # type: ignore[method-assign]
     assert stop is None
     if dist.get_rank() == 0:
         (folder / "done.json").write_text(json.dumps({k: done[k] for k in ("weights", "average", "curve")}))

@@ -1,7 +1,7 @@
-"""Training ranks as processes that start in a second: forked from a server that has imported everything once.
+"""Starts training ranks as processes within a second: forked from a server that has imported everything once.
 
-Each runs the entry point that torchrun runs, with the faults of `faults` that a test names. Every micro batch
-that a rank trains on is written down, so that a test can say which cells were seen how often.
+Each runs the entry point that torchrun runs, with the faults that a test names. Every micro batch that a rank trains on
+is recorded, so that a test can count how often each cell was seen.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from typing import Any
 import psutil
 
 from pipeline.core.faults import VARIABLE, arm
+from pipeline.core.logs import setup_logging
 
 TESTS = Path(__file__).resolve().parents[2]
 # The server of Python 3.11 knows no path but that of the environment, and passes in silence over what it cannot import.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["helpers.training.ranks", "helpers.training.warm"])
-ROOM = 500 << 20  # of memory, for the rank of `starved`
+MEMORY = 500 << 20  # of memory, for the rank of `starved`
 KILLED, STOPPED, REFUSED = -signal.SIGKILL, 75, 2
 
 
 def run(spec: dict[str, Any], world_size: int = 2, fault: str = "") -> list[int]:
-    """Exit codes of the ranks of a training run; `fault` as SCLDM_FAULT has it."""
+    """Run a training and return the ranks' exit codes; `fault` has the syntax of SCLDM_FAULT."""
     folder = Path(spec["folder"])
     return start(folder, _train, world_size, fault, spec=spec)
 
@@ -43,7 +44,7 @@ def start(
     folder: Path, work: Callable[[Path], None], world_size: int, fault: str = "", timeout: float = 400,
     spec: dict[str, Any] | None = None,
 ) -> list[int]:  # fmt: skip
-    """Exit codes of ranks that do `work`. Where one ends badly the others are killed, as a cluster would."""
+    """Run `work` on ranks and return their exit codes. If one fails, the others are killed, as a cluster would do."""
     folder.mkdir(parents=True, exist_ok=True)
     if spec is not None:
         (folder / "spec.json").write_text(json.dumps(spec))
@@ -60,7 +61,7 @@ def start(
     until = time.monotonic() + timeout
     while any(p.is_alive() for p in ranks):
         if any(p.exitcode not in (None, 0, STOPPED, REFUSED) for p in ranks) or time.monotonic() > until:
-            time.sleep(0.3)  # who fails of itself shall say so
+            time.sleep(0.3)  # a rank that fails on its own has time to log it
             for p in ranks:
                 p.kill()
         time.sleep(0.02)
@@ -71,7 +72,7 @@ def start(
 
 
 def train(spec: dict[str, Any], world_size: int = 2) -> None:
-    """To the end, or an error with the ranks' log."""
+    """Run to the end, or fail with the ranks' log."""
     codes = run(spec, world_size)
     assert codes == [0] * world_size, f"{codes}\n{(Path(spec['folder']) / 'log').read_text()[-3000:]}"
 
@@ -87,10 +88,11 @@ def _rank(
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     os.environ[VARIABLE] = fault
+    setup_logging(stage="training", rank=rank)
     arm()
     from pipeline.training.objectives.vae import VaeObjective
 
-    write_down_cells(VaeObjective, folder / f"cells-{attempt}-{rank}.jsonl")
+    record_cells(VaeObjective, folder / f"cells-{attempt}-{rank}.jsonl")
     work(folder)
 
 
@@ -102,7 +104,7 @@ def _train(folder: Path) -> None:
 
 
 def mad_clocks(folder: Path) -> None:
-    """Training where each rank lives on another day, and its clock jumps back and forth by an hour."""
+    """Train with clocks that are days apart and jump back and forth by an hour."""
     real, jumps = time.time, itertools.cycle((3600.0, -3600.0, 0.0))
     days = (-1) ** int(os.environ["RANK"]) * 86_400.0 * 30
     time.time = lambda: real() + days + next(jumps)  # type: ignore[assignment]
@@ -110,14 +112,14 @@ def mad_clocks(folder: Path) -> None:
 
 
 def starved(folder: Path) -> None:
-    """Training where a rank may take ROOM bytes more than it has when it comes to its first loss."""
+    """Train with at most MEMORY bytes more than a rank has when it computes its first loss."""
     from pipeline.training.objectives.vae import VaeObjective
 
     original = VaeObjective.loss
 
     def loss(*args: Any) -> Any:
         if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-            most = psutil.Process().memory_info().vms + ROOM
+            most = psutil.Process().memory_info().vms + MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
         return original(*args)
 
@@ -126,8 +128,8 @@ def starved(folder: Path) -> None:
 
 
 # ---- cells -------------------------------------------------------------------------------------------------------
-def write_down_cells(objective: type[Any], path: Path) -> None:
-    """Every micro batch whose loss is asked of this kind of objective, as a line of a file."""
+def record_cells(objective: type[Any], path: Path) -> None:
+    """Record every micro batch that this kind of objective computes, as a line of a file."""
     original = objective.loss
 
     def loss(self: Any, model: Any, batch: Any, part: Any) -> Any:
@@ -141,7 +143,7 @@ def write_down_cells(objective: type[Any], path: Path) -> None:
 
 
 def cells_by_step(folder: Path) -> dict[int, list[int]]:
-    """Cells of every step in the attempt that did it last: what the final weights were made of."""
+    """Return the cells of every step in the attempt that did it last: those that made the final weights."""
     rows: dict[int, dict[int, list[int]]] = {}
     for file in folder.glob("cells-*.jsonl"):
         attempt = int(file.stem.split("-")[1])
@@ -152,7 +154,7 @@ def cells_by_step(folder: Path) -> dict[int, list[int]]:
 
 
 def times_begun(folder: Path) -> Counter[int]:
-    """How many attempts began each step."""
+    """Return how many attempts began each step."""
     begun: Counter[int] = Counter()
     for file in folder.glob("cells-*-0.jsonl"):
         begun.update({json.loads(line)["step"] for line in file.read_text().splitlines()})

@@ -1,6 +1,6 @@
-"""A toy run of ten checkpoints under the real loop, which writes down every cell that it trains on.
+"""Train a toy for ten checkpoints with the real loop, and record every cell that it trains on.
 
-For kills at any fault point: it takes a second, and what it ends with can be compared bit for bit.
+For kills at any fault point: it takes a second, and its result can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helpers.training.ranks import cells_by_step, start, times_begun, write_down_cells
+from helpers.training.ranks import cells_by_step, record_cells, start, times_begun
 from pipeline.core.fault_points import POINTS
 from pipeline.core.faults import arm, passed
 from pipeline.tracking.tracker import NullTracker
@@ -26,8 +26,8 @@ NEVER = 1_000_000
 SLOW = 0.02
 
 
-class Told(NullTracker):
-    """Writes down the numbers that it is told."""
+class RecordingTracker(NullTracker):
+    """Writes metrics to a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -38,15 +38,15 @@ class Told(NullTracker):
 
 
 def work(folder: Path) -> None:
-    """What a rank does."""
+    """Train on one rank."""
     _train(folder, STEPS)
 
 
 def two_saves(folder: Path) -> None:
-    """The same for two checkpoints, both copied; each rank writes down how often it passed every point."""
-    from pipeline.training.checkpoints.manager import Keeper
+    """Train for two checkpoints, both uploaded; each rank records how often it passed every fault point."""
+    from pipeline.training.checkpoints.manager import CheckpointManager
 
-    save = Keeper.save
+    save = CheckpointManager.save
 
     def save_and_copy(self: Any, *args: Any, **kwargs: Any) -> bool:
         done = save(self, *args, **kwargs)
@@ -54,14 +54,14 @@ def two_saves(folder: Path) -> None:
             time.sleep(0.01)
         return done
 
-    Keeper.save = save_and_copy  # type: ignore[method-assign]
+    CheckpointManager.save = save_and_copy  # type: ignore[method-assign]
     arm(",".join(f"{point}:n={NEVER}:kill" for point in POINTS))
     rank = _train(folder, 2 * EVERY)
     (folder / f"passed-{rank}.json").write_text(json.dumps(passed()))
 
 
 def slow_worker(folder: Path) -> None:
-    """Worker 1 computes slowly: each of its micro batches takes SLOW seconds more."""
+    """Train with a slow worker 1: each of its micro batches takes SLOW seconds more."""
 
     def harm(loss: Any, batch: Any, module: Any) -> Any:
         time.sleep(SLOW * dist.get_rank())
@@ -85,14 +85,14 @@ def _train(folder: Path, steps: int, harm: Any = None) -> int:
     rank = dist.get_rank()
     attempt: list[Any] = [time.time_ns()]
     dist.broadcast_object_list(attempt)
-    write_down_cells(Toy, folder / f"cells-{attempt[0]}-{rank}.jsonl")
+    record_cells(Toy, folder / f"cells-{attempt[0]}-{rank}.jsonl")
     base = {"max_steps": steps, "validate_every": 10, "checkpoint_every": EVERY, "keep_last": 1, "feed": FEED}
     config = TrainConfig.model_validate(base)
     source, feed = cells(), config.feed
     order = FeedOrder(source.ids, source.tile, 0, feed.batch_size, feed.lanes, feed.block_rows)
     storage = CheckpointStorage(storage_path=str(folder / "second"))
     remote = Remote(storage, "toy") if rank == 0 else None
-    run = Run(folder, "v", "local", Told(folder / f"told-{rank}.jsonl"), remote=remote, storage=storage)
+    run = Run(folder, "v", "local", RecordingTracker(folder / f"told-{rank}.jsonl"), remote=remote, storage=storage)
     trained = run_training(Toy(harm, []), source, order, config, run, ema_config=EMAConfig(decay=0.9))
     trained.close()
     if rank == 0:
@@ -107,13 +107,13 @@ def _train(folder: Path, steps: int, harm: Any = None) -> int:
 
 # ---- from outside ------------------------------------------------------------------------------------------------
 def run(folder: Path, fault: str = "") -> list[int]:
-    """Exit codes of one attempt."""
+    """Run one attempt and return the exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
     return start(folder, work, WORKERS, fault)
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
-    """What worker 0 told its tracker, in order."""
+    """Return what worker 0 sent to its tracker, in order."""
     return [json.loads(line) for line in (folder / "told-0.jsonl").read_text().splitlines()]
 
 
@@ -126,7 +126,7 @@ def log(folder: Path) -> str:
 
 
 def every_cell_once_an_epoch(folder: Path) -> tuple[int, int]:
-    """Duplicated and missing cells over the whole epochs of a run, counting the attempt that did a step last."""
+    """Count duplicated and missing cells over the whole epochs of a run, by the attempt that did a step last."""
     from helpers.training.toy_training import BATCH, CELLS
 
     per_epoch, steps = CELLS // BATCH, cells_by_step(folder)
@@ -143,7 +143,7 @@ def lost_steps(folder: Path) -> int:
 
 
 def first_step_after(folder: Path, when: float) -> tuple[int, float]:
-    """The first step that was begun after a time, and when."""
+    """Return the first step that was begun after a time, and when."""
     rows = (json.loads(line) for file in folder.glob("cells-*-0.jsonl") for line in file.read_text().splitlines())
     at, step = min((row["at"], row["step"]) for row in rows if row["at"] > when)
     return step, at

@@ -1,4 +1,4 @@
-"""A VAE training that takes seconds: what it reads, its settings, and the order that a worker gets."""
+"""A VAE training that takes seconds: its data, its settings, and the specification of its workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_late
 
 
 def ingest_small(folder: Path, n_cells: int = 300) -> Manifest:
-    """Made-up cells of 80 genes."""
+    """Ingest made-up cells of 80 genes."""
     source = {"type": "synthetic", "n_cells": n_cells, "n_genes": 80, "n_types": 3}
     context = StageContext(folder, {}, 0, SimpleNamespace(), None)
     facts = ingest.run(IngestConfig.model_validate({"source": source}), context)
@@ -28,7 +28,7 @@ def ingest_small(folder: Path, n_cells: int = 300) -> Manifest:
 
 
 def spec_of(folder: Path, ingested: Manifest, storage: dict[str, Any] | None = None, **settings) -> dict[str, Any]:
-    """What a worker is told; `settings` are of `train`."""
+    """Make a worker's specification, as JSON has it; `settings` are those of `train`."""
     config = TrainVaeConfig.model_validate({"model": MODEL, "train": {**TRAIN, **settings}})
     return {
         "kind": "vae", "config": config.model_dump(mode="json"), "inputs": {"ingest": asdict(ingested)},

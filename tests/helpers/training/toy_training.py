@@ -1,4 +1,4 @@
-"""A few dozen cells and a small network under the real loop, for what the loop does when steps go wrong.
+"""Train a small network on a few dozen cells with the real loop, for what the loop does when steps go wrong.
 
 Run by torchrun on two workers: `toy_training.py FOLDER policies` runs every scenario in turn and writes what came of it
 to FOLDER/results.json; `toy_training.py FOLDER hang` trains with a worker that falls asleep.
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config.train import TrainConfig
+from pipeline.core.logs import setup_logging
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
 from pipeline.tracking.tracker import NullTracker
+from pipeline.training.callbacks.base import TrainingCallback
+from pipeline.training.callbacks.early_stopping import EarlyStopping
+from pipeline.training.callbacks.step_guard import StepGuard
 from pipeline.training.loop import run_training
-from pipeline.training.resilience.step_guard import TrainingStopped
-from pipeline.training.state import Run
+from pipeline.training.state import Run, TrainingStopped
 from scldm.flow.config import EMAConfig
 from scldm.optim.schedule import learning_rate_factor
 
@@ -38,7 +41,7 @@ FEED = {"batch_size": BATCH, "micro_batch_size": 2, "lanes": 2, "block_rows": 16
 
 @dataclass(frozen=True)
 class Cells:
-    """A source of blocks, in memory."""
+    """A source of blocks in memory."""
 
     x: np.ndarray  # (n, 4)
     tile: int = 8
@@ -60,7 +63,7 @@ class Batch:
 
 
 class Toy:
-    """Squared error of a small network that is to find the sum of a cell's numbers."""
+    """Squared error of a small network that learns the sum of a cell's numbers."""
 
     validate_with_ema = True
 
@@ -93,7 +96,7 @@ def odd_loss(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
 
 
 def odd_gradient(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
-    """A finite loss whose gradient is not: the root at zero."""
+    """Return a finite loss whose gradient is not finite: the root at zero."""
     odd, more = batch.joinids == ODD_CELL, torch.zeros_like(loss)
     more[odd] = (0 * loss[odd]).abs().sqrt()
     return loss + more
@@ -111,8 +114,14 @@ def all_odd(loss: Tensor, batch: Batch, module: nn.Module) -> Tensor:
     return loss * torch.nan
 
 
-def train(folder: Path, harm: Any = None, validation: list[float] | None = None, **settings: Any) -> dict[str, Any]:
-    """One run of the loop; what came of it, with the weights of this worker's copy."""
+def train(
+    folder: Path,
+    harm: Any = None,
+    validation: list[float] | None = None,
+    callbacks: Sequence[TrainingCallback] = (),
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run the loop once and return its results, with the weights of this worker's copy."""
     base = {"max_steps": STEPS, "validate_every": STEPS, "checkpoint_every": STEPS, "feed": FEED}
     config = TrainConfig.model_validate({**base, **settings})
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,24 +130,26 @@ def train(folder: Path, harm: Any = None, validation: list[float] | None = None,
     order = FeedOrder(source.ids, source.tile, 0, feed_.batch_size, feed_.lanes, feed_.block_rows)
     run = Run(folder, "v", "local", NullTracker())
     try:
-        trained = run_training(toy, source, order, config, run, ema_config=EMAConfig(decay=0.9))
+        trained = run_training(toy, source, order, config, run, ema_config=EMAConfig(decay=0.9), callbacks=callbacks)
     except TrainingStopped as stopped:
         return {"stopped": str(stopped)}
     trained.close()
+    guard = next(c for c in trained.callbacks if isinstance(c, StepGuard))
+    early = next(c for c in trained.callbacks if isinstance(c, EarlyStopping))
     with trained.engine.whole_parameters():
         weights = torch.cat([p.detach().float().flatten() for p in trained.engine.module.parameters()])
         average = torch.cat([x.flatten() for x in trained.ema.state_dict().values()])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        "weights": weights.tolist(), "average": average.tolist(), "skipped": trained.memory.guard.skipped,
-        "spikes": trained.memory.guard.spikes, "steps": trained.steps, "exported": trained.exported,
-        "early": trained.memory.best.stopped, "grad_norm": rows[-1].get("train/grad_norm"),
+        "weights": weights.tolist(), "average": average.tolist(), "skipped": guard.skipped,
+        "spikes": guard.spikes, "steps": trained.steps, "exported": trained.exported,
+        "early": early.stopped, "grad_norm": rows[-1].get("train/grad_norm"),
         "curve": [r["train/loss"] for r in rows if "train/loss" in r], "rows": rows,
     }  # fmt: skip
 
 
 def by_hand(*, left_out: set[int], steps: int = STEPS) -> list[float]:
-    """Weights by plain torch on one worker, without the steps that hold these cells."""
+    """Train with plain torch on one worker, without the steps that hold these cells, and return the weights."""
     config = TrainConfig.model_validate({"max_steps": STEPS, "feed": FEED}).optimizer
     source, toy = cells(), Toy(None, [])
     order = FeedOrder(source.ids, source.tile, 0, BATCH, FEED["lanes"], FEED["block_rows"])
@@ -159,7 +170,7 @@ def by_hand(*, left_out: set[int], steps: int = STEPS) -> list[float]:
 
 
 def toy_loss(weights: list[float]) -> float:
-    """Mean loss of all cells but the odd one under some weights."""
+    """Return the mean loss of all cells but the odd one under some weights."""
     toy = Toy(None, [])
     nn.utils.vector_to_parameters(torch.tensor(weights), toy.module.parameters())
     x = torch.from_numpy(np.delete(cells().x, ODD_CELL, axis=0))
@@ -214,6 +225,7 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
+    setup_logging(stage="toy", rank=dist.get_rank())
     if sys.argv[2] == "hang":
         hang(folder)
         return

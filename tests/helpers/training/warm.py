@@ -1,4 +1,4 @@
-"""What every rank would otherwise import and compile at its start, once, in the process that ranks are forked from."""
+"""Imports once, in the process that ranks are forked from, what every rank would otherwise import at its start."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ import torch
 import pipeline.data.soma.store
 import pipeline.training.worker  # noqa: F401
 
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # brings in torch's compiler, which it only asks for its state
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch's compiler

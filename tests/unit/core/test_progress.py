@@ -6,15 +6,14 @@ import io
 import json
 import time
 
-import numpy as np
 import pytest
 
 from pipeline.config.job import TrainConfig
 from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, progress_line
 from pipeline.core.text import compact, duration
-from pipeline.data.loading.order import FeedOrder
 from pipeline.tracking.tracker import StageTracker
-from pipeline.training.monitoring.metrics_log import TrainingCurve
+from pipeline.training.callbacks.metrics_log import MetricsLog
+from pipeline.training.state import TrainingState
 
 
 def test_a_line_shows_step_loss_rate_speed_and_eta():
@@ -24,14 +23,16 @@ def test_a_line_shows_step_loss_rate_speed_and_eta():
 
 
 def test_the_first_step_of_an_attempt_shows_no_rate_that_nobody_knows_yet(tmp_path):
-    order = FeedOrder(np.arange(64), tile=16, seed=0, batch_size=8, lanes=2, block_rows=8)
-    config = TrainConfig(max_steps=600)
-    curve = TrainingCurve(tmp_path, StageTracker.attach({}), config, 549, order, mfu=lambda rate: rate)
-    curve.write(550, {}, None, last=False)
+    config, state = TrainConfig(max_steps=600), TrainingState(max_steps=600, step=549)
+    metrics_log = MetricsLog(tmp_path, StageTracker.attach({}), config, batch_size=8, mfu=lambda rate: rate)
+    metrics_log.on_train_start(state)
+    state.begin_step(550, lr=1e-3)
+    metrics_log.on_step_end(state)
     assert json.loads((tmp_path / PROGRESS).read_text())["fields"] == {}
     for step in range(551, 561):
         time.sleep(0.001)
-        curve.write(step, {}, None, last=False)
+        state.begin_step(step, lr=1e-3)
+        metrics_log.on_step_end(state)
     first, then = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert abs(first.pop("time_ms") / 1000 - time.time()) < 60
     assert first == {"step": 550, "train/cells_seen": 4400.0}

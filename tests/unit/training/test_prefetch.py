@@ -1,4 +1,4 @@
-"""Steps made ready ahead: the same steps in the same order, errors and ends included."""
+"""Steps prepared ahead: the same steps in the same order, errors and ends included."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.loading.feed import FeedStep
-from pipeline.training.monitoring.step_timer import StepClock
-from pipeline.training.objectives.base import Slice, map_tensors
+from pipeline.training.callbacks.step_timer import StepTimer
+from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
 from pipeline.training.prefetch import prefetch
 
 CPU = torch.device("cpu")
@@ -36,16 +36,16 @@ def steps(n: int, log: list[str] | None = None):
             log.append("closed")
 
 
-def prepare(table: pa.Table, part: Slice) -> Batch:
+def prepare(table: pa.Table, index: MicroBatchIndex) -> Batch:
     x = torch.tensor(table["x"].to_pylist())
-    return Batch(x, {"start": torch.tensor(part.start)})
+    return Batch(x, {"start": torch.tensor(index.start)})
 
 
-def test_steps_come_in_order_with_the_place_of_every_micro_batch():
+def test_steps_come_in_order_with_the_index_of_every_micro_batch():
     found = list(prefetch(steps(5), prepare, CPU))
     assert [(at.step, at.epoch, at.real_cells) for at in found] == [(i, i // 2, 3) for i in range(5)]
     for i, at in enumerate(found):
-        assert [(p.start, b.x.tolist(), int(b.more["start"])) for p, b in at.parts()] == [
+        assert [(index.start, batch.x.tolist(), int(batch.more["start"])) for index, batch in at.micro_batches()] == [
             (0, [i, i], 0),
             (2, [-i], 2),
         ]
@@ -63,10 +63,10 @@ def test_tables_are_read_in_a_thread_of_their_own_which_ends_with_the_loop():
 
 
 def test_an_error_in_the_thread_is_raised_where_the_steps_are_used():
-    def fails(table: pa.Table, part: Slice) -> Batch:
-        if part.step == 2:
+    def fails(table: pa.Table, index: MicroBatchIndex) -> Batch:
+        if index.step == 2:
             raise ValueError("a bad cell")
-        return prepare(table, part)
+        return prepare(table, index)
 
     ready = prefetch(steps(5), fails, CPU)
     assert [next(ready).step, next(ready).step] == [0, 1]
@@ -81,14 +81,14 @@ def test_every_tensor_of_a_batch_is_moved():
     assert moved.none is None
 
 
-def test_the_clock_says_mean_seconds_since_the_last_time():
+def test_the_timer_returns_mean_seconds_since_the_last_call():
     now = iter([0.0, 1.0, 5.0, 8.0, 10.0, 10.5])
-    clock = StepClock(lambda: next(now))
-    with clock.of("step"):  # 1 s
+    timer = StepTimer(lambda: next(now))
+    with timer.measure("step"):  # 1 s
         pass
-    with clock.of("step"):  # 3 s
+    with timer.measure("step"):  # 3 s
         pass
-    waited = clock.waiting("data_wait", iter([7]))
+    waited = timer.measure_waits("data_wait", iter([7]))
     assert next(waited) == 7  # 0.5 s
-    assert clock.take() == {"perf/step_s": 2.0, "perf/data_wait_s": 0.5}
-    assert clock.take() == {}
+    assert timer.take() == {"perf/step_s": 2.0, "perf/data_wait_s": 0.5}
+    assert timer.take() == {}

@@ -1,4 +1,4 @@
-"""Damage of every kind to every file of a checkpoint is seen, and costs that checkpoint and no other."""
+"""Every kind of damage to every file of a checkpoint is detected, and rejects that checkpoint and no other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ import torch.distributed as dist
 from helpers.stages.committed import POSITION, commit, steps
 
 from pipeline.training.checkpoints import manifest as checkpoint
-from pipeline.training.checkpoints.manifest import DIGEST, MANIFEST, Position, best, committed, newest, retain, verify
+from pipeline.training.checkpoints.manifest import (
+    DIGEST,
+    MANIFEST,
+    TrainingPosition,
+    best,
+    committed,
+    newest,
+    retain,
+    verify,
+)
 from pipeline.training.engine.state_files import shard_name, write_tensors
 from scldm.errors import InputError
 
@@ -31,13 +40,13 @@ def saved(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("saved")
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=0, world_size=1)
 
-    def write(folder: Path) -> checkpoint.Written:
+    def write(folder: Path) -> checkpoint.WrittenFiles:
         tensors = {name: {"weight/0/x": torch.full((50,), float(i))} for i, name in enumerate(FILES)}
         return {name: write_tensors(folder / name, t) for name, t in tensors.items()}
 
     try:
         for step in (4, 8):
-            position = Position(**{**asdict(POSITION), "step": step})
+            position = TrainingPosition(**{**asdict(POSITION), "step": step})
             more = {"guard": {"losses": [1.5, float("nan")]}, "by worker": {10: 1, 9: 2}}
             made = checkpoint.save(root / "checkpoints", position, write, metrics={"val/loss": 1 / 3}, more=more)
             assert isinstance(made, Path)
@@ -86,7 +95,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.row("C2")
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
-def test_C2_a_file_that_is_not_as_it_was_written_costs_its_checkpoint_alone(root, file, damage):
+def test_C2_a_changed_file_rejects_only_its_checkpoint(root, file, damage):
     DAMAGE[damage](last(root) / file)
     found, rejected = newest(root)
     assert found.position.step == 4
@@ -96,7 +105,7 @@ def test_C2_a_file_that_is_not_as_it_was_written_costs_its_checkpoint_alone(root
 
 @pytest.mark.row("C2")
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
-def test_C2_a_file_that_cannot_be_read_costs_its_checkpoint_alone(root, monkeypatch, code):
+def test_C2_an_unreadable_file_rejects_only_its_checkpoint(root, monkeypatch, code):
     sha256_of, damaged = checkpoint.sha256_of, last(root) / FILES[1]
 
     def read(path: Path) -> str:
@@ -111,7 +120,7 @@ def test_C2_a_file_that_cannot_be_read_costs_its_checkpoint_alone(root, monkeypa
 
 
 @pytest.mark.row("C2")
-def test_C2_the_best_that_is_damaged_is_named_and_the_next_best_is_taken(root):
+def test_C2_a_damaged_best_checkpoint_is_named_and_the_next_best_is_used(root):
     one, two = sorted(root.glob("step-*"))
     assert best(root)[0].folder == two, "of two that are equally good the newer"
     (two / FILES[0]).unlink()
@@ -121,7 +130,7 @@ def test_C2_the_best_that_is_damaged_is_named_and_the_next_best_is_taken(root):
 
 
 @pytest.mark.row("C2", "C3")
-def test_C3_a_manifest_that_is_cut_anywhere_is_passed_over(root):
+def test_C3_a_truncated_manifest_is_passed_over(root):
     whole = (last(root) / MANIFEST).read_bytes()
     for size in range(len(whole)):
         (last(root) / MANIFEST).write_bytes(whole[:size])
@@ -131,7 +140,7 @@ def test_C3_a_manifest_that_is_cut_anywhere_is_passed_over(root):
 
 
 @pytest.mark.row("C2", "C3")
-def test_C3_a_flipped_bit_in_a_manifest_is_seen_or_changes_nothing(root):
+def test_C3_a_flipped_bit_in_a_manifest_is_detected_or_changes_nothing(root):
     """Nothing: between the tokens of JSON, or in the name of the sum itself."""
     path = last(root) / MANIFEST
     whole = path.read_bytes()
@@ -153,7 +162,7 @@ def test_C3_a_flipped_bit_in_a_manifest_is_seen_or_changes_nothing(root):
     "text",
     ["null", "[]", "7", '"step"', "{}", '{"schema": 2}', '{"schema": 2, "files": [1]}', '{"schema": "2"}', "\xff"],
 )
-def test_C3_json_that_is_no_manifest_is_passed_over_and_counts_for_nothing(root, text):
+def test_C3_json_that_is_not_a_manifest_is_passed_over_and_ignored(root, text):
     (last(root) / MANIFEST).write_text(text, encoding="latin-1")
     found, rejected = newest(root)
     assert found.position.step == 4
@@ -162,7 +171,7 @@ def test_C3_json_that_is_no_manifest_is_passed_over_and_counts_for_nothing(root,
 
 
 @pytest.mark.row("C3")
-def test_C3_a_checkpoint_of_a_newer_version_is_never_passed_over_in_silence(root):
+def test_C3_a_checkpoint_of_a_newer_version_is_an_error(root):
     path = last(root) / MANIFEST
     path.write_text(json.dumps({"schema": 3, "files": "elsewhere"}))
     with pytest.raises(InputError, match=r"newer version of scldm \(schema 3, this version reads 2\); upgrade scldm"):
@@ -193,8 +202,8 @@ def test_C9_fifty_checkpoints_leave_three_and_always_one_that_verifies(tmp_path)
 
 
 @pytest.mark.row("C10")
-def test_C10_another_configuration_is_refused_by_both_names(root):
+def test_C10_another_configuration_is_refused_with_both_names(root):
     """Genes, labels and widths are part of a stage's version and so of its folder: this is for one that was moved."""
     found = newest(root)[0]
     with pytest.raises(InputError, match=re.escape(f"{found.folder} was written under another configuration (a; this")):
-        checkpoint.check_fits(found, Position(**{**asdict(found.position), "config_hash": "another"}))
+        checkpoint.check_fits(found, TrainingPosition(**{**asdict(found.position), "config_hash": "another"}))

@@ -46,7 +46,7 @@ def test_models_give_the_same_numbers(folder):
 
 
 @versions
-def test_a_run_goes_on_from_its_checkpoint(folder):
+def test_a_run_resumes_from_its_checkpoint(folder):
     found, rejected = newest(folder / "run")
     assert rejected == []
     assert found is not None

@@ -1,4 +1,4 @@
-"""Checkpoints are copied to a second place beside training, and found there again."""
+"""Checkpoints are uploaded to remote storage in the background, and found there again."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ class Slow(Remote):
         super().put(folder)
 
 
-def uploader(here: Path, remote: Remote, said: list[str] | None = None, **more) -> Uploader:
-    settings = {"tries": 3, "first_wait": 0.01, "tell": (said if said is not None else []).append, **more}
-    return Uploader(here, remote, (2, 1), **settings)
+def uploader(here: Path, remote: Remote) -> Uploader:
+    return Uploader(here, remote, (2, 1), tries=3, first_wait=0.01)
 
 
-def test_a_checkpoint_arrives_whole_and_old_ones_go_except_the_best(tmp_path):
+def test_a_checkpoint_arrives_complete_and_old_ones_are_removed_except_the_best(tmp_path):
     here, remote = tmp_path / "here", Slow(tmp_path / "there")
     there = tmp_path / "there" / RUN
     up = uploader(here, remote)
@@ -56,9 +55,9 @@ def test_a_checkpoint_arrives_whole_and_old_ones_go_except_the_best(tmp_path):
 
 
 @pytest.mark.row("C7")
-def test_handing_over_takes_no_time_and_a_newer_checkpoint_takes_the_place_of_one_that_waits(tmp_path):
-    here, remote, said = tmp_path / "here", Slow(tmp_path / "there"), []
-    up = uploader(here, remote, said)
+def test_queueing_does_not_wait_and_a_newer_checkpoint_replaces_one_that_waits(tmp_path, caplog):
+    here, remote = tmp_path / "here", Slow(tmp_path / "there")
+    up = uploader(here, remote)
     remote.gate.clear()
     flying, left_out, waiting = (commit(here, step) for step in (4, 8, 12))
     began = time.monotonic()
@@ -71,25 +70,26 @@ def test_handing_over_takes_no_time_and_a_newer_checkpoint_takes_the_place_of_on
     remote.gate.set()
     assert up.close(10)
     assert steps(tmp_path / "there" / RUN) == [4, 12]
-    assert "is left out" in said[0]
+    assert f"{left_out.name} is left out" in caplog.messages[0]
 
 
-def test_an_upload_is_tried_again(tmp_path):
-    said: list[str] = []
-    up = uploader(tmp_path / "here", Slow(tmp_path / "there", faults=2), said)
+def test_an_upload_is_tried_again(tmp_path, caplog):
+    up = uploader(tmp_path / "here", Slow(tmp_path / "there", faults=2))
     up.put(commit(tmp_path / "here", 4))
     assert up.close(10)
     assert steps(tmp_path / "there" / RUN) == [4]
-    assert [line.split(":")[2].strip() for line in said] == ["try 1 of 3", "try 2 of 3"]
+    assert [line.split(":")[2].strip() for line in caplog.messages] == ["try 1 of 3", "try 2 of 3"]
 
 
-def test_a_failed_upload_is_said_loudly_and_remembered_until_a_later_one_arrives(tmp_path):
-    here, said = tmp_path / "here", []
-    up = uploader(here, Slow(tmp_path / "there", faults=3), said)
+def test_a_failed_upload_is_an_error_in_the_log_and_recorded_until_a_later_one_arrives(tmp_path, caplog):
+    here = tmp_path / "here"
+    up = uploader(here, Slow(tmp_path / "there", faults=3))
     first = commit(here, 4)
     up.put(first)
     assert not up.close(10)
-    assert any(line.startswith("CHECKPOINT UPLOAD FAILED") and first.name in line for line in said)
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"CHECKPOINT UPLOAD FAILED: {first.name}")
     again = uploader(here, Slow(tmp_path / "there"))
     assert again.pending() == [first.name]
     again.put(commit(here, 8))
@@ -97,21 +97,21 @@ def test_a_failed_upload_is_said_loudly_and_remembered_until_a_later_one_arrives
     assert again.pending() == []
 
 
-def test_the_end_waits_for_the_last_upload_only_so_long(tmp_path):
-    here, remote, said = tmp_path / "here", Slow(tmp_path / "there"), []
+def test_the_end_waits_for_the_last_upload_for_a_limited_time(tmp_path, caplog):
+    here, remote = tmp_path / "here", Slow(tmp_path / "there")
     remote.gate.clear()
-    up = uploader(here, remote, said)
+    up = uploader(here, remote)
     up.put(commit(here, 4))
     began = time.monotonic()
     assert not up.close(0.2)
     assert time.monotonic() - began < 5
-    assert "not done after 0 s" in said[-1]
+    assert "not done after 0 s" in caplog.messages[-1]
     remote.gate.set()
 
 
 @pytest.mark.row("C1")
-def test_half_an_upload_is_no_checkpoint(tmp_path):
-    """The manifest goes last, so a killed upload leaves nothing that would be taken."""
+def test_an_incomplete_upload_is_not_a_checkpoint(tmp_path):
+    """The manifest is uploaded last, so a killed upload leaves nothing that would be selected."""
     remote = Remote(CheckpointStorage(storage_path=str(tmp_path / "there")), RUN)
     folder = commit(tmp_path / "here", 4)
     put, sent = remote._put, []
@@ -129,8 +129,8 @@ def test_half_an_upload_is_no_checkpoint(tmp_path):
     assert not sent[0].endswith(MANIFEST)
 
 
-def test_what_a_kill_left_in_the_second_place_goes_with_the_next_copy(tmp_path):
-    """Half a copy; half a removal; and one whose folder here is just losing its files."""
+def test_what_a_kill_left_in_remote_storage_is_removed_with_the_next_upload(tmp_path):
+    """An incomplete upload, an incomplete removal, and one whose local folder is being removed."""
     here, there = tmp_path / "here", tmp_path / "there" / RUN
     remote = Slow(tmp_path / "there")
     for step in (4, 8, 12):
@@ -144,17 +144,17 @@ def test_what_a_kill_left_in_the_second_place_goes_with_the_next_copy(tmp_path):
     assert steps(there) == [12, 16]
 
 
-def test_what_a_kill_left_after_the_last_copy_goes_without_another(tmp_path):
+def test_what_a_kill_left_after_the_last_upload_is_removed_without_another(tmp_path, caplog):
     here, there = tmp_path / "here", tmp_path / "there" / RUN
-    remote, said = Slow(tmp_path / "there"), []
+    remote = Slow(tmp_path / "there")
     for step, loss in ((4, 1.0), (8, 3.0), (12, 2.0), (16, 4.0)):
         remote.put(commit(here, step, loss=loss))
     remote.gate.clear()  # no copy is made
-    up = uploader(here, remote, said)
-    up.tidy(newest(here)[0].folder)
+    up = uploader(here, remote)
+    up.clear(newest(here)[0].folder)
     assert up.close(10)
     assert steps(there) == [4, 12, 16]
-    assert (said, up.seconds) == ([], [])
+    assert (caplog.messages, up.seconds) == ([], [])
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def bucket(monkeypatch):
         yield {"endpoint": address, "addressing": "path", "tries": 2}
 
 
-def test_s3_holds_checkpoints_as_a_folder_does(tmp_path, bucket):
+def test_s3_stores_checkpoints_like_a_folder(tmp_path, bucket):
     storage = CheckpointStorage(storage_path="s3://lab/runs", region=REGION, s3=bucket)
     check_storage(storage, RUN)
     remote = Remote(storage, RUN)
@@ -189,7 +189,7 @@ def test_s3_holds_checkpoints_as_a_folder_does(tmp_path, bucket):
 
 
 @pytest.mark.row("C6")
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
+def test_storage_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         check_storage(CheckpointStorage(storage_path=str(tmp_path / "file")), RUN)

@@ -1,4 +1,4 @@
-"""What our engine relies on in DeepSpeed's private parts, and what a worker does not bring into memory."""
+"""The private parts of DeepSpeed that the engine relies on, and what a worker does not import."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ print(Autotuner.__name__)
 """
 
 
-def test_deepspeed_still_has_the_switch_that_spares_a_cpu_the_compiler():
+def test_deepspeed_still_has_the_switch_that_disables_compilation_on_a_cpu():
     import deepspeed
 
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
 
 
-def test_a_worker_starts_without_what_it_does_not_use_and_leaves_deepspeed_whole():
-    """Seconds of every start, and of every start again after a kill."""
+def test_a_worker_does_not_import_what_it_does_not_use_and_leaves_deepspeed_intact():
+    """It would cost seconds of every start, and of every restart after a kill."""
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     brought, autotuner = done.stdout.split("\n")[-3:-1]

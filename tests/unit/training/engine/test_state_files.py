@@ -1,4 +1,4 @@
-"""Pieces of parameters on disk, put together for any number of workers."""
+"""Pieces of parameters on disk, assembled for any number of workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_file_is_safetensors_and_its_size_and_hash_are_true(tmp_path):
 
 
 def partitions(parameters: dict[str, torch.Tensor], n: int) -> list[list[Flat]]:
-    """The parameters end to end, padded, in n equal parts: as ZeRO 1 and 2 cut them."""
+    """Partition the parameters as ZeRO 1 and 2 do: end to end, padded, in n equal parts."""
     total = sum(p.numel() for p in parameters.values())
     size = -(-total // n)
     whole = torch.cat([*(p.reshape(-1) for p in parameters.values()), torch.zeros(n * size - total)])
@@ -43,7 +43,7 @@ def partitions(parameters: dict[str, torch.Tensor], n: int) -> list[list[Flat]]:
 
 
 def optimizer_of(flat: Flat) -> torch.optim.AdamW:
-    """With a state that tells every element from every other."""
+    """Make an optimizer whose state differs in every element."""
     optimizer = torch.optim.AdamW([flat.tensor])
     optimizer.state[flat.tensor] = {
         "step": torch.tensor(7.0), "exp_avg": flat.tensor * 2, "exp_avg_sq": flat.tensor.square(),
@@ -72,7 +72,7 @@ def test_any_number_of_workers_reads_what_any_number_wrote(tmp_path, writers, re
     assert torch.equal(shards.whole("buffer"), torch.arange(3))
 
 
-def test_what_every_worker_holds_is_written_once(tmp_path):
+def test_replicated_state_is_written_once(tmp_path):
     flats = [Flat(torch.randn(3), [Piece(name, 0, 3, 0)], replicated=True) for name in "abc"]
     optimizer = torch.optim.AdamW([flat.tensor for flat in flats])
     written = [shard_tensors(flats, optimizer, {}, rank=rank, world_size=2) for rank in (0, 1)]
@@ -89,7 +89,7 @@ def test_a_missing_piece_is_named(tmp_path):
         shards.fields(Piece("b", 0, 1, 0))
 
 
-def test_an_optimizer_that_counts_with_integers_goes_on_counting(tmp_path):
+def test_an_optimizer_that_counts_with_integers_resumes_its_count(tmp_path):
     from scldm.optim.adamw import CautiousAdamW
 
     flat = Flat(torch.ones(3), [Piece("a", 0, 3, 0)], replicated=True)

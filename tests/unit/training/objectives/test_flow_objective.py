@@ -1,4 +1,4 @@
-"""What is random about the training of the flow, and in what precision it may be trained."""
+"""The random draws of the flow's training, and the precisions that it allows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from pipeline.config.job import TrainFlowConfig
 from pipeline.data.loading.order import FeedOrder
-from pipeline.training.objectives.base import Slice
+from pipeline.training.objectives.base import MicroBatchIndex
 from pipeline.training.objectives.flow import Draws, FlowDraws, flow_losses
 from scldm.flow.config import PathConfig
 from scldm.nn.config import DiTConfig
@@ -23,7 +23,7 @@ def draws(rank: int, world_size: int, seed: int = 0) -> FlowDraws:
 
 
 def by_cell(step: int, world_size: int, micro: int, seed: int = 0) -> dict[int, Draws]:
-    """Each cell's draws in a step, however many workers share it and however they cut it."""
+    """Return each cell's draws in a step, for a number of workers and a micro batch size."""
     found: dict[int, Draws] = {}
     at = ORDER.locate(step)
     q = ORDER.rows_per_lane
@@ -33,7 +33,7 @@ def by_cell(step: int, world_size: int, micro: int, seed: int = 0) -> dict[int, 
             ids += ORDER.block(at.epoch, at.round, lane)[0][at.batch * q : (at.batch + 1) * q].tolist()
         own = draws(rank, world_size, seed)
         for start in range(0, len(ids), micro):
-            part = own.of(Slice(step, at.epoch, start), min(micro, len(ids) - start))
+            part = own.for_micro_batch(MicroBatchIndex(step, at.epoch, start), min(micro, len(ids) - start))
             found |= {i: part.rows(k, 1) for k, i in enumerate(ids[start : start + micro])}
     return found
 
@@ -50,7 +50,7 @@ def test_noise_time_and_coins_are_a_function_of_seed_step_and_cell(step):
     assert len(set(times)) == len(times), "every cell, so every worker, has its own"
 
 
-def test_another_step_or_seed_draws_anew():
+def test_another_step_or_seed_gives_other_draws():
     first = {float(d.t) for d in by_cell(0, 1, 8).values()}
     assert not first & {float(d.t) for d in by_cell(1, 1, 8).values()}
     assert not first & {float(d.t) for d in by_cell(0, 1, 8, seed=1).values()}
@@ -58,8 +58,8 @@ def test_another_step_or_seed_draws_anew():
 
 def test_validation_draws_belong_to_the_cell_however_it_is_batched():
     ids = torch.tensor([5, 90, 17])
-    whole = draws(0, 1).of_validation(ids)
-    single = draws(1, 2).of_validation(ids[1:2])
+    whole = draws(0, 1).for_validation(ids)
+    single = draws(1, 2).for_validation(ids[1:2])
     assert torch.equal(whole.rows(1, 1).noise, single.noise)
     assert torch.equal(whole.rows(1, 1).t, single.t)
 
@@ -67,7 +67,7 @@ def test_validation_draws_belong_to_the_cell_however_it_is_batched():
 def test_a_flow_in_bf16_takes_noise_and_latents_in_fp32():
     dit = DiT(DiTConfig(d_model=16, n_layers=1, n_heads=2), n_latent_tokens=3, latent_width=2, n_classes={"a": 2})
     dit = dit.bfloat16()
-    d = draws(0, 1).of(Slice(0, 0, 0), 4)
+    d = draws(0, 1).for_micro_batch(MicroBatchIndex(0, 0, 0), 4)
     loss = flow_losses(dit, torch.randn(4, *SHAPE), d, {"a": torch.zeros(4, dtype=torch.long)}, PathConfig())
     assert loss.dtype == torch.float32
     loss.sum().backward()
@@ -75,13 +75,13 @@ def test_a_flow_in_bf16_takes_noise_and_latents_in_fp32():
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"vae": {"weight": 2}}, "weight is of a VAE that is trained with the flow, and vae.train is false"),
         ({"train": {"feed": {"max_genes": 10}}}, "set vae.train=true"),
         ({"vae": {"train": True, "weight": 0}}, "greater than 0"),
     ],
 )
-def test_settings_that_make_no_sense_together_are_refused(section, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_make_no_sense_together_are_refused(section, message):
+    with pytest.raises(ValueError, match=message):
         TrainFlowConfig.model_validate(section)

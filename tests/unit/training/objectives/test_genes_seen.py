@@ -62,7 +62,7 @@ MODES = [("all", None), ("random", 5), ("weighted", 5), ("random_expressed", 2),
 
 
 @pytest.mark.parametrize(("mode", "n"), MODES)
-def test_training_sees_what_the_mode_says_and_scores_the_whole_cell(table, mode, n):
+def test_training_sees_the_genes_of_the_mode_and_scores_the_whole_cell(table, mode, n):
     got = seen_in(3, table, mode, n)
     means = (torch.arange(G) / 4.0).clamp(min=0.25)
     config = GenesSeenConfig(mode=mode, n=n)
@@ -82,7 +82,7 @@ def test_a_draw_is_a_function_of_seed_epoch_and_cell(table, mode, n):
     assert later.gene_ids.tolist() == first.tolist()[-len(later.gene_ids) :]
 
 
-def test_expressed_hands_the_model_the_cells_as_they_are(table):
+def test_expressed_gives_the_model_the_cells_unchanged(table):
     got = seen_in(0, table, "expressed", None)
     assert got.seen is got.cells
 
@@ -111,7 +111,7 @@ def test_two_ways_to_choose_the_genes_are_refused():
     assert VaeTrainConfig.model_validate({"feed": feed, "genes_seen": {"mode": "expressed"}}).feed.max_genes == 100
 
 
-def test_more_genes_than_there_are_is_noticed_before_training():
+def test_more_genes_than_exist_is_an_error_before_training():
     config = TrainVaeConfig.model_validate({"train": {"genes_seen": {"mode": "random", "n": 50}}})
     facts = {"n_genes": 40, "n_cells": {"validation": 10}}
     manifest = Manifest("ingest", "v", "/nowhere", {}, {}, facts, 0.0, 0.0)

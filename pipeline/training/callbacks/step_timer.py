@@ -1,6 +1,6 @@
-"""Where a step's time goes: waiting for data, computing, writing checkpoints. In seconds per step, by host clock.
+"""Measures where a step's time goes: waiting for data, computing, writing checkpoints. In seconds, by the host's clock.
 
-On a GPU the computation is waited for once per step, when its loss is read, so the parts add up there too.
+On a GPU the host waits for the computation once per step, when the loss is read, so the parts add up there too.
 """
 
 from __future__ import annotations
@@ -10,11 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from pipeline.training.callbacks.base import TrainingCallback
+from pipeline.training.state import TrainingState
+
 T = TypeVar("T")
 
 
-class StepClock:
-    """Seconds by name since the last `take`; parts are mean seconds of a step, a checkpoint's are those of one."""
+class StepTimer(TrainingCallback):
+    """Mean seconds by name since the metrics were last collected. The loop measures itself with it.
+
+    Args:
+        clock: Returns seconds.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -22,16 +29,16 @@ class StepClock:
         self._counts: dict[str, int] = {}
 
     @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Count the time inside as one of `name`."""
+    def measure(self, name: str) -> Iterator[None]:
+        """Count the time inside the block as one of `name`."""
         start = self._clock()
         try:
             yield
         finally:
             self._add(name, self._clock() - start)
 
-    def waiting(self, name: str, items: Iterator[T]) -> Iterator[T]:
-        """The items; the time that each is waited for counts as one of `name`."""
+    def measure_waits(self, name: str, items: Iterator[T]) -> Iterator[T]:
+        """Yield the items; the time spent waiting for each counts as one of `name`."""
         while True:
             start = self._clock()
             try:
@@ -41,8 +48,11 @@ class StepClock:
             self._add(name, self._clock() - start)
             yield item
 
+    def collect_metrics(self, state: TrainingState) -> dict[str, float]:
+        return self.take()
+
     def take(self) -> dict[str, float]:
-        """perf/<name>_s for what was counted since the last time."""
+        """Return perf/<name>_s, the means since the last call."""
         means = {f"perf/{name}_s": seconds / self._counts[name] for name, seconds in self._seconds.items()}
         self._seconds, self._counts = {}, {}
         return means

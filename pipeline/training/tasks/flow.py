@@ -1,0 +1,94 @@
+"""A worker's part of `train_flow`: build the DiT, train it on cached latents and export it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.core.manifest import Manifest
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.loading.blocks import IpcBlocks
+from pipeline.training.loop import run_training
+from pipeline.training.objectives.flow import FlowDraws, FlowObjective
+from pipeline.training.objectives.vae import validation_tables
+from pipeline.training.state import Run
+from pipeline.training.tasks.base import make_order, training_facts
+from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
+from pipeline.training.tasks.spec import FlowWorkerSpec
+from scldm.checkpoints.native import load_vae, save_flow
+from scldm.errors import InputError
+from scldm.nn.dit import DiT
+from scldm.nn.flops import dit_flops
+
+if TYPE_CHECKING:
+    from pipeline.training.objectives.samples import FlowSamples
+
+
+def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
+    """Train and export a flow, with the VAE if `vae.train` is set. Collective. Returns the stage's facts."""
+    config, train = spec.config, spec.config.train
+    if config.vae.train:
+        result, both = train_joint(config, spec.inputs, run, seed=spec.seed, card=spec.card)
+        shape = [both.vae.config.n_latent_tokens, both.vae.config.latent_width]
+        return training_facts(result, train.export, both) | {"vae": VAE_FOLDERS, "latent_shape": shape}
+    data = Ingested.open(spec.inputs["ingest"])
+    encoded = spec.inputs["encode"]
+    m, e = encoded.facts["latent_shape"]
+    n_classes = data.vocabulary.n_classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        dit = DiT(config.model, n_latent_tokens=m, latent_width=e, n_classes=n_classes)
+    source = latent_blocks(encoded, "train")
+    order = make_order(source, train.feed, spec.seed)
+    lanes = order.lanes_of(dist.get_rank(), dist.get_world_size())
+    objective = FlowObjective(
+        dit,
+        path=config.flow,
+        n_classes=n_classes,
+        draws=FlowDraws(spec.seed, order, lanes, latent_shape=(m, e), n_labels=len(n_classes)),
+        label_dropout=config.model.label_dropout,
+        validation=validation_tables(
+            latent_blocks(encoded, "validation"), n_cells=train.validation_cells,
+            batch_size=train.feed.micro_batch_size, seed=spec.seed,
+        ),
+        samples=flow_samples(spec, data) if dist.get_rank() == 0 else None,
+    )  # fmt: skip
+    flops = dit_flops(config.model, n_latent_tokens=m, latent_width=e)
+    result = run_training(objective, source, order, train, replace(run, flops_per_cell=flops), ema_config=train.ema)
+    raw = result.engine.export_state(result.checkpoint)
+    assert result.ema is not None
+    if dist.get_rank() == 0:
+        averaged = {**raw, **{k: v.float().cpu() for k, v in result.ema.state_dict().items()}}
+        save_flow(
+            run.folder / "model", {"model": averaged, "raw": raw}, config=config.model, path=config.flow,
+            latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,
+        )  # fmt: skip
+    dist.barrier()
+    return training_facts(result, train.export, dit)
+
+
+def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:
+    """Open the latent cache of a split as a source of blocks."""
+    if split not in encoded.facts["shards"]:
+        raise InputError(f"the latent cache {encoded.folder} holds no {split} cells; add {split} to encode.splits")
+    files = encoded.facts["shards"][split]
+    return IpcBlocks(str(encoded.path("latents")), tuple((f["file"], f["n_cells"]) for f in files))
+
+
+def flow_samples(spec: FlowWorkerSpec, data: Ingested) -> FlowSamples | None:
+    """Prepare cells to generate in validations; None unless `train.sample_every` is set."""
+    every, n = spec.config.train.sample_every, spec.config.train.sample_cells
+    if every is None:
+        return None
+    from pipeline.training.objectives.samples import (
+        FlowSamples,  # loads scikit-learn and the report: seconds of a worker's start
+    )
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    vae = load_vae(spec.inputs["train_vae"].path("model"), device=device)
+    held_out = data.anndata("validation", max_cells=n, seed=spec.seed)
+    training = data.anndata("train", max_cells=4 * n, seed=spec.seed)
+    return FlowSamples(held_out, training, vae, path=spec.config.flow, every=every, seed=spec.seed)

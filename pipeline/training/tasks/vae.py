@@ -1,0 +1,105 @@
+"""A worker's part of `train_vae`: build the VAE, train it, fit its dispersions and export it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+
+from pipeline.config.job import VaeTrainConfig
+from pipeline.data.ingest.dataset import Ingested
+from pipeline.data.loading.blocks import BlockSource
+from pipeline.training.loop import run_training
+from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
+from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation_tables
+from pipeline.training.state import Run
+from pipeline.training.tasks.base import make_order, training_facts
+from pipeline.training.tasks.spec import VaeWorkerSpec
+from scldm.checkpoints.native import save_vae
+from scldm.errors import InputError
+from scldm.nn.dispersion import fit_theta
+from scldm.nn.flops import vae_flops
+from scldm.nn.vae import VAE
+
+
+def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
+    """Train and export a VAE. Collective. Returns the stage's facts; only rank 0's hold the fit of theta."""
+    config, train = spec.config, spec.config.train
+    data = Ingested.open(spec.inputs["ingest"])
+    n_genes = data.vocabulary.n_genes
+    stats = pd.read_parquet(spec.inputs["ingest"].path("gene_stats"))
+    mean_counts = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
+    vae = _new_vae(spec, n_genes=n_genes, mean_counts=mean_counts)
+    source = data.blocks("train")
+    objective = VaeObjective(
+        vae,
+        labels=[x.name for x in data.vocabulary.labels],
+        mean_counts=mean_counts,
+        genes_seen=train.genes_seen,
+        genes_per_step=train.genes_per_step,
+        max_genes=train.feed.max_genes,
+        seed=spec.seed,
+        validation=validation_tables(
+            data.blocks("validation"), n_cells=train.validation_cells, batch_size=train.feed.micro_batch_size,
+            seed=spec.seed,
+        ),
+        measured=None if data.measured is None else torch.from_numpy(data.measured),
+    )  # fmt: skip
+    flops = vae_flops(
+        config.model, n_genes=min(train.genes_per_step or n_genes, n_genes),
+        expressed=float(data.facts["mean_expressed_genes"]),
+    )  # fmt: skip
+    order = make_order(source, train.feed, spec.seed)
+    result = run_training(objective, source, order, train, replace(run, flops_per_cell=flops))
+    state = result.engine.export_state(result.checkpoint)
+    fitted: dict[str, float] = {}
+    if dist.get_rank() == 0:
+        final = VAE(config.model, n_genes=n_genes)
+        final.load_state_dict(state)
+        if train.theta_cells and final.log_theta is not None:
+            fitted = fit_dispersions(final, objective, source, train, seed=spec.seed)
+        save_vae(run.folder / "model", final, data.vocabulary, data.library_sizes, card=spec.card)
+    dist.barrier()
+    shape = [config.model.n_latent_tokens, config.model.latent_width]
+    seen = {**train.genes_seen.model_dump(mode="json"), "job_seed": spec.seed, "epoch_0_seed": seen_seed(spec.seed, 0)}
+    return training_facts(result, train.export, vae) | {"latent_shape": shape, "genes_seen": seen, "theta": fitted}
+
+
+def _new_vae(spec: VaeWorkerSpec, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:
+    """Initialize a VAE by the seed; its output starts at the genes' mean counts, (g,)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        vae = VAE(spec.config.model, n_genes=n_genes)
+    vae.start_at(mean_counts)
+    vae.decoder.kernels = decoder_kernels(spec.config.train.decoder)
+    return vae
+
+
+def decoder_kernels(requested: Literal["torch", "triton"]) -> Literal["torch", "triton"]:
+    """Return the requested kernels. Raises InputError if this worker cannot run them."""
+    if requested == "triton" and not torch.cuda.is_available():
+        raise InputError(
+            "train.decoder (triton) needs a CUDA device, and this worker has none; set resources.gpus_per_worker=1 on "
+            "machines with GPUs, or train.decoder=torch"
+        )
+    return requested
+
+
+def fit_dispersions(
+    vae: VAE, objective: VaeObjective, source: BlockSource, train: VaeTrainConfig, *, seed: int
+) -> dict[str, float]:
+    """Fit theta of every gene, given the means that the VAE has learned.
+
+    The training cells are drawn by seed, so the fit is a function of the trained weights alone, whatever the number of
+    workers that trained them.
+    """
+    device = next(objective.module.parameters()).device
+    tables = validation_tables(source, n_cells=train.theta_cells, batch_size=train.feed.micro_batch_size, seed=seed)
+    index = MicroBatchIndex(0, 0, 0)
+    batches = (map_tensors(objective.prepare(t, index), lambda x: x.to(device)) for t in tables)
+    fit = fit_theta(vae.to(device), (objective.scored_and_seen(b)[0] for b in batches))
+    vae.cpu()
+    return asdict(fit)
