@@ -88,8 +88,8 @@ def compare(
     with reported():
         from pipeline.tracking.comparison.compare import Side
         from pipeline.tracking.comparison.compare import compare as lay
-        from pipeline.tracking.comparison.fetch import is_run, of_run
-        from pipeline.tracking.comparison.records import of_folder
+        from pipeline.tracking.comparison.fetch import from_run, is_run
+        from pipeline.tracking.comparison.records import from_folder
         from pipeline.tracking.comparison.text import as_text
         from pipeline.tracking.mlflow_runs.client import chosen_uri
 
@@ -98,8 +98,8 @@ def compare(
         problems, sides = [], []
         for thing in things:
             try:
-                line = of_run(thing, chosen_uri(uri)) if is_run(thing) else of_folder(Path(thing))
-                sides.append(Side(thing, line))
+                stages = from_run(thing, chosen_uri(uri)) if is_run(thing) else from_folder(Path(thing))
+                sides.append(Side(thing, stages))
             except InputError as error:
                 problems.append(str(error))
         if problems:

@@ -1,4 +1,4 @@
-"""Ray for a job that runs here: join the cluster that RAY_ADDRESS names or start a small one; unwrap what it raises.
+"""Connect a job to Ray: join the cluster that RAY_ADDRESS names or start a local one; unwrap Ray's exceptions.
 
 Ray is imported only when something runs. Jobs are sent to a cluster by `pipeline.cluster.submit`.
 """
@@ -33,7 +33,7 @@ QUIET = {
 
 @contextmanager
 def connect(resources: ResourcesConfig) -> Iterator[None]:
-    """Ray for the time of a job. A cluster started here is stopped at the end; one that was joined is left alone."""
+    """Connect to Ray for the duration of a job; a cluster that is started here is stopped at the end."""
     address = os.environ.get("RAY_ADDRESS") or None
     if address and address.startswith("http"):
         raise InputError(
@@ -44,17 +44,17 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     if address is None:
         # A local ray.init would otherwise write a token to ~/.ray and turn authentication on for later clusters.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        # The back end's own log still goes to its files; on the terminal it explains nothing to the user.
+        # The log of Ray's C++ processes still goes to files; on the terminal it tells the user nothing.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # Reads hold no CPU slot, so Ray starts more workers than the machine has cores, and warns of it below this.
+        # Reads hold no CPU slot, so Ray starts more workers than the machine has cores; below this number it warns.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data")
     import ray
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is shown by ours
-    if ray.is_initialized():  # by a test, or by whoever called us: theirs to configure and to stop
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress.json shows the same
+    if ray.is_initialized():  # by the caller, who configures and stops it
         yield
         return
     options = {"address": address} if address else _local_options(resources)
@@ -77,7 +77,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
 
 
 def _local_options(resources: ResourcesConfig) -> dict[str, Any]:
-    """Logical CPUs for the workers, and two more for data and the driver's actors, on however small a machine."""
+    """Return options of ray.init: CPUs for the workers and two more for data and actors, on a machine of any size."""
     training = math.ceil(resources.workers.max * resources.cpus_per_worker)
     cpus = max(os.cpu_count() or 1, training + 2, resources.actors_max + 1)
     return {
@@ -93,10 +93,10 @@ def _memory() -> int:
 
 
 def runtime_env(resources: ResourcesConfig) -> dict[str, Any]:
-    """What workers need to find our code and stay quiet. What the job's submitter has set already is left out."""
+    """Return the runtime environment in which workers find this code, without what the job's submitter has set."""
     submitted = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env") or {}
     env = dict(QUIET)
-    if len(resources.world_sizes) > 1:  # the first try after a node died asks for its worker again, and waits this long
+    if len(resources.world_sizes) > 1:  # after a node died, the first try waits this long for its replacement
         env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
     if resources.gpus_per_worker == 0:
         env["DS_ACCELERATOR"] = "cpu"
@@ -108,7 +108,7 @@ def runtime_env(resources: ResourcesConfig) -> dict[str, Any]:
 
 # ---- errors ------------------------------------------------------------------------------------------------------
 def root_cause(error: BaseException) -> BaseException:
-    """The exception that a user can act on, out of Ray's wrappings (by duck typing: works without importing ray)."""
+    """Return the exception that a user can act on from Ray's wrappers (by duck typing: ray is not imported)."""
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
@@ -126,5 +126,5 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def _wrapped(error: BaseException) -> BaseException | None:
-    """`raise … from cause`, but only for Ray's own types: our errors explain more than their causes."""
+    """Return the `raise … from cause` of Ray's own types only: our errors explain more than their causes."""
     return error.__cause__ if type(error).__module__.partition(".")[0] == "ray" else None

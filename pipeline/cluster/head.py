@@ -1,30 +1,34 @@
-"""A Ray head on this machine that takes jobs: behind a token, its job server on the loopback address.
+"""Start and stop a Ray head on this machine that takes jobs, and drain a node of any cluster.
 
-Ray's other ports listen on all addresses, whatever it is told; they too take nothing without the token.
+The job server listens on the loopback address. Ray's other ports listen on all addresses, which no option changes;
+like the job server they accept nothing without the token.
 
-Started as a session of its own whose first process is remembered with the time of its birth, so that `stop` ends that
-and what it started, and never another Ray of this machine (`ray stop` ends them all).
+The head is a session of its own. Its first process is remembered with its start time, so that `stop` ends it and what
+it started, and never another Ray of this machine (`ray stop` ends them all).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.connect import REPOSITORY
-from pipeline.cluster.submit import FINAL, STOP_WAIT, STOP_WAIT_SECONDS
+from pipeline.cluster.submit import FINAL, STOP_WAIT, STOP_WAIT_SECONDS, client, wait_for_end
 from pipeline.core.files import write_json_atomic
 from scldm.errors import InputError
 
+log = logging.getLogger(__name__)
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_SECONDS = 120
 TRIES = 3
 # Ray gives its own processes 30 s, which no setting changes; a busy machine needs longer, less so with warm files.
@@ -35,10 +39,10 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Head:
-    """A head that was started."""
+    """A head that `start` started."""
 
     pid: int
-    born: float  # of the process, as the system says: a pid is used again
+    born: float  # start time of the process, as the system reports it: a pid is used again
     root: str
     port: int
     dashboard_port: int
@@ -46,10 +50,12 @@ class Head:
 
     @property
     def submit_address(self) -> str:
+        """URL of the job server."""
         return f"http://{LOOPBACK}:{self.dashboard_port}"
 
 
 def state_file() -> Path:
+    """Return the file that remembers the head."""
     return Path.home() / ".scldm" / "cluster.json"
 
 
@@ -57,67 +63,60 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
     """Start a head and wait until it has run a job.
 
     Args:
-        root: Where jobs run; default: this folder if it has jobs/, else the repository.
-        arguments: More of `ray start`, for example --num-cpus=8.
+        root: Where jobs run; default: the current folder if it has jobs/, else the repository.
+        arguments: More options of `ray start`, for example --num-cpus=8.
     """
     if (running := find()) is not None:
         raise InputError(f"a head runs already (process {running.pid}, {running.submit_address}): scldm cluster stop")
     _check_ports({"--port": port, "--dashboard-port": dashboard_port})
-    token = ensure_token()
-    secret = token.read_text().strip() if token is not None else os.environ["RAY_AUTH_TOKEN"]
+    env = environment(ensure_token())
     root = (root or (Path.cwd() if Path("jobs").is_dir() else REPOSITORY)).resolve()
-    log = state_file().with_name("cluster.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--port={port}", "--include-dashboard=true"]
-    command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
+    command = [*RAY, "start", "--head", "--block", "--disable-usage-stats", f"--port={port}"]
+    command += ["--include-dashboard=true", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
     command += [f"--temp-dir={temp_dir}"] if temp_dir else []
-    # Ray's own choices are fixed ports: beside another Ray of this machine the agent would run no job, without a word,
-    # and the client server, which nothing here uses and no option turns off, would end the head.
+    # Ray's own defaults are fixed ports: next to another Ray of this machine the agent would run no job, without a
+    # message, and the client server, which nothing here uses and no option turns off, would end the head.
     command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}", *arguments]
     for tries_left in reversed(range(TRIES)):
-        head, process = _launch(command, root, token, log, port=port, dashboard_port=dashboard_port)
-        if (trouble := _trouble(head, process, secret)) is None:
+        head, process = _launch(command, root, env, port=port, dashboard_port=dashboard_port)
+        if (problem := _wait_until_ready(head, process)) is None:
             return head
         stop(force=True)
-        if not tries_left or not any(slow in trouble for slow in SLOW):
-            raise InputError(trouble)
-        print("Ray did not come up in the 30 s that it gives itself (a loaded machine?); once more", flush=True)
+        if not tries_left or not any(slow in problem for slow in SLOW):
+            raise InputError(problem)
+        log.warning("Ray did not start within the 30 s that it allows itself (a busy machine?); trying again")
     raise AssertionError("unreachable: the last try returns or raises")
 
 
 def _launch(
-    command: list[str], root: Path, token: Path | None, log: Path, *, port: int, dashboard_port: int
+    command: list[str], root: Path, env: dict[str, str], *, port: int, dashboard_port: int
 ) -> tuple[Head, subprocess.Popen[Any]]:
-    """The head's process, remembered before anything else can go wrong."""
+    """Start the process and remember it before anything else can go wrong."""
     import psutil
 
-    with log.open("w") as out:
+    path = state_file().with_name("cluster.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as out:
         process = subprocess.Popen(
-            command, cwd=root, env=_environment(token), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-    head = Head(
-        pid=process.pid, born=psutil.Process(process.pid).create_time(), root=str(root), port=port,
-        dashboard_port=dashboard_port, log=str(log),
-    )  # fmt: skip
+            command, cwd=root, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    born = psutil.Process(process.pid).create_time()
+    head = Head(process.pid, born, str(root), port=port, dashboard_port=dashboard_port, log=str(path))
     write_json_atomic(state_file(), asdict(head))
     return head, process
 
 
-def _environment(token: Path | None) -> dict[str, str]:
-    """Of the head and, through it, of all jobs. No address of another cluster, and the python that runs this."""
+def environment(token: Path | None) -> dict[str, str]:
+    """Return the environment of the head and, through it, of all jobs: no other cluster's address, this python."""
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     env.update(RAY_AUTH_MODE="token", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
     env.setdefault(STOP_WAIT, str(STOP_WAIT_SECONDS))
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
-    if token is not None:
-        env["RAY_AUTH_TOKEN_PATH"] = str(token)
-    return env
+    return env | ({"RAY_AUTH_TOKEN_PATH": str(token)} if token is not None else {})
 
 
 def ensure_token() -> Path | None:
-    """The file with the token, made if there is none; None where RAY_AUTH_TOKEN holds it."""
+    """Return the file of the token, which is created if there is none; None if RAY_AUTH_TOKEN holds the token."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -144,90 +143,73 @@ def _check_ports(ports: dict[str, int]) -> None:
         raise InputError(f"in use already: {', '.join(taken)}; another Ray? Give other numbers")
 
 
-def _trouble(head: Head, process: subprocess.Popen[Any], token: str) -> str | None:
-    """None once the head has run a job; else what is wrong with it."""
-    until, ready = time.monotonic() + START_SECONDS, False
-    while not ready:
-        if process.poll() is not None or time.monotonic() > until:
-            end = "ended" if process.poll() is not None else f"runs no job after {START_SECONDS} s"
-            tail = "\n".join(Path(head.log).read_text(errors="replace").splitlines()[-15:])
-            return f"the head {end}; {head.log} ends with:\n{tail}"
+def _wait_until_ready(head: Head, process: subprocess.Popen[Any]) -> str | None:
+    """Return None once the head has run a job, else what is wrong with it."""
+    until = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < until:
         time.sleep(0.5)
-        ready = STARTED in Path(head.log).read_text(errors="replace") and _runs_a_job(head, token, until)
-    return None
+        if STARTED in Path(head.log).read_text(errors="replace") and _runs_a_job(head, until - time.monotonic()):
+            return None
+    end = "ended" if process.poll() is not None else f"runs no job after {START_SECONDS} s"
+    tail = "\n".join(Path(head.log).read_text(errors="replace").splitlines()[-15:])
+    return f"the head {end}; {head.log} ends with:\n{tail}"
 
 
-def _runs_a_job(head: Head, token: str, until: float) -> bool:
-    """Whether `true` ends well as a job. The job server answers before there is an agent to run what it takes."""
+def _runs_a_job(head: Head, seconds: float) -> bool:
+    """Whether `true` succeeds as a job. The job server answers before there is an agent that runs what it takes."""
     name = f"scldm-ready-{secrets.token_hex(3)}"
-    jobs, body = f"{head.submit_address}/api/jobs/", json.dumps({"entrypoint": "true", "submission_id": name}).encode()
-    status = None
     try:
-        _ask("POST", jobs, token, body)
-        while status not in FINAL and time.monotonic() < until:
-            time.sleep(0.5)
-            status = json.loads(_ask("GET", f"{jobs}{name}", token))["status"]
-        _ask("DELETE", f"{jobs}{name}", token)
-    except OSError:  # an error of HTTP is one: asked again until the time is over
+        with client(head.submit_address) as jobs:
+            jobs.submit_job(entrypoint="true", submission_id=name)
+            status = wait_for_end(jobs, name, seconds).status.value
+            jobs.delete_job(name)
+    except InputError:
         return False
-    return status == "SUCCEEDED"
+    return bool(status == "SUCCEEDED")
 
 
-def _ask(method: str, url: str, token: str, body: bytes | None = None) -> bytes:
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    request = urllib.request.Request(url, data=body, method=method, headers=headers)
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return bytes(response.read())
-
-
-# ---- stopping ------------------------------------------------------------------------------------------------------
 def find() -> Head | None:
-    """The head that was started here, if it lives."""
+    """Return the head that was started here; None if there is none or it has ended."""
     import psutil
 
     try:
         head = Head(**json.loads(state_file().read_text()))
-        alive = abs(psutil.Process(head.pid).create_time() - head.born) < 0.01
+        return head if abs(psutil.Process(head.pid).create_time() - head.born) < 0.01 else None
     except (FileNotFoundError, psutil.NoSuchProcess):
         return None
     except (TypeError, ValueError) as error:
         raise InputError(f"{state_file()} is not as this version writes it; delete it if no head runs") from error
-    return head if alive else None
 
 
 def stop(*, force: bool) -> str:
-    """End the head that `start` started, and nothing else. Jobs that run are in the way unless forced."""
+    """Stop the head that `start` started, and nothing else; refuse while jobs run unless forced."""
     import psutil
 
     head = find()
     if head is None:
         state_file().unlink(missing_ok=True)
         return "no head runs that `scldm cluster start` started"
-    if not force and (running := _running_jobs(head)):
-        raise InputError(f"jobs run: {', '.join(running)}; scldm stop each of them first, or give --force")
+    if not force:
+        with client(head.submit_address) as jobs:
+            running = [j.submission_id for j in jobs.list_jobs() if j.status.value not in FINAL]
+        if running:
+            raise InputError(f"jobs run: {', '.join(running)}; scldm stop each of them first, or give --force")
     own = psutil.Process(head.pid)
-    family = [own, *own.children(recursive=True)]
+    processes = [own, *own.children(recursive=True)]
     own.terminate()
-    _, left = psutil.wait_procs(family, timeout=30)
+    _, left = psutil.wait_procs(processes, timeout=30)
     for process in left:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+            process.kill()
     psutil.wait_procs(left, timeout=10)
     state_file().unlink(missing_ok=True)
-    return f"stopped the head of {head.submit_address} ({len(family)} processes)"
+    return f"stopped the head of {head.submit_address} ({len(processes)} processes)"
 
 
-def _running_jobs(head: Head) -> list[str]:
-    from pipeline.cluster.submit import client
-
-    with client(head.submit_address) as jobs:
-        return [j.submission_id for j in jobs.list_jobs() if j.status.value not in FINAL]
-
-
-# ---- leaving a cluster ---------------------------------------------------------------------------------------------
 def drain(*, address: str | None, seconds: int) -> str:
-    """Tell the cluster that this node goes in so many seconds, and wait until it is left or the time is over.
+    """Announce that this node goes away in some seconds, and wait until it has left or the time is over.
 
-    Training sees the notice, writes a checkpoint at the very step and goes on elsewhere.
+    Training sees the announcement, writes a checkpoint at the very step and continues on other nodes.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
@@ -241,13 +223,13 @@ def drain(*, address: str | None, seconds: int) -> str:
     if len(own) != 1:
         raise InputError(f"{len(own)} nodes of {address} have this machine's address {here}; one was expected")
     node = own[0].node_id.hex()
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node]
+    command = [*RAY, "drain-node", "--address", address, "--node-id", node]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "scldm cluster drain"]
     subprocess.run([*command, "--deadline-remaining-seconds", str(seconds)], check=True, capture_output=True)
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         nodes = gcs.get_all_node_info(timeout=10)
         if not any(n.node_id.hex() == node and n.state == 0 for n in nodes.values()):
-            return f"{node[:12]} is left"
+            return f"{node[:12]} has left"
         time.sleep(1)
     return f"{node[:12]} has had its {seconds} s"

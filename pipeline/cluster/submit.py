@@ -1,7 +1,7 @@
-"""Jobs on a Ray cluster from outside: send, follow, look, stop. Talks to Ray's job server over HTTP, nothing else.
+"""Submit jobs to a Ray cluster, follow, list and stop them, through nothing but Ray's job server (HTTP).
 
-What goes along is the code under `working_dir` without EXCLUDES, and no environment: credentials belong to the
-cluster's machines (an instance's role, a pod's account), never to a job.
+A job gets the code under `working_dir` without EXCLUDES, and no environment: credentials belong to the cluster's
+machines (an instance's role, a pod's account), never to a job.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.core.logs import STOPPED
 from scldm.errors import InputError
 
-HERE = "http://127.0.0.1:8265"
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Seconds between SIGTERM and SIGKILL when a job is stopped: Ray's 3 are too few to write a checkpoint. Read by the
 # job's supervisor in its environment: from cluster/env.sh, or from what `submit` sends.
 STOP_WAIT_SECONDS = 600
@@ -41,8 +41,8 @@ EXCLUDES = (
 
 @contextmanager
 def client(address: str | None) -> Iterator[Any]:
-    """Ray's job client. Errors of the connection say what to do about it."""
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or HERE
+    """Open Ray's job client. Connection errors become InputErrors that tell how to fix them."""
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
     if "RAY_AUTH_MODE" not in os.environ and has_token():  # sent along only in this mode, which is read once, at import
         os.environ["RAY_AUTH_MODE"] = "token"
     from ray.job_submission import JobSubmissionClient
@@ -52,28 +52,29 @@ def client(address: str | None) -> Iterator[Any]:
     try:
         yield JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
-        raise InputError(_explained(address, error)) from error
+        raise InputError(explain(address, error)) from error
 
 
 def has_token() -> bool:
-    """Whether this machine holds a token, in any of the places where Ray looks for one."""
+    """Return whether this machine holds a token, in any of the places where Ray searches for one."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return True
     return (Path.home() / ".ray" / "auth_token").is_file()
 
 
-def _explained(address: str, error: Exception) -> str:
+def explain(address: str, error: Exception) -> str:
+    """Return what an error of the job server means and how to fix it."""
     text = str(error)
     if "authentication token" in text.lower() or "401" in text or "403" in text:
         return (
-            f"{address} wants a token, and {'took not the one' if has_token() else 'found none'} of this machine: put "
-            "the cluster's into ~/.ray/auth_token (mode 600), or its path into RAY_AUTH_TOKEN_PATH"
+            f"{address} needs a token, and {'refused the one of' if has_token() else 'there is none on'} this machine: "
+            "put the cluster's into ~/.ray/auth_token (mode 600), or its path into RAY_AUTH_TOKEN_PATH"
         )
     if "does not exist" in text:
         return f"{address}: {next(line for line in text.splitlines() if 'does not exist' in line)}; see scldm status"
     first = (text.splitlines() or ["no message"])[0]
     return (
-        f"no Ray job server does as asked at {address}: start one (scldm cluster start), forward its port (ray attach "
+        f"no working Ray job server at {address}: start one (scldm cluster start), forward its port (ray attach "
         f"cluster/aws.yaml --port-forward 8265), or give --address. {first}"
     )
 
@@ -89,7 +90,14 @@ def submit(
     working_dir: Path,
     wait: bool,
 ) -> int:
-    """Send a job to a cluster, follow its log, and return its exit code."""
+    """Send a job to a cluster, follow its log, and return its exit code.
+
+    Args:
+        overrides: Settings to change, `key.path=value`.
+        kind: Kind of the job, shown by `status`, as is its name.
+        working_dir: Code that is sent; the job file must be in it.
+        wait: Follow the log; otherwise return 0 once the job is submitted.
+    """
     working_dir = working_dir.resolve()
     if not job_file.resolve().is_relative_to(working_dir):
         raise InputError(f"{job_file} is not under --working-dir {working_dir}, which is all that the cluster gets")
@@ -113,12 +121,12 @@ def submit(
         try:
             return follow(jobs, submission_id)
         except KeyboardInterrupt:
-            print(f"\nno longer followed; the job goes on. To stop it: scldm stop {submission_id}", flush=True)
+            print(f"\nno longer followed; the job continues. To stop it: scldm stop {submission_id}", flush=True)
             return 130
 
 
 def follow(jobs: Any, submission_id: str) -> int:
-    """Print a job's log until it ends; its exit code."""
+    """Print a job's log until it ends, and return its exit code."""
 
     async def tail() -> None:
         async for lines in jobs.tail_job_logs(submission_id):
@@ -129,7 +137,7 @@ def follow(jobs: Any, submission_id: str) -> int:
 
 
 def wait_for_end(jobs: Any, submission_id: str, seconds: float | None = None) -> Any:
-    """What is known of the job once it has ended; of the running one where `seconds` are over."""
+    """Return Ray's information about a job once it has ended, or about the running job after `seconds`."""
     until = time.monotonic() + (seconds if seconds is not None else float("inf"))
     while str((info := jobs.get_job_info(submission_id)).status.value) not in FINAL and time.monotonic() < until:
         time.sleep(1)
@@ -137,7 +145,7 @@ def wait_for_end(jobs: Any, submission_id: str, seconds: float | None = None) ->
 
 
 def exit_code(info: Any, submission_id: str) -> int:
-    """The driver's own where it ended by itself, and what a shell would see where it was stopped."""
+    """Return the driver's exit code, or 143 as in a shell if the job was stopped."""
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code)
     if info.status.value == "SUCCEEDED":
@@ -146,9 +154,9 @@ def exit_code(info: Any, submission_id: str) -> int:
     return STOPPED_BY_SIGNAL if info.status.value == "STOPPED" else 1
 
 
-# ---- looking and stopping ------------------------------------------------------------------------------------------
+# ---- listing and stopping ------------------------------------------------------------------------------------------
 def status(submission_id: str | None, address: str | None) -> str:
-    """A table of jobs, newest last; or of one, with its message."""
+    """Return a table of all jobs, newest last, or of one job with its message."""
     with client(address) as jobs:
         if submission_id is not None:
             info = jobs.get_job_info(submission_id)
@@ -158,7 +166,7 @@ def status(submission_id: str | None, address: str | None) -> str:
 
 
 def logs(submission_id: str | None, address: str | None, *, wait: bool) -> int:
-    """Print the log of a job, by default the newest; with `wait` until it ends, and its exit code."""
+    """Print the log of a job, by default the newest; with `wait` until it ends. Returns its exit code, or 0."""
     with client(address) as jobs:
         submission_id = submission_id or _newest(jobs)
         if wait:
@@ -168,16 +176,16 @@ def logs(submission_id: str | None, address: str | None, *, wait: bool) -> int:
 
 
 def stop(submission_id: str, address: str | None, *, seconds: float) -> str:
-    """Ask a job to stop, wait until it has: training leaves a checkpoint first."""
+    """Stop a job and wait until it has ended; training writes a checkpoint first."""
     with client(address) as jobs:
         if (info := jobs.get_job_info(submission_id)).status.value in FINAL:
             return f"{submission_id}: {info.status.value} already"
         jobs.stop_job(submission_id)
         info = wait_for_end(jobs, submission_id, seconds)
         if info.status.value not in FINAL:
-            return f"{submission_id}: {info.status.value} after {seconds:.0f} s; it was asked to stop: scldm status"
-        said = [line for line in jobs.get_job_logs(submission_id).splitlines() if STOPPED in line]
-        return "\n".join([f"{submission_id}: {info.status.value}; the same command goes on", *said[-1:]])
+            return f"{submission_id}: {info.status.value} after {seconds:.0f} s; the stop was requested: scldm status"
+        stopped = [line for line in jobs.get_job_logs(submission_id).splitlines() if STOPPED in line]
+        return "\n".join([f"{submission_id}: {info.status.value}; the same command continues", *stopped[-1:]])
 
 
 def _newest(jobs: Any) -> str:

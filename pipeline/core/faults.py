@@ -1,10 +1,10 @@
-"""Places where a test, or a drill on a cluster, makes a process die: `SCLDM_FAULT="checkpoint.after_shard:n=2:kill"`.
+"""Inject faults into a process, in a test or a drill on a cluster: `SCLDM_FAULT="checkpoint.after_shard:n=2:kill"`.
 
-A fault is `<point>[:rank=<which worker>][:step=<of training>][:n=<which time>]:<action>`; several are separated by
-commas. Actions: `kill` (SIGKILL of this process), `stop` (SIGSTOP: it answers nobody), `term` (SIGTERM: a notice),
-`raise` (FaultError), `exit=<code>`, `sleep=<seconds>`. Times are counted per process, so a worker that starts again
-counts from one again. The variable is read once, when the first point is passed; unset, a point costs one comparison.
-Actors and training workers get the driver's text with their settings and call `arm`.
+A fault is `<point>[:rank=<worker>][:step=<training step>][:n=<occurrence>]:<action>`; several are separated by commas.
+Actions: `kill` (SIGKILL of this process), `stop` (SIGSTOP: it hangs), `term` (SIGTERM: a stop signal), `raise`
+(FaultError), `exit=<code>`, `sleep=<seconds>`. Occurrences are counted per process: a restarted worker counts from one.
+The variable is read once, when the first point is passed; if it is unset, a point costs one comparison.
+Actors and training workers get the driver's specification with their settings and call `arm`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from pipeline.core.fault_points import POINTS
 
 VARIABLE = "SCLDM_FAULT"
 SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM"}
-FORM = "<point>[:rank=<r>][:step=<s>][:n=<time>]:<kill|stop|term|raise|exit=<code>|sleep=<seconds>>"
+FORM = "<point>[:rank=<r>][:step=<s>][:n=<occurrence>]:<kill|stop|term|raise|exit=<code>|sleep=<seconds>>"
 
 
 @dataclass(frozen=True)
 class Fault:
+    """One parsed fault."""
+
     point: str
     action: str
-    value: float = 0.0  # of exit and sleep
+    value: float = 0.0  # exit code, or seconds to sleep
     n: int = 1
     rank: int | None = None  # None: any
     step: int | None = None
 
 
 class FaultError(RuntimeError):
-    """What the action `raise` raises."""
+    """Raised by the action `raise`."""
 
 
 _armed: tuple[Fault, ...] | None = None
@@ -42,14 +44,18 @@ _passed: Counter[Fault] = Counter()
 
 
 def arm(text: str | None = None) -> None:
-    """Take the faults of a text, or of the environment; counts start again. Raises ValueError, see `parse`."""
+    """Activate the faults of a specification, by default the environment's, and reset all counts.
+
+    Raises:
+        ValueError: See `parse`.
+    """
     global _armed
     _armed = parse(os.environ.get(VARIABLE, "") if text is None else text)
     _passed.clear()
 
 
 def fault_point(point: str, *, step: int | None = None) -> None:
-    """Do what the fault of this point says, if this is the time that it names."""
+    """Trigger the fault of this point, if this is the occurrence that it names."""
     if _armed == ():
         return
     if _armed is None:
@@ -58,22 +64,26 @@ def fault_point(point: str, *, step: int | None = None) -> None:
         if fault.point == point and fault.rank in (None, _rank()) and fault.step in (None, step):
             _passed[fault] += 1
             if _passed[fault] == fault.n:
-                _do(fault)
+                _trigger(fault)
 
 
 def passed() -> dict[str, int]:
-    """Point -> how often it was passed since the last `arm`, of points that a fault of this process names."""
+    """Return how often each point of an active fault was passed since the last `arm`."""
     return {fault.point: n for fault, n in _passed.items()}
 
 
 def _rank() -> int:
-    """Of a training worker, as torchrun and Ray Train tell it; any other process is number 0."""
+    """Return the rank of a training worker, from torchrun or Ray Train; 0 in any other process."""
     return int(os.environ.get("RANK", "0"))
 
 
-# ---- the text ----------------------------------------------------------------------------------------------------
+# ---- the specification -------------------------------------------------------------------------------------------
 def parse(text: str) -> tuple[Fault, ...]:
-    """Raises ValueError that says all that is wrong with the text."""
+    """Parse a specification.
+
+    Raises:
+        ValueError: It is malformed; the message lists every problem.
+    """
     found: list[Fault] = []
     problems: list[str] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -106,11 +116,11 @@ def _fault(text: str) -> Fault:
     if not action:
         raise ValueError(f"{text!r} names no action; a fault is {FORM}")
     if "step" in numbers and not POINTS[point].has_step:
-        raise ValueError(f"{text!r}: {point} knows no step; give n, the number of the time")
+        raise ValueError(f"{text!r}: {point} has no step; give n, the occurrence")
     return Fault(point, action, value, **numbers)
 
 
-def _do(fault: Fault) -> None:
+def _trigger(fault: Fault) -> None:
     if fault.action in SIGNALS:
         os.kill(os.getpid(), getattr(signal, SIGNALS[fault.action]))
     elif fault.action == "raise":

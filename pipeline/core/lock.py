@@ -1,15 +1,16 @@
-"""One live process to a stage folder.
+"""Lock a stage folder, so that one live process at a time writes it.
 
 The lock is a file that names its owner; its modification time is the heartbeat. On one machine (one pid namespace) the
 owner's pid and start time decide whether it lives; from elsewhere only the heartbeat can. Clocks of two machines may
-differ, so a heartbeat that looks old is watched for a while before it is called one. A stale lock is moved aside, which
-only one of several takers can do.
+differ, so a heartbeat that looks old is watched for a while before it counts as stale. A stale lock is renamed, which
+only one of several competing processes can do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -22,17 +23,25 @@ from typing import Any
 
 from scldm.errors import InputError
 
+log = logging.getLogger(__name__)
 LOCK = "lock.json"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
 
 @contextmanager
-def stage_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold the folder's lock. Raises InputError if another live process holds it."""
+def stage_lock(folder: Path, report: Callable[[str], None] = log.warning) -> Iterator[None]:
+    """Hold the folder's lock.
+
+    Args:
+        report: Called with a message if the lock of a dead process is taken over.
+
+    Raises:
+        InputError: Another live process holds it.
+    """
     path = folder / LOCK
     token = uuid.uuid4().hex
-    _take(path, token, say)
+    _acquire(path, token, report)
     stop = threading.Event()
     threading.Thread(target=_beat, args=(path, stop), name="lock heartbeat", daemon=True).start()
     try:
@@ -43,7 +52,7 @@ def stage_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[Non
             path.unlink(missing_ok=True)
 
 
-def _take(path: Path, token: str, say: Callable[[str], None]) -> None:
+def _acquire(path: Path, token: str, report: Callable[[str], None]) -> None:
     owner = {"token": token, "pid": os.getpid(), "started": _started(os.getpid()), "host": _host(), "at": time.time()}
     for _ in range(3):
         with contextlib.suppress(FileExistsError):
@@ -52,30 +61,31 @@ def _take(path: Path, token: str, say: Callable[[str], None]) -> None:
             return
         with contextlib.suppress(FileNotFoundError):  # released, or taken over, meanwhile
             holder, age = _read(path) or {}, time.time() - path.stat().st_mtime
-            if _lives(path, holder, age):
+            if _is_alive(path, holder, age):
                 raise InputError(
                     f"{path.parent} is being written by process {holder.get('pid')} on {holder.get('host')} "
-                    f"(last sign of life {age:.0f} s ago). Wait for it or stop it; a lock without an owner is taken "
+                    f"(last heartbeat {age:.0f} s ago). Wait for it or stop it; a lock without an owner is taken "
                     f"over after {STALE_SECONDS:.0f} s"
                 )
             aside = path.with_name(f".{LOCK}.{token}")
             path.rename(aside)
             aside.unlink()
-            say(f"took over the lock of {path.parent}: process {holder.get('pid')} on {holder.get('host')} is gone")
-    raise InputError(f"{path}: another process is taking this lock at the same moment; run again")
+            report(f"took over the lock of {path.parent}: process {holder.get('pid')} on {holder.get('host')} is gone")
+    raise InputError(f"{path}: another process is acquiring this lock at the same moment; run again")
 
 
-def _lives(path: Path, holder: dict[str, Any], age: float) -> bool:
+def _is_alive(path: Path, holder: dict[str, Any], age: float) -> bool:
     if holder.get("host") == _host():
         started = _started(int(holder.get("pid", 0)))
         return started is not None and started == holder.get("started")
     if 0 <= age < STALE_SECONDS:
         return True
-    return _beats(path, STALE_SECONDS if age < 0 else 2.2 * BEAT_SECONDS)  # of the future: nothing is known of its age
+    # A time in the future tells nothing about its age.
+    return _beats(path, STALE_SECONDS if age < 0 else 2.2 * BEAT_SECONDS)
 
 
 def _beats(path: Path, seconds: float) -> bool:
-    """Whether a heartbeat comes while this machine's own clock counts so many seconds."""
+    """Return whether there is a heartbeat within some seconds of this machine's own clock."""
     before, until = path.stat().st_mtime_ns, time.monotonic() + seconds
     while time.monotonic() < until:
         if path.stat().st_mtime_ns != before:
@@ -98,7 +108,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _host() -> str:
-    """Host and pid namespace: two containers may share a host name but not their pids."""
+    """Return host and pid namespace: two containers may share a host name but not their pids."""
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
@@ -106,7 +116,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, so that a reused pid is not mistaken for its former owner; None if there is none."""
+    """Return the start time of a process, by which a reused pid is recognized; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]

@@ -1,7 +1,7 @@
-"""Progress of a stage, from the worker that knows it to the terminal that shows it, through one small file.
+"""Report the progress of a stage from the worker to the driver's terminal, through one small file.
 
-The worker writes `progress.json` by rename, at most once a second. The driver polls it: a bar on a terminal, one line
-every few seconds in a log. The file is a hint and never waited for.
+The worker writes `progress.json` by rename, at most once a second. The driver polls it and shows a bar on a terminal,
+or one line every few seconds in a log. Nothing depends on the file or waits for it.
 """
 
 from __future__ import annotations
@@ -13,26 +13,32 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
-from pipeline.core.prometheus import Gauges
+from pipeline.core.prometheus import PrometheusGauges
 from pipeline.core.text import compact, duration
 
 PROGRESS = "progress.json"
 
 
 class ProgressWriter:
-    """Worker side."""
+    """Worker side: write progress.json and set the gauges.
+
+    Args:
+        folder: The stage's folder.
+        every_seconds: Shortest time between two writes, but for the last step.
+        clock: Current time in seconds.
+    """
 
     def __init__(self, folder: str | Path, every_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic):
         self.path = Path(folder) / PROGRESS
         self.every_seconds = every_seconds
         self.clock = clock
-        self.gauges = Gauges(Path(folder))
+        self.gauges = PrometheusGauges(Path(folder))
         self._written = float("-inf")
 
     def update(self, step: int, total: int, **fields: float) -> None:
-        """Say how far the stage is. Fields are shown in their order: loss, lr, cells_per_s, …"""
+        """Report how far the stage is. Fields are shown in their order: loss, lr, cells_per_s, …"""
         now = self.clock()
         if now - self._written < self.every_seconds and step < total:
             return
@@ -49,7 +55,14 @@ class ProgressWriter:
 
 
 class ProgressReader:
-    """Driver side: `with ProgressReader(folder, "train_vae", 5.0): trainer.fit()`."""
+    """Driver side: show progress.json while a block runs.
+
+    Example: `with ProgressReader(folder, "train_vae", 5.0): trainer.fit()`
+
+    Args:
+        every_seconds: Time between two lines in a log; a bar on a terminal follows at once.
+        stream: Where it is shown; default: standard output.
+    """
 
     def __init__(
         self,
@@ -57,14 +70,14 @@ class ProgressReader:
         stage: str,
         every_seconds: float = 5.0,
         *,
-        stream: Any = None,
+        stream: TextIO | None = None,
         poll_seconds: float = 0.5,
     ):
         self.path = Path(folder) / PROGRESS
         self.stage = stage
         self.every_seconds = every_seconds
         self.poll_seconds = min(poll_seconds, every_seconds)
-        self.stream = stream or sys.stdout
+        self.stream: TextIO = stream or sys.stdout
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name=f"progress of {stage}", daemon=True)
         self._began = time.time()
@@ -91,15 +104,16 @@ class ProgressReader:
         due = time.monotonic()
         while not self._stop.wait(self.poll_seconds):
             now = time.monotonic()
-            if now >= due and self._say(self._read()):
+            if now >= due and self._show(self._read()):
                 due = now + self.every_seconds
-        self._say(self._read())
+        self._show(self._read())
 
-    def _say(self, news: Mapping[str, Any] | None) -> bool:
-        if news is None or news["step"] == self._shown:
+    def _show(self, progress: Mapping[str, Any] | None) -> bool:
+        """Write a line unless there is nothing new. Returns whether it did."""
+        if progress is None or progress["step"] == self._shown:
             return False
-        self._shown = news["step"]
-        print(progress_line(self.stage, news, self._eta(news)), file=self.stream, flush=True)
+        self._shown = progress["step"]
+        print(progress_line(self.stage, progress, self._eta(progress)), file=self.stream, flush=True)
         return True
 
     def _follow_bar(self) -> None:
@@ -112,36 +126,41 @@ class ProgressReader:
             running = True
             while running:
                 running = not self._stop.wait(self.poll_seconds)
-                if (news := self._read()) is not None:
-                    text = progress_line("", news, self._eta(news)).removeprefix(" | ")
-                    bar.update(task, completed=news["step"], total=news["total"], description=text)
+                if (progress := self._read()) is not None:
+                    text = progress_line("", progress, self._eta(progress)).removeprefix(" | ")
+                    bar.update(task, completed=progress["step"], total=progress["total"], description=text)
 
     def _read(self) -> dict[str, Any] | None:
-        """The news, unless it is from before this reader: an earlier attempt's file says nothing about this one."""
+        """Return the progress; None if there is none or it was written before this attempt."""
         try:
-            news = json.loads(self.path.read_text())
+            progress = json.loads(self.path.read_text())
             fresh = self.path.stat().st_mtime >= self._began - 1
         except (OSError, ValueError):
             return None
-        return news if fresh else None
+        return progress if fresh else None
 
-    def _eta(self, news: Mapping[str, Any]) -> float | None:
-        """Seconds left, by the pace since the first news of this attempt (a resumed run does not start at 0)."""
-        at, step = news["at"], news["step"]
+    def _eta(self, progress: Mapping[str, Any]) -> float | None:
+        """Return the seconds left, at the mean speed of this attempt (a resumed run does not start at step 0)."""
+        at, step = progress["at"], progress["step"]
         if self._first is None or step < self._last:  # a restart goes back to its checkpoint
             self._first = (at, step)
         self._last = step
         began, first_step = self._first
         if step <= first_step or at <= began:
             return None
-        return (news["total"] - step) * (at - began) / (step - first_step)
+        return (progress["total"] - step) * (at - began) / (step - first_step)
 
 
-def progress_line(stage: str, news: Mapping[str, Any], eta: float | None) -> str:
-    """train_vae | step 120/600 | loss 412.3 | lr 1.0e-3 | 184 cells/s | eta 1m20s"""
-    parts = [stage, f"step {news['step']}/{news['total']}"]
-    parts += [_field(name, value) for name, value in news["fields"].items()]
-    if eta is not None and news["step"] < news["total"]:
+def progress_line(stage: str, progress: Mapping[str, Any], eta: float | None) -> str:
+    """Return a line such as `train_vae | step 120/600 | loss 412.3 | lr 1.0e-3 | 184 cells/s | eta 1m20s`.
+
+    Args:
+        progress: Contents of progress.json: step, total, fields.
+        eta: Seconds left.
+    """
+    parts = [stage, f"step {progress['step']}/{progress['total']}"]
+    parts += [_field(name, value) for name, value in progress["fields"].items()]
+    if eta is not None and progress["step"] < progress["total"]:
         parts.append(f"eta {duration(eta)}")
     return " | ".join(parts)
 

@@ -1,8 +1,8 @@
-"""Numbers of a running stage for Prometheus, through the exporter that every Ray node has anyway.
+"""Export the metrics of a running stage to Prometheus, through the exporter that every Ray node runs anyway.
 
 `train/loss` of run demo becomes `ray_scldm_train_loss{Pipeline="demo", Stage="train_vae", StageVersion="1a2b3c4d5e6f"}`
-on the metrics port of the node whose process says it. Outside Ray (under torchrun, in tests of a loop) nothing is
-exported. `cluster/grafana/scldm.json` draws them.
+on the metrics port of the node whose process sets it. Outside Ray (under torchrun, in tests of a loop) nothing is
+exported. `cluster/grafana/scldm.json` draws the metrics.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger("scldm.gauges")
-TAGS = ("Pipeline", "Stage", "StageVersion")  # Version is Ray's own
+log = logging.getLogger(__name__)
+TAGS = ("Pipeline", "Stage", "StageVersion")  # Ray uses the name Version itself
 
 
-class Gauges:
-    """The gauges of one stage version, made when their number is first said."""
+class PrometheusGauges:
+    """The gauges of one stage version, created when they are first set.
+
+    Args:
+        folder: The stage's folder, `<pipeline>/<stage>/<version>`.
+    """
 
     def __init__(self, folder: Path):
         folder = folder.absolute()
@@ -30,8 +34,8 @@ class Gauges:
         self._broken = False
 
     def set(self, values: Mapping[str, float]) -> None:
-        """Say what the numbers are now; NaN and infinity are left out. Never raises: a picture is not worth a run."""
-        ray = sys.modules.get("ray")  # whoever runs under Ray has it loaded; nobody else shall load it for this
+        """Set gauges to finite values. A failure is logged and never raised: monitoring must not stop a run."""
+        ray = sys.modules.get("ray")  # a process under Ray has it loaded; no other should load it for this
         if self._broken or ray is None or not ray.is_initialized():
             return
         try:
@@ -40,7 +44,7 @@ class Gauges:
                     self._gauge(key).set(float(value), tags=self.tags)
         except Exception as error:
             self._broken = True
-            log.warning("numbers of %s are not exported to Prometheus: %s", "/".join(self.tags.values()), error)
+            log.warning("metrics of %s are not exported to Prometheus: %s", "/".join(self.tags.values()), error)
 
     def _gauge(self, key: str) -> Any:
         if key not in self._gauges:
@@ -51,5 +55,5 @@ class Gauges:
 
 
 def gauge_name(key: str) -> str:
-    """In Prometheus' alphabet, without Ray's own prefix: `perf/step_s` is `scldm_perf_step_s`."""
+    """Return a name in Prometheus' alphabet, without Ray's own prefix: `perf/step_s` becomes `scldm_perf_step_s`."""
     return "scldm_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)

@@ -1,11 +1,10 @@
-"""Hours and money of a job before it runs: arithmetic of the model, a share of the device's peak, a price.
+"""Estimate the GPU hours of a stage before it runs: the model's arithmetic over a share of the device's peak.
 
-    hours = 3 x flops of a cell x cells x steps' share / (workers x peak x MFU) / 3600       (training; 1 x for encode)
-    cost  = hours x nodes x price of a node
+    hours = 3 x flops of a cell x cells / (GPUs x peak x MFU) / 3600        (training; 1 x for encode)
 
-The arithmetic is exact (`scldm.nn.flops`); the MFU is ASSUMED: none of our code has run on a GPU, so all is a
-range. Its low end is near the one figure that is known: upstream's Dentate Gyrus VAE took 2.17 h on one A100, which is
-4.5 % of the bf16 peak by the same arithmetic if those were 500 epochs of 14,570 cells. Prices are examples.
+The arithmetic is exact (`scldm.nn.flops`). The MFU (model flops utilization) is ASSUMED, because none of this code has
+been timed on an A100, so an estimate is a range. Its low end is near the one known figure: upstream's Dentate Gyrus VAE
+took 2.17 h on one A100, 4.5 % of the bf16 peak by the same arithmetic if those were 500 epochs of 14,570 cells.
 """
 
 from __future__ import annotations
@@ -20,68 +19,73 @@ from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.flops import TRAINING, dit_flops, vae_flops
 
 MFU = (0.05, 0.20)  # of the dense bf16 peak; lowest and highest assumed
-GPUS_PER_NODE = 8
-# Dollars an hour for 8 A100s, on demand, list prices of 2024 as remembered: not looked up, and they have moved since.
-PRICES = {"p4d.24xlarge": 32.8, "p4de.24xlarge": 41.0, "a2-highgpu-8g": 29.4, "a2-ultragpu-8g": 40.5}
-NODE = "p4d.24xlarge"
 # Evaluations of the network in a step of a solver. dopri5 chooses its steps itself: `steps` of them is a guess.
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "adams": 1, "dopri5": 6}
-STARTING = {"adams": 2}  # evaluations more, of its first steps
+STARTING = {"adams": 2}  # additional evaluations in its first steps
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one stage: hours and dollars, each (lowest, highest)."""
+    """Arithmetic and time of one stage."""
 
     flops: float
-    hours: tuple[float, float]
-    dollars: tuple[float, float]
-    nodes: int
+    gpus: int
+    hours: tuple[float, float]  # wall time: lowest, highest
 
     def __str__(self) -> str:
         low, high = self.hours
-        nodes = f"{self.nodes} {NODE}" + ("s" if self.nodes > 1 else "")
+        gpus = f"{self.gpus} A100" + ("s" if self.gpus > 1 else "")
         return (
-            f"about {_hours(low)} to {_hours(high)} on {nodes}, ${self.dollars[0]:,.0f} to ${self.dollars[1]:,.0f} "
-            f"(bf16, {MFU[0]:.0%} to {MFU[1]:.0%} of the peak assumed: not measured on a GPU)"
+            f"about {_hours(low)} to {_hours(high)} on {gpus}, {self.gpu_hours} GPU hours "
+            f"(bf16, {MFU[0]:.0%} to {MFU[1]:.0%} of the peak assumed: not measured on an A100)"
         )
 
+    @property
+    def gpu_hours(self) -> str:
+        """Hours times GPUs, as text."""
+        low, high = (f"{self.gpus * h:,.0f}" if self.gpus * h >= 10 else f"{self.gpus * h:.1f}" for h in self.hours)
+        return low if low == high else f"{low} to {high}"
 
-def estimate(flops: float, gpus: int, *, peak: float | None = None, price: float = PRICES[NODE]) -> Estimate:
-    """Of so many operations on so many A100s.
+
+def estimate(flops: float, gpus: int, *, peak: float | None = None) -> Estimate:
+    """Estimate the time that a number of operations takes.
 
     Args:
-        flops: Of the whole stage.
+        flops: Operations of the whole stage.
         peak: Operations per second of one device; the A100's in bf16 if None.
-        price: Of a node, an hour.
     """
     peak = peak or PEAKS["A100"][0] or 0.0
-    nodes = -(-gpus // GPUS_PER_NODE)
     high, low = (flops / (gpus * peak * mfu) / 3600 for mfu in MFU)
-    return Estimate(flops, (low, high), (low * nodes * price, high * nodes * price), nodes)
+    return Estimate(flops, gpus, (low, high))
 
 
 def train_vae_flops(model: VAEConfig, *, cells: float, n_genes: int, scored: int | None, expressed: float) -> float:
-    """Operations of training on `cells` cells (steps x batch).
+    """Count the operations of training the VAE.
 
     Args:
-        scored: `train.genes_per_step`; None scores all.
+        cells: Steps x batch size.
+        scored: `train.genes_per_step`; None scores all genes.
+        expressed: Mean number of expressed genes in a cell.
     """
     return TRAINING * cells * vae_flops(model, n_genes=min(scored or n_genes, n_genes), expressed=expressed)
 
 
 def encode_flops(model: VAEConfig, *, cells: float, expressed: float) -> float:
-    """The encoder's half of the blocks, and pooling; no genes are decoded."""
+    """Count the operations of encoding: the encoder's half of the blocks, and pooling; no genes are decoded."""
     pooling = vae_flops(model.model_copy(update={"n_layers": 0}), n_genes=0, expressed=expressed)
     return cells * (pooling + (vae_flops(model, n_genes=0, expressed=expressed) - pooling) / 2)
 
 
 def train_flow_flops(model: DiTConfig, *, cells: float, n_latent_tokens: int, latent_width: int) -> float:
+    """Count the operations of training the flow on `cells` cells (steps x batch size)."""
     return TRAINING * cells * dit_flops(model, n_latent_tokens=n_latent_tokens, latent_width=latent_width)
 
 
 def generate_flops(flow: DiTConfig, vae: VAEConfig, sampler: SamplerConfig, *, cells: float, n_genes: int) -> float:
-    """Network evaluations of the solver, twice where guidance is neither 0 nor 1, and one decoding of all genes."""
+    """Count the operations of generation: the solver's evaluations, and one decoding of all genes.
+
+    Guidance other than 0 or 1 evaluates the network twice.
+    """
     plain = sampler.guidance in (0.0, 1.0)
     once = sampler.steps * EVALUATIONS[sampler.solver] + STARTING.get(sampler.solver, 0)
     evaluations = once * (1 if plain else 2)
@@ -92,13 +96,13 @@ def generate_flops(flow: DiTConfig, vae: VAEConfig, sampler: SamplerConfig, *, c
 def stage_estimate(
     stage: str, config: Any, vae: Any, data: sizes.DataFacts, gpus: int, flow: Any = None
 ) -> Estimate | None:
-    """Of a stage as its job sets it up; None for what needs no GPU, or where cells, genes or models are not known yet.
+    """Estimate a stage; None if it needs no GPU, or if cells, genes or models are not known yet.
 
     Args:
         config: Settings of the stage.
-        vae: Those of train_vae.
-        gpus: That work at it.
-        flow: Those of train_flow; for generate.
+        vae: Settings of train_vae.
+        gpus: Number of GPUs that work on the stage.
+        flow: Settings of train_flow; for generate.
     """
     genes = sizes.expressed_genes(data)
     if stage == "train_vae" and data.n_genes is not None:
@@ -126,7 +130,7 @@ CENSUS_CELLS, CENSUS_GENES, CENSUS_EXPRESSED = 33e6, 36_130, 2_000
 
 
 def paper_table() -> str:
-    """The table of docs/operations.md, in Markdown: one epoch of the Census models, and what follows from them."""
+    """Return the table of docs/operations.md in Markdown: one epoch of the Census models, and what follows."""
     from scldm.api.presets import preset
 
     rows = []
@@ -154,17 +158,11 @@ def paper_table() -> str:
     assert dentate is not None
     flops = train_vae_flops(dentate.model, cells=500 * 13_113, n_genes=17_002, scored=None, expressed=1_500)
     rows.append(("train_vae, dentate_gyrus, 500 epochs of 13,113 cells", estimate(flops, 8)))
-    lines = ["| what | PFLOP | A100s | hours | dollars |", "|---|---|---|---|---|"]
+    lines = ["| what | PFLOP | A100s | hours | GPU hours |", "|---|---|---|---|---|"]
     for what, found in rows:
-        hours, dollars = (
-            " – ".join(f(x) for x in pair) for f, pair in ((_hours, found.hours), (_dollars, found.dollars))
-        )
-        lines.append(f"| {what} | {found.flops / 1e15:,.0f} | {found.nodes * GPUS_PER_NODE} | {hours} | {dollars} |")
+        hours = " – ".join(map(_hours, found.hours))
+        lines.append(f"| {what} | {found.flops / 1e15:,.0f} | {found.gpus} | {hours} | {found.gpu_hours} |")
     return "\n".join(lines)
-
-
-def _dollars(dollars: float) -> str:
-    return f"{dollars:,.0f}"
 
 
 def _hours(hours: float) -> str:

@@ -1,4 +1,4 @@
-"""What `scldm plan` says of generation: cells, shards, bytes, and how long it took before. Starts nothing."""
+"""Plan a generation: cells, shards, bytes, and the time at the rate of the last one. Starts nothing."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ def generation_lines(
     resources: ResourcesConfig,
     before: Manifest | None,
 ) -> tuple[list[str], int]:
-    """Lines of the plan, and bytes on disk (0 where they are not known).
+    """Return lines of the plan, and bytes on disk (0 if they are not known).
 
     Args:
-        before: The generation of this pipeline that finished last; its rate is what time is reckoned with.
+        before: The generation of this pipeline that finished last, whose rate gives the time.
     """
-    n_cells = cells_asked_for(config, data)
+    n_cells = requested_cells(config, data)
     if n_cells is None:
-        return [f"generate: as many cells as the table says, {_actors(resources)}"], 0
+        return [f"generate: cells unknown until its table or data exists, {_actors(resources)}"], 0
     shards = max(1, -(-n_cells // config.shard_size))
     size = cell_bytes(config, data, vae)
-    of_size = f"{n_cells:,} cells in {shards:,} shards of at most {config.shard_size:,}"
+    amount = f"{n_cells:,} cells in {shards:,} shards of at most {config.shard_size:,}"
     total = None if size is None else round(n_cells * size)
-    lines = [f"generate: {of_size}, about {human(total)}, {_actors(resources)}"]
+    lines = [f"generate: {amount}, about {human(total)}, {_actors(resources)}"]
     if size is not None:
         lines[0] += f"; {human(size)} a cell before compression, {human(size * config.shard_size)} a shard"
     lines.append(f"generate: {_time(n_cells, config, before)}")
     return lines, total or 0
 
 
-def cells_asked_for(config: GenerateConfig, data: sizes.DataFacts) -> int | None:
-    """Cells of the request; None where the data or the table is not there yet."""
+def requested_cells(config: GenerateConfig, data: sizes.DataFacts) -> int | None:
+    """Return the number of requested cells; None if the data or the table does not exist yet."""
     if config.conditions is None:
         return sizes.generated_cells(config, data)
     from pipeline.inference.request import read_table
 
     try:
         table = read_table(Path(config.conditions))
-    except InputError:  # running says what is wrong with it
+    except InputError:  # run reports what is wrong with it
         return None
     counts = table.get("n_cells")
     return None if counts is None else round(sum(float(n) for n in counts if str(n).replace(".", "", 1).isdigit()))
 
 
 def cell_bytes(config: GenerateConfig, data: sizes.DataFacts, vae: TrainVaeConfig | None) -> float | None:
-    """Of one cell, uncompressed: its counts and, where the VAE is known, its latents."""
+    """Return the bytes of one cell, uncompressed: its counts and, if the VAE is known, its latents."""
     if data.n_genes is None:
         return None
     share = 1.0 if config.genes is None or isinstance(config.genes, str) else len(config.genes) / data.n_genes

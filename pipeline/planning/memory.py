@@ -1,10 +1,10 @@
-"""Memory of a training worker by formula, for every ZeRO stage, and which A100 it fits.
+"""Compute the memory of a training worker for every ZeRO stage, and which A100 has enough.
 
-State is counted as DeepSpeed keeps it: weights and gradients in the precision of training, Adam's two moments and under
-bf16 an fp32 master copy, divided over the workers as far as the stage says; our average of the weights is whole on
-every worker. Activations are counted from what the backward pass keeps: nothing of size b x g x d, because the decoder
-computes its tiles again. They hold within a factor of 2 (a test measures small models on a CPU, with the decoder as a
-GPU runs it). Shape letters: b cells of a micro batch, g genes scored, s expressed genes, m latent tokens, d model
+State is counted as DeepSpeed keeps it: weights and gradients in the precision of training, Adam's two moments and with
+bf16 an fp32 master copy, partitioned over the workers according to the ZeRO stage. The average of the weights is
+complete on every worker. Activations are what the backward pass keeps: nothing of size b x g x d, because the decoder
+recomputes its tiles. They are right within a factor of 2 (a test measures small models on a CPU, with the decoder as
+on a GPU). Shape letters: b cells of a micro batch, g genes scored, s expressed genes, m latent tokens, d model
 width, h heads.
 """
 
@@ -22,38 +22,40 @@ DEVICES = {"A100 40 GB": 42.3e9, "A100 80 GB": 85.0e9}  # bytes that the driver 
 USABLE = 0.9  # the allocator's fragments take the rest
 STAGES = (0, 1, 2, 3)
 # Numbers kept for a token of a block, in units of d: norms and their inputs, q k v, attention, SwiGLU's hidden ones.
-# Who attends to whom is not kept: torch's attention computes it again.
+# Attention weights are not kept: torch's attention recomputes them.
 BLOCK_WIDTHS = 26
 GENE_COPIES = 7  # b x g numbers that likelihood and softmax keep or make, in fp32
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of one worker."""
+    """Bytes of state on one worker."""
 
     weights: float
     gradients: float
     optimizer: float
     average: float
-    offloaded: float = 0.0  # in the host's memory instead
+    offloaded: float = 0.0  # in the memory of the host instead
 
     @property
     def device(self) -> float:
+        """Bytes on the GPU."""
         return self.weights + self.gradients + self.optimizer + self.average
 
 
 def state_bytes(n: int, train: TrainConfig, workers: int, *, stage: int | None = None) -> StateBytes:
-    """Of n parameters.
+    """Return the state of one worker.
 
     Args:
-        stage: ZeRO stage; the training's own if None.
+        n: Number of parameters.
+        stage: ZeRO stage; the one in `train` if None.
     """
     stage = train.zero_stage if stage is None else stage
     width = 2 if train.precision == "bf16" else 4
     share = lambda from_stage: 1 / workers if stage >= from_stage else 1.0  # noqa: E731
     moments = n * (12 if train.precision == "bf16" else 8) * share(1)
     offload = train.offload_optimizer == "cpu" and stage > 0
-    # The average is made of whole weights, so stage 3 gathers them when it is updated and validated.
+    # The average needs complete weights, which stage 3 gathers to update and to validate it.
     average = 4.0 * n + (width * n if stage == 3 else 0) if isinstance(train, FlowTrainConfig) else 0.0
     return StateBytes(
         weights=width * n * share(3),
@@ -65,10 +67,10 @@ def state_bytes(n: int, train: TrainConfig, workers: int, *, stage: int | None =
 
 
 def vae_activations(config: VAEConfig, train: TrainConfig, *, cells: int, n_genes: int, expressed: float) -> float:
-    """Bytes at the peak of a step of the VAE.
+    """Return the bytes of activations at the peak of a training step of the VAE.
 
     Args:
-        cells: Of a micro batch.
+        cells: Cells of a micro batch.
         n_genes: Genes that are scored: `train.genes_per_step`, or all.
         expressed: Mean expressed genes of a cell.
     """
@@ -78,7 +80,7 @@ def vae_activations(config: VAEConfig, train: TrainConfig, *, cells: int, n_gene
     pooling = expressed * (4 + 3 * h) + 8 * m * d  # indices, counts, and a few numbers per head and token
     outputs = n_genes * (GENE_COPIES + (2 if config.head == "nb_cell" else 0))
     hidden = 8 * d / 3
-    tile = min(TILE, n_genes) * (6 * d + 4 * hidden + 2 * m * h)  # made again in the backward pass, one at a time
+    tile = min(TILE, n_genes) * (6 * d + 4 * hidden + 2 * m * h)  # recomputed in the backward pass, one tile at a time
     tables = 6 * n_genes * d  # per-gene queries, keys and values, once per micro batch
     return cells * (width * (blocks + tile) + 4 * (outputs + pooling)) + width * tables
 
@@ -86,7 +88,7 @@ def vae_activations(config: VAEConfig, train: TrainConfig, *, cells: int, n_gene
 def dit_activations(
     config: DiTConfig, train: TrainConfig, *, cells: int, n_latent_tokens: int, latent_width: int
 ) -> float:
-    """Bytes at the peak of a step of the flow."""
+    """Return the bytes of activations at the peak of a training step of the flow."""
     width = 2 if train.precision == "bf16" else 4
     d, m = config.d_model, n_latent_tokens
     per_cell = config.n_layers * (_block_numbers(d, m) + 12 * d) + 8 * m * (d + latent_width)
@@ -98,12 +100,12 @@ def _block_numbers(d: int, m: int) -> float:
 
 
 def fits(total: float) -> list[str]:
-    """Devices that hold so many bytes."""
+    """Return the devices that can hold `total` bytes."""
     return [name for name, size in DEVICES.items() if total <= USABLE * size]
 
 
 def stage_lines(n: int, train: TrainConfig, workers: int, activations: float) -> list[str]:
-    """A line for each ZeRO stage: memory per GPU, and which A100 holds it."""
+    """Return a line for each ZeRO stage: memory per GPU, and which A100 has enough."""
     from pipeline.core.text import human
 
     lines = []

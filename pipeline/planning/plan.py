@@ -1,6 +1,6 @@
-"""`scldm plan`: what would run and why, and how large it is. Reads manifests and heads of files; starts nothing.
+"""Plan a job (`scldm plan`): which stages would run and why, and their size.
 
-Also `scldm runs list`: what has been made.
+Reads manifests and headers of files; starts nothing.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Decision:
-    """A stage of a job: its version, whether it runs, and why."""
+    """A stage of a job: its version, whether it runs, and the reason."""
 
     stage: str
-    version: str  # empty where it cannot be known before an earlier stage has run
+    version: str  # empty if it depends on an earlier stage that has not run
     state: str  # "done", "will run", or "needs <stage>, …"
     why: str
 
 
 def plan(job: JobBase) -> str:
-    """Table of a job's stages, then what each would take."""
-    found, sizes_of_it = _decisions(job)
+    """Return a table of a job's stages, then the size of each."""
+    found, size_lines = _decisions(job)
     rows = [("stage", "version", "state", "why"), *((d.stage, d.version, d.state, d.why) for d in found)]
     todo = [d for d in found if d.state == "will run"]
-    waits = any(d.state.startswith("needs") for d in found)
-    lines = [f"{job.name}: writes to {pipeline_folder(job)}", "", table(rows), "", *sizes_of_it]
-    lines += ["", f"{len(todo)} of {len(found)} stages will run" if todo or waits else "nothing to do"]
+    waiting = any(d.state.startswith("needs") for d in found)
+    lines = [f"{job.name}: writes to {pipeline_folder(job)}", "", table(rows), "", *size_lines]
+    lines += ["", f"{len(todo)} of {len(found)} stages will run" if todo or waiting else "nothing to do"]
     return "\n".join(lines)
 
 
 def plan_data(job: JobBase) -> dict[str, Any]:
-    """The same for a script: name, folder, stages (stage, version, state, why), and the lines on sizes."""
-    found, sizes_of_it = _decisions(job)
+    """Return the plan for a script: name, folder, stages (stage, version, state, why), and the lines on sizes."""
+    found, size_lines = _decisions(job)
     return {
         "name": job.name,
         "folder": str(pipeline_folder(job)),
         "stages": [asdict(d) for d in found],
-        "sizes": [line.strip() for line in sizes_of_it if line.strip()],
+        "sizes": [line.strip() for line in size_lines if line.strip()],
     }
 
 
@@ -76,7 +76,7 @@ def _decisions(job: JobBase) -> tuple[list[Decision], list[str]]:
 
 # ---- sizes -------------------------------------------------------------------------------------------------------
 def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
-    """One line for each stage of the job that takes steps, memory or disk."""
+    """Return one or more lines for each stage of the job that takes steps, memory or disk."""
     configs: dict[str, Any] = dict(stage_configs(job))
     data = sizes.data_facts(_manifest("ingest", decided, folder), configs.get("ingest"))
     vae = _config("train_vae", TrainVaeConfig, configs, decided, folder)
@@ -104,34 +104,34 @@ def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
     if "generate" in configs:
         before = newest_manifest(folder, "generate")
-        said, size = generation_lines(configs["generate"], data, vae, job.resources, before)
-        lines += said
+        text, size = generation_lines(configs["generate"], data, vae, job.resources, before)
+        lines += text
         disk += size
-    lines += _time_and_cost(job, configs, vae, data, decided, folder)
+    lines += _gpu_hours(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {human(disk)} in all"] if disk else lines
 
 
-def _time_and_cost(
+def _gpu_hours(
     job: JobBase, configs: dict[str, Any], vae: Any, data: sizes.DataFacts, decided: dict[str, Step], folder: Path
 ) -> list[str]:
-    """A line for each stage that GPUs do; none on CPUs, which nobody pays by the node."""
+    """Return a line for each stage that runs on GPUs; none if the job has no GPU."""
     if not job.resources.gpus_per_worker:
         return []
-    from pipeline.planning import cost as sizing
+    from pipeline.planning.cost import stage_estimate
 
     flow = _config("train_flow", TrainFlowConfig, configs, decided, folder) if "generate" in configs else None
     lines = []
     for stage, config in configs.items():
         used = job.resources.workers.max if stage.startswith("train") else job.resources.actors_max
         gpus = max(1, round(used * job.resources.gpus_per_worker))
-        if (found := sizing.stage_estimate(stage, config, vae, data, gpus, flow)) is not None:
+        if (found := stage_estimate(stage, config, vae, data, gpus, flow)) is not None:
             lines.append(f"{stage}: {found}")
     return lines
 
 
 def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase, activations: float | None) -> list[str]:
-    """Steps, parameters, memory and checkpoints of a training stage."""
-    workers = job.resources.world_sizes[0]  # the fewest there may be: each then holds the most
+    """Return lines on steps, parameters, memory and checkpoints of a training stage."""
+    workers = job.resources.world_sizes[0]  # the fewest: then each holds the most
     per_worker = max(1, train.feed.batch_size // workers)
     rounds = math.ceil(per_worker / train.feed.micro_batch_size)
     steps = f"{train.max_steps:,} steps x {train.feed.batch_size} cells"
@@ -149,7 +149,7 @@ def _training(stage: str, n: int | None, train: TrainConfig, job: JobBase, activ
 
 
 def _manifest(stage: str, decided: dict[str, Step], folder: Path) -> Manifest | None:
-    """The stage's manifest as this job would see it."""
+    """Return the manifest of a stage that this job would use."""
     if stage in decided:
         return decided[stage].done
     given = next((s.inputs[stage] for s in decided.values() if stage in s.inputs), None)
@@ -157,7 +157,7 @@ def _manifest(stage: str, decided: dict[str, Step], folder: Path) -> Manifest | 
 
 
 def _config(stage: str, model: type[Any], configs: dict[str, Any], decided: dict[str, Step], folder: Path) -> Any:
-    """The stage's settings: this job's, or those that it was made with."""
+    """Return the settings of a stage: this job's, or those of its manifest."""
     if stage in configs:
         return configs[stage]
     manifest = _manifest(stage, decided, folder)

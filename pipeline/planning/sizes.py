@@ -1,4 +1,4 @@
-"""How large a job is, reckoned without running it: parameters, activations, disk. Memory: `pipeline.planning.memory`.
+"""Compute the size of a job without running it: parameters, activations, disk. Memory is in `pipeline.planning.memory`.
 
 A figure that rests on an assumption is marked `about`.
 """
@@ -23,15 +23,15 @@ from pipeline.config.job import (
 from pipeline.core.manifest import Manifest
 from pipeline.planning.memory import dit_activations, vae_activations
 
-ASSUMED_CLASSES = 100  # of a label that has not been read yet
-ASSUMED_EXPRESSED = 2_000  # genes per cell, at most; of all genes at most this share:
+ASSUMED_CLASSES = 100  # classes of a label that has not been read yet
+ASSUMED_EXPRESSED = 2_000  # genes per cell, and at most ASSUMED_SHARE of all genes
 ASSUMED_SHARE = 0.2
 BYTES_PER_COUNT = 8  # CSR: int32 index and int32 count
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of the data before it is read."""
+    """What is known about the data before it is read."""
 
     n_cells: Mapping[str, int] | None = None  # by split
     n_genes: int | None = None
@@ -41,7 +41,7 @@ class DataFacts:
 
 
 def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFacts:
-    """From the manifest of ingest where it is finished, else from the head of the source."""
+    """Return facts from the manifest of ingest if it is finished, else from the header of the source."""
     if ingest is not None and ingest.facts:
         f = ingest.facts
         return DataFacts(
@@ -50,7 +50,7 @@ def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFact
     source = config.source if config is not None else None
     if config is None or source is None:
         return DataFacts()
-    if config.genes.vocabulary != "source":  # as many genes as the list has, whatever the source holds
+    if config.genes.vocabulary != "source":  # the genes of the list, whatever the source holds
         from pipeline.data.ingest.genes import read_vocabulary
 
         whole = config.model_copy(update={"genes": config.genes.model_copy(update={"vocabulary": "source"})})
@@ -63,7 +63,11 @@ def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFact
     if source.type == "h5ad" and Path(source.path).expanduser().is_file():
         n_cells, n_genes = _h5ad_shape(Path(source.path).expanduser(), raw=source.layer == "raw")
         return DataFacts(
-            _by_split(n_cells, split), n_genes, dict.fromkeys(config.labels, ASSUMED_CLASSES), None, "head of the file"
+            _by_split(n_cells, split),
+            n_genes,
+            dict.fromkeys(config.labels, ASSUMED_CLASSES),
+            None,
+            "file header",
         )
     return DataFacts()
 
@@ -77,12 +81,13 @@ def _h5ad_shape(path: Path, *, raw: bool) -> tuple[int | None, int | None]:
     try:
         with h5py.File(path, "r") as f:
             return length(f["obs"]), length(f["raw/var" if raw else "var"])
-    except (OSError, KeyError):  # not an h5ad: ingest says so, with more to say than plan has
+    except (OSError, KeyError):  # not an h5ad file: ingest explains that better than plan could
         return None, None
 
 
 # ---- parameters and memory ---------------------------------------------------------------------------------------
 def vae_parameters(config: TrainVaeConfig, data: DataFacts) -> int | None:
+    """Count the parameters of the VAE; None if the number of genes is not known."""
     if data.n_genes is None:
         return None
     import torch
@@ -94,6 +99,7 @@ def vae_parameters(config: TrainVaeConfig, data: DataFacts) -> int | None:
 
 
 def dit_parameters(config: TrainFlowConfig, vae: TrainVaeConfig, data: DataFacts) -> int | None:
+    """Count the parameters of the flow; None if the classes are not known."""
     if data.n_classes is None:
         return None
     import torch
@@ -110,14 +116,17 @@ def _count(module: Any) -> int:
 
 
 def checkpoint_bytes(n: int, train: TrainConfig) -> int:
-    """Checkpoints kept: fp32 weights, optimizer state and, where there is one, the average; and the exported model."""
+    """Return the bytes of all checkpoints that are kept, and of the exported model.
+
+    A checkpoint holds fp32 weights, the optimizer's state and, for a flow, the average of the weights.
+    """
     average = 4 if isinstance(train, FlowTrainConfig) else 0
     one = n * (4 + 8 + average)
     return one * (train.keep_last + train.keep_best) + n * (4 + average)
 
 
 def vae_step_bytes(config: TrainVaeConfig, data: DataFacts, workers: int) -> float | None:
-    """Activations of a training step of the VAE, on one worker."""
+    """Return the bytes of activations in a training step of the VAE, on one worker."""
     if data.n_genes is None:
         return None
     scored = min(config.train.genes_per_step or data.n_genes, data.n_genes)
@@ -126,13 +135,13 @@ def vae_step_bytes(config: TrainVaeConfig, data: DataFacts, workers: int) -> flo
 
 
 def joint_vae(flow: TrainFlowConfig, vae: TrainVaeConfig) -> TrainVaeConfig:
-    """The VAE as `train_flow` with vae.train trains it."""
+    """Return the settings with which `train_flow` trains the VAE if vae.train is set."""
     shared = {"feed": flow.train.feed, "precision": flow.train.precision, "genes_per_step": flow.vae.genes_per_step}
     return vae.model_copy(update={"train": vae.train.model_copy(update=shared)})
 
 
 def dit_step_bytes(config: TrainFlowConfig, vae: TrainVaeConfig, workers: int) -> float:
-    """Activations of a training step of the flow, on one worker."""
+    """Return the bytes of activations in a training step of the flow, on one worker."""
     m, e = vae.model.n_latent_tokens, vae.model.latent_width
     cells = _micro_batch(config.train, workers)
     return dit_activations(config.model, config.train, cells=cells, n_latent_tokens=m, latent_width=e)
@@ -143,12 +152,13 @@ def _micro_batch(train: TrainConfig, workers: int) -> int:
 
 
 def expressed_genes(data: DataFacts) -> float:
-    """Mean of a cell; assumed where the data has not been read."""
+    """Return the mean number of expressed genes in a cell; assumed if the data has not been read."""
     return data.expressed or min(ASSUMED_EXPRESSED, ASSUMED_SHARE * (data.n_genes or 0))
 
 
 # ---- disk --------------------------------------------------------------------------------------------------------
 def latent_bytes(config: EncodeConfig, vae: TrainVaeConfig, data: DataFacts) -> int | None:
+    """Return the bytes of the latent cache; None if the number of cells is not known."""
     if data.n_cells is None:
         return None
     cells = sum(data.n_cells.get(s, 0) for s in set(config.splits))
@@ -156,7 +166,7 @@ def latent_bytes(config: EncodeConfig, vae: TrainVaeConfig, data: DataFacts) -> 
 
 
 def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:
-    """Cells that generate would write; None if that takes reading a table."""
+    """Return the number of cells that generate would write; None if only its table or the data tells."""
     if config.cells is not None:
         return sum(int(row.get("n_cells", 0)) for row in config.cells)
     if config.per_label is not None:
@@ -170,7 +180,7 @@ def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:
 
 
 def _by_split(n_cells: int | None, split: SplitConfig) -> dict[str, int] | None:
-    """The split is by hash, so these are expectations."""
+    """Return the expected number of cells in each split; the split itself is by hash."""
     if n_cells is None:
         return None
     validation, test = round(n_cells * split.validation), round(n_cells * split.test)

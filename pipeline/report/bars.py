@@ -1,7 +1,7 @@
-"""A row's picture in the report's table: every candidate as a bar from the floor, with its interval, as inline SVG.
+"""Draw a row of the report's table as inline SVG: every candidate as a bar from the floor, with its interval.
 
-The axis is the row's own: the vertical line is the floor's value, the pale band its 95 % interval. A bar ends at the
-candidate's value, its whisker is the interval; what lies beyond the axis ends in a triangle at the edge.
+Every row has its own axis: the vertical line is the floor's value, the pale band its 95 % interval. A bar ends at the
+candidate's value, its whisker is the interval; a bar that leaves the axis ends in a triangle at the edge.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ GENERATED, OTHERS = "#e07b2e", ("#6b7785", "#a3adb8", "#8d6cab", "#c9b48f", "#2f
 
 
 def colors(names: Mapping[str, object] | list[str]) -> dict[str, str]:
-    """Colour of each candidate, by its place."""
+    """Return the color of each candidate, by its position."""
     others = [name for name in names if name not in ("generated", "floor")]
     return {"generated": GENERATED} | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
 
 
 def bar_svg(scores: Mapping[str, Score], palette: Mapping[str, str]) -> str:
-    """SVG of a row, "" where there is no floor. Numbers and colours only: nothing in it came from data.
+    """Return the SVG of a row; "" if there is no floor. It holds numbers and colors only, no text from data.
 
     Args:
-        scores: generated, floor, and the others, by name.
-        palette: `colors` of all columns.
+        scores: Scores by name: generated, floor, and the others.
+        palette: Colors of all columns, see `colors`.
     """
     if "floor" not in scores or len(scores) < 2:
         return ""
@@ -62,7 +62,10 @@ def _bar(
 
 
 def _axis(scores: Mapping[str, Score]) -> tuple[float, float]:
-    """From the generated cells, the floor and the nearest baselines; one that is far off does not flatten the rest."""
+    """Return the ends of the axis, from the generated cells, the floor and the nearest baselines.
+
+    A baseline that is far away does not flatten the rest.
+    """
     floor = scores["floor"].value
     own = scores["generated"]
     reach = max(abs(end - floor) for end in (*(own.interval or ()), own.value))

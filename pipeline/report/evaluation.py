@@ -1,4 +1,4 @@
-"""Score generated cells against held-out real ones: scores, intervals, baselines and a verdict, all in memory."""
+"""Evaluate generated cells against held-out real ones: scores, intervals, baselines and a verdict, all in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
-from pipeline.report.parts import Parts, fit_space, split_parts
+from pipeline.report.cells import EvaluationCells, fit_space, select_cells
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
@@ -27,13 +27,20 @@ from scldm.metrics.streaming import StreamedCells, composition_weights, stream, 
 
 POISSON, NB, COPIES, SHUFFLED = "per-label Poisson", "per-label NB", "training copies", "shuffled genes"
 BASELINES = (POISSON, NB, COPIES, SHUFFLED)
-RESERVED = (*BASELINES, "generated", "floor", "training", "training (floor)", "held-out")  # names of our own
-HALVES = 2  # stream of the halves of reconstructed cells, beside those of `compare`
+RESERVED = (
+    *BASELINES,
+    "generated",
+    "floor",
+    "training",
+    "training (floor)",
+    "held-out",
+)  # names that an extra candidate may not have
+HALVES = 2  # random stream for the halves of reconstructed cells; `compare` uses others
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What the VAE made of some held-out cells."""
+    """Held-out cells after encoding and decoding by the VAE."""
 
     rows: np.ndarray  # (n,) positions among the held-out cells
     mu: np.ndarray  # (n, g) mean counts
@@ -43,10 +50,12 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Evaluation:
-    parts: Parts
+    """The result of an evaluation."""
+
+    parts: EvaluationCells
     generated: dict[str, Score]
     floor: dict[str, Score]
-    baselines: dict[str, dict[str, Score]]  # the four of ours, then the extra candidates
+    baselines: dict[str, dict[str, Score]]  # the four of BASELINES, then the extra candidates
     classes: dict[str, dict[str, ClassTable]]  # candidate -> label or crossing of labels
     chance: dict[str, float]  # label -> share of its most frequent class
     notes: list[str]
@@ -55,6 +64,7 @@ class Evaluation:
 
     @property
     def rows(self) -> list[MetricRow]:
+        """One row per score of the generated cells."""
         return [
             MetricRow(k, s, self.floor.get(k), {b: v[k] for b, v in self.baselines.items() if k in v})
             for k, s in self.generated.items()
@@ -62,7 +72,7 @@ class Evaluation:
 
     @property
     def verdict(self) -> str:
-        """What to take away, in a few sentences; differences only where the intervals permit it."""
+        """The conclusion in a few sentences; differences are reported only if the intervals allow it."""
         yardsticks = [NB, POISSON, *(name for name in self.baselines if name not in BASELINES)]
         return verdict(self.rows, yardsticks, self.chance)
 
@@ -78,29 +88,29 @@ def evaluate(
     extra: Mapping[str, AnnData] | None = None,
     streamed: StreamedCells | None = None,
 ) -> Evaluation:
-    """Compare generated cells with held-out real cells, beside the floor, baselines and other candidates.
+    """Score generated cells against held-out real cells, and likewise the floor, baselines and other candidates.
 
     Args:
-        held_out: Real cells that no training has seen; counts over the vocabulary.
-        training: Real training cells, more than held_out: the floor is cut out of them, the rest is the reference.
+        held_out: Real cells that were not trained on; counts over the vocabulary.
+        training: Real training cells, more than held_out: the floor is drawn from them, the rest is the reference.
         generated: Generated cells, same genes; label columns may hold NaN.
-        labels: obs columns, at least one; the baselines go by their combination, and by the first where that is rare.
+        labels: obs columns, at least one. Baselines are fitted to each combination, rare ones to the first label.
         config: Settings of the scores.
-        decoded: Held-out cells through the VAE, if there is one.
-        extra: Cells of other models by name, same genes and labels: scored as the generated ones are.
-        streamed: Statistics of all generated cells, where `generated` is a sample of them.
+        decoded: Held-out cells that the VAE has reconstructed, if there is a VAE.
+        extra: Cells of other models by name, same genes and labels; scored as the generated ones.
+        streamed: Statistics of all generated cells, if `generated` is a sample of them.
 
     Raises:
-        EvaluationError: inputs that do not fit.
-        ValueError: a score that does not exist for these cells.
-        FloatingPointError: scores that are NaN or infinite, by name.
+        EvaluationError: The inputs do not fit together.
+        ValueError: A score does not exist for these cells.
+        FloatingPointError: Scores are NaN or infinite; the message names them.
     """
     rng = np.random.default_rng(config.seed)
     extra = extra or {}
     taken = [name for name in extra if name in RESERVED]
     if taken:
         raise EvaluationError(f"extra candidates need names of their own; {', '.join(taken)} is taken")
-    parts = split_parts(held_out, training, generated, extra, labels=labels, config=config, rng=rng)
+    parts = select_cells(held_out, training, generated, extra, labels=labels, config=config, rng=rng)
     comparison = Comparison(
         parts.real, parts.reference, parts.space, compare_settings(config, parts.given), labels=parts.given,
         training_space=None if config.space_from == "training" else fit_space(parts.reference, config),
@@ -124,10 +134,13 @@ def evaluate(
 
 
 def compare_settings(config: EvaluateConfig, given: Sequence[str]) -> CompareSettings:
-    """Of a job's settings.
+    """Return the settings of the comparison from those of a job.
+
+    Args:
+        given: Labels that all generated cells have.
 
     Raises:
-        EvaluationError: a control of a label that the generated cells do not have.
+        EvaluationError: A control names another label.
     """
     control = config.control or {}
     unknown = sorted(set(control) - {*given})
@@ -142,8 +155,10 @@ def compare_settings(config: EvaluateConfig, given: Sequence[str]) -> CompareSet
     )
 
 
-def _baselines(parts: Parts, pools: Pools, fitted: LabelBaseline, rng: np.random.Generator) -> dict[str, CellSet]:
-    """Cells of the labels of the held-out ones, as each baseline makes them."""
+def _baselines(
+    parts: EvaluationCells, pools: Pools, fitted: LabelBaseline, rng: np.random.Generator
+) -> dict[str, CellSet]:
+    """Return the cells that each baseline generates for the labels of the held-out cells."""
     reference = parts.reference.counts
     counts = {
         POISSON: fitted.poisson(pools.wanted, rng),
@@ -155,7 +170,7 @@ def _baselines(parts: Parts, pools: Pools, fitted: LabelBaseline, rng: np.random
 
 
 def _with_label_floor(found: Mapping[str, Compared], comparison: Comparison) -> dict[str, dict[str, Score]]:
-    """Scores by candidate; label scores of the floor are those of the held-out cells themselves."""
+    """Return scores by candidate; the floor's label scores are those of the held-out cells themselves."""
     scores = {name: dict(compared.scores) for name, compared in found.items()}
     own = {k: v for k, v in scores["floor"].items() if v.group != "label"}
     scores["floor"] = own | comparison.real_label_scores()
@@ -165,13 +180,13 @@ def _with_label_floor(found: Mapping[str, Compared], comparison: Comparison) -> 
 def _add_reconstruction(
     scores: dict[str, dict[str, Score]],
     facts: dict[str, str],
-    parts: Parts,
+    parts: EvaluationCells,
     decoded: Decoded,
     baseline: tuple[Pools, LabelBaseline],
     config: EvaluateConfig,
     rng: np.random.Generator,
 ) -> None:
-    """Rows of the VAE, and of the baselines' means and draws at each cell's own library size."""
+    """Add reconstruction scores of the VAE, and of the baselines' means and draws at each cell's own library size."""
     real = parts.real[decoded.rows]
     halves = Halves.draw(real.crossed(parts.given), config.resamples, np.random.default_rng((config.seed, HALVES)))
     table = lambda mu, draws, nll=None: reconstruction_table(  # noqa: E731
@@ -187,9 +202,9 @@ def _add_reconstruction(
 
 
 def _add_streamed(
-    scores: dict[str, dict[str, Score]], facts: dict[str, str], parts: Parts, streamed: StreamedCells
+    scores: dict[str, dict[str, Score]], facts: dict[str, str], parts: EvaluationCells, streamed: StreamedCells
 ) -> None:
-    """Rows of all generated cells; their floor is all training cells that were read, weighted the same way."""
+    """Add scores of all generated cells; their floor is all training cells that were read, weighted the same way."""
     real = parts.real
     moments = expression.gene_moments(expression.chunks(real.counts))
     own = (moments, expression.library_sizes(real.counts), expression.genes_per_cell(real.counts))
@@ -206,7 +221,7 @@ def _add_streamed(
 
 
 def _left_out(generated: Compared) -> list[str]:
-    """Classes that no score of their own could be given to."""
+    """Return notes that name classes with too few cells for scores of their own."""
     notes = []
     for name, table in generated.classes.items():
         if table.left_out:
@@ -223,7 +238,7 @@ def _chance(values: np.ndarray) -> float:
     return float(np.unique(known, return_counts=True)[1].max() / len(known))
 
 
-def _facts(parts: Parts, config: EvaluateConfig) -> dict[str, str]:
+def _facts(parts: EvaluationCells, config: EvaluateConfig) -> dict[str, str]:
     points = min(parts.real.n_cells, parts.generated.n_cells, config.transport_cells)
     fitted_on = "held-out cells" if config.space_from == "held_out" else "training cells"
     rule = {"variance": "most variable (log1p CP10k)", "seurat_v3": "most variable (seurat_v3)"}[config.gene_rule]

@@ -1,7 +1,7 @@
-"""Figures of a report, as PNG bytes. Colours and axes are fixed by name so that two runs can be laid side by side.
+"""Draw the figures of a report as PNG bytes. Colors and axes are fixed by name so that two runs can be compared.
 
-Real cells are blue, generated ones orange, everywhere. A class keeps its colour: by its place among the sorted classes.
-Axes depend on real cells only, or on nothing: values beyond them are drawn at the edge.
+Real cells are blue and generated ones orange in all figures. The color of a class depends on its position among the
+sorted classes. Axes depend on real cells only, or on nothing: values beyond them are drawn at the edge.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scldm.metrics.labels import LabelAgreement
 
 REAL, GENERATED, UNLABELLED = "#2f6db3", "#e07b2e", "#c4c4c4"
 DPI = 100
-MAX_CLASSES = 20  # with a colour of their own; the rest shares one grey
+MAX_CLASSES = 20  # classes with a color of their own; the others share one grey
 
 
 def _png(figure: Figure) -> bytes:
@@ -33,16 +33,17 @@ def _png(figure: Figure) -> bytes:
 
 
 def class_colors(classes: Sequence[str]) -> dict[str, tuple[float, ...] | str]:
+    """Return the color of each class."""
     palette = matplotlib.colormaps["tab20"](range(20))
     order = [*range(0, 20, 2), *range(1, 20, 2)]  # the ten strong ones first
     return {c: tuple(palette[order[i]]) if i < MAX_CLASSES else UNLABELLED for i, c in enumerate(sorted(classes))}
 
 
 def umap_coordinates(real: np.ndarray, generated: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """UMAP fitted on real and generated points *together*, in the PCA fitted on real.
+    """Fit UMAP on real and generated points *together*, in the PCA space fitted on real cells.
 
-    Fitted on real alone, UMAP would place each generated cell among its nearest real ones and so hide cells that lie
-    off the real manifold. Together, they form islands of their own if they differ.
+    Fitted on real cells alone, UMAP would place each generated cell among its nearest real ones and so hide cells that
+    lie off the real manifold. Fitted together, they form islands of their own if they differ.
     """
     import umap  # slow to import (numba)
 
@@ -61,7 +62,7 @@ def embedding(
     name: str,
     axis: str,
 ) -> bytes:
-    """Three panels: real and generated coloured by label, and both overlaid."""
+    """Draw three panels: real and generated cells colored by label, and both overlaid."""
     figure = Figure(figsize=(14, 4.6))
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     classes = sorted({v for v in [*real_labels, *generated_labels] if isinstance(v, str)})
@@ -91,7 +92,7 @@ def embedding(
 
 
 def gene_scatter(real: GeneMoments, generated: GeneMoments, agreement: Mapping[str, float]) -> bytes:
-    """Gene mean, variance (log1p CP10k) and zero fraction, real against generated; R² is against the identity line."""
+    """Draw gene mean, variance (log1p CP10k) and zero fraction, real against generated; R² is for the identity line."""
     figure = Figure(figsize=(13, 4.3))
     axes = figure.subplots(1, 3)
     low = 1e-4
@@ -113,7 +114,7 @@ def gene_scatter(real: GeneMoments, generated: GeneMoments, agreement: Mapping[s
 
 
 def cell_histograms(real: Mapping[str, np.ndarray], generated: Mapping[str, np.ndarray]) -> bytes:
-    """One panel per statistic of cells (library size, genes per cell): shares of cells, log axis of real's range."""
+    """Draw one panel per statistic of cells (library size, genes per cell), on a log axis of the real cells' range."""
     figure = Figure(figsize=(10, 3.6))
     for ax, name in zip(np.atleast_1d(figure.subplots(1, len(real))), real, strict=True):
         low, high = np.quantile(np.maximum(real[name], 1), [0.001, 0.999])
@@ -136,7 +137,7 @@ def cell_histograms(real: Mapping[str, np.ndarray], generated: Mapping[str, np.n
 
 
 def label_heatmap(held_out: LabelAgreement, generated: LabelAgreement, *, name: str) -> bytes:
-    """Own label against the kNN classifier's, shares of each row; held-out real cells beside generated ones."""
+    """Draw a cell's label against that of a kNN classifier, as shares of each row, for held-out and generated cells."""
     classes = sorted(set(held_out.classes) | set(generated.classes))
     side = float(np.clip(0.36 * len(classes) + 1.8, 4, 11))
     figure = Figure(figsize=(2 * side + 0.8, side))
@@ -172,11 +173,11 @@ def _shares(ax: Axes, agreement: LabelAgreement, classes: list[str]) -> matplotl
 
 
 def class_heatmap(ratios: Mapping[str, np.ndarray], classes: Sequence[str], metrics: Sequence[str]) -> bytes:
-    """Distances within classes over those of the floor, one panel per candidate; white: as real cells are.
+    """Draw distances within classes over those of the floor, one panel per candidate; white is as real cells.
 
     Args:
-        ratios: Candidate -> (classes, metrics), NaN where a ratio does not exist.
-        classes: With their numbers of cells.
+        ratios: Candidate -> (classes, metrics); NaN if a ratio does not exist.
+        classes: Names with numbers of cells.
     """
     height = float(np.clip(0.3 * len(classes) + 2.0, 3, 14))
     figure = Figure(figsize=(2.6 + 0.75 * len(metrics) * len(ratios), height))
@@ -198,7 +199,7 @@ def class_heatmap(ratios: Mapping[str, np.ndarray], classes: Sequence[str], metr
 
 
 def training_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
-    """Loss against optimizer step, one panel per stage; records are {"step", "train/loss" and/or "val/loss"}."""
+    """Draw loss against optimizer step, one panel per stage; records hold step and train/loss, val/loss or both."""
     figure = Figure(figsize=(5 * len(stages), 3.6))
     for ax, (stage, records) in zip(np.atleast_1d(figure.subplots(1, len(stages))), stages.items(), strict=True):
         for key, style in (

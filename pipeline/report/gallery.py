@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, with captions; their names are fixed so that runs can be laid side by side."""
+"""Draw the pictures of an evaluation, with captions; names are fixed so that runs can be compared."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from scipy.sparse import vstack
 
 from pipeline.config.job import EvaluateConfig
 from pipeline.report import figures
+from pipeline.report.cells import EvaluationCells
 from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import Picture
-from pipeline.report.parts import Parts
 from scldm.metrics.baselines import select_like
 from scldm.metrics.cell_set import LABELS, CellSet, shown
 from scldm.metrics.genes import expression
 
 EMBEDDED = 2000  # cells a side in the UMAP
-MAX_CLASSES = 40  # rows of a heat map, those of most real cells
+MAX_CLASSES = 40  # rows of a heat map: the classes with most real cells
 IN_CLASSES = ("w2", "mmd2", "frechet", "energy")
 
 
@@ -26,12 +26,12 @@ def gallery(
     config: EvaluateConfig,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> Iterator[Picture]:
-    """All pictures, the most telling first.
+    """Yield all pictures, the most informative first.
 
     Args:
-        evaluation: Scores and the cells they are of.
-        config: umap, n_neighbors, seed.
-        curves: Training records per stage; none, no picture.
+        evaluation: Scores and the cells that were scored.
+        config: Settings; umap, n_neighbors and seed are used.
+        curves: Training records by stage; without any there is no picture of them.
     """
     parts = evaluation.parts
     yield _embedding(parts, config)
@@ -58,7 +58,7 @@ def gallery(
         yield Picture("training", "Training", caption, figures.training_curves(curves))
 
 
-def _embedding(parts: Parts, config: EvaluateConfig) -> Picture:
+def _embedding(parts: EvaluationCells, config: EvaluateConfig) -> Picture:
     rng = np.random.default_rng(config.seed)
     real = _concat(parts.real, parts.reference)
     real = real[np.sort(rng.permutation(real.n_cells)[:EMBEDDED])]
@@ -85,12 +85,12 @@ def _heatmaps(evaluation: Evaluation) -> Iterator[Picture]:
     )
     for name in generated:
         png = figures.label_heatmap(held_out[name], generated[name], name=name)
-        caption = "Rows: the label of the cell (for generated ones: asked for). Columns: kNN trained on real cells."
+        caption = "Rows: the label of the cell (of a generated one: as requested). Columns: kNN trained on real cells."
         yield Picture(f"labels_{name}", f"Label agreement: {name}", caption, png)
 
 
 def _class_heatmaps(evaluation: Evaluation) -> Iterator[Picture]:
-    """Distances within classes, of generated cells and of the NB baseline and extra candidates, over the floor's."""
+    """Draw distances within classes over the floor's, for generated cells, the NB baseline and extra candidates."""
     others = [n for n in evaluation.baselines if n == NB or n in evaluation.parts.extra]
     for name, table in evaluation.classes["generated"].items():
         floor = evaluation.classes["floor"][name].classes
@@ -114,7 +114,7 @@ def _class_heatmaps(evaluation: Evaluation) -> Iterator[Picture]:
 
 
 def _ratio(value: float, floor: float) -> float:
-    """NaN, drawn as a dash, where a distance is 0 and its logarithm does not exist."""
+    """Return value / floor; NaN, drawn as a dash, if a distance is 0, whose logarithm does not exist."""
     return value / floor if value > 0 and floor > 0 else np.nan
 
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network, with pictures inline and everything that came from data escaped."""
+"""Write the report: one HTML file that needs no network, with inline pictures and all text from data escaped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUPS = {
     "distance": "Distances in the PCA space fitted on real",
     "two-sample": "Can generated be told from real?",
     "conditional": "Within classes: means over the classes",
-    "label": "Labels: does a cell carry the condition that it was asked for?",
+    "label": "Labels: does a cell have the requested condition?",
     "expression": "Genes (log1p CP10k)",
     "cells": "Cells",
     "streamed": "All generated cells, streamed and weighted to the held-out composition",
@@ -33,6 +33,8 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Picture:
+    """A picture of the report."""
+
     name: str  # file name without ending
     title: str
     caption: str
@@ -41,19 +43,22 @@ class Picture:
 
 @dataclass(frozen=True)
 class ReportInputs:
+    """All that the report shows."""
+
     title: str
     verdict: str
-    notes: Sequence[str]  # what a reader must know before believing the numbers
+    notes: Sequence[str]  # what a reader must know to trust the numbers
     facts: Mapping[str, str]  # numbers of cells, seeds, settings
     rows: Sequence[MetricRow]
-    baseline_names: Sequence[str]  # columns besides generated and floor
-    yardstick: str  # the column that the verdicts of rows are about; "" for none
+    baseline_names: Sequence[str]  # further columns after generated and floor
+    yardstick: str  # the column that rows are judged against; "" for none
     pictures: Sequence[Picture]
     provenance: Sequence[Mapping[str, Any]]  # one per stage: stage, version, config, …
     reproduce: str
 
 
 def render(inputs: ReportInputs) -> str:
+    """Return the HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -64,7 +69,7 @@ def render(inputs: ReportInputs) -> str:
     palette = colors(list(inputs.baseline_names))
     environment.filters.update(
         number=number, width=width, base64=lambda b: base64.b64encode(b).decode(), pretty=_pretty,
-        bars=lambda row: Markup(bar_svg(row.all, palette)),  # of numbers and colours alone
+        bars=lambda row: Markup(bar_svg(row.all, palette)),  # numbers and colors only
     )  # fmt: skip
     groups = {title: [r for r in inputs.rows if r.score.group == key] for key, title in GROUPS.items()}
     groups = {title: _without_many_classes(rows) for title, rows in groups.items() if rows}
@@ -81,10 +86,10 @@ def _without_many_classes(rows: Sequence[MetricRow]) -> list[MetricRow]:
 
 
 def write_report(path: Path, inputs: ReportInputs) -> None:
-    """Write the file.
+    """Write the report to a file.
 
     Raises:
-        ValueError: if it would exceed MAX_BYTES, with the size of each picture.
+        ValueError: It would exceed MAX_BYTES; the message tells the size of each picture.
     """
     data = render(inputs).encode()
     if len(data) > MAX_BYTES:
@@ -94,13 +99,14 @@ def write_report(path: Path, inputs: ReportInputs) -> None:
 
 
 def number(value: float) -> str:
+    """Format a score with about four significant digits."""
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.2e}"
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
 
 
 def width(score: Score) -> str:
-    """Half of the interval, "" where there is none."""
+    """Format half of the interval; "" if there is none."""
     return "" if score.half_width is None else f"± {number(score.half_width)}"
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics.json, metrics.csv, classes.csv, and a table for the terminal."""
+"""Write an evaluation to metrics.json, metrics.csv and classes.csv, and print a table to the terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY_PREFIXES = ("label_accuracy.", "conditional_w2.", "conditional_lfc_slope.")
 
 
 def table_row(row: MetricRow, baselines: Mapping[str, Any]) -> dict[str, Any]:
-    """One metric: value and 95 % interval of every candidate, and the verdict against every baseline."""
+    """Return one metric: value and 95 % interval of every candidate, and the verdict against every baseline."""
     out: dict[str, Any] = {
         "metric": row.name,
         "title": row.score.title,
@@ -45,7 +45,10 @@ def table_row(row: MetricRow, baselines: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def class_rows(result: Evaluation) -> list[dict[str, Any]]:
-    """Long table: candidate, label (or crossing), class, cells, metric, value; a class without scores has one row."""
+    """Return a long table: candidate, label (or combination), class, cells, metric, value.
+
+    A class without scores has one row.
+    """
     rows: list[dict[str, Any]] = []
     for candidate, tables in result.classes.items():
         for label, table in tables.items():
@@ -60,7 +63,7 @@ def class_rows(result: Evaluation) -> list[dict[str, Any]]:
 
 
 def write_tables(folder: Path, result: Evaluation) -> None:
-    """metrics.json with everything, metrics.csv and classes.csv."""
+    """Write metrics.json with everything, metrics.csv and classes.csv."""
     rows = [table_row(row, result.baselines) for row in result.rows]
     classes = class_rows(result)
     summary = {
@@ -85,7 +88,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def print_key_figures(result: Evaluation, console: Console) -> None:
-    """A short table for the terminal: values with half of their intervals, and the verdict against the NB baseline."""
+    """Print a short table: values with half of their intervals, and the verdict against the NB baseline."""
     table = Table(title="Generated against held-out real cells (± half of the 95 % interval)")
     table.add_column("metric")
     for column in ("generated", "floor", *result.baselines):

@@ -1,4 +1,4 @@
-"""A line of the table of scores: the generated cells beside their floor and the baselines."""
+"""A row of the table of scores: generated cells, their floor and the baselines."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from scldm.metrics.score import Judgement, Score, at_floor, judge
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One line of the table."""
+    """One score of all candidates."""
 
     name: str
     score: Score
     floor: Score | None = None
-    baselines: Mapping[str, Score] = field(default_factory=dict)  # and whatever else was scored, by name
+    baselines: Mapping[str, Score] = field(default_factory=dict)  # and other candidates, by name
 
     @property
     def all(self) -> dict[str, Score]:
-        """Everything that the line holds, in the order of the columns."""
+        """All scores of the row, in the order of the columns."""
         floor = {} if self.floor is None else {"floor": self.floor}
         return {"generated": self.score, **floor, **self.baselines}
 
     def against(self, name: str) -> Judgement | None:
-        """Are generated cells nearer to the floor than a baseline? None where there is nothing to compare."""
+        """Judge whether generated cells are nearer to the floor than a baseline; None if either is missing."""
         other = self.baselines.get(name)
         return None if other is None or self.floor is None else judge(self.score, other, self.floor)
 
     @property
     def at_floor(self) -> bool | None:
-        """Whether generated cells cannot be told from the floor; None where that has no interval."""
+        """Whether generated cells are indistinguishable from the floor; None if that has no interval."""
         return None if self.floor is None else at_floor(self.score, self.floor)
 
     @property
     def hint(self) -> str:
+        """Which values are good, as a short text with an arrow."""
         ideal = f"{self.score.ideal:g}"
         return {"lower": "↓ lower", "higher": "↑ higher", "ideal": f"→ near {ideal}"}[self.score.better]

@@ -1,4 +1,4 @@
-"""Statistics of all generated cells, however many shards they lie in: one pass, memory of a batch."""
+"""Compute statistics of all generated cells in one pass over their shards, in the memory of one batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ BATCH = 4096  # cells in memory at once
 
 
 def stream_generated(cells: Cells, real: CellSet, labels: Sequence[str]) -> tuple[StreamedCells, list[str]]:
-    """All generated cells at the composition of the held-out ones, and classes of these that were not generated.
+    """Return statistics of all generated cells, weighted to the composition of the held-out ones.
+
 
     Args:
-        cells: Opened lazily.
+        cells: Generated cells, opened lazily.
         real: Held-out cells.
-        labels: Those that every generated cell has decide the composition.
+        labels: obs columns; those that every generated cell has define the composition.
+
+    Returns:
+        The statistics, and the held-out classes of which no cell was generated.
     """
     columns = {name: class_names(cells.obs[name]) for name in labels if name in cells.obs}
     given = [name for name, values in columns.items() if all(isinstance(v, str) for v in values)]

@@ -1,4 +1,4 @@
-"""Where a result comes from: what code ran, and what its inputs were made of. For MLflow: tags, note, data sets."""
+"""Describe the origin of a result for MLflow (tags, note, data sets): which code ran, and what its inputs came from."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CONTEXTS = {
     "train_vae": ("train", "validation"),
     "encode": ("train", "validation"),
     "train_flow": ("train", "validation"),
-}  # the splits that a stage reads; evaluate reads the one of its settings
+}  # the splits that a stage reads; evaluate reads the one in its settings
 
 
 def inputs_of(manifests: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
-    """What the tags need of the inputs' manifests."""
+    """Return what the tags need of the inputs' manifests, as plain data."""
     return {
         stage: {
             "version": m.version, "folder": str(m.folder), "run_id": m.tracking.get("run_id"),
@@ -37,7 +37,7 @@ def inputs_of(manifests: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
 
 
 def lineage(inputs: Inputs) -> dict[str, str]:
-    """Versions and run ids of what a stage was made from, the digest of its data, the VAE's weights.
+    """Return tags with versions and run ids of a stage's inputs, the digest of its data and of the VAE's weights.
 
     The ids are read from the input's folder: a quick stage may write its manifest before its run exists.
     """
@@ -62,7 +62,7 @@ def lineage(inputs: Inputs) -> dict[str, str]:
 
 
 def settings_behind(inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, Any]]:
-    """Stage -> settings of everything that a stage was made from, so that runs of `evaluate` alone can be compared."""
+    """Return the settings of a stage's inputs and of theirs, by stage: they make runs of `evaluate` comparable."""
     found: dict[str, Mapping[str, Any]] = {}
     todo = list(inputs.values())
     while todo:
@@ -70,15 +70,15 @@ def settings_behind(inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, An
         if manifest.stage in found:
             continue
         found[manifest.stage] = manifest.config
-        for stage, made in manifest.inputs.items():
-            place = Path(manifest.folder).parent.parent / stage / made
-            if stage not in found and (parent := read_manifest(place)) is not None:
+        for stage, input_version in manifest.inputs.items():
+            folder = Path(manifest.folder).parent.parent / stage / input_version
+            if stage not in found and (parent := read_manifest(folder)) is not None:
                 todo.append(parent)
     return found
 
 
 def note(tags: Mapping[str, str], inputs: Inputs, *, experiment_id: str) -> str:
-    """Markdown of five lines for the head of a run's page, with links to the runs that it was made from."""
+    """Return five lines of Markdown for the top of a run's page, with links to the runs of its inputs."""
     made_from = [
         f"[{stage}](#/experiments/{experiment_id}/runs/{tags[f'scldm.{stage}_run_id']})"
         if f"scldm.{stage}_run_id" in tags
@@ -100,11 +100,12 @@ def note(tags: Mapping[str, str], inputs: Inputs, *, experiment_id: str) -> str:
 
 
 def datasets(stage: str, config: Mapping[str, Any], ingest: Manifest, name: str) -> list[dict[str, str]]:
-    """What MLflow shows as a run's data sets: their description alone, nothing is read.
+    """Describe the data sets of a run for MLflow, without reading any.
 
     Args:
-        config: Of the stage; `evaluate` names its split there.
-        name: Of the pipeline.
+        config: Settings of the stage; `evaluate` names its split there.
+        ingest: Manifest of ingest.
+        name: Name of the pipeline.
     """
     facts = ingest.facts
     splits = CONTEXTS.get(stage, ()) if stage != "evaluate" else (str(config["split"]),)
@@ -128,7 +129,7 @@ def datasets(stage: str, config: Mapping[str, Any], ingest: Manifest, name: str)
 
 
 def code_versions() -> dict[str, str]:
-    """What code ran, and in which job of Ray."""
+    """Return tags that tell which code runs, and in which Ray job."""
     tags = {}
     for package in ("scldm", "ray", "torch"):
         with contextlib.suppress(PackageNotFoundError):
@@ -147,7 +148,7 @@ def code_versions() -> dict[str, str]:
 
 
 def read_ids(folder: Path) -> dict[str, Any]:
-    """The ids of the MLflow runs of a stage's folder; empty if it has none yet."""
+    """Return the ids of the MLflow runs that a stage's folder names; empty if it names none."""
     try:
         return json.loads((folder / IDS).read_text())
     except (OSError, ValueError):

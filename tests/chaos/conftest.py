@@ -1,4 +1,4 @@
-"""One MLflow server for all tests that put it through something."""
+"""One MLflow server for all tests of its faults."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ def proxy(server):
 
 @pytest.fixture
 def patience(monkeypatch):
-    """Tries again sooner than in earnest; waits longer for an answer, because tests share their machine."""
+    """Retry sooner than in production, and wait longer for an answer, because tests share their machine."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 60.0)
     monkeypatch.setattr(tracking, "WORKER_RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "DRIVER_RETRY_SECONDS", 0.2)
 
 
 @pytest.fixture
 def impatient(patience, monkeypatch):
-    """Gives up soon, where nobody is going to answer. Seconds that `close` may take."""
+    """Give up soon, for servers that do not answer. Returns the seconds that `close` may take."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 3.0)
     return 3.0

@@ -1,4 +1,4 @@
-"""MLflow is never in the way: whatever a real server does, a training loop goes on, and `sync` completes the run.
+"""Whatever a real MLflow server does, a training loop goes on, and `sync` completes the run from what is on disk.
 
 Rows M1 to M5 of the project's list of faults: a server, or a proxy before it, is down, killed, frozen, slow, refuses.
 """
@@ -6,14 +6,18 @@ Rows M1 to M5 of the project's list of faults: a server, or a proxy before it, i
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from helpers.servers.mlflow_server import Proxy, free_port
-from helpers.training.tracked_training import STEPS, all_is_there, synced, train
+from helpers.training.tracked_training import STEPS, Trained, all_is_there, synced, train
 
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.provenance import read_ids
@@ -67,10 +71,6 @@ def test_M3_a_frozen_server_holds_up_neither_the_loop_nor_its_end(server, tmp_pa
     server.signal(signal.SIGCONT)
     done.was_not_held_up()
     assert done.closing < impatient + 2
-    until = time.monotonic() + 10  # the threads that were given up would have ended with their processes
-    while list(done.folder.glob(".mlflow_spool*")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
     assert synced(done) == []
     all_is_there(done, server.uri)
 
@@ -93,15 +93,15 @@ def test_M4_errors_refusals_and_slowness_cost_no_step_and_no_point(proxy, tmp_pa
 
 @pytest.mark.row("M5")
 @pytest.mark.parametrize(("status", "word"), [(401, "MLFLOW_TRACKING_PASSWORD"), (403, "--allowed-hosts")])
-def test_M5_wrong_credentials_are_said_once_with_what_to_do(proxy, tmp_path, caplog, status, word):
+def test_M5_wrong_credentials_are_reported_once_with_how_to_fix_them(proxy, tmp_path, caplog, status, word):
     proxy.mode = status
-    with caplog.at_level(logging.WARNING, "scldm.tracking"):
+    with caplog.at_level(logging.WARNING, "pipeline.tracking"):
         done = train(tmp_path, proxy.uri)
     done.was_not_held_up()
-    said = [r.getMessage() for r in caplog.records if "train_vae a1" in r.getMessage() and word in r.getMessage()]
-    assert len(said) == 1
-    assert "scldm mlflow sync" in said[0]
-    assert "scldm doctor" in said[0]
+    messages = [r.getMessage() for r in caplog.records if "train_vae a1" in r.getMessage() and word in r.getMessage()]
+    assert len(messages) == 1
+    assert "scldm mlflow sync" in messages[0]
+    assert "scldm doctor" in messages[0]
     proxy.mode = "pass"
     assert synced(done) == []
     all_is_there(done, proxy.uri)
@@ -118,7 +118,7 @@ def test_M5_a_deleted_run_is_named_and_gets_its_points_once_it_is_restored(serve
             time.sleep(0.05)
         client.delete_run(run_id)
 
-    with caplog.at_level(logging.WARNING, "scldm.tracking"):
+    with caplog.at_level(logging.WARNING, "pipeline.tracking"):
         done = train(tmp_path, server.uri, {STEPS // 2: delete})
     done.was_not_held_up()
     assert "mlflow runs restore" in caplog.text
@@ -126,3 +126,46 @@ def test_M5_a_deleted_run_is_named_and_gets_its_points_once_it_is_restored(serve
     client.restore_run(read_ids(done.folder)["run_id"])
     assert synced(done) == []
     all_is_there(done, server.uri)
+
+
+def killed_training(root: Path, uri: str, *, up: bool) -> Trained:
+    """A driver and its worker that are killed before step 150."""
+    command = [sys.executable, "-m", "helpers.training.tracked_training", str(root), uri, "150", "up" if up else "down"]
+    here = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    return Trained(root / "demo" / "train_vae" / "a1")
+
+
+@pytest.mark.row("M2")
+@pytest.mark.parametrize("up", [True, False], ids=["server up", "server down"])
+def test_M2_a_killed_driver_and_its_next_attempt_leave_each_point_once(server, tmp_path, up):
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    proxy = Proxy(server, port) if up else None
+    try:
+        killed_training(tmp_path, uri, up=up)
+        proxy = proxy or Proxy(server, port)
+        done = train(tmp_path, uri, first=101)  # steps 101 to 149 are done again
+        done.was_not_held_up()
+        assert synced(done) == []
+        all_is_there(done, uri)
+        assert done.run(uri).data.tags["scldm.resumed_from_step"] == "100"
+    finally:
+        if proxy is not None:
+            proxy.close()
+
+
+@pytest.mark.row("M2")
+def test_M2_a_killed_training_is_completed_by_sync_alone_and_is_still_running(server, tmp_path):
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    done = killed_training(tmp_path, uri, up=False)
+    proxy = Proxy(server, port)
+    try:
+        assert synced(done) == []
+        assert done.steps_in(uri) == list(range(1, 150))
+        assert done.run(uri).info.status == "RUNNING"
+    finally:
+        proxy.close()

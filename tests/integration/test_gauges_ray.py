@@ -1,4 +1,4 @@
-"""Numbers of a stage reach the metrics port of a Ray node, under the names that the Grafana board draws."""
+"""Metrics of a stage reach the metrics port of a Ray node, under the names that the Grafana board draws."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.prometheus import Gauges
+from pipeline.core.prometheus import PrometheusGauges
 
 pytestmark = [pytest.mark.integration]
 
 
-def test_a_number_that_a_worker_says_is_served_to_prometheus_with_its_run(ray_cluster):
+def test_a_gauge_that_a_worker_sets_is_served_to_prometheus_with_its_run(ray_cluster):
     import ray
 
     @ray.remote(num_cpus=0)
     class Worker:
         def __init__(self):
-            self.gauges = Gauges(Path("/runs/demo/train_vae/1a2b3c"))
+            self.gauges = PrometheusGauges(Path("/runs/demo/train_vae/1a2b3c"))
 
-        def say(self, loss: float) -> None:
+        def report(self, loss: float) -> None:
             self.gauges.set({"train/loss": loss, "val/loss": float("nan")})
 
     worker = Worker.remote()
-    ray.get(worker.say.remote(12.5))
+    ray.get(worker.report.remote(12.5))
     lines = served("ray_scldm_train_loss{", ray.nodes()[0])
     assert len(lines) == 1
     assert lines[0].endswith(" 12.5")
@@ -36,12 +36,13 @@ def test_a_number_that_a_worker_says_is_served_to_prometheus_with_its_run(ray_cl
     assert "scldm_val_loss" not in page(ray.nodes()[0]), "what is not a number is left out"
 
 
-def test_a_process_that_has_no_ray_does_not_load_it_to_say_a_number():
-    say = "import sys; from pathlib import Path; from pipeline.core.prometheus import Gauges; "
-    say += (
-        "g = Gauges(Path('/runs/demo/train_vae/1')); g.set({'train/loss': 1.0}); print(g._gauges, 'ray' in sys.modules)"
+def test_setting_a_gauge_does_not_load_ray():
+    program = (
+        "import sys; from pathlib import Path; from pipeline.core.prometheus import PrometheusGauges; "
+        "g = PrometheusGauges(Path('/runs/demo/train_vae/1')); g.set({'train/loss': 1.0}); "
+        "print(g._gauges, 'ray' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["{}", "False"]
 
 
@@ -51,7 +52,7 @@ def page(node: dict) -> str:
 
 
 def served(start: str, node: dict) -> list[str]:
-    """Lines of the page that start so; a worker's numbers travel every ten seconds."""
+    """Return the lines with a prefix; a worker's gauges arrive every ten seconds."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         if lines := [line for line in page(node).splitlines() if line.startswith(start)]:

@@ -144,7 +144,7 @@ def test_an_unknown_class_is_said_before_anything_runs(line):
 
 
 def test_mlflow_holds_a_parent_run_and_a_child_for_every_stage(line):
-    from pipeline.tracking.tracker import mlflow_client
+    from pipeline.tracking.mlflow_runs.client import mlflow_client
 
     _, folder, _ = line
     client = mlflow_client(f"sqlite:///{folder.parent / 'mlflow.db'}")

@@ -18,7 +18,7 @@ from pipeline.cli.app import app
 from pipeline.config.job import EvaluateJob
 from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.tracking import tracker as tracking
-from pipeline.tracking.comparison.fetch import of_run
+from pipeline.tracking.comparison.fetch import from_run
 from pipeline.tracking.comparison.records import StageRecord
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.provenance import read_ids
@@ -154,7 +154,7 @@ def test_a_pipeline_without_a_flow_is_refused(tmp_path, uri):
 
 def test_the_line_behind_a_registered_model_is_found_by_its_alias_and_by_its_run(registered, root, uri):
     def line(name: str) -> list[tuple[str, str]]:
-        return [(r.stage, r.version) for r in of_run(name, uri) if isinstance(r, StageRecord)]
+        return [(r.stage, r.version) for r in from_run(name, uri) if isinstance(r, StageRecord)]
 
     expected = [("ingest", "i1"), ("train_vae", "v1"), ("train_flow", "f1")]
     assert line("models:/scldm-demo@champion") == expected

@@ -60,7 +60,7 @@ def mlflow(requirements: Requirements) -> Finding:
     if answer.code == 200:
         return Finding("mlflow", "ok", f"{requirements.tracking} answers")
     fixes = {
-        None: "start it (cluster/mlflow.sh, make ui), or unset tracking.uri: training goes on without it, and spools",
+        None: "start it (cluster/mlflow.sh, make ui), or unset tracking.uri: training continues and sends later",
         401: "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         403: "start the server with --allowed-hosts naming this address, as cluster/mlflow.sh does",
     }

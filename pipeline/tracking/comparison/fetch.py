@@ -1,4 +1,4 @@
-"""Runs of MLflow as records of stages, for `scldm runs compare`: the server is asked, no folder is needed."""
+"""Read runs from MLflow as records of stages, for `scldm runs compare`; no folder is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.job import STAGES
-from pipeline.tracking.comparison.records import SHOWN_FACTS, Measured, StageRecord, best_line
+from pipeline.tracking.comparison.records import SHOWN_FACTS, Measured, StageRecord, select_pipeline
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from scldm.errors import InputError
 
@@ -16,15 +16,15 @@ FLOOR = "_floor"
 
 
 def is_run(name: str) -> bool:
-    """Whether an argument names a run or a model, and no folder."""
+    """Return whether an argument names a run or a model, not a folder."""
     return bool(RUN_ID.fullmatch(name)) or name.startswith(("runs:/", "models:/"))
 
 
-def of_run(name: str, uri: str) -> list[StageRecord]:
-    """The line of a run id, `runs:/<id>`, `models:/<name>@<alias>` or `models:/<name>/<version>`.
+def from_run(name: str, uri: str) -> list[StageRecord]:
+    """Return the pipeline of a run id, `runs:/<id>`, `models:/<name>@<alias>` or `models:/<name>/<version>`.
 
     Raises:
-        InputError: the store does not know it, or does not answer.
+        InputError: The store does not know it, or does not answer.
     """
     from mlflow.exceptions import MlflowException
 
@@ -38,12 +38,12 @@ def of_run(name: str, uri: str) -> list[StageRecord]:
             )
         runs = _all_runs(client, run.info.experiment_id, key)
     except MlflowException as error:
-        raise InputError(f"{name}: {uri} says: {str(error).splitlines()[0][:300]}") from error
-    records = [record_of(r) for r in runs if r.data.tags.get("scldm.stage") != "pipeline"]
+        raise InputError(f"{name}: {uri} answers: {str(error).splitlines()[0][:300]}") from error
+    records = [record_from_run(r) for r in runs if r.data.tags.get("scldm.stage") != "pipeline"]
     if not records:
         raise InputError(f"{name}: the pipeline {key} has no run of a stage in {uri}")
     whole = run.data.tags.get("scldm.stage") == "pipeline"
-    return best_line(None if whole else record_of(run), records)
+    return select_pipeline(None if whole else record_from_run(run), records)
 
 
 def _run_id(name: str, client: Any) -> str:
@@ -57,7 +57,7 @@ def _run_id(name: str, client: Any) -> str:
     else:
         model, slash, number = model.rpartition("/")
         if not slash:
-            raise InputError(f"{name}: say which version: models:/{number}@champion, or models:/{number}/1")
+            raise InputError(f"{name}: give a version: models:/{number}@champion, or models:/{number}/1")
         version = client.get_model_version(model, number)
     return str(version.run_id)
 
@@ -71,8 +71,8 @@ def _all_runs(client: Any, experiment_id: str, key: str) -> list[Any]:
             return found
 
 
-def record_of(run: Any) -> StageRecord:
-    """A run of ours."""
+def record_from_run(run: Any) -> StageRecord:
+    """Return the record of a run that this project logged."""
     tags: Mapping[str, str] = run.data.tags
     stage = tags.get("scldm.stage", "?")
     about = {"code": tags.get("scldm.git_sha", ""), "data_digest": tags.get("scldm.data_digest", "")}
@@ -84,13 +84,13 @@ def record_of(run: Any) -> StageRecord:
         params={k: v for k, v in run.data.params.items() if k.partition(".")[0] not in STAGES},  # of the stage itself
         metrics=_scores(run.data.metrics) if stage == "evaluate" else _trained(run.data.metrics),
         finished_at=(run.info.end_time or 0) / 1000,
-        place=run.info.run_id,
+        location=run.info.run_id,
         about={k: v for k, v in about.items() if v},
     )
 
 
 def _scores(metrics: Mapping[str, float]) -> dict[str, Measured]:
-    """eval/<name> beside eval/<name>_floor."""
+    """Pair eval/<name> with eval/<name>_floor."""
     values = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
     return {k: Measured(v, values.get(k + FLOOR)) for k, v in values.items() if not k.endswith(FLOOR)}
 

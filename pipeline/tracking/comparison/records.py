@@ -1,7 +1,7 @@
-"""What is known of one run of a stage, wherever it was written down, and the line of stages that it belongs to.
+"""Describe one version of a stage, and collect the stages of a pipeline that led to it.
 
-A record comes from a stage's manifest on disk (`of_folder`) or from a run of MLflow (`fetch`).
-Both name the versions of what the stage was made from: all that is needed to follow a line back to its cells.
+A record comes from a stage's manifest on disk (`from_folder`) or from a run in MLflow (`fetch`). Both name the versions
+of the stage's inputs, which is all that is needed to follow a pipeline back to its cells.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHOWN_FACTS = ("val/loss", "train/loss", "perf/cells_per_s", "perf/mfu")  # of t
 
 @dataclass(frozen=True)
 class Measured:
-    """A number, and how to read it where that is known."""
+    """A score or loss, and how to read it if that is known."""
 
     value: float
     floor: float | None = None  # the same score of real cells against real cells
@@ -39,15 +39,15 @@ class StageRecord:
     inputs: Mapping[str, str]  # stage -> version
     params: Mapping[str, str]
     metrics: Mapping[str, Measured]
-    finished_at: float  # s; 0 where it has not finished
-    place: str  # folder or run id
-    about: Mapping[str, str] = field(default_factory=dict)  # lineage: data digest, Census version, code
+    finished_at: float  # s since the epoch; 0 if it has not finished
+    location: str  # folder or run id
+    about: Mapping[str, str] = field(default_factory=dict)  # data digest, Census version, code
 
 
-def line_of(leaf: StageRecord, known: Iterable[StageRecord]) -> list[StageRecord]:
-    """`leaf` and everything that it was made from, in the order of the stages."""
+def with_inputs(last: StageRecord, known: Iterable[StageRecord]) -> list[StageRecord]:
+    """Return a record with its inputs and theirs, in the order of the stages."""
     by_version = {(r.stage, r.version): r for r in known}
-    found, todo = {leaf.stage: leaf}, [leaf]
+    found, todo = {last.stage: last}, [last]
     while todo:
         for stage, version in todo.pop().inputs.items():
             record = by_version.get((stage, version))
@@ -57,27 +57,30 @@ def line_of(leaf: StageRecord, known: Iterable[StageRecord]) -> list[StageRecord
     return sorted(found.values(), key=lambda r: STAGES.index(r.stage) if r.stage in STAGES else len(STAGES))
 
 
-def best_line(chosen: StageRecord | None, known: Sequence[StageRecord]) -> list[StageRecord]:
-    """The line to show for a stage, or for a whole pipeline if `chosen` is None: with its newest evaluation, if any."""
-    of_line = [r for r in known if r.stage in STAGES]
-    latest_first = sorted(of_line, key=lambda r: (STAGES.index(r.stage), r.finished_at), reverse=True)
+def select_pipeline(chosen: StageRecord | None, known: Sequence[StageRecord]) -> list[StageRecord]:
+    """Return the stages to compare for a chosen one, or for a whole pipeline if `chosen` is None.
+
+    They are those of the newest evaluation that was made from the chosen stage; without one, the stage and its inputs.
+    """
+    in_pipeline = [r for r in known if r.stage in STAGES]
+    latest_first = sorted(in_pipeline, key=lambda r: (STAGES.index(r.stage), r.finished_at), reverse=True)
     if chosen is None:
-        return line_of(latest_first[0], known)
+        return with_inputs(latest_first[0], known)
     if chosen.stage == "evaluate":
-        return line_of(chosen, known)
+        return with_inputs(chosen, known)
     for evaluation in (r for r in latest_first if r.stage == "evaluate"):
-        line = line_of(evaluation, known)
-        if any((r.stage, r.version) == (chosen.stage, chosen.version) for r in line):
-            return line
-    return line_of(chosen, known)
+        stages = with_inputs(evaluation, known)
+        if any((r.stage, r.version) == (chosen.stage, chosen.version) for r in stages):
+            return stages
+    return with_inputs(chosen, known)
 
 
 # ---- from disk -----------------------------------------------------------------------------------------------------
-def of_folder(folder: Path) -> list[StageRecord]:
-    """The line of a pipeline's folder (its newest evaluation) or of a stage's folder.
+def from_folder(folder: Path) -> list[StageRecord]:
+    """Return the stages of a pipeline's folder (of its newest evaluation), or of a stage's folder.
 
     Raises:
-        InputError: it holds no finished stage.
+        InputError: It holds no finished stage.
     """
     manifest = read_manifest(folder)
     root = folder if manifest is None else folder.parent.parent
@@ -89,12 +92,12 @@ def of_folder(folder: Path) -> list[StageRecord]:
             f"{folder} holds no finished stage; give a pipeline (runs/demo), a stage in it (train_flow/1a2b3c4d5e6f), "
             "an MLflow run id or models:/name@alias"
         )
-    chosen = None if manifest is None else record_of(manifest)
-    return best_line(chosen, [record_of(m) for m in made])
+    chosen = None if manifest is None else record_from_manifest(manifest)
+    return select_pipeline(chosen, [record_from_manifest(m) for m in made])
 
 
-def record_of(manifest: Manifest) -> StageRecord:
-    """What a manifest and the files beside it say."""
+def record_from_manifest(manifest: Manifest) -> StageRecord:
+    """Return the record of a manifest and the files in its folder."""
     facts = manifest.facts
     about = {"code": "", "data_digest": str(facts.get("digest", "")), "census_version": facts.get("census_version", "")}
     return StageRecord(
@@ -104,7 +107,7 @@ def record_of(manifest: Manifest) -> StageRecord:
         params={k: str(v) for k, v in flat(manifest.config).items()},
         metrics=_evaluated(manifest) if manifest.stage == "evaluate" else _trained(facts),
         finished_at=manifest.finished_at,
-        place=manifest.folder,
+        location=manifest.folder,
         about={k: str(v) for k, v in about.items() if v},
     )
 

@@ -1,4 +1,4 @@
-"""A comparison as tables for a terminal; plain characters, so that it also reads in a file or a mail."""
+"""Format a comparison as tables of plain characters, which can be read in a terminal, a file or an e-mail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.tracking.comparison.compare import Comparison, MetricRow
 
 
 def as_text(found: Comparison) -> str:
-    """Tables for a terminal; a star marks what is nearest to its floor."""
+    """Return the tables; a star marks the side that is nearest to its floor."""
     letters = [chr(ord("A") + i) if i < 26 else str(i) for i in range(len(found.sides))]
     parts = ["\n".join(f"{letter}  {name}" for letter, name in zip(letters, found.sides, strict=True))]
     parts.append(_table([["made from", *letters], *([k, *_shown(v)] for k, v in found.lineage.items())]))

@@ -1,9 +1,10 @@
-"""The client: how patient it is, what MLflow takes as a key, and what its errors mean to a person."""
+"""MLflow's client with short timeouts, keys in MLflow's alphabet, and explanations of its errors."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,16 +13,16 @@ from typing import Any
 
 from scldm.errors import InputError
 
-SENTENCES = {
+EXPLANATIONS = {  # by HTTP status
     401: "user or password are refused: export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    403: "access is refused: the user may not write there, or the server runs without --allowed-hosts of its name",
-    404: "it knows no such run or experiment: deleted for good, or the address is of another server",
+    403: "access is refused: the user may not write there, or the server was started without --allowed-hosts",
+    404: "no such run or experiment: it was deleted permanently, or this is the address of another server",
     429: "too many requests",
 }
 
 
 def mlflow_client(uri: str) -> Any:
-    """A client that gives up early: what it cannot send is spooled, so patience buys nothing."""
+    """Return a client that gives up early: what it cannot send is replayed from disk later."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -35,10 +36,10 @@ def mlflow_client(uri: str) -> Any:
 
 
 def chosen_uri(given: str | None, near: Path | None = None) -> str:
-    """The store that a command speaks to: the option, MLFLOW_TRACKING_URI, or mlflow.db beside a pipeline's folder.
+    """Return the store that a command uses: its option, MLFLOW_TRACKING_URI, or mlflow.db next to a pipeline's folder.
 
     Raises:
-        InputError: there is none of them.
+        InputError: None of them is given.
     """
     if found := given or os.environ.get("MLFLOW_TRACKING_URI"):
         return found
@@ -53,14 +54,14 @@ def chosen_uri(given: str | None, near: Path | None = None) -> str:
 
 
 def clean_key(name: str) -> str:
-    """MLflow's alphabet for keys, without parts that a path swallows; at most 250 characters, long ones distinct."""
+    """Return a key in MLflow's alphabet, without empty path parts; at most 250 characters, different for long names."""
     parts = [re.sub(r"[^\w\-.: ]", "_", part) for part in name.split("/")]
     key = "/".join(part for part in parts if part.strip(" .")) or "_"
     return key if len(key) <= 250 else f"{key[:239]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
 
 def clean_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """All of them under clean keys; two that become one, such as `CD4+` and `CD4?`, are kept apart by a hash."""
+    """Return values under clean keys. Two names with one clean key, such as `CD4+` and `CD4?`, differ by a hash."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         key = clean_key(name)
@@ -70,8 +71,13 @@ def clean_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def clean_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the finite values under clean keys."""
+    return clean_keys({k: float(v) for k, v in values.items() if math.isfinite(v)})
+
+
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error of the client, if there is one."""
+    """Return the HTTP status behind an error of the client; None if there is none."""
     for link in _chain(error):
         if found := re.search(r"error code (\d{3})|(\d{3}) (?:Client|Server) Error|too many (\d{3}) error", str(link)):
             return int(next(g for g in found.groups() if g))
@@ -80,19 +86,25 @@ def status_of(error: BaseException) -> int | None:
 
 
 def explain(error: BaseException, uri: str) -> str:
-    """One line: what happened, and what a person can do."""
+    """Return one line: what happened, and how to fix it."""
     text = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
     status = status_of(error)
     if "active' state" in text or "deleted" in text:
-        says = "its run was deleted; `mlflow runs restore --run-id …`, or remove tracking.json there to begin another"
-    elif status in SENTENCES:
-        says = SENTENCES[status]
+        message = (
+            "its run was deleted; `mlflow runs restore --run-id …`, or remove tracking.json from the stage's folder to "
+            "start another run"
+        )
+    elif status in EXPLANATIONS:
+        message = EXPLANATIONS[status]
     elif "Connection refused" in str(error) or "Max retries" in str(error) or "timed out" in str(error):
-        says = "it does not answer"
+        message = "no answer"
     else:
-        says = text
-    where = uri.rpartition("@")[2] if "@" in uri else uri  # a user's name and password are nobody's business
-    return f"{where}: {says}. Training goes on; `scldm mlflow sync` sends it later, `scldm doctor` looks at the server"
+        message = text
+    server = uri.rpartition("@")[2] if "@" in uri else uri  # without user name and password
+    return (
+        f"{server}: {message}. Training continues; `scldm mlflow sync` completes the run later, `scldm doctor` checks "
+        "the server"
+    )
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -1,188 +1,210 @@
-"""Deliver records to one MLflow run. Every record may come twice: what it leaves is the same.
+"""Send to one MLflow run what it lacks, so that a record that is sent twice leaves nothing twice.
 
-A point of a metric is the same to MLflow's SQL store if key, step, time and value are, and each record carries the time
-at which it was made; params are sent only where the run has none of that name; tags, files and status replace.
+A point is held if the run has one of that metric at that step. Should two processes send it at the same moment,
+MLflow's SQL stores keep one, because key, step, time and value are equal. Params are sent only if the run has none of
+that name, tags if they differ, and in a replay files if the run has none of that name and size.
 
-A record that the server refuses (and not the whole run) comes back, so that it cannot stand in the way of the others.
+A value that the server refuses is left out with a warning, so that it cannot hold up the others.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.spool_file import Record
+from pipeline.tracking.record_log import Record, last_status
 
-log = logging.getLogger("scldm.tracking")
-METRICS_AT_ONCE, OTHERS_AT_ONCE = 500, 100
+log = logging.getLogger(__name__)
+PER_REQUEST = {"metrics": 500, "params": 100, "tags": 100}
 NOTE = "mlflow.note.content"
+PACKAGES = Path("env/packages.txt")
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
-class Delivery:
-    """The run of one stage, open.
+class RunDelivery:
+    """The run of one stage.
 
-    Args:
-        since: Of a worker that may repeat steps which an earlier attempt took past its checkpoint: when it began, ms.
-            Points from then on, at steps that the run holds already, are left out, so that a curve has no step twice.
+    Attributes:
+        refused: What the server did not take, in words, since the last replay began.
     """
 
-    def __init__(self, client: Any, run_id: str, name: str, *, since: int | None = None) -> None:
-        self.client, self.run_id, self.name, self.since = client, run_id, name, since
-        self._start: int | None = None  # of the run, ms
-        self._held: dict[str, int] | None = None  # metric -> last step of earlier attempts
+    def __init__(self, client: Any, run_id: str, name: str) -> None:
+        self.client, self.run_id, self.name = client, run_id, name
+        self.refused: list[str] = []
+        self._run: Any = None  # as it was at the last replay, with what was sent since
+        self._steps: dict[str, set[int]] = {}  # metric -> steps that the run held at the last replay
+        self._warned: set[str] = set()
 
-    def send(self, records: list[Record]) -> list[Record]:
-        """Raises where the server cannot be reached or the run is gone; returns what is refused for good."""
-        refused = self._params([r for r in records if r["kind"] == "params"])
-        refused += self._metrics([r for r in records if r["kind"] in ("metrics", "system")])
-        refused += self._tags([r for r in records if r["kind"] == "tag"])
-        for r in records:
-            if r["kind"] == "datasets":
-                self._datasets(r["value"])
-            elif r["kind"] in ("artifact", "packages"):
-                refused += self._file(r)
-        for r in records:
-            if r["kind"] == "status":
-                self.client.set_terminated(self.run_id, r["value"], end_time=r["at"])
-        return refused
+    def send(self, records: list[Record], *, replay: bool = False) -> Counter[str]:
+        """Send records, without what the run holds already.
 
-    # ---- numbers and words -----------------------------------------------------------------------------------------
-    def _metrics(self, records: list[Record]) -> list[Record]:
+        Args:
+            replay: These are all records of the stage: compare them with the run as it is now, and end it if they do.
+
+        Returns:
+            How many points, tags, … were sent.
+
+        Raises:
+            Exception: The server cannot be reached, or the run was deleted.
+        """
+        if replay or self._run is None:
+            self._run, self._steps, self.refused = self._active_run(), {}, []
+        sent: Counter[str] = Counter(params=self._send_params([r["value"] for r in records if r["kind"] == "params"]))
+        sent["points"] = self._log("metrics", self._new_points(records, replay))
+        sent["tags"] = self._send_tags({k: v for r in records if r["kind"] == "tag" for k, v in r["value"].items()})
+        sent["data sets"] = self._send_datasets([d for r in records if r["kind"] == "datasets" for d in r["value"]])
+        files = {_stored_as(r): r for r in records if r["kind"] in ("artifact", "packages")}
+        sent["files"] = sum(map(self._send_file, self._missing(files) if replay else files.values()))
+        status = last_status(records)
+        if replay and status is not None and status["value"] not in ("RUNNING", self._run.info.status):
+            self.client.set_terminated(self.run_id, status["value"], end_time=status["at"])
+            sent["status"] = 1
+        return +sent
+
+    # ---- metrics, params, tags, data sets --------------------------------------------------------------------------
+    def _new_points(self, records: Iterable[Record], replay: bool) -> list[Any]:
+        """Return points at steps that the run does not hold."""
         from mlflow.entities import Metric
 
-        points = [(k, v, r) for r in records for k, v in r["value"].items() if not self._repeated(k, r)]
-        steps = {id(r): r["step"] if r["kind"] == "metrics" else self._seconds(r["at"]) for r in records}
+        by_key: dict[str, dict[int, Any]] = {}
+        for r in records:
+            if r["kind"] in ("metrics", "system"):  # system: of version 0.1.0, by seconds since the start of the run
+                step = r["step"] if "step" in r else max(0, (r["at"] - self._run.info.start_time) // 1000)
+                for key, value in r["value"].items():
+                    by_key.setdefault(key, {}).setdefault(step, Metric(key, value, r["at"], step))
+        new = []
+        for key, points in by_key.items():
+            if set(points) == {0} and key in self._run.data.metrics:
+                continue  # all but training logs at step 0 alone, with many keys: no request for each of them
+            if key not in self._steps:
+                held = self.client.get_metric_history(self.run_id, key) if key in self._run.data.metrics else []
+                self._steps[key] = {m.step for m in held}
+            new += [p for step, p in points.items() if step not in self._steps[key]]
+            if replay:  # what follows may have been on disk already; else a set would grow with the training
+                self._steps[key] |= set(points)
+        return new
 
-        def entity(point: tuple[str, float, Record]) -> Any:
-            return Metric(point[0], point[1], point[2]["at"], steps[id(point[2])])
-
-        def send(some: Sequence[Any]) -> None:
-            self.client.log_batch(self.run_id, metrics=[entity(p) for p in some])
-
-        return [{**r, "value": {k: v}} for k, v, r in self._each(points, send, METRICS_AT_ONCE)]
-
-    def _repeated(self, key: str, record: Record) -> bool:
-        if self.since is None or record["kind"] != "metrics":
-            return False
-        if self._held is None:
-            held = self.client.get_run(self.run_id).data.metrics
-            self._held = {k: max(m.step for m in self.client.get_metric_history(self.run_id, k)) for k in held}
-        if record["at"] < self.since:  # of an earlier attempt, from its spool
-            self._held[key] = max(record["step"], self._held.get(key, -1))
-            return False
-        return bool(record["step"] <= self._held.get(key, -1))
-
-    def _tags(self, records: list[Record]) -> list[Record]:
-        from mlflow.entities import RunTag
-
-        pairs = [(k, v, r) for r in records for k, v in r["value"].items()]
-
-        def send(some: Sequence[Any]) -> None:
-            self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v, _ in some])
-
-        return [{**r, "value": {k: v}} for k, v, r in self._each(pairs, send, OTHERS_AT_ONCE)]
-
-    def _params(self, records: list[Record]) -> list[Record]:
-        """MLflow never changes a param: what differs from the first attempt becomes a tag and a line of the note."""
-        if not records:
-            return []
+    def _send_params(self, attempts: Sequence[dict[str, str]]) -> int:
+        """Send params. MLflow never changes one: the first attempt's stay, a tag and the note say what changed."""
         from mlflow.entities import Param
 
-        run = self.client.get_run(self.run_id)
-        held = run.data.params
-        asked = {k: v for r in records for k, v in r["value"].items()}
-        new = [(k, v) for k, v in asked.items() if k not in held]
-
-        def send(some: Sequence[Any]) -> None:
-            self.client.log_batch(self.run_id, params=[Param(k, v) for k, v in some])
-
-        refused = self._each(new, send, OTHERS_AT_ONCE)
-        changed = [f"{k} {held[k]} -> {v}" for k, v in sorted(asked.items()) if k in held and held[k] != v]
+        held, before = self._run.data.params, set(self._run.data.params)
+        for values in attempts:
+            held |= {k: v for k, v in values.items() if k not in held}
+        changed = [
+            f"{k} {held[k]} -> {v}" for values in attempts[-1:] for k, v in sorted(values.items()) if held[k] != v
+        ]
         if changed:
-            self._say_changed(changed, run.data.tags)
-        return [{**records[-1], "value": {k: v}} for k, v in refused]
+            text, tags = "; ".join(changed)[:4000], self._run.data.tags
+            line = f"Attempt {tags.get('scldm.attempt', '?')} continued with other settings: {text}"
+            note = tags.get(NOTE, "")
+            longer = f"{note}\n\n{line}".strip()[:8000] if line not in note else note
+            self._send_tags({"scldm.changed_params": text, NOTE: longer})
+        return self._log("params", [Param(k, v) for k, v in held.items() if k not in before])
 
-    def _say_changed(self, changed: list[str], tags: dict[str, str]) -> None:
-        text = "; ".join(changed)[:4000]
-        self.client.set_tag(self.run_id, "scldm.changed_params", text)
-        note = tags.get(NOTE, "")
-        line = f"Attempt {tags.get('scldm.attempt', '?')} went on with other settings: {text}"
-        if line not in note:
-            self.client.set_tag(self.run_id, NOTE, f"{note}\n\n{line}".strip()[:8000])
+    def _send_tags(self, tags: dict[str, str]) -> int:
+        from mlflow.entities import RunTag
 
-    def _each(self, items: Sequence[Any], send: Callable[[Sequence[Any]], None], most: int) -> list[Any]:
-        """Send in batches; where a batch is refused, one by one. Those that are refused."""
+        new = {k: v for k, v in tags.items() if self._run.data.tags.get(k) != v}
+        self._run.data.tags.update(new)
+        return self._log("tags", [RunTag(k, v) for k, v in new.items()])
+
+    def _send_datasets(self, described: list[dict[str, str]]) -> int:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        held = {(i.dataset.name, i.dataset.digest) for i in self._run.inputs.dataset_inputs}
+        inputs = []
+        for given in described:
+            dataset = Dataset(**{k: v for k, v in given.items() if k != "context"})
+            if (dataset.name, dataset.digest) not in held:
+                inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", given["context"])]))
+        if inputs:
+            self.client.log_inputs(self.run_id, datasets=inputs)
+        return len(inputs)
+
+    def _log(self, kind: str, items: Sequence[Any], size: int | None = None) -> int:
+        """Send metrics, params or tags in batches, one by one if a batch is refused. Returns how many were taken."""
         from mlflow.exceptions import MlflowException
 
-        refused = []
-        for start in range(0, len(items), most):
-            some = items[start : start + most]
+        taken, size = 0, size or PER_REQUEST[kind]
+        for start in range(0, len(items), size):
+            batch = list(items[start : start + size])
             try:
-                send(some)
+                self.client.log_batch(self.run_id, **{kind: batch})
+                taken += len(batch)
             except MlflowException as error:
                 if error.error_code not in REFUSALS:
                     raise
-                self._must_be_active()
-                if len(some) > 1:
-                    refused += self._each(some, send, max(1, len(some) // 8))
-                    continue
-                log.warning("tracking of %s: %s is refused: %s", self.name, some[0][0], str(error).splitlines()[0])
-                refused += some
-        return refused
+                self._active_run()  # a deleted run refuses everything, which is not the fault of a value
+                if len(batch) > 1:
+                    taken += self._log(kind, batch, max(1, len(batch) // 8))
+                else:
+                    self._refuse(f"{batch[0].key} is refused", error)
+        return taken
 
-    def _must_be_active(self) -> None:
-        """A deleted run refuses everything, and that is not the fault of a record."""
-        if self.client.get_run(self.run_id).info.lifecycle_stage != "active":
+    def _refuse(self, what: str, error: Exception) -> None:
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        self.refused.append(what)
+        if what not in self._warned:
+            log.warning("tracking of %s: %s: %s", self.name, what, cause)
+        self._warned.add(what)
+
+    def _active_run(self) -> Any:
+        run = self.client.get_run(self.run_id)
+        if run.info.lifecycle_stage != "active":
             raise RuntimeError(f"run {self.run_id} was deleted")
+        return run
 
-    def _seconds(self, at: int) -> int:
-        """Seconds since the run began: the step of system metrics, which so go on after a restart."""
-        if self._start is None:
-            self._start = int(self.client.get_run(self.run_id).info.start_time)
-        return max(0, (at - self._start) // 1000)
+    # ---- files -----------------------------------------------------------------------------------------------------
+    def _missing(self, files: dict[Path, Record]) -> list[Record]:
+        """Return the files that the run does not hold, or holds with another size."""
+        sizes: dict[str, int | None] = {}
+        for parent in {name.parent for name in files}:
+            try:
+                found = self.client.list_artifacts(self.run_id, None if parent == Path() else str(parent))
+                sizes |= {f.path: f.file_size for f in found}
+            except Exception:  # an artifact store that cannot be listed: the upload shows what is wrong with it
+                self._server_answers()
+        return [r for name, r in files.items() if str(name) not in sizes or _size(r) not in (None, sizes[str(name)])]
 
-    # ---- files and data sets ---------------------------------------------------------------------------------------
-    def _file(self, record: Record) -> list[Record]:
-        """Where the artifact store refuses (full, read-only), numbers go on, and `scldm mlflow sync` tries again."""
+    def _send_file(self, record: Record) -> bool:
+        """Store a file. If the artifact store refuses (full, read-only), numbers are still sent."""
+        name = _stored_as(record)
         try:
-            self._store(record)
+            if record["kind"] == "packages":
+                packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
+                self.client.log_text(self.run_id, "\n".join(packages) + "\n", str(name))
+            elif (path := Path(record["value"]["path"])).exists():
+                self.client.log_artifact(self.run_id, str(path), record["value"]["folder"])
+            else:  # it will never be stored, so it must not be reported as missing
+                log.warning("tracking of %s: %s is gone and was not stored", self.name, path)
+                return False
         except Exception as error:
-            self._must_answer()
-            what = record["value"]["path"] if record["kind"] == "artifact" else "the list of packages"
-            cause = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            log.warning("tracking of %s: %s is not stored: %s", self.name, what, cause)
-            return [record]
-        return []
+            self._server_answers()
+            self._refuse(f"{name} is not stored", error)
+            return False
+        return True
 
-    def _must_answer(self) -> None:
-        """Raises where it is the server that is away, and not its artifact store."""
+    def _server_answers(self) -> None:
+        """Raise if it is the server that is away, and not its artifact store."""
         try:
             self.client.get_run(self.run_id)
         except Exception:  # after an upload that it refused half-way, a server closes the connection that is used next
             self.client.get_run(self.run_id)
 
-    def _store(self, record: Record) -> None:
-        if record["kind"] == "packages":
-            names = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
-            self.client.log_text(self.run_id, "\n".join(names) + "\n", "env/packages.txt")
-            return
-        path, folder = Path(record["value"]["path"]), record["value"]["folder"]
-        if not path.exists():  # no use in trying again
-            log.warning("tracking of %s: %s is gone and was not stored", self.name, path)
-        elif path.is_dir():
-            self.client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self.client.log_artifact(self.run_id, str(path), folder)
 
-    def _datasets(self, described: list[dict[str, str]]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+def _stored_as(record: Record) -> Path:
+    """Return the path of a file within the run."""
+    if record["kind"] == "packages":
+        return PACKAGES
+    return Path(record["value"]["folder"] or "") / Path(record["value"]["path"]).name
 
-        inputs = []
-        for given in described:
-            about = {k: v for k, v in given.items() if k != "context"}
-            inputs.append(DatasetInput(Dataset(**about), [InputTag("mlflow.data.context", given["context"])]))
-        self.client.log_inputs(self.run_id, datasets=inputs)
+
+def _size(record: Record) -> int | None:
+    """Return the size of a file that could be stored; None if it has none or is gone."""
+    path = Path(record["value"]["path"]) if record["kind"] == "artifact" else PACKAGES
+    return path.stat().st_size if path.exists() else None

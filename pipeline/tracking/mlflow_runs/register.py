@@ -1,7 +1,7 @@
-"""Put a pipeline's models into MLflow's registry: VAE and flow as one model with `predict(conditions) -> counts`.
+"""Register a pipeline's models in MLflow: VAE and flow as one model with `predict(conditions) -> counts`.
 
-The model folders are copied as they are (safetensors and JSON) beside a small file of code (`predictor`); nothing is
-pickled. The same folders are registered once: asking again moves the alias and makes no second version.
+The model folders are copied as they are (safetensors and JSON) with a small file of code (`predictor`); nothing is
+pickled. The same folders are registered once: registering them again moves the alias and creates no second version.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Registered:
+    """A version of a registered model."""
+
     name: str
     version: str
     aliases: tuple[str, ...]
@@ -36,14 +38,15 @@ class Registered:
     new: bool
 
     def text(self) -> str:
-        said = f"{'registered' if self.new else 'registered before'}: models:/{self.name}/{self.version}"
+        """Return it in words."""
+        line = f"{'registered' if self.new else 'registered before'}: models:/{self.name}/{self.version}"
         aliases = "".join(f"\n  also models:/{self.name}@{a}" for a in self.aliases)
-        return f"{said}{aliases}\n  of run {self.run_id or '(none: its stage was not tracked)'}"
+        return f"{line}{aliases}\n  of run {self.run_id or '(none: its stage was not tracked)'}"
 
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """What is registered, and the run that made it."""
+    """The model folders that are registered, and the stage that made them."""
 
     vae: Path
     flow: Path
@@ -51,27 +54,28 @@ class ModelFolders:
 
     @property
     def pipeline(self) -> str:
+        """Name of the pipeline."""
         return Path(self.stage.folder).parent.parent.name
 
 
 def find_models(folder: Path) -> ModelFolders:
-    """The models of a pipeline's newest train_flow, or of the train_flow whose folder is given.
+    """Return the models of a pipeline's newest train_flow, or of the train_flow whose folder is given.
 
     Raises:
-        InputError: there is none, or the VAE that it was trained on has gone.
+        InputError: There is none, or the VAE that it was trained on is missing.
     """
     folder = folder.absolute()
     stage = read_manifest(folder) or newest_manifest(folder, "train_flow")
     if stage is None or stage.stage != "train_flow":
-        what = "no finished train_flow" if stage is None else f"a {stage.stage}"
-        raise InputError(f"{folder} holds {what}; give a pipeline (runs/demo) or runs/demo/train_flow/<version>")
+        found = "no finished train_flow" if stage is None else f"a {stage.stage}"
+        raise InputError(f"{folder} holds {found}; give a pipeline (runs/demo) or runs/demo/train_flow/<version>")
     if (own := stage.facts.get("vae")) is not None:  # trained together with its VAE
         return ModelFolders(Path(stage.folder) / own["ema"], stage.path("model"), stage)
-    place = Path(stage.folder).parent.parent / "train_vae" / stage.inputs["train_vae"]
-    vae = read_manifest(place)
+    location = Path(stage.folder).parent.parent / "train_vae" / stage.inputs["train_vae"]
+    vae = read_manifest(location)
     if vae is None:
         raise InputError(
-            f"the VAE that this flow was trained on is not in {place}; put it back there, or train the flow again"
+            f"the VAE that this flow was trained on is not in {location}; put it back there, or train the flow again"
         )
     return ModelFolders(vae.path("model"), stage.path("model"), stage)
 
@@ -80,8 +84,12 @@ def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[
     """Copy the models to the store and register them.
 
     Args:
-        name: Of the registered model; default: the pipeline's.
+        folder: A pipeline or a train_flow.
+        name: Name of the registered model; default: scldm-<pipeline>.
         aliases: Names that move to this version, such as champion.
+
+    Raises:
+        InputError: The models cannot be used, or the store refuses them.
     """
     from mlflow.exceptions import MlflowException
 
@@ -94,11 +102,11 @@ def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[
     try:
         number, new = _version_of(client, model_name, digest), False
         if number is None:
-            number, new = _make(client, models, model_name, run_id, digest), True
+            number, new = _create(client, models, model_name, run_id, digest), True
         for alias in aliases:
             client.set_registered_model_alias(model_name, alias, number)
     except MlflowException as error:
-        raise InputError(f"{uri} does not register {model_name}: {str(error).splitlines()[0][:300]}") from error
+        raise InputError(f"{uri} refuses to register {model_name}: {str(error).splitlines()[0][:300]}") from error
     return Registered(model_name, number, aliases, run_id, new)
 
 
@@ -119,8 +127,8 @@ def _version_of(client: Any, name: str, digest: str) -> str | None:
     return next((str(v.version) for v in found if v.tags.get(DIGEST) == digest), None)
 
 
-def _make(client: Any, models: ModelFolders, name: str, run_id: str, digest: str) -> str:
-    """A logged model with its files, and a version of the registered model that points to it."""
+def _create(client: Any, models: ModelFolders, name: str, run_id: str, digest: str) -> str:
+    """Log a model with its files, and create a version of the registered model that points to it."""
     experiment = client.get_run(run_id).info.experiment_id if run_id else _own_experiment(client, models)
     tags = {DIGEST: digest, "scldm.train_flow_version": models.stage.version, "scldm.output_uri": models.stage.folder}
     logged = client.create_logged_model(
@@ -137,28 +145,34 @@ def _make(client: Any, models: ModelFolders, name: str, run_id: str, digest: str
     client.finalize_logged_model(logged.model_id, "READY")
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="scLDM: a table of conditions in, counts out.")
-    made = client.create_model_version(
+    version = client.create_model_version(
         name, source=logged.artifact_location, run_id=run_id or None, model_id=logged.model_id, tags=tags
     )
-    return str(made.version)
+    return str(version.version)
 
 
 def _own_experiment(client: Any, models: ModelFolders) -> str:
-    """For models whose run this store does not have."""
+    """Return the pipeline's experiment, for models whose run this store does not have."""
     uri = str(client.tracking_uri)
-    beside = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
-    return experiment_id(client, f"scldm/{models.pipeline}", beside)
+    artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
+    return experiment_id(client, f"scldm/{models.pipeline}", artifacts)
 
 
 def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run_id: str | None = None) -> None:
-    """Write the model in MLflow's format."""
+    """Write the models as one model folder in MLflow's format.
+
+    Args:
+        folder: Must not exist; the code is copied to a folder next to it.
+        model_id: Id of the logged model.
+        run_id: Run that made it.
+    """
     import mlflow.pyfunc
     from mlflow.models import Model
 
     code = folder.parent / "code"
     for package in ("scldm", "pipeline"):
         shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    # No input example: MLflow would run it once, and which classes there are is in the vocabulary beside it.
+    # No input example: MLflow would run it once, and the vocabulary in the model names the classes.
     mlflow.pyfunc.save_model(
         path=str(folder),
         python_model=str(ROOT / "pipeline" / "inference" / "export" / "mlflow_model.py"),
@@ -171,9 +185,9 @@ def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run
 
 
 def signature(models: ModelFolders) -> Any:
-    """Labels of the model as optional text, the other columns of a table of conditions, settings of the sampler.
+    """Return the signature: labels as optional text, other columns of a conditions table, settings of the sampler.
 
-    The genes are not listed one by one: a signature of 60,000 columns helps nobody. They are the output's columns.
+    The genes, which are the columns of the output, are not listed: a signature of 60,000 columns is of no use.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -183,9 +197,10 @@ def signature(models: ModelFolders) -> Any:
     columns = [ColSpec(DataType.string, x, required=False) for x in labels]
     columns += [ColSpec(DataType.long, "n_cells", required=False)]
     columns += [ColSpec(DataType.double, x, required=False) for x in numbers]
-    usual = SamplerConfig()
+    defaults = SamplerConfig()
     params = [
         ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, 1.0),
-        ParamSpec("steps", DataType.long, usual.steps), ParamSpec("temperature", DataType.double, usual.temperature),
+        ParamSpec("steps", DataType.long, defaults.steps),
+        ParamSpec("temperature", DataType.double, defaults.temperature),
     ]  # fmt: skip
     return ModelSignature(inputs=Schema(columns), outputs=None, params=ParamSchema(params))

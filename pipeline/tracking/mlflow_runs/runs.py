@@ -1,7 +1,7 @@
-"""Find or make the runs of a pipeline: a parent, and a child for each version of a stage.
+"""Find or create the runs of a pipeline: a parent run, and a child run for each version of a stage.
 
-What is needed to make them is plain data that lies in the stage's folder from the start, so that `scldm mlflow sync`
-can make the run of a stage whose server never answered.
+What is needed to create them is written to the stage's folder before the server is contacted, so that
+`scldm mlflow sync` can create the run of a stage whose server never answered.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,30 +18,29 @@ from typing import Any
 from pipeline.core.files import write_json_atomic
 from pipeline.tracking.mlflow_runs.client import explain, mlflow_client
 from pipeline.tracking.provenance import IDS, Inputs, lineage, note, read_ids
-from pipeline.tracking.spool_file import Record, waiting
+from pipeline.tracking.record_log import DRIVER_LOG, PARENT_SPOOL, Record, RecordLog, last_status, read_logs
 
 OPENING = ".mlflow_run.json"
-PARENT_SPOOL = "mlflow_parent.jsonl"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages open with runs, not with chats
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with runs, not chats
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Where a pipeline's runs are."""
+    """The place of a pipeline's runs in MLflow."""
 
     uri: str
-    local: bool  # uri is a SQLite file of ours, with its artifacts beside it
+    local: bool  # uri is a SQLite file of ours, with its artifacts in the same folder
     root: str
     experiment: str
     name: str
-    key: str  # of this pipeline in this folder
+    key: str  # identifies this pipeline in this folder
     began: int  # ms
-    tags: Mapping[str, str] = field(default_factory=dict)  # of every run
+    tags: Mapping[str, str] = field(default_factory=dict)  # set on every run
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What the run of a stage is made of."""
+    """All that is needed to create the run of a stage."""
 
     pipeline: Pipeline
     tags: Mapping[str, str]
@@ -49,11 +48,12 @@ class Opening:
     began: int  # ms
 
     def write(self, folder: Path) -> None:
+        """Write it to the stage's folder, by rename."""
         write_json_atomic(folder / OPENING, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Opening | None:
-        """None where the folder has none, or a damaged one."""
+        """Read it from a stage's folder; None if there is none or it is damaged."""
         try:
             raw = json.loads((folder / OPENING).read_text())
             return cls(Pipeline(**raw["pipeline"]), raw["tags"], raw["inputs"], raw["began"])
@@ -62,55 +62,59 @@ class Opening:
 
 
 class PipelineRuns:
-    """The parent run, once it is needed. Every method speaks to the server.
+    """The runs of one pipeline, opened when first needed. Every method contacts the server.
 
     Args:
-        runs_now: The pipeline is running: its runs are RUNNING again, and this is another attempt. False only completes
-            what was tracked before.
+        running: The pipeline is running: its runs become RUNNING again, and this is another attempt. False only
+            completes what was tracked before.
     """
 
-    def __init__(self, pipeline: Pipeline, *, runs_now: bool = True) -> None:
-        self.pipeline, self.runs_now = pipeline, runs_now
+    def __init__(self, pipeline: Pipeline, *, running: bool = True) -> None:
+        self.pipeline, self.running = pipeline, running
         self.parent_id = ""
         self._client: Any = None
         self._experiment_id = ""
 
     def open_stage(self, folder: Path, opening: Opening) -> tuple[Any, str]:
-        """The client, and the run that the stage's folder names, or that was made for it, or a new one."""
+        """Return the client and the id of the stage's run, which is created if there is none.
+
+        The id is that of tracking.json in the stage's folder, else that of a run with the stage's tags.
+        """
         client = self.open_parent()
         ids = read_ids(folder)
         known = ids.get("uri") == self.pipeline.uri
         run_id = ids.get("run_id") if known else None
-        if run_id is None:  # a request to make it may have been heard though it was not answered
+        if run_id is None:  # an earlier request may have created it although its answer was lost
             version = opening.tags["scldm.version"]
             run_id = self._find(**{"scldm.stage": opening.tags["scldm.stage"], "scldm.version": version})
         if run_id is None:
             run_id = self._create(opening)
-        elif self.runs_now:
+        elif self.running:
             client.update_run(run_id, status="RUNNING")
-        n = max(1, int(ids.get("attempt", 0)) + int(self.runs_now)) if known else 1
-        client.set_tag(run_id, "scldm.attempt", str(n))
-        found = {"run_id": run_id, "parent_run_id": self.parent_id, "experiment_id": self._experiment_id}
-        write_json_atomic(folder / IDS, {**found, "uri": self.pipeline.uri, "attempt": n})
+        attempt = max(1, int(ids.get("attempt", 0)) + int(self.running)) if known else 1
+        if self.running or not known:
+            client.set_tag(run_id, "scldm.attempt", str(attempt))
+            found = {"run_id": run_id, "parent_run_id": self.parent_id, "experiment_id": self._experiment_id}
+            write_json_atomic(folder / IDS, {**found, "uri": self.pipeline.uri, "attempt": attempt})
         return client, run_id
 
     def _create(self, opening: Opening) -> str:
         tags = {**self.pipeline.tags, **opening.tags, **lineage(opening.inputs), "mlflow.parentRunId": self.parent_id}
         tags["mlflow.note.content"] = note(tags, opening.inputs, experiment_id=self._experiment_id)
-        made = self._client.create_run(self._experiment_id, start_time=opening.began, tags=tags)
-        return str(made.info.run_id)
+        run = self._client.create_run(self._experiment_id, start_time=opening.began, tags=tags)
+        return str(run.info.run_id)
 
     def open_parent(self) -> Any:
-        """The client; experiment and parent run exist afterwards."""
+        """Return the client, after experiment and parent run were found or created."""
         if self._client is not None:
             return self._client
-        with self._alone():  # two processes that create one SQLite file at once break it
+        with self._local_lock():  # two processes that create one SQLite file at the same time break it
             client = self._client = mlflow_client(self.pipeline.uri)
             try:
                 place = Path(self.pipeline.root) / "mlartifacts" if self.pipeline.local else None
                 self._experiment_id = experiment_id(client, self.pipeline.experiment, place)
                 self.parent_id = self._find(**{"scldm.stage": "pipeline"}) or self._create_parent()
-                if self.runs_now:
+                if self.running:
                     client.update_run(self.parent_id, status="RUNNING")
             except Exception:
                 self._client = None
@@ -119,8 +123,8 @@ class PipelineRuns:
 
     def _create_parent(self) -> str:
         tags = {**self.pipeline.tags, "mlflow.runName": self.pipeline.name, "scldm.stage": "pipeline"}
-        made = self._client.create_run(self._experiment_id, start_time=self.pipeline.began, tags=tags)
-        return str(made.info.run_id)
+        run = self._client.create_run(self._experiment_id, start_time=self.pipeline.began, tags=tags)
+        return str(run.info.run_id)
 
     def _find(self, **tags: str) -> str | None:
         wanted = {"scldm.pipeline": self.pipeline.key, **tags}
@@ -129,7 +133,7 @@ class PipelineRuns:
         return str(runs[0].info.run_id) if runs else None
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _local_lock(self) -> Iterator[None]:
         if not self.pipeline.local:
             yield
             return
@@ -142,28 +146,44 @@ class PipelineRuns:
 
 
 def experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
-    """The experiment of that name, made if need be, with its files in `artifacts` or where the server keeps them."""
+    """Return the id of an experiment, which is created if there is none.
+
+    Args:
+        artifacts: Where a new experiment keeps its files; None leaves that to the server.
+    """
     found = client.get_experiment_by_name(name)
     if found:
         return str(found.experiment_id)
-    place = None if artifacts is None else artifacts.as_uri()
-    return str(client.create_experiment(name, artifact_location=place, tags=EXPERIMENT_TAGS))
+    location = None if artifacts is None else artifacts.as_uri()
+    return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
 
 
-class ParentTarget:
-    """The parent run as a target of the writer."""
+class ParentRun:
+    """The status of the pipeline's own run, as a target of the sender; kept in the pipeline's folder."""
 
     def __init__(self, runs: PipelineRuns, folder: Path) -> None:
         self.name = "the pipeline"
-        self.runs, self.spool = runs, folder / PARENT_SPOOL
+        self.runs, self.folder = runs, folder
+        self._log = RecordLog(folder / DRIVER_LOG)
 
-    def spools(self) -> list[Path]:
-        return waiting(self.spool.parent, self.spool.name)
+    def record(self, record: Record) -> None:
+        """Write a status record to disk."""
+        if self.folder.is_dir():  # else no stage has run
+            self._log.append(record)
 
-    def send(self, records: list[Record]) -> list[Record]:
+    def complete(self, records: Iterable[Record] = ()) -> bool:
+        """Set the newest status, of these records or those on disk. Returns False if there was nothing to do."""
+        status = last_status([*read_logs(self.folder, DRIVER_LOG, PARENT_SPOOL), *records])
+        client = self.runs.open_parent()
+        parent_id = self.runs.parent_id
+        if status is None or status["value"] in ("RUNNING", client.get_run(parent_id).info.status):
+            return False
+        client.set_terminated(parent_id, status["value"], end_time=status["at"])
+        return True
+
+    def deliver(self, records: list[Record], *, replay: bool) -> None:
+        """Set the newest status; called by the sender's thread."""
         try:
-            client = self.runs.open_parent()
-            client.set_terminated(self.runs.parent_id, records[-1]["value"], end_time=records[-1]["at"])
+            self.complete(records)
         except Exception as error:
             raise ConnectionError(explain(error, self.runs.pipeline.uri)) from error
-        return []

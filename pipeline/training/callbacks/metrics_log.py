@@ -112,9 +112,10 @@ class MetricsLog(TrainingCallback):
         if (norm := self.grad_norm()) is not None:
             row["train/grad_norm"] = norm
         self.progress.gauges.set(row)
+        time_ms = int(time.time() * 1000)
         with self._never_fail(), self.path.open("a") as f:
-            f.write(json.dumps({"step": state.step, **row}) + "\n")
-        self.tracker.metrics(row, step=state.step)
+            f.write(json.dumps({"step": state.step, "time_ms": time_ms, **row}) + "\n")
+        self.tracker.metrics(row, step=state.step, time_ms=time_ms)
 
     def _rate(self, step: int) -> float:
         """Cells per second over the last steps; 0 in the first step of an attempt."""
@@ -141,7 +142,7 @@ class MetricsLog(TrainingCallback):
     def _last_values(self) -> dict[str, float]:
         merged: dict[str, float] = {}
         for row in self._rows():
-            merged |= {k: v for k, v in row.items() if k != "step"}
+            merged |= {k: v for k, v in row.items() if k not in ("step", "time_ms")}
         return merged
 
     def _rows(self) -> Iterator[dict[str, float]]:

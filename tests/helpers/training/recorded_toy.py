@@ -32,7 +32,7 @@ class RecordingTracker(NullTracker):
     def __init__(self, path: Path):
         self.path = path
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+    def metrics(self, values: Mapping[str, float], step: int = 0, *, time_ms: int | None = None) -> None:
         with self.path.open("a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
 

@@ -1,4 +1,4 @@
-"""What Ray is told, and what is made of what it raises. No Ray is started here."""
+"""Options that Ray gets, and what a user sees of its exceptions. No Ray is started here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head on this machine and leaving a cluster, without Ray: what is refused, what is written, which node is drained.
+"""The head on this machine and draining a node, without Ray: what is refused, written, and drained.
 
 With Ray: tests/integration/test_cluster_jobs.py.
 """
@@ -9,12 +9,13 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from pipeline.cluster import head as local_cluster
+from pipeline.cluster import head
 from scldm.errors import InputError
 
 
@@ -28,22 +29,22 @@ def home(tmp_path, monkeypatch):
 
 def remembered(home, **changed) -> None:
     me = psutil.Process()
-    head = {"pid": me.pid, "born": me.create_time(), "root": "/", "port": 1, "dashboard_port": 9, "log": "/tmp/x"}
-    local_cluster.state_file().parent.mkdir(exist_ok=True)
-    local_cluster.state_file().write_text(json.dumps(head | changed))
+    state = {"pid": me.pid, "born": me.create_time(), "root": "/", "port": 1, "dashboard_port": 9, "log": "/tmp/x"}
+    head.state_file().parent.mkdir(exist_ok=True)
+    head.state_file().write_text(json.dumps(state | changed))
 
 
 def test_a_token_is_made_once_and_is_its_owners():
-    first = local_cluster.ensure_token()
+    first = head.ensure_token()
     assert first.stat().st_mode & 0o777 == 0o600
     text = first.read_text()
     assert len(text) == 64
-    assert local_cluster.ensure_token().read_text() == text
+    assert head.ensure_token().read_text() == text
 
 
-def test_the_head_runs_with_a_token_and_time_for_a_checkpoint_and_no_other_clusters_address(monkeypatch):
+def test_the_head_gets_a_token_time_for_a_checkpoint_and_no_other_clusters_address(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
-    env = local_cluster._environment(None)
+    env = head.environment(None)
     assert env["RAY_AUTH_MODE"] == "token"
     assert env["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
     assert env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
@@ -56,26 +57,41 @@ def test_a_port_in_use_is_named_with_its_option():
         s.listen()
         port = s.getsockname()[1]
         with pytest.raises(InputError, match=f"--port={port}"):
-            local_cluster.start(root=None, port=port, dashboard_port=1, temp_dir=None, arguments=[])
+            head.start(root=None, port=port, dashboard_port=1, temp_dir=None, arguments=[])
 
 
 def test_a_pid_that_was_used_again_is_not_our_head(home):
     remembered(home)
-    assert local_cluster.find().pid == os.getpid()
+    assert head.find().pid == os.getpid()
     remembered(home, born=psutil.Process().create_time() - 100)
-    assert local_cluster.find() is None
-    assert "no head runs" in local_cluster.stop(force=False)  # and this process, whose pid stands there, lives on
+    assert head.find() is None
+    assert "no head runs" in head.stop(force=False)  # and this process, whose pid stands there, lives on
 
 
-def test_a_state_that_is_not_ours_is_named(home):
+def test_a_process_that_ends_just_before_it_is_killed_is_no_error(home, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    remembered(home, pid=process.pid, born=psutil.Process(process.pid).create_time())
+    wait = psutil.wait_procs
+
+    def all_left(processes, timeout):
+        wait(processes, timeout=timeout)
+        return [], processes
+
+    monkeypatch.setattr(psutil, "wait_procs", all_left)
+    assert "stopped the head" in head.stop(force=True)
+    assert not psutil.pid_exists(process.pid)
+    assert not head.state_file().exists()
+
+
+def test_an_unknown_state_file_is_named(home):
     remembered(home, colour="red")
     with pytest.raises(InputError, match=r"cluster\.json"):
-        local_cluster.find()
+        head.find()
 
 
-# ---- leaving ------------------------------------------------------------------------------------------------------
+# ---- draining -----------------------------------------------------------------------------------------------------
 class Gcs:
-    """Nodes of a cluster by address; those that were drained are gone at the next look."""
+    """Nodes of a cluster by address; those that were drained are gone the next time they are listed."""
 
     def __init__(self, *addresses: str):
         self.addresses, self.gone = addresses, set()
@@ -110,17 +126,17 @@ def gcs(monkeypatch):
 
 
 def test_this_node_is_drained_as_a_preemption_and_waited_for(gcs):
-    assert "is left" in local_cluster.drain(address="head:6379", seconds=60)
+    assert "has left" in head.drain(address="head:6379", seconds=60)
     (command,) = gcs.commands
     assert command[command.index("--node-id") + 1] == f"{2:056x}"
     assert "DRAIN_NODE_REASON_PREEMPTION" in command
     assert command[-2:] == ["--deadline-remaining-seconds", "60"]
 
 
-def test_draining_where_it_is_not_clear_which_node_is_refused(gcs):
+def test_draining_is_refused_if_the_node_is_not_unique(gcs):
     gcs.addresses = ("10.0.0.2", "10.0.0.2")
     with pytest.raises(InputError, match="2 nodes"):
-        local_cluster.drain(address="head:6379", seconds=60)
+        head.drain(address="head:6379", seconds=60)
     with pytest.raises(InputError, match="RAY_ADDRESS"):
-        local_cluster.drain(address=None, seconds=60)
+        head.drain(address=None, seconds=60)
     assert gcs.commands == []

@@ -1,4 +1,4 @@
-"""What goes to a cluster and what does not, and what is said when one does not answer. No Ray is started here."""
+"""What is sent to a cluster and what is not, and the message if none answers. No Ray is started here."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_exit_code_is_the_jobs(status, driver, code):
     assert submitting.exit_code(info, "id") == code
 
 
-def test_no_cluster_is_said_with_what_to_do(monkeypatch):
+def test_the_message_without_a_cluster_tells_how_to_start_one(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with (
         pytest.raises(InputError, match=r"127\.0\.0\.1:9: start one \(scldm cluster start\)"),
@@ -114,13 +114,14 @@ def test_no_cluster_is_said_with_what_to_do(monkeypatch):
         pass
 
 
-def test_a_missing_token_is_said_with_where_to_put_it(tmp_path, monkeypatch):
+def test_the_message_about_a_missing_token_tells_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    said = submitting._explained("http://head:8265", RuntimeError("status code 401: Unauthorized"))
-    assert "found none" in said
-    assert "~/.ray/auth_token" in said
+    message = submitting.explain("http://head:8265", RuntimeError("status code 401: Unauthorized"))
+    assert "needs a token" in message
+    assert "there is none" in message
+    assert "~/.ray/auth_token" in message
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):
@@ -132,7 +133,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path):
     assert "hunter2" not in str(error.value)
 
 
-def test_a_clusters_mlflow_is_used_where_the_job_names_none(tmp_path, monkeypatch):
+def test_a_clusters_mlflow_is_used_if_the_job_names_none(tmp_path, monkeypatch):
     from pipeline.config.io.loader import load_job
     from pipeline.tracking.tracker import Tracking
 

@@ -1,4 +1,4 @@
-"""Fault points: nothing without the variable; with it the named time, worker and step, and no other."""
+"""A fault triggers at the occurrence, worker and step that it names and at no other; by default none does."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_process_that_is_stopped_answers_nobody_and_does_not_end():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("generate.nowhere:kill", "no fault point 'generate.nowhere'"),
         ("generate.before_recrod:kill", "did you mean 'generate.before_record'?"),
@@ -103,15 +103,15 @@ def test_a_process_that_is_stopped_answers_nobody_and_does_not_end():
         ("generate.before_record:explode", "'explode'"),
         ("generate.before_record:exit=1.5", "'exit=1.5'"),
         ("generate.before_record:kill=9", "'kill=9'"),
-        ("generate.before_record:step=3:kill", "generate.before_record knows no step"),
+        ("generate.before_record:step=3:kill", "generate.before_record has no step"),
     ],
 )
-def test_a_fault_that_cannot_happen_is_refused(text, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_a_fault_that_cannot_happen_is_refused(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         parse(text)
 
 
-def test_all_that_is_wrong_is_said_at_once_by_every_command_with_exit_code_2(monkeypatch):
+def test_every_command_reports_all_problems_together_with_exit_code_2(monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "stage.nowhere:kill,stage.before_run:boom")
     done = CliRunner().invoke(app, ["validate", "jobs/demo.yaml"])
     assert done.exit_code == 2
@@ -120,7 +120,7 @@ def test_all_that_is_wrong_is_said_at_once_by_every_command_with_exit_code_2(mon
     assert "`scldm faults` lists the points" in done.stderr
 
 
-def test_the_command_lists_every_point_also_where_the_variable_is_wrong(monkeypatch):
+def test_the_command_lists_every_point_even_if_the_variable_is_malformed(monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "stage.nowhere:kill")
     done = CliRunner().invoke(app, ["faults", "--json"])
     assert done.exit_code == 0
@@ -131,7 +131,7 @@ def test_the_command_lists_every_point_also_where_the_variable_is_wrong(monkeypa
     assert all(name in text for name in POINTS)
 
 
-def test_a_point_costs_next_to_nothing_where_no_fault_is_asked_for():
+def test_a_point_costs_next_to_nothing_without_an_active_fault():
     arm("")
     began = time.process_time()
     for _ in range(100_000):

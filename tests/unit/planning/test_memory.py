@@ -1,4 +1,4 @@
-"""Memory and arithmetic by formula, against what a step really takes."""
+"""Formulas for memory and arithmetic agree with measured steps."""
 
 from __future__ import annotations
 
@@ -71,26 +71,26 @@ VAES = [
 
 
 @pytest.mark.parametrize(("b", "g", "s", "model"), VAES)
-def test_a_step_of_the_vae_takes_what_the_formula_says_within_a_factor_of_two(monkeypatch, b, g, s, model):
+def test_the_formula_for_a_step_of_the_vae_is_right_within_a_factor_of_two(monkeypatch, b, g, s, model):
     monkeypatch.setattr(decoder, "folds", lambda **_: False)  # as a GPU runs it
     config, cells = VAEConfig.model_validate(model), cells_of(b, g, s)
     vae = VAE(config, n_genes=g)
     measured = peak_of_a_step(lambda: vae(cells), vae)
-    said = vae_activations(config, VaeTrainConfig(), cells=b, n_genes=g, expressed=s)
-    assert 0.5 < said / measured < 2
+    formula = vae_activations(config, VaeTrainConfig(), cells=b, n_genes=g, expressed=s)
+    assert 0.5 < formula / measured < 2
 
 
 @pytest.mark.parametrize(("b", "m", "model"), [(64, 16, {"d_model": 128}), (32, 64, {"d_model": 64, "n_heads": 4})])
-def test_a_step_of_the_flow_takes_what_the_formula_says_within_a_factor_of_two(b, m, model):
+def test_the_formula_for_a_step_of_the_flow_is_right_within_a_factor_of_two(b, m, model):
     config = DiTConfig.model_validate(model)
     dit = DiT(config, n_latent_tokens=m, latent_width=16, n_classes={"a": 5})
     x, t, labels = torch.randn(b, m, 16), torch.rand(b), {"a": torch.zeros(b, dtype=torch.long)}
     measured = peak_of_a_step(lambda: dit(x, t, labels).square(), dit)
-    said = dit_activations(config, FlowTrainConfig(), cells=b, n_latent_tokens=m, latent_width=16)
-    assert 0.5 < said / measured < 2
+    formula = dit_activations(config, FlowTrainConfig(), cells=b, n_latent_tokens=m, latent_width=16)
+    assert 0.5 < formula / measured < 2
 
 
-def test_state_is_divided_as_the_stage_says():
+def test_state_is_partitioned_according_to_the_zero_stage():
     bf16 = TrainConfig(precision="bf16")
     assert [state_bytes(100, bf16, 4, stage=s).device for s in (0, 1, 2, 3)] == [1600, 700, 550, 400]
     assert [state_bytes(100, TrainConfig(), 4, stage=s).device for s in (0, 1, 2, 3)] == [1600, 1000, 700, 400]
@@ -99,7 +99,7 @@ def test_state_is_divided_as_the_stage_says():
     assert state_bytes(100, FlowTrainConfig(), 4, stage=0).device == 2000, "the average is whole on every worker"
 
 
-def test_the_plan_says_which_a100_holds_each_stage():
+def test_the_plan_names_the_a100s_that_hold_each_stage():
     assert fits(30e9) == ["A100 40 GB", "A100 80 GB"]
     assert fits(50e9) == ["A100 80 GB"]
     lines = stage_lines(3_000_000_000, TrainConfig(precision="bf16", zero_stage=2), 8, activations=5e9)
@@ -120,8 +120,8 @@ def test_the_arithmetic_of_a_forward_pass_is_that_of_its_matrix_products(monkeyp
     dit = DiT(DiTConfig(d_model=64), n_latent_tokens=16, latent_width=16, n_classes={"a": 3})
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         dit(torch.randn(b, 16, 16), torch.rand(b), {"a": torch.zeros(b, dtype=torch.long)})
-    said = dit_flops(DiTConfig(d_model=64), n_latent_tokens=16, latent_width=16) * b
-    assert said == pytest.approx(counted.get_total_flops(), rel=0.15)
+    formula = dit_flops(DiTConfig(d_model=64), n_latent_tokens=16, latent_width=16) * b
+    assert formula == pytest.approx(counted.get_total_flops(), rel=0.15)
 
 
 def test_mfu_is_a_share_of_a_peak_that_is_known():

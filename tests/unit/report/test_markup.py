@@ -1,4 +1,4 @@
-"""Row S7: names of strangers in what a browser or MLflow shows. The report: `test_report.py`."""
+"""Row S7: untrusted names in what a browser or MLflow shows. The report is in `test_report.py`."""
 
 from __future__ import annotations
 

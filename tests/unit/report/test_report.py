@@ -115,7 +115,7 @@ def test_extra_candidates_need_names_and_labels_of_their_own():
 
 def test_too_few_cells_of_the_held_out_classes_are_named():
     few = toy(90, 3, classes=("a", "x"))
-    with pytest.raises(EvaluationError, match=r"at least 16 cells a side.* there are 6 generated"):
+    with pytest.raises(EvaluationError, match=r"at least 16 cells .* there are 6 generated"):
         evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=few[:12], labels=["kind"], config=CONFIG)
 
 
@@ -149,7 +149,7 @@ def test_protocols_own_their_settings():
         EvaluateConfig(refits=30, resamples=20)
 
 
-def test_a_protocol_changes_the_space_and_says_what_is_not_known():
+def test_a_protocol_changes_the_space_and_names_what_is_not_known():
     few = {"n_neighbors": 5, "resamples": 5, "refits": 5, "min_class_cells": 15, "umap": False}
     given = {"held_out": toy(60, 0), "training": toy(240, 1), "generated": toy(150, 2), "labels": ["kind"]}
     found = evaluate(**given, config=EvaluateConfig(protocol="paper", **few))
@@ -164,7 +164,7 @@ def test_same_seed_same_numbers(result):
     assert all(result.generated[k].value == s.value for k, s in again.generated.items())
 
 
-def test_missing_classes_and_missing_labels_are_said_aloud():
+def test_missing_classes_and_missing_labels_are_noted():
     lacking = evaluate(
         held_out=toy(60, 0),
         training=toy(240, 1),

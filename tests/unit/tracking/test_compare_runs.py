@@ -1,4 +1,4 @@
-"""Runs are compared by their distance to their own floor, from folders alone or from MLflow, with the same answer."""
+"""Pipelines are compared by the distance of their scores to their own floors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from pipeline.cli.app import app
 from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.tracking.comparison.compare import Side, compare, departure
-from pipeline.tracking.comparison.records import Measured, of_folder
+from pipeline.tracking.comparison.records import Measured, from_folder
 from pipeline.tracking.comparison.text import as_text
 from scldm.errors import InputError
 from scldm.metrics import score as scores
@@ -29,7 +29,7 @@ def stage(root: Path, name: str, version: str, inputs: dict, *, config: dict | N
 def pipeline(
     root: Path, *, layers: int, scores: dict[str, tuple[float, float]], digest: str = "d1", seed: str = ""
 ) -> Path:
-    """A finished line whose scores are name -> (value, floor)."""
+    """A finished pipeline whose scores are name -> (value, floor)."""
     i, v, f, g, e = (f"{x}{seed}0" for x in "ivfge")
     stage(root, "ingest", i, {}, digest=digest, census_version="2025-01-30")
     stage(root, "train_vae", v, {"ingest": i}, metrics={"val/loss": 300.0}, n_parameters=1_000_000)
@@ -53,7 +53,7 @@ def two(tmp_path) -> list[Path]:
 
 
 def sides(folders: list[Path]) -> list[Side]:
-    return [Side(str(f), of_folder(f)) for f in folders]
+    return [Side(str(f), from_folder(f)) for f in folders]
 
 
 def test_the_best_is_the_nearest_to_its_floor_not_the_lowest(two):
@@ -95,13 +95,13 @@ def test_only_settings_that_differ_are_shown_with_their_stage(two):
 def test_a_stage_is_shown_with_the_evaluation_that_was_made_from_it(tmp_path):
     root = pipeline(tmp_path / "a", layers=4, scores={"w2": (2.0, 1.0)})
     pipeline(root, layers=8, scores={"w2": (1.5, 1.0)}, seed="y")
-    older, newer = of_folder(root / "train_flow" / "f0"), of_folder(root / "train_flow" / "fy0")
+    older, newer = from_folder(root / "train_flow" / "f0"), from_folder(root / "train_flow" / "fy0")
     assert [r.version for r in older if r.stage == "evaluate"] == ["e0"]
     assert [r.version for r in newer if r.stage == "evaluate"] == ["ey0"]
-    assert [r.version for r in of_folder(root) if r.stage == "evaluate"] == ["ey0"]  # the newest
+    assert [r.version for r in from_folder(root) if r.stage == "evaluate"] == ["ey0"]  # the newest
 
 
-def test_scores_are_the_key_ones_unless_all_are_asked_for(tmp_path):
+def test_scores_are_the_key_ones_unless_all_are_requested(tmp_path):
     some = {"w2": (2.0, 1.0), "label_recall.cell_type.B cell": (0.9, 0.95)}
     both = sides([pipeline(tmp_path / x, layers=4, scores=some) for x in "ab"])
     assert [r.name for r in compare(both).metrics] == ["w2"]
@@ -109,7 +109,7 @@ def test_scores_are_the_key_ones_unless_all_are_asked_for(tmp_path):
     assert compare(both).metrics[0].best == [0, 1]  # a tie
 
 
-def test_a_side_without_an_evaluation_is_said_and_not_judged(tmp_path, two):
+def test_a_side_without_an_evaluation_is_noted_and_not_judged(tmp_path, two):
     stage(tmp_path / "c", "ingest", "i0", {}, digest="d1")
     found = compare(sides([two[0], tmp_path / "c"]))
     assert found.metrics[0].values == [2.0, None]
@@ -136,11 +136,11 @@ def test_the_command_prints_json(two):
     assert [(r["name"], r["best"]) for r in found["metrics"]] == [("w2", [1]), ("auroc", [0])]
 
 
-def test_all_that_cannot_be_compared_is_said_at_once(tmp_path, two):
+def test_everything_that_cannot_be_compared_is_reported_together(tmp_path, two):
     result = run(two[0], tmp_path / "nothing", tmp_path / "neither")
     assert result.exit_code == 2
     assert str(tmp_path / "nothing") in result.output
     assert str(tmp_path / "neither") in result.output
     assert run(two[0]).exit_code == 2
     with pytest.raises(InputError, match="holds no finished stage"):
-        of_folder(tmp_path)
+        from_folder(tmp_path)

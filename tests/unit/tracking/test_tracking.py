@@ -1,10 +1,9 @@
-"""Tracking keeps every finite number it is given, on a real SQLite store, and costs nothing without a server."""
+"""Tracking delivers every finite number, to a real SQLite store, once; without a server it costs nothing."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from pathlib import Path
 
@@ -13,11 +12,13 @@ import pytest
 from pipeline.config.job import EvaluateJob, TrackingConfig
 from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.tracking import tracker as tracking_module
-from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys
+from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys, mlflow_client
 from pipeline.tracking.provenance import IDS, lineage, read_ids, settings_behind
-from pipeline.tracking.spool import SpooledWriter
-from pipeline.tracking.system_metrics import node_metrics
-from pipeline.tracking.tracker import SPOOL, NullTracker, StageTracker, Tracking, mlflow_client
+from pipeline.tracking.record_log import DRIVER_LOG, WORKER_LOG, RecordLog
+from pipeline.tracking.sender import NotReadyError
+from pipeline.tracking.sync import sync
+from pipeline.tracking.tracker import NullTracker, StageTracker, Tracking
+from scldm.errors import InputError
 
 DEAD = "http://127.0.0.1:9"
 
@@ -33,14 +34,14 @@ def stage_folder(root: Path, version: str = "0a1b2c") -> Path:
     return folder
 
 
-def open_stage(tracking: Tracking, folder: Path) -> StageTracker:
+def open_stage(tracking: Tracking, folder: Path, *, max_steps: int = 3) -> StageTracker:
     facts = {
         "digest": "d1635" * 10, "census_version": "2025-01-30", "n_cells": {"train": 90, "validation": 10, "test": 5},
         "n_genes": 7, "labels": ["cell_type"], "soma_uri": "s3://cells",
     }  # fmt: skip
     config = {"source": {"type": "census"}}
     ingest = Manifest("ingest", "feed12", "/x", config, {}, facts, 1.0, 1.0, {"run_id": "r1"})
-    return tracking.stage("train_vae", folder.name, folder, {"train": {"max_steps": 3}}, {"ingest": ingest})
+    return tracking.stage("train_vae", folder.name, folder, {"train": {"max_steps": max_steps}}, {"ingest": ingest})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +67,7 @@ def test_a_stage_is_a_child_of_its_pipeline_with_params_metrics_tags_and_artifac
     tracker.tag("note!", "hello")
     worker = StageTracker.attach(json.loads(json.dumps(tracker.spec())))
     worker.metrics({"val/loss": 0.5}, step=20)
-    worker.close()  # may be before the run exists: then it waits in the spool
+    worker.close()  # may be before the run exists: then the driver sends it at the end
     tracker.finish()
     tracking.close()
 
@@ -89,10 +90,9 @@ def test_a_stage_is_a_child_of_its_pipeline_with_params_metrics_tags_and_artifac
     assert list((store / "mlartifacts").rglob("config.yaml"))
     assert client.get_run(ids["parent_run_id"]).info.status == "FINISHED"
     assert tracker.ids()["run_id"] == ids["run_id"]
-    assert not (folder / SPOOL).exists()
 
 
-def test_a_run_says_where_it_comes_from(store):
+def test_a_run_tells_its_origin_by_tags_and_note(store):
     """Needs the run of the test before."""
     ids = read_ids(stage_folder(store))
     client = mlflow_client(f"sqlite:///{store}/mlflow.db")
@@ -139,8 +139,7 @@ def test_a_rerun_continues_the_same_runs(store):
     folder = stage_folder(store)
     before = json.loads((folder / IDS).read_text())
     tracking = Tracking.open(job(), store)
-    tracker = open_stage(tracking, folder)
-    tracker.params({"train": {"max_steps": 4}})  # never changed once logged
+    tracker = open_stage(tracking, folder, max_steps=4)  # a param is never changed once logged
     tracker.finish("FAILED")
     tracking.close("FAILED")
     after = json.loads((folder / IDS).read_text())
@@ -151,7 +150,7 @@ def test_a_rerun_continues_the_same_runs(store):
     assert found.info.status == "FAILED"
 
 
-def test_what_a_dead_server_missed_arrives_later(store):
+def test_the_next_attempt_sends_what_a_dead_server_missed(store):
     folder = stage_folder(store, "dead00")
     dead = Tracking.open(job(DEAD), store)
     tracker = open_stage(dead, folder)
@@ -162,55 +161,126 @@ def test_what_a_dead_server_missed_arrives_later(store):
     tracker.finish()
     dead.close()
     assert time.monotonic() - began < 20
-    spooled = [json.loads(line) for line in (folder / SPOOL).read_text().splitlines()]
-    assert sum(r["kind"] == "metrics" for r in spooled) == 1000
     assert tracker.ids() == {}
 
     alive = Tracking.open(job(), store)
     open_stage(alive, folder).finish()
     alive.close()
-    assert not (folder / SPOOL).exists()
-    ids = json.loads((folder / IDS).read_text())
-    assert len(mlflow_client(ids["uri"]).get_metric_history(ids["run_id"], "train/loss")) == 1000
+    assert steps(store, folder) == list(range(1000))
 
 
-class Stuck:
-    """A service that accepts and never answers."""
-
-    def __init__(self, folder: Path) -> None:
-        self.name, self.spool = "stuck", folder / SPOOL
-
-    def spools(self):
-        return []
-
-    def send(self, records):
-        time.sleep(60)
-
-
-def test_a_server_that_never_answers_holds_nobody_up(tmp_path):
-    writer = SpooledWriter(capacity=100)
-    target = Stuck(tmp_path)
-    began = time.monotonic()
-    for i in range(50):
-        writer.put(target, {"kind": "metrics", "value": i})
-    writer.close(seconds=0.5)
-    assert time.monotonic() - began < 2
-    spooled = [json.loads(line)["value"] for line in (tmp_path / SPOOL).read_text().splitlines()]
-    assert sorted(spooled) == list(range(50))
+def test_the_driver_sends_what_a_killed_worker_left_on_disk(store):
+    folder = stage_folder(store, "kill00")
+    driver = Tracking.open(job(), store)
+    tracker = open_stage(driver, folder)
+    worker = RecordLog(folder / WORKER_LOG)  # what the worker wrote; it never reached the server
+    worker.append({"kind": "tag", "value": {"scldm.world_size": "2"}, "at": 1})
+    rows = [{"step": n, "time_ms": 1000 + n, "train/loss": 1.0 / n} for n in (10, 20, 30)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "tra')
+    tracker.finish("FAILED")
+    driver.close("FAILED")
+    run_id = read_ids(folder)["run_id"]
+    client = mlflow_client(f"sqlite:///{store}/mlflow.db")
+    history = client.get_metric_history(run_id, "train/loss")
+    assert [(m.step, m.timestamp, m.value) for m in history] == [(n, 1000 + n, 1.0 / n) for n in (10, 20, 30)]
+    assert client.get_run(run_id).data.tags["scldm.world_size"] == "2"
 
 
-def test_a_flood_is_bounded_and_counted(tmp_path):
-    writer = SpooledWriter(capacity=10)
-    target = Stuck(tmp_path)
-    for i in range(500):
-        writer.put(target, {"kind": "metrics", "value": i})
-    assert 400 < writer.dropped < 500
-    writer.close(seconds=0.1)
+def test_a_worker_ignores_the_run_of_an_earlier_attempt_on_another_server(tmp_path):
+    folder = stage_folder(tmp_path)
+    (folder / IDS).write_text(json.dumps({"run_id": "0" * 32, "uri": "sqlite:///elsewhere.db"}))
+    worker = StageTracker.attach({"folder": str(folder), "uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    with pytest.raises(NotReadyError):
+        worker.deliver([], replay=True)
+    worker.close()
+
+
+def test_a_server_gets_what_cannot_be_written_to_a_full_disk(store):
+    folder = stage_folder(store, "full00")
+    (folder / DRIVER_LOG).mkdir()  # as unwritable as a full disk
+    tracking = Tracking.open(job(), store)
+    tracker = open_stage(tracking, folder)
+    for step in range(20):
+        tracker.metrics({"train/loss": 1.0}, step=step)
+    tracker.finish()
+    tracking.close()
+    assert steps(store, folder) == list(range(20))
+    run = mlflow_client(f"sqlite:///{store}/mlflow.db").get_run(read_ids(folder)["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"train.max_steps": "3"}
+
+
+def test_a_stage_that_logs_the_same_again_leaves_its_points_once(store):
+    folder = stage_folder(store, "again0")
+    for _ in range(2):
+        tracking = Tracking.open(job(), store)
+        tracker = open_stage(tracking, folder)
+        tracker.metrics({"encode/train_cells": 90.0}, step=0)
+        tracker.finish()
+        tracking.close()
+    client = mlflow_client(f"sqlite:///{store}/mlflow.db")
+    assert len(client.get_metric_history(read_ids(folder)["run_id"], "encode/train_cells")) == 1
+
+
+def test_sync_sends_a_whole_run_to_another_store_and_nothing_the_second_time(store, tmp_path):
+    folder = stage_folder(store, "dead00")
+    other = f"sqlite:///{tmp_path}/other.db"
+    done = sync(folder, other)
+    assert [s.problem for s in done] == [""] * len(done)
+    assert done[0].sent["points"] == 1000
+    assert mlflow_client(other).get_run(done[0].run_id).info.status == "FINISHED"
+    assert [s.sent for s in sync(folder, other)] == [{}]
+
+
+def test_sync_delivers_what_version_0_1_0_left_and_removes_it(store, tmp_path):
+    folder = stage_folder(store, "old000")
+    tracking = Tracking.open(job(), store)
+    open_stage(tracking, folder).finish()
+    tracking.close()
+    start = mlflow_client(f"sqlite:///{store}/mlflow.db").get_run(read_ids(folder)["run_id"]).info.start_time
+    old = [
+        {"kind": "metrics", "value": {"train/loss": 0.5}, "at": start + 5000, "step": 10},
+        {"kind": "system", "value": {"system/cpu_utilization_percentage": 50.0}, "at": start + 15_000},
+        {"kind": "params", "value": {"train.seed": "1"}, "at": start},
+    ]
+    spool = folder / ".mlflow_spool.worker.jsonl.host-17-0"
+    spool.write_text("".join(json.dumps(record) + "\n" for record in old))
+    other = sync(folder, f"sqlite:///{tmp_path}/other.db")
+    assert other[0].problem == ""
+    assert spool.exists(), "its own store has not got it"
+    (done,) = sync(folder)
+    assert done.sent == {"points": 2, "params": 1}
+    assert "0.1.0" in done.text()
+    assert spool.name in done.text()
+    assert not spool.exists()
+    client = mlflow_client(done.uri)
+    assert [m.step for m in client.get_metric_history(done.run_id, "system/cpu_utilization_percentage")] == [15]
+    assert sync(folder)[0].sent == {}
+
+
+def test_sync_ends_the_run_of_a_stage_whose_driver_died_after_the_manifest(store):
+    folder = stage_folder(store, "done00")
+    tracking = Tracking.open(job(), store)
+    open_stage(tracking, folder)
+    tracking.close("KILLED")
+    write_manifest(Manifest("train_vae", "done00", str(folder), {}, {}, {}, 1.0, 1234.5))
+    (done, *_) = sync(folder)
+    info = mlflow_client(done.uri).get_run(done.run_id).info
+    assert (info.status, info.end_time) == ("FINISHED", 1_234_500)
+
+
+def test_sync_of_a_folder_that_was_never_tracked_names_what_to_give(tmp_path):
+    with pytest.raises(InputError, match="runs/demo"):
+        sync(tmp_path)
+
+
+def steps(store: Path, folder: Path) -> list[int]:
+    client = mlflow_client(f"sqlite:///{store}/mlflow.db")
+    return [m.step for m in client.get_metric_history(read_ids(folder)["run_id"], "train/loss")]
 
 
 def test_the_null_tracker_has_the_same_methods():
     null = NullTracker()
-    null.params({"a": 1})
     null.metrics({"a": float("nan")}, step=1)
     null.finish("FAILED")
     assert isinstance(StageTracker.attach(null.spec()), NullTracker)
@@ -239,29 +309,3 @@ def test_keys_that_would_become_one_stay_apart():
     keys = {clean_key("x" * 300 + end) for end in "ab"}
     assert {len(k) for k in keys} == {250}
     assert len(keys) == 2
-
-
-def test_a_machine_is_sampled_through_the_tracker(tmp_path):
-    class Told(NullTracker):
-        def __init__(self):
-            self.values = []
-
-        def system(self, values):
-            self.values.append(values)
-
-    tracker = Told()
-    with node_metrics({"folder": str(tmp_path), "uri": DEAD}, tracker, rank=0, interval=0.05):
-        time.sleep(0.5)
-    n = len(tracker.values)
-    assert n >= 3
-    assert 0 <= tracker.values[0]["system/cpu_utilization_percentage"] <= 100
-    assert tracker.values[0]["system/system_memory_usage_megabytes"] > 100
-    time.sleep(0.2)
-    assert len(tracker.values) == n  # it ends with the training
-
-
-def test_one_process_of_a_machine_samples_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    before = threading.active_count()
-    with node_metrics({"folder": str(tmp_path), "uri": DEAD}, NullTracker(), rank=3):
-        assert threading.active_count() == before

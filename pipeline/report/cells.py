@@ -1,6 +1,6 @@
-"""Who is compared with whom: cells by the role they play, cut to the number and composition of the held-out ones.
+"""Assign cells their roles in an evaluation, subsampled to the number and composition of the held-out ones.
 
-Neither sample size nor composition is then taken for a fault of the cells.
+Otherwise a difference in sample size or composition would count as a defect of the cells.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from scldm.metrics.cell_set import CellSet, shown
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.from_anndata import EvaluationError, cell_set
 
-SHORT_NAMED = 5  # classes named in a note
-MIN_CELLS = 16  # a side: halves of fewer have too few neighbours and folds
+MAX_NAMED = 5  # classes named in a note
+MIN_CELLS = 16  # of each side: halves of fewer have too few neighbors and folds
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Cells by the role they play."""
+class EvaluationCells:
+    """Cells by their role in an evaluation."""
 
     real: CellSet  # held out
-    reference: CellSet  # training cells that fit the label classifiers and the baselines, and the space unless told so
+    reference: CellSet  # training cells to fit label classifiers and baselines, and by default the PCA space
     floor: CellSet  # other training cells, as many as held out
     generated: CellSet  # as many as held out, of the same composition
     all_generated: CellSet
-    extra: Mapping[str, CellSet]  # candidates besides, cut like the generated ones
+    extra: Mapping[str, CellSet]  # further candidates, subsampled like the generated cells
     given: tuple[str, ...]  # labels that every generated cell has
     notes: tuple[str, ...]
     space: RealSpace
 
 
-def split_parts(
+def select_cells(
     held_out: AnnData,
     training: AnnData,
     generated: AnnData,
@@ -45,8 +45,11 @@ def split_parts(
     labels: Sequence[str],
     config: EvaluateConfig,
     rng: np.random.Generator,
-) -> Parts:
-    """Give every cell its role. Classes that are short of cells are named in the notes."""
+) -> EvaluationCells:
+    """Assign every cell its role. Classes with too few cells are named in the notes.
+
+    Arguments are those of `pipeline.report.evaluation.evaluate`.
+    """
     _check(held_out, {"training": training, "generated": generated, **extra}, labels)
     real, train, made = (cell_set(a, labels) for a in (held_out, training, generated))
     others = {name: cell_set(a, labels) for name, a in extra.items()}
@@ -57,15 +60,15 @@ def split_parts(
     _check_extra(others, given)
     wanted = real.crossed(given)
     chosen, selections = {}, {}
-    for what, cells in {"generated": made, "training (floor)": train, **others}.items():
+    for role, cells in {"generated": made, "training (floor)": train, **others}.items():
         selection = select_like(cells.crossed(given), wanted, rng)
-        chosen[what], selections[what] = cells[selection.indices], selection
-        notes += _short(what, selection)
+        chosen[role], selections[role] = cells[selection.indices], selection
+        notes += _missing_cells(role, selection)
     _check_numbers(real, chosen)
     rest = np.setdiff1d(np.arange(train.n_cells), selections["training (floor)"].indices)
     reference = train[rest]
     space = fit_space(real if config.space_from == "held_out" else reference, config)
-    return Parts(
+    return EvaluationCells(
         real,
         reference,
         chosen.pop("training (floor)"),
@@ -79,17 +82,18 @@ def split_parts(
 
 
 def fit_space(cells: CellSet, config: EvaluateConfig) -> RealSpace:
+    """Fit the PCA space of the distances."""
     return RealSpace.fit(
         cells.counts, n_top_genes=config.n_top_genes, n_pcs=config.n_pcs, seed=config.seed, gene_rule=config.gene_rule
     )
 
 
-def _short(what: str, selection: Selection) -> list[str]:
+def _missing_cells(role: str, selection: Selection) -> list[str]:
     if not selection.short:
         return []
-    named = ", ".join(f"{shown(k)} ({v})" for k, v in sorted(selection.short.items())[:SHORT_NAMED])
-    more = f" and {len(selection.short) - SHORT_NAMED} more" if len(selection.short) > SHORT_NAMED else ""
-    return [f"Too few {what} cells to match the held-out composition, missing: {named}{more}."]
+    named = ", ".join(f"{shown(k)} ({v})" for k, v in sorted(selection.short.items())[:MAX_NAMED])
+    more = f" and {len(selection.short) - MAX_NAMED} more" if len(selection.short) > MAX_NAMED else ""
+    return [f"Too few {role} cells to match the held-out composition, missing: {named}{more}."]
 
 
 def _check(held_out: AnnData, others: Mapping[str, AnnData], labels: Sequence[str]) -> None:
@@ -113,10 +117,10 @@ def _check(held_out: AnnData, others: Mapping[str, AnnData], labels: Sequence[st
 def _check_numbers(real: CellSet, chosen: Mapping[str, CellSet]) -> None:
     few = {name: c.n_cells for name, c in {"held-out": real, **chosen}.items() if c.n_cells < MIN_CELLS}
     if few:
-        said = ", ".join(f"{n} {name}" for name, n in few.items())
+        counts = ", ".join(f"{n} {name}" for name, n in few.items())
         raise EvaluationError(
-            f"an evaluation needs at least {MIN_CELLS} cells a side, of the classes of the held-out ones; there are "
-            f"{said}"
+            f"an evaluation needs at least {MIN_CELLS} cells on each side, of the classes of the held-out ones; "
+            f"there are {counts}"
         )
 
 
@@ -126,5 +130,7 @@ def _check_extra(extra: Mapping[str, CellSet], given: Sequence[str]) -> None:
         for name, cells in extra.items()
     }
     if any(bad.values()):
-        said = "; ".join(f"{name} lacks {', '.join(found)}" for name, found in bad.items() if found)
-        raise EvaluationError(f"extra candidates need the labels that the generated cells have, for every cell: {said}")
+        lacking = "; ".join(f"{name} lacks {', '.join(found)}" for name, found in bad.items() if found)
+        raise EvaluationError(
+            f"extra candidates need the labels that the generated cells have, for every cell: {lacking}"
+        )
