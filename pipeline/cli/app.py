@@ -87,12 +87,13 @@ def run(job: JobFile, overrides: Overrides = None) -> None:
     Example: `scldm run jobs/demo.yaml train_vae.train.max_steps=50`
     """
     with reported():
-        loaded = load(job, overrides)
+        from pipeline.config.io.loader import load_job
         from pipeline.workflow.runner import output_lines, run_job
 
+        loaded = load_job(job, overrides or [])
         _stop_on_sigterm()
         run_job(loaded, job, overrides or [])
-        for line in output_lines(loaded):
+        for line in output_lines(loaded, job):
             typer.echo(line)
 
 
@@ -120,16 +121,19 @@ def plan(
     Example: `scldm plan jobs/demo.yaml train_vae.train.max_steps=20`
     """
     with reported():
-        loaded = load(job, overrides)
+        from pipeline.config.io.loader import load_job
         from pipeline.planning.plan import plan as describe
         from pipeline.planning.plan import plan_data
+        from pipeline.workflow.schedule import resolve
+
+        resolved = resolve(load_job(job, overrides or []), job)
 
         if as_json:
             import json
 
-            typer.echo(json.dumps(plan_data(loaded), indent=1))
+            typer.echo(json.dumps(plan_data(resolved), indent=1))
         else:
-            typer.echo(describe(loaded))
+            typer.echo(describe(resolved))
 
 
 @runs.command("list")

@@ -7,9 +7,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.config.job import JobBase
 
 from scldm.errors import InputError
 
@@ -48,7 +51,12 @@ def _say_failure(error: Exception) -> None:
     typer.echo(f"{text}\n  log: {log}", err=True)
 
 
-def load(job: Path, overrides: list[str] | None) -> Any:
+def load(job: Path, overrides: list[str] | None) -> JobBase:
+    """Load a job file and check its settings, without looking at inputs and outputs.
+
+    Raises:
+        InputError: The job is invalid.
+    """
     from pipeline.config.io.loader import load_job
     from pipeline.workflow.preflight import check_settings
 

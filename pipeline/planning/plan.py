@@ -6,7 +6,7 @@ Reads manifests and headers of files; starts nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from pipeline.config.job import (
     TrainConfig,
     TrainFlowConfig,
     TrainVaeConfig,
-    stage_configs,
 )
 from pipeline.core.manifest import Manifest, newest_manifest
 from pipeline.core.text import human, table
 from pipeline.planning import sizes
 from pipeline.planning.generation import generation_lines
 from pipeline.planning.memory import stage_lines, state_bytes
-from pipeline.workflow.schedule import Step, command_for, look_ahead, pipeline_folder
+from pipeline.workflow.schedule import ResolvedJob, Step, command_for
 
 UNKNOWN = "unknown"
 
@@ -34,50 +33,49 @@ class Decision:
     stage: str
     version: str  # empty if it depends on an earlier stage that has not run
     state: str  # "done", "will run", or "needs <stage>, …"
-    why: str
+    reason: str
 
 
-def plan(job: JobBase) -> str:
+def plan(resolved: ResolvedJob) -> str:
     """Return a table of a job's stages, then the size of each."""
-    found, size_lines = _decisions(job)
-    rows = [("stage", "version", "state", "why"), *((d.stage, d.version, d.state, d.why) for d in found)]
+    found, size_lines = _decisions(resolved)
+    rows = [("stage", "version", "state", "why"), *((d.stage, d.version, d.state, d.reason) for d in found)]
     todo = [d for d in found if d.state == "will run"]
     waiting = any(d.state.startswith("needs") for d in found)
-    lines = [f"{job.name}: writes to {pipeline_folder(job)}", "", table(rows), "", *size_lines]
+    lines = [f"{resolved.job.name}: writes to {resolved.folder}", "", table(rows), "", *size_lines]
     lines += ["", f"{len(todo)} of {len(found)} stages will run" if todo or waiting else "nothing to do"]
     return "\n".join(lines)
 
 
-def plan_data(job: JobBase) -> dict[str, Any]:
+def plan_data(resolved: ResolvedJob) -> dict[str, Any]:
     """Return the plan for a script: name, folder, stages (stage, version, state, why), and the lines on sizes."""
-    found, size_lines = _decisions(job)
+    found, size_lines = _decisions(resolved)
     return {
-        "name": job.name,
-        "folder": str(pipeline_folder(job)),
-        "stages": [asdict(d) for d in found],
+        "name": resolved.job.name,
+        "folder": str(resolved.folder),
+        "stages": [{"stage": d.stage, "version": d.version, "state": d.state, "why": d.reason} for d in found],
         "sizes": [line.strip() for line in size_lines if line.strip()],
     }
 
 
-def _decisions(job: JobBase) -> tuple[list[Decision], list[str]]:
-    steps, missing = look_ahead(job)
-    decided = {s.stage: s for s in steps}
-    lacking = [m.stage for m in missing]
+def _decisions(resolved: ResolvedJob) -> tuple[list[Decision], list[str]]:
+    decided = {s.stage: s for s in resolved.steps}
+    lacking = [m.stage for m in resolved.missing]
     found = []
-    for stage in stage_configs(job):
+    for stage in resolved.configs:
         step = decided.get(stage)
         if step is None:
-            needs, first = ", ".join(lacking), "; ".join(map(command_for, lacking))
+            needs, first = ", ".join(lacking), "; ".join(command_for(s, resolved.source) for s in lacking)
             found.append(Decision(stage, "", f"needs {needs}", f"first: {first}"))
         else:
-            found.append(Decision(stage, step.version, "done" if step.done else "will run", step.why))
-    return found, _sizes(job, decided, pipeline_folder(job))
+            found.append(Decision(stage, step.version, "done" if step.done else "will run", step.reason))
+    return found, _sizes(resolved, decided)
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------
-def _sizes(job: JobBase, decided: dict[str, Step], folder: Path) -> list[str]:
+def _sizes(resolved: ResolvedJob, decided: dict[str, Step]) -> list[str]:
     """Return one or more lines for each stage of the job that takes steps, memory or disk."""
-    configs: dict[str, Any] = dict(stage_configs(job))
+    job, folder, configs = resolved.job, resolved.folder, dict[str, Any](resolved.configs)
     data = sizes.data_facts(_manifest("ingest", decided, folder), configs.get("ingest"))
     vae = _config("train_vae", TrainVaeConfig, configs, decided, folder)
     n_cells = sum(data.n_cells.values()) if data.n_cells is not None else None

@@ -25,14 +25,15 @@ from pipeline.core.logs import setup_logging
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, write_manifest
 from pipeline.stages.registry import stage_function
 from pipeline.tracking.tracker import StageTracker, Tracking
-from pipeline.workflow.preflight import check_against_data, check_settings
+from pipeline.workflow.preflight import check_against_data
 from pipeline.workflow.schedule import (
+    ResolvedJob,
     Step,
     command_for,
     in_ray_package,
     output_root,
     pipeline_folder,
-    schedule,
+    resolve,
 )
 from scldm.errors import InputError
 from scldm.generation.request import Request
@@ -64,40 +65,41 @@ def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()
         overrides: The `a.b=c` settings that were applied to it, for the record.
     """
     setup_logging(stage=job.name)
-    check_settings(job)
-    steps = schedule(job)
-    run = JobRun(job, steps, f"{source_path} {' '.join(overrides)}")
+    resolved = resolve(job, source_path)
+    resolved.require_inputs()
+    run = JobRun(resolved, overrides)
     if in_ray_package(Path.cwd()):
-        log.info("running in Ray's temporary copy of the code; output goes to %s", pipeline_folder(job))
-    for step in steps:
+        log.info("running in Ray's temporary copy of the code; output goes to %s", resolved.folder)
+    for step in resolved.steps:
         decision = "will run" if step.done is None else "done before"
-        log.info("%s %s %s (%s)", step.stage, step.version, decision, step.why)
-    if run.todo:
+        log.info("%s %s %s (%s)", step.stage, step.version, decision, step.reason)
+    if resolved.todo:
         run.run()
     else:
-        finished = f"all {len(steps)} stages are" if len(steps) > 1 else f"{steps[0].stage} is"
-        log.info("nothing to do: %s finished", finished)
-    return list(run.todo)
+        stages = list(resolved.configs)
+        log.info("nothing to do: %s finished", f"all {len(stages)} stages are" if stages[1:] else f"{stages[0]} is")
+    return list(resolved.todo)
 
 
 class JobRun:
     """A job in progress: its decided stages, the manifests made so far, and the request of generate.
 
     Args:
-        source: The job file and the overrides, for the record.
+        resolved: The job.
+        overrides: The settings of the command line, for the record.
 
     Raises:
         InputError: Data that were ingested before lack what the job needs.
     """
 
-    def __init__(self, job: JobBase, steps: Sequence[Step], source: str) -> None:
-        self.job, self.steps, self.source = job, steps, source
-        self.todo = {s.stage: s.config for s in steps if s.done is None}
+    def __init__(self, resolved: ResolvedJob, overrides: Sequence[str]) -> None:
+        self.job, self.steps, self.todo = resolved.job, resolved.steps, resolved.todo
+        self.source = f"{resolved.source} {' '.join(overrides)}"
         self.manifests: dict[str, Manifest] = {}
         self.request: Request | None = None
-        known = next((s.inputs["ingest"] for s in steps if s.done is None and "ingest" in s.inputs), None)
-        if known is not None and known.facts:
-            self.request = check_against_data(self.todo, known)
+        inputs = [s.inputs["ingest"] for s in self.steps if s.done is None and "ingest" in s.inputs]
+        if inputs and inputs[0].facts:
+            self.request = check_against_data(self.todo, inputs[0])
 
     def run(self) -> None:
         """Run all stages in order."""
@@ -190,7 +192,7 @@ def _reported(step: Step, tracker: StageTracker) -> Iterator[None]:
 
 
 # ---- at the end --------------------------------------------------------------------------------------------------
-def output_lines(job: JobBase) -> list[str]:
+def output_lines(job: JobBase, source: Path) -> list[str]:
     """Return lines that say where the outputs of a finished job are and which command comes next."""
     folder = pipeline_folder(job)
     stages = list(stage_configs(job))
@@ -204,4 +206,4 @@ def output_lines(job: JobBase) -> list[str]:
     if stages[-1] in REAL_CELL_STAGES:
         return [*lines, f"next              scldm cells head {made[stages[-1]].folder}"]
     following = [s for s in STAGES[STAGES.index(stages[-1]) + 1 :] if s not in made]
-    return [*lines, f"next              {command_for(following[0])}"] if following else lines
+    return [*lines, f"next              {command_for(following[0], source)}"] if following else lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pipeline.config.input_paths import input_identities
 from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
 from pipeline.core.nested import changed_settings
+from pipeline.workflow.preflight import check_settings
 from scldm.config import StrictModel
 from scldm.errors import InputError
 
@@ -33,7 +34,7 @@ class Step:
     folder: Path
     inputs: Mapping[str, Manifest]  # only version and folder are set for stages that have not run yet
     done: Manifest | None
-    why: str  # reason for running, or how long the finished run took
+    reason: str  # for running, or how long the finished run took
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,28 @@ class Missing:
 
     stage: str
     needed_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job whose settings were checked and whose stages were decided, made once and handed on."""
+
+    job: JobBase
+    source: Path  # the job file
+    folder: Path  # of the pipeline
+    configs: Mapping[str, StrictModel]  # stage -> settings, in the order of the stages
+    steps: tuple[Step, ...]  # the stages that can be decided
+    missing: tuple[Missing, ...]  # what must be made first for the others
+
+    @property
+    def todo(self) -> dict[str, StrictModel]:
+        """Return the settings of the stages that will run."""
+        return {s.stage: s.config for s in self.steps if s.done is None}
+
+    def require_inputs(self) -> None:
+        """Raise InputError if inputs of the job do not exist; all of them are named."""
+        if self.missing:
+            raise InputError(_missing_message(self.missing, self.folder, self.source))
 
 
 def in_ray_package(folder: Path) -> bool:
@@ -72,22 +95,25 @@ def pipeline_folder(job: JobBase) -> Path:
     return output_root(job) / job.name
 
 
-def schedule(job: JobBase) -> list[Step]:
-    """Decide every stage of a job.
+def resolve(job: JobBase, source: str | Path = "") -> ResolvedJob:
+    """Check the settings of a job and decide as many of its stages as possible.
+
+    Args:
+        job: A validated job.
+        source: Its file, for messages.
 
     Raises:
-        InputError: Inputs do not exist; all of them are named.
+        InputError: Settings contradict each other, or named input files do not exist.
     """
-    steps, missing = look_ahead(job)
-    if missing:
-        raise InputError(missing_message(missing, pipeline_folder(job)))
-    return steps
-
-
-def look_ahead(job: JobBase) -> tuple[list[Step], list[Missing]]:
-    """Decide as many stages as possible, and return what is missing for the others."""
-    folder = pipeline_folder(job)
+    check_settings(job)
     configs = stage_configs(job)
+    steps, missing = _decide_all(job, Path(source), pipeline_folder(job), configs)
+    return ResolvedJob(job, Path(source), pipeline_folder(job), configs, tuple(steps), tuple(missing))
+
+
+def _decide_all(
+    job: JobBase, source: Path, folder: Path, configs: Mapping[str, StrictModel]
+) -> tuple[list[Step], list[Missing]]:
     steps: dict[str, Step] = {}
     lacking: dict[str, list[str]] = {}
     for stage, config in configs.items():
@@ -98,7 +124,7 @@ def look_ahead(job: JobBase) -> tuple[list[Step], list[Missing]]:
         inputs = {**made, **{k: m for k, m in found.items() if m is not None}}
         if len(inputs) < len(needs(stage, config)):
             continue
-        _check_lineage(stage, inputs)
+        _check_lineage(stage, inputs, source)
         steps[stage] = _decide(job, folder, stage, config, inputs, steps)
     for need in reversed(STAGES):  # a missing stage has inputs of its own, which may be missing too
         for deeper in NEEDS[need] if need in lacking else ():
@@ -123,11 +149,11 @@ def _decide(
     done = read_manifest(own)
     if done is None:
         rerun = [s for s in inputs if s in steps and steps[s].done is None]
-        why = _why(stage, config, inputs, rerun, newest_manifest(folder, stage))
-        why = f"goes on where it stopped: {why}" if own.exists() else why
+        reason = _reason(stage, config, inputs, rerun, newest_manifest(folder, stage))
+        reason = f"resumes where it stopped: {reason}" if own.exists() else reason
     else:
-        why = f"finished in {done.seconds:.0f} s"
-    return Step(stage, config, version, own, inputs, done, why)
+        reason = f"finished in {done.seconds:.0f} s"
+    return Step(stage, config, version, own, inputs, done, reason)
 
 
 def _as_input(step: Step) -> Manifest:
@@ -169,35 +195,39 @@ def _named(path: str, stage: str) -> Manifest:
     return manifest
 
 
-def _check_lineage(stage: str, inputs: Mapping[str, Manifest]) -> None:
+def _check_lineage(stage: str, inputs: Mapping[str, Manifest], source: Path) -> None:
     """Check that the inputs of a stage were made from each other: latents of one VAE mean nothing to another."""
     for name, manifest in inputs.items():
         for parent, version in manifest.inputs.items():
             if parent in inputs and inputs[parent].version != version:
                 raise InputError(
                     f"{stage}: {name} {manifest.version} was made from {parent} {version}, but this job takes "
-                    f"{parent} {inputs[parent].version}. Make {name} again ({command_for(name)}), or name the older "
-                    f"one: inputs.{parent}={Path(inputs[parent].folder).parent / version}"
+                    f"{parent} {inputs[parent].version}. Make {name} again ({command_for(name, source)}), or name the "
+                    f"older one: inputs.{parent}={Path(inputs[parent].folder).parent / version}"
                 )
 
 
-def missing_message(missing: list[Missing], folder: Path) -> str:
+def _missing_message(missing: Sequence[Missing], folder: Path, source: Path) -> str:
     """Name all missing stages, where they were looked for, and the commands that make them."""
     lines = [f"{len(missing)} input{'s' if len(missing) > 1 else ''} of this job must be made first:"]
     for m in missing:
         lines.append(f"  {m.stage}: needed by {', '.join(m.needed_by)}; none under {folder / m.stage}")
     lines.append("Run, in this order, with the same `name` and `output`:")
-    lines += [f"  {command_for(m.stage)}" for m in missing]
+    lines += [f"  {command_for(m.stage, source)}" for m in missing]
     lines.append("or name a finished one: inputs.<stage>=<folder>")
     return "\n".join(lines)
 
 
-def command_for(stage: str) -> str:
-    return f"scldm run jobs/{stage}.yaml"
+def command_for(stage: str, source: Path) -> str:
+    """Return the command that makes a stage: its job file next to the given one, or in jobs/, if there is one."""
+    for path in (source.parent / f"{stage}.yaml", Path("jobs") / f"{stage}.yaml"):
+        if path.is_file():
+            return f"scldm run {path}"
+    return f"scldm run JOB.yaml, a job file of kind: {stage}"
 
 
 # ---- reasons -----------------------------------------------------------------------------------------------------
-def _why(
+def _reason(
     stage: str, config: StrictModel, inputs: Mapping[str, Manifest], rerun: list[str], before: Manifest | None
 ) -> str:
     """Explain why a stage must run, compared with the last time that it finished."""

@@ -45,7 +45,7 @@ def test_a_job_without_its_inputs_exits_with_2_and_writes_nothing(job):
     Path(job).write_text("kind: encode\nname: demo\n")
     result = cli.invoke(app, ["run", job])
     assert result.exit_code == 2
-    assert "scldm run jobs/train_vae.yaml" in result.stderr
+    assert "a job file of kind: train_vae" in result.stderr
     assert os.listdir() == ["job.yaml"]
 
 

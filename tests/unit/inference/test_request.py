@@ -7,7 +7,14 @@ import pytest
 
 from pipeline.config.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
 from pipeline.core.manifest import Manifest
-from pipeline.inference.request import check_choice, n_shards, read_request
+from pipeline.inference.request import (
+    REQUEST,
+    check_choice,
+    n_shards,
+    read_request,
+    record_request,
+    recorded_request,
+)
 from pipeline.planning.generation import generation_lines
 from pipeline.planning.sizes import DataFacts
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
@@ -176,3 +183,25 @@ def test_a_range_of_actors_must_be_one():
     with pytest.raises(ValueError, match=r"min \(3\) must not be more than max \(2\)"):
         ResourcesConfig(actors={"min": 3, "max": 2})
     assert (ResourcesConfig(actors=5).actors_min, ResourcesConfig(actors=5).actors_max) == (1, 5)
+
+
+def test_a_request_is_recorded_and_read_back(tmp_path):
+    resolved = request(**{"cells": [{"cell_type": "B", "n_cells": 3, "guidance": 2.0}]})
+    assert recorded_request(tmp_path) is None
+    record_request(tmp_path, resolved)
+    assert recorded_request(tmp_path) == resolved
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"digest": "x", "rows": []}', '{"rows": 3}'])
+def test_a_damaged_record_of_a_request_is_an_error(tmp_path, damage):
+    (tmp_path / REQUEST).write_text(damage)
+    with pytest.raises(InputError, match="is damaged"):
+        recorded_request(tmp_path)
+
+
+def test_a_table_is_parsed_again_if_it_changes(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("cell_type,n_cells\nB,3\n")
+    assert request(**{"conditions": str(path)}).n_cells == 3
+    path.write_text("cell_type,n_cells\nB,12\n")
+    assert request(**{"conditions": str(path)}).n_cells == 12

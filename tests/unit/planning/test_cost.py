@@ -11,6 +11,7 @@ import torch
 from pipeline.config.io.loader import load_job
 from pipeline.planning import cost
 from pipeline.planning.plan import plan
+from pipeline.workflow.schedule import resolve
 from scldm.flow.config import SamplerConfig, Solver
 from scldm.flow.solvers import solve_ode
 from scldm.nn.config import DiTConfig, VAEConfig
@@ -60,8 +61,8 @@ def test_encoding_is_less_than_half_a_forward_pass():
 def test_plan_shows_gpu_hours_of_a_job_on_gpus_and_none_on_cpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = ROOT / "jobs" / "train_vae.yaml"
-    assert "GPU hours" not in plan(load_job(job))
-    text = plan(load_job(job, ["resources={workers: 4, gpus_per_worker: 1}"]))
+    assert "GPU hours" not in plan(resolve(load_job(job)))
+    text = plan(resolve(load_job(job, ["resources={workers: 4, gpus_per_worker: 1}"])))
     assert "not measured on an A100" in next(line for line in text.splitlines() if "GPU hours" in line)
 
 

@@ -91,7 +91,7 @@ def test_second_run_does_nothing_and_starts_nothing(world, capsys):
     assert world.calls == list(STAGES)
     assert world.connected == connected == 1
     assert "nothing to do: all 6 stages are finished" in capsys.readouterr().out
-    lines = "\n".join(runner.output_lines(job()))
+    lines = "\n".join(runner.output_lines(job(), Path("job.yaml")))
     assert "report" in lines
     assert "make ui" in lines
 
@@ -148,10 +148,17 @@ def test_single_jobs_find_what_the_line_made(world):
 
 
 def test_missing_inputs_are_all_named_before_anything_starts(world):
+    Path("jobs").mkdir()
+    Path("jobs/ingest.yaml").touch()
+    Path("encode.yaml").touch()
     with pytest.raises(InputError) as caught:
         run(text="kind: evaluate\nname: demo\n")
+    message = str(caught.value)
     for stage in STAGES[:-1]:
-        assert f"scldm run jobs/{stage}.yaml" in str(caught.value)
+        assert f"{stage}: needed by" in message
+    assert "scldm run jobs/ingest.yaml" in message
+    assert "scldm run encode.yaml" in message  # next to the job's own file
+    assert "a job file of kind: train_flow" in message  # there is none
     assert world.connected == 0
     assert not Path("runs").exists()
 

@@ -14,7 +14,7 @@ from pipeline.config.job import IngestConfig
 from pipeline.data.sources.open import open_source
 from pipeline.planning.sizes import data_facts
 from pipeline.stages import ingest
-from pipeline.workflow.schedule import schedule
+from pipeline.workflow.schedule import resolve
 from scldm.errors import InputError
 
 
@@ -51,7 +51,7 @@ def test_a_key_in_a_job_file_is_not_accepted():
 def version(tmp_path, text):
     path = tmp_path / "job.yaml"
     path.write_text(f"kind: ingest\nname: a\noutput: {tmp_path / 'runs'}\n{text}")
-    return schedule(load_job(path))[0].version
+    return resolve(load_job(path)).steps[0].version
 
 
 def test_a_vocabulary_of_other_genes_is_another_version(tmp_path):
