@@ -25,3 +25,16 @@ def did_you_mean(word: str, choices: Iterable[str], *, quote: str = "'", n: int 
     """
     near = difflib.get_close_matches(word, [str(c) for c in choices], n=n, cutoff=0.5)
     return f"did you mean {' or '.join(f'{quote}{shown(c)}{quote}' for c in near)}?" if near else ""
+
+
+def choices_hint(word: str, choices: Iterable[str], noun: str = "columns") -> str:
+    """Return `did you mean 'x'? columns: x, y`: the closest choice if one is close, and all choices.
+
+    Args:
+        word: What was given.
+        choices: What exists.
+        noun: What the choices are.
+    """
+    names = [str(c) for c in choices]
+    meant = did_you_mean(word, names)
+    return f"{meant}{' ' if meant else ''}{noun}: {', '.join(names) or 'none'}"

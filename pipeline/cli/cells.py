@@ -64,9 +64,9 @@ def verify(
     Example: `scldm cells verify runs/demo/generate/1a2b3c4d5e6f --json verdict.json`
     """
     with reported():
-        from pipeline.inference.export.verify import verify as look
+        from pipeline.inference.export.verify import verify as verify_cells
 
-        verdict = look(folder)
+        verdict = verify_cells(folder)
         typer.echo(verdict.text())
         if json_file is not None:
             json_file.write_text(json.dumps(verdict.to_json(), indent=1))
@@ -102,7 +102,7 @@ def export(
         from scldm.cells.cells import open_cells
 
         if shuffle is not None and to is not Sink.zarr:
-            raise InputError(f"--shuffle is of --to zarr; {to.value} keeps the order of the cells")
+            raise InputError(f"--shuffle works only with --to zarr; {to.value} keeps the order of the cells")
         cells = open_cells(folder)
         if to is Sink.h5ad:
             from pipeline.inference.export.h5ad import export_h5ad

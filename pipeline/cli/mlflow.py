@@ -86,8 +86,8 @@ def compare(
     Example: `scldm runs compare runs/demo runs/other`, or `scldm runs compare models:/scldm-demo@champion runs/demo`
     """
     with reported():
-        from pipeline.tracking.comparison.compare import Side
-        from pipeline.tracking.comparison.compare import compare as lay
+        from pipeline.tracking.comparison.compare import ComparedRun
+        from pipeline.tracking.comparison.compare import compare as compare_runs
         from pipeline.tracking.comparison.fetch import from_run, is_run
         from pipeline.tracking.comparison.records import from_folder
         from pipeline.tracking.comparison.text import as_text
@@ -99,10 +99,10 @@ def compare(
         for thing in things:
             try:
                 stages = from_run(thing, chosen_uri(uri)) if is_run(thing) else from_folder(Path(thing))
-                sides.append(Side(thing, stages))
+                sides.append(ComparedRun(thing, stages))
             except InputError as error:
                 problems.append(str(error))
         if problems:
             raise InputError("\n".join(problems))
-        found = lay(sides, every=every)
+        found = compare_runs(sides, every=every)
         typer.echo(found.to_json() if as_json else as_text(found))

@@ -67,7 +67,9 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
         arguments: More options of `ray start`, for example --num-cpus=8.
     """
     if (running := find()) is not None:
-        raise InputError(f"a head runs already (process {running.pid}, {running.submit_address}): scldm cluster stop")
+        raise InputError(
+            f"a Ray head is already running (process {running.pid}, {running.submit_address}); stop it with scldm cluster stop"
+        )
     _check_ports({"--port": port, "--dashboard-port": dashboard_port})
     env = environment(ensure_token())
     root = (root or (Path.cwd() if Path("jobs").is_dir() else REPOSITORY)).resolve()
@@ -178,7 +180,7 @@ def find() -> Head | None:
     except (FileNotFoundError, psutil.NoSuchProcess):
         return None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{state_file()} is not as this version writes it; delete it if no head runs") from error
+        raise InputError(f"{state_file()} was not written by this version; delete it if no head is running") from error
 
 
 def stop(*, force: bool) -> str:

@@ -23,7 +23,7 @@ class TrainVaeConfig(StrictModel):
     def _decoder_needs_no_condition(self) -> TrainVaeConfig:
         if self.model.adaln:
             raise ValueError(
-                "model.adaln (true) needs a condition vector per cell, which this stage has none of: false"
+                "model.adaln (true) needs a condition vector per cell, which train_vae does not have; set it to false"
             )
         return self
 
@@ -54,8 +54,8 @@ class JointVaeConfig(StrictModel):
         given = [f for f in ("weight", "genes_per_step") if getattr(self, f) != JointVaeConfig.model_fields[f].default]
         if given and not self.train:
             raise ValueError(
-                f"{', '.join(given)} is of a VAE that is trained with the flow, and vae.train is false; set it to "
-                f"true, or leave {', '.join(given)} out"
+                f"{', '.join(given)} only applies if vae.train is true; set vae.train to true, or remove "
+                f"{', '.join(given)}"
             )
         return self
 

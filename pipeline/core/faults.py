@@ -9,7 +9,6 @@ Actors and training workers get the driver's specification with their settings a
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import time
@@ -17,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pipeline.core.fault_points import POINTS
+from scldm.text import did_you_mean
 
 VARIABLE = "SCLDM_FAULT"
 SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM"}
@@ -99,8 +99,8 @@ def parse(text: str) -> tuple[Fault, ...]:
 def _fault(text: str) -> Fault:
     point, *parts = text.split(":")
     if point not in POINTS:
-        near = difflib.get_close_matches(point, POINTS, n=1)
-        raise ValueError(f"there is no fault point {point!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        hint = did_you_mean(point, POINTS)
+        raise ValueError(f"there is no fault point {point!r}" + (f" ({hint})" if hint else ""))
     numbers: dict[str, int] = {}
     action, value = "", 0.0
     for part in parts:

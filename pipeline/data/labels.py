@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 
@@ -18,14 +15,6 @@ def missing(values: pd.Series) -> np.ndarray:
     if not pd.api.types.is_numeric_dtype(values):
         absent |= values.astype(object).isin(MISSING).to_numpy()
     return absent
-
-
-def did_you_mean(name: str, available: Iterable[str]) -> str:
-    """Return `did you mean 'x'?` if a name is close, followed by the available names."""
-    available = [str(a) for a in available]
-    near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}columns: {', '.join(available) or 'none'}"
 
 
 def measurements(column: pd.Series) -> list[float]:

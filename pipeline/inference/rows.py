@@ -20,7 +20,7 @@ from pipeline.config.ingest import GenesConfig, IngestConfig
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.ingest.genes import ModelGenes, gene_lut, model_genes
 from pipeline.data.ingest.measured import presence_of_cells
-from pipeline.data.labels import did_you_mean, missing
+from pipeline.data.labels import missing
 from pipeline.data.loading.blocks import LABEL, SomaReader
 from pipeline.data.presence import GROUP
 from pipeline.data.sources.open import OpenSource, open_source
@@ -28,6 +28,7 @@ from pipeline.inference.applier import JOINID, NAME
 from pipeline.inference.models import ModelPaths
 from scldm.data.vocabulary import LabelVocabulary, UnknownNameError, Vocabulary
 from scldm.errors import InputError
+from scldm.text import choices_hint
 
 T = TypeVar("T")
 COPY_NOTES = ("obs has no ", "var has no ", "A 10x output has no ")  # about the copy in SOMA, which is not kept
@@ -122,7 +123,7 @@ def _cells(config: RealCellsConfig, source: OpenSource, vocabulary: Vocabulary, 
     """Return soma_joinid, the name of each cell, and the obs columns that are used or kept."""
     available = source.store.obs_columns()
     problems = [
-        f"keep_obs: obs has no column {c!r} ({did_you_mean(c, available)})"
+        f"keep_obs: obs has no column {c!r} ({choices_hint(c, available)})"
         for c in config.keep_obs
         if c not in available
     ]

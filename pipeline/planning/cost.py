@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.planning import sizes
-from pipeline.training.callbacks.throughput import PEAKS
+from pipeline.training.throughput import PEAKS
 from scldm.flow.config import SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.flops import TRAINING, dit_flops, vae_flops

@@ -144,7 +144,7 @@ def test_strangers_send_nothing(head):
 def test_a_second_head_is_refused(head):
     second = head.scldm("cluster", "start", f"--port={free_port()}", f"--dashboard-port={free_port()}")
     assert second.returncode == 2
-    assert "a head runs already" in second.stderr
+    assert "a Ray head is already running" in second.stderr
 
 
 @pytest.mark.row("T6")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scldm.errors import InputError
-from scldm.text import did_you_mean, shown
+from scldm.text import choices_hint, shown
 
 MOST_CLASSES = 1000
 ENOUGH_CELLS = 10  # of the middle class
@@ -109,9 +109,8 @@ def _best(usable: Sequence[str]) -> list[str]:
 
 def _request_problem(name: str, columns: Mapping[str, Mapping[str, Any]]) -> str | None:
     if name not in columns:
-        has = ", ".join(shown(c) for c in list(columns)[:20]) or "none"
-        hint = did_you_mean(name, columns)
-        return f"--label {shown(name)}: obs has no such column ({hint}{' ' if hint else ''}columns: {has})"
+        hint = choices_hint(name, [shown(c) for c in list(columns)[:20]])
+        return f"--label {shown(name)}: obs has no such column ({hint})"
     p = columns[name]
     if p["kind"] == "decimal numbers":
         return f"--label {shown(name)}: decimal numbers, not classes; cut them into ranges with pandas.cut and save"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.config.ingest import CellsConfig, Value
-from pipeline.data.labels import did_you_mean
 from pipeline.data.soma.store import SomaStore
 from scldm.errors import InputError
+from scldm.text import choices_hint
 
 
 def value_filter(conditions: Mapping[str, Sequence[Value]], obs_filter: str | None = None) -> str | None:
@@ -41,14 +41,14 @@ def check_values(cells: CellsConfig, store: SomaStore) -> None:
         field = _field(cells, column)
         if column not in available:
             hint = "; the Census has one experiment for each: ingest.source.organism" if column == "organism" else ""
-            problems.append(f"{field}: obs has no column {column!r} ({did_you_mean(column, available)}){hint}")
+            problems.append(f"{field}: obs has no column {column!r} ({choices_hint(column, available)}){hint}")
             continue
         known = store.categories(column)
         if known is None:
             continue
         for value in values:
             if value not in known:
-                near = did_you_mean(str(value), known[:2000]).replace("columns:", "it has:")
+                near = choices_hint(str(value), known[:2000], "it has")
                 near = near if len(near) < 400 else f"{near[:400]}…"
                 problems.append(f"{field}: obs column {column!r} has no value {value!r} ({near})")
     if problems:

@@ -81,7 +81,7 @@ def read_vocabulary(path: str) -> GeneList:
 
     place = Path(path).expanduser()
     if place.is_dir() and not (place / "vocabulary.json").is_file():
-        raise InputError(f"ingest.genes.vocabulary {path}: the folder is no model's, it has no vocabulary.json")
+        raise InputError(f"ingest.genes.vocabulary {path}: not a model folder, vocabulary.json is missing")
     try:
         return read_genes(place / "vocabulary.json" if place.is_dir() else place)
     except CheckpointError as error:

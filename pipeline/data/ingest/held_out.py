@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import HeldOutConfig
-from pipeline.data.labels import did_you_mean
 from scldm.errors import InputError
+from scldm.text import choices_hint
 
 SIDES = ("validation", "test")  # a cell of combinations of both is in the last
 SHOWN = 10  # problems in one message
@@ -108,7 +108,7 @@ def _check(cells: pd.DataFrame, combinations: list[Combination]) -> None:
     for x in combinations:
         for column, name in x.classes.items():
             if name not in known[column]:
-                hint = did_you_mean(name, sorted(known[column])[:50]).replace("columns:", "there are:")
+                hint = choices_hint(name, sorted(known[column])[:50], "there are")
                 problems.append(f"{x.where}: no selected cell has {column} {name!r} ({hint})")
         before = sides.setdefault(tuple(sorted(x.classes.items())), x)
         if before is not x:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.job import CensusSource
-from pipeline.data.labels import did_you_mean
 from pipeline.data.soma.store import SomaStore
 from scldm.errors import InputError
+from scldm.text import choices_hint
 
 TRIES = 4
 FIRST_WAIT = 1.0  # seconds; doubles
@@ -44,7 +44,7 @@ def locate_census(source: CensusSource, *, sleep: Callable[[float], Any] = time.
     if release is None:
         dated = sorted((v for v in directory if _DATED.match(v)), reverse=True)
         names = [v for v in directory if not _DATED.match(v)]
-        hint = did_you_mean(source.version, [*dated[:12], *names]).replace("columns:", "releases:")
+        hint = choices_hint(source.version, [*dated[:12], *names], "releases")
         raise InputError(
             f"ingest.source.version: the Census has no release {source.version!r}, or retracted it ({hint})"
         )

@@ -24,12 +24,12 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import H5adSource
-from pipeline.data.labels import did_you_mean
 from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.h5ad_structure import structure_problems
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
 from scldm.errors import InputError
+from scldm.text import choices_hint
 
 CHUNK_ROWS = 4096
 CHUNK_VALUES = 1 << 24  # of a dense matrix
@@ -137,11 +137,11 @@ def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str
         for field in ("gene_id", "gene_name"):
             wanted = getattr(source, field)
             if wanted is not None and wanted not in columns:
-                hint = did_you_mean(wanted, columns)
+                hint = choices_hint(wanted, columns)
                 problems.append(f"ingest.source.{field}: {name} has no var column {wanted!r} ({hint})")
     for column in source.columns.values():
         if column not in adata.obs:
-            hint = did_you_mean(column, adata.obs.columns)
+            hint = choices_hint(column, adata.obs.columns)
             problems.append(f"ingest.source.columns: {name} has no obs column {column!r} ({hint})")
     return problems
 

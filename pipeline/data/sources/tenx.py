@@ -16,11 +16,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import TenxSource
-from pipeline.data.labels import did_you_mean
 from pipeline.data.presence import Presence
 from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, is_tenx, open_tenx
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
 from scldm.errors import InputError
+from scldm.text import choices_hint
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,12 @@ def _described(obs: pd.DataFrame, source: TenxSource, samples: Sequence[str], no
     table = _read_table(Path(source.obs).expanduser())
     for new, old in source.columns.items():
         if old not in table:
-            hint = did_you_mean(old, table.columns)
+            hint = choices_hint(old, table.columns)
             raise InputError(f"ingest.source.columns: {source.obs} has no column {old!r} ({hint})")
         table = table.drop(columns=[new] if new != old and new in table else []).rename(columns={old: new})
     keys = ["sample", "barcode"] if len(samples) > 1 else ["barcode"]
     if absent := [k for k in keys if k not in table]:
-        hint = did_you_mean(absent[0], table.columns)
+        hint = choices_hint(absent[0], table.columns)
         raise InputError(f"ingest.source.obs: {source.obs} has no column {' and no column '.join(absent)} ({hint})")
     table = table.astype(dict.fromkeys(keys, str))
     if n := int(table.duplicated(keys).sum()):

@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.data.labels import did_you_mean, measurements, missing
+from pipeline.data.labels import measurements, missing
 from pipeline.data.tables import CellTables
 from pipeline.data.validation.counts import value_faults
 from pipeline.data.validation.names import MIN_CELLS, gene_findings
 from scldm.errors import InputError
+from scldm.text import choices_hint
 
 
 def label_problems(
@@ -32,7 +33,7 @@ def label_problems(
     for label in labels:
         if label not in obs:
             problems.append(
-                f"obs has no column {label!r} ({did_you_mean(label, obs.columns)}); name one in ingest.labels, or map "
+                f"obs has no column {label!r} ({choices_hint(label, obs.columns)}); name one in ingest.labels, or map "
                 f"it with ingest.source.columns: {{{label}: <column of the file>}}"
             )
             continue

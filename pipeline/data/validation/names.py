@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.findings import FIRST, Finding, error, warning
-from pipeline.data.labels import did_you_mean, measurements, missing
+from pipeline.data.labels import measurements, missing
 from pipeline.data.tables import plain_id
-from scldm.text import LONGEST, shown
+from scldm.text import LONGEST, choices_hint, shown
 
 MIN_CELLS = 20  # fewer cannot be split, trained on and scored
 MAX_CLASSES = 1000  # a label with more is probably a name or a measurement
@@ -79,7 +79,7 @@ def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -
     """Check the requested label columns."""
     for label in labels:
         if label not in obs:
-            hint = did_you_mean(label, [shown(c) for c in obs.columns])
+            hint = choices_hint(label, [shown(c) for c in obs.columns])
             yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels, or map it with "
                         f"ingest.source.columns: {{{label}: <column of the file>}}")  # fmt: skip
             continue

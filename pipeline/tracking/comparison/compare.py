@@ -24,7 +24,7 @@ TIE = 1e-9
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedRun:
     """One of the pipelines that are compared."""
 
     name: str  # as the user gave it
@@ -62,7 +62,7 @@ class MetricRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """The result, with one value per side in every list."""
 
     sides: list[str]
@@ -77,7 +77,7 @@ class Comparison:
         return json.dumps(asdict(self), indent=1)
 
 
-def compare(sides: Sequence[Side], *, every: bool = False) -> Comparison:
+def compare(sides: Sequence[ComparedRun], *, every: bool = False) -> RunComparison:
     """Compare sides.
 
     Args:
@@ -88,7 +88,7 @@ def compare(sides: Sequence[Side], *, every: bool = False) -> Comparison:
     names = list(dict.fromkeys(k for scores in scored for k in scores))
     key = [k for k in KEY_METRICS if k in names] + [k for k in names if k.startswith(KEY_PREFIXES)]
     training = [_training(s) for s in sides]
-    return Comparison(
+    return RunComparison(
         sides=[s.name for s in sides],
         lineage=lineage,
         params={k: v for k, v in _side_by_side([s.params() for s in sides]).items() if len(set(v)) > 1},
@@ -98,11 +98,11 @@ def compare(sides: Sequence[Side], *, every: bool = False) -> Comparison:
     )
 
 
-def _scores(side: Side) -> dict[str, Measured]:
+def _scores(side: ComparedRun) -> dict[str, Measured]:
     return dict(side.evaluation.metrics) if side.evaluation is not None else {}
 
 
-def _training(side: Side) -> dict[str, Measured]:
+def _training(side: ComparedRun) -> dict[str, Measured]:
     return {f"{r.stage} {k}": m for r in side.stages if r.stage != "evaluate" for k, m in r.metrics.items()}
 
 
@@ -136,7 +136,7 @@ def _side_by_side(maps: Sequence[dict[str, str]]) -> dict[str, list[str | None]]
     return {k: [m.get(k) for m in maps] for k in dict.fromkeys(k for m in maps for k in m)}
 
 
-def _notes(sides: Sequence[Side], lineage: dict[str, list[str | None]]) -> Iterator[str]:
+def _notes(sides: Sequence[ComparedRun], lineage: dict[str, list[str | None]]) -> Iterator[str]:
     digests = lineage.get("data_digest", [])
     if len(set(digests)) > 1:
         yield "The sides were scored on other cells (data_digest differs): compare distances to the floor, not values."
@@ -147,7 +147,7 @@ def _notes(sides: Sequence[Side], lineage: dict[str, list[str | None]]) -> Itera
         yield f"{side.name} has no evaluation (it has: {stages}); run jobs/evaluate.yaml with its folders as inputs."
 
 
-def _evaluation_settings(sides: Sequence[Side]) -> list[str]:
+def _evaluation_settings(sides: Sequence[ComparedRun]) -> list[str]:
     """Return the settings of evaluate that differ."""
     params = _side_by_side([dict(s.evaluation.params) if s.evaluation is not None else {} for s in sides])
     return [k for k, v in params.items() if len(set(v)) > 1]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.tracking.comparison.compare import Comparison, MetricRow
+from pipeline.tracking.comparison.compare import MetricRow, RunComparison
 
 
-def as_text(found: Comparison) -> str:
+def as_text(found: RunComparison) -> str:
     """Return the tables; a star marks the side that is nearest to its floor."""
     letters = [chr(ord("A") + i) if i < 26 else str(i) for i in range(len(found.sides))]
     parts = ["\n".join(f"{letter}  {name}" for letter, name in zip(letters, found.sides, strict=True))]

@@ -14,11 +14,11 @@ from pipeline.training.callbacks.step_guard import StepGuard
 from pipeline.training.callbacks.step_timer import StepTimer
 from pipeline.training.callbacks.stop_signal import StopSignal
 from pipeline.training.callbacks.stragglers import StragglerMonitor
-from pipeline.training.callbacks.throughput import mfu, peak_flops
 from pipeline.training.callbacks.watchdog import Watchdog
 from pipeline.training.checkpoints.manager import CheckpointManager
 from pipeline.training.engine.deepspeed import Engine
 from pipeline.training.state import Run
+from pipeline.training.throughput import mfu, peak_flops
 
 STOP_MARGIN = 8.0  # seconds before a node goes, and three times what a checkpoint took so far
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.train import FlowTrainConfig, TrainConfig, VaeTrainConfig
 from pipeline.planning.memory import dit_activations, fits, stage_lines, state_bytes, vae_activations
-from pipeline.training.callbacks.throughput import mfu, peak_flops
+from pipeline.training.throughput import mfu, peak_flops
 from scldm.data.batch import CellBatch
 from scldm.nn import decoder
 from scldm.nn.config import DiTConfig, VAEConfig

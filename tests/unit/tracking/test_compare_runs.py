@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli.app import app
 from pipeline.core.manifest import Manifest, write_manifest
-from pipeline.tracking.comparison.compare import Side, compare, departure
+from pipeline.tracking.comparison.compare import ComparedRun, compare, departure
 from pipeline.tracking.comparison.records import Measured, from_folder
 from pipeline.tracking.comparison.text import as_text
 from scldm.errors import InputError
@@ -52,8 +52,8 @@ def two(tmp_path) -> list[Path]:
     return [a, b]
 
 
-def sides(folders: list[Path]) -> list[Side]:
-    return [Side(str(f), from_folder(f)) for f in folders]
+def sides(folders: list[Path]) -> list[ComparedRun]:
+    return [ComparedRun(str(f), from_folder(f)) for f in folders]
 
 
 def test_the_best_is_the_nearest_to_its_floor_not_the_lowest(two):
