@@ -88,12 +88,11 @@ def run(job: JobFile, overrides: Overrides = None) -> None:
     """
     with reported():
         from pipeline.config.io.loader import load_job
-        from pipeline.workflow.runner import output_lines, run_job
+        from pipeline.workflow.runner import run_job
 
         loaded = load_job(job, overrides or [])
         _stop_on_sigterm()
-        run_job(loaded, job, overrides or [])
-        for line in output_lines(loaded, job):
+        for line in run_job(loaded, job, overrides or []).lines():
             typer.echo(line)
 
 

@@ -68,7 +68,8 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
     """
     if (running := find()) is not None:
         raise InputError(
-            f"a Ray head is already running (process {running.pid}, {running.submit_address}); stop it with scldm cluster stop"
+            f"a Ray head is already running (process {running.pid}, {running.submit_address}); stop it with "
+            "scldm cluster stop"
         )
     _check_ports({"--port": port, "--dashboard-port": dashboard_port})
     env = environment(ensure_token())

@@ -35,6 +35,16 @@ class Manifest:
     finished_at: float
     tracking: Mapping[str, str] = field(default_factory=dict)  # run ids
 
+    @classmethod
+    def planned(cls, stage: str, version: str, folder: Path) -> Manifest:
+        """Return a stand-in for a stage that has not run yet: it has a version and a folder, and no facts."""
+        return cls(stage, version, str(folder), {}, {}, {}, seconds=0, finished_at=0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether the stage has run; False for a `planned` stand-in."""
+        return self.finished_at > 0
+
     def path(self, fact: str) -> Path:
         """Return the path that a fact names, which is relative to this stage's folder."""
         return Path(self.folder) / self.facts[fact]

@@ -12,29 +12,23 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connect as cluster
 from pipeline.config.context import StageContext
 from pipeline.config.io.loader import resolved_yaml
-from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase, stage_configs
+from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
 from pipeline.core.faults import fault_point
 from pipeline.core.lock import stage_lock
 from pipeline.core.logs import setup_logging
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, write_manifest
 from pipeline.stages.registry import stage_function
 from pipeline.tracking.tracker import StageTracker, Tracking
+from pipeline.workflow.folders import in_ray_package, output_root
 from pipeline.workflow.preflight import check_against_data
-from pipeline.workflow.schedule import (
-    ResolvedJob,
-    Step,
-    command_for,
-    in_ray_package,
-    output_root,
-    pipeline_folder,
-    resolve,
-)
+from pipeline.workflow.schedule import ResolvedJob, Step, command_for, resolve
 from scldm.errors import InputError
 from scldm.generation.request import Request
 
@@ -56,18 +50,49 @@ class StageFailed(Exception):
         return f"{self.stage} failed: {type(self.cause).__name__}: {first}"
 
 
-def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
-    """Run the stages of a job that have not finished yet. Returns the names of the stages that ran.
+@dataclass(frozen=True)
+class JobResult:
+    """A finished job."""
+
+    ran: list[str]  # stages that ran; the others had finished before
+    manifests: Mapping[str, Manifest]  # of all stages of the job
+    resolved: ResolvedJob
+
+    def lines(self) -> list[str]:
+        """Return lines for the terminal: where the outputs are, and which command comes next."""
+        lines = [f"output            {self.resolved.folder}"]
+        for stage, manifest in self.manifests.items():
+            label = {"generate": "generated cells", "evaluate": "report"}.get(stage, stage)
+            output = manifest.path("report") if "report" in manifest.facts else manifest.folder
+            lines.append(f"{label:<17} {output}")
+        lines.append("compare runs      make ui")
+        last = list(self.manifests)[-1]
+        if last in REAL_CELL_STAGES:
+            return [*lines, f"next              scldm cells head {self.manifests[last].folder}"]
+        later = STAGES[STAGES.index(last) + 1 :]
+        following = next((s for s in later if newest_manifest(self.resolved.folder, s) is None), None)
+        if following is not None:
+            lines.append(f"next              {command_for(following, self.resolved.source)}")
+        return lines
+
+
+def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()) -> JobResult:
+    """Run the stages of a job that have not finished yet.
 
     Args:
         job: A validated job.
         source_path: The job file, for messages and for the record.
         overrides: The `a.b=c` settings that were applied to it, for the record.
+
+    Raises:
+        InputError: The job or its data are not usable.
+        StageFailed: A stage failed.
     """
     setup_logging(stage=job.name)
     resolved = resolve(job, source_path)
     resolved.require_inputs()
-    run = JobRun(resolved, overrides)
+    run = JobRun(resolved, " ".join([str(source_path), *overrides]))
+    run.check_known_data()
     if in_ray_package(Path.cwd()):
         log.info("running in Ray's temporary copy of the code; output goes to %s", resolved.folder)
     for step in resolved.steps:
@@ -75,10 +100,10 @@ def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()
         log.info("%s %s %s (%s)", step.stage, step.version, decision, step.reason)
     if resolved.todo:
         run.run()
-    else:
-        stages = list(resolved.configs)
-        log.info("nothing to do: %s finished", f"all {len(stages)} stages are" if stages[1:] else f"{stages[0]} is")
-    return list(resolved.todo)
+        return JobResult(run.ran, run.manifests, resolved)
+    stages = list(resolved.configs)
+    log.info("nothing to do: %s finished", f"all {len(stages)} stages are" if len(stages) > 1 else f"{stages[0]} is")
+    return JobResult([], {s.stage: s.done for s in resolved.steps if s.done is not None}, resolved)
 
 
 class JobRun:
@@ -86,20 +111,24 @@ class JobRun:
 
     Args:
         resolved: The job.
-        overrides: The settings of the command line, for the record.
-
-    Raises:
-        InputError: Data that were ingested before lack what the job needs.
+        source: The job file and the settings of the command line, for the record.
     """
 
-    def __init__(self, resolved: ResolvedJob, overrides: Sequence[str]) -> None:
-        self.job, self.steps, self.todo = resolved.job, resolved.steps, resolved.todo
-        self.source = f"{resolved.source} {' '.join(overrides)}"
+    def __init__(self, resolved: ResolvedJob, source: str) -> None:
+        self.job, self.steps, self.todo, self.source = resolved.job, resolved.steps, resolved.todo, source
         self.manifests: dict[str, Manifest] = {}
+        self.ran: list[str] = []
         self.request: Request | None = None
-        inputs = [s.inputs["ingest"] for s in self.steps if s.done is None and "ingest" in s.inputs]
-        if inputs and inputs[0].facts:
-            self.request = check_against_data(self.todo, inputs[0])
+        self.data_checked = False
+
+    def check_known_data(self) -> None:
+        """Check what the job needs of data that were ingested before; data of this job are checked after ingest."""
+        ingest = next((s.inputs["ingest"] for s in self.steps if s.done is None and "ingest" in s.inputs), None)
+        if ingest is not None and ingest.is_finished:
+            self._check_data(ingest)
+
+    def _check_data(self, ingest: Manifest) -> None:
+        self.request, self.data_checked = check_against_data(self.todo, ingest), True
 
     def run(self) -> None:
         """Run all stages in order."""
@@ -109,8 +138,8 @@ class JobRun:
             with cluster.connect(self.job.resources):
                 for step in self.steps:
                     self.manifests[step.stage] = step.done or self._run_step(step, tracking)
-                    if step.stage == "ingest":  # the content of the data is known only now
-                        self.request = check_against_data(self.todo, self.manifests["ingest"])
+                    if step.stage == "ingest" and not self.data_checked:
+                        self._check_data(self.manifests["ingest"])
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
@@ -146,6 +175,7 @@ class JobRun:
                 write_manifest(manifest)
                 fault_point("stage.after_manifest")
                 tracker.describe(manifest)
+            self.ran.append(step.stage)
             log.info("%s finished in %.0f s", step.version, manifest.seconds)
             return manifest
 
@@ -181,29 +211,11 @@ def _reported(step: Step, tracker: StageTracker) -> Iterator[None]:
         raise
     except Exception as error:
         cause = cluster.root_cause(error)
-        log = step.folder / ERROR_LOG
-        log.write_text("".join(traceback.format_exception(error)))
-        tracker.artifact(log)
+        error_log = step.folder / ERROR_LOG
+        error_log.write_text("".join(traceback.format_exception(error)))
+        tracker.artifact(error_log)
         tracker.finish("FAILED")
         if isinstance(cause, InputError):
             raise InputError(f"{step.stage}: {cause}") from error
-        raise StageFailed(step.stage, cause, log) from error
+        raise StageFailed(step.stage, cause, error_log) from error
     tracker.finish("FINISHED")
-
-
-# ---- at the end --------------------------------------------------------------------------------------------------
-def output_lines(job: JobBase, source: Path) -> list[str]:
-    """Return lines that say where the outputs of a finished job are and which command comes next."""
-    folder = pipeline_folder(job)
-    stages = list(stage_configs(job))
-    made = {s: m for s in (*STAGES, *REAL_CELL_STAGES) if (m := newest_manifest(folder, s)) is not None}
-    lines = [f"output            {folder}"]
-    for stage in (s for s in stages if s in made):
-        m = made[stage]
-        label = {"generate": "generated cells", "evaluate": "report"}.get(stage, stage)
-        lines.append(f"{label:<17} {m.path('report') if 'report' in m.facts else m.folder}")
-    lines.append("compare runs      make ui")
-    if stages[-1] in REAL_CELL_STAGES:
-        return [*lines, f"next              scldm cells head {made[stages[-1]].folder}"]
-    following = [s for s in STAGES[STAGES.index(stages[-1]) + 1 :] if s not in made]
-    return [*lines, f"next              {command_for(following[0], source)}"] if following else lines

@@ -8,7 +8,6 @@ the job or an earlier result; otherwise one error names everything that is missi
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from pipeline.config.input_paths import input_identities
 from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
 from pipeline.core.nested import changed_settings
+from pipeline.workflow.folders import pipeline_folder
 from pipeline.workflow.preflight import check_settings
 from scldm.config import StrictModel
 from scldm.errors import InputError
-
-_RAY_PACKAGE = ("working_dir_files", "_ray_pkg_")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,11 @@ class Step:
     folder: Path
     inputs: Mapping[str, Manifest]  # only version and folder are set for stages that have not run yet
     done: Manifest | None
-    reason: str  # for running, or how long the finished run took
+    reason: str  # why it runs; or, if it is done, how long it took
+
+    def as_input(self) -> Manifest:
+        """Return the manifest that later stages see as their input."""
+        return self.done or Manifest.planned(self.stage, self.version, self.folder)
 
 
 @dataclass(frozen=True)
@@ -67,34 +69,6 @@ class ResolvedJob:
             raise InputError(_missing_message(self.missing, self.folder, self.source))
 
 
-def in_ray_package(folder: Path) -> bool:
-    """Return whether a folder is Ray's unpacked copy of a working_dir, which Ray deletes after the job."""
-    return any(part == _RAY_PACKAGE[0] or part.startswith(_RAY_PACKAGE[1]) for part in folder.parts)
-
-
-def output_root(job: JobBase, *, cwd: Path | None = None) -> Path:
-    """Return the folder that holds all pipelines.
-
-    A relative path starts at the current folder, or at SCLDM_HOME (~/scldm) if that is Ray's temporary copy.
-    """
-    if "://" in job.output:
-        raise InputError(
-            f"output: {job.output}: stages are written with rename, which object stores lack; "
-            "use a path that every node mounts (EFS, Filestore, Lustre, NFS), for example /shared/runs"
-        )
-    root = Path(job.output).expanduser()
-    cwd = cwd or Path.cwd()
-    if not root.is_absolute():
-        home = Path(os.environ.get("SCLDM_HOME") or "~/scldm").expanduser()
-        root = (home if in_ray_package(cwd) else cwd) / root
-    return root
-
-
-def pipeline_folder(job: JobBase) -> Path:
-    """Return <output root>/<name>, where the stages of this pipeline find each other."""
-    return output_root(job) / job.name
-
-
 def resolve(job: JobBase, source: str | Path = "") -> ResolvedJob:
     """Check the settings of a job and decide as many of its stages as possible.
 
@@ -114,23 +88,32 @@ def resolve(job: JobBase, source: str | Path = "") -> ResolvedJob:
 def _decide_all(
     job: JobBase, source: Path, folder: Path, configs: Mapping[str, StrictModel]
 ) -> tuple[list[Step], list[Missing]]:
+    """Decide the stages of a job in order; a stage whose inputs are missing is left out, and so are those behind it."""
     steps: dict[str, Step] = {}
-    lacking: dict[str, list[str]] = {}
+    needed_by: dict[str, list[str]] = {}  # missing stage -> the stages that need it
     for stage, config in configs.items():
-        made = {s: _as_input(step) for s, step in steps.items() if s in needs(stage, config)}
-        found = _find_made(job, folder, [n for n in needs(stage, config) if n not in configs])
-        for need in (n for n, manifest in found.items() if manifest is None):
-            lacking.setdefault(need, []).append(stage)
-        inputs = {**made, **{k: m for k, m in found.items() if m is not None}}
-        if len(inputs) < len(needs(stage, config)):
-            continue
-        _check_lineage(stage, inputs, source)
-        steps[stage] = _decide(job, folder, stage, config, inputs, steps)
-    for need in reversed(STAGES):  # a missing stage has inputs of its own, which may be missing too
-        for deeper in NEEDS[need] if need in lacking else ():
-            if deeper not in configs and deeper not in job.inputs and newest_manifest(folder, deeper) is None:
-                lacking.setdefault(deeper, []).append(need)
-    return list(steps.values()), [Missing(s, tuple(lacking[s])) for s in STAGES if s in lacking]
+        required = needs(stage, config)
+        earlier = _find_earlier(job, folder, [n for n in required if n not in configs])
+        for name, manifest in earlier.items():
+            if manifest is None:
+                needed_by.setdefault(name, []).append(stage)
+        inputs = {name: steps[name].as_input() for name in required if name in steps}
+        inputs |= {name: manifest for name, manifest in earlier.items() if manifest is not None}
+        if set(inputs) == set(required):
+            _check_lineage(stage, inputs, source)
+            steps[stage] = _decide(job, folder, stage, config, inputs, steps)
+    _add_inputs_of_missing(job, folder, configs, needed_by)
+    return list(steps.values()), [Missing(s, tuple(needed_by[s])) for s in STAGES if s in needed_by]
+
+
+def _add_inputs_of_missing(
+    job: JobBase, folder: Path, configs: Mapping[str, StrictModel], needed_by: dict[str, list[str]]
+) -> None:
+    """A missing stage has inputs of its own, which may be missing too."""
+    for stage in reversed(STAGES):
+        for name in NEEDS[stage] if stage in needed_by else ():
+            if name not in configs and name not in job.inputs and newest_manifest(folder, name) is None:
+                needed_by.setdefault(name, []).append(stage)
 
 
 def _decide(
@@ -147,36 +130,29 @@ def _decide(
         version = hashlib.sha256(f"{version}{sorted(identities.items())}".encode()).hexdigest()[:12]
     own = folder / stage / version
     done = read_manifest(own)
-    if done is None:
-        rerun = [s for s in inputs if s in steps and steps[s].done is None]
-        reason = _reason(stage, config, inputs, rerun, newest_manifest(folder, stage))
-        reason = f"resumes where it stopped: {reason}" if own.exists() else reason
-    else:
-        reason = f"finished in {done.seconds:.0f} s"
-    return Step(stage, config, version, own, inputs, done, reason)
-
-
-def _as_input(step: Step) -> Manifest:
-    if step.done is not None:
-        return step.done
-    return Manifest(step.stage, step.version, str(step.folder), {}, {}, {}, seconds=0, finished_at=0)
+    if done is not None:
+        return Step(stage, config, version, own, inputs, done, f"finished in {done.seconds:.0f} s")
+    rerun = [s for s in inputs if s in steps and steps[s].done is None]
+    reason = _reason_to_run(stage, config, inputs, rerun, newest_manifest(folder, stage))
+    resumed = "resumes where it stopped: " if own.exists() else ""
+    return Step(stage, config, version, own, inputs, None, resumed + reason)
 
 
 # ---- looking things up -------------------------------------------------------------------------------------------
-def _find_made(job: JobBase, folder: Path, needs: list[str]) -> dict[str, Manifest | None]:
+def _find_earlier(job: JobBase, folder: Path, stages: list[str]) -> dict[str, Manifest | None]:
     """Find the manifests of stages that are not in this job.
 
     The order is: the one named in `inputs`; the one that a named stage was made from; the newest.
     """
     found: dict[str, Manifest | None] = {}
-    for stage in reversed(needs):  # later stages first, so that their own inputs are known
+    for stage in reversed(stages):  # later stages first, so that their own inputs are known
         if stage in job.inputs:
             found[stage] = _named(job.inputs[stage], stage)
             continue
         parents = [m for s, m in found.items() if m is not None and s in job.inputs and stage in m.inputs]
         if parents:
-            line = Path(parents[0].folder).parent.parent
-            found[stage] = read_manifest(line / stage / parents[0].inputs[stage])
+            pipeline = Path(parents[0].folder).parent.parent
+            found[stage] = read_manifest(pipeline / stage / parents[0].inputs[stage])
         else:
             found[stage] = newest_manifest(folder, stage)
     return found
@@ -227,16 +203,19 @@ def command_for(stage: str, source: Path) -> str:
 
 
 # ---- reasons -----------------------------------------------------------------------------------------------------
-def _reason(
+def _reason_to_run(
     stage: str, config: StrictModel, inputs: Mapping[str, Manifest], rerun: list[str], before: Manifest | None
 ) -> str:
     """Explain why a stage must run, compared with the last time that it finished."""
     if before is None:
         return "first run"
-    reasons = list(changed_settings(before.config, config.model_dump(mode="json")))
-    shown = [f"setting changed: {', '.join(reasons[:3])}{f' and {len(reasons) - 3} more' if reasons[3:] else ''}"]
-    new = [s for s, m in inputs.items() if before.inputs.get(s) != m.version]
-    shown = (shown if reasons else []) + ([f"new {', '.join(new)}"] if new else [])
-    if not shown:
-        shown = [f"{', '.join(rerun)} runs again"] if rerun else ["the seed or an input file changed"]
-    return "; ".join(shown)
+    reasons = []
+    changes = list(changed_settings(before.config, config.model_dump(mode="json")))
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        reasons.append(f"setting changed: {', '.join(changes[:3])}{more}")
+    if new := [s for s, m in inputs.items() if before.inputs.get(s) != m.version]:
+        reasons.append(f"new {', '.join(new)}")
+    if not reasons:
+        reasons.append(f"{', '.join(rerun)} runs again" if rerun else "the seed or an input file changed")
+    return "; ".join(reasons)

@@ -54,7 +54,7 @@ def line(tmp_path_factory, ray_cluster):
     root = tmp_path_factory.mktemp("pipeline")
     file = root / "job.yaml"
     file.write_text(yaml.safe_dump({**JOB, "output": str(root / "runs")}))
-    return file, root / "runs" / "tiny", run_job(load_job(file), file)
+    return file, root / "runs" / "tiny", run_job(load_job(file), file).ran
 
 
 def generated(folder: Path) -> list[anndata.AnnData]:
@@ -97,7 +97,7 @@ def test_generated_cells_keep_the_anndata_contract(line):
 
 def test_a_second_run_does_nothing(line, capsys):
     file, _, _ = line
-    assert run_job(load_job(file), file) == []
+    assert run_job(load_job(file), file).ran == []
     assert "nothing to do: all 6 stages are finished" in capsys.readouterr().out
 
 
@@ -107,7 +107,7 @@ def test_generation_does_not_depend_on_shards_batches_or_actors(line):
     file, folder, _ = line
     before = anndata.concat(generated(folder), merge="same")
     changed = ["generate.shard_size=150", "generate.batch_size=64", "resources.actors={min: 1, max: 3}"]
-    assert run_job(load_job(file, changed), file) == ["generate", "evaluate"]
+    assert run_job(load_job(file, changed), file).ran == ["generate", "evaluate"]
     after = anndata.concat(generated(folder), merge="same")
     assert list(before.obs_names) == list(after.obs_names)
     assert (before.X != after.X).nnz == 0

@@ -35,8 +35,8 @@ def job(folder, inputs, **more):
 def made(folder, inputs, **more):
     folder.mkdir()
     path = job(folder, inputs, **more)
-    assert run_job(load_job(path), path) == ["perturb"]
-    assert run_job(load_job(path), path) == []  # it is there, and is not made again
+    assert run_job(load_job(path), path).ran == ["perturb"]
+    assert run_job(load_job(path), path).ran == []  # it is there, and is not made again
     return scldm.open_cells(newest_manifest(folder / "runs" / "cells", "perturb").folder)
 
 

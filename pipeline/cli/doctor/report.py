@@ -17,7 +17,7 @@ def requirements_of(job: Any) -> Requirements:
     tracking, address = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("RAY_API_SERVER_ADDRESS")
     if job is None:
         return Requirements(output=Path.cwd() / "runs", tracking=tracking, address=address)
-    from pipeline.workflow.schedule import output_root
+    from pipeline.workflow.folders import output_root
 
     return Requirements(
         output=output_root(job),
@@ -33,7 +33,7 @@ def _source(job: Any) -> str | None:
     """Return the type of the source of a job's own ingest section, or of the ingest that it builds on."""
     from pipeline.config.job import stage_configs
     from pipeline.core.manifest import newest_manifest
-    from pipeline.workflow.schedule import pipeline_folder
+    from pipeline.workflow.folders import pipeline_folder
 
     if (ingest := stage_configs(job).get("ingest")) is not None:
         return str(ingest.source.type)  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from pipeline.core.lock import LOCK, stage_lock
 from pipeline.core.manifest import newest_manifest
 from pipeline.tracking import tracker as tracking
 from pipeline.workflow import runner
-from pipeline.workflow.schedule import output_root, pipeline_folder
+from pipeline.workflow.folders import output_root, pipeline_folder
 from scldm.errors import InputError
 
 LINE = "kind: pipeline\nname: demo\ningest: {source: {type: synthetic}}\ngenerate: {per_label: {cell_type: 5}}\n"
@@ -80,7 +80,7 @@ def job(text: str = LINE, *overrides: str):
 
 
 def run(*overrides: str, text: str = LINE) -> list[str]:
-    return runner.run_job(job(text, *overrides), "job.yaml", list(overrides))
+    return runner.run_job(job(text, *overrides), "job.yaml", list(overrides)).ran
 
 
 def test_second_run_does_nothing_and_starts_nothing(world, capsys):
@@ -91,9 +91,17 @@ def test_second_run_does_nothing_and_starts_nothing(world, capsys):
     assert world.calls == list(STAGES)
     assert world.connected == connected == 1
     assert "nothing to do: all 6 stages are finished" in capsys.readouterr().out
-    lines = "\n".join(runner.output_lines(job(), Path("job.yaml")))
+    lines = "\n".join(runner.run_job(job(), "job.yaml").lines())
     assert "report" in lines
     assert "make ui" in lines
+
+
+def test_the_outputs_shown_are_those_of_the_job_and_not_the_newest(world):
+    first = runner.run_job(job(), "job.yaml")
+    run("evaluate.n_pcs=3")  # a newer report
+    again = runner.run_job(job(), "job.yaml")
+    assert again.ran == []
+    assert again.lines() == first.lines()
 
 
 @pytest.mark.parametrize(
@@ -310,4 +318,4 @@ def test_the_resolved_job_lies_beside_the_result_and_runs_again(world):
     folder = newest_manifest(Path("runs/demo"), "train_vae").folder
     again = load_job(Path(folder) / "config.yaml")
     assert again.train_vae.train.max_steps == 20
-    assert runner.run_job(again, "config.yaml", []) == []
+    assert runner.run_job(again, "config.yaml", []).ran == []
