@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.job import GenerateConfig
-from pipeline.core.files import write_json_atomic
-from pipeline.core.shards import flush_to_disk
+from pipeline.core.files import flush_to_disk, write_json_atomic
 from pipeline.inference.generator import Generator, GeneratorSpec
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.data.library_size import LibrarySizes, LogNormal

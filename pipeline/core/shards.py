@@ -10,22 +10,17 @@ Readers trust records, not file names: `ShardStore.committed` returns the record
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.faults import fault_point
-from pipeline.core.files import write_json_atomic
+from pipeline.core.files import TMP, file_digest, flush_to_disk, temporary_path, write_json_atomic
 
 Record = dict[str, Any]  # of a shard: `file`, `sha256`, and what its writer adds
-TMP = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -125,35 +120,3 @@ class ShardStore:
                     tmp.unlink()
             except FileNotFoundError:
                 continue
-
-
-@contextmanager
-def replaces(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `path` when the block ends without an error.
-
-    The file is flushed to disk before it is renamed, so that readers see the old file or the whole new one.
-    """
-    tmp = temporary_path(path)
-    try:
-        yield tmp
-        flush_to_disk(tmp)
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def temporary_path(path: Path) -> Path:
-    """Return a hidden name in the same folder that no other process uses: two hosts may share a folder and a pid."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TMP}")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until the content of a closed file is on disk."""
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -26,7 +26,7 @@ from pipeline.core.faults import arm
 from pipeline.core.shards import CommitPoints, Record, ShardStore
 from pipeline.data.loading.blocks import LABEL, SomaReader, SomaRows
 from pipeline.data.presence import GROUP
-from pipeline.inference.generator import shard_name
+from pipeline.inference.cell_shards import CELLS, shard_name
 from pipeline.inference.models import ModelPaths
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
@@ -44,7 +44,7 @@ POINTS = CommitPoints("cells.before_rename", "cells.before_record", "cells.after
 
 def applied_shards(folder: Path) -> ShardStore:
     """Return the store of applied shards, `<stage>/cells`; records name files from the stage's folder."""
-    return ShardStore(folder, POINTS, prefix="cells/")
+    return ShardStore(folder, POINTS, prefix=CELLS)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TileOutput:
     """What a model made of a tile; every part has one row per cell."""
 
     counts: sp.csr_matrix | None = None  # (b, g) int32
-    layers: dict[str, np.ndarray] = field(default_factory=dict)
+    mean: np.ndarray | None = None  # (b, g) float32
     obsm: dict[str, np.ndarray] = field(default_factory=dict)
     obs: dict[str, Any] = field(default_factory=dict)
 
@@ -75,6 +75,12 @@ class OutputLayout:
     counts: bool = False  # X
     mean: bool = False  # layers["mean"]
     obsm: Mapping[str, int] = field(default_factory=dict)  # name -> width
+    obs: Mapping[str, type] = field(default_factory=dict)  # column that the processor adds -> type of its values
+
+    def obs_types(self) -> dict[str, type]:
+        """Return the types of all columns that tiles bring, so that a shard without cells has them too."""
+        genes = {} if self.counts else {"n_genes": np.int32}
+        return {"library_size": np.float32, **self.obs, **genes}
 
 
 class TileProcessor(Protocol):
@@ -131,7 +137,7 @@ class Applier:
 
     def make(self, shard: int) -> Record:
         """Make and commit a shard; return its record."""
-        adata, n_empty = self.shard(shard)
+        adata, n_empty = self.apply_to_shard(shard)
 
         def write(path: Path) -> dict[str, int]:
             adata.write_h5ad(path, compression="gzip", compression_opts=1)
@@ -139,7 +145,7 @@ class Applier:
 
         return self.store.commit(shard_name(shard), write)
 
-    def shard(self, shard: int) -> tuple[anndata.AnnData, int]:
+    def apply_to_shard(self, shard: int) -> tuple[anndata.AnnData, int]:
         """Return the cells of a shard, and how many were left out because they express no gene of the model."""
         rows = pq.ParquetFile(self.spec.rows).read_row_group(shard)
         outputs, kept = [], []
@@ -185,12 +191,10 @@ class Applier:
     def _apply(self, table: pa.Table, names: pa.ChunkedArray) -> TileOutput:
         from pipeline.data.loading.collate import measured_group, subsample_genes, to_cell_batch
 
-        cells = to_cell_batch(table, [n for n in self.reader.labels if n != GROUP])
-        seen = cells
-        if (max_genes := self.spec.config.max_genes) is not None:
-            seen = subsample_genes(cells, max_genes, seed=self.spec.seed).to(self.device)
-        cells = cells.to(self.device)
-        seen = cells if max_genes is None else seen
+        batch = to_cell_batch(table, [n for n in self.reader.labels if n != GROUP])
+        cells, max_genes = batch.to(self.device), self.spec.config.max_genes
+        # Drawn before the copy: the draw depends on the seed and the cell, not on the device.
+        seen = cells if max_genes is None else subsample_genes(batch, max_genes, seed=self.spec.seed).to(self.device)
         if self.processor.encodes:
             self._require_few_genes(seen, names)
         if self.measured is not None:
@@ -198,7 +202,7 @@ class Applier:
             cells, seen = replace(cells, measured=measured), replace(seen, measured=measured)
         output = self.processor(Tile(cells, seen, table[JOINID].to_numpy(), dict(cells.conditions)))
         output.obs = {"library_size": cells.library_size.cpu().numpy(), **output.obs}
-        if output.counts is None:
+        if not self.spec.layout.counts:
             output.obs["n_genes"] = cells.lengths.cpu().numpy().astype(np.int32)
         return output
 
@@ -229,8 +233,8 @@ class Applier:
     def _anndata(self, outputs: list[TileOutput], obs: pd.DataFrame) -> anndata.AnnData:
         vocabulary, layout = self.processor.vocabulary, self.spec.layout
         obs["is_synthetic"] = self.processor.synthetic
-        for name in outputs[0].obs if outputs else ():
-            obs[name] = np.concatenate([np.asarray(o.obs[name]) for o in outputs])
+        for name, kind in layout.obs_types().items():
+            obs[name] = np.concatenate([np.zeros(0, kind), *(np.asarray(o.obs[name]) for o in outputs)])
         obsm = {
             k: np.concatenate([np.zeros((0, width), np.float32), *(o.obsm[k] for o in outputs)])
             for k, width in layout.obsm.items()
@@ -248,7 +252,7 @@ class Applier:
             obs["total_counts"] = np.asarray(x.sum(1)).ravel().astype(np.int64)
             obs["n_genes"] = np.diff(x.indptr).astype(np.int32)
         if layout.mean:
-            means = (o.layers["mean"] for o in outputs)
+            means = (o.mean for o in outputs if o.mean is not None)
             layers["mean"] = np.concatenate([np.zeros((0, len(var)), np.float32), *means])
         uns = {"scldm": json.loads(json.dumps(self.spec.provenance))}
         return anndata.AnnData(x, obs=obs, var=var, obsm=obsm, layers=layers, uns=uns)

@@ -24,8 +24,9 @@ from pipeline.config.apply import RealCellsConfig
 from pipeline.config.context import StageContext
 from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, fault_point
+from pipeline.core.files import replaces
 from pipeline.core.progress import ProgressReader, ProgressWriter
-from pipeline.core.shards import Record, replaces
+from pipeline.core.shards import Record
 from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.applier import Applier, ApplierSpec, OutputLayout, TileProcessor, applied_shards
 from pipeline.inference.export.index import write_index

@@ -21,6 +21,7 @@ from pipeline.config.job import GenerateConfig
 from pipeline.core.faults import arm, fault_point
 from pipeline.core.shards import CommitPoints, Record, ShardStore
 from pipeline.inference.background import BackgroundWriter
+from pipeline.inference.cell_shards import CELLS, shard_name
 from pipeline.inference.progress import ShardProgress, count_attempt
 from pipeline.inference.request import recipe_of, settings_of
 from pipeline.inference.shard_writer import ShardFile
@@ -38,13 +39,9 @@ WAIT_SECONDS = 2.0  # after the first failed write; doubles
 POINTS = CommitPoints("generate.before_rename", "generate.before_record", "generate.after_record")
 
 
-def shard_name(shard: int) -> str:
-    return f"part-{shard:05d}.h5ad"
-
-
 def cell_shards(folder: Path) -> ShardStore:
     """Return the store of generated shards, `<stage>/cells`; records name files from the stage's folder."""
-    return ShardStore(folder, POINTS, prefix="cells/")
+    return ShardStore(folder, POINTS, prefix=CELLS)
 
 
 @dataclass(frozen=True)
@@ -102,20 +99,21 @@ class Generator:
             OSError: the shard could not be written.
         """
         count_attempt(self.spec.folder, shard, self.spec.run)
-        for wait in (*(WAIT_SECONDS * 2**i for i in range(MAX_WRITES - 1)), None):
+        attempt = 1
+        while True:
             try:
-                return self._make(shard)
+                return self.store.commit(
+                    shard_name(shard), lambda path: {"shard": shard, "n_cells": self._write(path, shard)}
+                )
             except FloatingPointError as error:
                 raise FloatingPointError(f"shard {shard}: {error}") from error
             except OSError as error:
-                if wait is None:
+                if attempt == MAX_WRITES:
                     raise OSError(f"shard {shard} could not be written in {MAX_WRITES} attempts: {error}") from error
+                wait = WAIT_SECONDS * 2 ** (attempt - 1)
                 logger.warning("shard %d: %s; next attempt in %.0f s", shard, error, wait)
                 time.sleep(wait)
-        raise AssertionError("unreachable")
-
-    def _make(self, shard: int) -> Record:
-        return self.store.commit(shard_name(shard), lambda path: {"shard": shard, "n_cells": self._write(path, shard)})
+                attempt += 1
 
     def _write(self, path: Path, shard: int) -> int:
         """Write the file of a shard; return the number of its cells."""
@@ -146,7 +144,7 @@ class Generator:
         return len(ids)
 
     def _obs(self, ids: np.ndarray, library: np.ndarray, out: ShardFile, shard: int) -> pd.DataFrame:
-        """Return obs by the AnnData contract of generated cells (README: "Ask for cells")."""
+        """Return obs by the AnnData contract of generated cells (docs/generated_cells.md)."""
         names = [f"{self.spec.prefix}-{i:0{self.spec.digits}d}" for i in ids.tolist()]
         settings = settings_of(self.config)
         obs = generated_obs(ids, names, self.maker.recipe, self.spec.request, settings, self.vocabulary)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from pipeline.config.apply import LogLikelihoodConfig
 from pipeline.config.context import StageContext
 from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
@@ -55,4 +57,6 @@ class Scorer:
 
 def run(config: LogLikelihoodConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
     """Run the stage; returns the facts of `run_batches`."""
-    return run_batches(config, context, stage="log_likelihood", processor=Scorer, layout=OutputLayout(), pool=pool)
+    columns = ("nll", "nll_per_gene", *(("flow_log_prob",) if config.flow is not None else ()))
+    layout = OutputLayout(obs=dict.fromkeys(columns, np.float32))
+    return run_batches(config, context, stage="log_likelihood", processor=Scorer, layout=layout, pool=pool)

@@ -73,5 +73,6 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
     """Run the stage; returns the facts of `run_batches`."""
     models = locate_models(config, context)
     check_target(config, Vocabulary.load(Path(models.vae) / "vocabulary.json"))
-    layout = OutputLayout(genes=True, counts=True, obsm={"X_scldm": latent_width(models.vae)})
+    layout = OutputLayout(genes=True, counts=True, obsm={"X_scldm": latent_width(models.vae)},
+                          obs={f"to_{label}": object for label in config.to})  # fmt: skip
     return run_batches(config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool)

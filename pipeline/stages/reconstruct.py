@@ -44,7 +44,7 @@ class Reconstructor:
             assert isinstance(out, CountDistribution)  # load_models refuses other heads
             output.counts = draw_sparse(out, tile.ids.tolist(), seed=self.seed)
         if self.decode != "counts":
-            output.layers["mean"] = out.mu.float().cpu().numpy()
+            output.mean = out.mu.float().cpu().numpy()
         return output
 
 

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 from anndata.io import write_elem
 
-from pipeline.core.shards import replaces
+from pipeline.core.files import replaces
 from scldm.cells.cells import Cells
 from scldm.errors import InputError
 

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.shards import replaces
+from pipeline.core.files import replaces
 from scldm.cells.cells import CATEGORIES, INDEX_NAME, INDEX_ROW, INDEX_SHARD
 from scldm.cells.shards import Shard, read_part
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
 
-from pipeline.core.shards import replaces
+from pipeline.core.files import replaces
 from pipeline.data.soma.store import TILE
 from pipeline.data.soma.write import in_tile_order, write_frame, x_layout
 from scldm.cells.cells import Cells

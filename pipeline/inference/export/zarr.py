@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 
-from pipeline.core.shards import replaces
+from pipeline.core.files import replaces
 from scldm.cells.cells import Cells
 from scldm.errors import InputError
 

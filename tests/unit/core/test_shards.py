@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.core import faults
 from pipeline.core.faults import FaultError
-from pipeline.core.shards import CommitPoints, ShardStore, replaces
+from pipeline.core.files import replaces
+from pipeline.core.shards import CommitPoints, ShardStore
 
 POINTS = CommitPoints("encode.before_rename", "encode.before_record", "encode.after_record")
 

@@ -69,6 +69,19 @@ def test_cells_without_a_gene_of_the_model_are_named_or_left_out(place, tmp_path
     assert list(out.obs_names) == [n for i, n in enumerate(cells.obs_names) if i not in (4, 50)]
 
 
+@pytest.mark.parametrize("stage", ["embed", "log_likelihood"])
+def test_a_shard_whose_cells_were_all_left_out_has_the_columns_of_the_others(place, tmp_path, stage):
+    cells = real_cells()
+    x = cells.X.tolil()
+    x[:35, 1:7] = 0  # the first of two shards
+    cells.X = x.tocsr()
+    cells.write_h5ad(tmp_path / "bad.h5ad")
+    source = {"type": "h5ad", "path": str(tmp_path / "bad.h5ad")}
+    out = made(place, tmp_path, stage, name="drop", empty_cells="drop", shard_size=35, source=source)
+    assert out.n_obs == 35
+    assert out.obs["library_size"].notna().all()
+
+
 def test_genes_of_another_organism_are_refused(place, tmp_path):
     cells = real_cells()
     cells.var_names = [f"ENSMUSG{i:011d}" for i in range(8)]

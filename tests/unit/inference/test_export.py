@@ -167,7 +167,7 @@ def test_a_killed_soma_export_goes_on_and_writes_no_count_twice(made, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("c.zarr", "--to", "soma", "--shuffle", "1"), "--shuffle is of --to zarr"),
+        (("c.zarr", "--to", "soma", "--shuffle", "1"), "--shuffle works only with --to zarr"),
         (("c", "--to", "zarr"), "ends in .zarr"),
     ],
 )

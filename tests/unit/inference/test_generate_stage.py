@@ -13,6 +13,7 @@ from helpers.stages.generation_case import generate, hashes, write_inputs
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.faults import FaultError
+from pipeline.core.shards import ShardStore
 from pipeline.inference.generator import Generator
 from scldm.errors import InputError
 
@@ -154,22 +155,25 @@ def test_settings_of_the_job_are_used_where_the_table_says_nothing(inputs, tmp_p
 
 @pytest.mark.row("G5")
 def test_a_write_that_fails_is_tried_again(inputs, tmp_path, monkeypatch):
-    whole, tries = Generator._make, []
+    commit, tries = ShardStore.commit, []
 
-    def once_broken(self, shard):
-        tries.append(shard)
+    def once_broken(self, name, write):
+        tries.append(name)
         if len(tries) == 1:
             raise OSError("stale file handle")
-        return whole(self, shard)
+        return commit(self, name, write)
 
-    monkeypatch.setattr(Generator, "_make", once_broken)
+    monkeypatch.setattr(ShardStore, "commit", once_broken)
     monkeypatch.setattr("pipeline.inference.generator.WAIT_SECONDS", 0.0)
     generate(tmp_path / "a", inputs, n_cells=3)
-    assert tries == [0, 0]
+    assert tries == ["part-00000.h5ad"] * 2
 
 
 def test_a_shard_that_kills_its_actor_each_time_ends_the_job(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(Generator, "_make", lambda self, shard: (_ for _ in ()).throw(FaultError("dies")))
+    def die(self, name, write):
+        raise FaultError("dies")
+
+    monkeypatch.setattr(ShardStore, "commit", die)
 
     def stubborn(todo, spec, context):
         while True:
