@@ -1,4 +1,4 @@
-"""Workers' cells through Ray Data where the object store holds a few blocks; run by `test_little_room.py`.
+"""Workers' cells through Ray Data where the object store holds a few blocks; run by `test_small_object_store.py`.
 
     python little_room.py ADDRESS SPILL WORKERS BLOCK
 

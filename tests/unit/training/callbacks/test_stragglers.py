@@ -1,4 +1,4 @@
-"""Detecting slow workers, from made-up times; with real workers: tests/chaos/test_slow_worker.py."""
+"""Detecting slow workers, from made-up times; with real workers: tests/chaos/training/test_slow_worker.py."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from helpers.stages.generation_case import write_inputs
 from pipeline.core.manifest import newest_manifest, write_manifest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HEAD_ID = "f" * 51 + "00000"
 HEAD_TYPE = "ray.head.default"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"

@@ -131,7 +131,7 @@ def test_M5_a_deleted_run_is_named_and_gets_its_points_once_it_is_restored(serve
 def killed_training(root: Path, uri: str, *, up: bool) -> Trained:
     """A driver and its worker that are killed before step 150."""
     command = [sys.executable, "-m", "helpers.training.tracked_training", str(root), uri, "150", "up" if up else "down"]
-    here = Path(__file__).resolve().parents[1]
+    here = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL

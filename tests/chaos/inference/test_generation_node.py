@@ -49,7 +49,7 @@ def test_a_killed_node_costs_nothing_but_time(tmp_path):
     try:
         node = cluster.add()
         given = json.dumps([str(folder), {k: asdict(m) for k, m in inputs.items()}, ASKED])
-        here = Path(__file__).resolve().parents[1]
+        here = Path(__file__).resolve().parents[2]
         env = {**cluster.env, VARIABLE: "generate.after_batch:n=1:sleep=3"}  # an actor's first shard takes a moment
         env["PYTHONPATH"] += f":{here}"
         with log.open("w") as out:

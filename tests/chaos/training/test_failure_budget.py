@@ -17,7 +17,7 @@ from pipeline.tracking.provenance import read_ids
 from pipeline.training.checkpoints.manifest import newest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EVERY, DEADLY, MAX_FAILURES = 4, 9, 1
 JOB = {
     "kind": "train_vae",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "generation.py"
+PROGRAM = Path(__file__).resolve().parents[3] / "benchmarks" / "generation.py"
 FEW, MANY = 10_000, 50_000
 
 

@@ -14,7 +14,7 @@ import pytest
 from helpers.servers.raylets import RealCluster
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parents[2]
 STORE = 80_000_000  # about Ray's least: nine blocks of 256 cells
 
 
