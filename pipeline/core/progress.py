@@ -7,6 +7,7 @@ or one line every few seconds in a log. Nothing depends on the file or waits for
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -17,6 +18,8 @@ from typing import Any, Self, TextIO
 
 from pipeline.core.prometheus import PrometheusGauges
 from pipeline.core.text import compact, duration
+
+log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 
@@ -60,8 +63,8 @@ class ProgressReader:
     Example: `with ProgressReader(folder, "train_vae", 5.0): trainer.fit()`
 
     Args:
-        every_seconds: Time between two lines in a log; a bar on a terminal follows at once.
-        stream: Where it is shown; default: standard output.
+        every_seconds: Time between two lines in a log; a bar on a terminal follows immediately.
+        stream: Where it is shown; default: a bar if standard output is a terminal, else lines in the log.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class ProgressReader:
         self.stage = stage
         self.every_seconds = every_seconds
         self.poll_seconds = min(poll_seconds, every_seconds)
-        self.stream: TextIO = stream or sys.stdout
+        self.stream = stream
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name=f"progress of {stage}", daemon=True)
         self._began = time.time()
@@ -95,8 +98,9 @@ class ProgressReader:
         self._thread.join(timeout=5)
 
     def _follow(self) -> None:
-        if getattr(self.stream, "isatty", bool)():
-            self._follow_bar()
+        stream = self.stream or sys.stdout
+        if getattr(stream, "isatty", bool)():
+            self._follow_bar(stream)
         else:
             self._follow_lines()
 
@@ -113,15 +117,19 @@ class ProgressReader:
         if progress is None or progress["step"] == self._shown:
             return False
         self._shown = progress["step"]
-        print(progress_line(self.stage, progress, self._eta(progress)), file=self.stream, flush=True)
+        if self.stream is not None:
+            print(progress_line(self.stage, progress, self._eta(progress)), file=self.stream, flush=True)
+        else:
+            detail = self.stage.partition(" ")[2]  # the log names the stage itself
+            log.info("%s", progress_line(detail, progress, self._eta(progress)).removeprefix(" | "))
         return True
 
-    def _follow_bar(self) -> None:
+    def _follow_bar(self, stream: TextIO) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
         columns = (TextColumn("{task.fields[stage]}"), BarColumn(30), TextColumn("{task.description}"))
-        with Progress(*columns, console=Console(file=self.stream)) as bar:
+        with Progress(*columns, console=Console(file=stream)) as bar:
             task = bar.add_task("starting", stage=self.stage, total=None)
             running = True
             while running:

@@ -115,7 +115,7 @@ def head() -> Iterator[Head]:
 
 
 def steps_in(log: str) -> list[int]:
-    return [int(n) for n in re.findall(r"^train_vae \| step (\d+)/", log, re.M)]
+    return [int(n) for n in re.findall(r"^[\d:]{8} train_vae step (\d+)/", log, re.M)]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Workers' cells through Ray Data where the object store holds a few blocks; run by `test_small_object_store.py`.
 
-    python little_room.py ADDRESS SPILL WORKERS BLOCK
+    python small_object_store.py ADDRESS SPILL WORKERS BLOCK
 
 Rows are wide, so that little work makes much data: two epochs of 128 MB. Prints, as JSON, what came and how.
 """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 
 import pytest
 
 from pipeline.config.job import TrainConfig
+from pipeline.core.logs import setup_logging
 from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, progress_line
 from pipeline.core.text import compact, duration
 from pipeline.tracking.tracker import StageTracker
@@ -110,3 +112,10 @@ def test_the_eta_of_a_resumed_run_counts_from_where_it_resumed(tmp_path):
 def test_a_full_disk_does_not_stop_the_worker(tmp_path):
     ProgressWriter(tmp_path / "gone").update(1, 2)
     assert not (tmp_path / "gone").exists()
+
+
+def test_without_a_terminal_progress_goes_to_the_log(tmp_path, capsys):
+    setup_logging(stage="ingest")
+    with ProgressReader(tmp_path, "ingest cache", 0.05, poll_seconds=0.01):
+        ProgressWriter(tmp_path, every_seconds=0).update(3, 3)
+    assert re.search(r"^\d\d:\d\d:\d\d ingest cache \| step 3/3$", capsys.readouterr().out, re.M)
