@@ -21,8 +21,8 @@ from scldm.nn.kernels.triton_kernels import attended, load_tile, normalised, sca
 
 @triton.jit
 def hidden_gradients(
-    y, w_gate, w_up, grad, row_ids, head_hidden, columns, n_rows, F: tl.constexpr, R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    y: tl.tensor, w_gate: tl.tensor, w_up: tl.tensor, grad: tl.tensor, row_ids: tl.tensor, head_hidden: tl.tensor,
+    columns: tl.tensor, n_rows: tl.tensor, F: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return the gradients before SiLU and of the other factor, and the hidden activations: each (T, BF)."""
     g = tl.dot(y, tl.trans(w_gate), input_precision=PRECISION)
@@ -37,17 +37,19 @@ def hidden_gradients(
 
 
 @triton.jit
-def output_gradient(grad, rows, r, n_rows, R: tl.constexpr):
+def output_gradient(grad: tl.tensor, rows: tl.tensor, r: tl.tensor, n_rows: tl.tensor, R: tl.constexpr):
     """Return column r of the outputs' gradient, (T,)."""
     return tl.load(grad + rows * R + r, mask=rows < n_rows, other=0.0)
 
 
 @triton.jit
 def rows_kernel(
-    q, embedding, keys, values, norm_weight, norm_bias, gate, up, head_x, head_hidden, lse, grad,
-    y_rows, dx_rows, dq_rows, delta, d_norm, d_head_x, eps, G,
-    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, embedding: tl.tensor, keys: tl.tensor, values: tl.tensor, norm_weight: tl.tensor,
+    norm_bias: tl.tensor, gate: tl.tensor, up: tl.tensor, head_x: tl.tensor, head_hidden: tl.tensor, lse: tl.tensor,
+    grad: tl.tensor, y_rows: tl.tensor, dx_rows: tl.tensor, dq_rows: tl.tensor, delta: tl.tensor, d_norm: tl.tensor,
+    d_head_x: tl.tensor, eps: tl.tensor, G: tl.tensor, M: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    BD: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write y, dx and dq of every row, (b, G, D) each.
 
@@ -94,9 +96,10 @@ def rows_kernel(
 
 @triton.jit
 def query_gradients(
-    q, dx, keys, values, lse, delta, dq_rows, genes, cell, G,
-    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
-    BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, dx: tl.tensor, keys: tl.tensor, values: tl.tensor, lse: tl.tensor, delta: tl.tensor,
+    dq_rows: tl.tensor, genes: tl.tensor, cell: tl.tensor, G: tl.tensor, M: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write dq and delta = sum over tokens of p dp, in two passes over the tokens: dp - delta before rounding."""
     channels, width = tl.arange(0, BC), tl.arange(0, BD)
@@ -124,9 +127,10 @@ def query_gradients(
 
 @triton.jit
 def weights_kernel(
-    y_rows, grad, gate, up, head_hidden, d_gate_up, d_head_hidden, N, n_each,
-    D: tl.constexpr, F: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
-    BR: tl.constexpr, PRECISION: tl.constexpr,
+    y_rows: tl.tensor, grad: tl.tensor, gate: tl.tensor, up: tl.tensor, head_hidden: tl.tensor,
+    d_gate_up: tl.tensor, d_head_hidden: tl.tensor, N: tl.tensor, n_each: tl.tensor, D: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the chunk's share to (shares, 2, F, D) and (shares, R, F). A program takes n_each rows."""
     columns, share = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1)
@@ -154,9 +158,9 @@ def weights_kernel(
 
 @triton.jit
 def keys_kernel(
-    q, keys, values, lse, delta, dx_rows, d_keys, d_values, G,
-    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
-    BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, lse: tl.tensor, delta: tl.tensor, dx_rows: tl.tensor,
+    d_keys: tl.tensor, d_values: tl.tensor, G: tl.tensor, M: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the chunk's share to the gradients of keys (b, H, M, C) and values (b, H, M, D)."""
     tokens, h, cell = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1), tl.program_id(2).to(tl.int64)

@@ -17,21 +17,27 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(pointer, rows, columns, n_rows, n_columns, stride):
+def load_tile(
+    pointer: tl.tensor, rows: tl.tensor, columns: tl.tensor, n_rows: tl.tensor, n_columns: tl.tensor,
+    stride: tl.tensor,
+):  # fmt: skip
     """Load rows x columns of a row-major matrix; zeros beyond its edges."""
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_tile(pointer, value, rows, columns, n_rows, n_columns, stride):
+def store_tile(
+    pointer: tl.tensor, value: tl.tensor, rows: tl.tensor, columns: tl.tensor, n_rows: tl.tensor,
+    n_columns: tl.tensor, stride: tl.tensor,
+):  # fmt: skip
     """Store rows x columns of a row-major matrix; nothing beyond its edges."""
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     tl.store(pointer + rows[:, None] * stride + columns[None, :], value, mask=inside)
 
 
 @triton.jit
-def scores(q, k, tokens, M: tl.constexpr, PRECISION: tl.constexpr):
+def scores(q: tl.tensor, k: tl.tensor, tokens: tl.tensor, M: tl.constexpr, PRECISION: tl.constexpr):
     """Return the products of queries and keys, (T, BM); tokens beyond the last one get weight zero."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     return tl.where((tokens < M)[None, :], s, float("-inf"))
@@ -39,8 +45,8 @@ def scores(q, k, tokens, M: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def log_normaliser(
-    q, keys, T: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, T: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return log sum exp of one head's scores over the tokens, (T,), computed a block of tokens at a time."""
     channels = tl.arange(0, BC)
@@ -57,8 +63,8 @@ def log_normaliser(
 
 @triton.jit
 def attended(
-    x, q, lse, keys, values, M: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    BD: tl.constexpr, PRECISION: tl.constexpr,
+    x: tl.tensor, q: tl.tensor, lse: tl.tensor, keys: tl.tensor, values: tl.tensor, M: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return x (T, BD) plus one head's attention; the output projection is in the values."""
     channels, width = tl.arange(0, BC), tl.arange(0, BD)
@@ -71,7 +77,7 @@ def attended(
 
 
 @triton.jit
-def normalised(x, eps, D: tl.constexpr, BD: tl.constexpr):
+def normalised(x: tl.tensor, eps: tl.tensor, D: tl.constexpr, BD: tl.constexpr):
     """Return the LayerNorm without its affine part, (T, BD), and one over the standard deviation, (T,)."""
     centred = tl.where((tl.arange(0, BD) < D)[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
@@ -79,7 +85,7 @@ def normalised(x, eps, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def scaled(x_hat, norm_weight, norm_bias, D: tl.constexpr, BD: tl.constexpr):
+def scaled(x_hat: tl.tensor, norm_weight: tl.tensor, norm_bias: tl.tensor, D: tl.constexpr, BD: tl.constexpr):
     """Apply the affine part of the LayerNorm."""
     width = tl.arange(0, BD)
     weight = tl.load(norm_weight + width, mask=width < D, other=0.0).to(tl.float32)
@@ -89,9 +95,11 @@ def scaled(x_hat, norm_weight, norm_bias, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    q, embedding, keys, values, norm_weight, norm_bias, gate, up, head_x, head_hidden, head_bias, out, lse, eps, G,
-    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
+    q: tl.tensor, embedding: tl.tensor, keys: tl.tensor, values: tl.tensor, norm_weight: tl.tensor,
+    norm_bias: tl.tensor, gate: tl.tensor, up: tl.tensor, head_x: tl.tensor, head_hidden: tl.tensor,
+    head_bias: tl.tensor, out: tl.tensor, lse: tl.tensor, eps: tl.tensor, G: tl.tensor, M: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write outputs (b, G, R) and log normalisers of the attention (b, H, G); a program per cell and tile."""
