@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
 from scldm.metrics.baselines import Selection, select_like
-from scldm.metrics.cell_set import CellSet, shown
+from scldm.metrics.cell_set import CellSet, class_text
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.from_anndata import EvaluationError, cell_set
 
@@ -87,7 +87,7 @@ def fit_space(cells: CellSet, config: EvaluateConfig) -> RealSpace:
 def _short(what: str, selection: Selection) -> list[str]:
     if not selection.short:
         return []
-    named = ", ".join(f"{shown(k)} ({v})" for k, v in sorted(selection.short.items())[:SHORT_NAMED])
+    named = ", ".join(f"{class_text(k)} ({v})" for k, v in sorted(selection.short.items())[:SHORT_NAMED])
     more = f" and {len(selection.short) - SHORT_NAMED} more" if len(selection.short) > SHORT_NAMED else ""
     return [f"Too few {what} cells to match the held-out composition, missing: {named}{more}."]
 

@@ -34,7 +34,7 @@ from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
 from scldm.errors import InputError
 from scldm.generation.real_cells import draw_sparse
-from scldm.metrics.cell_set import shown
+from scldm.metrics.cell_set import class_text
 from scldm.metrics.from_anndata import EvaluationError, cell_set
 from scldm.metrics.genes.expression import as_counts
 from scldm.nn.vae import CountDistribution
@@ -92,7 +92,7 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
         streamed=streamed,
     )  # fmt: skip
     if missing:
-        said = f"{len(missing)} classes of held-out cells were not generated, the first is {shown(missing[0])}."
+        said = f"{len(missing)} classes of held-out cells were not generated, the first is {class_text(missing[0])}."
         result.notes.append(said)
     return result
 

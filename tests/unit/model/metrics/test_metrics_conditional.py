@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from helpers.models.metric_cells import cells, comparison
 
 from scldm.metrics.baselines import shuffled
-from scldm.metrics.cell_set import CLASSES, CellSet, shown
+from scldm.metrics.cell_set import CLASSES, CellSet, class_text
 from scldm.metrics.conditional import class_averages
 from scldm.metrics.distribution import distances as d
 from scldm.metrics.genes.fold_change import cp10k, log_fold_change, recovery
@@ -55,7 +55,7 @@ def test_labels_are_crossed_and_small_classes_are_listed_by_name(compared):
     _, _, _, found = compared
     joint = found.classes["type+day"]
     assert set(joint.classes) == {CLASSES.join(k) for k in (("even", "one"), ("odd", "one"), ("odd", "two"))}
-    assert {shown(k): v for k, v in joint.left_out.items()} == {"even + two": (20, 20)}
+    assert {class_text(k): v for k, v in joint.left_out.items()} == {"even + two": (20, 20)}
     assert "conditional_w2.type+day" in found.scores
 
 
