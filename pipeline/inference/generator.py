@@ -58,7 +58,7 @@ class Generator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.spec, self.folder = spec, Path(spec["folder"])
         self.config = GenerateConfig.model_validate(spec["config"])
-        self.request = Request.of_plain(spec["request"])
+        self.request = Request.from_plain(spec["request"])
         vae = load_vae(Path(spec["vae"]), device=device)
         flow = load_flow(Path(spec["flow"]), weights=self.config.sampler.weights, device=device)
         self.vocabulary = flow.vocabulary

@@ -38,7 +38,7 @@ class Request:
         return [[dict(r.condition), r.n_cells, dict(r.guidance), r.library_size] for r in self.rows]
 
     @classmethod
-    def of_plain(cls, rows: list[list[Any]]) -> Request:
+    def from_plain(cls, rows: list[list[Any]]) -> Request:
         return cls(tuple(RequestRow(*row) for row in rows))
 
     def slice(self, start: int, stop: int) -> list[tuple[dict[str, str | None], int]]:

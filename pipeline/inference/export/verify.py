@@ -14,7 +14,7 @@ from anndata.io import read_elem
 
 from pipeline.inference.export.requested import CannotTell, requested_cells
 from scldm.cells.cells import read_index
-from scldm.cells.shards import CellsError, CellsManifest, Shard, read_cells_manifest
+from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest
 
 VALUES = 1 << 22  # of a matrix, looked at at once
 FINITE = ("library_size", "total_counts", "n_genes", "nll", "nll_per_gene", "flow_log_prob")  # obs columns of ours
@@ -50,7 +50,7 @@ def verify(folder: Path) -> Verdict:
     """Look at every byte of a stage's cells.
 
     Raises:
-        CellsError: the folder holds no finished stage of cells.
+        CellShardsError: the folder holds no finished stage of cells.
     """
     manifest = read_cells_manifest(folder)
     verdict = Verdict(str(folder), manifest.stage, manifest.n_cells, len(manifest.shards))
@@ -159,7 +159,7 @@ def _index_problems(manifest: CellsManifest, obs: pd.DataFrame) -> Iterator[str]
         return
     try:
         index = read_index(manifest.index)
-    except CellsError as error:
+    except CellShardsError as error:
         yield str(error)
         return
     if not index.index.equals(obs.index.astype(str)):

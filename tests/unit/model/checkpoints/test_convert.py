@@ -145,7 +145,7 @@ def test_a_second_run_is_refused_and_force_replaces_only_an_earlier_conversion(e
     assert sorted(p.name for p in exported.out.parent.iterdir()) == ["out", "upstream"]
     (exported.out / "thesis.txt").write_text("mine")
     result = exported.run("--force")
-    assert (result.exit_code, "was not made by this command" in result.output) == (2, True)
+    assert (result.exit_code, "was not written by this command" in result.output) == (2, True)
     assert (exported.out / "thesis.txt").read_text() == "mine"
 
 
@@ -166,8 +166,8 @@ def test_names_that_only_one_side_has_are_named_all_at_once(exported):
 
     exported.change_state(change)
     exported.refused(
-        "vae_model.decoder_head.params.bias is asked for by the configuration, and not in the checkpoint",
-        "vae_model.decoder_head.extra.weight is in the checkpoint, and the configuration asks for none",
+        "vae_model.decoder_head.params.bias is required by the configuration, but not in the checkpoint",
+        "vae_model.decoder_head.extra.weight is in the checkpoint, but not required by the configuration",
         "vae_model.decoder_head.theta.weight is (9, 1) in the checkpoint, (7, 1) by the configuration",
     )
 

@@ -46,7 +46,7 @@ def test_weights_bring_another_composition_to_that_of_the_real_cells():
 def test_a_class_that_was_not_generated_is_named_and_one_that_was_not_asked_for_weighs_nothing():
     weights, missing = composition_weights(np.array(["a", "a", "x"]), np.array(["a", "b"]))
     assert (weights.tolist(), missing) == ([0.5, 0.5, 0.0], ["b"])
-    with pytest.raises(ValueError, match="no cell has a class that is wanted; there are x"):
+    with pytest.raises(ValueError, match="no cell has a wanted class; the cells have x"):
         composition_weights(np.array(["x"]), np.array(["a"]))
 
 
