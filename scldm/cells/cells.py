@@ -53,14 +53,17 @@ class Cells:
 
     @property
     def n_obs(self) -> int:
+        """Number of cells."""
         return int(self._ends[-1])
 
     @property
     def n_vars(self) -> int:
+        """Number of genes."""
         return len(self.var)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(n_obs, n_vars)."""
         return self.n_obs, self.n_vars
 
     def __len__(self) -> int:
@@ -81,6 +84,7 @@ class Cells:
 
     @property
     def obs_names(self) -> pd.Index:
+        """Names of the cells."""
         return self.obs.index
 
     @cached_property

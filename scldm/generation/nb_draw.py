@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from scldm.generation.counter_random import MASK, SHIFT, TO_UNIT, as_cells, key_of, philox
 
 INVERT_TO = 16.0  # mu: above it the walk along the distribution function is longer than two rejections
-LOW_WORDS, SEQUENCE = np.uint64(1 << 8), np.uint64(2 << 8)  # sub-streams, beside the stream's number
+LOW_WORDS, SEQUENCE = np.uint64(1 << 8), np.uint64(2 << 8)  # sub-streams, combined with the stream's number
 ROWS = 64  # cells of a scratch block: b g numbers are never held twice
 MOST = float(2**31 - 1)
 

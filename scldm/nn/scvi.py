@@ -1,4 +1,4 @@
-"""An MLP VAE of counts after scVI (Lopez et al. 2018): the baseline that upstream reports beside its transformer.
+"""An MLP VAE of counts after scVI (Lopez et al. 2018): the baseline that upstream compares its transformer with.
 
 log1p counts go through linear layers, each with batch norm, SiLU and dropout, to a normal latent per cell; a second
 such stack and a softmax give proportions of the library size. Unlike the transformer VAE it has a KL term.
