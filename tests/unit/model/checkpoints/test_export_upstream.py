@@ -1,4 +1,4 @@
-"""Our models become checkpoints of upstream's and come back bit for bit; what it cannot hold is refused by name."""
+"""Our models are exported as upstream checkpoints and restored bit for bit; unsupported settings are refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def config_of(folder: Path) -> dict:
     ],
     ids=str,
 )
-def test_a_vae_comes_back_bit_for_bit(tmp_path, choices):
+def test_a_vae_is_restored_bit_for_bit(tmp_path, choices):
     vae = write_vae(tmp_path / "vae", **choices)
     done = there_and_back(tmp_path, vae)
     assert_equal_weights(vae / "model.safetensors", done.vae / "model.safetensors")
@@ -77,7 +77,7 @@ def test_a_vae_comes_back_bit_for_bit(tmp_path, choices):
         ((DONORS, CELL_TYPES), {"label_dropout": 0.0, "eps": 1e-6}, PathConfig(prediction="noise")),
     ],
 )  # fmt: skip
-def test_both_weights_of_a_flow_come_back_bit_for_bit(tmp_path, labels, choices, path):
+def test_both_weights_of_a_flow_are_restored_bit_for_bit(tmp_path, labels, choices, path):
     vae = write_vae(tmp_path / "vae", *labels)
     flow = write_flow(tmp_path / "flow", *labels, path=path, **choices)
     done = there_and_back(tmp_path, vae, flow)
@@ -105,7 +105,7 @@ def test_the_size_factors_are_tables_by_label_and_class(tmp_path):
     assert any("numbers of cells are left out" in note for note in done.notes)
 
 
-def test_statistics_of_combinations_come_back():
+def test_statistics_of_combinations_are_restored():
     classes = {x.name: x.classes for x in (CELL_TYPES, DONORS)}
     combinations = [{"cell_type": c, "donor": d} for c in CELL_TYPES.classes for d in DONORS.classes]
     table = {condition_key(c): LogNormal(float(i), 0.5, None, condition_key(c)) for i, c in enumerate(combinations)}
@@ -144,7 +144,7 @@ def test_a_vae_that_upstream_cannot_represent_is_refused_by_the_names_of_all_its
         ({"genes_seq_len": None}, "genes_seq_len"),
     ],
 )  # fmt: skip
-def test_each_setting_that_upstream_lacks_is_reason_enough(tmp_path, choices, named):
+def test_each_setting_that_upstream_lacks_is_refused(tmp_path, choices, named):
     config = load_vae(write_vae(tmp_path / "vae", **choices)).vae.config
     with pytest.raises(CheckpointError) as refused:
         upstream_vae_values(config)

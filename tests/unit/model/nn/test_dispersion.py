@@ -60,7 +60,7 @@ def test_known_dispersions_are_recovered_from_many_cells_and_any_start():
         np.testing.assert_allclose(found, THETA, rtol=0.1)
 
 
-def test_a_gene_that_no_cell_expresses_is_left_alone_and_one_of_few_counts_falls_back_to_all():
+def test_a_gene_that_no_cell_expresses_is_unchanged_and_one_of_few_counts_shrinks_to_all_genes():
     mu, counts = drawn(200)
     counts[:, 0] = 0
     counts[:, 1] = 0
@@ -72,7 +72,7 @@ def test_a_gene_that_no_cell_expresses_is_left_alone_and_one_of_few_counts_falls
     assert rest.min() < found[1] < rest.max(), "one count says nothing of its own"
 
 
-def test_what_was_not_measured_does_not_count():
+def test_genes_that_were_not_measured_are_ignored():
     mu, counts = drawn(400)
     measured = torch.ones_like(mu, dtype=torch.bool)
     measured[200:, 2] = False
