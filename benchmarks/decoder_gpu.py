@@ -104,7 +104,7 @@ def roof(dtype: torch.dtype) -> float | None:
 
 def measure(name: str, side: Side, dtype: torch.dtype, n: int) -> tuple[list[Row], dict[str, object]]:
     """Rows of one preset, and beside them what was not run and why, how far forms are apart, fractions of the roof."""
-    unfit = triton_decoder.unfit(width=side.embedding.shape[1], n_outputs=1, dtype=dtype)
+    unfit = triton_decoder.unsupported_reason(width=side.embedding.shape[1], n_outputs=1, dtype=dtype)
     notes: dict[str, object] = {"triton": unfit or "fits"}
     rows, memory = [], peak(lambda: side.run("tiled"))
     expected, limit = side.run("tiled").float(), roof(dtype)

@@ -4,8 +4,8 @@
     model = scldm.load("runs/demo")                     # a pipeline, a stage, or a folder of models
     model.encode(adata)                                 # AnnData with raw counts in, obsm["X_scldm"] out
     model.generate({"cell_type": "B cell"}, n=500)      # AnnData
-    scldm.score(cells, real=adata)                      # beside the real-vs-real floor
-    scldm.open_cells("runs/demo/generate/1a2b3c4d5e6f") # cells of a finished job, read as they are asked for
+    scldm.score(cells, real=adata)                      # compared with the real-vs-real floor
+    scldm.open_cells("runs/demo/generate/1a2b3c4d5e6f") # cells of a finished job, read on demand
 
 Needs torch and anndata, nothing of the pipeline (`pip install .` in a checkout; `'.[pipeline]'` brings all the rest).
 """

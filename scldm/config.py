@@ -1,4 +1,4 @@
-"""The base of every configuration: strict, frozen, choices only.
+"""Base class of all configurations: strict, frozen, choices only.
 
 A configuration never holds a fact about the data (how many genes, how many classes); facts are read from manifests and
 passed as arguments when an object is built. An unknown key is an error; nothing mutates a configuration.

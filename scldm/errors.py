@@ -1,7 +1,10 @@
-"""The base of every error that the user can put right."""
+"""Base class of errors that the user can fix."""
 
 from __future__ import annotations
 
 
 class InputError(Exception):
-    """Bad input from the user: what, where, why and how to mend it. The command line prints it and exits with 2."""
+    """Raised for bad input from the user.
+
+    The message says what is wrong, where, why and how to fix it. The command line prints it and exits with 2.
+    """

@@ -1,4 +1,4 @@
-"""Text for messages: names from untrusted files made safe to print, and the name that was probably meant."""
+"""Text for messages: names from untrusted files made safe to print, and suggestions for misspelled names."""
 
 from __future__ import annotations
 

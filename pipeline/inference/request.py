@@ -89,7 +89,7 @@ def recorded_request(folder: Path) -> Request | None:
         return None
     try:
         recorded = json.loads(path.read_text())
-        request = Request.of_plain(recorded["rows"])
+        request = Request.from_plain(recorded["rows"])
         whole = request.digest == recorded["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run the job again") from error

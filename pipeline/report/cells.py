@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
 from scldm.metrics.baselines import Selection, select_like
-from scldm.metrics.cell_set import CellSet, shown
+from scldm.metrics.cell_set import CellSet, class_text
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.from_anndata import EvaluationError, cell_set
 
@@ -91,7 +91,7 @@ def fit_space(cells: CellSet, config: EvaluateConfig) -> RealSpace:
 def _missing_cells(role: str, selection: Selection) -> list[str]:
     if not selection.short:
         return []
-    named = ", ".join(f"{shown(k)} ({v})" for k, v in sorted(selection.short.items())[:MAX_NAMED])
+    named = ", ".join(f"{class_text(k)} ({v})" for k, v in sorted(selection.short.items())[:MAX_NAMED])
     more = f" and {len(selection.short) - MAX_NAMED} more" if len(selection.short) > MAX_NAMED else ""
     return [f"Too few {role} cells to match the held-out composition, missing: {named}{more}."]
 

@@ -14,7 +14,7 @@ from pipeline.report.cells import EvaluationCells, fit_space, select_cells
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
-from scldm.metrics.cell_set import CellSet, shown
+from scldm.metrics.cell_set import CellSet, class_text
 from scldm.metrics.compare import Compared, CompareSettings, Comparison
 from scldm.metrics.conditional import ClassTable, ConditionalSettings
 from scldm.metrics.from_anndata import EvaluationError
@@ -116,7 +116,7 @@ def evaluate(
         training_space=None if config.space_from == "training" else fit_space(parts.reference, config),
     )  # fmt: skip
     pools = Pools.like(parts.reference, parts.real, labels)
-    fitted = LabelBaseline.of_pools(parts.reference.counts, pools.members)
+    fitted = LabelBaseline.from_pools(parts.reference.counts, pools.members)
     candidates = {"generated": parts.generated, "floor": parts.floor, **_baselines(parts, pools, fitted, rng)}
     found = comparison.all_scores(candidates | dict(parts.extra))
     scores = _with_label_floor(found, comparison)
@@ -225,7 +225,7 @@ def _left_out(generated: Compared) -> list[str]:
     notes = []
     for name, table in generated.classes.items():
         if table.left_out:
-            named = [f"{shown(c)} ({n}, {m})" for c, (n, m) in list(table.left_out.items())[:8]]
+            named = [f"{class_text(c)} ({n}, {m})" for c, (n, m) in list(table.left_out.items())[:8]]
             more = f" and {len(table.left_out) - 8} more" if len(table.left_out) > 8 else ""
             notes.append(
                 f"Too few cells for scores within classes of {name} (real, generated): {', '.join(named)}{more}."

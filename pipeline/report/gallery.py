@@ -13,7 +13,7 @@ from pipeline.report.cells import EvaluationCells
 from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import Picture
 from scldm.metrics.baselines import select_like
-from scldm.metrics.cell_set import LABELS, CellSet, shown
+from scldm.metrics.cell_set import LABELS, CellSet, class_text
 from scldm.metrics.genes import expression
 
 EMBEDDED = 2000  # cells a side in the UMAP
@@ -104,7 +104,7 @@ def _class_heatmaps(evaluation: Evaluation) -> Iterator[Picture]:
             for i, c in enumerate(common):
                 if c in own:
                     ratios[candidate][i] = [_ratio(own[c].values[m][0], floor[c].values[m][0]) for m in IN_CLASSES]
-        classes = [f"{shown(c)} ({table.classes[c].n_real:,})" for c in common]
+        classes = [f"{class_text(c)} ({table.classes[c].n_real:,})" for c in common]
         caption = (
             "Distance of a class's cells to the held-out real ones, over the floor's: 1 is as real cells are. In "
             f"brackets: real cells. {len(common)} of {len(table.classes) + len(table.left_out)} classes."

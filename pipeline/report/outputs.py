@@ -14,7 +14,7 @@ from pipeline.core.files import write_json_atomic
 from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import number
 from pipeline.report.rows import MetricRow
-from scldm.metrics.cell_set import shown
+from scldm.metrics.cell_set import class_text
 from scldm.metrics.score import Score
 
 KEY_FIGURES = {
@@ -53,11 +53,11 @@ def class_rows(result: Evaluation) -> list[dict[str, Any]]:
     for candidate, tables in result.classes.items():
         for label, table in tables.items():
             for name, found in table.classes.items():
-                about: dict[str, Any] = {"candidate": candidate, "label": label, "class": shown(name)}
-                about |= {"real_cells": found.n_real, "cells": found.n_made}
+                about: dict[str, Any] = {"candidate": candidate, "label": label, "class": class_text(name)}
+                about |= {"real_cells": found.n_real, "cells": found.n_candidate}
                 rows += [{**about, "metric": m, "value": float(v[0])} for m, v in found.values.items()]
             for name, (n, m) in table.left_out.items():
-                about = {"candidate": candidate, "label": label, "class": shown(name), "real_cells": n, "cells": m}
+                about = {"candidate": candidate, "label": label, "class": class_text(name), "real_cells": n, "cells": m}
                 rows.append({**about, "metric": "too few cells", "value": None})
     return rows
 

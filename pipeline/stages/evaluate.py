@@ -35,7 +35,7 @@ from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
 from scldm.errors import InputError
 from scldm.generation.real_cells import draw_sparse
-from scldm.metrics.cell_set import shown
+from scldm.metrics.cell_set import class_text
 from scldm.metrics.from_anndata import cell_set
 from scldm.metrics.genes.expression import as_counts
 from scldm.nn.vae import CountDistribution
@@ -91,7 +91,7 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
     )  # fmt: skip
     if missing:
         result.notes.append(
-            f"{len(missing)} classes of held-out cells were not generated, the first is {shown(missing[0])}."
+            f"{len(missing)} classes of held-out cells were not generated, the first is {class_text(missing[0])}."
         )
     return result
 

@@ -59,14 +59,14 @@ def _of_model(folder: Path) -> ModelFolders:
     kind = _json(folder / CONFIG).get("kind")
     if kind == "vae":
         return ModelFolders(folder, None)
-    beside = folder.parent / "vae"
-    if kind == "flow" and (beside / CONFIG).is_file():
-        return ModelFolders(beside, folder)
+    vae = folder.parent / "vae"
+    if kind == "flow" and (vae / CONFIG).is_file():
+        return ModelFolders(vae, folder)
     if kind == "flow":
         stage = folder.parent  # <pipeline>/train_flow/<version>/model
         if (stage / MANIFEST).is_file():
             return _of_stage(stage, "ema")
-        raise CheckpointError(f"{folder} holds a flow, and there is no vae/ beside it: name the folder that holds both")
+        raise CheckpointError(f"{folder} holds a flow, and there is no vae/ next to it: name the folder of both")
     raise CheckpointError(f"{folder / CONFIG} says kind {kind!r}; expected vae or flow")
 
 

@@ -85,6 +85,7 @@ class Model:
 
     @property
     def vocabulary(self) -> Vocabulary:
+        """Genes and labels of the model."""
         return self.vae.vocabulary
 
     @property
@@ -188,7 +189,7 @@ class Model:
         """
         require_counts_head(self.vae, self.folders)
         if flow and self.flow is None:
-            raise CheckpointError(f"{self.folders.vae} has no flow beside it; scldm.load(vae, flow=folder)")
+            raise CheckpointError(f"{self.folders.vae} has no flow next to it; use scldm.load(vae, flow=folder)")
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         conditions = class_ids(adata, self.vocabulary) if flow else {}
         sampler = SamplerConfig(solver="midpoint", steps=20)  # as a log_likelihood job

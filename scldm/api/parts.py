@@ -70,6 +70,7 @@ def joined(parts: Sequence[np.ndarray], latent_shape: tuple[int, int]) -> np.nda
 
 
 def flat(z: Tensor) -> np.ndarray:
+    """Return latents (b, m, e) as a float32 array (b, m * e) on the host."""
     return z.flatten(1).float().cpu().numpy()
 
 
@@ -80,5 +81,6 @@ def digests(folders: ModelFolders) -> dict[str, str]:
 
 
 def require_counts_head(vae: LoadedVAE, folders: ModelFolders) -> None:
+    """Raise CheckpointError if the VAE has a Gaussian head, from which counts cannot be drawn."""
     if vae.vae.config.head == "gaussian":
         raise CheckpointError(f"{folders.vae} has a gaussian head: it has no distribution of counts")

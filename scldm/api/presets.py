@@ -68,6 +68,7 @@ def preset(name: str) -> Preset:
 
 
 def preset_names() -> tuple[str, ...]:
+    """Return the names of all presets."""
     return tuple(_PRESETS)
 
 

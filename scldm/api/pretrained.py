@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from scldm.api.model_card import DescribedModel, model_card
-from scldm.checkpoints.output_folder import check_output, written_whole
+from scldm.checkpoints.output_folder import atomic_folder, check_output
 
 INDEX = "model_index.json"
 FILES = ("model.safetensors", "raw.safetensors", "config.json", "vocabulary.json", "library_size.json", "README.md")
@@ -29,7 +29,7 @@ def write_pretrained(model: DescribedModel, folder: Path, *, force: bool = False
     """
     check_output(folder, force=force, is_earlier=lambda p: (p / INDEX).is_file())
     parts = {"vae": model.folders.vae} | ({} if model.folders.flow is None else {"flow": model.folders.flow})
-    with written_whole(folder) as staging:
+    with atomic_folder(folder) as staging:
         for part, source in parts.items():
             (staging / part).mkdir()
             for name in FILES:

@@ -64,11 +64,11 @@ def score(
     """
     _require(generated, real, label)
     rng = np.random.default_rng(seed)
-    known = _Side.of(real, label, layer, _gene_names(real).get_indexer(generated.var_names))
+    known = _Side.from_anndata(real, label, layer, _gene_names(real).get_indexer(generated.var_names))
     order = rng.permutation(real.n_obs)
     n = min(real.n_obs // 3, max_cells)
     reference, held_out, others = (known[np.sort(order[k * n : (k + 1) * n])] for k in range(3))
-    made = _Side.of(generated, label)[np.sort(rng.permutation(generated.n_obs)[:n])]
+    made = _Side.from_anndata(generated, label)[np.sort(rng.permutation(generated.n_obs)[:n])]
     n_pcs = min(n_pcs, n - 1, generated.n_vars - 1)
     space = RealSpace.fit(reference.counts, n_top_genes=2000, n_pcs=n_pcs, seed=seed)
     scores = {
@@ -88,9 +88,10 @@ class _Side:
     labels: np.ndarray | None  # (n,) class names
 
     @classmethod
-    def of(
+    def from_anndata(
         cls, adata: anndata.AnnData, label: str | None, layer: str | None = None, columns: np.ndarray | None = None
     ) -> _Side:
+        """Take counts and class names from an AnnData, with genes in the order of `columns`."""
         counts = expression.as_counts(adata.X if layer is None else adata.layers[layer])
         names = None if label is None else adata.obs[label].astype(object).map(str).to_numpy(object)
         return cls(counts if columns is None else counts[:, columns], names)

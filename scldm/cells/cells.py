@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from scldm.cells.shards import CellsError, CellsManifest, Shard, read_cells_manifest, read_part, read_rows
+from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest, read_part, read_rows
 
-__all__ = ["Cells", "CellsError", "open_cells"]
+__all__ = ["CellShardsError", "Cells", "open_cells"]
 
 LARGE = 1_000_000  # more cells are only read into memory if `max_cells` is raised
 CATEGORIES = b"scldm.categories"  # in the metadata of an index: column -> its categories, used or not
@@ -37,7 +37,7 @@ def open_cells(folder: str | Path) -> Cells:
         folder: The stage's folder, which holds manifest.json. Only files that the manifest lists are read.
 
     Raises:
-        CellsError: The folder holds no finished stage of cells, or one of a newer version of this code.
+        CellShardsError: The folder holds no finished stage of cells, or one of a newer version of this code.
     """
     return Cells(read_cells_manifest(folder))
 
@@ -53,14 +53,17 @@ class Cells:
 
     @property
     def n_obs(self) -> int:
+        """Number of cells."""
         return int(self._ends[-1])
 
     @property
     def n_vars(self) -> int:
+        """Number of genes."""
         return len(self.var)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(n_obs, n_vars)."""
         return self.n_obs, self.n_vars
 
     def __len__(self) -> int:
@@ -81,6 +84,7 @@ class Cells:
 
     @property
     def obs_names(self) -> pd.Index:
+        """Names of the cells."""
         return self.obs.index
 
     @cached_property
@@ -164,7 +168,7 @@ class Cells:
     def to_anndata(self, *, max_cells: int = LARGE) -> anndata.AnnData:
         """Read all cells into memory; refused above `max_cells`."""
         if self.n_obs > max_cells:
-            raise CellsError(
+            raise CellShardsError(
                 f"{self.n_obs:,} cells are more than max_cells ({max_cells:,}): take some (cells[rows], cells.where, "
                 "cells.batches), raise max_cells, or export them: scldm cells export --to zarr"
             )
@@ -183,7 +187,7 @@ class Cells:
 
     def _checked(self, obs: pd.DataFrame, where: Path) -> pd.DataFrame:
         if len(obs) != self.n_obs:
-            raise CellsError(
+            raise CellShardsError(
                 f"{where} has {len(obs):,} cells and the manifest {self.n_obs:,}; `scldm cells verify {self.folder}` "
                 "says what is wrong"
             )
@@ -196,7 +200,7 @@ def read_index(path: Path) -> pd.DataFrame:
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:
-        raise CellsError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+        raise CellShardsError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
     categories = json.loads((table.schema.metadata or {}).get(CATEGORIES, b"{}"))
     obs = table.drop_columns([INDEX_SHARD, INDEX_ROW]).to_pandas().set_index(INDEX_NAME)
     obs.index.name = None

@@ -24,8 +24,8 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2  # the newest contract of cells that this code reads
 
 
-class CellsError(InputError, ValueError):
-    """A folder or a shard cannot be read; the message says what is wrong, where, and how to fix it."""
+class CellShardsError(InputError, ValueError):
+    """Raised for a folder or a shard that cannot be read. The message says what is wrong, where, and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ class Shard:
     sha256: str
 
     def digest(self) -> str:
+        """Return the sha256 of the file as it is now."""
         with self.path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class CellsManifest:
-    """A finished stage of cells."""
+    """Manifest of a finished stage of cells."""
 
     folder: Path
     stage: str
@@ -54,6 +55,7 @@ class CellsManifest:
 
     @property
     def n_cells(self) -> int:
+        """Number of cells in all shards."""
         return sum(s.n_cells for s in self.shards)
 
 
@@ -61,28 +63,28 @@ def read_cells_manifest(folder: Path | str) -> CellsManifest:
     """Read and check the manifest of a stage folder.
 
     Raises:
-        CellsError: There is no manifest, it is not of cells, or it is of a newer version of this code.
+        CellShardsError: There is no manifest, it is not of cells, or it is of a newer version of this code.
     """
     folder = Path(folder).expanduser()
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise CellsError(f"{folder}: no such folder; give a stage's, for example runs/demo/generate/1a2b3c4d5e6f")
+        raise CellShardsError(f"{folder}: no such folder; give a stage's, for example runs/demo/generate/1a2b3c4d5e6f")
     if not path.is_file():
-        raise CellsError(_without_manifest(folder))
+        raise CellShardsError(_without_manifest(folder))
     try:
         raw = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise CellsError(f"{path} is damaged ({error}); run the job again in another folder") from error
+        raise CellShardsError(f"{path} is damaged ({error}); run the job again in another folder") from error
     facts = raw.get("facts") if isinstance(raw, dict) else None
     if not isinstance(facts, dict) or not isinstance(raw.get("stage"), str):
-        raise CellsError(f"{path} is no manifest of a stage: it has no stage and facts")
+        raise CellShardsError(f"{path} is not the manifest of a stage: it has no stage and facts")
     version = facts.get("schema_version", 1)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise CellsError(
+        raise CellShardsError(
             f"{path} has schema_version {version!r}, and this version of scldm reads up to {SCHEMA_VERSION}: upgrade it"
         )
     if not isinstance(facts.get("shards"), list) or not all(_is_record(r) for r in facts["shards"]):
-        raise CellsError(
+        raise CellShardsError(
             f"{path} is of the stage {raw['stage']}, which lists no .h5ad shards of cells; stages that do: generate, "
             "embed, reconstruct, perturb, log_likelihood"
         )
@@ -94,15 +96,15 @@ def read_cells_manifest(folder: Path | str) -> CellsManifest:
 
 
 def _without_manifest(folder: Path) -> str:
-    made = len(list((folder / "cells").glob("part-*.h5ad.json")))
-    if made:
+    committed = len(list((folder / "cells").glob("part-*.h5ad.json")))
+    if committed:
         return (
-            f"{folder} is not finished: {made} shards are committed and there is no {MANIFEST} yet; give the job's "
-            "command again, which makes what is missing"
+            f"{folder} is not finished: {committed} shards are committed and there is no {MANIFEST} yet; run the job's "
+            "command again, which writes the missing ones"
         )
     versions = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
     hint = f"; did you mean {folder / versions[-1]}?" if versions else ""
-    return f"{folder} is no finished stage: it has no {MANIFEST}{hint}"
+    return f"{folder} is not a finished stage: it has no {MANIFEST}{hint}"
 
 
 def _is_record(record: Any) -> bool:
@@ -119,7 +121,7 @@ def _inside(folder: Path, name: str) -> Path:
     """Return a file that the manifest names; refuse one outside, which an untrusted manifest could name."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
-        raise CellsError(f"{folder / MANIFEST} names {name!r}, which is outside the folder; it is not ours")
+        raise CellShardsError(f"{folder / MANIFEST} names {name!r}, which is outside the folder; it is not ours")
     return folder / name
 
 
@@ -128,7 +130,7 @@ def read_part(shard: Shard, name: str) -> Any:
     """Read an element of a shard: obs, var or uns.
 
     Raises:
-        CellsError: The file is missing or cannot be read.
+        CellShardsError: The file is missing or cannot be read.
     """
     with _opened(shard) as f:
         return read_elem(f[name]) if name in f else None
@@ -165,8 +167,8 @@ def _opened(shard: Shard) -> h5py.File:
     try:
         return h5py.File(shard.path, "r")
     except OSError as error:
-        what = "cannot be read" if shard.path.is_file() else "is missing"
-        raise CellsError(
-            f"{shard.path} {what} ({str(error).splitlines()[0]}); `scldm cells verify {shard.path.parent.parent}` says "
-            "what else is wrong"
+        problem = "cannot be read" if shard.path.is_file() else "is missing"
+        raise CellShardsError(
+            f"{shard.path} {problem} ({str(error).splitlines()[0]}); `scldm cells verify "
+            f"{shard.path.parent.parent}` lists all damaged files"
         ) from error

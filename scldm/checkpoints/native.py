@@ -6,7 +6,7 @@
     library_size.json   log-normal statistics per condition
     README.md           the model card
 
-The folder appears under its name all at once, by rename.
+The folder is written under another name and renamed, so that it is never incomplete.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ FORMAT = 1
 
 
 class CheckpointError(InputError, ValueError):
-    """A model folder that cannot be used; the message says what is wrong and what was expected."""
+    """Raised for a model folder that cannot be used. The message says what is wrong and what was expected."""
 
 
 @dataclass(frozen=True)
 class LoadedVAE:
+    """A VAE read from a model folder, with the facts about its data."""
+
     vae: VAE
     vocabulary: Vocabulary
     library_sizes: LibrarySizes
@@ -50,6 +52,8 @@ class LoadedVAE:
 
 @dataclass(frozen=True)
 class LoadedFlow:
+    """A flow read from a model folder, with the facts about its data."""
+
     dit: DiT
     path: PathConfig
     vocabulary: Vocabulary
@@ -78,8 +82,14 @@ def save_flow(
     """Write a trained flow as a model folder.
 
     Args:
+        folder: Folder to write; replaced if it exists.
         weights: {"model": averaged weights, "raw": the weights themselves}.
-        latent_shape: (m, e) of the VAE whose latents it was trained on.
+        config: Settings of the network.
+        path: Path and prediction of the flow.
+        latent_shape: (m, e) of the VAE on whose latents it was trained.
+        vocabulary: Genes and label classes.
+        library_sizes: Statistics of library sizes.
+        card: Text of README.md.
     """
     about = {
         "kind": "flow",
@@ -91,9 +101,13 @@ def save_flow(
 
 
 def load_vae(folder: Path, *, device: str | torch.device = "cpu") -> LoadedVAE:
-    """Read a VAE's model folder; the module is in eval mode and needs no gradients."""
-    with _of_ours(folder):
-        about = _about(folder, "vae")
+    """Read a VAE's model folder. The module is in eval mode and its parameters need no gradients.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged, or holds another kind of model.
+    """
+    with _named_errors(folder):
+        about = _read_config(folder, "vae")
         vae = VAE(VAEConfig.model_validate(about["config"]), n_genes=about["n_genes"])
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
         if vocabulary.n_genes != vae.n_genes:
@@ -106,11 +120,16 @@ def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device 
     """Read a flow's model folder.
 
     Args:
+        folder: Model folder.
         weights: "ema", the averaged weights, or "raw".
+        device: Device of the module.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged, or holds another kind of model.
     """
     file = {"ema": "model.safetensors", "raw": "raw.safetensors"}[weights]
-    with _of_ours(folder):
-        about = _about(folder, "flow")
+    with _named_errors(folder):
+        about = _read_config(folder, "flow")
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
         m, e = about["latent_shape"]
         config = DiTConfig.model_validate(about["config"])
@@ -121,7 +140,7 @@ def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device 
 
 
 def folder_digest(folder: Path) -> str:
-    """Hash of a model folder's weights and configuration: what makes two models the same."""
+    """Return a hash of a model folder's weights and configuration, which identifies the model."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name != "README.md":
@@ -152,8 +171,8 @@ def _save(
 
 
 @contextmanager
-def _of_ours(folder: Path) -> Iterator[None]:
-    """What reading a folder that we did not write raises, as one error that names it."""
+def _named_errors(folder: Path) -> Iterator[None]:
+    """Raise errors of reading a folder that we did not write as one CheckpointError that names the folder."""
     try:
         yield
     except CheckpointError:
@@ -161,15 +180,15 @@ def _of_ours(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         line = (str(error).splitlines() or ["no message"])[0]
         raise CheckpointError(
-            f"{folder} is damaged, or no model folder of ours ({type(error).__name__}: {line[:200]}); copy it again, "
-            "or convert a checkpoint of upstream's with `scldm convert`"
+            f"{folder} is damaged, or not a model folder of scldm ({type(error).__name__}: {line[:200]}); copy it "
+            "again, or convert an upstream checkpoint with `scldm convert`"
         ) from error
 
 
-def _about(folder: Path, kind: str) -> dict[str, Any]:
+def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     about = json.loads(path.read_text())
     if not isinstance(about, dict):
         raise CheckpointError(f"{path} must hold a dictionary; it holds a {type(about).__name__}")
@@ -186,9 +205,9 @@ def _load_weights(module: torch.nn.Module, path: Path) -> None:
     state = load_file(path)
     own = module.state_dict()
     problems = [f"{k} is missing" for k in own.keys() - state.keys()]
-    problems += [f"{k} is not known to this model" for k in state.keys() - own.keys()]
+    problems += [f"{k} is unknown to this model" for k in state.keys() - own.keys()]
     problems += [
-        f"{k} has shape {tuple(state[k].shape)}, the model wants {tuple(own[k].shape)}"
+        f"{k} has shape {tuple(state[k].shape)}, the model expects {tuple(own[k].shape)}"
         for k in own.keys() & state.keys()
         if own[k].shape != state[k].shape
     ]

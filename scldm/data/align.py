@@ -1,7 +1,8 @@
-"""Real cells in an AnnData, brought to the genes of a model: a gene that the data lack counts as zero, one that the
-model lacks is left out, and how many of each there are is known.
+"""Align real cells in an AnnData to the genes of a model.
 
-Genes are found by Ensembl id, whose version does not count, or by symbol, as a job does it.
+A gene that the data lack counts as zero and a gene that the model lacks is left out; both are counted.
+
+Genes are matched by Ensembl id, ignoring its version, or by symbol, as in a job.
 
 Shape letters: b cells, g genes of the model.
 """
@@ -30,19 +31,19 @@ Match = Literal["id", "symbol"]
 
 
 class CellsError(InputError, ValueError):
-    """Cells that a model cannot take; the message says what, where, and how to mend it."""
+    """Raised for cells that a model cannot take. The message says what is wrong, where, and how to fix it."""
 
 
 @dataclass(frozen=True)
 class AlignedCells:
-    """Counts over the genes of a model."""
+    """Counts over the genes of a model, with the number of genes that did not match."""
 
     counts: sp.csr_matrix  # (b, g) float32, indices in order
     n_missing: int  # genes of the model that the data lack
     n_extra: int  # genes of the data that the model lacks
 
     def batch(self, start: int, stop: int, conditions: Mapping[str, np.ndarray] | None = None) -> CellBatch:
-        """Cells start .. stop - 1 as the networks take them.
+        """Return cells start .. stop - 1 as a batch for the networks.
 
         Args:
             conditions: Label -> class ids of all cells.
@@ -60,30 +61,32 @@ def align(
     genes: str | None = None,
     max_missing: float = 0.2,
 ) -> AlignedCells:
-    """Counts of cells over the genes of a model.
+    """Return the counts of cells over the genes of a model.
 
     Args:
-        layer: Where the counts are: a layer's name, or None for X.
-        match: How genes are found: by id, or by symbol.
-        genes: var column that holds them; None takes the index, or a column feature_id (feature_name for symbols).
+        adata: Cells with raw counts.
+        vocabulary: Genes of the model.
+        layer: Layer of the counts; None for X.
+        match: Whether genes are matched by id or by symbol.
+        genes: var column of the ids or symbols; None takes feature_id (feature_name for symbols), or else the index.
         max_missing: Largest share of the model's genes that the data may lack.
 
     Raises:
-        CellsError: no counts, cells without any count, or too few genes in common.
+        CellsError: There are no counts, cells without any count, or too few genes in common.
     """
     names = _gene_names(adata.var, match, genes)
-    of_model = vocabulary.feature_ids if match == "id" else vocabulary.feature_names
-    wanted, have = _keys(of_model, match), _keys(names, match)
-    for what, keys in (("the data name", have), ("the model names", wanted)):
-        if (match == "id" or what == "the data name") and len(twice := keys[keys.duplicated()].unique()):
+    model_names = vocabulary.feature_ids if match == "id" else vocabulary.feature_names
+    wanted, have = _keys(model_names, match), _keys(names, match)
+    for subject, keys in (("the data name", have), ("the model names", wanted)):
+        if (match == "id" or subject == "the data name") and len(repeated := keys[keys.duplicated()].unique()):
             raise CellsError(
-                f"{what} {len(twice)} genes more than once (first: {', '.join(twice[:3])}); give a var column "
+                f"{subject} {len(repeated)} genes more than once (first: {', '.join(repeated[:3])}); give a var column "
                 "of unique ids with genes="
             )
     place = pd.Index(wanted[~wanted.duplicated(keep=False)])
     gene_of = np.flatnonzero(~wanted.duplicated(keep=False))
-    found = place.get_indexer(have)
-    target = np.where(found >= 0, gene_of[found], -1)  # column of the data -> gene of the model
+    position = place.get_indexer(have)
+    target = np.where(position >= 0, gene_of[position], -1)  # column of the data -> gene of the model
     n_missing = vocabulary.n_genes - int((target >= 0).sum())
     if n_missing > max_missing * vocabulary.n_genes:
         raise CellsError(
@@ -97,10 +100,10 @@ def align(
 
 
 def class_ids(adata: anndata.AnnData, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Class ids of the labels that obs has; the null id where a cell, or obs, has none.
+    """Return the class ids of each label, (b,); cells without a class, and labels that obs lacks, get the null id.
 
     Raises:
-        CellsError: classes that the model does not know; all of them at once.
+        CellsError: The model does not know some classes; the message names all of them.
     """
     ids, problems = {}, []
     for label in vocabulary.labels:
@@ -138,7 +141,7 @@ def _counts(adata: anndata.AnnData, layer: str | None) -> sp.csr_matrix:
 
 
 def _spread(counts: sp.csr_matrix, target: np.ndarray, n_genes: int) -> sp.csr_matrix:
-    """Columns moved to the genes of the model; zeros that were stored are left out."""
+    """Move columns to the genes of the model and drop stored zeros."""
     coo = counts.tocoo()
     gene = target[coo.col]
     kept = (gene >= 0) & (coo.data != 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CellBatch:
-    """Expressed genes of b cells, with what is known about each cell."""
+    """Expressed genes of b cells in CSR form, with what is known about each cell."""
 
     offsets: Tensor  # (b + 1,) int64; cell i owns entries offsets[i] : offsets[i + 1]
     gene_ids: Tensor  # (nnz,) int64, 0 .. g-1
@@ -24,24 +24,26 @@ class CellBatch:
     library_size: Tensor  # (b,) float32, sum of the cell's counts over the vocabulary
     conditions: Mapping[str, Tensor]  # label -> (b,) int64 class ids, null id where unknown
     joinids: Tensor  # (b,) int64, soma_joinid
-    weight: Tensor  # (b,) float32; 0 for the repeats that fill the last batch of an epoch
+    weight: Tensor  # (b,) float32; 0 for repeated cells that pad the last batch of an epoch
     measured: Tensor | None = None  # (b, g) bool: genes that a cell's data set measured; None: all of them
 
     @property
     def n_cells(self) -> int:
+        """Number of cells, b."""
         return len(self.library_size)
 
     @property
     def lengths(self) -> Tensor:
-        """Expressed genes per cell, (b,)."""
+        """Number of expressed genes of each cell, (b,)."""
         return self.offsets[1:] - self.offsets[:-1]
 
     @property
     def cell_index(self) -> Tensor:
-        """For each entry the cell it belongs to, (nnz,)."""
+        """Cell that each entry belongs to, (nnz,)."""
         return torch.repeat_interleave(torch.arange(self.n_cells, device=self.offsets.device), self.lengths)
 
     def to(self, device: torch.device | str) -> CellBatch:
+        """Return the batch on a device; copies from pinned memory are asynchronous."""
         move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
         return replace(
             self,
@@ -54,7 +56,7 @@ class CellBatch:
         )
 
     def dense(self, n_genes: int) -> Tensor:
-        """Counts as (b, g); for tests and small data only."""
+        """Return the counts as a (b, g) matrix; for tests and small data only."""
         out = self.counts.new_zeros(self.n_cells, n_genes)
         out[self.cell_index, self.gene_ids] = self.counts
         return out
@@ -63,7 +65,7 @@ class CellBatch:
     def from_csr(
         cls, counts: sp.csr_matrix, *, first: int = 0, conditions: Mapping[str, Tensor] | None = None
     ) -> CellBatch:
-        """From (b, g) counts without stored zeros; joinids count from `first`."""
+        """Build a batch from (b, g) counts without stored zeros; joinids count from `first`."""
         n = counts.shape[0]
         return cls(
             offsets=torch.from_numpy(counts.indptr.astype(np.int64)),
@@ -77,10 +79,10 @@ class CellBatch:
 
     @classmethod
     def from_dense(cls, counts: Tensor, conditions: Mapping[str, Tensor] | None = None) -> CellBatch:
-        """From a (b, g) matrix of counts; for tests and notebooks.
+        """Build a batch from a (b, g) matrix of counts; for tests and notebooks.
 
         Raises:
-            ValueError: not a matrix of numbers, or not whole numbers >= 0; conditions of other shapes or types.
+            ValueError: The counts are not a matrix of whole numbers >= 0, or conditions have another shape or type.
         """
         require_counts(counts)
         for label, ids in (conditions or {}).items():
@@ -105,7 +107,7 @@ class CellBatch:
 
 
 def require_counts(counts: Tensor) -> None:
-    """Raise unless the matrix holds raw counts; the message names the first cell and gene that does not."""
+    """Raise ValueError unless the matrix holds raw counts; the message names the first cell and gene that does not."""
     if counts.ndim != 2:
         raise ValueError(f"counts must be (cells, genes); got shape {tuple(counts.shape)}")
     if counts.dtype == torch.bool or counts.is_complex():

@@ -1,12 +1,12 @@
-"""Which genes of a cell the encoder sees: its expressed genes, all genes, or so many or a share of them.
+"""Choose which genes of a cell the encoder sees: its expressed genes, all genes, a number or a share of them.
 
-The likelihood still scores every gene: sample what the encoder is given, and score the cells as they were. A gene that
-is seen without a count is an entry of count 0; the library size stays that of the whole cell.
+The likelihood still scores every gene: only the encoder's input is sampled. A gene that is seen without a count is an
+entry of count 0; the library size stays that of the whole cell.
 
-A gene that a cell's data set did not measure (`cells.measured`) is never seen: its zero would say that it was.
+A gene that a cell's data set did not measure (`cells.measured`) is never seen: its zero would claim that it was.
 
 Draws are a function of (seed, joinid, gene), so that they depend neither on the batch a cell is in nor on the number of
-workers; another seed, say of the epoch, draws anew.
+workers; another seed, such as the epoch's, gives another draw.
 
 Shape letters: b cells, g genes, nnz expressed (cell, gene) pairs.
 """
@@ -25,14 +25,14 @@ from scldm.data.genes_seen import GenesSeenConfig
 def see_genes(
     cells: CellBatch, config: GenesSeenConfig, *, n_genes: int, seed: int, mean_counts: Tensor | None = None
 ) -> CellBatch:
-    """The cells with the entries that the encoder sees, in the order of the gene ids.
+    """Return the cells with the entries that the encoder sees, in the order of the gene ids.
 
     Args:
         cells: Expressed genes of b cells.
         config: Mode and number of genes.
         n_genes: Genes of the vocabulary, g.
-        seed: Of the draws.
-        mean_counts: For `weighted`: mean count of each gene over the training cells, (g,), > 0.
+        seed: Seed of the draws.
+        mean_counts: Mean count of each gene over the training cells, (g,), > 0; required by mode `weighted`.
     """
     if config.mode == "expressed":
         return cells
@@ -40,7 +40,7 @@ def see_genes(
         raise ValueError(f"n ({config.n}) genes cannot be drawn among {n_genes}")
     if config.mode in ("random_expressed", "share_expressed"):
         keys = _uniform(cells.joinids[cells.cell_index], cells.gene_ids, seed)
-        return _fewest_keys(cells, keys, config.n) if config.n else _keys_below(cells, keys, config.share or 0.0)
+        return _smallest_keys(cells, keys, config.n) if config.n else _keys_below(cells, keys, config.share or 0.0)
     dense = cells.dense(n_genes)  # (b, g)
     genes = torch.arange(n_genes, device=dense.device)
     if config.mode in ("all", "none"):
@@ -67,7 +67,7 @@ def _weights(dense: Tensor, mean_counts: Tensor | None) -> Tensor:
 
 
 def _from_columns(cells: CellBatch, dense: Tensor, columns: Tensor) -> CellBatch:
-    """The same number of genes (b, s) of each cell, with their counts; fewer where fewer were measured."""
+    """Build a batch of the same number of genes (b, s) of each cell, fewer if fewer were measured."""
     b, s = columns.shape
     if cells.measured is not None:
         known = cells.measured.gather(1, columns)
@@ -82,8 +82,8 @@ def _from_columns(cells: CellBatch, dense: Tensor, columns: Tensor) -> CellBatch
     )
 
 
-def _fewest_keys(cells: CellBatch, keys: Tensor, n: int) -> CellBatch:
-    """The n entries of smallest key (nnz,) of each cell, or all where it has no more."""
+def _smallest_keys(cells: CellBatch, keys: Tensor, n: int) -> CellBatch:
+    """Keep the n entries of smallest key (nnz,) of each cell, or all if it has no more."""
     cell = cells.cell_index
     by_key = keys.argsort()
     order = by_key[cell[by_key].argsort(stable=True)]  # by cell, then by key
@@ -95,7 +95,7 @@ def _fewest_keys(cells: CellBatch, keys: Tensor, n: int) -> CellBatch:
 
 
 def _keys_below(cells: CellBatch, keys: Tensor, share: float) -> CellBatch:
-    """The entries of key (nnz,) below the share, and the one of smallest key of each cell: no cell becomes empty."""
+    """Keep entries of key (nnz,) below the share, and the smallest key of each cell, so that no cell is empty."""
     smallest = keys.new_full((cells.n_cells,), torch.inf).scatter_reduce_(0, cells.cell_index, keys, "amin")
     kept = (keys < share) | (keys == smallest[cells.cell_index])
     before = torch.cat([cells.offsets.new_zeros(1), kept.cumsum(0)])
@@ -103,13 +103,13 @@ def _keys_below(cells: CellBatch, keys: Tensor, share: float) -> CellBatch:
 
 
 def _uniform(joinids: Tensor, gene_ids: Tensor, seed: int) -> Tensor:
-    """Draws in (0, 1), float64, of the broadcast shape: splitmix64 of (seed, joinid, gene)."""
+    """Draw float64 numbers in (0, 1) of the broadcast shape: splitmix64 of (seed, joinid, gene)."""
     mixed = _splitmix(_splitmix(_splitmix(joinids.new_tensor(_signed(seed))) ^ joinids) ^ gene_ids)
     return ((mixed >> 11) & (2**53 - 1)).double().add(0.5) / 2**53
 
 
 def _splitmix(x: Tensor) -> Tensor:
-    """Steele, Lea and Flood (2014), on int64, whose products wrap around as those of unsigned integers do."""
+    """Apply splitmix64 (Steele, Lea and Flood 2014) to int64, whose products wrap around as unsigned integers do."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
@@ -117,11 +117,11 @@ def _splitmix(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, n: int) -> Tensor:
-    """Right shift that brings in zeros; torch's brings in the sign."""
+    """Shift right and fill with zeros; torch's shift fills with the sign."""
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The int64 of the same 64 bits."""
+    """Return the int64 with the same 64 bits."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value

@@ -1,4 +1,4 @@
-"""Choice of the genes that the encoder sees. No torch here, so that job files validate quickly."""
+"""Settings for the genes that the encoder sees. No torch here, so that job files validate quickly."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class GenesSeenConfig(StrictModel):
     """Probability that a gene with a count is seen; for share_expressed. The gene of smallest draw is always seen."""
 
     @model_validator(mode="after")
-    def _n_where_it_is_drawn(self) -> GenesSeenConfig:
+    def _check_n(self) -> GenesSeenConfig:
         if (self.n is None) == (self.mode in NEEDS_N):
-            say = "needs n" if self.n is None else f"takes no n ({self.n})"
-            raise ValueError(f"mode {self.mode} {say}; the modes that draw n genes are {', '.join(NEEDS_N)}")
+            problem = "needs n" if self.n is None else f"takes no n ({self.n})"
+            raise ValueError(f"mode {self.mode} {problem}; the modes that draw n genes are {', '.join(NEEDS_N)}")
         return self
 
     @model_validator(mode="after")
-    def _share_where_it_is_used(self) -> GenesSeenConfig:
+    def _check_share(self) -> GenesSeenConfig:
         if (self.share is None) == (self.mode == "share_expressed"):
-            say = "needs a share, such as 0.7" if self.share is None else f"takes no share ({self.share})"
-            raise ValueError(f"mode {self.mode} {say}; share belongs to mode share_expressed")
+            problem = "needs a share, such as 0.7" if self.share is None else f"takes no share ({self.share})"
+            raise ValueError(f"mode {self.mode} {problem}; share belongs to mode share_expressed")
         return self

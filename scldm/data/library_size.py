@@ -1,11 +1,11 @@
 """Library sizes (sum of counts of a cell) per condition: log-normal statistics and draws.
 
 The statistic of a condition is the mean and standard deviation of log(library size). A condition with fewer than
-`MIN_CELLS` training cells falls back, in this stated order: the exact combination of labels, each single label on its
-own (the one with most cells), all cells. `level` says which one was used, so that nothing is hidden.
+`MIN_CELLS` training cells falls back in this order: the exact combination of labels, the single label with the most
+cells, all cells. `level` records which one was used.
 
-Statistics taken over from elsewhere may not say how many cells they rest on (n_cells None); they count as enough. A
-model may also have none at all: then `missing` says why, and asking for one is an error.
+Statistics from an imported model may lack the number of cells behind them (n_cells None); they count as enough. A model
+may also have none at all: then `missing` gives the reason, and looking one up is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class LogNormal:
+    """Log-normal statistics of the library sizes of one condition."""
+
     mean: float  # of log(library size)
     sd: float
     n_cells: int | None  # None: not known
@@ -30,14 +32,14 @@ class LogNormal:
 
 
 def condition_key(condition: Mapping[str, str | None]) -> str:
-    """Canonical name of a (partial) condition: labels sorted, absent ones left out."""
+    """Return the canonical name of a (partial) condition: labels sorted, absent ones left out."""
     given = sorted((k, v) for k, v in condition.items() if v is not None)
     return "|".join(f"{k}={v}" for k, v in given) or ALL
 
 
 @dataclass(frozen=True)
 class LibrarySizes:
-    """Statistics by condition key; holds "all", or says in `missing` why there are none."""
+    """Library-size statistics by condition key. Holds "all", or the reason in `missing` if there are none."""
 
     table: Mapping[str, LogNormal]
     missing: str | None = None
@@ -50,7 +52,7 @@ class LibrarySizes:
 
     @classmethod
     def fit(cls, library_size: np.ndarray, labels: Mapping[str, np.ndarray]) -> LibrarySizes:
-        """Statistics of all cells, of each class of each label, and of each combination of labels seen.
+        """Compute statistics of all cells, of each class of each label, and of each observed combination of labels.
 
         Args:
             library_size: Sum of counts per training cell, > 0, (n,).
@@ -66,7 +68,7 @@ class LibrarySizes:
     def fit_codes(
         cls, library_size: np.ndarray, labels: Mapping[str, tuple[Sequence[str], np.ndarray]]
     ) -> LibrarySizes:
-        """The same from class ids, in a few passes over the cells however many classes there are.
+        """Compute the same from class ids, in a few passes over the cells whatever the number of classes.
 
         Args:
             library_size: Sum of counts per training cell, > 0, (n,).
@@ -88,7 +90,11 @@ class LibrarySizes:
         return cls(table)
 
     def of(self, condition: Mapping[str, str | None]) -> LogNormal:
-        """Statistic for a condition, by the fall-back chain of this module."""
+        """Return the statistics for a condition, by the fallback order of this module.
+
+        Raises:
+            ValueError: The model has no library-size statistics.
+        """
         if self.missing is not None:
             raise ValueError(f"this model has no library-size statistics: {self.missing}")
         singles = [{k: v} for k, v in condition.items() if v is not None]
@@ -105,22 +111,26 @@ class LibrarySizes:
         return MIN_CELLS if n is None else n
 
     def to_json(self) -> str:
+        """Serialize the statistics, as in `library_size.json`."""
         if self.missing is not None:
             return json.dumps({"missing": self.missing})
         return json.dumps({k: [s.mean, s.sd, s.n_cells] for k, s in self.table.items()})
 
     @classmethod
     def from_json(cls, text: str) -> LibrarySizes:
+        """Parse the text that `to_json` returns."""
         table = json.loads(text)
         if isinstance(table.get("missing"), str):
             return cls({}, table["missing"])
         return cls({k: LogNormal(m, s, None if n is None else int(n), k) for k, (m, s, n) in table.items()})
 
     def save(self, path: Path) -> None:
+        """Write the statistics to a JSON file."""
         path.write_text(self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> LibrarySizes:
+        """Read the statistics from a JSON file."""
         return cls.from_json(path.read_text())
 
 
@@ -129,7 +139,7 @@ def _log_normal(log_size: np.ndarray, level: str) -> LogNormal:
 
 
 def _by_group(log_size: np.ndarray, group: np.ndarray, keys: Sequence[str]) -> dict[str, LogNormal]:
-    """Statistics of each group that has cells, under its key."""
+    """Return the statistics of each group that has cells, under its key."""
     n = np.bincount(group, minlength=len(keys))
     mean = np.bincount(group, log_size, minlength=len(keys)) / np.maximum(n, 1)
     square = np.bincount(group, (log_size - mean[group]) ** 2, minlength=len(keys))
@@ -138,7 +148,7 @@ def _by_group(log_size: np.ndarray, group: np.ndarray, keys: Sequence[str]) -> d
 
 
 def _combinations(codes: Mapping[str, np.ndarray]) -> tuple[list[dict[str, int]], np.ndarray]:
-    """The combinations of class ids that occur, and which of them each cell has."""
+    """Return the combinations of class ids that occur, and the index of each cell's combination."""
     joint, seen = np.zeros(len(next(iter(codes.values()))), np.int64), np.zeros((1, 0), np.int64)
     for column in codes.values():
         width = int(column.max(initial=0)) + 1

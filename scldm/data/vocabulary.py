@@ -1,4 +1,4 @@
-"""Names and ids of genes and of label classes.
+"""Vocabulary: names and ids of genes and of label classes.
 
 A gene's id is its position in the vocabulary (0 .. g-1). A class's id is its position among the sorted class names; one
 more id, `n_classes`, is the *null* class that stands for "no label given" (classifier-free guidance).
@@ -20,7 +20,7 @@ from scldm.text import did_you_mean
 
 
 class UnknownNameError(InputError, ValueError):
-    """A gene or class that the vocabulary does not hold; the message names it and what is near."""
+    """Raised for a gene or class that the vocabulary does not hold. The message names it and the closest match."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class LabelVocabulary:
 
     @property
     def null_id(self) -> int:
+        """Id of the null class, which stands for "no label given"."""
         return len(self.classes)
 
     @cached_property
@@ -43,10 +44,10 @@ class LabelVocabulary:
         return {name: i for i, name in enumerate(self.classes)}
 
     def encode(self, values: Iterable[str | None]) -> np.ndarray:
-        """Ids of class names, int64; None is the null class.
+        """Return the ids of class names, int64; None becomes the null class.
 
         Raises:
-            UnknownNameError: for every name that was never trained on, all at once.
+            UnknownNameError: Some names are not classes of the label; the message names all of them.
         """
         values = list(values)
         unknown = sorted({str(v) for v in values if v is not None and v not in self._ids})
@@ -55,6 +56,7 @@ class LabelVocabulary:
         return np.array([self.null_id if v is None else self._ids[v] for v in values], dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> list[str | None]:
+        """Return the class names of ids; None for the null class."""
         return [None if i == self.null_id else self.classes[i] for i in ids]
 
     def _explain(self, name: str) -> str:
@@ -65,7 +67,7 @@ class LabelVocabulary:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Genes and labels of one data set; saved as `vocabulary.json` beside every model."""
+    """Genes and labels of one data set; saved as `vocabulary.json` in every model folder."""
 
     feature_ids: tuple[str, ...]
     feature_names: tuple[str, ...]
@@ -79,13 +81,20 @@ class Vocabulary:
 
     @property
     def n_genes(self) -> int:
+        """Number of genes, g."""
         return len(self.feature_ids)
 
     @property
     def n_classes(self) -> dict[str, int]:
+        """Number of classes of each label, without the null class."""
         return {label.name: len(label.classes) for label in self.labels}
 
     def label(self, name: str) -> LabelVocabulary:
+        """Return the vocabulary of a label.
+
+        Raises:
+            UnknownNameError: The model has no such label.
+        """
         for label in self.labels:
             if label.name == name:
                 return label
@@ -94,16 +103,18 @@ class Vocabulary:
         )
 
     def encode_conditions(self, table: Mapping[str, Sequence[str | None]], n: int) -> dict[str, np.ndarray]:
-        """Ids per label for n cells; a label that the table does not mention is null everywhere."""
+        """Return the class ids (n,) of every label for n cells; labels that the table lacks are null for all cells."""
         for name in table:
             self.label(name)
         return {x.name: x.encode(table[x.name]) if x.name in table else np.full(n, x.null_id) for x in self.labels}
 
     @cached_property
     def digest(self) -> str:
+        """Return a hash of all names and their order."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
+        """Serialize the vocabulary, as in `vocabulary.json`."""
         return json.dumps(
             {
                 "feature_ids": self.feature_ids,
@@ -114,13 +125,16 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
+        """Parse the text that `to_json` returns."""
         d = json.loads(text)
         labels = tuple(LabelVocabulary(name, tuple(classes)) for name, classes in d["labels"].items())
         return cls(tuple(d["feature_ids"]), tuple(d["feature_names"]), labels)
 
     def save(self, path: Path) -> None:
+        """Write the vocabulary to a JSON file."""
         path.write_text(self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
+        """Read a vocabulary from a JSON file."""
         return cls.from_json(path.read_text())

@@ -1,4 +1,4 @@
-"""Choices of the flow: path, prediction, loss weight, solver, guidance."""
+"""Settings of the flow: path, prediction, loss weight, solver, guidance."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@
 
 joint: v_cond has all labels set, and one scale guides them together. mutually_exclusive: labels are set one at a time,
 v = v_null + sum_l w_l (v_l - v_null). Either way the result is a weighted sum of network outputs; those with weight 0
-are never computed (w = 1: the conditional one alone, w = 0: the null one alone), the rest are one batch. A scale may
+are never computed (w = 1: only the conditional one, w = 0: only the null one), the rest are one batch. A scale may
 also be a number for each cell (`PerCell`); then each cell brings the outputs that it needs into the one batch, and a
-label that a cell has not got (its id is null) costs it nothing.
+label that a cell does not have (its id is null) costs nothing.
 
 Guidance acts on predictions. A velocity is an affine function of a score or a noise and the weights add to 1, so that
 guiding the velocity is the same.
@@ -27,11 +27,11 @@ from scldm.flow.objective import to_velocity
 Field = Callable[[Tensor, Tensor], Tensor]  # (x (b, ...), t (b,)) -> (b, ...)
 PerCell = Mapping[str, Tensor]  # label -> scale of each cell (b,); of joint conditions the label JOINT alone
 JOINT = "*"
-NOTHING = 1e-12  # weights as small as this are not computed
+NEGLIGIBLE = 1e-12  # network outputs with weights up to this are not computed
 
 
 class ConditionalModel(Protocol):
-    """What guidance asks of a network; a DiT is one. A label absent from the conditions is null."""
+    """Interface that guidance needs from a network, such as a DiT. A label absent from the conditions is null."""
 
     n_classes: dict[str, int]
     strategy: Literal["joint", "mutually_exclusive"]
@@ -41,9 +41,11 @@ class ConditionalModel(Protocol):
 
 @runtime_checkable
 class SharesTime(Protocol):
-    """A network that saves work where all cells have one time."""
+    """Interface of a network that can share work if all cells have one time."""
 
-    def at_one_time(self, conditions: Mapping[str, Tensor]) -> Field: ...
+    def at_one_time(self, conditions: Mapping[str, Tensor]) -> Field:
+        """Return the network with its conditions fixed, for times (b,) that are all equal."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Term:
     """One network output in the guided sum."""
 
     weight: float
-    labels: tuple[str, ...]  # the labels that are set; the others are null
+    labels: tuple[str, ...]  # labels that are set; the others are null
 
 
 def guidance_terms(
@@ -60,7 +62,7 @@ def guidance_terms(
     *,
     strategy: Literal["joint", "mutually_exclusive"],
 ) -> tuple[Term, ...]:
-    """The network outputs to evaluate, with weights that add to 1.
+    """Return the network outputs to evaluate, with weights that add up to 1.
 
     Args:
         labels: Labels of the conditions.
@@ -75,7 +77,7 @@ def guidance_terms(
     else:
         terms = [Term(scales[label], (label,)) for label in labels]
     null = Term(1.0 - sum(term.weight for term in terms), ())
-    kept = tuple(term for term in (null, *terms) if abs(term.weight) > NOTHING)
+    kept = tuple(term for term in (null, *terms) if abs(term.weight) > NEGLIGIBLE)
     return kept
 
 
@@ -95,13 +97,13 @@ def guided_prediction(
     scale: float | Mapping[str, float],
     one_time: bool = False,
 ) -> Field:
-    """The guided prediction of the network as a function of (x, t).
+    """Return the guided prediction of the network as a function of (x, t).
 
     Args:
         model: Network with its labels.
         conditions: Label to ids (b,), fixed for the whole solve.
         scale: Guidance scale w, or one per label.
-        one_time: The caller promises that all cells have the same t whenever the field is asked, as in a solver. A
+        one_time: Whether all cells have the same t in every evaluation, as in a solver. A
             network that can (`at_one_time`) then shares the work that depends on time and labels alone.
     """
     unknown = sorted((set(scale) if isinstance(scale, Mapping) else set()) - set(model.n_classes))
@@ -114,11 +116,11 @@ def guided_prediction(
     if n == 1:
         return network
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
+    def field(x: Tensor, t: Tensor) -> Tensor:
         outputs = network(x.repeat(n, *[1] * (x.ndim - 1)), t.repeat(n)).chunk(n)
         return torch.stack([term.weight * output for term, output in zip(terms, outputs, strict=True)]).sum(dim=0)
 
-    return predict
+    return field
 
 
 def _with_conditions(model: ConditionalModel, ids: Mapping[str, Tensor]) -> Field:
@@ -128,7 +130,7 @@ def _with_conditions(model: ConditionalModel, ids: Mapping[str, Tensor]) -> Fiel
 def _stacked_ids(
     terms: Sequence[Term], conditions: Mapping[str, Tensor], n_classes: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Label to ids (n_terms b,): the cells once per term, in the order of the terms."""
+    """Return label to ids (n_terms b,): the cells once per term, in the order of the terms."""
     used = {label for term in terms for label in term.labels}
     unknown = sorted(used - set(n_classes))
     if unknown:
@@ -145,11 +147,13 @@ def _stacked_ids(
 def per_cell_prediction(
     model: ConditionalModel, conditions: Mapping[str, Tensor], scale: PerCell, *, one_time: bool = False
 ) -> Field:
-    """The guided prediction where each cell has scales of its own. Reads ids and scales on the host, once.
+    """Return the guided prediction with scales of each cell. Reads ids and scales on the host, once.
 
     Args:
-        conditions: Label to ids (b,); the null id where a cell has no such label.
-        scale: For every label a scale per cell; {JOINT: (b,)} where labels are joint.
+        model: Network with its labels.
+        conditions: Label to ids (b,); the null id if a cell has no such label.
+        scale: Scales of each label, (b,) each; {JOINT: (b,)} if labels are joint.
+        one_time: As in `guided_prediction`.
     """
     expected = {JOINT} if model.strategy == "joint" else set(conditions)
     if set(scale) != expected:
@@ -166,9 +170,9 @@ def per_cell_prediction(
     network = model.at_one_time(ids) if one_time and isinstance(model, SharesTime) else _with_conditions(model, ids)
     n_cells = len(next(iter(scale.values()), stacked))
     if len(parts) == 1 and len(stacked) == n_cells and bool((parts[0][2] == 1).all()):
-        return network  # every cell once, in order, by itself
+        return network  # every cell once, in order
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
+    def field(x: Tensor, t: Tensor) -> Tensor:
         outputs = network(x[stacked], t[stacked])
         total = torch.zeros_like(x, dtype=outputs.dtype)
         start = 0
@@ -178,13 +182,13 @@ def per_cell_prediction(
             start += len(rows)
         return total
 
-    return predict
+    return field
 
 
 def _cells_of_terms(
     conditions: Mapping[str, Tensor], scale: PerCell, model: ConditionalModel
 ) -> list[tuple[tuple[str, ...], Tensor, Tensor]]:
-    """Terms as (labels that are set, cells that need it, their weights); the weights of a cell add to 1."""
+    """Return terms as (labels that are set, cells that need it, their weights); the weights of a cell add up to 1."""
     given = {label: ids != model.n_classes[label] for label, ids in conditions.items()}
     if model.strategy == "joint":
         some = torch.stack(list(given.values())).any(0) if given else torch.zeros_like(scale[JOINT], dtype=torch.bool)
@@ -196,7 +200,7 @@ def _cells_of_terms(
     null = 1 - torch.stack([w for _, w in weights]).sum(0)
     found = []
     for labels, weight in [((), null), *weights]:
-        rows = (weight.abs() > NOTHING).nonzero().squeeze(1)
+        rows = (weight.abs() > NEGLIGIBLE).nonzero().squeeze(1)
         if len(rows):
             found.append((labels, rows, weight[rows]))
     return found
@@ -210,12 +214,14 @@ def guided_velocity(
     path: PathConfig,
     one_time: bool = False,
 ) -> Field:
-    """The guided velocity field, whatever the network predicts. Arguments as in `guided_prediction`; the scales may be
-    those of each cell."""
+    """Return the guided velocity field, whatever the network predicts.
+
+    Arguments as in `guided_prediction`; `scale` may also hold scales of each cell (`PerCell`).
+    """
     if isinstance(scale, Mapping) and any(isinstance(w, Tensor) for w in scale.values()):
-        predict = per_cell_prediction(model, conditions, scale, one_time=one_time)
+        field = per_cell_prediction(model, conditions, scale, one_time=one_time)
     else:
-        predict = guided_prediction(model, conditions, scale=scale, one_time=one_time)
+        field = guided_prediction(model, conditions, scale=scale, one_time=one_time)
     if path.prediction == "velocity":
-        return predict
-    return lambda x, t: to_velocity(predict(x, t), x, t, path)
+        return field
+    return lambda x, t: to_velocity(field(x, t), x, t, path)

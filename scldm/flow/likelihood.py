@@ -19,7 +19,7 @@ from scldm.flow.solvers import Velocity, solve_ode
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """Log-likelihood of each cell, and the noise it came from."""
+    """Log-likelihood of each cell, and the noise that the ODE maps it to."""
 
     log_prob: Tensor  # (b,), nats
     x0: Tensor  # (b, ...)
@@ -27,12 +27,12 @@ class LogLikelihood:
 
 
 def rademacher(shape: Sequence[int], *, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Signs +1 and -1: the probe of least variance."""
+    """Draw random signs +1 and -1: the probe of least variance."""
     return (torch.randint(2, tuple(shape), generator=generator, device=generator.device) * 2 - 1).float().to(device)
 
 
 def standard_normal_log_prob(x: Tensor) -> Tensor:
-    """(b, ...) -> (b,)"""
+    """Return the log density of each row of x (b, ...) under a standard normal, summed over its values: (b,)."""
     x = x.flatten(1)
     return -0.5 * (x.square().sum(dim=1) + x.shape[1] * math.log(2 * math.pi))
 
@@ -47,14 +47,14 @@ def log_likelihood(
     rtol: float = 1e-3,
     atol: float = 1e-6,
 ) -> LogLikelihood:
-    """Log-likelihood of x1 (b, ...) under the flow of a velocity field.
+    """Return the log-likelihood of x1 (b, ...) under the flow of a velocity field.
 
     Args:
         velocity: Field, differentiable in x.
         x1: Data.
         times: From 1 down to 0, as for `solve_ode`.
-        probe: Shaped as x1: one for the whole solve, which an adaptive solver needs to see a smooth field; or one per
-            evaluation, by its number.
+        probe: Shaped as x1. One probe for the whole solve, which an adaptive solver needs to see a smooth field; or a
+            function from the number of the evaluation to its probe.
         solver: ODE solver.
         rtol: Relative tolerance of dopri5.
         atol: Absolute tolerance of dopri5.

@@ -1,4 +1,4 @@
-"""What a prediction means, and its loss.
+"""Meaning and loss of a network's prediction.
 
 A network predicts the velocity, the score, or the noise x0; each determines the others at (x_t, t). Predictions, x and
 samples are (b, ...), t is (b,).
@@ -13,7 +13,7 @@ from scldm.flow.path import PATHS, PathSample, times_like
 
 
 def to_velocity(prediction: Tensor, x: Tensor, t: Tensor, config: PathConfig) -> Tensor:
-    """The velocity d x_t / dt that a prediction at (x, t) implies."""
+    """Return the velocity d x_t / dt that a prediction at (x, t) implies."""
     if config.prediction == "velocity":
         return prediction
     path, times = PATHS[config.path], times_like(t, x)
@@ -21,14 +21,14 @@ def to_velocity(prediction: Tensor, x: Tensor, t: Tensor, config: PathConfig) ->
 
 
 def to_score(prediction: Tensor, x: Tensor, t: Tensor, config: PathConfig) -> Tensor:
-    """The score, grad_x log p_t(x), that a prediction at (x, t) implies."""
+    """Return the score, grad_x log p_t(x), that a prediction at (x, t) implies."""
     if config.prediction == "score":
         return prediction
     return -to_noise(prediction, x, t, config) / PATHS[config.path].sigma(times_like(t, x))
 
 
 def to_noise(prediction: Tensor, x: Tensor, t: Tensor, config: PathConfig) -> Tensor:
-    """The expected noise x0 that a prediction at (x, t) implies."""
+    """Return the expected noise x0 that a prediction at (x, t) implies."""
     if config.prediction == "noise":
         return prediction
     path, t = PATHS[config.path], times_like(t, x)
@@ -40,7 +40,7 @@ def to_noise(prediction: Tensor, x: Tensor, t: Tensor, config: PathConfig) -> Te
 
 
 def flow_loss(prediction: Tensor, sample: PathSample, t: Tensor, config: PathConfig) -> Tensor:
-    """Loss of each cell, (b,): weighted squared error, mean over tokens and widths.
+    """Return the loss of each cell, (b,): weighted squared error, mean over tokens and widths.
 
     Errors of score and noise predictions are both measured in units of the noise. Their weight makes them the error of
     the velocity (`velocity`) or the maximum-likelihood weight (`likelihood`). A velocity prediction has none: its

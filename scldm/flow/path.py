@@ -21,7 +21,7 @@ PathName = Literal["linear", "gvp", "vp"]
 
 @dataclass(frozen=True)
 class PathSample:
-    """A point of the path between a noise and a cell."""
+    """A point on the path between a noise sample and a cell."""
 
     x_t: Tensor  # (b, ...)
     velocity: Tensor  # d x_t / dt, the target of a velocity prediction
@@ -29,37 +29,37 @@ class PathSample:
 
 
 def times_like(t: Tensor, x: Tensor) -> Tensor:
-    """(b,) -> (b, 1, ...), to multiply x (b, ...)."""
+    """Reshape t (b,) to (b, 1, ...), to multiply x (b, ...)."""
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have one time per cell, shape {tuple(x.shape[:1])}; got {tuple(t.shape)}")
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
 class Path(ABC):
-    """Coefficients of an interpolant, and what follows from them for a Gaussian x0."""
+    """Coefficients of an interpolant x_t = alpha(t) x1 + sigma(t) x0 with a Gaussian x0."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the data."""
+        """Return the weight of the data at times t."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise."""
+        """Return the weight of the noise at times t."""
 
     @abstractmethod
     def d_alpha(self, t: Tensor) -> Tensor:
-        """Derivative of alpha."""
+        """Return the derivative of alpha."""
 
     @abstractmethod
     def d_sigma(self, t: Tensor) -> Tensor:
-        """Derivative of sigma."""
+        """Return the derivative of sigma."""
 
     @abstractmethod
     def d_log_alpha(self, t: Tensor) -> Tensor:
-        """d_alpha / alpha, infinite where the data has no weight."""
+        """Return d_alpha / alpha; infinite where the data has no weight."""
 
     def score_weight(self, t: Tensor) -> Tensor:
-        """g in velocity = d_log_alpha x + g score."""
+        """Return g in velocity = d_log_alpha x + g score."""
         return self.d_log_alpha(t) * self.sigma(t) ** 2 - self.sigma(t) * self.d_sigma(t)
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor) -> PathSample:
@@ -108,7 +108,7 @@ class GVPPath(Path):
 
 
 class VPPath(Path):
-    """Variance-preserving diffusion (Song et al. 2021), its time reversed; beta falls linearly from 20 to 0.1."""
+    """Variance-preserving diffusion (Song et al. 2021) in reversed time; beta falls linearly from 20 to 0.1."""
 
     beta_min = 0.1
     beta_max = 20.0
@@ -140,23 +140,26 @@ PATHS: dict[PathName, Path] = {"linear": LinearPath(), "gvp": GVPPath(), "vp": V
 
 
 def sample_path(x0: Tensor, x1: Tensor, t: Tensor, path: PathName) -> PathSample:
-    """The points at times t (b,) of the paths from noise x0 to data x1, both (b, ...)."""
+    """Return the points at times t (b,) of the paths from noise x0 to data x1, both (b, ...)."""
     return PATHS[path].sample(x0, x1, t)
 
 
 def training_interval(config: PathConfig, *, eps: float | None = None) -> tuple[float, float]:
-    """Times to train on: [0, 1] less a distance from the ends where a target or a conversion is infinite.
+    """Return the times to train on: [0, 1] without a margin at ends where a target or a conversion is infinite.
 
     Args:
         config: Path and prediction.
-        eps: Distance from singular ends; 1e-5 for vp, else 1e-3, if not given. A velocity on the linear and gvp paths
-            is finite everywhere, and is trained on all of [0, 1].
+        eps: Distance from singular ends; by default 1e-5 for vp, else 1e-3. A velocity on the linear and gvp paths is
+            finite everywhere, and is trained on all of [0, 1].
     """
     return _interval(config, eps=(1e-5 if config.path == "vp" else 1e-3) if eps is None else eps)
 
 
 def sampling_interval(config: PathConfig, *, eps: float | None = None) -> tuple[float, float]:
-    """Times from noise to data that an ODE solver crosses; as `training_interval`, with eps 1e-3 if not given."""
+    """Return the times from noise to data that an ODE solver crosses.
+
+    As `training_interval`, but eps is 1e-3 by default.
+    """
     return _interval(config, eps=1e-3 if eps is None else eps)
 
 
@@ -167,6 +170,6 @@ def _interval(config: PathConfig, *, eps: float) -> tuple[float, float]:
 
 
 def sample_times(n: int, config: PathConfig, *, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Training times (n,), uniform on the training interval."""
+    """Draw training times (n,), uniform on the training interval."""
     t0, t1 = training_interval(config)
     return torch.rand(n, generator=generator, device=generator.device).to(device) * (t1 - t0) + t0

@@ -1,4 +1,4 @@
-"""Latents from noise: guidance, prediction and solver put together.
+"""Draw latents from noise: guidance, prediction and solver put together.
 
 Shape letters: b cells, m latent tokens, e latent width.
 """
@@ -17,7 +17,7 @@ from scldm.flow.solvers import solve_ode
 
 
 def time_grid(config: SamplerConfig, path: PathConfig) -> list[float]:
-    """`steps` equal steps over the sampling interval of the path."""
+    """Return `steps` equal steps over the sampling interval of the path."""
     t0, t1 = sampling_interval(path)
     return [t0 + (t1 - t0) * i / config.steps for i in range(config.steps)] + [t1]
 
@@ -32,16 +32,16 @@ def sample_latents(
     times: Sequence[float] | None = None,
     scale: PerCell | None = None,
 ) -> Tensor:
-    """Carry noise x0 (b, m, e) to latents (b, m, e).
+    """Transport noise x0 (b, m, e) to latents (b, m, e).
 
     Args:
-        model: Network with the weights to sample from (`config.weights` says which; the caller holds them).
+        model: Network with the weights to sample from; the caller has loaded those of `config.weights`.
         x0: Noise. The same noise, conditions and configuration give the same latents.
-        conditions: Label to ids (b,). A label left out is null.
+        conditions: Label to ids (b,). An absent label is null.
         config: Solver, steps, tolerances and guidance.
-        path: Path and prediction the network was trained with.
-        times: Times to step through instead of equal steps.
-        scale: Guidance of each cell instead of the configuration's.
+        path: Path and prediction that the network was trained with.
+        times: Times to step through; equal steps (`time_grid`) if None.
+        scale: Guidance scale of each cell; the configuration's if None.
     """
     for label, ids in conditions.items():
         if ids.shape != x0.shape[:1]:

@@ -1,7 +1,7 @@
-"""Sampling by the stochastic differential equation of a flow: dx = (v + D score) dt + sqrt(2 D) dW.
+"""Sample by the stochastic differential equation of a flow: dx = (v + D score) dt + sqrt(2 D) dW.
 
 Any diffusion D(t) >= 0 keeps the marginals of the path (Ma et al. 2024). Noise x0 is at t = 0, data at t = 1; x is
-(b, ...). The noise of every step is passed in, so that a cell's result does not depend on who computes it.
+(b, ...). The noise of every step is passed in, so that a cell's result does not depend on which worker computes it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increa
 
 @dataclass(frozen=True)
 class SDEOptions:
-    """Choices of the SDE sampler."""
+    """Settings of the SDE sampler."""
 
-    steps: int = 249  # stochastic steps, before the last one
+    steps: int = 249  # stochastic steps, not counting the last, noiseless one
     solver: Literal["euler", "heun"] = "euler"
     diffusion: Diffusion = "sbdm"
     norm: float = 1.0  # factor on D; inside the cosine for `decreasing`
@@ -36,7 +36,7 @@ class SDEOptions:
 
 
 def diffusion(t: Tensor, options: SDEOptions, config: PathConfig) -> Tensor:
-    """D at times t (any shape)."""
+    """Return the diffusion D at times t (any shape)."""
     path, norm = PATHS[config.path], options.norm
     if options.diffusion == "sbdm":
         return norm * path.score_weight(t)
@@ -52,7 +52,7 @@ def diffusion(t: Tensor, options: SDEOptions, config: PathConfig) -> Tensor:
 
 
 def sde_interval(options: SDEOptions, config: PathConfig) -> tuple[float, float]:
-    """Times that the stochastic steps cross; the last step covers the rest."""
+    """Return the times that the stochastic steps cross; the last step covers the rest."""
     t1 = 1 - (options.eps if options.last_step == "none" or options.last_step_size == 0 else options.last_step_size)
     singular_start = config.path != "vp" and (options.diffusion == "sbdm" or config.prediction != "velocity")
     return (options.eps if singular_start else 0.0), t1
@@ -62,13 +62,13 @@ def sde_interval(options: SDEOptions, config: PathConfig) -> tuple[float, float]
 def solve_sde(
     predict: Field, x0: Tensor, noise: Callable[[int], Tensor], options: SDEOptions, config: PathConfig
 ) -> Tensor:
-    """Carry noise x0 to data by `options.steps` stochastic steps and a last one.
+    """Transport noise x0 to data by `options.steps` stochastic steps and a last one.
 
     Args:
         predict: The network's (guided) prediction, (x (b, ...), t (b,)) -> (b, ...).
         x0: Start, (b, ...).
-        noise: Standard normal draws of a step, shaped as x0, by the number of the step.
-        options: Choices of the sampler.
+        noise: Function from the number of a step to its standard normal draws, shaped as x0.
+        options: Settings of the sampler.
         config: Path and prediction.
     """
     x = x0
@@ -81,7 +81,7 @@ def solve_sde(
 def sde_states(
     predict: Field, x0: Tensor, noise: Callable[[int], Tensor], options: SDEOptions, config: PathConfig
 ) -> Iterator[Tensor]:
-    """The state after each stochastic step, before the last, noiseless one. Arguments as in `solve_sde`."""
+    """Yield the state after each stochastic step, before the last, noiseless one. Arguments as in `solve_sde`."""
     t0, t1 = sde_interval(options, config)
     dt, x = (t1 - t0) / options.steps, x0
     for step in range(options.steps):
@@ -104,7 +104,7 @@ def _drift(predict: Field, x: Tensor, t: Tensor, options: SDEOptions, config: Pa
 
 @torch.no_grad()
 def last_step(predict: Field, x: Tensor, options: SDEOptions, config: PathConfig) -> Tensor:
-    """From the state after the stochastic steps to data, without noise."""
+    """Take the noiseless step from the state after the stochastic steps to data."""
     if options.last_step == "none":
         return x
     t = x.new_full(x.shape[:1], sde_interval(options, config)[1])

@@ -37,13 +37,14 @@ class Recipe:
     """The numbers of each row of a request; cell ids count over the rows."""
 
     stops: np.ndarray  # (r,) int64: a row's cells have ids below its stop and not below the stop before
-    conditions: Mapping[str, np.ndarray]  # label -> class ids (r,), the null id where none is asked for
+    conditions: Mapping[str, np.ndarray]  # label -> class ids (r,), the null id if no class is requested
     scale: Mapping[str, np.ndarray]  # label (or JOINT) -> guidance scale (r,)
     log_mean: np.ndarray  # (r,) of log(library size)
     log_sd: np.ndarray  # (r,); 0: the same library size for all cells of the row
 
     @property
     def n_cells(self) -> int:
+        """Number of cells of all rows."""
         return int(self.stops[-1]) if len(self.stops) else 0
 
     def rows(self, cell_ids: np.ndarray) -> np.ndarray:
@@ -53,10 +54,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class GeneratedCells:
+    """Cells of a batch, with counts of the genes to write."""
+
     cell_ids: np.ndarray  # (b,) int64
     counts: sp.csr_matrix  # (b, p) int32
     latents: np.ndarray  # (b, m * e) float32
-    library_size: np.ndarray  # (b,) float32: what was asked of the decoder
+    library_size: np.ndarray  # (b,) float32: input of the decoder
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ TO_UNIT = 2.0**-32
 
 
 @numba.njit(cache=True, nogil=True)
-def philox(c0, c1, c2, c3, k0, k1):
+def philox(c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64):
     """Return four random words of a counter and a key; all are uint64 < 2^32."""
     for _ in range(10):
         p0, p1 = M0 * c0, M1 * c2
@@ -35,7 +35,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @numba.njit(cache=True, nogil=True)
-def _normals(out, cells, k0, k1, stream):
+def _normals(out: np.ndarray, cells: np.ndarray, k0: np.uint64, k1: np.uint64, stream: np.uint64):
     """Fill out (b, n) with normals by the Box-Muller method: four words give four normals."""
     n = out.shape[1]
     for row in range(out.shape[0]):

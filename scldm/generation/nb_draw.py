@@ -22,13 +22,15 @@ import scipy.sparse as sp
 from scldm.generation.counter_random import MASK, SHIFT, TO_UNIT, as_cells, key_of, philox
 
 INVERT_TO = 16.0  # mu: above it the walk along the distribution function is longer than two rejections
-LOW_WORDS, SEQUENCE = np.uint64(1 << 8), np.uint64(2 << 8)  # sub-streams, beside the stream's number
+LOW_WORDS, SEQUENCE = np.uint64(1 << 8), np.uint64(2 << 8)  # sub-streams, combined with the stream's number
 ROWS = 64  # cells of a scratch block: b g numbers are never held twice
 MOST = float(2**31 - 1)
 
 
 @numba.njit(cache=True, nogil=True)
-def _uniforms(gene, low, high, stream, n, k0, k1):
+def _uniforms(
+    gene: np.uint64, low: np.uint64, high: np.uint64, stream: np.uint64, n: int, k0: np.uint64, k1: np.uint64
+):
     """Return the n-th pair of uniforms in (0, 1) of a gene of a cell, with 53 bits."""
     w0, w1, w2, w3 = philox(gene, low, high, stream + SEQUENCE + (np.uint64(n) << np.uint64(12)), k0, k1)
     a = ((w0 << np.uint64(21)) ^ (w1 >> np.uint64(11))) + 0.5
@@ -37,7 +39,7 @@ def _uniforms(gene, low, high, stream, n, k0, k1):
 
 
 @numba.njit(cache=True, nogil=True)
-def _inverted(v, mu, theta):
+def _inverted(v: float, mu: float, theta: float):
     """Return the smallest k with P(X > k) <= v."""
     log_zero = -theta * math.log1p(mu / theta)
     above = -math.expm1(log_zero)  # P(X > 0)
@@ -50,7 +52,16 @@ def _inverted(v, mu, theta):
 
 
 @numba.njit(cache=True, nogil=True)
-def _gamma(shape, gene, low, high, stream, n, k0, k1):
+def _gamma(
+    shape: float,
+    gene: np.uint64,
+    low: np.uint64,
+    high: np.uint64,
+    stream: np.uint64,
+    n: int,
+    k0: np.uint64,
+    k1: np.uint64,
+):
     """Draw a gamma variable of unit scale (Marsaglia and Tsang 2000); also returns the next free n."""
     boost, a = 1.0, shape
     if a < 1.0:
@@ -70,7 +81,16 @@ def _gamma(shape, gene, low, high, stream, n, k0, k1):
 
 
 @numba.njit(cache=True, nogil=True)
-def _poisson(rate, gene, low, high, stream, n, k0, k1):
+def _poisson(
+    rate: float,
+    gene: np.uint64,
+    low: np.uint64,
+    high: np.uint64,
+    stream: np.uint64,
+    n: int,
+    k0: np.uint64,
+    k1: np.uint64,
+):
     """Draw a Poisson variable: by inversion, or from 10 on by transformed rejection (Hörmann 1993, PTRS)."""
     if rate < 10.0:
         u, _ = _uniforms(gene, low, high, stream, n, k0, k1)
@@ -99,7 +119,18 @@ def _poisson(rate, gene, low, high, stream, n, k0, k1):
 
 
 @numba.njit(cache=True, nogil=True)
-def _rows(mu, theta, genes, cells, k0, k1, stream, out_gene, out_count, n_out):
+def _rows(
+    mu: np.ndarray,
+    theta: np.ndarray,
+    genes: np.ndarray,
+    cells: np.ndarray,
+    k0: np.uint64,
+    k1: np.uint64,
+    stream: np.uint64,
+    out_gene: np.ndarray,
+    out_count: np.ndarray,
+    n_out: np.ndarray,
+):
     """Draw rows; `out_gene` and `out_count` (b, p) hold a row's non-zeros first, `n_out` (b,) how many."""
     for row in range(mu.shape[0]):
         low, high, of = cells[row] & MASK, cells[row] >> SHIFT, row if theta.shape[0] > 1 else 0

@@ -61,13 +61,13 @@ def _scales(
         return {label: np.array([w[label] for w in found], dtype=np.float64) for label in labels}
     together = []
     for i, (row, w) in enumerate(zip(rows, found, strict=True)):
-        asked = {label: w[label] for label in labels if row.condition.get(label) is not None} or {"": 1.0}
-        if len(set(asked.values())) > 1:
+        given = {label: w[label] for label in labels if row.condition.get(label) is not None} or {"": 1.0}
+        if len(set(given.values())) > 1:
             raise RequestError(
-                f"generate: row {i + 1} guides its labels by {asked}, and this model was trained with joint labels: "
+                f"generate: row {i + 1} guides its labels by {given}, and this model was trained with joint labels: "
                 "they are guided together; give one scale (guidance), not one per label"
             )
-        together.append(next(iter(asked.values())))
+        together.append(next(iter(given.values())))
     return {JOINT: np.array(together, dtype=np.float64)}
 
 
@@ -89,7 +89,7 @@ def _library(row: RequestRow, settings: Settings, sizes: LibrarySizes) -> tuple[
 def generated_obs(
     ids: np.ndarray, names: list[str], recipe: Recipe, request: Request, settings: Settings, vocabulary: Vocabulary
 ) -> pd.DataFrame:
-    """Labels of generated cells as categoricals with the training categories, is_synthetic, gen_index, guidance.
+    """Return obs of generated cells: labels with the training categories, is_synthetic, gen_index, guidance.
 
     Args:
         ids: Cell ids, (b,).
@@ -109,7 +109,7 @@ def generated_obs(
 
 
 def _guidance(request: Request, settings: Settings, labels: list[str]) -> dict[str, np.ndarray]:
-    """Columns of the request's rows: one scale, and one for each label where any row's differ."""
+    """Return columns of the request's rows: one scale, and one for each label if any row's differ."""
     scales = [row_guidance(r, settings, labels) for r in request.rows]
     single = [next(iter(w.values())) if len(set(w.values())) == 1 else np.nan for w in scales]
     columns = {"guidance_scale": np.array(single if labels else [1.0] * len(scales))}
@@ -119,7 +119,7 @@ def _guidance(request: Request, settings: Settings, labels: list[str]) -> dict[s
 
 
 def genes_table(vocabulary: Vocabulary, genes: np.ndarray | None = None) -> pd.DataFrame:
-    """var of cells: feature ids as the index, `feature_name`; of all genes, or of those asked for."""
+    """Return var of cells: feature ids as the index, `feature_name`; of all genes, or of the given ones."""
     kept = range(vocabulary.n_genes) if genes is None else genes
     ids, names = [vocabulary.feature_ids[i] for i in kept], [vocabulary.feature_names[i] for i in kept]
     return pd.DataFrame({"feature_name": names}, index=pd.Index(ids, name="feature_id"))

@@ -1,4 +1,4 @@
-"""What the columns of a conditions table may hold, and which genes are written. All problems are collected."""
+"""Check the columns of a conditions table and the list of genes to write. All problems are collected."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from scldm.text import did_you_mean
 
 
 class RequestError(InputError, ValueError):
-    """A request for cells that the model cannot be asked; all that is wrong, a line each."""
+    """Raised for a request that the model cannot serve. The message lists all problems, one per line."""
 
 
 GUIDANCE, LIBRARY_SIZE, N_CELLS = "guidance", "library_size", "n_cells"
 
 
 def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems: list[str]) -> list[dict[str, Any]]:
-    """Rows as arguments of `RequestRow`; what is wrong is added to `problems`, and then there are no rows."""
+    """Return rows as arguments of `RequestRow`; problems are added to `problems`, and then there are no rows."""
     before = len(problems)
     known = [x.name for x in vocabulary.labels]
     labels = [c for c in table.columns if c in known]
@@ -63,7 +63,7 @@ def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems:
 
 
 def check_guidance(guidance: float | Mapping[str, float], vocabulary: Vocabulary) -> list[str]:
-    """Problems of the guidance in the settings."""
+    """Return the problems of the guidance in the settings."""
     if not isinstance(guidance, Mapping):
         return []
     known = [x.name for x in vocabulary.labels]
@@ -79,38 +79,39 @@ def check_guidance(guidance: float | Mapping[str, float], vocabulary: Vocabulary
 
 
 def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) -> np.ndarray | None:
-    """Ids of the genes asked for, increasing, int64; None for all.
+    """Return the ids of the genes to write, increasing, int64; None for all.
 
     Args:
-        genes: Feature ids, or names that one gene alone has; or a text file with one of them on each line.
+        genes: Feature ids, or names that only one gene has; or a text file with one of them on each line.
+        vocabulary: Genes of the model.
 
     Raises:
-        RequestError: for all genes that the vocabulary does not hold, or that a name does not tell apart.
+        RequestError: The vocabulary does not hold some genes, or several genes share a name; the message lists them.
     """
     if genes is None:
         return None
-    asked = _lines(Path(genes)) if isinstance(genes, str) else list(genes)
+    requested = _lines(Path(genes)) if isinstance(genes, str) else list(genes)
     by_id = {name: i for i, name in enumerate(vocabulary.feature_ids)}
     by_name: dict[str, list[int]] = {}
     for i, name in enumerate(vocabulary.feature_names):
         by_name.setdefault(name, []).append(i)
-    found, problems = set(), []
-    for gene in asked:
+    ids_found, problems = set(), []
+    for gene in requested:
         ids = [by_id[gene]] if gene in by_id else by_name.get(gene, [])
         if len(ids) == 1:
-            found.add(ids[0])
+            ids_found.add(ids[0])
         elif ids:
             several = ", ".join(vocabulary.feature_ids[i] for i in ids[:4])
             problems.append(f"{gene} is the name of {len(ids)} genes; give the id: {several}")
         else:
             hint = did_you_mean(gene, [*by_name, *by_id])
             problems.append(f"no gene {gene!r}" + (f" ({hint})" if hint else ""))
-    if not asked:
-        problems.append("it names no gene; leave it out to write all")
+    if not requested:
+        problems.append("it names no gene; remove the setting to write all")
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise RequestError(f"generate.genes: {'; '.join(problems[:10])}{more}")
-    return np.array(sorted(found), dtype=np.int64)
+    return np.array(sorted(ids_found), dtype=np.int64)
 
 
 def _lines(path: Path) -> list[str]:
@@ -122,14 +123,16 @@ def _lines(path: Path) -> list[str]:
 
 
 def _guided(column: str) -> str | None:
-    """Label that a guidance column is for: "" for all of them, None if the column is something else."""
+    """Return the label of a guidance column: "" for all labels, None if it is another column."""
     if column == GUIDANCE:
         return ""
     return column.removeprefix(GUIDANCE + ".") if str(column).startswith(GUIDANCE + ".") else None
 
 
 def _name(value: Any) -> str | None:
-    """Class of a cell of the table. A column of whole numbers with gaps comes as floats: 1.0 is class "1"."""
+    """Return the class in a cell of the table. Whole numbers in a column with gaps are read as floats: 1.0 is class
+    "1".
+    """
     if pd.isna(value):
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -139,7 +142,7 @@ def _numbers(
     table: pd.DataFrame, column: str, where: str, problems: list[str], *, whole: bool = False,
     above: float | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """A column as float64; NaN where it is empty or absent, which only `whole` (n_cells) forbids."""
+    """Return a column as float64; NaN if empty or absent, which only `whole` (n_cells) forbids."""
     if column not in table.columns:
         return np.full(len(table), np.nan)
     given = table[column]

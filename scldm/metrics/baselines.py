@@ -1,15 +1,15 @@
-"""What a model must beat (per-label baselines), what it must not be (copies), and what it cannot beat (real cells).
+"""Baselines: what a model must beat (per-label baselines), must not be (copies) and cannot beat (real cells).
 
 * `poisson` and `negative_binomial` know a training cell's class and nothing else: within a class, genes are
   independent. They draw a library size from the real training cells of the class and spread it by the class's mean
   profile.
-* Copies (`Pools.draw`) are training cells of the class, drawn with replacement: a model that has learnt its training
-  cells by heart. No distance of distributions tells them from real cells; the memorisation scores do.
+* Copies (`Pools.draw`) are training cells of the class, drawn with replacement: a model that has memorised its training
+  cells. No distance between distributions tells them from real cells; the memorisation scores do.
 * `shuffled` cells are training cells of the class in which every gene is permuted over the cells, uniformly and on its
-  own: each gene keeps its distribution, all that joins genes (correlations, library sizes) is broken.
+  own: each gene keeps its distribution, and all dependence between genes (correlations, library sizes) is broken.
 
-A cell's class is its combination of labels where at least MIN_COMBINATION training cells have it, else its first label;
-one that the training cells lack is drawn from all training cells.
+A cell's class is its combination of labels if at least MIN_COMBINATION training cells have it, else its first label; a
+class that the training cells lack is drawn from all training cells.
 
 Shape letters: n cells, g genes, k classes.
 """
@@ -27,52 +27,59 @@ from scldm.metrics.genes.expression import as_counts, library_sizes
 
 ALL = ""  # key of the statistics of all cells
 MIN_COMBINATION = 20  # training cells
-GENES = 1024  # that are shuffled at once: a dense block of the cells of a class
+GENES = 1024  # shuffled at a time: a dense block of the cells of a class
 
 
 @dataclass(frozen=True)
 class LabelProfile:
-    library_size: np.ndarray  # (n,) of the training cells of the class
+    """Statistics of the training cells of one class."""
+
+    library_size: np.ndarray  # (n,), one per training cell of the class
     profile: np.ndarray  # (g,), share of the class's counts; sums to 1
     theta: np.ndarray  # (g,), inverse dispersion by moments; infinite = Poisson
 
 
 @dataclass(frozen=True)
 class LabelBaseline:
-    """Per-label profiles; `poisson` and `negative_binomial` draw cells for given labels."""
+    """Per-class profiles; `poisson` and `negative_binomial` draw cells for given labels."""
 
     table: dict[str, LabelProfile]
 
     @classmethod
     def fit(cls, counts: sp.csr_matrix, labels: np.ndarray) -> LabelBaseline:
-        """From training counts (n, g) and a class name (or None) per cell."""
+        """Fit profiles to training counts (n, g) and a class name (or None) per cell."""
         counts = as_counts(counts)
         if len(labels) != counts.shape[0]:
             raise ValueError(f"one label per cell: got {len(labels)} labels for {counts.shape[0]} cells")
         names = sorted({v for v in labels if isinstance(v, str)})
-        return cls.of_pools(counts, {ALL: np.arange(len(labels)), **{v: np.flatnonzero(labels == v) for v in names}})
+        return cls.from_pools(counts, {ALL: np.arange(len(labels)), **{v: np.flatnonzero(labels == v) for v in names}})
 
     @classmethod
-    def of_pools(cls, counts: sp.csr_matrix, members: Mapping[str, np.ndarray]) -> LabelBaseline:
-        """From training counts (n, g) and the positions of the cells of each class, ALL among them."""
+    def from_pools(cls, counts: sp.csr_matrix, members: Mapping[str, np.ndarray]) -> LabelBaseline:
+        """Fit profiles to training counts (n, g) and the positions of the cells of each class, including ALL."""
         counts = as_counts(counts)
         return cls({name: _profile(counts[rows]) for name, rows in members.items()})
 
     def mean(self, labels: np.ndarray, library_size: np.ndarray) -> np.ndarray:
-        """Expected counts of cells of these labels and library sizes, (n, g)."""
-        return np.stack([self._of(v).profile * size for v, size in zip(labels, library_size, strict=True)])
+        """Return the expected counts of cells of these labels and library sizes, (n, g)."""
+        return np.stack([self._profile_of(v).profile * size for v, size in zip(labels, library_size, strict=True)])
 
     def poisson(
         self, labels: np.ndarray, rng: np.random.Generator, library_size: np.ndarray | None = None
     ) -> sp.csr_matrix:
-        """counts = Poisson(profile * library size), (n, g) CSR; the size is drawn from real where none is given, (n,).
+        """Draw counts = Poisson(profile * library size), (n, g) CSR.
 
-        Independent Poissons with rates p_g L are a Poisson(L) total spread multinomially by p: the same law, drawn at
-        the cost of the counts and not of all genes.
+        Independent Poissons with rates p_g L are a Poisson(L) total spread multinomially by p: the same distribution at
+        a cost proportional to the counts instead of all genes.
+
+        Args:
+            labels: Class of each cell, (n,).
+            rng: Source of the draws.
+            library_size: Size of each cell, (n,); drawn from the training cells of the class if None.
         """
         rows = []
         for i, label in enumerate(labels):
-            known = self._of(label)
+            known = self._profile_of(label)
             total = rng.poisson(rng.choice(known.library_size) if library_size is None else library_size[i])
             cumulative = np.cumsum(known.profile)
             genes = np.searchsorted(cumulative, rng.random(total) * cumulative[-1], side="right")
@@ -82,10 +89,13 @@ class LabelBaseline:
     def negative_binomial(
         self, labels: np.ndarray, rng: np.random.Generator, library_size: np.ndarray | None = None
     ) -> sp.csr_matrix:
-        """counts = NB(mean = profile * library size, theta per label and gene), (n, g) CSR; sizes as for `poisson`."""
+        """Draw counts = NB(mean = profile * library size, theta per label and gene), (n, g) CSR.
+
+        Arguments as in `poisson`.
+        """
         rows = []
         for i, label in enumerate(labels):
-            known = self._of(label)
+            known = self._profile_of(label)
             genes = np.flatnonzero(known.profile)
             rate = known.profile[genes] * (rng.choice(known.library_size) if library_size is None else library_size[i])
             theta = known.theta[genes]
@@ -97,14 +107,15 @@ class LabelBaseline:
 
     @property
     def n_genes(self) -> int:
+        """Number of genes, g."""
         return len(self.table[ALL].profile)
 
-    def _of(self, label: str | None) -> LabelProfile:
+    def _profile_of(self, label: str | None) -> LabelProfile:
         return self.table.get(label if isinstance(label, str) else ALL, self.table[ALL])
 
 
 def _profile(counts: sp.csr_matrix) -> LabelProfile:
-    """Mean profile p, and theta by moments from E[(x - L p)² - x] = (L p)² / theta."""
+    """Return the mean profile p, and theta by moments from E[(x - L p)² - x] = (L p)² / theta."""
     size = library_sizes(counts)
     total = np.asarray(counts.sum(0)).ravel()
     if not total.sum():
@@ -125,7 +136,7 @@ def _rows_to_csr(rows: list[tuple[np.ndarray, np.ndarray]], n_genes: int) -> sp.
 
 
 def halves(n_cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint random halves of cells (equal in size; an odd one is left out): real against real."""
+    """Return two disjoint random halves of cells for real against real; equal in size, an odd cell is left out."""
     order = rng.permutation(n_cells)
     half = n_cells // 2
     return np.sort(order[:half]), np.sort(order[half : 2 * half])
@@ -133,16 +144,21 @@ def halves(n_cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
 
 @dataclass(frozen=True)
 class Selection:
+    """Cells chosen from a set, and the shortfall of each class."""
+
     indices: np.ndarray  # ascending
-    short: dict[str, int]  # class -> cells that were wanted and not there
+    short: dict[str, int]  # class -> wanted cells that were not available
 
 
 def select_like(available: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> Selection:
-    """Cells without replacement, as many of each class as `wanted` holds: a difference in composition is not a fault.
+    """Draw cells without replacement, as many of each class as `wanted` holds.
+
+    A difference in composition then does not count as an error of the generator.
 
     Args:
         available: Class of each cell that may be drawn.
         wanted: Class of each cell of the set to resemble.
+        rng: Source of the draws.
     """
     chosen, short = [], {}
     names, numbers = np.unique(wanted.astype(str), return_counts=True)
@@ -157,14 +173,14 @@ def select_like(available: np.ndarray, wanted: np.ndarray, rng: np.random.Genera
 
 @dataclass(frozen=True)
 class Pools:
-    """The training cells that stand for each of some cells."""
+    """Training cells that can stand in for each of some cells."""
 
     members: dict[str, np.ndarray]  # class -> positions of training cells
     wanted: np.ndarray  # (n,) class of each cell
 
     @classmethod
     def like(cls, reference: CellSet, cells: CellSet, labels: Sequence[str]) -> Pools:
-        """For every cell the training cells of its class, as the top of this file says."""
+        """Find for every cell the training cells of its class, as defined at the top of this file."""
         joint, first = reference.crossed(labels), reference.labels[labels[0]]
         pairs = list(zip(cells.crossed(labels), cells.labels[labels[0]], strict=True))
         members: dict[str, np.ndarray] = {ALL: np.arange(reference.n_cells)}
@@ -180,7 +196,7 @@ class Pools:
         return cls(members, np.array([name_of[pair] for pair in pairs], dtype=object))
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """A training cell for each cell, with replacement, (n,)."""
+        """Draw a training cell for each cell, with replacement, (n,)."""
         out = np.empty(len(self.wanted), dtype=np.int64)
         for name in dict.fromkeys(self.wanted):
             here = np.flatnonzero(self.wanted == name)
@@ -188,7 +204,7 @@ class Pools:
         return out
 
     def draw_each_once(self, rng: np.random.Generator) -> np.ndarray:
-        """The same, but no training cell of a class a second time before all its cells were taken, (n,)."""
+        """Draw as `draw`, but use no training cell of a class twice before all of its cells were used, (n,)."""
         out = np.empty(len(self.wanted), dtype=np.int64)
         for name in dict.fromkeys(self.wanted):
             here, pool = np.flatnonzero(self.wanted == name), self.members[name]
@@ -198,7 +214,7 @@ class Pools:
 
 
 def shuffled(counts: sp.csr_matrix, classes: np.ndarray, rng: np.random.Generator) -> sp.csr_matrix:
-    """Each gene permuted over the cells of every class, (n, g)."""
+    """Permute each gene over the cells of every class, (n, g)."""
     counts = as_counts(counts)
     blocks, rows = [], []
     for name in np.unique(classes.astype(str)):

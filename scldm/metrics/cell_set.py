@@ -1,4 +1,4 @@
-"""Cells to be compared: counts over the vocabulary, and the class of each cell for every label."""
+"""Cell sets that metrics compare: counts over the vocabulary, and the class of each cell for every label."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import scipy.sparse as sp
 
 LABELS = "+"  # joins the names of labels that are crossed
-CLASSES = "\x1f"  # joins the names of their classes; no class is named with it, as one may be with a plus
+CLASSES = "\x1f"  # joins the names of their classes; unlike a plus, no class name contains it
 
 
 @dataclass(frozen=True)
 class CellSet:
-    """Counts over the vocabulary and class names per label (None where no label was given)."""
+    """Counts over the vocabulary and class names per label (None if a cell has no label)."""
 
     counts: sp.csr_matrix  # (n, g)
     labels: Mapping[str, np.ndarray]  # label -> (n,) of str or None
@@ -26,13 +26,17 @@ class CellSet:
 
     @property
     def n_cells(self) -> int:
+        """Number of cells, n."""
         return self.counts.shape[0]
 
     def __getitem__(self, index: np.ndarray) -> CellSet:
         return CellSet(self.counts[index], {k: v[index] for k, v in self.labels.items()})
 
     def crossed(self, labels: Sequence[str]) -> np.ndarray:
-        """Class names of several labels joined, (n,); None where one of them is missing; "" for no labels at all."""
+        """Return the class names of several labels joined, (n,).
+
+        None for a cell that lacks one of the labels; "" if there are no labels.
+        """
         if not labels:
             return np.full(self.n_cells, "", dtype=object)
         rows = zip(*(self.labels[name] for name in labels), strict=True)
@@ -41,11 +45,11 @@ class CellSet:
 
 
 def label_sets(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """What is compared within classes: every label, and, where there are several, the crossing of them all."""
+    """Return the labels to compare within: every label and, if there are several, the combination of all."""
     single: dict[str, tuple[str, ...]] = {name: (name,) for name in labels}
     return single if len(labels) < 2 else single | {LABELS.join(labels): tuple(labels)}
 
 
-def shown(key: str | None) -> str:
-    """A crossed class as it is written for a reader."""
+def class_text(key: str | None) -> str:
+    """Format a combined class for readers."""
     return "none" if key is None else key.replace(CLASSES, " + ")

@@ -1,4 +1,4 @@
-"""One comparison of two sets of cells: a flat dict of named scores.
+"""Compare two sets of cells: a flat dict of named scores.
 
 The same function scores generated cells, the floor and every baseline, on one held-out real set, in one space, at one
 number of cells. **Floor**: held-out real cells against as many *training* real cells (which the space, the classifiers
@@ -29,35 +29,41 @@ from scldm.metrics.memorisation import NearestTraining
 from scldm.metrics.score import Score, checked
 from scldm.metrics.side import Side
 
-REAL, OTHER = 0, 1  # streams of halves
+REAL, OTHER = 0, 1  # random streams of halves
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    n_neighbors: int  # of the label classifier
-    transport_cells: int  # most cells in an exact Wasserstein distance
+    """Settings of a comparison."""
+
+    n_neighbors: int  # label classifier
+    transport_cells: int  # at most, in an exact Wasserstein distance
     seed: int
     conditional: ConditionalSettings
     resamples: int = 100  # halves of scores that are sums over cells or pairs
-    refits: int = 10  # halves of scores that are solved anew: transport, neighbours, classifier, classes
+    refits: int = 10  # halves of scores that are computed from scratch: transport, neighbours, classifier, classes
 
 
 @dataclass(frozen=True)
 class Compared:
+    """Scores of one candidate, and its scores within classes."""
+
     scores: dict[str, Score]
     classes: dict[str, ClassTable]
 
 
 class Comparison:
-    """Held-out real cells, and what candidates are scored with.
+    """Scores candidates against held-out real cells.
 
     Args:
         real: Held-out real cells.
-        reference: Real training cells: the label classifiers learn from them, and copies are looked for among them.
-        space: Fitted on real cells.
-        training_space: Fitted on training cells, to look for copies in. In a space that is fitted on the held-out cells
-            these lie farther out than others do, and everything else would look copied. None: `space` is such a one.
-        labels: Labels that all candidates have: halves are drawn within them, and scores taken within their classes.
+        reference: Real training cells: the label classifiers learn from them, and copies are searched among them.
+        space: Space fitted on real cells.
+        settings: Settings of the comparison.
+        training_space: Space fitted on training cells, in which copies are searched. In a space fitted on the held-out
+            cells, these lie farther out than others, and everything else would look copied. None if `space` itself is
+            fitted on training cells.
+        labels: Labels that all candidates have: halves are drawn within them, and scores computed within their classes.
     """
 
     def __init__(
@@ -79,53 +85,54 @@ class Comparison:
         self.real = self.side(real, REAL)
 
     def side(self, cells: CellSet, stream: int = OTHER) -> Side:
+        """Project cells to the space and draw their halves."""
         s = self.settings
-        return Side.of(
+        return Side.create(
             cells, self.space.project(cells.counts), cells.crossed(self.labels),
             resamples=s.resamples, refits=s.refits, key=(s.seed, stream),
         )  # fmt: skip
 
     def all_scores(self, candidates: Mapping[str, CellSet]) -> dict[str, Compared]:
-        """Every candidate's scores, those within classes averaged over the classes that all of them have."""
-        found = {name: self.scores(cells, name) for name, cells in candidates.items()}
+        """Return the scores of every candidate; those within classes are averaged over the classes that all have."""
+        results = {name: self.scores(cells, name) for name, cells in candidates.items()}
         averages = class_averages(
-            {name: compared.classes for name, compared in found.items()}, self.settings.conditional.average
+            {name: result.classes for name, result in results.items()}, self.settings.conditional.average
         )
         return {
-            name: Compared(compared.scores | checked(averages[name], name), compared.classes)
-            for name, compared in found.items()
+            name: Compared(result.scores | checked(averages[name], name), result.classes)
+            for name, result in results.items()
         }
 
     def scores(self, candidate: CellSet, name: str = "the candidate") -> Compared:
-        """Score a candidate: generated cells, training cells (the floor) or a baseline's; classes one by one.
+        """Score a candidate: generated cells, training cells (the floor) or a baseline's; one score per class.
 
         Args:
-            candidate: Of real's number and composition.
-            name: For errors.
+            candidate: Cells, as many as the real ones and of their composition.
+            name: Name of the candidate in errors.
 
         Raises:
-            FloatingPointError: scores that are NaN or infinite, by name.
+            FloatingPointError: Scores are NaN or infinite; the message names them.
         """
-        made = self.side(candidate)
+        side = self.side(candidate)
         classes = class_tables(
-            self.real, made, labels=self.labels, cp10k=(self._changes, cp10k(candidate.counts, self.space.genes)),
+            self.real, side, labels=self.labels, cp10k=(self._changes, cp10k(candidate.counts, self.space.genes)),
             controls=self.controls, settings=self.settings.conditional,
         )  # fmt: skip
-        found = {
-            **expression_scores(self.real, made),
-            **gene_correlation_scores(self.real, made),
-            **self._distance_scores(made),
-            **self._refitted_scores(made),
-            **self.judges.scores(made.points, candidate.labels, made.weights[1:]),
-            **self.nearest.scores(self._real_nearest, self._nearest(made), self.real, made),
+        scores = {
+            **expression_scores(self.real, side),
+            **gene_correlation_scores(self.real, side),
+            **self._distance_scores(side),
+            **self._refitted_scores(side),
+            **self.judges.scores(side.points, candidate.labels, side.weights[1:]),
+            **self.nearest.scores(self._real_nearest, self._nearest(side), self.real, side),
         }
-        return Compared(checked(found, name), classes)
+        return Compared(checked(scores, name), classes)
 
     def real_label_scores(self) -> dict[str, Score]:
-        """What the classifiers make of held-out real cells: the floor of the label scores."""
+        """Return the classifiers' scores on held-out real cells: the floor of the label scores."""
         return self.judges.scores(self.real.points, self.real.cells.labels, self.real.weights[1:])
 
-    # ---- of the real cells, once ---------------------------------------------------------------------------------
+    # ---- statistics of the real cells, computed once -------------------------------------------------------------
     @cached_property
     def _changes(self) -> sp.csr_matrix:
         return cp10k(self.real.cells.counts, self.space.genes)
@@ -160,14 +167,14 @@ class Comparison:
         return points if self.training_space is None else self.training_space.project(cells.counts)
 
     # ---- families of scores --------------------------------------------------------------------------------------
-    def _distance_scores(self, made: Side) -> dict[str, Score]:
-        x, y, u, v = self.real.points, made.points, self.real.weights, made.weights
+    def _distance_scores(self, candidate: Side) -> dict[str, Score]:
+        x, y, u, v = self.real.points, candidate.points, self.real.weights, candidate.weights
         kernels = list(self._kernels.values())
         within = self._real_pairs + distances.weighted_pair_means(y, y, kernels, u=v, v=v)
         across = distances.weighted_pair_means(x, y, kernels, u=u, v=v)
         discrepancy = np.maximum(within - 2 * across, 0)
         energy = np.maximum(2 * across[2] - within[2], 0)
-        halves = [made.half(k) for k in range(len(made.halves))]
+        halves = [candidate.half(k) for k in range(len(candidate.halves))]
         gaussians = [distances.gaussian(z) for z in [y, *halves]]
         frechet = np.array(
             [distances.frechet_gaussians(*a, *b) for a, b in zip(self._real_gaussians, gaussians, strict=True)]
@@ -179,10 +186,10 @@ class Comparison:
             "energy": _score(energy, "lower", 0.0, "distance", "energy distance"),
         }
 
-    def _refitted_scores(self, made: Side) -> dict[str, Score]:
-        """Of all cells and of halves, each from the start."""
-        rows = [self._refitted(self.real.points[self.real.order], made.points[made.order])]
-        rows += [self._refitted(self.real.half(k), made.half(k), halved=True) for k in range(made.refits)]
+    def _refitted_scores(self, candidate: Side) -> dict[str, Score]:
+        """Return scores of all cells and of halves, each computed from scratch."""
+        rows = [self._refitted(self.real.points[self.real.order], candidate.points[candidate.order])]
+        rows += [self._refitted(self.real.half(k), candidate.half(k), halved=True) for k in range(candidate.refits)]
         values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         share = (0.0, 1.0)
         return {
@@ -199,7 +206,7 @@ class Comparison:
         }
 
     def _refitted(self, x: np.ndarray, y: np.ndarray, *, halved: bool = False) -> dict[str, float]:
-        n = min(len(x), len(y))  # two-sample scores want equal numbers
+        n = min(len(x), len(y))  # two-sample scores need equal numbers
         a, b = x[:n], y[:n]
         points = self.settings.transport_cells
         points = -(-points // 2) if halved else points
@@ -216,11 +223,12 @@ class Comparison:
         }
 
 
-def expression_scores(real: Side, made: Side) -> dict[str, Score]:
-    """Genes in log1p CP10k, and library sizes and genes per cell of raw counts."""
-    value = expression.gene_statistics_agreement(real.moments, made.moments)
+def expression_scores(real: Side, candidate: Side) -> dict[str, Score]:
+    """Score genes in log1p CP10k, and library sizes and genes per cell of raw counts."""
+    value = expression.gene_statistics_agreement(real.moments, candidate.moments)
     halves = [
-        expression.gene_statistics_agreement(a, b) for a, b in zip(real.half_moments, made.half_moments, strict=True)
+        expression.gene_statistics_agreement(a, b)
+        for a, b in zip(real.half_moments, candidate.half_moments, strict=True)
     ]
     titles = {"r2": "R² (identity line)", "pearson2": "squared Pearson"}
     out = {}
@@ -230,13 +238,13 @@ def expression_scores(real: Side, made: Side) -> dict[str, Score]:
         replicates = np.array([value[name], *(h[name] for h in halves)])
         out[name] = _score(replicates, "higher", 1.0, "expression", title, (-np.inf, 1.0))
     g = real.cells.counts.shape[1]
-    a, b = (expression.genes_per_cell(s.cells.counts).astype(float) for s in (real, made))
-    zeros = abs(real.weights @ a - made.weights @ b) / g
+    a, b = (expression.genes_per_cell(s.cells.counts).astype(float) for s in (real, candidate))
+    zeros = abs(real.weights @ a - candidate.weights @ b) / g
     title = "zero fraction, absolute difference"
     out["zero_fraction_difference"] = _score(zeros, "lower", 0.0, "expression", title, (0.0, 1.0))
-    sizes = [expression.library_sizes(s.cells.counts) for s in (real, made)]
+    sizes = [expression.library_sizes(s.cells.counts) for s in (real, candidate)]
     for name, (x, y) in (("library_size", sizes), ("genes_per_cell", (a, b))):
-        ks = expression.weighted_ks(x, y, real.weights, made.weights)
+        ks = expression.weighted_ks(x, y, real.weights, candidate.weights)
         title = f"{name.replace('_', ' ')}, KS"
         out[f"{name}_ks"] = _score(ks, "lower", 0.0, "cells", title, (0.0, 1.0))
     return out
@@ -250,6 +258,6 @@ def _score(
     title: str,
     bounds: tuple[float, float] | None = None,
 ) -> Score:
-    """Of the value of all cells, followed by those of halves."""
+    """Build a score from the value of all cells, followed by those of halves."""
     bounds = bounds or ((0.0, np.inf) if better != "higher" else (-np.inf, np.inf))
     return Score(float(values[0]), better, ideal, group, title, values[1:], bounds)

@@ -1,10 +1,10 @@
-"""Distances and fold changes inside classes: is a generated B cell near real B cells?
+"""Distances and fold changes within classes: is a generated B cell near real B cells?
 
-A distance of all cells is small if the classes stand where they should, even if each is wrong inside, and it does not
-see cells that carry each other's labels. So the same distances are taken within every class of a label, and of the
-crossing of all labels, and averaged: by the number of real cells, or each class alike (CFGen's way). Classes with fewer
-than `min_cells` on either side are not scored but listed by name, and averages are over the classes that every
-candidate has a score of, so that all of them mean the same.
+A distance over all cells is small if the classes are in the right places, even if each is wrong inside, and it does not
+see cells with swapped labels. So the same distances are computed within every class of a label, and of the combination
+of all labels, and averaged: weighted by the number of real cells, or equally (as CFGen does). Classes with fewer
+than `min_cells` on either side are not scored but listed by name. Averages are over the classes that every candidate
+has a score of, so that they are comparable.
 
 Shape letters: n cells, p coordinates, h genes, r resamples.
 """
@@ -36,22 +36,26 @@ CHANGES = {"lfc_pearson": "log fold changes, Pearson", "lfc_slope": "log fold ch
 
 @dataclass(frozen=True)
 class ConditionalSettings:
-    min_cells: int  # a class has on either side, or it is listed only
+    """Settings of scores within classes."""
+
+    min_cells: int  # classes with fewer on either side are listed, not scored
     transport_cells: int
     average: Literal["cells", "classes"]
-    control: Mapping[str, str]  # label -> class that the others are compared with in fold changes; empty: the rest
+    control: Mapping[str, str]  # label -> reference class of fold changes; if empty, all other cells
 
 
 @dataclass(frozen=True)
 class ClassScores:
+    """Scores within one class."""
+
     n_real: int
-    n_made: int
-    values: dict[str, np.ndarray]  # metric -> (1 + refits,): of all cells, then of halves
+    n_candidate: int
+    values: dict[str, np.ndarray]  # metric -> (1 + refits,): all cells, then halves
 
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Of one label, or crossing of labels."""
+    """Scores of the classes of one label, or of a combination of labels."""
 
     labels: tuple[str, ...]
     classes: dict[str, ClassScores]
@@ -60,33 +64,36 @@ class ClassTable:
 
 def class_tables(
     real: Side,
-    made: Side,
+    candidate: Side,
     *,
     labels: Sequence[str],
     cp10k: tuple[sp.csr_matrix, sp.csr_matrix],
     controls: Controls,
     settings: ConditionalSettings,
 ) -> dict[str, ClassTable]:
-    """Scores within the classes of every label and of the crossing of all.
+    """Score within the classes of every label and of the combination of all.
 
     Args:
-        labels: Those that the cells of both sides have; what they are compared within follows (`label_sets`).
+        real: Held-out real cells.
+        candidate: Cells to score.
+        labels: Labels that the cells of both sides have; `label_sets` gives the sets of classes.
         cp10k: Counts per 10,000 of the space's genes, (n, h), of both sides.
-        controls: Asked for the labels that have a control.
+        controls: Source of the mean of control classes.
+        settings: Settings of the scores.
     """
     tables: dict[str, ClassTable] = {}
     for name, crossed in label_sets(labels).items():
-        own, other = real.cells.crossed(crossed), made.cells.crossed(crossed)
+        own, other = real.cells.crossed(crossed), candidate.cells.crossed(crossed)
         names = sorted({v for v in own if v is not None})
         counts = {c: (int((own == c).sum()), int((other == c).sum())) for c in names}
         scored = [c for c, n in counts.items() if min(n) >= settings.min_cells]
-        found = {c: _class_distances(real, made, own == c, other == c, settings.transport_cells) for c in scored}
+        values = {c: _class_distances(real, candidate, own == c, other == c, settings.transport_cells) for c in scored}
         against = _against(crossed, scored, settings, controls)
-        for c, values in _changes(cp10k, (real, made), (own, other), scored, against).items():
-            found[c] |= values
+        for c, changes in _changes(cp10k, (real, candidate), (own, other), scored, against).items():
+            values[c] |= changes
         tables[name] = ClassTable(
             crossed,
-            {c: ClassScores(*counts[c], found[c]) for c in scored},
+            {c: ClassScores(*counts[c], values[c]) for c in scored},
             {c: n for c, n in counts.items() if c not in scored},
         )
     return tables
@@ -95,25 +102,25 @@ def class_tables(
 def class_averages(
     tables: Mapping[str, Mapping[str, ClassTable]], average: Literal["cells", "classes"]
 ) -> dict[str, dict[str, Score]]:
-    """Candidate -> `conditional_<metric>.<label>`: means over the classes that all candidates have the metric of.
+    """Return candidate -> `conditional_<metric>.<label>`: means over the classes that all candidates have.
 
     Args:
         tables: Candidate -> label -> its classes.
-        average: "cells" weighs a class by its real cells, "classes" weighs all alike.
+        average: "cells" weighs a class by its real cells, "classes" weighs all equally.
     """
     out: dict[str, dict[str, Score]] = {candidate: {} for candidate in tables}
     for label in next(iter(tables.values()), {}):
         own = {candidate: table[label].classes for candidate, table in tables.items()}
         for metric, title in {**DISTANCES, **CHANGES}.items():
-            having = [{c for c, found in classes.items() if metric in found.values} for classes in own.values()]
+            having = [{c for c, s in classes.items() if metric in s.values} for classes in own.values()]
             common = sorted(set.intersection(*having))
-            for candidate, classes in own.items() if common else ():
+            for name, classes in own.items() if common else ():
                 weights = np.array([classes[c].n_real if average == "cells" else 1 for c in common], dtype=float)
                 mean = weights @ np.stack([classes[c].values[metric] for c in common]) / weights.sum()
                 better, ideal, bounds = _reading(metric)
-                said = f"within {label.replace(LABELS, ' × ')}: {title} ({len(common)} classes)"
-                score = Score(float(mean[0]), better, ideal, "conditional", said, mean[1:], bounds)
-                out[candidate][f"conditional_{metric}.{label}"] = score
+                text = f"within {label.replace(LABELS, ' × ')}: {title} ({len(common)} classes)"
+                score = Score(float(mean[0]), better, ideal, "conditional", text, mean[1:], bounds)
+                out[name][f"conditional_{metric}.{label}"] = score
     return out
 
 
@@ -124,13 +131,13 @@ def _reading(metric: str) -> tuple[Literal["lower", "higher", "ideal"], float, t
 
 
 def _class_distances(
-    real: Side, made: Side, own: np.ndarray, other: np.ndarray, transport_cells: int
+    real: Side, candidate: Side, own: np.ndarray, other: np.ndarray, transport_cells: int
 ) -> dict[str, np.ndarray]:
-    """Metric -> (1 + refits,): of all cells of the class, then of halves of it."""
-    a, b = real.order[own[real.order]], made.order[other[made.order]]  # positions, in the fixed order
-    sets = [(real.points[a], made.points[b])]
+    """Return metric -> (1 + refits,): all cells of the class, then halves of it."""
+    a, b = real.order[own[real.order]], candidate.order[other[candidate.order]]  # positions, in the fixed order
+    sets = [(real.points[a], candidate.points[b])]
     for k in range(real.refits):
-        sets.append((real.points[a[real.halves.chosen[k, a]]], made.points[b[made.halves.chosen[k, b]]]))
+        sets.append((real.points[a[real.halves.chosen[k, a]]], candidate.points[b[candidate.halves.chosen[k, b]]]))
     rows = [_distances(x, y, transport_cells if i == 0 else -(-transport_cells // 2)) for i, (x, y) in enumerate(sets)]
     return {metric: np.array([row[metric] for row in rows]) for metric in DISTANCES}
 
@@ -147,13 +154,13 @@ def _distances(x: np.ndarray, y: np.ndarray, transport_cells: int) -> dict[str, 
 
 @dataclass(frozen=True, eq=False)
 class Controls:
-    """Real training cells: where fold changes are against a control, all candidates have the same one."""
+    """Real training cells of control classes, shared by all candidates as the reference of fold changes."""
 
     cells: CellSet
     cp10k: sp.csr_matrix  # (n, h)
 
     def mean(self, crossed: tuple[str, ...], name: str) -> np.ndarray | None:
-        """Mean counts per 10,000 of a class, (h,); None where no training cell has it."""
+        """Return the mean counts per 10,000 of a class, (h,); None if no training cell has it."""
         rows = np.flatnonzero(self.cells.crossed(crossed) == name)
         return np.asarray(self.cp10k[rows].mean(0)).ravel() if len(rows) else None
 
@@ -165,10 +172,11 @@ def _changes(
     scored: Sequence[str],
     against: Mapping[str, np.ndarray | None] | None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Class -> lfc_pearson and lfc_slope, (1 + refits,); classes that have nothing to be compared with have none.
+    """Return class -> lfc_pearson and lfc_slope, (1 + refits,); classes without a reference have none.
 
     Args:
-        against: Class -> mean of its control, None for the control itself and where there is none. None: the rest.
+        against: Class -> mean of its control, or None for the control itself and classes without one. If None, a class
+            is compared with all other cells.
     """
     if against is None and len(scored) < 2:
         return {}
@@ -182,7 +190,9 @@ def _changes(
         lfc = []
         for x, key, w, total in zip(cp10k, keys, weights, totals, strict=True):
             inside = weighted_sum(x, np.flatnonzero(key == c), w)
-            rest = np.maximum(total[0] - inside[0], 0) / (total[1] - inside[1])  # rounding may leave a hair below 0
+            rest = np.maximum(total[0] - inside[0], 0) / (
+                total[1] - inside[1]
+            )  # rounding may leave a tiny negative value
             lfc.append(log_fold_change(inside[0] / inside[1], rest if control is None else control))
         pearson, slope = np.array([recovery(a, b) for a, b in zip(*lfc, strict=True)]).T
         out[c] = {"lfc_pearson": pearson, "lfc_slope": slope}
@@ -192,7 +202,7 @@ def _changes(
 def _against(
     crossed: tuple[str, ...], scored: Sequence[str], settings: ConditionalSettings, controls: Controls
 ) -> dict[str, np.ndarray | None] | None:
-    """Of every class the mean of its control; None where these labels have no control: classes go against the rest."""
+    """Return the mean of the control of every class; None if these labels have no control."""
     if not set(crossed) & set(settings.control):
         return None
     names = {c: _control(c, crossed, settings.control) for c in scored}
@@ -200,6 +210,6 @@ def _against(
 
 
 def _control(name: str, crossed: tuple[str, ...], control: Mapping[str, str]) -> str:
-    """The class that a class is compared with: the same but for the labels that have a control."""
+    """Return the reference of a class: the same class, with the control of each label that has one."""
     parts = name.split(CLASSES) if len(crossed) > 1 else [name]
     return CLASSES.join(control.get(label, part) for label, part in zip(crossed, parts, strict=True))

@@ -1,4 +1,4 @@
-"""AnnData as the cell sets that metrics compare."""
+"""Convert AnnData to the cell sets that metrics compare."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from scldm.metrics.genes import expression
 
 
 class EvaluationError(InputError, ValueError):
-    """Cells or settings that cannot be evaluated; the message says what, and what is needed."""
+    """Raised for cells or settings that cannot be evaluated. The message says what is wrong and what is needed."""
 
 
 def cell_set(adata: AnnData, labels: Sequence[str]) -> CellSet:
-    """Counts and labels of an AnnData; a missing label value becomes None."""
+    """Return the counts and labels of an AnnData; a missing label value becomes None."""
     missing = [name for name in labels if name not in adata.obs]
     if missing:
         raise EvaluationError(f"obs lacks {', '.join(missing)}; it has {', '.join(adata.obs.columns) or 'no columns'}")
@@ -25,5 +25,5 @@ def cell_set(adata: AnnData, labels: Sequence[str]) -> CellSet:
 
 
 def class_names(column: Sequence[object]) -> np.ndarray:
-    """Of a column of obs, (n,): None where there is no name."""
+    """Return the class names of a column of obs, (n,); None for a missing value."""
     return np.array([v if isinstance(v, str) else None for v in column], dtype=object)

@@ -1,8 +1,8 @@
-"""Do cells carry the label that they were asked for? Two classifiers trained on real cells are asked.
+"""Label agreement: do classifiers trained on real cells recognise the requested label?
 
-k nearest neighbours see any shape of a class; logistic regression sees halfspaces and is harder to fool by a few stray
-neighbours. Their ceiling is the same number on held-out real cells; well above it, generated cells are more typical
-than real ones. Space: PCA of log1p CP10k fitted on real. Source: CFGen, scDiffusion (label agreement).
+k nearest neighbours can follow any shape of a class; logistic regression separates halfspaces and is less affected by a
+few stray neighbours. The ceiling is the same number on held-out real cells; well above it, generated cells are more
+typical than real ones. Space: PCA of log1p CP10k fitted on real. Source: CFGen, scDiffusion (label agreement).
 
 Shape letters: n cells, p coordinates, k classes, r resamples.
 """
@@ -21,27 +21,27 @@ from sklearn.preprocessing import StandardScaler
 
 from scldm.metrics.score import Score
 
-KINDS = {"kNN": "label", "logistic": "label_logistic"}  # and how their scores are named
+KINDS = {"kNN": "label", "logistic": "label_logistic"}  # classifier -> prefix of its scores
 
 
 @dataclass(frozen=True)
 class LabelAgreement:
-    """How often a classifier trained on real cells gives a cell its own label."""
+    """Accuracy of a classifier trained on real cells, with its confusion matrix."""
 
     accuracy: float
-    macro_accuracy: float  # mean over classes of the share of the class that is recovered
+    macro_accuracy: float  # mean over classes of the share of cells classified correctly
     chance: float  # share of the most frequent class among the scored cells
     per_class: dict[str, float]
     n_cells: int
-    n_unlabelled: int  # left out
+    n_unlabelled: int  # not scored
     classes: tuple[str, ...]
-    confusion: np.ndarray  # (asked for, predicted), cells
+    confusion: np.ndarray  # (true class, predicted class), cells
 
 
 def label_agreement(
     train: np.ndarray, train_labels: np.ndarray, points: np.ndarray, labels: np.ndarray, *, n_neighbors: int
 ) -> LabelAgreement:
-    """Accuracy of a k-nearest-neighbour classifier trained on real cells, scored on `points` (generated or held out).
+    """Score a k-nearest-neighbour classifier trained on real cells on `points` (generated or held out).
 
     Higher is better. Majority vote, Euclidean. Cells without a label (None) are left out and counted.
     """
@@ -53,6 +53,7 @@ def label_agreement(
 
 
 def knn(train: np.ndarray, train_labels: np.ndarray, n_neighbors: int) -> KNeighborsClassifier:
+    """Fit a k-nearest-neighbour classifier to the labelled training cells."""
     known = labelled(train_labels)
     if known.sum() < n_neighbors:
         raise ValueError(
@@ -62,14 +63,14 @@ def knn(train: np.ndarray, train_labels: np.ndarray, n_neighbors: int) -> KNeigh
 
 
 def logistic(train: np.ndarray, train_labels: np.ndarray) -> Any:
-    """Multinomial logistic regression on standardised coordinates, L2 with C = 1."""
+    """Fit multinomial logistic regression to standardised coordinates, L2 with C = 1."""
     known = labelled(train_labels)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
     return model.fit(train[known], train_labels[known].astype(str))
 
 
 def agreement(labels: np.ndarray, predicted: np.ndarray) -> LabelAgreement:
-    """Of the labels (n,), some None, and what a classifier says of those that are not."""
+    """Compare the labels (n,), None if missing, with a classifier's predictions for the labelled cells."""
     given = labelled(labels)
     truth = labels[given].astype(str)
     classes = tuple(sorted({*predicted.tolist(), *truth.tolist()}))
@@ -90,15 +91,17 @@ def agreement(labels: np.ndarray, predicted: np.ndarray) -> LabelAgreement:
 
 
 def labelled(labels: np.ndarray) -> np.ndarray:
+    """Return which cells have a label, (n,) bool."""
     return np.array([isinstance(v, str) for v in labels], dtype=bool)
 
 
 class LabelJudges:
-    """Classifiers of every label that real training cells have; fitted once, they judge every set of cells.
+    """Classifiers of every label that real training cells have; fitted once, then applied to every set of cells.
 
     Args:
         points: Real training cells, (n, p).
-        labels: label -> (n,) of class names or None. One with fewer than two classes has no logistic regression.
+        labels: Label -> class names or None, (n,). One with fewer than two classes has no logistic regression.
+        n_neighbors: Neighbours of the kNN classifiers.
     """
 
     def __init__(self, points: np.ndarray, labels: Mapping[str, np.ndarray], *, n_neighbors: int):
@@ -113,7 +116,7 @@ class LabelJudges:
     def agreements(
         self, points: np.ndarray, labels: Mapping[str, np.ndarray], kind: str = "kNN"
     ) -> dict[str, LabelAgreement]:
-        """For each label that both have."""
+        """Return the agreement for each label that both the training cells and these cells have."""
         out = {}
         for name, values in labels.items():
             model = self.models.get(name, {}).get(kind)
@@ -124,12 +127,15 @@ class LabelJudges:
     def scores(
         self, points: np.ndarray, labels: Mapping[str, np.ndarray], weights: np.ndarray | None = None
     ) -> dict[str, Score]:
-        """`label_accuracy.<label>`, `label_macro_accuracy.<label>`, `label_recall.<label>.<class>`; the logistic ones
-        `label_logistic_*` (no recalls). A label that no cell has is absent.
+        """Return `label_accuracy.<label>`, `label_macro_accuracy.<label>` and `label_recall.<label>.<class>`.
+
+        Scores of logistic regression are named `label_logistic_*` (no recalls). A label that no cell has is absent.
 
         Args:
-            weights: Of resamples of the cells, (r, n). The classifiers stay as they are, so the interval is of the
-                scored cells, not of the training cells.
+            points: Cells to score, (n, p).
+            labels: Label -> class names or None, (n,).
+            weights: Resamples of the cells, (r, n). The classifiers are not refitted, so the interval covers the choice
+                of the scored cells, not of the training cells.
         """
         out: dict[str, Score] = {}
         for name, values in labels.items():
@@ -152,7 +158,7 @@ def _scores(name: str, kind: str, truth: np.ndarray, right: np.ndarray, weights:
     if weights is not None:
         accuracies = weights @ right / weights.sum(1)
         mass = weights @ member
-        # A class of one cell is in half of the halves: where it is not, the mean is over the classes that are there.
+        # A class of one cell is in half of the halves: otherwise the mean is over the classes that are present.
         recalls = np.divide(weights @ (member * right[:, None]), mass, out=np.full_like(mass, np.nan), where=mass > 0)
         present = mass > 0
         macros = np.where(present, np.nan_to_num(recalls), 0).sum(1) / present.sum(1)

@@ -1,4 +1,4 @@
-"""One side of a comparison: cells, where they lie in the space, their halves, and what is derived from these once.
+"""One side of a comparison: cells, their coordinates and halves, and what is derived from these once.
 
 Shape letters: n cells, g genes, p coordinates, r resamples.
 """
@@ -19,11 +19,11 @@ from scldm.metrics.resampling import Halves
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """Held-out real cells, or a candidate.
+    """Cells of one side of a comparison: held-out real cells, or a candidate.
 
     Attributes:
-        refits: Halves, the first ones, for scores that are solved anew for each.
-        order: A fixed random order of the cells; where a score takes fewer cells, it takes the first of it.
+        refits: Number of halves (the first ones) for scores that are computed from scratch.
+        order: A fixed random order of the cells; a score of fewer cells takes the first ones.
     """
 
     cells: CellSet
@@ -33,7 +33,7 @@ class Side:
     order: np.ndarray  # (n,)
 
     @classmethod
-    def of(
+    def create(
         cls,
         cells: CellSet,
         points: np.ndarray,
@@ -43,33 +43,35 @@ class Side:
         refits: int,
         key: tuple[int, ...],
     ) -> Side:
-        """`key` decides the halves and the order, nothing else does."""
+        """Draw the halves and the order of the cells; they depend on `key` only."""
         rng = np.random.default_rng(key)
         return cls(cells, points, Halves.draw(strata, resamples, rng), refits, rng.permutation(cells.n_cells))
 
     @property
     def n_cells(self) -> int:
+        """Number of cells, n."""
         return self.cells.n_cells
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """(1 + r, n); the first row is all cells."""
+        """Weights of all cells and of each half, (1 + r, n); the first row is all cells."""
         return self.halves.weights
 
     @cached_property
     def moments(self) -> GeneMoments:
+        """Moments of the genes over all cells."""
         return expression.gene_moments(expression.chunks(self.cells.counts))
 
     @cached_property
     def half_moments(self) -> list[GeneMoments]:
-        """Of the halves, r of them."""
+        """Moments of the genes over each half, r of them."""
         return expression.weighted_gene_moments(self.log_counts, self.weights[1:])
 
     @cached_property
     def log_counts(self) -> sp.csr_matrix:
-        """log1p CP10k, (n, g)."""
+        """Counts as log1p CP10k, (n, g)."""
         return expression.log1p_cp10k(self.cells.counts)
 
     def half(self, k: int) -> np.ndarray:
-        """Points of half k, in the fixed order."""
+        """Return the points of half k, in the fixed order."""
         return self.points[self.order[self.halves.members(k, self.order)]]

@@ -1,8 +1,9 @@
-"""Statistics of any number of cells, a chunk at a time: memory is a chunk's, and a few numbers per gene and cell.
+"""Statistics of any number of cells, a chunk at a time.
 
-Cells have weights, so that all generated cells can be taken at the composition of the held-out ones: the weight of a
-cell is (share of its class among the real cells) / (its class's generated cells). Classes that were not generated are
-named.
+Memory is that of a chunk, and a few numbers per gene and cell.
+
+Cells have weights, so that all generated cells count with the composition of the held-out ones: the weight of a cell is
+(share of its class among the real cells) / (generated cells of its class). Classes that were not generated are named.
 
 Shape letters: n cells of a chunk, g genes, N all cells.
 """
@@ -22,7 +23,7 @@ from scldm.metrics.score import Score, checked
 
 @dataclass(frozen=True)
 class StreamedCells:
-    """What is kept of N cells: 3 numbers a gene, 3 a cell."""
+    """Statistics of N cells: 3 numbers per gene, 3 per cell."""
 
     moments: GeneMoments  # log1p CP10k, weighted
     library_size: np.ndarray  # (N,)
@@ -31,13 +32,14 @@ class StreamedCells:
 
     @property
     def n_cells(self) -> int:
+        """Number of cells, N."""
         return len(self.weights)
 
 
 def composition_weights(classes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Weight of each cell (N,), sum 1, so that classes weigh as they do in `wanted`; and those that are missing.
+    """Return the weight of each cell (N,), sum 1, so that classes weigh as in `wanted`; and the missing classes.
 
-    A class that is not wanted has weight 0.
+    A class that is not in `wanted` has weight 0.
     """
     names, codes, counts = np.unique(classes.astype(str), return_inverse=True, return_counts=True)
     share = dict(zip(*np.unique(wanted.astype(str), return_counts=True), strict=True))
@@ -45,14 +47,14 @@ def composition_weights(classes: np.ndarray, wanted: np.ndarray) -> tuple[np.nda
     total = float((per_class * counts).sum())
     if not total:
         raise ValueError(
-            f"no cell has a class that is wanted; there are {', '.join(names[:5])}, wanted are "
+            f"no cell has a wanted class; the cells have {', '.join(names[:5])}, wanted are "
             f"{', '.join(list(share)[:5])}"
         )
     return per_class[codes] / total, sorted(set(share) - set(names))
 
 
 def stream(chunks: Iterable[sp.csr_matrix], weights: np.ndarray) -> StreamedCells:
-    """One pass over chunks of counts (n, g), whose cells have the weights (N,) in the order of the pass."""
+    """Compute statistics in one pass over chunks of counts (n, g), with weights (N,) in the order of the pass."""
     start = 0
     first: np.ndarray | None = None
     second = seen = np.zeros(0)
@@ -79,29 +81,36 @@ def stream(chunks: Iterable[sp.csr_matrix], weights: np.ndarray) -> StreamedCell
     return StreamedCells(moments, np.concatenate(sizes), np.concatenate(genes).astype(np.int64), weights)
 
 
-def streamed_scores(real: GeneMoments, sizes: np.ndarray, genes: np.ndarray, made: StreamedCells) -> dict[str, Score]:
-    """`streamed_*`: gene statistics and KS of all cells of `made` against the held-out real cells; see `expression`.
+def streamed_scores(
+    real: GeneMoments, sizes: np.ndarray, genes: np.ndarray, candidate: StreamedCells
+) -> dict[str, Score]:
+    """Return `streamed_*`: gene statistics and KS of all candidate cells against the held-out real cells.
 
-    Without resamples: these cells are many; what is left of chance is of the held-out ones, and the floor shows it.
+    There are no resamples: the candidate's cells are many, and the remaining chance variation is that of the held-out
+    cells, which the floor shows. Definitions are in `expression`.
 
     Args:
         real: Moments of the held-out cells, log1p CP10k.
-        sizes, genes: Library size and genes per cell of the same, (n,).
+        sizes, genes: Library size and genes per cell of the held-out cells, (n,).
+        candidate: Statistics of the candidate's cells.
     """
-    agreement = expression.gene_statistics_agreement(real, made.moments)
+    agreement = expression.gene_statistics_agreement(real, candidate.moments)
     out = {}
     for statistic in ("mean", "variance", "zero_fraction"):
         title = f"gene {statistic.replace('_', ' ')}, R² (identity line)"
         out[f"streamed_gene_{statistic}_r2"] = Score(
             agreement[f"gene_{statistic}_r2"], "higher", 1.0, "streamed", title, bounds=(-np.inf, 1.0)
         )
-    zeros = abs(float(made.moments.zero_fraction.mean()) - float(real.zero_fraction.mean()))
+    zeros = abs(float(candidate.moments.zero_fraction.mean()) - float(real.zero_fraction.mean()))
     out["streamed_zero_fraction_difference"] = Score(
         zeros, "lower", 0.0, "streamed", "zero fraction, absolute difference", bounds=(0.0, 1.0)
     )
     even = np.full((1, len(sizes)), 1 / len(sizes))
-    for name, a, b in (("library_size", sizes, made.library_size), ("genes_per_cell", genes, made.genes_per_cell)):
-        ks = float(expression.weighted_ks(a, b, even, made.weights[None])[0])
+    for name, a, b in (
+        ("library_size", sizes, candidate.library_size),
+        ("genes_per_cell", genes, candidate.genes_per_cell),
+    ):
+        ks = float(expression.weighted_ks(a, b, even, candidate.weights[None])[0])
         title = f"{name.replace('_', ' ')}, KS"
         out[f"streamed_{name}_ks"] = Score(ks, "lower", 0.0, "streamed", title, bounds=(0.0, 1.0))
     return checked(out, "all generated cells")

@@ -1,4 +1,4 @@
-"""Attention of the encoder's learned queries over entries: plain for each entry, or as rows of a table.
+"""Attention of the encoder's learned queries over entries: entry by entry, or as rows of a table.
 
 Shape letters: n rows, m queries, d model width, h heads, c channels per head.
 """
@@ -16,7 +16,7 @@ from scldm.nn.kernels.fused_pooling import Heads
 
 @dataclass(frozen=True)
 class Attention:
-    """Queries with the LayerNorm and projection of what they look at."""
+    """Learned queries with the LayerNorm and projection of the tokens that they attend to."""
 
     queries: Tensor  # (h, m, c), projected
     norm: nn.LayerNorm
@@ -24,28 +24,33 @@ class Attention:
 
     @property
     def heads(self) -> Heads:
+        """Numbers of heads, queries and channels."""
         return Heads(*self.queries.shape)
 
     @property
     def eps(self) -> float:
+        """Epsilon of the LayerNorm."""
         return self.norm.eps
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, h, m) and values (n, h, c) of tokens (n, d)."""
+        """Return logits (n, h, m) and values (n, h, c) of tokens (n, d)."""
         h, _, c = self.queries.shape
         k, v = (x.unflatten(-1, (h, c)) for x in self.key_value(self.norm(tokens)).chunk(2, dim=-1))
         return torch.einsum("nhc,hmc->nhm", k, self.queries) / math.sqrt(c), v
 
     def table(self, centred: Tensor) -> Tensor:
-        """What the attention is linear in, (n, h m + h c): logits, then values, of `centred` (n, d) times the norm's
-        weight. The constant part of the logits is the same for all entries of a softmax and left out."""
+        """Return the part of the attention that is linear in the tokens, (n, h m + h c).
+
+        Logits, then values, of `centred` (n, d) times the norm's weight. The constant part of the logits is the same
+        for all entries of a softmax and left out.
+        """
         h, _, c = self.queries.shape
         weight_k, weight_v = self.key_value.weight.chunk(2)
         logits = torch.einsum("hcd,hmc->dhm", weight_k.unflatten(0, (h, c)), self.queries).flatten(1) / math.sqrt(c)
         return centred @ (torch.cat([logits, weight_v.T], dim=1) * self.norm.weight[:, None])
 
     def constant(self) -> Tensor:
-        """The constant part of the values, (h, c)."""
+        """Return the constant part of the values, (h, c)."""
         values = self.norm.bias @ self.key_value.weight.chunk(2)[1].T
         if self.key_value.bias is not None:
             values = values + self.key_value.bias.chunk(2)[1]

@@ -1,4 +1,4 @@
-"""Choices of the networks: the transformer VAE and the DiT. No torch here, so that job files validate quickly."""
+"""Settings of the networks: the VAEs and the DiT. No torch here, so that job files validate quickly."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class VAEConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _bias_is_of_counts(self) -> VAEConfig:
+    def _gaussian_has_no_gene_bias(self) -> VAEConfig:
         if self.head == "gaussian" and self.gene_bias:
             raise ValueError("gene_bias (true) is a logit of gene proportions; head gaussian has none: set it to false")
         return self
@@ -78,7 +78,7 @@ class ScviConfig(StrictModel):
     shared_theta: bool = True
     """One inverse dispersion per gene, or one per cell and gene."""
     kl_weight: float = Field(1.0, ge=0)
-    """Weight of the KL term beside the likelihood."""
+    """Weight of the KL term relative to the likelihood."""
 
 
 class DiTConfig(StrictModel):

@@ -1,17 +1,17 @@
-"""From latent tokens to a few numbers per gene, in gene tiles.
+"""Decode latent tokens to a few numbers per gene, in gene tiles.
 
-Every gene of every cell goes through attention to the m latent tokens and a SwiGLU, so this is where the time goes.
-What keeps it affordable, exactly:
+Every gene of every cell goes through attention to the m latent tokens and a SwiGLU, so this takes most of the time.
+Three exact savings and one choice of kernel keep it affordable:
 
 * the query side (LayerNorm and projection of the gene embedding) is the same for all cells: computed once per batch;
 * the head reads one or two numbers per gene, so the last matrix of the SwiGLU is folded into the head;
 * genes go through in tiles and, in training, are computed again in the backward pass: nothing of size b x g x d is
   kept;
-* where heads are narrow, as in small models, `fused_decoder` does the same in fewer and larger products; on a
-  GPU, where asked for, `scldm.nn.kernels.triton_decoder` does it in one kernel.
+* if heads are narrow, as in small models, `fused_decoder` does the same in fewer and larger products; on a GPU,
+  `scldm.nn.kernels.triton_decoder` does it in one kernel, if requested.
 
-Upstream's adaLN variant lets a condition of the cell modulate every norm, the gene queries' too, and its Gaussian head
-has a LayerNorm of its own: there the first two savings do not exist, and the plain tiles compute it.
+In upstream's adaLN variant a condition of the cell modulates every norm, also the gene queries', and its Gaussian head
+has a LayerNorm of its own: the first two savings do not apply then, and the plain tiles compute it.
 
 Shape letters: b cells, g genes, t genes of a tile, m latent tokens, e latent width, d model width, h heads, c channels
 per head, r outputs.
@@ -37,7 +37,7 @@ TILE = 512  # genes; fits the caches of a CPU core at d = 32 .. 128
 
 @dataclass(frozen=True)
 class Context:
-    """What every tile needs beside its genes."""
+    """Input of every tile besides its genes: keys and values of the latent tokens, and modulations."""
 
     k: Tensor  # (b, h, m, c)
     v: Tensor  # (b, h, m, c)
@@ -47,13 +47,13 @@ class Context:
 
 
 class Decoder(nn.Module):
-    """Latents to `n_outputs` numbers per gene; owns everything but the gene embedding."""
+    """Maps latents to `n_outputs` numbers per gene; owns all parameters but the gene embedding."""
 
     def __init__(self, config: VAEConfig, *, n_outputs: int):
         super().__init__()
         d, self.n_heads = config.d_model, config.n_heads_cross
         self.eps = config.eps
-        # Asked for, not chosen: no GPU has timed the Triton kernels yet, nor run tests/gpu.
+        # Opt-in: no GPU has timed the Triton kernels yet, nor run tests/gpu.
         self.kernels: Literal["torch", "triton"] = "torch"
         self.from_latent = nn.Linear(config.latent_width, d, bias=config.bias)
         self.blocks = nn.ModuleList(
@@ -88,15 +88,15 @@ class Decoder(nn.Module):
         tile: int | None = None,
         fused: bool | None = None,
     ) -> Tensor:
-        """Outputs (b, g, r).
+        """Return the outputs (b, g, r).
 
         Args:
             z: Latents, (b, m, e).
-            embedding: Embeddings of the genes asked for, (g, d), or (b, g, d) where every cell has genes of its own.
-            condition: What modulates the norms of an adaLN decoder, (b, d).
-            tile: Genes at a time; by default what fits the caches.
-            fused: Whether a hand-written block computes it (Triton's, if `kernels` says so) or the plain one; by
-                default what is quicker. They agree to rounding.
+            embedding: Embeddings of the requested genes, (g, d), or (b, g, d) if every cell has genes of its own.
+            condition: Condition that modulates the norms of an adaLN decoder, (b, d).
+            tile: Genes per tile; by default as many as fit the caches.
+            fused: Whether to use a hand-written block (Triton's if `kernels` is "triton") instead of the plain one; by
+                default the faster one. They agree to rounding.
         """
         if (condition is None) != (self.adaln is None):
             need = "needs" if condition is None else "takes no"
@@ -108,8 +108,8 @@ class Decoder(nn.Module):
         context = self._context(x, c)
         possible = c is None and self.head_norm is None and embedding.ndim == 2
         if fused is None:
-            quicker = folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
-            fused = self.kernels == "triton" or (possible and quicker)
+            faster = folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
+            fused = self.kernels == "triton" or (possible and faster)
         if fused:
             if not possible:
                 raise ValueError("fused: not for an adaLN decoder, a Gaussian head or genes that differ between cells")
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         return torch.cat(parts, dim=1)
 
     def _tile(self, q: Tensor, embedding: Tensor, context: Context) -> Tensor:
-        """Queries and embeddings (t, d) or (b, t, d): outputs (b, t, r)."""
+        """Return the outputs (b, t, r) of queries and embeddings (t, d) or (b, t, d)."""
         if context.queries is not None:
             q = self.query(modulated(q, context.queries))
         q = split_heads(q, self.n_heads).expand(len(context.k), -1, -1, -1)

@@ -1,4 +1,4 @@
-"""The diffusion transformer that turns a point of the flow, its time and its labels into a prediction.
+"""Diffusion transformer: a point of the flow, its time and its labels to a prediction.
 
 Shape letters: b cells, m latent tokens, e latent width, d model width. x_t is (b, m, e), t is (b,), and `conditions`
 maps a label to ids (b,). Every label has a null class, id = n_classes; a label that is absent is null. The embeddings
@@ -29,17 +29,20 @@ N_FREQUENCIES = 256  # sines and cosines of the time embedding, fixed by upstrea
 
 
 def label_table_name(label: str) -> str:
-    """Module name of a label's table. The prefix keeps a label such as `type` from hiding a method of nn.Module."""
+    """Return the module name of a label's table.
+
+    The prefix keeps a label such as `type` from hiding a method of nn.Module.
+    """
     return "label_" + label.replace("%", "%25").replace(".", "%2E")
 
 
 def modulate(x: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (b, m, d) by shift and scale (b, d). Keyword-only: the two are the same type and easy to swap."""
+    """Scale and shift x (b, m, d) by (b, d) each. Keyword-only: the two have the same type and are easy to swap."""
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def time_frequencies(t: Tensor) -> Tensor:
-    """(b,) -> (b, 256): cosines, then sines, of t at geometrically spaced frequencies from 1 down to 1e-4."""
+    """Embed t (b,) as (b, 256): cosines, then sines, at geometrically spaced frequencies from 1 down to 1e-4."""
     half = N_FREQUENCIES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float().unsqueeze(-1) * frequencies
@@ -47,7 +50,7 @@ def time_frequencies(t: Tensor) -> Tensor:
 
 
 def sincos_positions(n_positions: int, d_model: int) -> Tensor:
-    """(1, n_positions, d): sines, then cosines."""
+    """Return fixed position embeddings, (1, n_positions, d): sines, then cosines."""
     omega = 10_000 ** -(torch.arange(d_model // 2, dtype=torch.float64) / (d_model / 2))
     angles = torch.arange(n_positions, dtype=torch.float64).unsqueeze(-1) * omega
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float().unsqueeze(0)
@@ -62,17 +65,18 @@ class TimeEmbedding(nn.Module):
         self.down = nn.Linear(d_model, d_model)
 
     def forward(self, t: Tensor) -> Tensor:
+        """Embed times t (b,) as (b, d)."""
         frequencies = time_frequencies(t).to(self.up.weight.dtype)
         return self.down(F.silu(self.up(frequencies)))  # (b, d)
 
 
-def _of_cells(modulation: Tensor, rows: Tensor | None) -> Tensor:
-    """From one row per distinct condition (u, k d) to one per cell (b, k d)."""
+def _expand_to_cells(modulation: Tensor, rows: Tensor | None) -> Tensor:
+    """Expand one row per distinct condition (u, k d) to one per cell (b, k d)."""
     return modulation if rows is None else modulation.index_select(0, rows)
 
 
 class DiTBlock(nn.Module):
-    """Transformer block whose norms have no weights of their own: the conditioning scales, shifts and gates them."""
+    """Transformer block whose norms have no weights of their own: the condition scales, shifts and gates them."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -83,7 +87,8 @@ class DiTBlock(nn.Module):
         self.adaln = nn.Linear(config.d_model, 6 * config.d_model)
 
     def forward(self, x: Tensor, c: Tensor, rows: Tensor | None = None) -> Tensor:
-        scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = _of_cells(self.adaln(c), rows).chunk(6, dim=-1)
+        """Apply the block to x (b, m, d), conditioned on c (b, d), or on c (u, d) with `rows` (b,) indexing it."""
+        scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = _expand_to_cells(self.adaln(c), rows).chunk(6, dim=-1)
         y = modulate(self.norm_attention(x), shift=shift_a, scale=scale_a)
         x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention(y))
         y = modulate(self.norm_mlp(x), shift=shift_m, scale=scale_m)
@@ -100,7 +105,8 @@ class DiTHead(nn.Module):
         self.linear = nn.Linear(config.d_model, latent_width, bias=config.bias)
 
     def forward(self, x: Tensor, c: Tensor, rows: Tensor | None = None) -> Tensor:
-        shift, scale = _of_cells(self.adaln(c), rows).chunk(2, dim=-1)
+        """Project x (b, m, d) to (b, m, e), conditioned as in `DiTBlock.forward`."""
+        shift, scale = _expand_to_cells(self.adaln(c), rows).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift=shift, scale=scale))
 
 
@@ -134,10 +140,11 @@ class DiT(nn.Module):
         return self._body(x_t, F.silu(self.time(t) + self._label_embedding(conditions)), None)
 
     def at_one_time(self, conditions: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The network with its conditions fixed, for a solver: a function of x_t (b, m, e) and of t (b,), all equal.
+        """Return the network with its conditions fixed, for a solver: a function of x_t (b, m, e) and of t (b,), all
+        equal.
 
-        Time and modulations are computed once for each distinct combination of labels, not for each cell. Exact. Reads
-        the conditions on the host, once.
+        Time and modulations are computed once per distinct combination of labels instead of once per cell, which is
+        exact. Reads the conditions on the host, once.
         """
         check_labels(conditions, self.n_classes)
         if not conditions:
@@ -153,14 +160,14 @@ class DiT(nn.Module):
         return lambda x_t, t: self._body(x_t, F.silu(self.time(t[:1]) + labels), rows)
 
     def _body(self, x_t: Tensor, c: Tensor, rows: Tensor | None) -> Tensor:
-        """Prediction under conditioning c (b, d), or c (u, d) where `rows` (b,) says which is a cell's own."""
+        """Predict under conditioning c (b, d), or c (u, d) with `rows` (b,) as each cell's index."""
         x = self.input(x_t.to(self.input.weight.dtype)) + self.positions  # noise and latents stay fp32 in bf16 training
         for block in self.blocks:
             x = block(x, c, rows)
         return self.head(x, c, rows)
 
     def _label_embedding(self, conditions: Mapping[str, Tensor]) -> Tensor:
-        """(b, d), or (d,) where no label is given: the sum over labels, null where absent."""
+        """Return the sum over labels, null if absent: (b, d), or (d,) if no label is given."""
         total = self.head.adaln.weight.new_zeros(self.config.d_model)
         for label, n in self.n_classes.items():
             table = self.labels[label_table_name(label)]
@@ -168,9 +175,9 @@ class DiT(nn.Module):
         return total
 
     def _initialise(self) -> None:
-        """Xavier for linear layers, small normals for tables and time; the gates and the head start at zero.
+        """Initialise linear layers by Xavier, tables and time by small normals, the gates and the head by zeros.
 
-        Drawn from torch's global generator, as every torch layer is: seed it before the model is built.
+        Draws from torch's global generator, as every torch layer does: seed it before the model is built.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -186,16 +193,16 @@ class DiT(nn.Module):
 
 
 def check_labels(conditions: Mapping[str, Tensor], n_classes: Mapping[str, int]) -> None:
-    """Raise if a label is unknown. Looks at names only: no host sync."""
+    """Raise ValueError if a label is unknown. Compares names only: no host sync."""
     unknown = sorted(set(conditions) - set(n_classes))
     if unknown:
         raise ValueError(f"conditions: unknown labels {unknown}; the model knows {sorted(n_classes)}")
 
 
 def validate_ids(conditions: Mapping[str, Tensor], n_classes: Mapping[str, int], *, strategy: Strategy) -> None:
-    """Raise if a label is unknown, an id out of range, or several exclusive labels are set for one cell.
+    """Raise ValueError if a label is unknown, an id out of range, or several exclusive labels are set for one cell.
 
-    Reads the ids on the host: call it where a table of conditions comes in, not in a training step.
+    Reads the ids on the host: call it on the user's table of conditions, not in a training step.
     """
     check_labels(conditions, n_classes)
     for label, ids in conditions.items():
@@ -224,18 +231,19 @@ def drop_labels(
 ) -> dict[str, Tensor]:
     """Replace ids by the null class at random, per cell.
 
-    mutually_exclusive: one of the labels that a cell has is kept, drawn evenly; with probability p that one goes too.
-    joint, all_then_each: with probability p all labels go; else each goes with probability p on its own, so that the
-    model also learns partial conditions. all: with probability p all go, else none (upstream). each: each on its own.
+    mutually_exclusive: one of the labels that a cell has is kept, drawn evenly; with probability p it is dropped too.
+    joint, all_then_each: with probability p all labels are dropped; else each is dropped with probability p on its own,
+    so that the model also learns partial conditions. all: with probability p all, else none (upstream). each: each on
+    its own.
 
     Args:
         conditions: Label to ids (b,).
         n_classes: Label to its number of classes, which is the null id.
         p: Probability in [0, 1].
         strategy: How labels are combined.
-        generator: Source of the draws, made on its device. Give this or `uniform`.
+        generator: Source of the draws, which are on its device. Give this or `uniform`.
         uniform: The draws, (b, 1 + n_labels): one for the cell, then one per label of the model, alphabetically.
-        joint_dropout: What goes together.
+        joint_dropout: Which labels are dropped together.
     """
     check_labels(conditions, n_classes)
     if not 0 <= p <= 1:
@@ -263,7 +271,10 @@ def _coins(b: int, n: int, generator: torch.Generator | None, uniform: Tensor | 
 
 
 def _dropped(together: Tensor, each: Tensor, absent: Tensor, *, p: float, rule: str) -> Tensor:
-    """Which labels of which cells go, (labels, b), by the draws of the cells (b,) and of their labels (labels, b)."""
+    """Return which labels of which cells are dropped, (labels, b).
+
+    Decided by the uniform draws of the cells (b,) and of their labels (labels, b).
+    """
     if rule == "all":
         return (together < p).expand_as(each)
     if rule == "each":

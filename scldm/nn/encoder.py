@@ -1,7 +1,7 @@
-"""From a set of gene counts to a few latent tokens.
+"""Encode a set of gene counts as a few latent tokens.
 
 One cross-attention block pools the expressed genes into m learned queries, self-attention blocks mix them, a linear
-layer brings them to the latent width, and a LayerNorm without affine ends it. The latent is deterministic.
+layer projects them to the latent width, and a LayerNorm without affine parameters ends it. The latent is deterministic.
 
 Shape letters: b cells, n expressed entries of all cells, m latent tokens, e latent width, d model width, h heads.
 """
@@ -22,7 +22,7 @@ from scldm.nn.layers import SelfAttentionBlock, SwiGLU, merge_heads, split_heads
 
 
 class Encoder(nn.Module):
-    """Cells to latents; owns everything but the gene embedding."""
+    """Maps cells to latents; owns all parameters but the gene embedding."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         self.to_latent = nn.Linear(d, config.latent_width, bias=config.bias)
 
     def forward(self, cells: CellBatch, embedding: Tensor) -> Tensor:
-        """Latents (b, m, e) of cells, given the gene embeddings (g, d)."""
+        """Return latents (b, m, e) of cells, given the gene embeddings (g, d)."""
         x = self.queries + self.out(merge_heads(self._pool(cells, embedding)))  # (b, m, d)
         x = x + self.mlp(self.norm_mlp(x))
         if self.positions is not None:
@@ -92,8 +92,11 @@ class Encoder(nn.Module):
 
 
 def with_pads(embedding: Tensor, cells: CellBatch, ids: Tensor, counts: Tensor, *, genes_seq_len: int) -> Tokens:
-    """One more entry for each cell that upstream would pad: the last row of the embedding, count 0, standing for all of
-    the cell's pads, which are identical and not masked."""
+    """Add one entry for each cell that upstream would pad.
+
+    It is the last row of the embedding with count 0, and stands for all of the cell's pads, which are identical and not
+    masked.
+    """
     lengths = cells.lengths
     longest = int(lengths.max())
     if longest > genes_seq_len:

@@ -1,8 +1,9 @@
-"""Arithmetic of a model by formula, and how much of a device's peak a run uses (MFU).
+"""Count the arithmetic of a model by formula, for the share of a device's peak that a run uses (MFU).
 
 Only matrix products are counted, two operations for a multiply and an add; training is three times the forward pass.
-What the decoder computes again in its backward pass is not counted: it is our choice, not the model's. Shape letters:
-g genes that are scored, s expressed genes, m latent tokens, d model width.
+What the decoder recomputes in its backward pass is not counted: it is an implementation choice, not the model's.
+
+Shape letters: g genes that are scored, s expressed genes, m latent tokens, d model width.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ TRAINING = 3  # forward, and two products for each in the backward pass
 
 
 def vae_flops(config: VAEConfig, *, n_genes: int, expressed: float) -> float:
-    """Of one cell, forward.
+    """Return the operations of a VAE's forward pass for one cell.
 
     Args:
         n_genes: Genes that are scored: `train.genes_per_step`, or all.
@@ -28,7 +29,7 @@ def vae_flops(config: VAEConfig, *, n_genes: int, expressed: float) -> float:
 
 
 def dit_flops(config: DiTConfig, *, n_latent_tokens: int, latent_width: int) -> float:
-    """Of one cell, forward."""
+    """Return the operations of a DiT's forward pass for one cell."""
     d, m = config.d_model, n_latent_tokens
     conditioning = 12 * d * d  # adaLN of a block, once per cell
     blocks = config.n_layers * (_block(d, m, _hidden(d, config.multiple_of)) + conditioning)
@@ -36,7 +37,7 @@ def dit_flops(config: DiTConfig, *, n_latent_tokens: int, latent_width: int) -> 
 
 
 def _block(d: int, m: int, hidden: int) -> float:
-    """A self-attention block on m tokens: four projections, attention, SwiGLU."""
+    """Return the operations of a self-attention block on m tokens: four projections, attention, SwiGLU."""
     return m * (8 * d * d + 6 * d * hidden) + 4 * m * m * d
 
 

@@ -1,8 +1,8 @@
-"""How a count enters the encoder: upstream's seven inputs, and the count-aware one of new models.
+"""Inputs of the encoder: how a count enters it. Upstream's seven, and the count-aware one of new models.
 
-Every input offers the attention over a cell's entries twice. `entries` is the plain form: token, LayerNorm, keys and
-values, for each entry on its own. `pool` is the fast form, over tables with one row per gene and one per distinct
-count; it rests on the token being linear in a gene's part a_g and a count's part u_c:
+Every input implements the attention over a cell's entries twice. `entries` is the plain form: token, LayerNorm, keys
+and values, for each entry on its own. `pool` is the fast form, over tables with one row per gene and one per distinct
+count; it relies on the token being linear in a gene's part a_g and a count's part u_c:
 
     multiplicative   token = f(c) E_g            LayerNorm leaves s (E_g - mean) w + b, with the scalar
                                                  s = f / sqrt(f^2 var(E_g) + eps)
@@ -25,12 +25,12 @@ from scldm.nn.attention_tables import Attention
 from scldm.nn.kernels.fused_pooling import PoolingEntries, pool_tables
 
 N_BINS, BIN_HIDDEN, COUNT_HIDDEN = 10, 64, 32  # the first two are upstream's
-COUNT_STD = 0.1  # of the last layer's weights at the start, count-aware
+COUNT_STD = 0.1  # initial standard deviation of the last layer's weights, count-aware
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Entries of all cells and the genes they point at."""
+    """Entries of all cells and the genes they point to."""
 
     embedding: Tensor  # (g, d)
     counts: Tensor  # (n,)
@@ -38,14 +38,14 @@ class Tokens:
 
 
 class CountInput(nn.Module, ABC):
-    """Base: an input whose attention is that of a token."""
+    """Base class of inputs: a token for each entry, and the attention over a cell's tokens."""
 
     @abstractmethod
     def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
-        """What goes into the LayerNorm, (n, d), for gene embeddings (n, d) and counts (n,)."""
+        """Return the input of the LayerNorm, (n, d), for gene embeddings (n, d) and counts (n,)."""
 
     def entries(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Logits (n, h, m) and values (n, h, c), entry by entry: the reference of `pool`."""
+        """Return logits (n, h, m) and values (n, h, c), entry by entry: the reference of `pool`."""
         logits, values = attention(self.token(tokens.embedding[tokens.entries.genes], tokens.counts))
         if tokens.entries.log_number is not None:
             logits = logits + tokens.entries.log_number[:, None, None]
@@ -53,14 +53,14 @@ class CountInput(nn.Module, ABC):
 
     @abstractmethod
     def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
-        """Softmax-weighted values of each cell, (b, h, m, c)."""
+        """Return the softmax-weighted values of each cell, (b, h, m, c)."""
 
 
 class Multiplicative(CountInput):
-    """The gene embedding times a function of the count.
+    """Multiplies the gene embedding by a function of the count.
 
     Through the LayerNorm only the sign and, by epsilon, a trace of the factor survive: such an encoder sees which genes
-    are expressed and hardly how much (DESIGN 5.2).
+    are expressed and hardly how much (docs/design.md).
     """
 
     def __init__(self, mode: str):
@@ -68,6 +68,7 @@ class Multiplicative(CountInput):
         self.mode = mode
 
     def factor(self, counts: Tensor) -> Tensor:
+        """Return the factor of each count, (n,)."""
         match self.mode:
             case "log1p":
                 return counts.log1p()
@@ -92,15 +93,15 @@ class Multiplicative(CountInput):
 
 
 class Additive(CountInput):
-    """A part of the gene and a part of the count, added."""
+    """Adds a part that depends on the gene and a part that depends on the count."""
 
     def gene_part(self, embedding: Tensor) -> Tensor:
-        """(g, d)"""
+        """Return the genes' part, (g, d), of embeddings (g, d)."""
         return embedding
 
     @abstractmethod
     def count_part(self, counts: Tensor) -> Tensor:
-        """(u, d), for counts (u,)"""
+        """Return the counts' part, (u, d), of counts (u,)."""
 
     def token(self, embedding: Tensor, counts: Tensor) -> Tensor:
         return self.gene_part(embedding) + self.count_part(counts)
@@ -122,7 +123,7 @@ class Additive(CountInput):
 
 
 class Projected(Additive):
-    """Upstream's `proj`: the raw count times a vector, plus a vector."""
+    """Implements upstream's `proj`: the raw count times a vector, plus a vector."""
 
     def __init__(self, d_model: int):
         super().__init__()
@@ -133,7 +134,7 @@ class Projected(Additive):
 
 
 class Mixed(Additive):
-    """Upstream's `projconcat`: a linear layer on the embedding and d copies of log1p(count)."""
+    """Implements upstream's `projconcat`: a linear layer on the embedding and d copies of log1p(count)."""
 
     def __init__(self, d_model: int):
         super().__init__()
@@ -147,7 +148,7 @@ class Mixed(Additive):
 
 
 class SoftBinned(Additive):
-    """Upstream's `softbin`: a mixture of bin vectors, weighted by a small network of the raw count."""
+    """Implements upstream's `softbin`: a mixture of bin vectors, weighted by a small network of the raw count."""
 
     def __init__(self, d_model: int):
         super().__init__()
@@ -159,11 +160,12 @@ class SoftBinned(Additive):
 
 
 class CountAware(CountInput):
-    """A learned function of log1p(count) adds to the attention logit, per head and query, and scales the value, per
-    head and channel.
+    """Adds a learned function of log1p(count) to the attention logit, and scales the value by another.
 
-    Near the start it is a plain set encoder, with a small random dependence on the count: from none at all it learns
-    more slowly (`benchmarks/README.md`).
+    The bias is per head and query, the gain per head and channel.
+
+    It starts as a plain set encoder with a small random dependence on the count: without any it learns more slowly
+    (`benchmarks/README.md`).
     """
 
     def __init__(self, d_model: int, n_heads: int, n_queries: int):
@@ -193,7 +195,7 @@ class CountAware(CountInput):
 
 
 def count_input(mode: str, *, d_model: int, n_heads: int, n_queries: int) -> CountInput:
-    """The input of a configuration."""
+    """Build the input of a configuration."""
     match mode:
         case "count_aware":
             return CountAware(d_model, n_heads, n_queries)

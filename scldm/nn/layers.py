@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 
 def hidden_width(d_model: int, multiple_of: int) -> int:
-    """Hidden width of the SwiGLU: 8 d / 3, rounded up to a multiple."""
+    """Return the hidden width of the SwiGLU: 8 d / 3, rounded up to a multiple of `multiple_of`."""
     hidden = int(8 * d_model / 3)
     return multiple_of * -(-hidden // multiple_of)
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
-    """(b, s, d) -> (b, h, s, c)"""
+    """Reshape (b, s, d) to (b, h, s, c)."""
     return x.unflatten(-1, (n_heads, -1)).transpose(-3, -2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(b, h, s, c) -> (b, s, d)"""
+    """Reshape (b, h, s, c) to (b, s, d)."""
     return x.transpose(-3, -2).flatten(-2)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases (Shazeer 2020)."""
+    """Gated MLP, down(silu(gate(x)) * up(x)), without biases (Shazeer 2020)."""
 
     def __init__(self, d_model: int, multiple_of: int):
         super().__init__()
@@ -38,6 +38,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the MLP to x (…, d)."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -51,12 +52,13 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend over x (b, s, d)."""
         q, k, v = (split_heads(y, self.n_heads) for y in self.qkv(x).chunk(3, dim=-1))
         return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
 class Modulation(NamedTuple):
-    """What a condition does to a norm's output and to a branch's: each (b, 1, d)."""
+    """Scale and shift of a norm's output, and gate of a branch's: each (b, 1, d)."""
 
     scale: Tensor
     shift: Tensor
@@ -64,20 +66,22 @@ class Modulation(NamedTuple):
 
 
 def adaln(d_model: int, n: int) -> nn.Sequential:
-    """Network from a condition (…, d) to n modulations (…, n d)."""
+    """Build the network from a condition (…, d) to n modulations (…, n d)."""
     return nn.Sequential(nn.SiLU(), nn.Linear(d_model, n * d_model))
 
 
 def modulated(x: Tensor, by: Modulation | None) -> Tensor:
+    """Return x scaled and shifted by a modulation; x itself if there is none."""
     return x if by is None else x * (1 + by.scale) + by.shift
 
 
 def gated(x: Tensor, by: Modulation | None) -> Tensor:
+    """Return x times the gate of a modulation; x itself if there is none."""
     return x if by is None or by.gate is None else x * by.gate
 
 
 class SelfAttentionBlock(nn.Module):
-    """Pre-norm transformer block; with `adaln` a condition scales, shifts and gates (chunks in upstream's order)."""
+    """Pre-norm transformer block, optionally modulated by a condition (chunks in upstream's order)."""
 
     def __init__(
         self, d_model: int, n_heads: int, *, bias: bool, multiple_of: int, eps: float, adaln_condition: bool = False
@@ -90,7 +94,7 @@ class SelfAttentionBlock(nn.Module):
         self.adaln = adaln(d_model, 6) if adaln_condition else None
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """x (b, s, d); condition (b, 1, d)."""
+        """Apply the block to x (b, s, d), with condition (b, 1, d) if the block takes one."""
         attention = mlp = None
         if self.adaln is not None:
             scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = self.adaln(condition).chunk(6, dim=-1)

@@ -1,4 +1,4 @@
-"""Negative binomial of counts, given proportions of genes and the library size of a cell.
+"""Negative binomial likelihood of counts, given proportions of genes and the library size of a cell.
 
 mu = softmax over genes (logit / temperature) * library_size, theta the inverse dispersion: Var = mu + mu^2 / theta.
 Terms with gamma functions are needed at non-zero counts only; for a zero count log p = theta (log theta - log(theta +
@@ -19,7 +19,7 @@ from scldm.nn.kernels.nb_sparse import EPS, sparse_nb_nll
 
 
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
-    """Log-probability of counts, elementwise; the plain formula, and the oracle of the sparse one."""
+    """Return the log-probability of counts, elementwise; the plain formula, and the reference of the sparse one."""
     log_theta_mu = (theta + mu + EPS).log()
     return (
         theta * ((theta + EPS).log() - log_theta_mu)
@@ -32,7 +32,7 @@ def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GeneSample:
-    """Genes scored in a step, and by how much each counts (1 / probability that it is drawn)."""
+    """Genes that are scored in a step, and their weights (1 / probability of being drawn)."""
 
     gene_ids: Tensor  # (s,) int64, sorted
     weight: Tensor  # (s,)
@@ -40,7 +40,7 @@ class GeneSample:
 
 
 def sample_genes(probability: Tensor, generator: torch.Generator) -> GeneSample:
-    """Draw each gene on its own with its probability (Poisson sampling).
+    """Draw each gene independently with its probability (Poisson sampling).
 
     Weighted by 1 / probability, sums over genes stay unbiased (Horvitz and Thompson 1952); genes of probability 1 are
     always in, so the normaliser of the softmax, which the highly expressed genes carry, hardly moves.
@@ -53,7 +53,9 @@ def sample_genes(probability: Tensor, generator: torch.Generator) -> GeneSample:
 
 
 def gene_probabilities(mean_counts: Tensor, n_genes: int) -> Tensor:
-    """Probability of each gene to be scored: proportional to the root of its mean count, at most 1, n_genes in sum.
+    """Return each gene's probability of being scored, (g,).
+
+    Proportional to the root of its mean count, at most 1, and n_genes in sum.
 
     Args:
         mean_counts: Mean count of each gene in the training cells, (g,).
@@ -70,10 +72,10 @@ def gene_probabilities(mean_counts: Tensor, n_genes: int) -> Tensor:
 
 
 def nb_nll(cells: CellBatch, log_proportion: Tensor, theta: Tensor, sample: GeneSample | None = None) -> Tensor:
-    """Negative log-likelihood in nats, summed over genes: (b,).
+    """Return the negative log-likelihood in nats, summed over genes: (b,).
 
     Args:
-        cells: The counts.
+        cells: Counts.
         log_proportion: Log of each gene's share of the cell, (b, s): all genes, or those of `sample`. Minus infinity
             leaves a gene out: its term and its gradient are zero, exactly.
         theta: Inverse dispersion, (s,) or (b, s).
@@ -92,7 +94,10 @@ def nb_nll(cells: CellBatch, log_proportion: Tensor, theta: Tensor, sample: Gene
 
 
 def squared_error(cells: CellBatch, mu: Tensor, sample: GeneSample | None = None) -> Tensor:
-    """Squared error of log1p(counts per 10,000), summed over genes: (b,). Arguments as in `nb_nll`; mu is (b, s)."""
+    """Return the squared error of log1p(counts per 10,000), summed over genes: (b,).
+
+    Arguments as in `nb_nll`; mu is (b, s).
+    """
     cell, column, counts = scored_entries(cells, sample, mu.dtype)
     y = (counts / cells.library_size.to(mu.dtype)[cell] * 10_000).log1p()
     extra = y * (y - 2 * mu[cell, column])  # (y - mu)^2 - mu^2
@@ -103,7 +108,7 @@ def squared_error(cells: CellBatch, mu: Tensor, sample: GeneSample | None = None
 
 
 def scored_entries(cells: CellBatch, sample: GeneSample | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Cell, column and count of the entries whose genes are scored: drawn, and measured."""
+    """Return cell, column and count of the entries whose genes are scored: sampled, and measured."""
     cell, column, counts = cells.cell_index, cells.gene_ids, cells.counts.to(dtype)
     if cells.measured is not None:
         known = cells.measured[cell, column]

@@ -1,4 +1,4 @@
-"""An MLP VAE of counts after scVI (Lopez et al. 2018): the baseline that upstream reports beside its transformer.
+"""An MLP VAE of counts after scVI (Lopez et al. 2018): the baseline that upstream compares its transformer with.
 
 log1p counts go through linear layers, each with batch norm, SiLU and dropout, to a normal latent per cell; a second
 such stack and a softmax give proportions of the library size. Unlike the transformer VAE it has a KL term.
@@ -22,37 +22,38 @@ from scldm.nn.vae import CountDistribution
 
 @dataclass(frozen=True)
 class NormalLatent:
-    """q(z | cell), independent normals."""
+    """Posterior q(z | cell) of independent normals."""
 
     loc: Tensor  # (b, e)
     scale: Tensor  # (b, e), > 0
 
     def sample(self, eps: Tensor) -> Tensor:
-        """z = loc + scale eps, for standard normal eps (b, e)."""
+        """Return z = loc + scale eps, for standard normal eps (b, e)."""
         return self.loc + self.scale * eps
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Summed over the latent, (b,)."""
+        """Return log q(z | cell), summed over the latent, (b,)."""
         return torch.distributions.Normal(self.loc, self.scale).log_prob(z).sum(1)
 
 
 @dataclass(frozen=True)
 class ScviLoss:
-    """Both terms per cell, in nats, the KL with its weight."""
+    """Both terms of the loss per cell, in nats, the KL with its weight."""
 
     nll: Tensor  # (b,)
     kl: Tensor  # (b,) log q(z) - log p(z) at the z that was drawn
 
     @property
     def total(self) -> Tensor:
+        """Sum of both terms, (b,)."""
         return self.nll + self.kl
 
 
 class ScviVAE(nn.Module):
-    """Counts to a normal latent and back to a negative binomial.
+    """Maps counts to a normal latent and back to a negative binomial.
 
     Args:
-        config: Choices.
+        config: Settings of the network.
         n_genes: Size of the gene vocabulary, g.
     """
 
@@ -70,19 +71,19 @@ class ScviVAE(nn.Module):
         )
 
     def encode(self, cells: CellBatch) -> NormalLatent:
-        """q(z | cell). Dense inside, (b, g): this is a baseline for data that fits."""
+        """Return q(z | cell). Dense inside, (b, g): this is a baseline for data that fit in memory."""
         if len(cells.gene_ids) and int(cells.gene_ids.max()) >= self.n_genes:
             raise ValueError(f"gene id {int(cells.gene_ids.max())} is outside the model's {self.n_genes} genes")
         hidden = self.encoder(cells.dense(self.n_genes).log1p().to(self.loc.weight.dtype))
         return NormalLatent(self.loc(hidden), self.log_scale(hidden).exp())
 
     def decode(self, z: Tensor, library_size: Tensor) -> CountDistribution:
-        """Distribution of the counts, given latents (b, e) and library sizes (b,)."""
+        """Return the distribution of the counts, given latents (b, e) and library sizes (b,)."""
         log_proportion, theta = self._decoded(z)
         return CountDistribution(log_proportion.exp() * library_size[:, None], theta)
 
     def loss(self, cells: CellBatch, eps: Tensor) -> ScviLoss:
-        """The two terms of the negative ELBO, for standard normal draws eps (b, e)."""
+        """Return the two terms of the negative ELBO, for standard normal draws eps (b, e)."""
         q = self.encode(cells)
         z = q.sample(eps)
         log_proportion, theta = self._decoded(z)
@@ -92,7 +93,7 @@ class ScviVAE(nn.Module):
         )
 
     def forward(self, cells: CellBatch, generator: torch.Generator) -> Tensor:
-        """Negative ELBO per cell, (b,); the latent is drawn by the generator."""
+        """Return the negative ELBO per cell, (b,), with a latent drawn by the generator."""
         shape = (cells.n_cells, self.config.n_latent)
         weight = self.loc.weight
         eps = torch.randn(shape, generator=generator, device=generator.device, dtype=weight.dtype).to(weight.device)
@@ -105,7 +106,7 @@ class ScviVAE(nn.Module):
 
 
 def mlp(n_in: int, config: ScviConfig) -> nn.Sequential:
-    """Hidden layers of one side; each takes four places in the sequence."""
+    """Build the hidden layers of one side; each takes four places in the sequence."""
     layers: list[nn.Module] = []
     for _ in range(config.n_layers):
         layers += [nn.Linear(n_in, config.n_hidden), nn.BatchNorm1d(config.n_hidden), nn.SiLU()]

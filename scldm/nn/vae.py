@@ -17,7 +17,7 @@ from scldm.nn.decoder import Decoder
 from scldm.nn.encoder import Encoder
 from scldm.nn.likelihood import GeneSample, nb_nll, squared_error
 
-# Small, so that an untrained model is near the mean profile: with 1, a fifth of the training went by before it left it.
+# Small, so that an untrained model is near the mean profile: with 1 it took a fifth of the training to get there.
 EMBEDDING_STD = 0.05
 THETA_START = 10.0  # nearly a Poisson at the counts of single cells
 
@@ -38,10 +38,10 @@ class ExpressionDistribution:
 
 
 class VAE(nn.Module):
-    """Deterministic encoder, negative-binomial decoder, no KL term.
+    """Transformer VAE: deterministic encoder, negative-binomial decoder, no KL term.
 
     Args:
-        config: Choices.
+        config: Settings of the network.
         n_genes: Size of the gene vocabulary.
     """
 
@@ -59,11 +59,11 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def start_at(self, mean: Tensor) -> None:
-        """Let an untrained model of ours (`gene_bias`) begin at the mean profile of the training cells.
+        """Initialise a model with `gene_bias` at the mean profile of the training cells.
 
         A gene that no training cell expresses starts at a tenth of the rarest one, not at minus infinity. theta starts
-        at THETA_START for all: the spread of a marker gene between types is what the latents are to explain, and taken
-        for dispersion at the start it would hide the gene from them. Where training ends, theta is fitted
+        at THETA_START for all: the spread of a marker gene between types is for the latents to explain, and taken for
+        dispersion at the start it would hide the gene from them. After training, theta is fitted
         (`dispersion.fit_theta`).
 
         Args:
@@ -78,7 +78,7 @@ class VAE(nn.Module):
             self.log_theta.fill_(math.log(THETA_START))
 
     def encode(self, cells: CellBatch) -> Tensor:
-        """Latents, (b, m, e)."""
+        """Return the latents of cells, (b, m, e)."""
         return self.encoder(cells, self.gene_embedding)
 
     def decode(
@@ -91,16 +91,16 @@ class VAE(nn.Module):
         measured: Tensor | None = None,
         tile: int | None = None,
     ) -> CountDistribution | ExpressionDistribution:
-        """Distribution of the counts of genes; of their expression, for a Gaussian head.
+        """Return the distribution of the counts of genes; of their expression, for a Gaussian head.
 
         Args:
             z: Latents, (b, m, e).
-            library_size: Sum of counts over the genes asked for, (b,).
-            genes: Ids of the genes, (p,), or (b, p) for a panel of each cell's own; all if None. Proportions are over
-                the genes asked for.
+            library_size: Sum of counts over the requested genes, (b,).
+            genes: Ids of the requested genes, (p,), or (b, p) for a panel per cell; all if None. Proportions are over
+                the requested genes.
             condition: (b, d), for an adaLN decoder.
-            measured: Genes that are counted of each cell, bool, as wide as the genes asked for; proportions are over
-                them, and the mean of the others is 0. All if None.
+            measured: Requested genes that were measured in each cell, (b, p) bool; proportions are over them, and the
+                mean of the others is 0. All if None.
         """
         self._check_latents(z, library_size)
         out = self._outputs(z, genes, condition, tile)
@@ -110,7 +110,7 @@ class VAE(nn.Module):
         return CountDistribution(log_proportion.exp() * library_size[:, None], self._theta(out, genes))
 
     def decode_mu(self, z: Tensor, library_size: Tensor, *, measured: Tensor | None = None) -> Tensor:
-        """Mean counts, (b, g); for a Gaussian head the mean of log1p(counts per 10,000)."""
+        """Return the mean counts, (b, g); for a Gaussian head the mean of log1p(counts per 10,000)."""
         return self.decode(z, library_size, measured=measured).mu
 
     def nll(
@@ -122,12 +122,12 @@ class VAE(nn.Module):
         condition: Tensor | None = None,
         tile: int | None = None,
     ) -> Tensor:
-        """Negative log-likelihood of the cells' counts in nats, summed over genes, (b,).
+        """Return the negative log-likelihood of the cells' counts in nats, summed over genes, (b,).
 
-        Where `cells.measured` is given, the genes that a cell's data set did not measure are left out of its softmax
-        and of its sum: they are unknown, not zero.
+        If `cells.measured` is given, the genes that a cell's data set did not measure are left out of its softmax and
+        of its sum: they are unknown, not zero.
 
-        For a Gaussian head it is upstream's loss, the squared error of log1p(counts per 10,000): twice the negative
+        For a Gaussian head this is upstream's loss, the squared error of log1p(counts per 10,000): twice the negative
         log-likelihood of a unit Gaussian, up to a constant.
         """
         self._check_latents(z, cells.library_size)
@@ -154,18 +154,18 @@ class VAE(nn.Module):
         seen: CellBatch | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Negative log-likelihood per cell, (b,): the training objective before the mean over cells.
+        """Return the negative log-likelihood per cell, (b,): the training objective before the mean over cells.
 
         Args:
-            cells: What is scored.
+            cells: Cells to score.
             sample: Genes that are scored; all if None.
-            seen: What the encoder is shown of the same cells; all of it if None.
+            seen: The same cells with the genes that the encoder sees; `cells` if None.
             condition: (b, d), for an adaLN decoder.
         """
         return self.nll(cells, self.encode(cells if seen is None else seen), sample=sample, condition=condition)
 
     def _outputs(self, z: Tensor, genes: Tensor | None, condition: Tensor | None, tile: int | None) -> Tensor:
-        """The decoder's numbers, (b, g, r), at least fp32."""
+        """Return the decoder's numbers, (b, g, r), in at least fp32."""
         embedding = self.gene_embedding if self.decoder_embedding is None else self.decoder_embedding
         out = self.decoder(z, embedding if genes is None else embedding[genes], condition=condition, tile=tile)
         return out if out.dtype == torch.float64 else out.float()

@@ -1,7 +1,7 @@
 """AdamW, optionally cautious: a coordinate moves only where the update agrees in sign with the gradient.
 
-Cautious optimizers (Liang et al. 2024) rescale what is left by the fraction of a tensor's coordinates that agree, so
-that the mean step keeps its size. All arithmetic is in fused list operations, and nothing is read on the host.
+Cautious optimizers (Liang et al. 2024) divide the rest by the fraction of a tensor's coordinates that agree, so that
+the mean step keeps its size. All arithmetic is in fused list operations without host synchronisation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MIN_AGREEMENT = 1e-3  # floor on the fraction, so that a tensor where nearly all
 
 
 class CautiousAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) with decoupled weight decay.
+    """Implements AdamW (Loshchilov and Hutter 2019) with optional caution and AMSGrad.
 
     Args:
         params: Parameters or parameter groups.
@@ -27,8 +27,8 @@ class CautiousAdamW(torch.optim.Optimizer):
         betas: Decays of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Every step first scales parameters by 1 - lr * weight_decay.
-        caution: Skip coordinates whose first moment disagrees in sign with the gradient.
-        amsgrad: Divide by the largest second moment seen, not the present one.
+        caution: Skip coordinates whose first moment disagrees in sign with the gradient (Liang et al. 2024).
+        amsgrad: Divide by the largest second moment so far instead of the current one.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CautiousAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step. Parameters without a gradient are left alone."""
+        """Perform a single optimization step. Parameters without a gradient are skipped."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -90,7 +90,7 @@ class CautiousAdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, update, denominator, [-lr / (1 - beta1 ** s["step"]) for s in states])
 
     def _advance(self, p: Tensor, *, amsgrad: bool) -> dict[str, Any]:
-        """State of a parameter, made on its first step, with the step counted."""
+        """Return a parameter's state, created on its first step, with its step count incremented."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -103,7 +103,7 @@ class CautiousAdamW(torch.optim.Optimizer):
 
 
 def _masked(update: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The update where it agrees in sign with the gradient, over the fraction of coordinates that do; else 0."""
+    """Zero the update where it disagrees in sign with the gradient and rescale the rest by the fraction that agrees."""
     mask = torch._foreach_mul(update, grads)
     torch._foreach_sign_(mask)
     torch._foreach_clamp_min_(mask, 0.0)  # 1 where they agree
@@ -116,7 +116,7 @@ def _masked(update: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
 
 
 def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained of a module: torch's fused one, or the cautious one where asked for."""
+    """Build AdamW over the trainable parameters of a module: torch's fused one, or the cautious one if configured."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.cautious:

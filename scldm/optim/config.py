@@ -1,4 +1,4 @@
-"""Choices of the optimizer and of the learning-rate schedule."""
+"""Settings of the optimizer and of the learning-rate schedule."""
 
 from __future__ import annotations
 

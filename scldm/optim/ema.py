@@ -1,7 +1,7 @@
 """Exponential moving average of a module's weights.
 
 The shadow is kept in at least fp32: with a decay near 1 the change of one update is below the resolution of bfloat16.
-What an update does depends on the optimizer step alone, so that a resumed run continues as if it had not stopped.
+An update depends on the optimizer step alone, so that a resumed run continues as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scldm.flow.config import EMAConfig
 
 
 def ema_decay(step: int, *, decay: float, start: int) -> float:
-    """Decay at an optimizer step: 0 up to the one after `start`, then 1 - (1 + k)^(-2/3), at most `decay`."""
+    """Return the decay at an optimizer step: 0 up to one after `start`, then 1 - (1 + k)^(-2/3), at most `decay`."""
     k = step - start - 1
     return min(1 - (1 + k) ** (-2 / 3), decay) if k > 0 else 0.0
 
@@ -24,9 +24,9 @@ def ema_decay(step: int, *, decay: float, start: int) -> float:
 def upstream_ema_decay(
     call: int, *, beta: float = 0.9999, update_every: int = 10, update_after_step: int = 10_000
 ) -> float | None:
-    """Decay with which upstream (ema_pytorch) averages on its call number `call` = 1, 2, …; None where it skips it.
+    """Return the decay of upstream (ema_pytorch) on its call number `call` = 1, 2, …; None if it skips the call.
 
-    Its calls 1, 1 + every, … update, where ours are every, 2 every, …; a decay of 0 is a copy.
+    It updates on calls 1, 1 + every, …, ours on every, 2 every, …; a decay of 0 is a copy.
     """
     if (call - 1) % update_every:
         return None
@@ -34,11 +34,11 @@ def upstream_ema_decay(
 
 
 class EMA:
-    """Moving average of the parameters and buffers of a module.
+    """Keeps a moving average of the parameters and buffers of a module.
 
     Args:
         module: The module that is trained, on its device. The average starts as a copy of it.
-        config: Decay, how often, and from when.
+        config: Decay, interval and start of the average.
     """
 
     def __init__(self, module: nn.Module, config: EMAConfig):
@@ -47,7 +47,7 @@ class EMA:
         self.shadow = {name: _shadow_of(tensor) for name, tensor in _tensors(module).items()}
 
     def update(self, step: int) -> None:
-        """Account for optimizer step `step`, counted from 1, after it was taken."""
+        """Account for optimizer step `step`, counted from 1. Call it after the step."""
         if step < 1:
             raise ValueError(f"step ({step}) counts the optimizer steps taken, from 1")
         if step % self.config.every == 0:
@@ -55,7 +55,7 @@ class EMA:
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
-        """shadow = decay shadow + (1 - decay) module. Integer buffers are copied."""
+        """Set shadow = decay shadow + (1 - decay) module. Integer buffers are copied."""
         shadows, values = [], []
         for name, tensor in _tensors(self.module).items():
             shadow = self.shadow[name]
@@ -77,7 +77,7 @@ class EMA:
 
     @contextmanager
     def swapped(self, module: nn.Module) -> Iterator[nn.Module]:
-        """The module with the average as its weights; its own come back afterwards, whatever happens inside."""
+        """Give the module the averaged weights inside the context; its own weights are always restored."""
         own = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
         try:
             self.copy_to(module)
@@ -88,12 +88,12 @@ class EMA:
                     tensor.copy_(own[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average by name: not copies. The step is the trainer's, and is all else that an average needs."""
+        """Return the average by name, without copying. The step belongs to the trainer's state."""
         return dict(self.shadow)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the average from `state_dict` of another EMA of the same module."""
+        """Load the average from the `state_dict` of another EMA of the same module."""
         _check_names(state, self.shadow)
         for name, shadow in self.shadow.items():
             if state[name].shape != shadow.shape:

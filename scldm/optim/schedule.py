@@ -1,4 +1,4 @@
-"""Learning rate over a run: linear warm-up, hold, decay. A factor of the peak rate, a pure function of the step.
+"""Learning-rate schedule: linear warm-up, hold, decay. A factor of the peak rate, a pure function of the step.
 
 Step s is the number of optimizer steps already taken, so that the first step uses the factor at 0.
 """
@@ -14,10 +14,10 @@ DecayType = Literal["cosine", "sqrt"]
 
 
 def learning_rate_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate at a step, relative to the peak: continuous, 1 between warm-up and decay, final_factor at the end.
+    """Return the learning rate at a step, relative to the peak.
 
-    The decay takes the last `decay` of the run, or what the warm-up leaves of it. At or past max_steps the factor is
-    final_factor (1 where there is no decay).
+    The factor is continuous, 1 between warm-up and decay. The decay takes the last `decay` of the run, or what the
+    warm-up leaves of it. At or past max_steps the factor is final_factor (1 without a decay).
 
     Args:
         step: Optimizer steps taken so far.
@@ -36,7 +36,7 @@ def learning_rate_factor(step: int, max_steps: int, config: OptimizerConfig) -> 
 
 
 def decayed(progress: float, decay_type: DecayType, *, final_factor: float) -> float:
-    """From 1 at progress 0 to final_factor at progress 1, and from there on."""
+    """Return the decay factor: 1 at progress 0, final_factor at progress 1 and beyond."""
     progress = min(progress, 1.0)
     shape = (1 + math.cos(math.pi * progress)) / 2 if decay_type == "cosine" else 1 - math.sqrt(progress)
     return final_factor + (1 - final_factor) * shape
@@ -52,10 +52,10 @@ def upstream_wsd(
     fract_decay: float = 0.1,
     decay_type: DecayType = "cosine",
 ) -> float:
-    """Upstream's schedule, its jumps included: to compare with its runs, not to train with.
+    """Return the factor of upstream's schedule, including its jumps: to compare with its runs, not to train with.
 
     Its cosine is measured from the end of the warm-up but applied only in the last fract_decay of the run (a drop from
-    1 to 0.13 in one step by default). Its sqrt is measured from the start of the decay, be that inside the warm-up.
+    1 to 0.13 in one step by default). Its sqrt is measured from the start of the decay, even inside the warm-up.
     """
     n_decay = int(fract_decay * num_training_steps)
     start = num_training_steps - n_decay

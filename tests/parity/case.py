@@ -15,11 +15,11 @@ from scldm.errors import InputError
 
 
 class CaseError(InputError):
-    """A case that cannot be read or is not of a form that we know; the message says what is wrong."""
+    """Raised for a case that cannot be read or has an unknown form. The message says what is wrong."""
 
 
 class FolderError(InputError):
-    """Not a folder of cases."""
+    """Raised for a folder that does not hold cases."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Case:
     tensors: dict[str, Tensor]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose key starts with the prefix, by the rest of their key."""
+        """Return tensors whose key starts with the prefix, by the rest of their key."""
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     @property
@@ -40,14 +40,14 @@ class Case:
         return self.fact("config")
 
     def fact(self, key: str) -> Any:
-        """A top-level entry of the JSON, which must be there."""
+        """Return a top-level entry of the JSON, which must exist."""
         if key not in self.facts:
             raise CaseError(f"{self.name}.json has no {key!r}; it has {', '.join(sorted(self.facts))}")
         return self.facts[key]
 
 
 def case_names(folder: Path) -> list[str]:
-    """Names of the cases in a folder: every *.json and every *.safetensors, even where the other half is missing."""
+    """Return the names of the cases in a folder: every *.json and *.safetensors, even if the other half is missing."""
     if not folder.is_dir():
         raise FolderError(f"{folder}: no such folder")
     names = sorted({path.stem for path in folder.iterdir() if path.suffix in (".json", ".safetensors")})

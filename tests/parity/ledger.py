@@ -1,4 +1,4 @@
-"""The account of one case: what was recorded, what ours is, and what nobody looked at."""
+"""Ledger of one case: recorded values, our values, and entries that were never compared."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DESCRIPTION = {"fixture", "set", "section", "config", "tensors", "keys", "n_stat
 
 @dataclass(frozen=True)
 class Row:
-    """One recorded quantity beside ours."""
+    """One recorded quantity compared with ours."""
 
     case: str
     quantity: str
-    error: float | None  # largest absolute difference; None where there is nothing to subtract
+    error: float | None  # largest absolute difference; None for values that are not numbers
     tolerance: float | None
     status: Status
     note: str = ""
@@ -37,7 +37,7 @@ class Row:
         return self.status in ("FAIL", "not understood")
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`: infinities and NaN as text, which JSON has no numbers for."""
+        """Return the row for `--json`: infinities and NaN as text, because JSON has no such numbers."""
         row = asdict(self)
         if self.error is not None and not math.isfinite(self.error):
             row["error"] = str(self.error)
@@ -45,7 +45,7 @@ class Row:
 
 
 class Ledger:
-    """Rows of a case, and which of its tensors and facts have been accounted for."""
+    """Rows of a case, and the tensors and facts that have been accounted for."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -54,17 +54,17 @@ class Ledger:
         self._seen_facts = set(DESCRIPTION)
 
     def given(self, key: str) -> Tensor:
-        """A tensor that upstream was given, or made at random, and that we take as it is."""
+        """Return a tensor that was an input of upstream or drawn at random, and that is used as it is."""
         self._seen.add(key)
         return self.case.tensors[key]
 
     def fact(self, key: str) -> Any:
-        """A top-level entry of the description; whoever asks accounts for all of it."""
+        """Return a top-level entry of the description; the caller accounts for all of it."""
         self._seen_facts.add(key)
         return self.case.fact(key)
 
     def tensor(self, key: str, ours: Tensor, tolerance: Tolerance, note: str = "") -> None:
-        """Compare with the recorded tensor of that key; one in single precision, beside its double if recorded."""
+        """Compare with the recorded tensor of that key; a single-precision one also with its double, if recorded."""
         recorded = self.given(key)
         self.value(key, ours, recorded, tolerance.with_rounding(recorded, self.case.tensors.get(f"{key}.f64")), note)
 
@@ -93,20 +93,20 @@ class Ledger:
         self._add(key, error, allowed, "ok" if error <= allowed else "FAIL", note)
 
     def same(self, quantity: str, ours: object, recorded: object, note: str = "") -> None:
-        """Compare what is not a number: names, orders, decisions."""
+        """Compare values that are not numbers: names, orders, decisions."""
         if ours == recorded:
             self._add(quantity, 0.0, EXACT.at(0), "ok", note)
         else:
             self._add(quantity, None, None, "FAIL", f"ours {_short(ours)}, recorded {_short(recorded)}")
 
     def fault(self, quantity: str, reason: str, ours: str = "") -> None:
-        """List a recorded value that is void by upstream's own fault, with what ours is instead."""
+        """List a recorded value that is void by upstream's own fault, with our value."""
         if quantity in self.case.tensors:
             self._seen.add(quantity)
         self._add(quantity, None, None, "known fault", reason + (f"; ours: {ours}" if ours else ""))
 
     def unknown(self, quantity: str, reason: str) -> None:
-        """List something that this version of the comparison has no counterpart for."""
+        """List an entry that this version cannot compare."""
         if quantity in self.case.tensors:
             self._seen.add(quantity)
         self._add(quantity, None, None, "not understood", reason)
@@ -116,7 +116,7 @@ class Ledger:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part of a case: what stops it is a row, and the other parts still run."""
+        """Run a part of a case: an exception becomes a row, and the other parts still run."""
         try:
             yield
         except Exception as error:
@@ -126,7 +126,7 @@ class Ledger:
             )
 
     def close(self) -> list[Row]:
-        """All rows; what nobody asked for, and what the description promises but the file lacks, is added."""
+        """Return all rows; entries that were not compared, or promised but missing in the file, are added."""
         for key, dtype, shape in self._promised():
             if key not in self.case.tensors:
                 self.fail(key, f"{self.case.name}.json lists it; {self.case.name}.safetensors lacks it")
@@ -143,7 +143,7 @@ class Ledger:
         return self.rows
 
     def _promised(self) -> list[tuple[str, str, list[int]]]:
-        """Tensors that the description lists: key, dtype, shape."""
+        """Return the tensors that the description lists: key, dtype, shape."""
         listed = self.case.facts.get("tensor_shapes", self.case.facts.get("keys", {}))
         self._seen_facts.add("tensor_shapes")
         return [(key, *entry) for key, entry in listed.items()]
@@ -153,7 +153,7 @@ class Ledger:
 
 
 def largest_difference(ours: Tensor, recorded: Tensor) -> tuple[float, float]:
-    """Largest absolute difference, infinite where only one is finite; and the scale of what was recorded."""
+    """Return the largest absolute difference, infinite if only one is finite, and the scale of the recorded tensor."""
     finite = torch.isfinite(recorded)
     if not torch.equal(finite, torch.isfinite(ours)):
         return math.inf, 0.0

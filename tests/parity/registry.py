@@ -1,4 +1,4 @@
-"""All kinds of cases, and the run over a folder of them."""
+"""All kinds of cases, and the comparison of a folder of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from parity.kinds import (
 )
 from parity.ledger import Ledger, Row
 
-# A kind is a module with `matches(case)`, `check(case, ledger)` and, where a case speaks of other files, `files(case)`.
+# A kind is a module with `matches(case)`, `check(case, ledger)` and, if a case refers to other files, `files(case)`.
 # Exactly one kind must match a case.
 KINDS: dict[str, ModuleType] = {
     "transformer VAE": vae,
@@ -43,7 +43,7 @@ KINDS: dict[str, ModuleType] = {
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to."""
+    """Numbers of a comparison."""
 
     cases: int
     quantities: int
@@ -59,7 +59,7 @@ class Summary:
 
 
 def check_folder(folder: Path) -> Iterator[Row]:
-    """Rows of every case in a folder, then of files that belong to none.
+    """Yield the rows of every case in a folder, then of files that belong to none.
 
     Raises:
         FolderError: The folder does not exist or holds no case.
@@ -72,12 +72,12 @@ def check_folder(folder: Path) -> Iterator[Row]:
 
 
 def check_case(folder: Path, name: str, claimed: set[Path] | None = None) -> list[Row]:
-    """Rows of one case. Whatever goes wrong inside is a row too, so that the other cases still run.
+    """Return the rows of one case. Exceptions become rows too, so that the other cases still run.
 
     Args:
-        folder: Where the case is.
-        name: Its name.
-        claimed: If given, the other files of the folder that the case speaks of are added to it.
+        folder: Folder of the case.
+        name: Name of the case.
+        claimed: If given, other files of the folder to which the case refers are added to it.
     """
     try:
         case = read_case(folder, name)
@@ -97,7 +97,7 @@ def check_case(folder: Path, name: str, claimed: set[Path] | None = None) -> lis
 
 
 def kind_of(case: Case) -> str:
-    """The kind of a case, by what it holds."""
+    """Return the kind of a case, recognised by its contents."""
     kinds = [name for name, module in KINDS.items() if module.matches(case)]
     if len(kinds) != 1:
         found = f"of {len(kinds)} kinds at once: {', '.join(kinds)}" if kinds else "of no known kind"
@@ -106,7 +106,7 @@ def kind_of(case: Case) -> str:
 
 
 def nearest_to_failing(rows: list[Row]) -> Row:
-    """The row that speaks for a case: one that failed, else the comparison that came nearest to its tolerance."""
+    """Return the most critical row of a case: one that failed, else the one nearest to its tolerance."""
     if failed := [row for row in rows if row.failed]:
         return failed[0]
     compared = [row for row in rows if row.status == "ok"] or rows
@@ -129,7 +129,7 @@ def summary(rows: list[Row]) -> Summary:
 
 
 def stray_files(folder: Path, claimed: set[Path]) -> list[Path]:
-    """Files that are neither half of a case, nor named by one, nor a README, relative to the folder."""
+    """Return files that are neither half of a case, nor named by one, nor a README, relative to the folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")
     halves = {path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
     return [path.relative_to(folder) for path in files if path not in halves and path not in claimed]

@@ -1,7 +1,7 @@
-"""How far from a recorded number ours may be, and why.
+"""Tolerances of the comparison with recorded numbers, and their reasons.
 
-An error is the largest absolute difference; it is held against `relative` times the largest recorded magnitude of that
-tensor (so that sums over thousands of genes and gradients near 1e-3 are judged alike), and at least `floor`.
+An error is the largest absolute difference; it is compared with `relative` times the largest recorded magnitude of that
+tensor (so that sums over thousands of genes and gradients near 1e-3 are judged equally), and at least `floor`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest error allowed, as a share of the scale of what was recorded."""
+    """Largest allowed error, as a share of the scale of the recorded tensor."""
 
     relative: float
     floor: float
@@ -23,7 +23,7 @@ class Tolerance:
         return max(self.relative * scale, self.floor)
 
     def with_rounding(self, single: Tensor, double: Tensor | None) -> Tolerance:
-        """Wider where upstream's own single precision is off by more: `double` is the same quantity in float64.
+        """Widen the tolerance if upstream's single precision is off by more; `double` is the quantity in float64.
 
         An exponential or a softmax of large logits amplifies rounding by the size of the logits, in upstream as here.
         """

@@ -14,7 +14,7 @@ from anndata.io import read_elem
 
 from pipeline.inference.export.requested import RequestUnknown, requested_cells
 from scldm.cells.cells import read_index
-from scldm.cells.shards import CellsError, CellsManifest, Shard, read_cells_manifest
+from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest
 
 VALUES = 1 << 22  # of a matrix, checked at a time
 FINITE = (
@@ -57,7 +57,7 @@ def verify(folder: Path) -> Verdict:
     """Read and check every byte of a stage's cells.
 
     Raises:
-        CellsError: the folder holds no finished stage of cells.
+        CellShardsError: the folder holds no finished stage of cells.
     """
     manifest = read_cells_manifest(folder)
     verdict = Verdict(str(folder), manifest.stage, manifest.n_cells, len(manifest.shards))
@@ -166,7 +166,7 @@ def _index_problems(manifest: CellsManifest, obs: pd.DataFrame) -> Iterator[str]
         return
     try:
         index = read_index(manifest.index)
-    except CellsError as error:
+    except CellShardsError as error:
         yield str(error)
         return
     if not index.index.equals(obs.index.astype(str)):

@@ -1,10 +1,10 @@
-"""Upstream's Lightning checkpoints to our model folders.
+"""Convert upstream's Lightning checkpoints to our model folders.
 
     DIR/vae     the VAE
-    DIR/flow    of a latent-diffusion checkpoint: model.safetensors averaged weights, raw.safetensors the others
+    DIR/flow    for a latent-diffusion checkpoint: model.safetensors averaged weights, raw.safetensors the others
 
-Every key of the checkpoint is used, or found equal to one that is used, or an error that names it. What has no place
-here (optimizer state, loops) is listed in the report and on the model card. DIR appears all at once, by rename.
+Every key of the checkpoint is used, equal to one that is used, or an error that names it. What is not converted
+(optimizer state, loops) is listed in the report and on the model card. DIR is written under another name and renamed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from scldm.checkpoints.convert.report import ConversionReport
 from scldm.checkpoints.native import CheckpointError, save_flow, save_vae
-from scldm.checkpoints.output_folder import check_output, written_whole
+from scldm.checkpoints.output_folder import atomic_folder, check_output
 from scldm.checkpoints.untrusted.reader import ForeignCheckpoint, read_checkpoint
 from scldm.checkpoints.upstream.inputs import InputFiles, Inputs, gather_inputs
-from scldm.checkpoints.upstream.layout import UpstreamParts, take_apart
+from scldm.checkpoints.upstream.layout import UpstreamParts, split_state_dict
 from scldm.checkpoints.upstream.names_dit import dit_state_from_upstream, dit_state_to_upstream
 from scldm.checkpoints.upstream.names_vae import vae_state_from_upstream, vae_state_to_upstream
 from scldm.checkpoints.upstream.settings import FlowSettings, UpstreamSettings, read_settings
@@ -32,8 +32,8 @@ N_SHOWN = 12  # problems in one message
 
 
 @dataclass(frozen=True)
-class Converted:
-    """Where the model is now, and what became of the checkpoint."""
+class ConversionResult:
+    """Folders of a converted model, and the report of its conversion."""
 
     vae: Path
     flow: Path | None
@@ -55,47 +55,47 @@ def convert_upstream(
     genes_seq_len: int | None = None,
     force: bool = False,
     foreign: ForeignCheckpoint | None = None,
-) -> Converted:
+) -> ConversionResult:
     """Convert a checkpoint of upstream's VAE or LatentDiffusion.
 
     Args:
         checkpoint: The `.ckpt` file; read as untrusted, in a child process.
-        config: The YAML file that was written beside it.
-        out: Folder to make.
-        given: Files with gene names, classes and size factors, in place of those that the configuration names.
-        genes_seq_len: Tokens of a cell, pads included, in place of what the configuration says.
+        config: The YAML file that was written with it.
+        out: Folder to write.
+        given: Files with gene names, classes and size factors, instead of those that the configuration names.
+        genes_seq_len: Tokens of a cell, including pads, instead of the configuration's.
         force: Replace an earlier conversion in `out`.
-        foreign: What `read_checkpoint` gave for the file, where that was done before.
+        foreign: Result of `read_checkpoint` for the file, if it was read before.
 
     Raises:
-        CheckpointError: what is missing, unknown, contradictory or not allowed.
+        CheckpointError: Something is missing, unknown, contradictory or not allowed.
     """
     check_output(out, force=force, is_earlier=_is_converted)
     settings = read_settings(config, genes_seq_len=genes_seq_len)
     foreign = foreign or read_checkpoint(checkpoint)
-    parts = take_apart(foreign.state)
+    parts = split_state_dict(foreign.state)
     _check_kind(checkpoint, config, parts, settings)
     report = ConversionReport.begin(checkpoint, config, settings, foreign, parts)
     networks = _build(parts, settings, report.notes)
     inputs = gather_inputs(given or InputFiles(), settings, checkpoint=checkpoint, config=config, about=foreign.about)
     report.sources.update(inputs.sources)
     report.notes.extend(inputs.notes)
-    with written_whole(out) as folder:
+    with atomic_folder(out) as folder:
         _write(folder, networks, settings, inputs, report)
-    return Converted(out / "vae", out / "flow" if settings.flow is not None else None, report)
+    return ConversionResult(out / "vae", out / "flow" if settings.flow is not None else None, report)
 
 
 def _check_kind(checkpoint: Path, config: Path, parts: UpstreamParts, settings: UpstreamSettings) -> None:
-    """The checkpoint must hold what its configuration describes: no less, and no more."""
+    """Raise if the checkpoint does not hold exactly the parts that its configuration describes."""
     has = {"vae_model": parts.vae, "diffusion_model": parts.dit, "ema_model.ema_model": parts.ema}
     wanted = {"vae_model"} if settings.kind == "vae" else set(has)
     missing = [name for name in has if name in wanted and not has[name]]
     extra = [name for name in has if name not in wanted and has[name]]
     target = {"vae": "models.VAE", "ldm": "models.LatentDiffusion"}[settings.kind]
     if missing:
-        raise CheckpointError(f"{checkpoint} has no {', '.join(missing)}, but {config} is of a {target}")
+        raise CheckpointError(f"{checkpoint} has no {', '.join(missing)}, but {config} describes a {target}")
     if extra:
-        raise CheckpointError(f"{checkpoint} has {', '.join(extra)}, but {config} is of a {target}: another file?")
+        raise CheckpointError(f"{checkpoint} has {', '.join(extra)}, but {config} describes a {target}: another file?")
 
 
 def _build(parts: UpstreamParts, settings: UpstreamSettings, notes: list[str]) -> _Networks:
@@ -128,12 +128,12 @@ def _new_dit(flow: FlowSettings) -> DiT:
 
 
 def _check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, prefix: str) -> None:
-    """Names and shapes of a part, against those that the configuration asks for."""
+    """Compare names and shapes of a part with those that the configuration requires."""
     problems = [
-        f"{prefix}{n} is in the checkpoint, and the configuration asks for none" for n in state if n not in expected
+        f"{prefix}{n} is in the checkpoint, but not required by the configuration" for n in state if n not in expected
     ]
     problems += [
-        f"{prefix}{n} is asked for by the configuration, and not in the checkpoint" for n in expected if n not in state
+        f"{prefix}{n} is required by the configuration, but not in the checkpoint" for n in expected if n not in state
     ]
     problems += [
         f"{prefix}{name} is {tuple(value.shape)} in the checkpoint, {tuple(expected[name].shape)} by the configuration"
@@ -143,19 +143,19 @@ def _check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *
     if problems:
         more = f"\n  … and {len(problems) - N_SHOWN} more" if len(problems) > N_SHOWN else ""
         raise CheckpointError(
-            "the checkpoint and its configuration do not fit:\n  " + "\n  ".join(problems[:N_SHOWN]) + more
+            "the checkpoint and its configuration do not match:\n  " + "\n  ".join(problems[:N_SHOWN]) + more
         )
 
 
 def _with_null_rows(state: Mapping[str, Tensor], flow: FlowSettings, notes: list[str]) -> dict[str, Tensor]:
-    """Upstream makes no null class where it never drops a label; ours always has one, here of zeros."""
+    """Add a null class of zeros: upstream has none if it never drops a label, ours always has one."""
     out = dict(state)
     for label, n in flow.class_vocab_sizes.items():
         name = f"class_embeddings.{label}.weight"
         if name in out and len(out[name]) == n:
             out[name] = torch.cat([out[name], out[name].new_zeros(1, out[name].shape[1])])
             notes.append(
-                f"{label} was trained without a null class: only conditional sampling at guidance 1 has a meaning"
+                f"{label} was trained without a null class: only conditional sampling at guidance 1 is meaningful"
             )
     return out
 

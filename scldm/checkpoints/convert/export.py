@@ -1,12 +1,12 @@
-"""Our model folders as a checkpoint that upstream loads: the way back of `convert`.
+"""Export our model folders as a checkpoint that upstream loads: the inverse of `convert`.
 
     OUT/model.ckpt                   state_dict under upstream's names
     OUT/config.yaml                  the configuration to build the module, with hydra
     OUT/metadata.json                genes and classes in the order of their ids
-    OUT/genes.parquet                where genes have names beside their ids
-    OUT/log_size_factor_{mu,sd}.pkl  where the model has library-size statistics
+    OUT/genes.parquet                if genes have names besides their ids
+    OUT/log_size_factor_{mu,sd}.pkl  if the model has library-size statistics
 
-What upstream cannot represent is refused, by the names of the settings.
+Settings that upstream cannot represent are refused by name.
 """
 
 from __future__ import annotations
@@ -24,38 +24,40 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from scldm.checkpoints.native import CheckpointError, LoadedFlow, LoadedVAE, load_flow, load_vae
-from scldm.checkpoints.output_folder import check_output, written_whole
+from scldm.checkpoints.output_folder import atomic_folder, check_output
 from scldm.checkpoints.upstream.config import vae_config_from_upstream
 from scldm.checkpoints.upstream.names_dit import dit_state_to_upstream
 from scldm.checkpoints.upstream.names_vae import vae_state_to_upstream
 from scldm.checkpoints.upstream.settings import read_settings
-from scldm.checkpoints.upstream.sizes import size_factors_of
+from scldm.checkpoints.upstream.sizes import size_factors_to_upstream
 from scldm.checkpoints.upstream.template import VAE_FIELDS, write_upstream_config
 from scldm.nn.config import VAEConfig
 
 CHECKPOINT, CONFIG, METADATA, GENES = "model.ckpt", "config.yaml", "metadata.json", "genes.parquet"
 SIZE_FACTORS = {"mu": "log_size_factor_mu.pkl", "sd": "log_size_factor_sd.pkl"}
-LIGHTNING = "2.5.0"  # the format's version that Lightning asks for when it loads a checkpoint
+LIGHTNING = "2.5.0"  # version that Lightning requires in a checkpoint that it loads
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
+    """Folder of an exported model, with notes for the user."""
+
     folder: Path
     files: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def export_upstream(vae: Path, flow: Path | None, out: Path, *, force: bool = False) -> Exported:
+def export_upstream(vae: Path, flow: Path | None, out: Path, *, force: bool = False) -> ExportResult:
     """Write a model as upstream's checkpoint.
 
     Args:
         vae: Model folder of the VAE.
         flow: Model folder of the flow on its latents; None for the VAE alone.
-        out: Folder to make.
+        out: Folder to write.
         force: Replace an earlier export in `out`.
 
     Raises:
-        CheckpointError: a model that upstream cannot represent, or folders that do not belong together.
+        CheckpointError: Upstream cannot represent the model, or the folders do not belong together.
     """
     check_output(out, force=force, is_earlier=lambda folder: (folder / CHECKPOINT).is_file())
     of_vae = load_vae(vae)
@@ -64,18 +66,18 @@ def export_upstream(vae: Path, flow: Path | None, out: Path, *, force: bool = Fa
     values = upstream_vae_values(of_vae.vae.config)
     if averaged is not None:
         _check_pair(of_vae, averaged)
-    with written_whole(out) as folder:
+    with atomic_folder(out) as folder:
         notes = _write(folder, of_vae, averaged, raw, values)
         _check_reads_back(folder, of_vae, averaged)
         files = tuple(sorted(p.name for p in folder.iterdir()))
-    return Exported(out, files, tuple(notes))
+    return ExportResult(out, files, tuple(notes))
 
 
 def upstream_vae_values(config: VAEConfig) -> dict[str, Any]:
-    """A VAE's settings under upstream's names.
+    """Return a VAE's settings under upstream's names.
 
     Raises:
-        CheckpointError: settings that upstream does not have, with what they would have to be.
+        CheckpointError: Upstream does not have some settings; the message says what they would have to be.
     """
     problems = []
     if config.input == "count_aware":
@@ -94,7 +96,7 @@ def upstream_vae_values(config: VAEConfig) -> dict[str, Any]:
 
 
 def _differences(config: VAEConfig, values: Mapping[str, Any]) -> list[str]:
-    """Settings that are lost on the way to upstream and back."""
+    """Return the settings that change on the way to upstream and back."""
     try:
         back = vae_config_from_upstream(values, genes_seq_len=config.genes_seq_len)
     except (ValidationError, ValueError, KeyError) as error:
@@ -107,17 +109,17 @@ def _check_pair(vae: LoadedVAE, flow: LoadedFlow) -> None:
     config = vae.vae.config
     if (flow.n_latent_tokens, flow.latent_width) != (config.n_latent_tokens, config.latent_width):
         raise CheckpointError(
-            f"the flow is of latents ({flow.n_latent_tokens}, {flow.latent_width}), the VAE has"
+            f"the flow takes latents ({flow.n_latent_tokens}, {flow.latent_width}), the VAE has"
             f" ({config.n_latent_tokens}, {config.latent_width}): not a pair"
         )
     if vae.vocabulary.feature_ids != flow.vocabulary.feature_ids:
-        raise CheckpointError("the VAE and the flow have other genes, or another order: not a pair")
+        raise CheckpointError("the VAE and the flow have different genes, or another order: not a pair")
 
 
 def _write(
     folder: Path, vae: LoadedVAE, flow: LoadedFlow | None, raw: LoadedFlow | None, values: dict[str, Any]
 ) -> list[str]:
-    """Write all files; returns what the user should know."""
+    """Write all files; return notes for the user."""
     source = vae if flow is None else flow
     vocabulary = source.vocabulary
     classes = {label.name: label.classes for label in vocabulary.labels}
@@ -129,7 +131,7 @@ def _write(
         table.to_parquet(folder / GENES)
         named["metadata_genes"] = GENES
     joint = flow is not None and flow.dit.strategy == "joint"
-    factors = size_factors_of(source.library_sizes, classes)
+    factors = size_factors_to_upstream(source.library_sizes, classes)
     if factors.mu:
         for which, content in (("mu", factors.mu), ("sd", factors.sd)):
             (folder / SIZE_FACTORS[which]).write_bytes(pickle.dumps(content, protocol=4))
@@ -168,7 +170,7 @@ def _dit_state(flow: LoadedFlow) -> dict[str, Tensor]:
     state = dit_state_to_upstream(flow.dit.state_dict())
     if flow.dit.config.label_dropout > 0:
         return state
-    for name, value in state.items():  # upstream makes no null class where it never drops a label
+    for name, value in state.items():  # upstream has no null class if it never drops a label
         if name.startswith("class_embeddings."):
             if value[-1].any():
                 raise CheckpointError(
@@ -179,12 +181,12 @@ def _dit_state(flow: LoadedFlow) -> dict[str, Tensor]:
 
 
 def _check_reads_back(folder: Path, vae: LoadedVAE, flow: LoadedFlow | None) -> None:
-    """What was written must mean the model that was given."""
+    """Raise if the written configuration does not describe the given model."""
     settings = read_settings(folder / CONFIG)
     wanted = [vae.vae.config, vae.vae.n_genes]
-    found: list[Any] = [settings.vae, settings.n_genes]
+    read: list[Any] = [settings.vae, settings.n_genes]
     if flow is not None and settings.flow is not None:
         wanted += [flow.dit.config, flow.path, flow.vocabulary.n_classes]
-        found += [settings.flow.dit, settings.flow.path, settings.flow.class_vocab_sizes]
-    if wanted != found or (flow is None) != (settings.flow is None):
-        raise CheckpointError(f"the exported configuration reads back as {found}, not as {wanted}: please report this")
+        read += [settings.flow.dit, settings.flow.path, settings.flow.class_vocab_sizes]
+    if wanted != read or (flow is None) != (settings.flow is None):
+        raise CheckpointError(f"the exported configuration reads back as {read}, not as {wanted}: please report this")

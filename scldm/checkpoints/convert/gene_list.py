@@ -1,6 +1,6 @@
-"""Names of genes and of label classes from the files that come with a checkpoint: JSON, parquet, h5ad, plain text.
+"""Read names of genes and of label classes from the files of a checkpoint: JSON, parquet, h5ad, plain text.
 
-The order in the file is kept: it is the order of the ids. No counts are read.
+The order in the file is kept, because it is the order of the ids. No counts are read.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ class GeneList:
     feature_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, ids: Iterable[Any], names: Iterable[Any] | None = None) -> GeneList:
+    def from_ids(cls, ids: Iterable[Any], names: Iterable[Any] | None = None) -> GeneList:
+        """Build a list from ids and, if there are any, names; names default to the ids."""
         ids = tuple(map(str, ids))
         return cls(ids, ids if names is None else tuple(map(str, names)))
 
 
 def read_genes(path: Path) -> GeneList:
-    """Genes of a `.json` (key `genes`, or a model's vocabulary.json), `.parquet` (column `feature_id`), `.h5ad` (var),
-    `.csv`, `.tsv` or `.txt` file.
+    """Read genes from a `.json`, `.parquet`, `.h5ad`, `.csv`, `.tsv` or `.txt` file.
+
+    A JSON file has the key `genes`, or is a model's vocabulary.json; a parquet file has a column `feature_id`; of an
+    h5ad, var is read.
 
     A text file has one gene per line; with a header line that holds `feature_id` it is a table.
     """
@@ -45,21 +48,24 @@ def read_genes(path: Path) -> GeneList:
     genes = _read(path, kinds)
     if not genes.feature_ids:
         raise CheckpointError(f"{path} holds no genes")
-    twice = [gene for gene, n in Counter(genes.feature_ids).items() if n > 1]
-    if twice:
+    repeated = [gene for gene, n in Counter(genes.feature_ids).items() if n > 1]
+    if repeated:
         raise CheckpointError(
-            f"{path} names {len(twice)} genes more than once, the first is {twice[0]}; ids must be unique"
+            f"{path} names {len(repeated)} genes more than once, the first is {repeated[0]}; ids must be unique"
         )
     return genes
 
 
 def has_genes(path: Path) -> bool:
-    """Whether a metadata file names genes: an `.h5ad` does, a `.json` may."""
+    """Return whether a metadata file names genes: an `.h5ad` does, a `.json` may."""
     return path.suffix.lower() != ".json" or "genes" in _read(path, {".json": _json})
 
 
 def read_classes(path: Path, labels: Iterable[str]) -> dict[str, list[str]]:
-    """Classes per label, in the order of their ids: `labels` of a metadata JSON, or categories of an `.h5ad`'s obs."""
+    """Read the classes of each label, in the order of their ids.
+
+    They are `labels` of a metadata JSON, or the categories of an `.h5ad`'s obs.
+    """
     wanted = list(labels)
     found = _read(path, {".json": _json_classes, ".h5ad": lambda p: _h5ad_classes(p, wanted)})
     missing = [label for label in wanted if label not in found]
@@ -91,11 +97,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _json_genes(path: Path) -> GeneList:
     value = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(value, dict) and {"feature_ids", "feature_names"} <= value.keys():  # a model's own
-        return GeneList.of(value["feature_ids"], value["feature_names"])
+        return GeneList.from_ids(value["feature_ids"], value["feature_names"])
     genes = value.get("genes") if isinstance(value, dict) else value
     if not isinstance(genes, list):
         raise CheckpointError(f"{path} must hold a list, or a dictionary with a list `genes`")
-    return GeneList.of(genes)
+    return GeneList.from_ids(genes)
 
 
 def _json_classes(path: Path) -> dict[str, list[str]]:
@@ -110,7 +116,7 @@ def _parquet_genes(path: Path) -> GeneList:
     table = pd.read_parquet(path)
     if IDS not in table:
         raise CheckpointError(f"{path} has no column {IDS}; it has {', '.join(map(str, table.columns))}")
-    return GeneList.of(table[IDS], table.get(NAMES))
+    return GeneList.from_ids(table[IDS], table.get(NAMES))
 
 
 def _text_genes(path: Path) -> GeneList:
@@ -118,17 +124,17 @@ def _text_genes(path: Path) -> GeneList:
         rows = [row for row in csv.reader(f, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if row]
     if rows and IDS in rows[0]:
         columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0]) if name in (IDS, NAMES)}
-        return GeneList.of(columns[IDS], columns.get(NAMES))
+        return GeneList.from_ids(columns[IDS], columns.get(NAMES))
     if any(len(row) != 1 for row in rows):
         raise CheckpointError(f"{path} must have one gene per line, or a header line with {IDS}")
-    return GeneList.of(row[0].strip() for row in rows)
+    return GeneList.from_ids(row[0].strip() for row in rows)
 
 
 def _h5ad_genes(path: Path) -> GeneList:
     with h5py.File(path) as f:
         var = f["var"]
         ids = _column(var, var.attrs.get("_index", "_index"))
-        return GeneList.of(ids, _column(var, NAMES) if NAMES in var else None)
+        return GeneList.from_ids(ids, _column(var, NAMES) if NAMES in var else None)
 
 
 def _h5ad_classes(path: Path, labels: list[str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What became of a foreign checkpoint: for the terminal and for the model card."""
+"""Report of the conversion of an upstream checkpoint, for the terminal and for the model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEANING = {
 
 @dataclass
 class ConversionReport:
-    """Lists that grow while a checkpoint is converted."""
+    """Facts and notes that are collected while a checkpoint is converted."""
 
     title: str
     numbers: dict[str, str]
@@ -40,7 +40,7 @@ class ConversionReport:
         foreign: ForeignCheckpoint,
         parts: UpstreamParts,
     ) -> ConversionReport:
-        """What is known once the file has been taken apart."""
+        """Start a report with what is known once the state dict has been split."""
         counters = (parts.ema_began is not None) + (parts.ema_step is not None)
         used = {"vae": len(parts.vae), "flow": len(parts.dit), "averaged flow": len(parts.ema), "counters": counters}
         numbers = {
@@ -67,7 +67,7 @@ class ConversionReport:
         return cls(f"{kind} converted from upstream scLDM", numbers, {}, left + settings.left_behind, notes)
 
     def text(self) -> str:
-        """For the terminal."""
+        """Return the report for the terminal."""
         rows = [*self.numbers.items(), *((f"{k} from", v) for k, v in self.sources.items())]
         width = max(len(name) for name, _ in rows)
         lines = [self.title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
@@ -76,7 +76,7 @@ class ConversionReport:
         return "\n".join(lines)
 
     def card(self) -> str:
-        """README.md of the model folders. Only file names: a path would say where this machine keeps things."""
+        """Return README.md of the model folders, with file names only: a path would reveal folders of this machine."""
         lines = [f"# {self.title}", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in self.numbers.items()]
         lines += [f"| {name} from | {_file_names(value)} |" for name, value in self.sources.items()]

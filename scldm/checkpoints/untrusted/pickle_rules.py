@@ -1,8 +1,8 @@
-"""What a foreign pickle may name, and what stands in the place of what it names. Standard library only.
+"""Rules for untrusted pickles: names that are allowed, and inert objects in place of foreign ones.
 
-Plain containers and tensors are made; every class of a foreign package becomes a `StandIn`, which keeps what the pickle
-says about it and does nothing; any other name is refused before the reading has begun. This file is read by the child
-process of `reader`, by its path: it knows nothing of this package, so that a pickle that names
+Standard library only. Plain containers and tensors are constructed; every class of a foreign package becomes a
+`StandIn`, which keeps its arguments and state and does nothing; any other name is refused before anything is read. The
+child process of `reader` loads this file by its path: it does not import this package, so that a pickle that names
 `scldm.something` cannot reach our code.
 """
 
@@ -19,8 +19,8 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import IO, Any
 
-NODES = 5_000_000  # of the description handed back: shared references can stand for many more than the file holds
-MADE: dict[str, Callable[..., Any]] = {
+NODES = 5_000_000  # values of the returned description: shared references can expand to many more than the file holds
+CONSTRUCTED: dict[str, Callable[..., Any]] = {
     "_codecs.encode": codecs.encode,
     "collections.OrderedDict": collections.OrderedDict,
     "collections.Counter": collections.Counter,
@@ -39,13 +39,13 @@ NUMBERS |= dict(zip(["u1", "u2", "u4", "u8"], "BHIQ", strict=True))
 
 
 class Refused(Exception):
-    """What the parent shall say about the file."""
+    """Raised for a file that is not read. The message is reported by the parent process."""
 
 
 class StandIn:
-    """An inert object in the place of one of a foreign package."""
+    """An inert object in place of an object of a foreign package."""
 
-    name = ""  # of what it stands for
+    name = ""  # of the class that it stands for
     args: tuple[Any, ...]
     state: Any
 
@@ -62,72 +62,75 @@ class StandIn:
 
 
 class PlainDict(StandIn):
-    """A dictionary with manners of its own (defaultdict, AttributeDict): a plain one is as good."""
+    """Reads subclasses of dict (defaultdict, AttributeDict) as a plain dict."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return {}
 
 
 def printable(name: Any) -> str:
-    """A foreign name as it may be printed: one line, not long, no escape sequences."""
+    """Return a foreign name in printable form: one line, limited in length, no escape sequences."""
     text = name if isinstance(name, str) and name.isprintable() else ascii(name)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def stand_in(name: str) -> type[StandIn]:
-    """A class of its own for a foreign name."""
+    """Return a subclass of StandIn for a foreign name."""
     kind = PlainDict if name.endswith((".defaultdict", ".AttributeDict")) else StandIn
     return type("StandInFor_" + re.sub(r"\W", "_", name), (kind,), {"name": name})
 
 
 def is_stand_in(name: str) -> bool:
+    """Return whether a name is replaced by a stand-in."""
     package = name.partition(".")[0]
     whole = name == "collections.defaultdict" or package in STAND_IN_PACKAGES
     return whole or bool(STAND_IN.fullmatch(name) or NUMPY.fullmatch(name))
 
 
 def current_name(module: str, name: str) -> str:
-    """The Python 3 name of a global."""
+    """Return the Python 3 name of a global."""
     if (module, name) in _compat_pickle.NAME_MAPPING:
         return ".".join(_compat_pickle.NAME_MAPPING[module, name])
     return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
 
 
 def named_globals(stream: IO[bytes]) -> set[str]:
-    """Names of everything that a pickle asks for. Reads the instructions; runs none."""
+    """Return the names of everything that a pickle would import. Reads the instructions; runs none."""
     names: set[str] = set()
     memo: dict[Any, str | None] = {}
-    pushed: tuple[str | None, str | None] = (None, None)  # the last two things on the stack, if they are texts
+    pushed: tuple[str | None, str | None] = (None, None)  # the last two values on the stack, if they are strings
     for op, arg, _ in pickletools.genops(stream):
         if op.name in ("GLOBAL", "INST"):
             names.add(current_name(*str(arg).split(" ", 1)))
         elif op.name == "STACK_GLOBAL":
             module, name = pushed
             hidden = module is None or name is None
-            names.add("a name that is put together while reading" if hidden else current_name(str(module), str(name)))
+            names.add("a name that is computed while reading" if hidden else current_name(str(module), str(name)))
         if op.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
             memo[len(memo) if op.name == "MEMOIZE" else arg] = pushed[1]
         elif op.name in ("GET", "BINGET", "LONG_BINGET"):
             pushed = (pushed[1], memo.get(arg))
         elif op.stack_after:
             pushed = (pushed[1], arg if isinstance(arg, str) else None)
-        elif op.stack_before:  # what is taken off uncovers what we do not keep
+        elif op.stack_before:  # a pop uncovers values that we do not keep
             pushed = (None, None)
     return names
 
 
 def check_names(names: Iterable[str], *, torch_too: bool) -> None:
-    """Refuse a pickle that names anything else than what is listed here."""
-    bad = sorted(n for n in names if n not in MADE and not is_stand_in(n) and not (torch_too and TORCH.fullmatch(n)))
+    """Refuse a pickle that names anything else than what is allowed here."""
+    bad = sorted(
+        n for n in names if n not in CONSTRUCTED and not is_stand_in(n) and not (torch_too and TORCH.fullmatch(n))
+    )
     if bad:
-        asked = ", ".join(map(printable, bad[:10]))
-        raise Refused(f"its pickle asks for {asked}, which no checkpoint of upstream needs; nothing ran")
+        refused = ", ".join(map(printable, bad[:10]))
+        raise Refused(f"its pickle asks for {refused}, which no upstream checkpoint needs; nothing was run")
 
 
 def array_values(dtype: Any, data: Any) -> list[Any]:
-    """Values of a numpy array or scalar from its stand-ins."""
+    """Return the values of a numpy array or scalar from its stand-ins."""
     if not isinstance(dtype, StandIn) or not dtype.args:
-        raise Refused("a numpy array without a type that we know")
+        raise Refused("a numpy array without a known type")
     name = str(dtype.args[0]).lstrip("<>=|")
     order = "big" if dtype.state and dtype.state[1] == ">" else "little"
     if name[0] == "O":
@@ -145,7 +148,7 @@ def array_values(dtype: Any, data: Any) -> list[Any]:
 
 
 class Plain:
-    """Turns what was read into what JSON can hold."""
+    """Converts what was read to values that JSON can hold."""
 
     def __init__(self) -> None:
         self.nodes = 0
@@ -188,9 +191,10 @@ class Plain:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """For size factors: dictionaries, numbers, strings, numpy's numbers."""
+    """Unpickles size factors: dictionaries, numbers, strings, numpy's numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return a constructor or a stand-in for a name; raise `Refused` for any other."""
         full = current_name(module, name)
         check_names({full}, torch_too=False)
-        return MADE[full] if full in MADE else stand_in(full)
+        return CONSTRUCTED[full] if full in CONSTRUCTED else stand_in(full)

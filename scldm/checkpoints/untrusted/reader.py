@@ -1,7 +1,7 @@
-"""Reads other people's pickles: in a child process, `weights_only=True`, an allow-list, limits of time and memory.
+"""Read untrusted pickles in a child process, with `weights_only=True`, an allow-list and limits of time and memory.
 
-Nothing that a pickle names is imported or run. Its tensors come back as safetensors, the rest as JSON. What may be
-named is in `pickle_rules.py`; the child is `child.py`. The memory limit needs Linux.
+Nothing that a pickle names is imported or run. Its tensors are returned as safetensors, the rest as JSON. The allowed
+names are in `pickle_rules.py`; the child is `child.py`. The memory limit needs Linux.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")  # what an interpreter may nee
 
 
 class UntrustedFileError(CheckpointError):
-    """A pickle that is not read; the message names the file and what it asked for."""
+    """Raised for a pickle that is not read. The message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """A Lightning checkpoint of upstream, as data."""
+    """A Lightning checkpoint of upstream, as plain data."""
 
     state: dict[str, Tensor]
     about: dict[str, Any]  # epoch, global_step, hyper-parameters …; stand-ins for foreign classes as dictionaries
-    left: dict[str, int]  # what else the file holds beside state_dict: name -> entries, if it is a container
-    stand_ins: tuple[str, ...]  # names of foreign classes that were not made
+    left: dict[str, int]  # other contents than state_dict: name -> entries, if it is a container
+    stand_ins: tuple[str, ...]  # names of foreign classes that were not constructed
 
 
 def read_checkpoint(path: Path, *, seconds: int = SECONDS, memory: int | None = None) -> ForeignCheckpoint:
-    """Weights and description of a `.ckpt` file that torch or Lightning wrote.
+    """Read weights and description of a `.ckpt` file that torch or Lightning wrote.
 
     Args:
         path: The file.
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path, *, seconds: int = SECONDS, memory: int | None = 
         memory: Bytes that the child may use on top of what it needs to start; default: 2 GB and four times the file.
 
     Raises:
-        UntrustedFileError: the pickle names something that is not allowed, or the file cannot be read.
+        UntrustedFileError: The pickle names something that is not allowed, or the file cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="scldm-untrusted-") as folder:
         out = Path(folder)
@@ -62,12 +62,12 @@ def read_checkpoint(path: Path, *, seconds: int = SECONDS, memory: int | None = 
 
 
 def read_pickle(path: Path, *, seconds: int = 60, memory: int = MEMORY) -> Any:
-    """A plain pickle (size factors): dictionaries, lists, strings and numbers, numpy's too.
+    """Read a plain pickle (size factors): dictionaries, lists, strings and numbers, including numpy's.
 
-    Keys of dictionaries come back as strings.
+    Keys of dictionaries become strings.
 
     Raises:
-        UntrustedFileError: as `read_checkpoint`.
+        UntrustedFileError: As `read_checkpoint`.
     """
     with tempfile.TemporaryDirectory(prefix="scldm-untrusted-") as folder:
         return _run("plain", path, Path(folder), seconds=seconds, memory=memory)["value"]
@@ -80,7 +80,7 @@ def _size(path: Path) -> int:
 
 
 def _run(kind: str, path: Path, out: Path, *, seconds: int, memory: int) -> dict[str, Any]:
-    """Have the child read the file; returns what it says about it."""
+    """Have the child read the file; return its description."""
     task = {"kind": kind, "path": str(path.resolve()), "out": str(out), "size": _size(path)}
     task |= {"seconds": seconds, "memory": memory, "paths": _library_folders()}
     script = Path(__file__).with_name("child.py")
@@ -93,20 +93,20 @@ def _run(kind: str, path: Path, out: Path, *, seconds: int, memory: int) -> dict
     except subprocess.TimeoutExpired:
         raise UntrustedFileError(f"{path} was not read within {seconds} s") from None
     if (refused := out / "refused.json").is_file():
-        raise UntrustedFileError(f"{path} is not read: {json.loads(refused.read_text())['why']}")
+        raise UntrustedFileError(f"{path} was not read: {json.loads(refused.read_text())['reason']}")
     if child.returncode or not (out / "about.json").is_file():
-        raise UntrustedFileError(f"{path} is not read: {_why_it_died(child, seconds, memory)}")
+        raise UntrustedFileError(f"{path} was not read: {_failure_reason(child, seconds, memory)}")
     return json.loads((out / "about.json").read_text())
 
 
-def _why_it_died(child: subprocess.CompletedProcess[bytes], seconds: int, memory: int) -> str:
+def _failure_reason(child: subprocess.CompletedProcess[bytes], seconds: int, memory: int) -> str:
     if child.returncode == -signal.SIGXCPU:
-        return f"it took more than {seconds} s of computing"
+        return f"it took more than {seconds} s of CPU time"
     last = (child.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
     return f"the reader ended with {child.returncode} (limit {memory >> 20} MB): {last[:300]}"
 
 
 def _library_folders() -> list[str]:
-    """Where this process found torch, safetensors and numpy: `python -I` does not look at PYTHONPATH."""
+    """Return the folders of torch, safetensors and numpy: `python -I` ignores PYTHONPATH."""
     found = (importlib.util.find_spec(name) for name in ("torch", "safetensors", "numpy"))
     return sorted({str(Path(spec.origin).parents[1]) for spec in found if spec is not None and spec.origin})

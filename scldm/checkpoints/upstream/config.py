@@ -1,6 +1,6 @@
-"""The settings of upstream's transformer VAE under its own short names, as our configuration.
+"""Convert the settings of upstream's transformer VAE, under its own short names, to our configuration.
 
-n_embed n_layer n_head n_head_cross n_inducing_points n_latent multiple_of eps bias   sizes, and the like
+n_embed n_layer n_head n_head_cross n_inducing_points n_latent multiple_of eps bias   sizes and similar
 agg     input: log1p, log1pzero, sqrt, anscombe, proj, projconcat, softbin
 head    nb_shared, nb_unshared, gaussian
 pos shared use_adaln t   zero positions, one table of gene embeddings, adaLN decoder, softmax temperature
@@ -34,19 +34,19 @@ _FACTS = {"n_genes", "head"}  # n_genes is read from the data
 
 
 def vae_config_from_upstream(values: Mapping[str, Any], *, genes_seq_len: int | None) -> VAEConfig:
-    """Our configuration of a VAE of upstream's.
+    """Return our configuration of an upstream VAE.
 
     Args:
         values: Settings under the names above.
-        genes_seq_len: Tokens of a cell, unmasked pads included; None if the model sees no pads.
+        genes_seq_len: Tokens of a cell, including unmasked pads; None if the model sees no pads.
 
     Raises:
-        ValueError: settings that are missing or not known, all at once; or a value that is not allowed.
+        ValueError: Settings are missing or unknown (the message names all of them), or a value is not allowed.
     """
     missing = [name for name in (*_SAME, "head") if name not in values]
     unknown = [name for name in values if name not in _SAME and name not in _OPTIONAL and name not in _FACTS]
     problems = [f"{name} is missing" for name in missing]
-    problems += [f"{name} ({values[name]!r}) is not a setting that is known" for name in unknown]
+    problems += [f"{name} ({values[name]!r}) is an unknown setting" for name in unknown]
     if "head" in values and values["head"] not in HEADS:
         problems.append(f"head is {values['head']!r}; known: {', '.join(HEADS)}")
     if "agg" in values and values["agg"] not in INPUTS:

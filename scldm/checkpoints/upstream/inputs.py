@@ -1,9 +1,10 @@
-"""What a converted model needs beside its weights: gene names, label classes, library sizes; and where they come from.
+"""Find what a converted model needs besides its weights: gene names, label classes, library sizes.
 
-Each is looked for, in this order: in the file that an option names; in a file that the configuration names, found under
-its name in the checkpoint's folder, then in the configuration's, then at the path as it is written; in the vocabulary
-that Lightning saved inside the checkpoint. Nothing has a silent default, and where the checkpoint's own vocabulary
-disagrees with a file it is an error: the ids of the embeddings would be other genes or classes.
+Each is searched in this order: the file that an option names; a file that the configuration names, by its name in the
+checkpoint's folder, then in the configuration's, then at the path as written; the vocabulary that Lightning saved
+inside the checkpoint. Nothing has a silent default, and it is an error if the checkpoint's own vocabulary disagrees
+with a
+file: the ids of the embeddings would be other genes or classes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SAVED = "the checkpoint itself"
 
 @dataclass(frozen=True)
 class InputFiles:
-    """Files given by the user; None: look for it."""
+    """Files given by the user; None means that the file is searched."""
 
     genes: Path | None = None
     metadata: Path | None = None
@@ -37,7 +38,7 @@ class InputFiles:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found."""
+    """Vocabulary and library sizes of a converted model, with their sources."""
 
     vocabulary: Vocabulary
     library_sizes: LibrarySizes
@@ -48,13 +49,13 @@ class Inputs:
 def gather_inputs(
     given: InputFiles, settings: UpstreamSettings, *, checkpoint: Path, config: Path, about: Mapping[str, Any]
 ) -> Inputs:
-    """Find names and statistics, or say all that is missing and which option gives it.
+    """Find names and statistics, or raise an error that lists all that is missing and the option for each.
 
     Args:
         given: Files the user named.
         settings: The configuration; its `files` are only hints.
-        checkpoint, config: Where to look beside.
-        about: What the checkpoint holds beside its weights.
+        checkpoint, config: Files whose folders are searched.
+        about: Contents of the checkpoint other than its weights.
     """
     search = _Search(settings.files, (checkpoint.parent, config.parent))
     saved = saved_vocabulary(about)
@@ -75,7 +76,7 @@ def gather_inputs(
     if missing:
         where = ", ".join(dict.fromkeys(str(f) for f in search.folders))
         raise CheckpointError(
-            f"{checkpoint} needs what is not in it, nor beside it ({where}):\n  " + "\n  ".join(missing)
+            f"{checkpoint} needs files that are neither in it nor in its folder ({where}):\n  " + "\n  ".join(missing)
         )
     assert genes is not None
     _check_sizes(genes, classes or {}, settings, sources)
@@ -89,7 +90,7 @@ def gather_inputs(
 
 
 def saved_vocabulary(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The vocabulary encoder among the hyper-parameters that Lightning saved, as data; empty where there is none."""
+    """Return the vocabulary encoder that Lightning saved among the hyper-parameters, as data; empty if absent."""
     parameters = about.get("datamodule_hyper_parameters")
     found = parameters.get("vocabulary_encoder") if isinstance(parameters, dict) else None
     return found if isinstance(found, dict) else {}
@@ -101,7 +102,7 @@ class _Search:
     folders: tuple[Path, ...]
 
     def find(self, name: str, endings: Iterable[str]) -> Path | None:
-        """The file that the configuration calls `name`, if it is there and has an ending that can be read."""
+        """Return the file that the configuration calls `name`, if it exists and has a readable ending."""
         named = self.files.get(name)
         if not named or not named.endswith(tuple(endings)):
             return None
@@ -111,7 +112,7 @@ class _Search:
 
 def _genes(given: InputFiles, search: _Search, saved: Mapping[str, Any], sources: dict[str, str]) -> GeneList | None:
     own = saved.get("genes")
-    inside = GeneList.of(own) if isinstance(own, list) and own else None
+    inside = GeneList.from_ids(own) if isinstance(own, list) and own else None
     path = given.genes or search.find("metadata_genes", [".parquet"])
     path = path or (given.metadata if given.metadata is not None and has_genes(given.metadata) else None)
     path = path or search.find("metadata_json", [".json"]) or search.find("adata_path", [".h5ad"])
@@ -129,7 +130,7 @@ def _genes(given: InputFiles, search: _Search, saved: Mapping[str, Any], sources
 def _classes(
     given: InputFiles, search: _Search, saved: Mapping[str, Any], labels: Sequence[str], sources: dict[str, str]
 ) -> dict[str, list[str]] | None:
-    """Classes per label, or None where they are nowhere."""
+    """Return the classes per label, or None if they are not found."""
     if not labels:
         return {}
     own = saved.get("labels")
@@ -187,7 +188,7 @@ def _table(value: Any, where: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def _agree(ours: Sequence[str], saved: Sequence[str], what: str, path: Path) -> None:
-    """Raise if a file is not what the checkpoint was trained with."""
+    """Raise if a file disagrees with the vocabulary that the checkpoint was trained with."""
     if len(ours) != len(saved):
         raise CheckpointError(f"{path} has {len(ours)} {what}, the vocabulary saved in the checkpoint {len(saved)}")
     for i, (a, b) in enumerate(zip(ours, saved, strict=True)):

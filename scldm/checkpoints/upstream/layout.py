@@ -1,4 +1,4 @@
-"""The state dict of an upstream checkpoint, taken apart: which key is what, and that none is lost.
+"""Split the state dict of an upstream checkpoint into parts; no key is lost.
 
     vae_model.NAME                    the VAE
     diffusion_model.NAME              the DiT's weights
@@ -7,7 +7,7 @@
     ema_model.{initted,step}          whether the average has begun, and its updates
     …_compiled._orig_mod.NAME         torch.compile's copy of the VAE or of the DiT
 
-Every key is used, or was found equal to one that is used, or is an error that names it.
+Every key is used, equal to one that is used, or an error that names it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scldm.checkpoints.native import CheckpointError
 
-# In the order of preference: the first that a checkpoint holds is used, and the others must equal it.
+# In order of preference: the first one that a checkpoint holds is used, and the others must be equal to it.
 _HOMES = {
     "vae": ("vae_model.", "vae_model._orig_mod.", "vae_model_compiled._orig_mod.", "vae_model_compiled."),
     "dit": (
@@ -40,21 +40,22 @@ _COUNTERS = re.compile(r"ema_model\.(initted|step)")
 
 @dataclass(frozen=True)
 class UpstreamParts:
-    """Weights by part, under upstream's names without prefix; empty where the checkpoint has no such part."""
+    """Weights by part, under upstream's names without prefix; empty if the checkpoint has no such part."""
 
     vae: dict[str, Tensor]
     dit: dict[str, Tensor]
     ema: dict[str, Tensor]
     ema_began: bool | None  # None: the checkpoint does not say
     ema_step: int | None
-    equal: dict[str, str] = field(default_factory=dict)  # key -> the key that was used in its place
+    equal: dict[str, str] = field(default_factory=dict)  # key -> the key that was used instead
 
 
-def take_apart(state: Mapping[str, Tensor]) -> UpstreamParts:
+def split_state_dict(state: Mapping[str, Tensor]) -> UpstreamParts:
     """Sort a checkpoint's state dict into parts.
 
     Raises:
-        CheckpointError: keys of no known layout, copies that differ, copies with other names than the original; all.
+        CheckpointError: Keys have no known layout, or copies differ from the original in values or names; the message
+            lists all of them.
     """
     found: dict[str, dict[str, dict[str, Tensor]]] = {part: {} for part in _HOMES}  # part -> prefix -> name -> value
     counters: dict[str, Tensor] = {}
@@ -66,15 +67,15 @@ def take_apart(state: Mapping[str, Tensor]) -> UpstreamParts:
             found[home[1]].setdefault(home[0], {})[key.removeprefix(home[0])] = value
         else:
             unknown.append(key)
-    problems = [f"no layout of upstream has a key {key!r}" for key in unknown[:20]]
+    problems = [f"no upstream layout has a key {key!r}" for key in unknown[:20]]
     problems += [f"… and {len(unknown) - 20} more such keys"] if len(unknown) > 20 else []
     equal: dict[str, str] = {}
     parts = {part: _one_of(homes, found[part], equal, problems) for part, homes in _HOMES.items()}
     problems += [
-        f"{part}: {name} {why}"
+        f"{part}: {name} {reason}"
         for part, values in parts.items()
         for name, value in values.items()
-        if (why := _unusable(value))
+        if (reason := _unusable(value))
     ]
     problems += [f"ema_model.{k} has {v.numel()} values, not one" for k, v in counters.items() if v.numel() != 1]
     problems += [
@@ -97,7 +98,7 @@ def take_apart(state: Mapping[str, Tensor]) -> UpstreamParts:
 def _one_of(
     homes: tuple[str, ...], found: Mapping[str, dict[str, Tensor]], equal: dict[str, str], problems: list[str]
 ) -> dict[str, Tensor]:
-    """The first copy of a part; notes in `equal` the keys of the others, and in `problems` where they differ."""
+    """Return the first copy of a part; record keys of the others in `equal`, and differences in `problems`."""
     present = [home for home in homes if home in found]
     if not present:
         return {}
@@ -108,22 +109,25 @@ def _one_of(
         problems += [f"{first}{n} has no copy under {other}" for n in sorted(used.keys() - copy.keys())[:10]]
         problems += [f"{other}{n} has no original under {first}" for n in sorted(copy.keys() - used.keys())[:10]]
         for name in used.keys() & copy.keys():
-            if why := _difference(used[name], copy[name]):
-                problems.append(f"{other}{name} should be a copy of {first}{name}, but {why}")
+            if reason := _difference(used[name], copy[name]):
+                problems.append(f"{other}{name} should be a copy of {first}{name}, but {reason}")
             else:
                 equal[other + name] = first + name
     return used
 
 
 def _unusable(value: Tensor) -> str:
-    """Why a tensor cannot be a weight, or nothing. Weights are kept in single precision, and must be finite there."""
+    """Return why a tensor cannot be a weight, or "".
+
+    Weights are kept in single precision, and must be finite there.
+    """
     if not value.is_floating_point():
         return f"is of type {value.dtype}; weights are floating-point numbers"
     return "" if value.float().isfinite().all() else "holds values that are not finite"
 
 
 def _difference(a: Tensor, b: Tensor) -> str:
-    """How two tensors differ, or nothing."""
+    """Return how two tensors differ, or ""."""
     if a.shape != b.shape:
         return f"one is {tuple(b.shape)}, the other {tuple(a.shape)}"
     if a.dtype != b.dtype:

@@ -1,5 +1,7 @@
-"""Tables of parameter names that translate both ways. In a name # stands for the number of a block, KIND for weight or
-bias."""
+"""Tables of parameter names that translate both ways.
+
+In a name # stands for the number of a block, KIND for weight or bias.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ class Names:
 
     Args:
         names: Theirs to ours.
-        theirs, ours: Whose they are, for messages.
+        theirs, ours: Names of the two models, for messages.
     """
 
     def __init__(self, names: Mapping[str, str], *, theirs: str, ours: str):
@@ -20,9 +22,11 @@ class Names:
         self._to_theirs, self._ours = _rules({mine: other for other, mine in names.items()}), ours
 
     def to_ours(self, name: str) -> str:
+        """Return our name of one of theirs."""
         return _translated(name, self._to_ours, self._theirs)
 
     def to_theirs(self, name: str) -> str:
+        """Return their name of one of ours."""
         return _translated(name, self._to_theirs, self._ours)
 
 

@@ -32,14 +32,14 @@ _NAMES = Names(_DIT_NAMES, theirs="upstream's DiT", ours="our DiT")
 
 
 def dit_key(upstream_name: str) -> str:
-    """Our name of a parameter of upstream's DiT, whose prefix (`diffusion_model.` and the like) is already gone."""
+    """Return our name of a parameter of upstream's DiT, given without its prefix (`diffusion_model.` and the like)."""
     if match := _UPSTREAM_LABEL.fullmatch(upstream_name):
         return f"labels.{label_table_name(match[1])}.weight"
     return _NAMES.to_ours(upstream_name)
 
 
 def upstream_dit_key(name: str) -> str:
-    """Upstream's name of a parameter of our DiT, without a prefix."""
+    """Return upstream's name of a parameter of our DiT, without a prefix."""
     if match := _OUR_LABEL.fullmatch(name):
         label = match[1].removeprefix("label_").replace("%2E", ".").replace("%25", "%")  # undoes label_table_name
         return f"class_embeddings.{label}.weight"
@@ -47,10 +47,10 @@ def upstream_dit_key(name: str) -> str:
 
 
 def dit_state_from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State of our DiT from the state of upstream's. The tensors are shared, not copied."""
+    """Return the state of our DiT from that of upstream's. The tensors are shared, not copied."""
     return {dit_key(name): tensor for name, tensor in state.items()}
 
 
 def dit_state_to_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State of upstream's DiT from the state of ours. The tensors are shared, not copied."""
+    """Return the state of upstream's DiT from that of ours. The tensors are shared, not copied."""
     return {upstream_dit_key(name): tensor for name, tensor in state.items()}

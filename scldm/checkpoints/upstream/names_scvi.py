@@ -19,7 +19,7 @@ _PRIOR = {"prior.loc": 0.0, "prior.scale": 1.0}
 
 
 def scvi_key(upstream: str) -> str:
-    """Our name of a parameter or buffer of upstream's."""
+    """Return our name of a parameter or buffer of upstream's."""
     if upstream == "decoder_head.theta":
         return "theta"
     for theirs, ours in _STEMS.items():
@@ -29,11 +29,11 @@ def scvi_key(upstream: str) -> str:
 
 
 def scvi_state_from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Upstream's state under our names.
+    """Return upstream's state under our names.
 
     Raises:
-        KeyError: a name that we do not know.
-        ValueError: a prior that is not the standard normal.
+        KeyError: A name is unknown.
+        ValueError: The prior is not the standard normal.
     """
     for name, value in _PRIOR.items():
         if name in state and not torch.equal(state[name], torch.full_like(state[name], value)):

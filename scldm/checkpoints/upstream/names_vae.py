@@ -66,16 +66,16 @@ _WITH_PAD_ROW = {"gene_embedding", "decoder_embedding", "log_theta"}
 
 
 def vae_key(upstream: str) -> str:
-    """Our name of an upstream VAE parameter.
+    """Return our name of an upstream VAE parameter.
 
     Raises:
-        KeyError: the name belongs to no part of the VAE that we know.
+        KeyError: The name belongs to no known part of the VAE.
     """
     return _NAMES.to_ours(upstream)
 
 
 def vae_state_from_upstream(state: Mapping[str, Tensor], *, pads: bool) -> dict[str, Tensor]:
-    """Upstream's VAE weights under our names.
+    """Return upstream's VAE weights under our names.
 
     Args:
         state: Names and values as upstream writes them.
@@ -91,18 +91,18 @@ def vae_state_from_upstream(state: Mapping[str, Tensor], *, pads: bool) -> dict[
 
 
 def without_pad_row(key: str, value: Tensor) -> Tensor:
-    """Upstream's tensor, or its gradient, in the shape of our parameter `key`."""
+    """Return upstream's tensor, or its gradient, in the shape of our parameter `key`."""
     if key not in _WITH_PAD_ROW:
         return value
     return value[1:].squeeze(-1) if key == "log_theta" else value[1:]
 
 
 def vae_state_to_upstream(state: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """Our VAE weights under upstream's names; rows of the pad that ours do not have are zeros.
+    """Return our VAE weights under upstream's names; rows of the pad that ours do not have are zeros.
 
     Args:
         state: Names and values of our VAE.
-        config: Of that VAE; without `gene_bias` and with an input of upstream's.
+        config: Configuration of that VAE; without `gene_bias` and with an input of upstream's.
     """
     out = {}
     for key, value in state.items():

@@ -1,4 +1,4 @@
-"""What a converter needs from upstream's configuration: sizes and choices of the networks, the path, the files named.
+"""Read what a converter needs from upstream's configuration: sizes and settings of the networks, path, file names.
 
 Upstream repeats settings (encoder and decoder, and the head); ours has each once, so the repetitions must agree. A
 setting that is not understood is an error: it might change the mathematics.
@@ -31,7 +31,7 @@ _PATHS = {"Linear": "linear", "GVP": "gvp", "VP": "vp"}
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """The DiT and its path."""
+    """Settings of the DiT and its path."""
 
     dit: DiTConfig
     path: PathConfig
@@ -42,15 +42,15 @@ class FlowSettings:
 
 @dataclass(frozen=True)
 class UpstreamSettings:
-    """Everything that is read from the YAML file."""
+    """Settings that are read from the YAML file."""
 
     kind: Kind
     vae: VAEConfig
     n_genes: int
     flow: FlowSettings | None
-    class_vocab_sizes: dict[str, int]  # of the data, in the order that joint size factors are named
+    class_vocab_sizes: dict[str, int]  # classes per label, in the order in which joint size factors are named
     joint: bool  # whether size factors are kept per combination of labels
-    files: dict[str, str | None]  # of FILES: the path that the configuration names
+    files: dict[str, str | None]  # name in FILES -> path that the configuration names
     left_behind: list[str] = field(default_factory=list)  # settings that have no place in our model
 
 
@@ -59,10 +59,10 @@ def read_settings(path: Path, *, genes_seq_len: int | None = None) -> UpstreamSe
 
     Args:
         path: The YAML file.
-        genes_seq_len: Tokens of a cell, pads included, in place of what the file says.
+        genes_seq_len: Tokens of a cell, including pads, instead of the file's.
 
     Raises:
-        CheckpointError: everything that is missing, unknown or contradictory, at once.
+        CheckpointError: Settings are missing, unknown or contradictory; the message lists all of them.
     """
     y = UpstreamYaml(path)
     left: list[str] = []
@@ -106,7 +106,7 @@ def read_settings(path: Path, *, genes_seq_len: int | None = None) -> UpstreamSe
 
 
 def _vae_values(y: UpstreamYaml, left: list[str]) -> dict[str, Any]:
-    """What `vae_config_from_upstream` wants."""
+    """Return the values that `vae_config_from_upstream` takes."""
     y.target(_ENCODER, {"nnets.Encoder": True})
     y.target(_DECODER, {"nnets.Decoder": True})
     y.target(_INPUT, {"layers.InputTransformerVAE": True})
@@ -156,7 +156,7 @@ def _head_values(y: UpstreamYaml, n_embed: int, eps: float) -> dict[str, Any]:
 
 
 def _flow_values(y: UpstreamYaml, left: list[str]) -> dict[str, Any]:
-    """Arguments of FlowSettings, with those of DiTConfig and PathConfig as dictionaries."""
+    """Return the arguments of FlowSettings, with those of DiTConfig and PathConfig as dictionaries."""
     y.target(_DIT, {"nnets.DiT": True})
     own = {"n_embed_input", "seq_len", "class_vocab_sizes", "cfg_dropout_prob", "condition_strategy"}
     y.only(_DIT, _BLOCKS | own)
@@ -213,7 +213,7 @@ def _reasons(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     rows = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "), e["input"]) for e in error.errors())
-    return "\n  ".join(f"{field}: {why}; got {value!r}" if field else why for field, why, value in rows)
+    return "\n  ".join(f"{field}: {message}; got {value!r}" if field else message for field, message, value in rows)
 
 
 def _check_latents(path: Path, flow: FlowSettings, vae: VAEConfig) -> None:

@@ -1,4 +1,4 @@
-"""Upstream's size factors and our library-size statistics, both ways.
+"""Convert upstream's size factors to our library-size statistics, and back.
 
 Upstream keeps the mean and the standard deviation of log(library size) in two pickles. One label at a time:
 `{label: {class: value}}`. Labels together: `{"a_b": {"class of a_class of b": value}}`. It has neither an entry for
@@ -22,7 +22,7 @@ NOT_GIVEN = "the model was converted from upstream without size factors"
 
 @dataclass(frozen=True)
 class SizeFactors:
-    """The two tables as upstream writes them: name of the label or labels -> class or classes -> value."""
+    """Upstream's two tables: name of the label or labels -> class or classes -> value."""
 
     mu: Mapping[str, Mapping[str, float]]
     sd: Mapping[str, Mapping[str, float]]
@@ -31,7 +31,7 @@ class SizeFactors:
 def library_sizes_from_upstream(
     factors: SizeFactors, classes: Mapping[str, Sequence[str]]
 ) -> tuple[LibrarySizes, list[str]]:
-    """Our statistics, and what was left behind or is missing, in words.
+    """Return our statistics, and notes on what was left out or is missing.
 
     Args:
         factors: Upstream's tables.
@@ -62,8 +62,8 @@ def library_sizes_from_upstream(
     return LibrarySizes({**dict(sorted(table.items())), ALL: _mixture(mixtures[first])}), notes
 
 
-def size_factors_of(sizes: LibrarySizes, classes: Mapping[str, Sequence[str]]) -> SizeFactors:
-    """Upstream's tables of our statistics: one per label, and one of all labels together where we have those."""
+def size_factors_to_upstream(sizes: LibrarySizes, classes: Mapping[str, Sequence[str]]) -> SizeFactors:
+    """Return upstream's tables of our statistics: one per label, and one of all labels together if we have it."""
     named = {label: {c: {label: c} for c in own} for label, own in classes.items()}
     if len(classes) > 1:
         together = [
@@ -87,14 +87,14 @@ def size_factors_of(sizes: LibrarySizes, classes: Mapping[str, Sequence[str]]) -
 
 
 def _check_tables(factors: SizeFactors) -> None:
-    for what, table in (("mean", factors.mu), ("standard deviation", factors.sd)):
+    for statistic, table in (("mean", factors.mu), ("standard deviation", factors.sd)):
         for name, values in table.items():
             if not isinstance(values, Mapping):
-                raise CheckpointError(f"size factors: the {what}s of {name} must be a dictionary; got {values!r}")
+                raise CheckpointError(f"size factors: the {statistic}s of {name} must be a dictionary; got {values!r}")
             for token, value in values.items():
                 usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-                if not usable or (what != "mean" and value < 0):
-                    raise CheckpointError(f"size factors: the {what} of {name}, {token} is {value!r}")
+                if not usable or (statistic != "mean" and value < 0):
+                    raise CheckpointError(f"size factors: the {statistic} of {name}, {token} is {value!r}")
     for name in {*factors.mu, *factors.sd}:
         mu, sd = factors.mu.get(name, {}), factors.sd.get(name, {})
         if odd := sorted(mu.keys() ^ sd.keys()):
@@ -102,20 +102,20 @@ def _check_tables(factors: SizeFactors) -> None:
 
 
 def _condition(name: str, token: str, classes: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The labels and classes that an entry stands for."""
+    """Return the labels and classes that an entry stands for."""
     if name in classes:
         if token not in classes[name]:
             raise CheckpointError(f"size factors: {name} has no class {token!r}; it has {', '.join(classes[name][:8])}")
         return {name: token}
-    found = list(_splits(token, list(classes.items())))
-    if len(found) != 1:
-        how = "more than one combination" if found else "no combination"
+    readings = list(_splits(token, list(classes.items())))
+    if len(readings) != 1:
+        how = "more than one combination" if readings else "no combination"
         raise CheckpointError(f"size factors: {token!r} is {how} of classes of {', '.join(classes)}")
-    return found[0]
+    return readings[0]
 
 
 def _splits(token: str, labels: Sequence[tuple[str, Sequence[str]]]) -> Iterator[dict[str, str]]:
-    """Every way to read a token as classes joined by underscores, one of each label."""
+    """Yield every way to read a token as classes joined by underscores, one of each label."""
     (name, own), *rest = labels
     if not rest:
         if token in own:
@@ -127,7 +127,7 @@ def _splits(token: str, labels: Sequence[tuple[str, Sequence[str]]]) -> Iterator
 
 
 def _mixture(parts: Sequence[LogNormal]) -> LogNormal:
-    """Mean and standard deviation of an equal mixture of log-normal statistics."""
+    """Return mean and standard deviation of an equal mixture of log-normal statistics."""
     mean = math.fsum(p.mean for p in parts) / len(parts)
     variance = math.fsum(p.sd**2 + (p.mean - mean) ** 2 for p in parts) / len(parts)
     return LogNormal(mean, math.sqrt(variance), None, ALL)
@@ -136,7 +136,10 @@ def _mixture(parts: Sequence[LogNormal]) -> LogNormal:
 def named_factors(
     table: Mapping[str, Any], classes: Mapping[str, Sequence[str]], *, by_id: bool
 ) -> dict[str, dict[str, Any]]:
-    """A table as a checkpoint's own vocabulary keeps it: by class id, or (labels together) by name as in the pickle."""
+    """Return a table by class names, from one of a checkpoint's own vocabulary.
+
+    Its keys are class ids, or (labels together) names as in the pickle.
+    """
     named: dict[str, dict[str, Any]] = {}
     for name, values in table.items():
         if by_id and name in classes:

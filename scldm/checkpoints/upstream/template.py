@@ -1,4 +1,4 @@
-"""The configuration that builds upstream's module of one of our models. Every value is written out."""
+"""Write the configuration that builds upstream's module of one of our models. Every value is written out."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def write_upstream_config(
     """Write the YAML file of a VAE, or of a VAE and its flow.
 
     Args:
+        vae: The VAE.
+        flow: The flow on its latents, if any.
         values: The VAE's settings under the names of VAE_FIELDS.
-        files: Of metadata_json, metadata_genes, mu_size_factor, sd_size_factor: names beside the configuration.
+        files: Names of metadata_json, metadata_genes, mu_size_factor and sd_size_factor in the configuration's folder.
         joint: Whether size factors are kept per combination of labels.
         path: File to write.
     """

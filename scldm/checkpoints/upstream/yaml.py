@@ -1,8 +1,7 @@
-"""Upstream's Hydra configuration as data: interpolations are followed, nothing named in it is imported or run.
+"""Read upstream's Hydra configuration as data: interpolations are resolved, nothing named in it is imported or run.
 
-Only what is asked for is resolved. A value that calls a resolver (`${eval:…}`, `${oc.env:…}`) is left unread, and an
-error if it is needed. `_target_` strings are names to compare, not things to import. The only module that knows
-omegaconf.
+Only requested values are resolved. A value that calls a resolver (`${eval:…}`, `${oc.env:…}`) is not read, and is an
+error if it is needed. `_target_` strings are compared, never imported. Only this module imports omegaconf.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 from scldm.checkpoints.native import CheckpointError
 
 T = TypeVar("T")
-MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 40, 10_000  # upstream's own have 14 kB, 5 levels, 700 values
-PACKAGES = ("scldm", "scg_vae")  # the second is what the first was called before its release
+MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 40, 10_000  # upstream's files have 14 kB, 5 levels, 700 values
+PACKAGES = ("scldm", "scg_vae")  # the second is the name before the first release
 _ABSENT = object()
 _REQUIRED: Any = object()
 
 
 class UpstreamYaml:
-    """Reads values by their dotted path and collects what is wrong, so that one error can say all of it."""
+    """Reads values by their dotted path and collects problems, so that one error can report all of them."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -35,43 +34,43 @@ class UpstreamYaml:
         self._config = self._load(path)
 
     def value(self, at: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """The value at a dotted path, of a given type; an absent one is `default`, or a problem.
+        """Return the value at a dotted path, of a given type; an absent value is `default`, or a problem.
 
-        After a problem the return value is a stand-in of the type: ask `raise_problems` before using anything.
+        After a problem the return value is a placeholder of the type: call `raise_problems` before using any value.
         """
-        found, problem = self._select(at)
+        value, problem = self._select(at)
         if problem:
             self.problems.append(problem)
             return kind()
-        if found is _ABSENT or (found is None and default is not _REQUIRED):
+        if value is _ABSENT or (value is None and default is not _REQUIRED):
             if default is _REQUIRED:
                 self.problems.append(f"{at} is missing")
                 return kind()
             return default
-        if kind is float and type(found) is int:
-            found = float(found)
-        if type(found) is not kind:
-            self.problems.append(f"{at} must be {_english(kind)}; got {found!r}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            self.problems.append(f"{at} must be {_english(kind)}; got {value!r}")
             return kind()
-        return found
+        return value
 
     def optional(self, at: str, kind: type[T]) -> T | None:
-        """As `value`, but None where the value is absent, null or cannot be resolved: for what is only a hint."""
-        found, problem = self._select(at)
-        return found if not problem and type(found) is kind else None
+        """Return the value as `value` does, but None if it is absent, null or cannot be resolved: for hints."""
+        value, problem = self._select(at)
+        return value if not problem and type(value) is kind else None
 
     def mapping(self, at: str) -> dict[str, Any] | None:
-        """A resolved dictionary, or None where it is absent or null."""
-        found, problem = self._select(at)
+        """Return a resolved dictionary, or None if it is absent or null."""
+        value, problem = self._select(at)
         if problem:
             self.problems.append(problem)
-        if problem or found is _ABSENT or found is None:
+        if problem or value is _ABSENT or value is None:
             return None
-        if not isinstance(found, DictConfig):
-            self.problems.append(f"{at} must be a dictionary; got {found!r}")
+        if not isinstance(value, DictConfig):
+            self.problems.append(f"{at} must be a dictionary; got {value!r}")
             return None
         try:
-            resolved = OmegaConf.to_container(found, resolve=True, throw_on_missing=True)
+            resolved = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
             self.problems.append(f"{at} cannot be resolved: {str(error).splitlines()[0]}")
             return None
@@ -79,12 +78,12 @@ class UpstreamYaml:
         return {str(key): value for key, value in resolved.items()}
 
     def keys(self, at: str) -> list[str]:
-        """Names under a dictionary; empty where there is none."""
-        found, _ = self._select(at)
-        return [str(key) for key in found] if isinstance(found, DictConfig) else []
+        """Return the names under a dictionary; none if it is absent."""
+        value, _ = self._select(at)
+        return [str(key) for key in value] if isinstance(value, DictConfig) else []
 
     def target(self, at: str, known: Mapping[str, T]) -> T | None:
-        """What a `_target_` means: `known` maps the name without its package to anything but None."""
+        """Return the meaning of a `_target_`: `known` maps its name without the package to any value but None."""
         name = self.value(f"{at}._target_", str)
         package, _, rest = name.partition(".")
         if package in PACKAGES and rest in known:
@@ -95,34 +94,35 @@ class UpstreamYaml:
         return None
 
     def only(self, at: str, keys: Collection[str]) -> None:
-        """Every other key is a problem: a setting that is not understood might change the mathematics."""
+        """Record every other key as a problem: a setting that is not understood might change the mathematics."""
         unknown = [k for k in self.keys(at) if k not in keys and not k.startswith("_")]
         if unknown:
             self.problems.append(f"{at} has settings that are not understood: {', '.join(unknown)}")
 
     def same(self, at: str, value: Any, *, like: str) -> None:
-        """A setting that upstream repeats must say the same everywhere, because ours has it once."""
+        """Record a problem if a setting that upstream repeats has another value, because ours has it once."""
         before = len(self.problems)
-        found = self.value(at, type(value), value)
-        if found != value and len(self.problems) == before:
+        actual = self.value(at, type(value), value)
+        if actual != value and len(self.problems) == before:
             self.problems.append(
-                f"{at} is {found!r}, but {like} is {value!r}: a model with two values is not supported"
+                f"{at} is {actual!r}, but {like} is {value!r}: a model with two values is not supported"
             )
 
     def raise_problems(self) -> None:
+        """Raise CheckpointError with all problems, if there are any."""
         if self.problems:
             raise CheckpointError(f"{self.path} cannot be used:\n  " + "\n  ".join(dict.fromkeys(self.problems)))
 
     def _select(self, at: str) -> tuple[Any, str]:
-        """(value, "") or (anything, what went wrong)."""
+        """Return (value, "") or (anything, the problem)."""
         try:
             return OmegaConf.select(self._config, at, default=_ABSENT, throw_on_missing=True), ""
         except (OmegaConfBaseException, RecursionError) as error:
             if at in self._calls:
                 return None, f"{at} is {self._calls[at]}: resolvers are not run; write the value into the file"
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            calls = "; ".join(f"{k}: {v}" for k, v in self._calls.items() if k in why)
-            return None, f"{at} cannot be resolved: {why}" + (f" ({calls}: resolvers are not run)" if calls else "")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            calls = "; ".join(f"{k}: {v}" for k, v in self._calls.items() if k in reason)
+            return None, f"{at} cannot be resolved: {reason}" + (f" ({calls}: resolvers are not run)" if calls else "")
 
     def _load(self, path: Path) -> DictConfig:
         if not path.is_file():
@@ -138,14 +138,14 @@ class UpstreamYaml:
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{path} is no configuration that can be read: {why[:300]}") from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"{path} is not a readable configuration: {reason[:300]}") from None
         if not isinstance(loaded, DictConfig):
             raise CheckpointError(f"{path} must hold a dictionary; got {type(loaded).__name__}")
         return OmegaConf.create(self._without_calls(OmegaConf.to_container(loaded, resolve=False), ""))
 
     def _without_calls(self, value: Any, at: str) -> Any:
-        """The same with every text that calls a resolver marked as missing, and remembered."""
+        """Return the value with every string that calls a resolver marked as missing, and remembered."""
         if isinstance(value, dict):
             return {k: self._without_calls(v, f"{at}.{k}" if at else str(k)) for k, v in value.items()}
         if isinstance(value, list):
@@ -157,7 +157,7 @@ class UpstreamYaml:
 
 
 def _check_structure(path: Path, text: str) -> None:
-    """Refuse what makes a short file expensive, or brings libyaml down: aliases, deep nesting, a million values."""
+    """Refuse what makes a short file expensive, or crashes libyaml: aliases, deep nesting, a million values."""
     depth = values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -171,7 +171,7 @@ def _check_structure(path: Path, text: str) -> None:
 
 
 def calls_a_resolver(text: str) -> bool:
-    """Whether an interpolation in the text holds a colon: `${name:arguments}`, at any depth."""
+    """Return whether an interpolation in the text holds a colon: `${name:arguments}`, at any depth."""
     depth = i = 0
     while i < len(text):
         if text.startswith("${", i):
@@ -185,7 +185,7 @@ def calls_a_resolver(text: str) -> bool:
 
 
 def write_yaml(path: Path, config: Mapping[str, Any]) -> None:
-    """A configuration that `UpstreamYaml` and upstream's Hydra read."""
+    """Write a configuration that `UpstreamYaml` and upstream's Hydra read."""
     OmegaConf.save(OmegaConf.create(dict(config)), path)
 
 

@@ -1,7 +1,7 @@
-"""Weighted means over pairs of points on a device: what takes the longest of a comparison, where there is a GPU.
+"""Weighted means over pairs of points on a device: the slowest part of a comparison, for a GPU.
 
 `distances.weighted_pair_means` is the reference in NumPy; this is the same sum in float64 torch, by blocks. The two
-differ by rounding alone, so that scores of a machine with a GPU and of one without may be laid side by side.
+are equal up to rounding, so that scores of machines with and without a GPU are comparable.
 
 Shape letters: n points of x, m points of y, p coordinates, r resamples.
 """
@@ -16,11 +16,11 @@ from torch import Tensor
 
 DEVICE_BLOCK = 4096  # rows of a pairwise block: 4,096 x 5,000 numbers are 160 MB
 
-TensorKernel = Callable[[Tensor], Tensor]  # of squared distances
+TensorKernel = Callable[[Tensor], Tensor]  # function of squared distances
 
 
 def present_device() -> torch.device | None:
-    """The GPU of this process, or None: then NumPy does the work."""
+    """Return the GPU of this process, or None: NumPy is used then."""
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
@@ -28,11 +28,13 @@ def present_device() -> torch.device | None:
 def pair_means_on(
     device: torch.device, x: np.ndarray, y: np.ndarray, kernels: Sequence[TensorKernel], *, u: np.ndarray, v: np.ndarray
 ) -> np.ndarray:
-    """sum over i, j of u_ri v_rj k(|x_i - y_j|²) for every kernel k and row r of weights, (kernels, r).
+    """Return sum over i, j of u_ri v_rj k(|x_i - y_j|²) for every kernel k and row r of weights, (kernels, r).
 
     Args:
+        device: Device of the computation.
         x: Points, (n, p).
-        y: Points, (m, p). The same array as x: a point with itself is at distance 0 exactly.
+        y: Points, (m, p). If it is the same array as x, a point is at distance 0 exactly from itself.
+        kernels: Functions of squared distances.
         u: Weights of x, (r, n), rows sum to 1.
         v: Weights of y, (r, m).
     """

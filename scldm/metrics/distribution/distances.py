@@ -1,6 +1,6 @@
 """Distances between two clouds of points (cells in a space fitted on real cells, see `projection`).
 
-All are 0 for equal distributions, lower is better, and all are biased upwards by small samples: read them beside the
+All are 0 for equal distributions, lower is better, and all are biased upwards by small samples: compare them with the
 real-vs-real floor at the same number of cells. Pairwise sums run in blocks of rows, so memory is bounded.
 
 Shape letters: n points of x (real), m points of y (generated), p coordinates.
@@ -33,7 +33,7 @@ def _check(x: np.ndarray, y: np.ndarray, *, at_least: int = 1) -> tuple[np.ndarr
 
 
 def squared_distance_blocks(x: np.ndarray, y: np.ndarray, block: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:
-    """Squared Euclidean distances of rows of x to all of y: (slice of rows, (rows, m))."""
+    """Yield squared Euclidean distances of rows of x to all of y: (slice of rows, (rows, m))."""
     yy = (y**2).sum(1)
     for start in range(0, len(x), block):
         rows = slice(start, min(start + block, len(x)))
@@ -42,7 +42,7 @@ def squared_distance_blocks(x: np.ndarray, y: np.ndarray, block: int = BLOCK) ->
 
 
 def _pair_mean(x: np.ndarray, y: np.ndarray, f: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Mean of f(squared distance) over all pairs; a point with itself is at distance 0 exactly."""
+    """Return the mean of f(squared distance) over all pairs; a point is at distance 0 exactly from itself."""
     total = 0.0
     for rows, d2 in squared_distance_blocks(x, y):
         if x is y:
@@ -51,16 +51,16 @@ def _pair_mean(x: np.ndarray, y: np.ndarray, f: Callable[[np.ndarray], np.ndarra
     return total / (len(x) * len(y))
 
 
-Kernel = Callable[[Any], Any]  # of squared distances, an array or, on a device, a tensor
+Kernel = Callable[[Any], Any]  # function of squared distances: an array or, on a device, a tensor
 
 
 def weighted_pair_means(
     x: np.ndarray, y: np.ndarray, kernels: Sequence[Kernel], *, u: np.ndarray, v: np.ndarray
 ) -> np.ndarray:
-    """sum over i, j of u_ri v_rj k(|x_i - y_j|²) for every kernel k and row r of weights, (kernels, r).
+    """Return sum over i, j of u_ri v_rj k(|x_i - y_j|²) for every kernel k and row r of weights, (kernels, r).
 
-    One pass over the pairs serves all kernels and resamples; memory is that of a block of rows. A GPU does it where
-    this process has one (`device_pairs`).
+    One pass over the pairs serves all kernels and resamples; memory is that of a block of rows. A GPU is used if this
+    process has one (`device_pairs`).
 
     Args:
         u: Weights of x, (r, n), rows sum to 1.
@@ -79,7 +79,7 @@ def weighted_pair_means(
 
 
 def rbf_sum(sigmas: Sequence[float]) -> Kernel:
-    """d² -> sum over sigma of exp(-d² / (2 sigma²))."""
+    """Return the kernel d² -> sum over sigma of exp(-d² / (2 sigma²))."""
     gammas = [1 / (2 * s**2) for s in sigmas]
 
     def kernel(d2: Any) -> Any:
@@ -93,7 +93,7 @@ def rbf_sum(sigmas: Sequence[float]) -> Kernel:
 
 
 def root(d2: Any) -> Any:
-    """The kernel of the energy distance: the distance itself."""
+    """Return the kernel of the energy distance: the distance itself."""
     return d2**0.5
 
 
@@ -103,7 +103,9 @@ def _sqrt_psd(a: np.ndarray) -> np.ndarray:
 
 
 def frechet_gaussians(mean_x: np.ndarray, cov_x: np.ndarray, mean_y: np.ndarray, cov_y: np.ndarray) -> float:
-    """|mean_x - mean_y|² + tr(cov_x + cov_y - 2 (cov_x^½ cov_y cov_x^½)^½): squared W2 of two Gaussians.
+    """Return the squared W2 of two Gaussians.
+
+    |mean_x - mean_y|² + tr(cov_x + cov_y - 2 (cov_x^½ cov_y cov_x^½)^½).
 
     The symmetric form keeps the root real and the result >= 0. Dowson & Landau 1982; Heusel et al. 2017 (FID).
     """
@@ -118,7 +120,7 @@ def _symmetric(a: np.ndarray) -> np.ndarray:
 
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Fréchet distance between Gaussians fitted to x and y (unbiased covariances), *squared*, as FID is.
+    """Return the Fréchet distance between Gaussians fitted to x and y (unbiased covariances), *squared*, as FID is.
 
     Space: PCA of log1p CP10k fitted on real. Lower is better, 0 at best. Formula: `frechet_gaussians`.
     """
@@ -130,12 +132,12 @@ Gaussian = tuple[np.ndarray, np.ndarray]
 
 
 def gaussian(x: np.ndarray) -> Gaussian:
-    """Mean (p,) and unbiased covariance (p, p) of points."""
+    """Return the mean (p,) and unbiased covariance (p, p) of points."""
     return x.mean(0), np.cov(x.T).reshape(x.shape[1], -1)
 
 
 def mmd2_rbf(x: np.ndarray, y: np.ndarray, sigmas: Sequence[float] = CFGEN_SIGMAS) -> float:
-    """Biased (V-statistic) squared maximum mean discrepancy with a *sum* of RBF kernels.
+    """Return the biased (V-statistic) squared maximum mean discrepancy with a *sum* of RBF kernels.
 
     mean k(x,x') + mean k(y,y') - 2 mean k(x,y), pairs of a point with itself included;
     k(a,b) = sum over sigma of exp(-gamma |a-b|²), gamma = 1 / (2 sigma²): sigma is a distance, the convention of
@@ -149,22 +151,23 @@ def mmd2_rbf(x: np.ndarray, y: np.ndarray, sigmas: Sequence[float] = CFGEN_SIGMA
 
 
 def median_distance(x: np.ndarray, limit: int = 2000) -> float:
-    """Median distance between two different points among the first `limit` of x."""
+    """Return the median distance between two different points among the first `limit` of x."""
     x, _ = _check(x[:limit], x[:limit], at_least=2)
     d2 = np.concatenate([block for _, block in squared_distance_blocks(x, x)])
     return float(np.sqrt(np.median(d2[np.triu_indices(len(x), 1)])))
 
 
 def mmd2_median(x: np.ndarray, y: np.ndarray) -> float:
-    """`mmd2_rbf` with one sigma, the median distance among *real* points x (biased, lower is better, 0 at best).
+    """Return `mmd2_rbf` with one sigma, the median distance among *real* points x (biased, lower is better).
 
-    The bandwidth comes from real cells only, so that every candidate is measured with one kernel. Gretton et al. 2012.
+    The bandwidth comes from real cells only, so that all candidates are measured with the same kernel. Gretton et al.
+    2012.
     """
     return mmd2_rbf(x, y, (median_distance(x),))
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """2 E|x-y| - E|x-x'| - E|y-y'| (V-statistic, not rooted). Lower is better, 0 at best.
+    """Return the energy distance 2 E|x-y| - E|x-x'| - E|y-y'| (V-statistic, not rooted). Lower is better.
 
     Székely & Rizzo 2013. In one dimension it is scipy.stats.energy_distance squared. Space: PCA fitted on real.
     """
@@ -173,11 +176,12 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def wasserstein(x: np.ndarray, y: np.ndarray, *, power: int, max_points: int, rng: np.random.Generator) -> float:
-    """Exact Wasserstein distance W_power of equal-size subsamples: (min over matchings of mean |x-y|^power)^(1/power).
+    """Return the exact Wasserstein distance W_power of equal-size subsamples.
 
-    k = min(n, m, max_points) points of each side are drawn without replacement by `rng`; the optimal matching is
-    scipy.optimize.linear_sum_assignment, so the value is exact for those points (time grows as k³: some 0.2 s at 500
-    points, some seconds at 2,000). Lower is better. Space: PCA of log1p CP10k fitted on real (as in CFGen).
+    It is (min over matchings of mean |x-y|^power)^(1/power). k = min(n, m, max_points) points of each side are drawn
+    without replacement by `rng`; the optimal matching is scipy.optimize.linear_sum_assignment, so the value is exact
+    for those points (time grows as k³: some 0.2 s at 500 points, some seconds at 2,000). Lower is better. Space: PCA of
+    log1p CP10k fitted on real (as in CFGen).
     """
     x, y = _check(x, y)
     x, y = (a[rng.permutation(len(a))] for a in (x, y))
@@ -185,7 +189,7 @@ def wasserstein(x: np.ndarray, y: np.ndarray, *, power: int, max_points: int, rn
 
 
 def matched(x: np.ndarray, y: np.ndarray, *, power: int, points: int) -> float:
-    """`wasserstein` of the first min(n, m, points) points of each side, which must stand in random order."""
+    """Return `wasserstein` of the first min(n, m, points) points of each side, which must be in random order."""
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2; got {power}")
     x, y = _check(x, y)

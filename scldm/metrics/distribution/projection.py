@@ -1,7 +1,7 @@
-"""The space in which clouds of cells are compared: fitted once on real training cells, then only applied.
+"""The space in which sets of cells are compared: fitted once on real training cells, then only applied.
 
 log1p CP10k -> the most variable genes -> minus the real mean -> PCA. Generated cells are projected with the real
-genes, mean and axes; a space refitted on them would bend towards their faults.
+genes, mean and axes; a space refitted on them would adapt to their errors.
 
 Rules for genes: `variance`, the highest variance of log1p CP10k, ties by position; `seurat_v3`, the highest variance of
 clipped, standardised counts, where the standard deviation comes from a loess fit (span 0.3, degree 2) of log10 variance
@@ -27,6 +27,8 @@ MIN_CELLS = 3  # with the gene, for seurat_v3
 
 @dataclass(frozen=True)
 class RealSpace:
+    """A projection of counts: chosen genes, their real mean and principal axes."""
+
     n_genes: int
     genes: np.ndarray  # (h,) positions in the vocabulary
     mean: np.ndarray  # (h,)
@@ -41,9 +43,9 @@ class RealSpace:
 
         Args:
             real_train: Counts, (n, g).
-            n_top_genes: Genes at most; a smaller vocabulary is taken whole.
+            n_top_genes: Genes at most; a smaller vocabulary is used whole.
             n_pcs: Coordinates; must be below the number of cells and of chosen genes.
-            seed: Of the randomised SVD.
+            seed: Seed of the randomised SVD.
             gene_rule: See the top of this file.
         """
         genes = most_variable(real_train, n_top_genes, gene_rule)
@@ -57,7 +59,7 @@ class RealSpace:
         return cls(real_train.shape[1], genes, pca.mean_, pca.components_, pca.explained_variance_ratio_)
 
     def project(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Coordinates of cells, (n, p)."""
+        """Return the coordinates of cells, (n, p)."""
         if counts.shape[1] != self.n_genes:
             raise ValueError(f"the space was fitted on {self.n_genes} genes; got cells with {counts.shape[1]}")
         parts = [(log1p_cp10k(part)[:, self.genes] @ self.axes.T) for part in chunks(sp.csr_matrix(counts))]
@@ -65,21 +67,23 @@ class RealSpace:
 
 
 def most_variable(counts: sp.csr_matrix, n: int, rule: GeneRule) -> np.ndarray:
-    """Positions of the n most variable genes by a rule, ascending."""
+    """Return the positions of the n most variable genes by a rule, ascending."""
     score = gene_moments(chunks(counts)).variance if rule == "variance" else seurat_v3_variance(counts)
     return np.sort(np.argsort(-score, kind="stable")[:n])
 
 
 def seurat_v3_variance(counts: sp.csr_matrix) -> np.ndarray:
-    """Variance of standardised counts clipped at sqrt(n), (g,); 0 for a gene of one value or in fewer than MIN_CELLS.
+    """Return the variance of standardised counts clipped at sqrt(n), (g,).
 
-    Rare genes are left out, as is usual before this rule: thousands of genes of one count share one mean, and the local
+    0 for a constant gene, or one in fewer than MIN_CELLS cells.
+
+    Rare genes are left out, as is usual for this rule: thousands of genes of one count share one mean, and the local
     fit is singular there.
 
     sum over cells of min(x, c)² and of min(x, c), with c = mean + sd sqrt(n) and sd = 10^(loess / 2), give
     (n mean² + sum min² - 2 mean sum min) / ((n - 1) sd²).
     """
-    from skmisc.loess import loess  # compiled, and needed by this rule alone
+    from skmisc.loess import loess  # compiled, and needed by this rule only
 
     counts = as_counts(counts)
     n = counts.shape[0]

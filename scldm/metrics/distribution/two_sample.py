@@ -1,4 +1,4 @@
-"""Can generated cells be told from real ones?
+"""Two-sample tests: can generated cells be told apart from real ones?
 
 All work on points in a space fitted on real cells (see `projection`).
 
@@ -21,10 +21,10 @@ from scldm.metrics.distribution.distances import squared_distance_blocks
 
 
 def classifier_auroc(real: np.ndarray, generated: np.ndarray, *, seed: int, n_folds: int = 5) -> float:
-    """Cross-validated AUROC of a logistic regression that tells generated (1) from real (0).
+    """Return the cross-validated AUROC of a logistic regression that separates generated (1) from real (0).
 
     Standardised coordinates, L2 with C = 1, stratified folds shuffled by `seed`, mean of the folds' AUROC. 0.5 is
-    ideal, 1 is told apart every time; nearer 0.5 is better. Linear: it sees shifts of the mean, not of the shape.
+    ideal, 1 is perfect separation; nearer 0.5 is better. Linear: it sees shifts of the mean, not of the shape.
     Source: classifier two-sample test, Lopez-Paz & Oquab 2017; GRouNdGAN.
     """
     if min(len(real), len(generated)) < n_folds:
@@ -40,10 +40,11 @@ def classifier_auroc(real: np.ndarray, generated: np.ndarray, *, seed: int, n_fo
 
 
 def nearest_neighbor_accuracy(real: np.ndarray, generated: np.ndarray) -> float:
-    """Leave-one-out accuracy of a 1-nearest-neighbour classifier, real against generated.
+    """Return the leave-one-out accuracy of a 1-nearest-neighbour classifier, real against generated.
 
-    0.5 is ideal (neighbours are of either kind), 1 is told apart, below 0.5 generated cells sit on real ones (copies);
-    nearer 0.5 is better. Needs equal numbers to read so. Source: Lopez-Paz & Oquab 2017; the scLDM paper's 1-NN.
+    0.5 is ideal (neighbours are of either kind), 1 is perfect separation, below 0.5 generated cells coincide with real
+    ones (copies); nearer 0.5 is better. This holds for equal numbers only. Source: Lopez-Paz & Oquab 2017; the scLDM
+    paper's 1-NN.
     """
     if len(real) != len(generated):
         raise ValueError(f"1-NN accuracy needs as many generated as real cells; got {len(generated)} and {len(real)}")
@@ -55,6 +56,8 @@ def nearest_neighbor_accuracy(real: np.ndarray, generated: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Manifolds:
+    """Precision, recall, density and coverage of generated cells."""
+
     precision: float
     recall: float
     density: float
@@ -62,9 +65,10 @@ class Manifolds:
 
 
 def manifold_metrics(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> Manifolds:
-    """Precision, recall (Kynkäänniemi et al. 2019), density, coverage (Naeem et al. 2020). Higher is better.
+    """Return precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    A set's manifold is the union of balls around its points, each to the k-th nearest other point of the set.
+    Higher is better. A set's manifold is the union of balls around its points, each to the k-th nearest other point of
+    the set.
     precision: share of generated in the real manifold. recall: share of real in the generated manifold.
     density: mean over generated of (real balls that hold it) / k, 1 expected, may exceed 1.
     coverage: share of real whose ball holds a generated point. Ceiling well below 1: compare with the floor.
@@ -90,5 +94,5 @@ def manifold_metrics(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> 
 
 
 def _radius2(x: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance of each point to its k-th nearest other point, (n,)."""
+    """Return the squared distance of each point to its k-th nearest other point, (n,)."""
     return NearestNeighbors(n_neighbors=k).fit(x).kneighbors()[0][:, -1] ** 2

@@ -19,7 +19,7 @@ CHUNK = 4096  # cells; bounds the memory of a pass over a large matrix
 
 
 def as_counts(x: sp.spmatrix | np.ndarray) -> sp.csr_matrix:
-    """CSR float64 without stored zeros; refuses what cannot be counts. The argument is left as it is."""
+    """Return counts as CSR float64 without stored zeros; refuse negative or infinite values. Never modifies x."""
     x = sp.csr_matrix(x, dtype=np.float64)
     if not x.has_canonical_format or (x.data == 0).any():
         x = x.copy()  # it may share arrays with the argument
@@ -33,7 +33,7 @@ def as_counts(x: sp.spmatrix | np.ndarray) -> sp.csr_matrix:
 
 
 def log1p_cp10k(counts: sp.spmatrix | np.ndarray, target: float = 1e4) -> sp.csr_matrix:
-    """log(1 + target * count / library size), (n, g) CSR float64; zeros stay zeros."""
+    """Return log(1 + target * count / library size), (n, g) CSR float64; zeros stay zeros."""
     x = as_counts(counts)
     size = np.asarray(x.sum(1)).ravel()
     scale = np.divide(target, size, out=np.zeros_like(size), where=size > 0)
@@ -42,12 +42,13 @@ def log1p_cp10k(counts: sp.spmatrix | np.ndarray, target: float = 1e4) -> sp.csr
 
 
 def chunks(x: sp.csr_matrix, rows: int = CHUNK) -> Iterator[sp.csr_matrix]:
+    """Yield x in chunks of rows."""
     return (x[i : i + rows] for i in range(0, x.shape[0], rows))
 
 
 @dataclass(frozen=True)
 class GeneMoments:
-    """Per-gene moments of n cells; two of them merge exactly (Chan, Golub, LeVeque 1979)."""
+    """Per-gene moments of n cells; two of them can be merged exactly (Chan, Golub, LeVeque 1979)."""
 
     n_cells: int
     mean: np.ndarray  # (g,)
@@ -56,18 +57,19 @@ class GeneMoments:
 
     @property
     def variance(self) -> np.ndarray:
-        """Unbiased (divided by n - 1)."""
+        """Unbiased variance (divided by n - 1), (g,)."""
         if self.n_cells < 2:
             raise ValueError(f"a variance needs at least 2 cells; got {self.n_cells}")
         return self.m2 / (self.n_cells - 1)
 
     @property
     def zero_fraction(self) -> np.ndarray:
+        """Share of cells in which each gene is zero, (g,)."""
         return self.n_zero / self.n_cells
 
     @classmethod
-    def of_chunk(cls, x: sp.csr_matrix) -> GeneMoments:
-        """Two passes over one chunk: no difference of large squares."""
+    def from_chunk(cls, x: sp.csr_matrix) -> GeneMoments:
+        """Compute moments by two passes over one chunk, without a difference of large squares."""
         n, g = x.shape
         if not n:
             raise ValueError("a chunk of cells must not be empty")
@@ -78,6 +80,7 @@ class GeneMoments:
         return cls(n, mean, m2, n - nonzero)
 
     def merge(self, other: GeneMoments) -> GeneMoments:
+        """Return the moments of both sets of cells together."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"moments of {len(self.mean)} genes cannot be merged with those of {len(other.mean)}")
         n = self.n_cells + other.n_cells
@@ -91,10 +94,10 @@ class GeneMoments:
 
 
 def gene_moments(count_chunks: Iterable[sp.csr_matrix], *, log_normalise: bool = True) -> GeneMoments:
-    """Mean, variance and zeros of every gene over chunks of counts, in log1p CP10k unless told otherwise."""
+    """Return mean, variance and zeros of every gene over chunks of counts, by default in log1p CP10k."""
     total: GeneMoments | None = None
     for chunk in count_chunks:
-        part = GeneMoments.of_chunk(log1p_cp10k(chunk) if log_normalise else as_counts(chunk))
+        part = GeneMoments.from_chunk(log1p_cp10k(chunk) if log_normalise else as_counts(chunk))
         total = part if total is None else total.merge(part)
     if total is None:
         raise ValueError("no cells to take gene moments from")
@@ -102,7 +105,7 @@ def gene_moments(count_chunks: Iterable[sp.csr_matrix], *, log_normalise: bool =
 
 
 def r2_identity(real: np.ndarray, generated: np.ndarray) -> float:
-    """Coefficient of determination against the identity line; a bias or a wrong scale costs.
+    """Return the coefficient of determination against the identity line, which penalises bias and a wrong scale.
 
     1 - sum (generated - real)^2 / sum (real - mean real)^2. Higher is better, 1 at best, below 0 where the real mean
     predicts better. Equals sklearn.metrics.r2_score(real, generated).
@@ -116,7 +119,10 @@ def r2_identity(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def pearson_squared(real: np.ndarray, generated: np.ndarray) -> float:
-    """Squared Pearson correlation: what many papers call R². Blind to bias and scale. Higher is better, 1 at best."""
+    """Return the squared Pearson correlation: what many papers call R².
+
+    Ignores bias and scale. Higher is better, 1 at best.
+    """
     a, b = real - real.mean(), generated - generated.mean()
     scale = (a**2).sum() * (b**2).sum()
     if scale == 0:
@@ -125,10 +131,10 @@ def pearson_squared(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def gene_statistics_agreement(real: GeneMoments, generated: GeneMoments) -> dict[str, float]:
-    """Agreement of gene means, variances and zero fractions over genes; higher is better, 1 at best.
+    """Return the agreement of gene means, variances and zero fractions over genes; higher is better, 1 at best.
 
     Keys `gene_{mean,variance,zero_fraction}_{r2,pearson2}`: r2 by `r2_identity`, pearson2 by `pearson_squared`. Over
-    genes with a count in at least one cell of either set: genes silent in both would only pad the agreement.
+    genes with a count in at least one cell of either set: genes silent in both would only inflate the agreement.
     """
     seen = (real.n_zero < real.n_cells) | (generated.n_zero < generated.n_cells)
     out = {}
@@ -140,24 +146,26 @@ def gene_statistics_agreement(real: GeneMoments, generated: GeneMoments) -> dict
 
 
 def zero_fraction(counts: sp.csr_matrix) -> float:
-    """Share of zero entries of the whole matrix, over all genes of the vocabulary."""
+    """Return the share of zero entries of the whole matrix, over all genes of the vocabulary."""
     return 1 - as_counts(counts).nnz / (counts.shape[0] * counts.shape[1])
 
 
 def library_sizes(counts: sp.csr_matrix) -> np.ndarray:
-    """Sum of counts of each cell, (n,)."""
+    """Return the sum of counts of each cell, (n,)."""
     return np.asarray(counts.sum(1)).ravel()
 
 
 def genes_per_cell(counts: sp.csr_matrix) -> np.ndarray:
-    """Number of genes with a count in each cell, (n,)."""
+    """Return the number of genes with a count in each cell, (n,)."""
     return np.diff(as_counts(counts).indptr)
 
 
 def weighted_gene_moments(x: sp.csr_matrix, weights: np.ndarray) -> list[GeneMoments]:
-    """Moments of the genes of x (n, g) under each row of weights (r, n): a half has weight at its cells alone.
+    """Return the moments of the genes of x (n, g) under each row of weights (r, n).
 
-    x holds values of log1p CP10k: below 10, so that a difference of squares loses no digit that counts.
+    A half has weight at its cells only.
+
+    x holds values of log1p CP10k: below 10, so that a difference of squares loses no significant digit.
     """
     n = (weights > 0).sum(1)
     squares, seen = x.copy(), x.copy()
@@ -169,7 +177,7 @@ def weighted_gene_moments(x: sp.csr_matrix, weights: np.ndarray) -> list[GeneMom
 
 
 def ks_statistic(real: np.ndarray, generated: np.ndarray) -> float:
-    """Kolmogorov-Smirnov statistic, the largest gap between two empirical distribution functions.
+    """Return the Kolmogorov-Smirnov statistic, the largest gap between two empirical distribution functions.
 
     Used on library sizes and genes per cell of raw counts. Lower is better, 0 at best, 1 at worst.
     """
@@ -177,9 +185,9 @@ def ks_statistic(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def weighted_ks(real: np.ndarray, generated: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """`ks_statistic` of weighted values, one for every row of weights u (r, n) and v (r, m), rows sum to 1: (r,)."""
+    """Return `ks_statistic` of weighted values for every row of weights u (r, n) and v (r, m), which sum to 1: (r,)."""
     values = np.concatenate([real, generated])
     order = np.argsort(values, kind="stable")
-    last = np.append(np.diff(values[order]) > 0, True)  # of a run of ties
+    last = np.append(np.diff(values[order]) > 0, True)  # last of a run of ties
     gap = np.cumsum(np.concatenate([u, -v], axis=1)[:, order], axis=1)[:, last]
     return abs(gap).max(1)

@@ -1,9 +1,9 @@
-"""Does a class differ from the other cells as it does among real ones? Log fold changes, real against generated.
+"""Log fold changes: does a class differ from the other cells as it does among real cells?
 
-LFC_g = log2((m_class,g + 1) / (m_against,g + 1)), m the mean counts per 10,000 of gene g: one count per 10,000 added,
-so that rare genes do not decide by their noise. `against` is all other cells of the same side, or real training cells
-of a control class, the same ones for real and generated. Over the genes of the space. A generator that shrinks effects
-has a slope below 1 and may still have a high correlation.
+LFC_g = log2((m_class,g + 1) / (m_against,g + 1)), m the mean counts per 10,000 of gene g: one count per 10,000 is added
+so that the noise of rare genes does not dominate. `against` is all other cells of the same side, or real training cells
+of a control class, the same ones for real and generated. Only genes of the space count. A generator that shrinks
+effects has a slope below 1 and may still have a high correlation.
 Source: perturbation benchmarks (log-fold-change recovery and attenuation).
 
 Shape letters: n cells, h genes, w rows of weights.
@@ -20,7 +20,7 @@ PSEUDO = 1.0  # counts per 10,000
 
 
 def cp10k(counts: sp.csr_matrix, genes: np.ndarray) -> sp.csr_matrix:
-    """Counts per 10,000 of some genes, (n, h); the library size is over all genes."""
+    """Return counts per 10,000 of some genes, (n, h); the library size is over all genes."""
     counts = as_counts(counts)
     size = library_sizes(counts)
     scale = np.divide(1e4, size, out=np.zeros_like(size), where=size > 0)
@@ -28,23 +28,26 @@ def cp10k(counts: sp.csr_matrix, genes: np.ndarray) -> sp.csr_matrix:
 
 
 def weighted_sum(x: sp.csr_matrix, rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of some rows of x under weights (w, n): (w, h), and the sum of these weights: (w, 1)."""
+    """Return the sum of some rows of x under weights (w, n), (w, h), and the sum of these weights, (w, 1)."""
     own = weights[:, rows]
     return (x[rows].T @ own.T).T, own.sum(1, keepdims=True)
 
 
 def log_fold_change(inside: np.ndarray, against: np.ndarray) -> np.ndarray:
-    """Of mean counts per 10,000, elementwise."""
+    """Return the log2 fold change of mean counts per 10,000, elementwise."""
     return np.log2((inside + PSEUDO) / (against + PSEUDO))
 
 
-def recovery(real: np.ndarray, made: np.ndarray) -> tuple[float, float]:
-    """(Pearson, slope) of generated on real log fold changes (h,). Higher is better, 1 at best; the slope's ideal is 1.
+def recovery(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
+    """Return (Pearson, slope) of generated on real log fold changes (h,).
 
-    The slope is cov(real, made) / var(real). The real ones are estimates too, whose noise lowers both numbers for any
-    candidate, also for the floor. Pearson is 0 where the generated ones do not vary: nothing is recovered.
+    Higher is better, 1 at best; the slope's ideal is 1.
+
+    The slope is cov(real, generated) / var(real). The noise of the real estimates lowers
+    both numbers for any candidate, also for the floor. Pearson is 0 if the generated values do not vary: nothing is
+    recovered.
     """
-    a, b = real - real.mean(), made - made.mean()
+    a, b = real - real.mean(), generated - generated.mean()
     variance = float(a @ a)
     if variance == 0:
         raise ValueError(f"the real log fold changes of {len(real)} genes are all equal: no recovery is defined")

@@ -1,6 +1,6 @@
-"""Do genes vary together in generated cells as they do in real ones?
+"""Gene-gene correlations: do genes vary together in generated cells as in real ones?
 
-Marginal statistics of genes cannot tell: shuffling every gene among the cells keeps them all and breaks this one.
+Marginal statistics of genes cannot tell: shuffling every gene among the cells keeps all of them and breaks this one.
 
 Shape letters: n cells, h genes.
 """
@@ -17,7 +17,7 @@ TOP = 200  # genes: 19,900 pairs; more would be pairs of genes that are zero in 
 
 
 def correlation_matrix(x: np.ndarray) -> np.ndarray:
-    """Pearson correlation of the columns of x (n, h), (h, h); 0 with a column that is constant: it moves with none."""
+    """Return the Pearson correlation of the columns of x (n, h), (h, h); 0 with a constant column."""
     centred = x - x.mean(0)
     norm = np.sqrt((centred**2).sum(0))
     varies = np.ptp(x, axis=0) > 0
@@ -26,11 +26,12 @@ def correlation_matrix(x: np.ndarray) -> np.ndarray:
 
 
 def correlation_agreement(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
-    """Agreement of two gene-gene correlation matrices over the pairs of different genes.
+    """Return the agreement of two gene-gene correlation matrices over the pairs of different genes.
 
-    (Pearson correlation of the pairs' coefficients, 0 where the generated ones do not vary; their mean absolute
-    difference). Higher and lower is better; 1 and 0 at best. Estimation noise of the coefficients, about 1/sqrt(n),
-    lowers the first one and raises the second for any candidate: read beside the floor.
+    The first number is the Pearson correlation of the pairs' coefficients (higher is better, 1 at best; 0 if the
+    generated ones do not vary), the second their mean absolute difference (lower is better, 0 at best). Estimation
+    noise of the coefficients, about 1/sqrt(n), lowers the first and raises the second for any candidate: compare with
+    the floor.
     """
     upper = np.triu_indices(real.shape[1], 1)
     a, b = correlation_matrix(real)[upper], correlation_matrix(generated)[upper]
@@ -40,13 +41,14 @@ def correlation_agreement(real: np.ndarray, generated: np.ndarray) -> tuple[floa
     return pearson, float(abs(a - b).mean())
 
 
-def gene_correlation_scores(real: Side, made: Side, top: int = TOP) -> dict[str, Score]:
-    """On log1p CP10k of the `top` genes of highest variance in the held-out real cells."""
+def gene_correlation_scores(real: Side, candidate: Side, top: int = TOP) -> dict[str, Score]:
+    """Score correlations on log1p CP10k of the `top` genes of highest variance in the held-out real cells."""
     genes = np.sort(np.argsort(-real.moments.variance, kind="stable")[:top])
-    x, y = _dense(real.log_counts, genes), _dense(made.log_counts, genes)
+    x, y = _dense(real.log_counts, genes), _dense(candidate.log_counts, genes)
     value = correlation_agreement(x, y)
     halves = [
-        correlation_agreement(x[real.halves.members(k)], y[made.halves.members(k)]) for k in range(len(real.halves))
+        correlation_agreement(x[real.halves.members(k)], y[candidate.halves.members(k)])
+        for k in range(len(real.halves))
     ]
     pearson, difference = np.array(halves).reshape(-1, 2).T
     names = f"top {len(genes)} genes"

@@ -1,9 +1,9 @@
-"""How well the VAE gives a cell back: decoded means, and counts drawn from them, against counts, in log1p CP10k.
+"""Reconstruction: decoded means, and counts drawn from them, against the counts, in log1p CP10k.
 
 The paper's PCC and MSE are of negative-binomial *draws*, per gene inside one batch (128 or 256 cells, genes without
 variance dropped). Draws carry sampling noise that no model can avoid, and a correlation inside a batch depends on its
-size. Ours are over all cells at once, of means and, named `_draws`, of draws: the latter are what is nearest to the
-paper's table, and still not the same number.
+size. Ours are over all cells together, of means and, named `_draws`, of draws: the latter are nearest to the paper's
+table, but still not the same number.
 
 Shape letters: n cells, g genes.
 """
@@ -23,11 +23,11 @@ from scldm.metrics.score import Score
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Scores of n cells.
+    """Reconstruction scores of n cells.
 
     Attributes:
         nll: Negative log-likelihood of the counts, nats summed over all genes, mean over cells. Lower is better. None
-            where the caller has no likelihood.
+            if the caller has no likelihood.
         gene_pearson: Mean over genes of the correlation across cells. Higher is better, 1 at best.
         cell_pearson: Mean over cells of the correlation across genes. Higher is better, 1 at best.
         mse: Mean squared error over all cells and genes. Lower is better.
@@ -44,7 +44,7 @@ class Reconstruction:
 
 
 def correlations(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, int]:
-    """Pearson correlation of each column of x with the same column of y, and the number of columns left out.
+    """Return the Pearson correlation of each column of x with the same column of y, and the number of columns left out.
 
     A column is left out if it has no variance in x or in y: the coefficient does not exist there.
     """
@@ -82,7 +82,7 @@ def reconstruction_scores(counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray
 
 
 def _in_log_space(counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """log1p CP10k of counts and of means, (n, g) each; refuses shapes and values that do not fit."""
+    """Return log1p CP10k of counts and of means, (n, g) each; refuse shapes and values that do not match."""
     if mu.shape != counts.shape:
         raise ValueError(f"mu must have the shape of the counts, {counts.shape}; got {mu.shape}")
     if nll is not None and nll.shape != (counts.shape[0],):
@@ -96,9 +96,9 @@ def _in_log_space(counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray | None)
 
 
 def zero_accuracy(counts: sp.csr_matrix, draws: sp.csr_matrix) -> np.ndarray:
-    """Share of genes that are zero in both or in neither, of each cell, (n,). Higher is better, 1 at best.
+    """Return the share of genes that are zero in both or in neither, of each cell, (n,). Higher is better, 1 at best.
 
-    A drawn zero where the cell has one need not be the same zero; the draws of the true model would not reach 1.
+    Zeros are random in draws: even the draws of the true model would not reach 1.
     """
     a, b = (as_counts(m).astype(bool).astype(np.float64) for m in (counts, draws))
     either = np.asarray(a.sum(1)).ravel() + np.asarray(b.sum(1)).ravel()
@@ -115,15 +115,16 @@ def reconstruction_table(
     nll: np.ndarray | None = None,
     draws: sp.csr_matrix | None = None,
 ) -> dict[str, Score]:
-    """`reconstruction_*` scores with resamples over the cells.
+    """Return `reconstruction_*` scores with resamples over the cells.
 
     nll (lower), gene_pearson and cell_pearson (higher), mse (lower) on means; the same but nll on draws, with `_draws`;
     zero_accuracy (higher) of the draws. Definitions: `Reconstruction`, `zero_accuracy`.
 
     Args:
         counts, mu, nll: As for `reconstruction_scores`.
-        halves: Of the cells. Scores of single cells are averaged over all of them, per-gene correlations are computed
-            anew for the first `refits`.
+        halves: Halves of the cells. Scores of single cells are averaged over all of them, per-gene correlations are
+            computed for the first `refits`.
+        refits: Number of halves for per-gene correlations.
         draws: Counts drawn from the decoded distribution, (n, g).
     """
     real, decoded = _in_log_space(counts, mu, nll)
@@ -140,7 +141,7 @@ def reconstruction_table(
 
 
 def _against(
-    real: np.ndarray, decoded: np.ndarray, halves: Halves, refits: int, suffix: str, how: str
+    real: np.ndarray, decoded: np.ndarray, halves: Halves, refits: int, suffix: str, basis: str
 ) -> dict[str, Score]:
     by_gene = [correlations(real, decoded)[0].mean()]
     by_gene += [correlations(real[rows], decoded[rows])[0].mean() for rows in map(halves.members, range(refits))]
@@ -151,17 +152,17 @@ def _against(
         "higher",
         1.0,
         "reconstruction",
-        f"Pearson per gene, {how}",
+        f"Pearson per gene, {basis}",
         np.array(by_gene[1:]),
         (-1.0, 1.0),
     )
     return {
         f"reconstruction_gene_pearson{suffix}": genes,
         f"reconstruction_cell_pearson{suffix}": _mean(
-            by_cell, Halves(halves.chosen[:, varies]), "higher", f"Pearson per cell, {how}", (-1.0, 1.0)
+            by_cell, Halves(halves.chosen[:, varies]), "higher", f"Pearson per cell, {basis}", (-1.0, 1.0)
         ),
         f"reconstruction_mse{suffix}": _mean(
-            ((real - decoded) ** 2).mean(1), halves, "lower", f"MSE (log1p CP10k), {how}", (0.0, np.inf)
+            ((real - decoded) ** 2).mean(1), halves, "lower", f"MSE (log1p CP10k), {basis}", (0.0, np.inf)
         ),
     }
 

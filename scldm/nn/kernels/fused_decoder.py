@@ -1,13 +1,13 @@
 """The decoder's last block over all genes, with a backward pass written by hand.
 
 Each gene of each cell: attention to the cell's m latent tokens, residual, LayerNorm, SwiGLU, head. With autograd and
-recompute (`Decoder._tile`, the plain reference) a training step pays for many small operations and for tensors that it
-frees at once; here a tile is computed again in the backward pass and differentiated in place, so that a step is mostly
+recompute (`Decoder._tile`, the plain reference) a training step pays for many small operations and short-lived
+tensors; here a tile is computed again in the backward pass and differentiated in place, so that a step is mostly
 matrix products. Nothing of size b x g x d is kept, forward or backward.
 
 Two foldings, exact: the output projection goes into the values (softmax(s) V W_o = softmax(s) (V W_o)), and the keys
 become one block-diagonal matrix over heads, so that scores of all heads are one product in the layout the next product
-wants. The second wastes arithmetic on zeros: `folds` says for which shapes that pays.
+wants. The second wastes arithmetic on zeros: `folds` tells for which shapes it pays off.
 
 Shape letters: b cells, g genes, t genes of a tile, n = b t, m latent tokens, d model width, h heads, c channels per
 head, f hidden width, r outputs.
@@ -28,12 +28,12 @@ ROWS = 2048  # cells x genes of a tile and thread: its widest tensors stay in th
 
 
 def folds(*, n_heads: int, channels: int, dtype: torch.dtype) -> bool:
-    """Whether this path is the quicker one: narrow heads, which are poor matrix products by themselves, or one head."""
+    """Return whether this path is the faster one: one head, or narrow heads, which are poor matrix products."""
     return dtype in (torch.float32, torch.float64) and (n_heads == 1 or channels < 32)
 
 
 class Weights(NamedTuple):
-    """What a tile needs beside queries and embeddings; the order is that of the autograd functions' arguments."""
+    """Weights of a tile besides queries and embeddings, in the order of the autograd functions' arguments."""
 
     keys: Tensor  # (b, d, h m), block-diagonal over heads; (b, h, m, c) for `scldm.nn.kernels.triton_decoder`
     values: Tensor  # (b, h m, d), output projection folded in
@@ -48,13 +48,15 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
+    """Sizes of a launch."""
+
     n_heads: int
     eps: float
     tile: int  # genes
 
 
 def block_diagonal_keys(k: Tensor) -> Tensor:
-    """(b, h, m, c) -> (b, h c, h m)."""
+    """Arrange keys (b, h, m, c) as a block-diagonal matrix over heads, (b, h c, h m)."""
     b, h, m, c = k.shape
     out = k.new_zeros(b, h, c, h, m)
     head = torch.arange(h, device=k.device)
@@ -63,7 +65,7 @@ def block_diagonal_keys(k: Tensor) -> Tensor:
 
 
 def folded_weights(keys: Tensor, v: Tensor, block: Any) -> Weights:
-    """The block's weights with its output projection in the values and its last matrix in the head."""
+    """Return the block's weights with its output projection in the values and its last matrix in the head."""
     _, h, _, c = v.shape
     values = torch.einsum("bhmc,dhc->bhmd", v, block.out.weight.unflatten(1, (h, c))).flatten(1, 2)
     return Weights(
@@ -82,14 +84,15 @@ def folded_weights(keys: Tensor, v: Tensor, block: Any) -> Weights:
 def decode_genes(
     q: Tensor, embedding: Tensor, k: Tensor, v: Tensor, *, block: Any, eps: float, tile: int | None = None
 ) -> Tensor:
-    """Outputs (b, g, r).
+    """Return the outputs (b, g, r).
 
     Args:
         q: Projected queries of the genes, heads merged, (g, d).
         embedding: Gene embeddings, the residual stream, (g, d).
         k, v: Keys and values of the latent tokens, (b, h, m, c).
         block: Owner of `out`, `norm_mlp`, `mlp` and `head` (the decoder).
-        tile: Genes at a time; by default what fits the cache.
+        eps: Epsilon of the LayerNorm.
+        tile: Genes per tile; by default as many as fit the cache.
     """
     b, h, _, c = k.shape
     if block.out.bias is not None:
@@ -126,7 +129,7 @@ class _Decode(torch.autograd.Function):
 
 
 def _attend(q: Tensor, embedding: Tensor, w: Weights, n_heads: int) -> tuple[Tensor, Tensor]:
-    """The residual stream (b, t, d) after attention, and the attention's weights (b, t, h m)."""
+    """Return the residual stream (b, t, d) after attention, and the attention's weights (b, t, h m)."""
     b = len(w.keys)
     scores = torch.bmm(q.expand(b, *q.shape), w.keys)
     weights = scores.unflatten(2, (n_heads, -1)).softmax(-1).flatten(2)
@@ -144,7 +147,7 @@ def _tile_outputs(q: Tensor, embedding: Tensor, w: Weights, sizes: Sizes) -> Ten
 def _tile_gradients(
     q: Tensor, embedding: Tensor, w: Weights, sizes: Sizes, grad: Tensor, dw: Weights, dq: Tensor, d_embedding: Tensor
 ) -> None:
-    """Adds the tile's share to `dw`; writes `dq` and `d_embedding` (t, d). `grad` is (b, t, r)."""
+    """Add the tile's share to `dw`; write `dq` and `d_embedding` (t, d). `grad` is (b, t, r)."""
     b, (t, d) = len(w.keys), q.shape
     x, attention = _attend(q, embedding, w, sizes.n_heads)
     y, mean, rstd = torch.native_layer_norm(x, (d,), w.norm_weight, w.norm_bias, sizes.eps)
@@ -168,7 +171,7 @@ def _tile_gradients(
 
 
 def _swiglu_gradients(y: Tensor, w: Weights, grad: Tensor, dw: Weights) -> Tensor:
-    """Gradient with respect to y (n, d); every product of size n x f is overwritten by the next one."""
+    """Return the gradient by y (n, d); every product of size n x f is overwritten by the next one."""
     gate, up = y @ w.gate.T, y @ w.up.T
     sigmoid = gate.sigmoid()
     silu = gate.mul_(sigmoid)

@@ -6,7 +6,7 @@ scaled (LayerNorm's factor), and a third table may add to the logits and scale t
 cell the rows are gathered into the cache, go through a softmax over the cell's entries, and are summed; the backward
 pass gathers them again. Only inputs are kept. `pool_cells` on gathered rows is the plain reference.
 
-With narrow heads one product over all heads and values, of which only the diagonal blocks are used, is quicker than one
+With narrow heads one product over all heads and values, of which only the diagonal blocks are used, is faster than one
 small product per head.
 
 Shape letters: b cells, n entries of all cells, u distinct counts, m queries, h heads, c channels per head.
@@ -28,7 +28,7 @@ from scldm.nn.kernels.pooling import require_tokens
 
 @dataclass(frozen=True)
 class PoolingEntries:
-    """Which rows the cells gather."""
+    """Rows that the cells gather."""
 
     genes: Tensor  # (n,) rows of the gene table
     sizes: Sequence[int]  # entries of each cell, each > 0; they sum to n
@@ -38,16 +38,20 @@ class PoolingEntries:
 
 @dataclass(frozen=True)
 class Heads:
+    """Numbers of heads, queries and channels: how a table's columns divide."""
+
     n_heads: int
     n_queries: int
     channels: int
 
     @property
     def logits(self) -> int:
+        """Columns of logits, h m."""
         return self.n_heads * self.n_queries
 
     @property
     def narrow(self) -> bool:
+        """Whether one product over all heads is faster than one product per head."""
         return self.n_heads > 1 and self.channels < 32
 
 
@@ -60,12 +64,12 @@ def pool_tables(
     added: Tensor | None = None,
     count_table: Tensor | None = None,
 ) -> Tensor:
-    """Softmax-weighted values of each cell, (b, h, m, c).
+    """Return the softmax-weighted values of each cell, (b, h, m, c).
 
     Args:
         table: Logits (h m) and values (h c) of each gene, (g, h m + h c).
         entries: The cells' genes.
-        heads: How the columns divide.
+        heads: Division of the columns.
         scale: Factor of each entry's row, (n,).
         added: Row of each distinct count that is added before the scale, (u, h m + h c).
         count_table: Bias of the logits (h m) and gain of the values (h c) of each distinct count, (u, h m + h c).
@@ -76,7 +80,7 @@ def pool_tables(
 
 @dataclass(frozen=True)
 class _Cell:
-    """One cell's rows, gathered."""
+    """Gathered rows of one cell."""
 
     raw: Tensor  # (n_i, h m + h c), before the scale
     kinds: Tensor | None  # (n_i,)
@@ -152,7 +156,7 @@ def _gather(at: slice, entries: PoolingEntries, heads: Heads, tables: _Tables) -
 
 
 def _weighted_values(cell: _Cell, heads: Heads) -> Tensor:
-    """(h, m, c)"""
+    """Return the softmax-weighted values, (h, m, c)."""
     h = heads.n_heads
     if heads.narrow:
         product = (cell.weights.T @ cell.values).view(h, heads.n_queries, h, heads.channels)
@@ -162,7 +166,7 @@ def _weighted_values(cell: _Cell, heads: Heads) -> Tensor:
 
 
 def _product_gradients(cell: _Cell, grad: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """Gradients of the softmax weights (n, h m) and of the values (n, h c), given that of the result (h, m, c)."""
+    """Return the gradients of the softmax weights (n, h m) and of the values (n, h c), given that of (h, m, c)."""
     h, m, c = grad.shape
     if heads.narrow:
         blocks = grad.new_zeros(h, m, h, c)

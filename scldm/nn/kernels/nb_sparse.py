@@ -31,14 +31,14 @@ def sparse_nb_nll(
     column: Tensor,
     counts: Tensor,
 ) -> Tensor:
-    """Nats per cell, (b,).
+    """Return the negative log-likelihood per cell in nats, (b,).
 
     Args:
         log_proportion: (b, s).
         theta: (s,) or (b, s).
         library_size: (b,).
-        weight: By how much each gene counts, (s,); 1 if None.
-        cell, column: Where the counts stand, (n,) each; a place occurs at most once.
+        weight: Weight of each gene, (s,); 1 if None.
+        cell, column: Positions of the counts, (n,) each; a position occurs at most once.
         counts: (n,), >= 0.
     """
     return _NegativeBinomial.apply(log_proportion, theta, library_size, weight, cell, column, counts)

@@ -1,4 +1,4 @@
-"""Softmax-weighted sums over the entries of each cell: the plain forms.
+"""Softmax-weighted sums over the entries of each cell, in plain torch.
 
 Shape letters: b cells, n entries of all cells, m queries, h heads, c channels per head.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def pool_cells(logits: Tensor, values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Cell by cell: (b, h, m, c).
+    """Pool cell by cell: (b, h, m, c).
 
     Args:
         logits: (n, h, m).
@@ -29,7 +29,7 @@ def pool_cells(logits: Tensor, values: Tensor, lengths: Sequence[int]) -> Tensor
 
 
 def pool_padded(logits: Tensor, values: Tensor, lengths: Tensor, cell_index: Tensor) -> Tensor:
-    """The same in a few large operations, padded to the longest cell: for accelerators. (b, h, m, c)"""
+    """Pool in a few large operations, padded to the longest cell, (b, h, m, c): for accelerators."""
     shortest, longest = torch.stack(lengths.aminmax()).tolist()  # the one host sync
     if shortest < 1:
         require_tokens(lengths.tolist())
@@ -44,6 +44,6 @@ def pool_padded(logits: Tensor, values: Tensor, lengths: Tensor, cell_index: Ten
 
 
 def require_tokens(lengths: Sequence[int]) -> None:
-    """A softmax over nothing is not defined."""
+    """Raise ValueError if a cell has no tokens: a softmax over nothing is not defined."""
     if empty := [i for i, n in enumerate(lengths) if n < 1]:
         raise ValueError(f"cells {empty[:5]} of the batch have no tokens (no expressed genes): leave them out")

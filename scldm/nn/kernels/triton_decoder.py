@@ -3,17 +3,17 @@
 Forward, one kernel: a program takes a tile of genes of one cell from queries to outputs. Kept for the backward pass are
 the inputs and one number per head, gene and cell (the log normaliser of the attention).
 
-Backward, three kernels per chunk of genes (`triton_gradients`), which compute the chunk again. Between them
-stand y, dx and dq of the chunk's rows, at most WORKSPACE numbers each (or one tile of genes of all cells, if that is
-more), whatever b and g are. Every sum has one owner and one order, so gradients are the same bits from run to run. What
-determinism costs: in the backward pass the first two products of the SwiGLU are computed twice, the attention's scores
-four times and the gradient of its weights three times; `PROGRAMS` blocks of partial sums stand for the gradient of the
+Backward, three kernels per chunk of genes (`triton_gradients`), which compute the chunk again. They exchange y, dx and
+dq of the chunk's rows, at most WORKSPACE numbers each (or one tile of genes of all cells, if that is more), for any b
+and g. Every sum has one owner and one order, so gradients are bitwise equal from run to run. The cost of determinism:
+in the backward pass the first two products of the SwiGLU are computed twice, the attention's scores
+four times and the gradient of its weights three times; `PROGRAMS` blocks of partial sums hold the gradient of the
 SwiGLU's matrices. The forward pass computes the scores twice.
 
 The output projection is folded into the values, as in the torch version. With several heads that is more arithmetic
-than need be: h m d instead of (m + d) d per gene for the values' product, a fifth of the whole at census_20m's sizes.
+than necessary: h m d instead of (m + d) d per gene for the values' product, a fifth of the whole at census_20m's sizes.
 
-A program holds rows of width d, so d is limited: `unfit` says why a decoder of another width takes the torch path.
+A program holds rows of width d, so d is limited: `unsupported_reason` says why a decoder takes the torch path.
 
 The likelihood is not fused: it reads the outputs (b, g, r) from memory (`scldm.nn.kernels.nb_sparse`).
 """
@@ -37,11 +37,11 @@ Precision = Literal["ieee", "tf32"]
 
 MAX_WIDTH = 256  # a tile of rows and a block of weights fill registers and shared memory
 WORKSPACE = 2**22  # numbers; y, dx and dq of a chunk stay in the second-level cache of an H100
-PROGRAMS = 512  # of the weights' gradient: a few for each multiprocessor
+PROGRAMS = 512  # for the weights' gradient: a few per multiprocessor
 
 
-def unfit(*, width: int, n_outputs: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot compute a decoder; None if they can."""
+def unsupported_reason(*, width: int, n_outputs: int, dtype: torch.dtype) -> str | None:
+    """Return the reason why the kernels cannot compute a decoder; None if they can."""
     if not _installed():
         return "triton is not installed"
     if width > MAX_WIDTH:
@@ -54,7 +54,7 @@ def unfit(*, width: int, n_outputs: int, dtype: torch.dtype) -> str | None:
 
 
 def _precision() -> Precision:
-    """What the user allows torch's own fp32 products (`torch.set_float32_matmul_precision`)."""
+    """Return the precision that the user allows for torch's fp32 products (`torch.set_float32_matmul_precision`)."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -74,17 +74,18 @@ def decode_genes(
     tile: int | None = None,
     precision: Precision | None = None,
 ) -> Tensor:
-    """Outputs (b, g, r), fp32.
+    """Return the outputs (b, g, r), fp32.
 
     Args:
-        q: Projected queries of the genes, heads merged, (g, d). Products are in their type.
+        q: Projected queries of the genes, heads merged, (g, d). Products use their dtype.
         embedding: Gene embeddings, the residual stream, (g, d).
         k, v: Keys and values of the latent tokens, (b, h, m, c).
         block: Owner of `out`, `norm_mlp`, `mlp` and `head` (the decoder).
-        tile: Genes at a time in the backward pass; by default what WORKSPACE holds.
-        precision: Of fp32 products; by default what torch's own have.
+        eps: Epsilon of the LayerNorm.
+        tile: Genes per chunk of the backward pass; by default as many as WORKSPACE holds.
+        precision: Precision of fp32 products; by default torch's.
     """
-    reason = unfit(width=q.shape[1], n_outputs=len(block.head.weight), dtype=q.dtype)
+    reason = unsupported_reason(width=q.shape[1], n_outputs=len(block.head.weight), dtype=q.dtype)
     if reason is not None:
         raise ValueError(f"no Triton kernel for this decoder: {reason}")
     precision = precision or _precision()
@@ -100,7 +101,7 @@ def decode_genes(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the kernels are launched."""
+    """Launch parameters of the kernels."""
 
     sizes: Mapping[str, int]  # the kernels' capital letters
     eps: float
@@ -108,7 +109,7 @@ class Plan:
     precision: Precision
 
     def options(self, kernel: Any) -> dict[str, Any]:
-        """Keyword arguments of a launch: the sizes that the kernel asks for, then precision, warps and stages."""
+        """Return the keyword arguments of a launch: sizes that the kernel takes, precision, warps and stages."""
         return {
             **{name: self.sizes[name] for name in kernel.arg_names if name in self.sizes},
             "PRECISION": self.precision,
@@ -118,7 +119,7 @@ class Plan:
 
 
 def _sizes(k: Tensor, q: Tensor, *, n_hidden: int, n_outputs: int, rows: int) -> dict[str, int]:
-    """Shapes and block sizes. A block is a power of two, and at least 16 where a product needs it.
+    """Return shapes and block sizes. A block is a power of two, and at least 16 where a product needs it.
 
     By ptxas, for compute capability 9.0 and bf16: with 32 rows a program stays in its registers at d = 128 and at 256
     (4 bytes spilt in one kernel), with 64 it does not; without tensor cores 32 are too many and 16 nearly fit.
@@ -181,12 +182,14 @@ class _Sums:
 
     @classmethod
     def zeros(cls, w: Weights, s: Mapping[str, int], *, rows: int) -> _Sums:
+        """Return sums of zeros, with `rows` rows in a chunk."""
         d, f, r = s["D"], s["F"], s["R"]
         shares = max(1, min(PROGRAMS // -(-f // s["BF"]), -(-rows // s["T"])))
         shapes = (w.keys.shape, w.values.shape, (2, d), (shares, 2, f, d), (r, d), (shares, r, f))
         return cls(*(w.keys.new_zeros(shape, dtype=torch.float32) for shape in shapes))
 
     def gradients(self, w: Weights, *, head_bias: Tensor) -> Weights:
+        """Return the gradients of the weights, as the sums over their shares."""
         (norm_weight, norm_bias), (gate, up) = self.norm, self.gate_up.sum(0)
         head_hidden = self.head_hidden.sum(0)
         return Weights(
@@ -204,7 +207,7 @@ class _Chunk:
     grad: Tensor  # (b, G, r), fp32
 
     def add_gradients(self, w: Weights, plan: Plan, sums: _Sums, dq: Tensor, d_embedding: Tensor) -> None:
-        """Adds the chunk's share to `sums`; writes `dq` and `d_embedding` (G, d)."""
+        """Add the chunk's share to `sums`; write `dq` and `d_embedding` (G, d)."""
         from scldm.nn.kernels.triton_gradients import keys_kernel, rows_kernel, weights_kernel
 
         q, s, (b, g, r) = self.q, plan.sizes, self.grad.shape

@@ -1,6 +1,6 @@
 """Triton kernels of the decoder's backward pass, over one chunk of genes of all cells.
 
-Three kernels, in this order, none with atomics, so that two runs give the same bits:
+Three kernels, in this order, none with atomics, so that two runs give bitwise equal results:
 
 * `rows_kernel`, a program per cell and tile of genes: computes the tile again and writes what the others read (y, dx)
   and the rows of the queries' gradient, which torch sums over cells;
@@ -21,10 +21,10 @@ from scldm.nn.kernels.triton_kernels import attended, load_tile, normalised, sca
 
 @triton.jit
 def hidden_gradients(
-    y, w_gate, w_up, grad, row_ids, head_hidden, columns, n_rows, F: tl.constexpr, R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    y: tl.tensor, w_gate: tl.tensor, w_up: tl.tensor, grad: tl.tensor, row_ids: tl.tensor, head_hidden: tl.tensor,
+    columns: tl.tensor, n_rows: tl.tensor, F: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients before SiLU and of the other factor, and the hidden activations: each (T, BF)."""
+    """Return the gradients before SiLU and of the other factor, and the hidden activations: each (T, BF)."""
     g = tl.dot(y, tl.trans(w_gate), input_precision=PRECISION)
     u = tl.dot(y, tl.trans(w_up), input_precision=PRECISION)
     sigmoid = tl.sigmoid(g)
@@ -37,20 +37,25 @@ def hidden_gradients(
 
 
 @triton.jit
-def output_gradient(grad, rows, r, n_rows, R: tl.constexpr):
-    """Column r of the outputs' gradient, (T,)."""
+def output_gradient(grad: tl.tensor, rows: tl.tensor, r: tl.tensor, n_rows: tl.tensor, R: tl.constexpr):
+    """Return column r of the outputs' gradient, (T,)."""
     return tl.load(grad + rows * R + r, mask=rows < n_rows, other=0.0)
 
 
 @triton.jit
 def rows_kernel(
-    q, embedding, keys, values, norm_weight, norm_bias, gate, up, head_x, head_hidden, lse, grad,
-    y_rows, dx_rows, dq_rows, delta, d_norm, d_head_x, eps, G,
-    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, embedding: tl.tensor, keys: tl.tensor, values: tl.tensor, norm_weight: tl.tensor,
+    norm_bias: tl.tensor, gate: tl.tensor, up: tl.tensor, head_x: tl.tensor, head_hidden: tl.tensor, lse: tl.tensor,
+    grad: tl.tensor, y_rows: tl.tensor, dx_rows: tl.tensor, dq_rows: tl.tensor, delta: tl.tensor, d_norm: tl.tensor,
+    d_head_x: tl.tensor, eps: tl.tensor, G: tl.tensor, M: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    BD: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y, dx and dq of every row, (b, G, D) each; the softmax's row sums `delta` (b, H, G); and a program's share of
-    the gradients of the norm (programs, 2, D) and of the head on the residual stream (programs, R, D)."""
+    """Write y, dx and dq of every row, (b, G, D) each.
+
+    Also writes the softmax's row sums `delta` (b, H, G), and each program's share of the gradients of the norm
+    (programs, 2, D) and of the head on the residual stream (programs, R, D).
+    """
     genes, cell = tl.program_id(0) * T + tl.arange(0, T), tl.program_id(1).to(tl.int64)
     program = cell * tl.num_programs(0) + tl.program_id(0)
     width = tl.arange(0, BD)
@@ -91,11 +96,12 @@ def rows_kernel(
 
 @triton.jit
 def query_gradients(
-    q, dx, keys, values, lse, delta, dq_rows, genes, cell, G,
-    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
-    BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, dx: tl.tensor, keys: tl.tensor, values: tl.tensor, lse: tl.tensor, delta: tl.tensor,
+    dq_rows: tl.tensor, genes: tl.tensor, cell: tl.tensor, G: tl.tensor, M: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq and delta = sum over tokens of p dp. Two passes over the tokens: dp - delta taken before rounding."""
+    """Write dq and delta = sum over tokens of p dp, in two passes over the tokens: dp - delta before rounding."""
     channels, width = tl.arange(0, BC), tl.arange(0, BD)
     for h in range(H):
         head = cell * H + h
@@ -121,11 +127,12 @@ def query_gradients(
 
 @triton.jit
 def weights_kernel(
-    y_rows, grad, gate, up, head_hidden, d_gate_up, d_head_hidden, N, n_each,
-    D: tl.constexpr, F: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
-    BR: tl.constexpr, PRECISION: tl.constexpr,
+    y_rows: tl.tensor, grad: tl.tensor, gate: tl.tensor, up: tl.tensor, head_hidden: tl.tensor,
+    d_gate_up: tl.tensor, d_head_hidden: tl.tensor, N: tl.tensor, n_each: tl.tensor, D: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the chunk's share to (shares, 2, F, D) and (shares, R, F). A program takes n_each rows."""
+    """Add the chunk's share to (shares, 2, F, D) and (shares, R, F). A program takes n_each rows."""
     columns, share = tl.program_id(0) * BF + tl.arange(0, BF), tl.program_id(1)
     width, outputs = tl.arange(0, BD), tl.arange(0, BR)
     w_gate, w_up = load_tile(gate, columns, width, F, D, D), load_tile(up, columns, width, F, D, D)
@@ -151,11 +158,11 @@ def weights_kernel(
 
 @triton.jit
 def keys_kernel(
-    q, keys, values, lse, delta, dx_rows, d_keys, d_values, G,
-    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
-    BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, lse: tl.tensor, delta: tl.tensor, dx_rows: tl.tensor,
+    d_keys: tl.tensor, d_values: tl.tensor, G: tl.tensor, M: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the chunk's share to the gradients of keys (b, H, M, C) and values (b, H, M, D)."""
+    """Add the chunk's share to the gradients of keys (b, H, M, C) and values (b, H, M, D)."""
     tokens, h, cell = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1), tl.program_id(2).to(tl.int64)
     channels, width = tl.arange(0, BC), tl.arange(0, BD)
     head = cell * H + h

@@ -1,7 +1,7 @@
 """Triton kernels of the decoder's last block: a program holds a tile of genes of one cell, whole rows of width d.
 
-Nothing imports this module but `triton_decoder`, and that only when it launches: without triton it cannot be
-imported. The backward kernels are in `triton_gradients` and compute a tile again with the functions below.
+Only `triton_decoder` imports this module, and only at a launch: it needs triton. The backward kernels are in
+`triton_gradients` and compute a tile again with the functions below.
 
 Sums are fp32. A product takes its operands in the type of the queries, so bf16 runs on tensor cores; softmax,
 LayerNorm and SiLU are fp32 always. Widths that are no power of two are masked: padding loads as zero and stays zero.
@@ -17,31 +17,38 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(pointer, rows, columns, n_rows, n_columns, stride):
-    """Rows x columns of a row-major matrix; zeros beyond its edges."""
+def load_tile(
+    pointer: tl.tensor, rows: tl.tensor, columns: tl.tensor, n_rows: tl.tensor, n_columns: tl.tensor,
+    stride: tl.tensor,
+):  # fmt: skip
+    """Load rows x columns of a row-major matrix; zeros beyond its edges."""
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_tile(pointer, value, rows, columns, n_rows, n_columns, stride):
+def store_tile(
+    pointer: tl.tensor, value: tl.tensor, rows: tl.tensor, columns: tl.tensor, n_rows: tl.tensor,
+    n_columns: tl.tensor, stride: tl.tensor,
+):  # fmt: skip
+    """Store rows x columns of a row-major matrix; nothing beyond its edges."""
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     tl.store(pointer + rows[:, None] * stride + columns[None, :], value, mask=inside)
 
 
 @triton.jit
-def scores(q, k, tokens, M: tl.constexpr, PRECISION: tl.constexpr):
-    """(T, BM); tokens beyond the last one get weight zero."""
+def scores(q: tl.tensor, k: tl.tensor, tokens: tl.tensor, M: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the products of queries and keys, (T, BM); tokens beyond the last one get weight zero."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     return tl.where((tokens < M)[None, :], s, float("-inf"))
 
 
 @triton.jit
 def log_normaliser(
-    q, keys, T: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, T: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """log sum exp of one head's scores over the tokens, (T,), a block of tokens at a time."""
+    """Return log sum exp of one head's scores over the tokens, (T,), computed a block of tokens at a time."""
     channels = tl.arange(0, BC)
     peak = tl.full((T,), float("-inf"), tl.float32)
     total = tl.zeros((T,), tl.float32)
@@ -56,10 +63,10 @@ def log_normaliser(
 
 @triton.jit
 def attended(
-    x, q, lse, keys, values, M: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    BD: tl.constexpr, PRECISION: tl.constexpr,
+    x: tl.tensor, q: tl.tensor, lse: tl.tensor, keys: tl.tensor, values: tl.tensor, M: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x (T, BD) plus one head's attention; the output projection is in the values."""
+    """Return x (T, BD) plus one head's attention; the output projection is in the values."""
     channels, width = tl.arange(0, BC), tl.arange(0, BD)
     for start in range(0, M, BM):
         tokens = start + tl.arange(0, BM)
@@ -70,16 +77,16 @@ def attended(
 
 
 @triton.jit
-def normalised(x, eps, D: tl.constexpr, BD: tl.constexpr):
-    """LayerNorm without its affine part, (T, BD), and one over the standard deviation, (T,)."""
+def normalised(x: tl.tensor, eps: tl.tensor, D: tl.constexpr, BD: tl.constexpr):
+    """Return the LayerNorm without its affine part, (T, BD), and one over the standard deviation, (T,)."""
     centred = tl.where((tl.arange(0, BD) < D)[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
     return centred * rstd[:, None], rstd
 
 
 @triton.jit
-def scaled(x_hat, norm_weight, norm_bias, D: tl.constexpr, BD: tl.constexpr):
-    """The affine part."""
+def scaled(x_hat: tl.tensor, norm_weight: tl.tensor, norm_bias: tl.tensor, D: tl.constexpr, BD: tl.constexpr):
+    """Apply the affine part of the LayerNorm."""
     width = tl.arange(0, BD)
     weight = tl.load(norm_weight + width, mask=width < D, other=0.0).to(tl.float32)
     bias = tl.load(norm_bias + width, mask=width < D, other=0.0).to(tl.float32)
@@ -88,12 +95,14 @@ def scaled(x_hat, norm_weight, norm_bias, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    q, embedding, keys, values, norm_weight, norm_bias, gate, up, head_x, head_hidden, head_bias, out, lse, eps, G,
-    M: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
+    q: tl.tensor, embedding: tl.tensor, keys: tl.tensor, values: tl.tensor, norm_weight: tl.tensor,
+    norm_bias: tl.tensor, gate: tl.tensor, up: tl.tensor, head_x: tl.tensor, head_hidden: tl.tensor,
+    head_bias: tl.tensor, out: tl.tensor, lse: tl.tensor, eps: tl.tensor, G: tl.tensor, M: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs (b, G, R) and the log normalisers of the attention (b, H, G); one program per tile of genes and cell."""
+    """Write outputs (b, G, R) and log normalisers of the attention (b, H, G); a program per cell and tile."""
     genes, cell = tl.program_id(0) * T + tl.arange(0, T), tl.program_id(1).to(tl.int64)
     width, outputs = tl.arange(0, BD), tl.arange(0, BR)
     x = load_tile(embedding, genes, width, G, D, D).to(tl.float32)

@@ -22,7 +22,7 @@ from pipeline.config.job import ResourcesConfig
 from pipeline.core.fault_points import POINTS
 from pipeline.core.faults import VARIABLE
 from pipeline.stages.generate import ray_pool
-from scldm.cells.cells import CellsError
+from scldm.cells.cells import CellShardsError
 from scldm.errors import InputError
 
 pytestmark = pytest.mark.chaos
@@ -82,7 +82,7 @@ def test_killed_at_any_point_the_same_command_gives_the_same_bytes(inputs, whole
         folder = tmp_path / f"kill{i}"
         assert ends(run_in_process(folder, inputs, fault, **ASKED)) == KILLED, fault
         assert not (folder / "manifest.json").exists()
-        with pytest.raises(CellsError):  # whoever reads meanwhile
+        with pytest.raises(CellShardsError):  # whoever reads meanwhile
             scldm.open_cells(folder)
         assert ends(run_in_process(folder, inputs, **ASKED)) == 0, fault
         assert hashes(folder) == whole, fault

@@ -76,7 +76,7 @@ def attacks(canary: Path) -> dict[str, tuple[bytes, str]]:
     for protocol in range(6):
         named[f"protocol {protocol}"] = (pickle.dumps(Call(os.system, touch), protocol=protocol), "posix.system")
     system, posix = text("system"), text("posix")
-    hidden = "a name that is put together while reading"
+    hidden = "a name that is computed while reading"
     by_hand = {
         "INST": (b"(S'" + touch.encode() + b"'\niposix\nsystem\n.", "posix.system"),
         "OBJ": (b"(cposix\nsystem\n" + text(touch) + b"o.", "posix.system"),

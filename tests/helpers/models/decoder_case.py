@@ -30,7 +30,7 @@ class Case:
     n_outputs: int = 1
     bias: bool = False
     multiple_of: int = 4
-    tile: int | None = None  # genes at a time
+    tile: int | None = None  # genes per tile
     rounding: torch.dtype = torch.float32  # of inputs and weights, for either side
 
     def draw(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Decoder, dict[str, Tensor], Tensor]:

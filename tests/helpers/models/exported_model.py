@@ -1,4 +1,4 @@
-"""A small model of ours in upstream's format, for tests that spoil it and convert it back."""
+"""A small model exported in upstream's format, for tests that damage it and convert it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs recorded from upstream, where this checkout has them beside it."""
+"""Outputs recorded from upstream, if they are in the folder shared/ of this checkout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Recorded checkpoints: each is converted, as `scldm convert` does, and its models must give the recorded outputs.
+"""Recorded checkpoints: each is converted by `scldm convert`, and its models must give the recorded outputs.
 
 The outputs were recorded from one checkpoint, which the note names. The others, with compiled keys or an old module
-name, must convert too; where they hold the same weights they must give the same outputs.
+name, must convert too; if they hold the same weights they must give the same outputs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from scldm.data.vocabulary import Vocabulary
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE, CountDistribution
 
-KEYS = "state_dict_keys.json"  # a copy of what the description says
+KEYS = "state_dict_keys.json"  # a copy of the keys in the description
 
 
 @dataclass(frozen=True)
 class Models:
-    """What a checkpoint was converted to."""
+    """Models converted from a checkpoint."""
 
     vae: VAE
     vocabulary: Vocabulary
@@ -49,7 +49,7 @@ def matches(case: Case) -> bool:
 
 
 def files(case: Case) -> list[Path]:
-    """Everything in the folder of checkpoints that can be told what it is."""
+    """Return all recognised files in the folder of checkpoints."""
     folder = _folder(case)
     named = {folder / name for name in case.facts["files"]}
     return [
@@ -92,7 +92,7 @@ def check(case: Case, ledger: Ledger) -> None:
 
 
 def _check_description(ledger: Ledger, name: str, found: ForeignCheckpoint) -> None:
-    """Keys and counters that the description lists for a checkpoint, and the names that its pickle asks for."""
+    """Compare keys and counters that the description lists for a checkpoint, and the names in its pickle."""
     facts = ledger.case.facts
     if (keys := facts.get("keys", {}).get(name)) is not None:
         ledger.same(f"{name} keys", sorted(found.state), sorted(keys))
@@ -124,7 +124,7 @@ def _converted(path: Path, ledger: Ledger, found: ForeignCheckpoint) -> Models:
 
 
 def config_of(checkpoint: Path) -> Path:
-    """The NAME_config.yaml beside a checkpoint whose name begins with NAME, the longest such name; or the only YAML."""
+    """Return NAME_config.yaml for a checkpoint whose name begins with NAME, the longest such; or the only YAML file."""
     configs = [
         path
         for path in checkpoint.parent.glob("*_config.yaml")
@@ -153,7 +153,7 @@ def cells_of(path: Path, vocabulary: Vocabulary) -> CellBatch:
 
 
 def _check_outputs(case: Case, ledger: Ledger, name: str, models: Models, first: Models, cells: CellBatch) -> None:
-    """Outputs of a checkpoint, where it holds the weights that the outputs were recorded with."""
+    """Compare the outputs of a checkpoint, if it holds the weights that they were recorded with."""
     with torch.no_grad():
         if not _same_weights(models.vae, first.vae):
             ledger.same(f"{name} VAE: other weights, nothing recorded", True, True)

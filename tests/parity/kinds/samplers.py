@@ -45,7 +45,7 @@ def check(case: Case, ledger: Ledger) -> None:
 
 
 def _sample_eps(case: Case) -> float:
-    """Distance from singular ends that upstream's transport was made with: the last of its arguments in the note."""
+    """Return the distance from singular ends of upstream's transport: the last of its arguments in the note."""
     match = re.search(r"create_transport\([^)]*,\s*(?:sample_eps\s*=\s*)?([\d.e-]+)\s*\)", case.facts.get("note", ""))
     if not match:
         raise CaseError("the note does not say with which sample_eps upstream's transport was made")
@@ -79,7 +79,7 @@ def _check_ode(case: Case, ledger: Ledger, field: Field, z: Tensor, run: Mapping
 
 
 def _attempt(velocity: Field, z: Tensor, times: list[float], method: str) -> str:
-    """What our solver makes of a run that upstream does not finish."""
+    """Describe the result of our solver on a run that upstream does not finish."""
     solver = SOLVERS.get(method, method)
     if solver not in EVALUATIONS and solver != "dopri5":
         return f"has no {method} either"
@@ -126,7 +126,7 @@ def _check_sde(case: Case, ledger: Ledger, field: Field, z: Tensor, run: Mapping
         ledger.tensor(f"{key}/step1", states[0], STOCHASTIC)
     if f"{key}/step_last_before_final" in case.tensors:
         ledger.tensor(f"{key}/step_last_before_final", states[-1], STOCHASTIC)
-    # Upstream asks the network twice for a drift, for its velocity and for its score; we ask once.
+    # Upstream evaluates the network twice for a drift, for its velocity and for its score; we evaluate once.
     upstream = 2 * drifts + (calls - drifts) * (2 if options.last_step == "mean" else 1)
     ledger.value(f"{key} nfe", upstream, run["nfe"], EXACT, f"ours {calls}: one evaluation per drift")
 
@@ -138,7 +138,7 @@ def _skip_states(case: Case, ledger: Ledger, key: str, reason: str) -> None:
 
 
 def _check_likelihood(case: Case, ledger: Ledger, field: Field, z: Tensor, run: Mapping[str, Any]) -> None:
-    """Upstream draws another probe at every evaluation; where it recorded them, its value can be reproduced."""
+    """Compare likelihoods; upstream draws a probe per evaluation, so only those with recorded probes match."""
     key, n = run["key"], int(run["num_steps"])
     method = key.removeprefix("lik/").removesuffix(str(n))
     times = even_times(n - 1)[::-1]
@@ -148,7 +148,7 @@ def _check_likelihood(case: Case, ledger: Ledger, field: Field, z: Tensor, run: 
         ledger.tensor(f"{key}/logp", ours.log_prob, TRAJECTORY)
         ledger.tensor(f"{key}/z", ours.x0, TRAJECTORY)
         ledger.value(f"{key} n_eps", ours.nfe, run["n_eps"], EXACT)
-        # Upstream asks the network twice per evaluation, for the velocity and for its divergence.
+        # Upstream runs the network twice per evaluation, for the velocity and for its divergence.
         ledger.value(f"{key} nfe", 2 * ours.nfe, run["nfe"], EXACT, f"ours {ours.nfe}")
         return
     if method != "dopri5":

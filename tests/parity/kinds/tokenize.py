@@ -24,12 +24,12 @@ def matches(case: Case) -> bool:
 
 
 def files(case: Case) -> list[Path]:
-    """Files of the folder that this case speaks of: those it names, and their neighbours of the same data set."""
+    """Return files to which the case refers: those it names, and files of the same data set in the same folder."""
     named = [case.folder / case.facts[key] for key in ("metadata_json", "metadata_genes") if case.facts.get(key)]
-    return [*named, *(path for key in FACTORS for path in _beside(case, key))]
+    return [*named, *(path for key in FACTORS for path in _same_folder(case, key))]
 
 
-# What is beside the metadata of a data set NAME: NAME + these.
+# Files in the folder of the metadata of a data set NAME: NAME + these.
 FACTORS = {
     "mu": "_log_size_factor_mu.pkl",
     "sd": "_log_size_factor_sd.pkl",
@@ -39,14 +39,14 @@ FACTORS = {
 }
 
 
-def _beside(case: Case, key: str) -> list[Path]:
+def _same_folder(case: Case, key: str) -> list[Path]:
     metadata = case.folder / case.fact("metadata_json")
     path = metadata.with_name(metadata.name.removesuffix("_metadata.json") + FACTORS[key])
     return [path] if path.is_file() else []
 
 
 def _file(case: Case, key: str) -> Path:
-    found = _beside(case, key)
+    found = _same_folder(case, key)
     if not found:
         raise CaseError(f"no file *{FACTORS[key]} beside {case.fact('metadata_json')}")
     return found[0]
@@ -74,7 +74,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _gene_table(case: Case, ledger: Ledger, metadata: Mapping[str, Any]) -> tuple[list[str], np.ndarray | None]:
-    """Genes of the vocabulary in order, and their mean counts where there is a table of them."""
+    """Return the genes of the vocabulary in order, and their mean counts if there is a table of them."""
     if not case.facts.get("metadata_genes"):
         return list(metadata["genes"]), None
     import pandas as pd

@@ -105,7 +105,7 @@ def _check_training(case: Case, ledger: Ledger, facts: Mapping[str, Any]) -> Non
 
 
 def _check_draws(case: Case, ledger: Ledger, shared: str, config: PathConfig, train_eps: float) -> None:
-    """Noise and times, where the description says the seed; else they are taken as given."""
+    """Compare noise and times if the description has the seed; otherwise use them as given."""
     match = re.search(r"torch\.manual_seed\((\d+)\)", case.facts.get("note", ""))
     if match:
         generator, x1 = torch.Generator().manual_seed(int(match[1])), case.tensors["in/x1"]

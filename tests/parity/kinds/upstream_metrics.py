@@ -1,4 +1,4 @@
-"""Upstream's validation metrics, to be compared with its logs and nothing else; see `compare` for ours.
+"""Upstream's validation metrics, for comparison with its logs only; see `compare` for ours.
 
 Some do not measure what they are named after: an RBF kernel of scale 1 between cells of thousands of genes sees only a
 cell with itself; Tanimoto's similarity divides by a sum that may vanish on counts; a Sinkhorn distance whose kernel
@@ -19,7 +19,7 @@ from torch import Tensor
 
 EPS = 1e-8  # added to denominators
 MIN_VARIANCE = 1e-8
-MAX_ITERATIONS = 1_000_000  # of Sinkhorn: a small reg needs many
+MAX_ITERATIONS = 1_000_000  # Sinkhorn: a small reg needs many
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (n, g), (m, g) -> (n, m)
 
 

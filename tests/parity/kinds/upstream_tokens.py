@@ -1,4 +1,4 @@
-"""Upstream's tokeniser and its splits, draw for draw, to compare with what it recorded; ours is `gene_sampling`.
+"""Upstream's tokeniser and splits, draw for draw, for comparison with its records; ours is `gene_sampling`.
 
 Two of its faults are kept: `expressed_zero` takes genes without a count first, and `weighted` divides the counts of the
 data's genes by the means of the vocabulary's, which are in another order.
@@ -20,7 +20,7 @@ PAD = 0  # upstream's token of a gene that is unknown or absent; genes count fro
 
 @dataclass(frozen=True)
 class UpstreamTokens:
-    """What upstream hands to its encoder and, where it hands a part, the part."""
+    """Input of upstream's encoder and, for a subset of genes, the subset."""
 
     genes: np.ndarray  # (b, g) or (b, s)
     counts: np.ndarray
@@ -45,7 +45,7 @@ def tokenise(
         tokens: Token of each gene, (g,).
         mode: none, expressed, expressed_zero, random, random_expressed or weighted.
         length: Tokens per cell, s.
-        seed: Of numpy's default generator.
+        seed: Seed of numpy's default generator.
         means: For `weighted`: mean count of each gene, (g,).
     """
     chosen = _columns(counts, mode, length, np.random.default_rng(seed), means)

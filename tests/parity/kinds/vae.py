@@ -65,8 +65,7 @@ def _genes(case: Case) -> Tensor:
 
 
 def _columns(case: Case) -> Tensor | None:
-    """Genes of the recorded columns, cell by cell; None where they are the vocabulary in its order, as upstream's
-    tokeniser gives them."""
+    """Return the genes of the recorded columns, cell by cell; None if they are the vocabulary in order."""
     genes = _genes(case)
     in_order = genes.shape[1] == case.config["n_genes"] and torch.equal(
         genes, torch.arange(genes.shape[1]).expand_as(genes)
@@ -75,7 +74,7 @@ def _columns(case: Case) -> Tensor | None:
 
 
 def _cells(case: Case, where: str, dtype: torch.dtype) -> CellBatch:
-    """What the encoder is given; in `none` zeros are tokens too."""
+    """Return the input of the encoder; in `none` zeros are tokens too."""
     counts, genes = case.tensors["in/counts"].to(dtype), _genes(case)
     dense = torch.zeros(len(counts), case.config["n_genes"], dtype=dtype).scatter(1, genes, counts)
     cells = CellBatch.from_dense(dense)
@@ -96,12 +95,12 @@ def _library_size(case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def _condition(case: Case, dtype: torch.dtype) -> Tensor | None:
-    """What modulates an adaLN decoder, (b, d)."""
+    """Return the condition of an adaLN decoder, (b, d)."""
     return case.tensors["in/condition"].to(dtype).flatten(1) if "in/condition" in case.tensors else None
 
 
 def _check_tokens(case: Case, ledger: Ledger, where: str) -> None:
-    """The recorded tokens are the expressed genes, and pads (gene 0, count 0) up to the length."""
+    """Check that the recorded tokens are the expressed genes, and pads (gene 0, count 0) up to the length."""
     prefix = f"in/{where}/"
     if f"{prefix}genes_subset" not in case.tensors:
         return

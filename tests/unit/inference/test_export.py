@@ -19,7 +19,7 @@ from pipeline.data.soma.store import SomaStore
 from pipeline.inference.export import h5ad as single_file
 from pipeline.inference.export import soma as soma_export
 from pipeline.inference.export import zarr as collection
-from scldm.cells.shards import CellsError
+from scldm.cells.shards import CellShardsError
 
 
 @pytest.fixture(scope="module")
@@ -192,5 +192,5 @@ def test_a_newer_manifest_is_refused_by_every_command(folder, tmp_path):
         result = run(*words)
         assert result.exit_code == 2
         assert "upgrade it" in result.output
-    with pytest.raises(CellsError):
+    with pytest.raises(CellShardsError):
         scldm.open_cells(folder)

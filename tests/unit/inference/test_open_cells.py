@@ -16,7 +16,7 @@ import scldm
 from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.inference.export.index import write_index
 from scldm.cells import shards as cell_shards
-from scldm.cells.cells import CellsError
+from scldm.cells.cells import CellShardsError
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_shards_that_the_manifest_does_not_list_are_not_there(folder):
 
 
 def test_too_many_cells_are_not_brought_into_memory(made):
-    with pytest.raises(CellsError, match="max_cells"):
+    with pytest.raises(CellShardsError, match="max_cells"):
         scldm.open_cells(made).to_anndata(max_cells=69)
 
 
@@ -176,7 +176,7 @@ def spoil(change):
 HOSTILE = {
     "half written": (lambda f: (f / "manifest.json").unlink(), "is not finished: 4 shards are committed"),
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), "is damaged"),
-    "a list": (lambda f: (f / "manifest.json").write_text("[]"), "is no manifest of a stage"),
+    "a list": (lambda f: (f / "manifest.json").write_text("[]"), "is not the manifest of a stage"),
     "newer": (spoil(lambda m: m["facts"].update(schema_version=9)), "schema_version 9"),
     "no shards": (spoil(lambda m: m["facts"].pop("shards")), "lists no .h5ad shards"),
     "arrow shards": (
@@ -191,14 +191,14 @@ HOSTILE = {
 @pytest.mark.parametrize(("change", "said"), HOSTILE.values(), ids=HOSTILE)
 def test_a_folder_that_holds_no_finished_cells_is_refused(folder, change, said):
     change(folder)
-    with pytest.raises(CellsError, match=said):
+    with pytest.raises(CellShardsError, match=said):
         scldm.open_cells(folder)
 
 
 def test_a_folder_that_is_not_there_and_one_above_a_stage_are_told_apart(folder, tmp_path):
-    with pytest.raises(CellsError, match="no such folder"):
+    with pytest.raises(CellShardsError, match="no such folder"):
         scldm.open_cells(tmp_path / "nowhere")
-    with pytest.raises(CellsError, match=f"did you mean {folder}"):
+    with pytest.raises(CellShardsError, match=f"did you mean {folder}"):
         scldm.open_cells(folder.parent)
 
 
@@ -207,16 +207,16 @@ def test_a_missing_or_damaged_shard_is_named_when_it_is_read(folder):
     (folder / "cells" / "part-00002.h5ad").write_bytes(b"no HDF5")
     cells = scldm.open_cells(folder)
     assert cells[:20].n_obs == 20
-    with pytest.raises(CellsError, match=r"part-00001.h5ad is missing.*scldm cells verify"):
+    with pytest.raises(CellShardsError, match=r"part-00001.h5ad is missing.*scldm cells verify"):
         cells[20:25]
-    with pytest.raises(CellsError, match=r"part-00002.h5ad cannot be read"):
+    with pytest.raises(CellShardsError, match=r"part-00002.h5ad cannot be read"):
         cells[40:45]
 
 
 def test_an_index_that_is_not_the_shards_is_refused(folder):
     obs = pd.read_parquet(folder / "index.parquet")
     obs.iloc[:10].to_parquet(folder / "index.parquet")
-    with pytest.raises(CellsError, match="has 10 cells and the manifest 70"):
+    with pytest.raises(CellShardsError, match="has 10 cells and the manifest 70"):
         scldm.open_cells(folder).obs  # noqa: B018
 
 

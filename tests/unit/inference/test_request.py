@@ -99,7 +99,7 @@ def test_rows_may_set_guidance_and_library_size(tmp_path):
     rows = request(conditions=str(path)).rows
     assert [dict(r.guidance) for r in rows] == [{"": 2.0}, {"donor_id": 0.5}]
     assert [r.library_size for r in rows] == [5000.0, None]
-    assert Request.of_plain(request(conditions=str(path)).as_plain()).rows == rows
+    assert Request.from_plain(request(conditions=str(path)).as_plain()).rows == rows
 
 
 def test_a_parquet_table_with_numbers_for_classes_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""Every recorded number is compared; what differs, lacks or is unknown is said, and none of it depends on a name."""
+"""Every recorded number is compared; differences, gaps and unknown entries are reported, whatever a case is named."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from pipeline.data.inspection.examine import Question, examine
 from pipeline.inference.request import read_table
 from pipeline.stages import ingest
 from pipeline.training.checkpoints import manifest as checkpoint
-from scldm.cells.cells import CellsError, open_cells
+from scldm.cells.cells import CellShardsError, open_cells
 from scldm.checkpoints.native import CheckpointError, load_flow, load_vae
 from scldm.checkpoints.untrusted import child as untrusted_child
 from scldm.checkpoints.untrusted.reader import UntrustedFileError, read_checkpoint, read_pickle
@@ -35,7 +35,7 @@ from scldm.checkpoints.upstream.yaml import UpstreamYaml
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 
-OURS = (InputError, CheckpointError, CellsError, untrusted_child.foreign.Refused)
+OURS = (InputError, CheckpointError, CellShardsError, untrusted_child.rules.Refused)
 # What a loader of a model reads first is the folder's other files: these are whole.
 MODELS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any], tuple[str, ...]]] = {
     "vae": (write_vae, load_vae, ("model.safetensors", "config.json", "vocabulary.json", "library_size.json")),
@@ -192,7 +192,9 @@ def test_the_commands_end_with_2_and_say_what_was_asked_for(tmp_path):
         done = CliRunner().invoke(app, [c if "." not in c else str(tmp_path / c) for c in command])
         assert done.exit_code == 2, done.output
         assert not (tmp_path / "out").exists()
-        with pytest.raises(UntrustedFileError, match=r"model.ckpt is not read: .*nothing ran|cannot be read") as said:
+        with pytest.raises(
+            UntrustedFileError, match=r"model.ckpt was not read: .*nothing was run|cannot be read"
+        ) as said:
             read_checkpoint(tmp_path / "model.ckpt")
         assert asked in str(said.value) or "cannot be read" in str(said.value)
     (tmp_path / "sizes.pkl").write_bytes(files["BUILD"])
@@ -219,7 +221,7 @@ def test_paths_in_manifests_stay_inside_their_folder(tmp_path):
         facts = {"cells": place, "n_cells": 1, "shards": place, "index": place}
         about = {"stage": "generate", "version": "v", "folder": "f", "config": {}, "inputs": {}, "facts": facts}
         (tmp_path / "manifest.json").write_text(json.dumps({**about, "seconds": 0, "finished_at": 0}))
-        with pytest.raises(CellsError):
+        with pytest.raises(CellShardsError):
             open_cells(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a model does in a notebook: the cells and numbers of the batch jobs, errors that say what to do."""
+"""The notebook API: the cells and numbers of the batch jobs, and errors that say how to fix them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_cells_are_those_of_a_generate_job_to_the_last_bit(tmp_path):
     )
 
 
-def test_another_seed_makes_other_cells_and_the_same_seed_the_same(model):
+def test_another_seed_gives_other_cells_and_the_same_seed_the_same(model):
     first, again, other = (model.generate({"cell_type": "B"}, n=40, seed=s) for s in (1, 1, 2))
     np.testing.assert_array_equal(first.obsm["X_scldm"], again.obsm["X_scldm"])
     assert list(first.obs_names) == list(again.obs_names)
@@ -101,7 +101,7 @@ def test_genes_are_found_by_name_whatever_their_order(model):
     np.testing.assert_array_equal(encoded, turned)
 
 
-def test_symbols_a_column_and_a_layer_are_taken_where_they_are_asked_for(model):
+def test_symbols_a_column_and_a_layer_are_used_if_requested(model):
     adata = real_cells()
     wanted = model.encode(adata.copy()).obsm["X_scldm"]
     other = adata.copy()
@@ -123,13 +123,13 @@ def test_a_view_is_copied_and_an_anndata_is_filled(model):
     np.testing.assert_allclose(encoded.obsm["X_scldm"], adata.obsm["X_scldm"][:10], rtol=0, atol=1e-5)
 
 
-def test_latents_do_not_depend_on_the_cells_beside(model):
+def test_latents_do_not_depend_on_the_other_cells(model):
     adata = real_cells()
     whole = model.encode(adata).obsm["X_scldm"]
     np.testing.assert_allclose(model.encode(adata[:33].copy()).obsm["X_scldm"], whole[:33], rtol=0, atol=1e-5)
 
 
-def test_what_a_model_cannot_take_is_said_with_its_remedy(model):
+def test_unusable_cells_are_refused_with_a_fix(model):
     adata = real_cells()
     logged = adata.copy()
     logged.X = np.log1p(adata.X.toarray())
@@ -171,7 +171,7 @@ def test_conditions_may_be_a_dictionary_a_table_or_nothing(model):
     assert model.generate(n=0).shape == (0, len(GENES))
 
 
-def test_only_the_genes_asked_for_are_kept_and_their_counts_do_not_change(model):
+def test_only_the_requested_genes_are_kept_and_their_counts_do_not_change(model):
     whole = model.generate(n=40, seed=3)
     some = model.generate(n=40, seed=3, genes=["g4", "G1"])
     assert list(some.var_names) == ["g1", "g4"]
@@ -185,7 +185,7 @@ def test_settings_change_the_cells(model):
         assert (model.generate({"cell_type": "B"}, n=32, **other).obsm["X_scldm"] != plain.obsm["X_scldm"]).any()
 
 
-def test_all_that_is_wrong_with_a_request_is_said_at_once(model):
+def test_all_problems_of_a_request_are_reported_together(model):
     with pytest.raises(RequestError) as error:
         model.generate(
             pd.DataFrame({"cell_type": ["b"], "donr": ["d1"], "n_cells": [-1]}), genes=["g9"], guidance={"tissue": 2.0}
@@ -230,7 +230,7 @@ def _manifest(folder, stage, facts, inputs):
     (folder / "manifest.json").write_text(json.dumps(text))
 
 
-def test_a_folder_without_models_is_refused_with_what_to_name(tmp_path, folder):
+def test_a_folder_without_models_is_refused_with_a_hint(tmp_path, folder):
     with pytest.raises(CheckpointError, match="is no folder"):
         scldm.load(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="nothing is downloaded"):
@@ -249,7 +249,7 @@ def test_a_folder_without_models_is_refused_with_what_to_name(tmp_path, folder):
 
 
 # ---- hub layout ----------------------------------------------------------------------------------------------------
-def test_a_saved_model_makes_the_same_cells_and_has_a_card(model, tmp_path):
+def test_a_saved_model_generates_the_same_cells_and_has_a_card(model, tmp_path):
     folder = model.save_pretrained(tmp_path / "mine")
     again = scldm.Model.from_pretrained(folder)
     np.testing.assert_array_equal(again.generate(n=8).X.toarray(), model.generate(n=8).X.toarray())
@@ -260,10 +260,10 @@ def test_a_saved_model_makes_the_same_cells_and_has_a_card(model, tmp_path):
     assert json.loads((folder / "model_index.json").read_text())["flow"] == "flow"
 
 
-def test_a_folder_of_others_is_never_replaced(model, tmp_path):
+def test_a_folder_of_other_files_is_never_replaced(model, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(CheckpointError, match="not made by this"):
+    with pytest.raises(CheckpointError, match="not written by this"):
         model.save_pretrained(tmp_path / "mine", force=True)
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="--force"):

@@ -1,4 +1,4 @@
-"""Upstream's checkpoints become model folders that load; weights that do not fit are named, and nothing is written."""
+"""Upstream's checkpoints become model folders that load; mismatched weights are named, and nothing is written."""
 
 from __future__ import annotations
 
@@ -145,11 +145,11 @@ def test_a_second_run_is_refused_and_force_replaces_only_an_earlier_conversion(e
     assert sorted(p.name for p in exported.out.parent.iterdir()) == ["out", "upstream"]
     (exported.out / "thesis.txt").write_text("mine")
     result = exported.run("--force")
-    assert (result.exit_code, "was not made by this command" in result.output) == (2, True)
+    assert (result.exit_code, "was not written by this command" in result.output) == (2, True)
     assert (exported.out / "thesis.txt").read_text() == "mine"
 
 
-def test_every_key_that_is_too_many_is_named(exported):
+def test_every_extra_key_is_named(exported):
     def change(state):
         state["loss.weight"] = torch.ones(2)
         state["vae_encoder.weight"] = torch.ones(2)
@@ -158,7 +158,7 @@ def test_every_key_that_is_too_many_is_named(exported):
     exported.refused("key 'loss.weight'", "key 'vae_encoder.weight'")
 
 
-def test_names_that_only_one_side_has_are_named_all_at_once(exported):
+def test_all_names_that_only_one_side_has_are_reported_together(exported):
     def change(state):
         del state["vae_model.decoder_head.params.bias"]
         state["vae_model.decoder_head.extra.weight"] = torch.ones(1)
@@ -166,13 +166,13 @@ def test_names_that_only_one_side_has_are_named_all_at_once(exported):
 
     exported.change_state(change)
     exported.refused(
-        "vae_model.decoder_head.params.bias is asked for by the configuration, and not in the checkpoint",
-        "vae_model.decoder_head.extra.weight is in the checkpoint, and the configuration asks for none",
+        "vae_model.decoder_head.params.bias is required by the configuration, but not in the checkpoint",
+        "vae_model.decoder_head.extra.weight is in the checkpoint, but not required by the configuration",
         "vae_model.decoder_head.theta.weight is (9, 1) in the checkpoint, (7, 1) by the configuration",
     )
 
 
-def test_a_missing_part_and_a_part_too_many_are_named(exported):
+def test_missing_and_extra_parts_are_named(exported):
     exported.change_state(
         lambda state: [state.pop(k) for k in list(state) if k.startswith(("ema_model.ema_model.", "ema_model.online"))]
     )
@@ -181,7 +181,7 @@ def test_a_missing_part_and_a_part_too_many_are_named(exported):
     exported.refused("has diffusion_model", "models.VAE")
 
 
-def test_copies_that_differ_are_named_with_by_how_much(exported):
+def test_copies_that_differ_are_named_with_the_difference(exported):
     def change(state):
         for name in [k for k in state if k.startswith("vae_model.")]:
             state[name.replace("vae_model.", "vae_model_compiled._orig_mod.")] = state[name].clone()
@@ -203,7 +203,7 @@ def spoilt(value: float) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "reason"),
     [
         (spoilt(math.nan), "vae: decoder_head.params.bias holds values that are not finite"),
         (spoilt(-math.inf), "vae: decoder_head.params.bias holds values that are not finite"),
@@ -214,13 +214,13 @@ def spoilt(value: float) -> Callable[[Tensor], Tensor]:
     ],
     ids=["nan", "infinity", "too large for single precision", "nan in eight bits", "whole numbers", "complex"],
 )
-def test_values_that_are_no_weights_are_refused(exported, change, why):
+def test_values_that_are_not_weights_are_refused(exported, change, reason):
     name = "vae_model.decoder_head.params.bias"
     exported.change_state(lambda state: state.update({name: change(state[name])}))
-    exported.refused("decoder_head.params.bias", why)
+    exported.refused("decoder_head.params.bias", reason)
 
 
-def test_weights_in_half_precision_are_kept_in_single_precision_and_it_is_said(exported):
+def test_weights_in_half_precision_are_kept_in_single_precision_with_a_note(exported):
     exported.change_state(
         lambda state: state.update({k: v.bfloat16() for k, v in state.items() if k.startswith("vae_model.")})
     )
@@ -230,13 +230,13 @@ def test_weights_in_half_precision_are_kept_in_single_precision_and_it_is_said(e
     assert {v.dtype for v in load_file(exported.out / "vae" / "model.safetensors").values()} == {torch.float32}
 
 
-def test_counters_of_the_average_that_are_no_counts_are_refused(exported):
+def test_counters_of_the_average_that_are_not_integers_are_refused(exported):
     exported.change_state(
         lambda state: state.update({"ema_model.step": torch.tensor(math.nan), "ema_model.initted": torch.ones(2)})
     )
     exported.refused("ema_model.step is torch.float32, not a whole number", "ema_model.initted has 2 values, not one")
 
 
-def test_an_average_that_had_not_begun_is_said(exported):
+def test_an_average_that_had_not_begun_is_reported(exported):
     exported.change_state(lambda state: state.update({"ema_model.initted": torch.tensor(False)}))
     assert "ema_model.initted is false" in exported.run().output

@@ -1,4 +1,4 @@
-"""Names and library sizes of a converted model: from where they come, and what cannot be theirs."""
+"""Sources of a converted model's names and library sizes, and refusals of files that disagree with it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_one_file_of_size_factors_is_not_enough(exported):
     exported.refused("go together", options=("--size-factors-mu", path))
 
 
-def test_files_that_are_not_there_are_named(exported):
+def test_missing_files_are_named(exported):
     for checkpoint, config, words in (
         (exported.folder / "absent.ckpt", exported.config, "absent.ckpt"),
         (exported.checkpoint, exported.folder / "absent.yaml", "absent.yaml does not exist"),

@@ -1,4 +1,4 @@
-"""Configurations of upstream's: what does not fit is refused with both values, and nothing in them is run."""
+"""Upstream's configurations: mismatches are refused with both values, and nothing in them is run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exported(tmp_path, monkeypatch) -> Exported:
         ("datamodule.datamodule.genes_seq_len", "${eval:'6'}", ["${eval:'6'}: resolvers are not run"]),
     ],
 )  # fmt: skip
-def test_a_configuration_that_does_not_fit_is_refused_with_both_values(exported, at, value, words):
+def test_a_mismatched_configuration_is_refused_with_both_values(exported, at, value, words):
     exported.set(at, value)
     exported.refused(*words)
 
@@ -53,7 +53,7 @@ def test_a_width_that_is_wrong_everywhere_is_refused_with_both_shapes(exported):
     assert len(output.splitlines()) < 20
 
 
-def test_all_that_is_wrong_with_a_configuration_is_said_at_once(exported):
+def test_all_problems_of_a_configuration_are_reported_together(exported):
     exported.set(f"{VAE}.encoder.window", 4)
     exported.set(f"{VAE}.decoder.bias", True)
     exported.set(f"{MODULE}.diffusion_model.n_layer", "many")
@@ -70,7 +70,7 @@ def test_the_given_length_wins_over_the_configurations(exported):
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "reason"),
     [
         ("a: !!python/object/apply:os.system ['touch canary']", "could not determine a constructor"),
         ("a: &x [1]\nb: *x", "uses YAML aliases"),
@@ -83,10 +83,10 @@ def test_the_given_length_wins_over_the_configurations(exported):
         ("a: ${b}\nb: ${a}", "is missing"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_and_runs_nothing(exported, text, why, monkeypatch):
+def test_a_file_that_is_not_a_configuration_is_refused_and_runs_nothing(exported, text, reason, monkeypatch):
     monkeypatch.chdir(exported.folder)
     exported.config.write_text(text)
-    exported.refused(str(exported.config), why)
+    exported.refused(str(exported.config), reason)
     assert not (exported.folder / "canary").exists()
 
 

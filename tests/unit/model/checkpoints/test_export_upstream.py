@@ -1,4 +1,4 @@
-"""Our models become checkpoints of upstream's and come back bit for bit; what it cannot hold is refused by name."""
+"""Our models are exported as upstream checkpoints and restored bit for bit; unsupported settings are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scldm.checkpoints.convert.convert import convert_upstream
 from scldm.checkpoints.convert.export import export_upstream, upstream_vae_values
 from scldm.checkpoints.native import CheckpointError, load_flow, load_vae
 from scldm.checkpoints.untrusted.reader import ForeignCheckpoint
-from scldm.checkpoints.upstream.sizes import library_sizes_from_upstream, size_factors_of
+from scldm.checkpoints.upstream.sizes import library_sizes_from_upstream, size_factors_to_upstream
 from scldm.data.library_size import LibrarySizes, LogNormal, condition_key
 from scldm.data.vocabulary import LabelVocabulary
 from scldm.flow.config import PathConfig
@@ -58,7 +58,7 @@ def config_of(folder: Path) -> dict:
     ],
     ids=str,
 )
-def test_a_vae_comes_back_bit_for_bit(tmp_path, choices):
+def test_a_vae_is_restored_bit_for_bit(tmp_path, choices):
     vae = write_vae(tmp_path / "vae", **choices)
     done = there_and_back(tmp_path, vae)
     assert_equal_weights(vae / "model.safetensors", done.vae / "model.safetensors")
@@ -77,7 +77,7 @@ def test_a_vae_comes_back_bit_for_bit(tmp_path, choices):
         ((DONORS, CELL_TYPES), {"label_dropout": 0.0, "eps": 1e-6}, PathConfig(prediction="noise")),
     ],
 )  # fmt: skip
-def test_both_weights_of_a_flow_come_back_bit_for_bit(tmp_path, labels, choices, path):
+def test_both_weights_of_a_flow_are_restored_bit_for_bit(tmp_path, labels, choices, path):
     vae = write_vae(tmp_path / "vae", *labels)
     flow = write_flow(tmp_path / "flow", *labels, path=path, **choices)
     done = there_and_back(tmp_path, vae, flow)
@@ -105,11 +105,11 @@ def test_the_size_factors_are_tables_by_label_and_class(tmp_path):
     assert any("numbers of cells are left out" in note for note in done.notes)
 
 
-def test_statistics_of_combinations_come_back():
+def test_statistics_of_combinations_are_restored():
     classes = {x.name: x.classes for x in (CELL_TYPES, DONORS)}
     combinations = [{"cell_type": c, "donor": d} for c in CELL_TYPES.classes for d in DONORS.classes]
     table = {condition_key(c): LogNormal(float(i), 0.5, None, condition_key(c)) for i, c in enumerate(combinations)}
-    factors = size_factors_of(LibrarySizes(table | {"all": LogNormal(2.5, 2.0, None)}), classes)
+    factors = size_factors_to_upstream(LibrarySizes(table | {"all": LogNormal(2.5, 2.0, None)}), classes)
     assert factors.mu == {"cell_type_donor": {"T_d1": 0, "T_d_2": 1, "B_d1": 2, "B_d_2": 3, "NK_d1": 4, "NK_d_2": 5}}
     back, notes = library_sizes_from_upstream(factors, classes)
     assert {key: back.table[key] for key in table} == table
@@ -124,7 +124,7 @@ def test_classes_that_upstream_would_give_one_name_are_refused():
     with pytest.raises(
         CheckpointError, match=r"'a': 'x', 'b': 'y_z'.* and .*'a': 'x_y', 'b': 'z'.* would have one name"
     ):
-        size_factors_of(LibrarySizes(table), classes)
+        size_factors_to_upstream(LibrarySizes(table), classes)
 
 
 def test_a_vae_that_upstream_cannot_represent_is_refused_by_the_names_of_all_its_settings(tmp_path):
@@ -144,7 +144,7 @@ def test_a_vae_that_upstream_cannot_represent_is_refused_by_the_names_of_all_its
         ({"genes_seq_len": None}, "genes_seq_len"),
     ],
 )  # fmt: skip
-def test_each_setting_that_upstream_lacks_is_reason_enough(tmp_path, choices, named):
+def test_each_setting_that_upstream_lacks_is_refused(tmp_path, choices, named):
     config = load_vae(write_vae(tmp_path / "vae", **choices)).vae.config
     with pytest.raises(CheckpointError) as refused:
         upstream_vae_values(config)
@@ -170,7 +170,7 @@ def test_a_vae_and_a_flow_that_do_not_belong_together_are_refused(tmp_path):
     names = json.loads((vae / "vocabulary.json").read_text())
     names["feature_ids"].reverse()
     (vae / "vocabulary.json").write_text(json.dumps(names))
-    with pytest.raises(CheckpointError, match="other genes, or another order"):
+    with pytest.raises(CheckpointError, match="different genes, or another order"):
         export_upstream(vae, flow, tmp_path / "upstream")
     assert not (tmp_path / "upstream").exists()
 
@@ -184,7 +184,7 @@ def test_an_export_is_replaced_only_with_force_and_nothing_else_is(tmp_path):
     assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["upstream", "vae"]
     result = CliRunner().invoke(app, ["export", str(vae), "--to", "upstream", "--out", str(vae), "--force"])
-    assert (result.exit_code, "was not made by this command" in result.output) == (2, True)
+    assert (result.exit_code, "was not written by this command" in result.output) == (2, True)
 
 
 def test_another_format_is_bad_input(tmp_path):

@@ -1,4 +1,4 @@
-"""Other people's pickles: nothing they name is run, refusals say what was asked for, and every reading has an end."""
+"""Untrusted pickles: nothing they name is run, refusals name what they import, and every reading ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scldm.checkpoints.untrusted import child as untrusted_child
 from scldm.checkpoints.untrusted import reader as untrusted
 from scldm.checkpoints.untrusted.reader import UntrustedFileError, read_checkpoint, read_pickle
 
-foreign = untrusted_child.foreign  # the copy that the reader itself uses
+foreign = untrusted_child.rules  # the copy that the reader itself uses
 ATTACKS = list(foreign_files.attacks(Path("canary")))
 
 
@@ -43,12 +43,12 @@ def read_here(path: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.row("C11")
-def test_what_a_pickle_asks_for_is_refused_by_name_before_anything_is_read(name, tmp_path):
-    data, asked = foreign_files.attacks(tmp_path / "canary")[name]
+def test_names_in_a_pickle_are_refused_before_anything_is_read(name, tmp_path):
+    data, name_in_pickle = foreign_files.attacks(tmp_path / "canary")[name]
     for torch_too in (False, True):
         with pytest.raises(foreign.Refused) as refused:
             foreign.check_names(named(data), torch_too=torch_too)
-        assert asked in str(refused.value)
+        assert name_in_pickle in str(refused.value)
         assert str(refused.value).isprintable()
 
 
@@ -68,11 +68,11 @@ def test_the_second_lock_holds_without_the_first(name, tmp_path, monkeypatch):
 def test_size_factors_that_run_a_command_are_not_read(tmp_path):
     canary = tmp_path / "canary"
     for name in ("a command", "protocol 0", "a name made while reading"):
-        data, asked = foreign_files.attacks(canary)[name]
+        data, name_in_pickle = foreign_files.attacks(canary)[name]
         path = file_of(tmp_path, data)
         with pytest.raises(UntrustedFileError) as refused:
             read_pickle(path)
-        assert str(refused.value).startswith(f"{path} is not read: its pickle asks for {asked}")
+        assert str(refused.value).startswith(f"{path} was not read: its pickle asks for {name_in_pickle}")
     assert not canary.exists()
     assert issubclass(UntrustedFileError, CheckpointError)  # the command line turns it into exit code 2
 
@@ -83,12 +83,12 @@ def test_a_checkpoint_with_a_second_pickle_that_runs_a_command_is_not_read(tmp_p
     data, _ = foreign_files.attacks(canary)["a command"]
     innocent = pickle.dumps({"state_dict": {}}, protocol=2)
     path = file_of(tmp_path, foreign_files.torch_file(innocent, more={"extra/more.pkl": data}), "model.ckpt")
-    with pytest.raises(UntrustedFileError, match=r"model.ckpt is not read: its pickle asks for posix.system"):
+    with pytest.raises(UntrustedFileError, match=r"model.ckpt was not read: its pickle asks for posix.system"):
         read_checkpoint(path)
     assert not canary.exists()
 
 
-def test_every_pickle_of_torchs_old_format_is_looked_at(tmp_path):
+def test_every_pickle_of_torchs_old_format_is_checked(tmp_path):
     honest = tmp_path / "old.ckpt"
     torch.save({"state_dict": {"a": torch.arange(3.0)}}, honest, _use_new_zipfile_serialization=False)
     names, mapped = untrusted_child.checkpoint_globals(str(honest))
@@ -101,7 +101,7 @@ def test_every_pickle_of_torchs_old_format_is_looked_at(tmp_path):
         read_here(evil, tmp_path)
 
 
-def test_what_only_looks_like_torch_is_not_torch():
+def test_names_that_only_resemble_torch_are_refused():
     for name in (
         "FloatStorage",
         "BFloat16Storage",
@@ -150,9 +150,9 @@ def test_a_stand_in_called_with_anything_does_nothing(tmp_path):
         + b"K\x01sb."
     )  # fmt: skip
     foreign.check_names(named(data), torch_too=False)
-    made = foreign.PlainUnpickler(io.BytesIO(data)).load()
-    assert (made.name, made.args, made.state) == ("scldm.x.run", ("touch",), {"__reduce__": 1})
-    assert foreign.Plain()(made) == {"(stand-in)": "scldm.x.run", "__reduce__": 1}
+    stand_in = foreign.PlainUnpickler(io.BytesIO(data)).load()
+    assert (stand_in.name, stand_in.args, stand_in.state) == ("scldm.x.run", ("touch",), {"__reduce__": 1})
+    assert foreign.Plain()(stand_in) == {"(stand-in)": "scldm.x.run", "__reduce__": 1}
 
 
 def test_size_factors_with_numpys_numbers_are_read(tmp_path):
@@ -189,22 +189,22 @@ UNREADABLE = {
     "nothing": b"",
     "half a pickle": pickle.dumps({"a": {"b": 1.0}})[:-9],
     "no pickle": b"\x93NUMPY\x01\x00",
-    "an instance made of nothing": b"\x80\x02cnumpy._core.multiarray\nscalar\n)R.",
+    "an instance without arguments": b"\x80\x02cnumpy._core.multiarray\nscalar\n)R.",
     "numbers of an unknown type": pickle.dumps({"a": np.array(["2020-01-01"], dtype="M8[D]")}),
 }
 
 
 @pytest.mark.parametrize("name", list(UNREADABLE))
-def test_what_cannot_be_read_is_an_error_and_not_a_crash(name, tmp_path):
+def test_unreadable_files_are_an_error_and_not_a_crash(name, tmp_path):
     data = UNREADABLE[name]
     with pytest.raises(Exception) as error:
         untrusted_child.read_plain(str(file_of(tmp_path, data)), str(tmp_path))
     assert not isinstance(error.value, (RecursionError, MemoryError, SystemError))
 
 
-def test_the_reader_says_what_it_could_not_read_and_missing_files_are_named(tmp_path):
+def test_unreadable_and_missing_files_are_named(tmp_path):
     path = file_of(tmp_path, UNREADABLE["half a pickle"])
-    with pytest.raises(UntrustedFileError, match=rf"^{path} is not read: it cannot be read \(ValueError"):
+    with pytest.raises(UntrustedFileError, match=rf"^{path} was not read: it cannot be read \(ValueError"):
         read_pickle(path)
     with pytest.raises(UntrustedFileError, match=r"absent.pkl does not exist, or is not a file"):
         read_pickle(tmp_path / "absent.pkl")
@@ -213,12 +213,12 @@ def test_the_reader_says_what_it_could_not_read_and_missing_files_are_named(tmp_
 
 
 def test_a_pickle_that_computes_without_end_is_stopped(tmp_path):
-    with pytest.raises(UntrustedFileError, match="it took more than 1 s of computing"):
+    with pytest.raises(UntrustedFileError, match="it took more than 1 s of CPU time"):
         read_pickle(file_of(tmp_path, foreign_files.endless_hash()), seconds=1)
 
 
 @pytest.mark.parametrize(
-    ("data", "why"),
+    ("data", "reason"),
     [
         (b"\x80\x02Nr\xff\xff\xff\x7f.", "takes more than 2048 MB"),  # a memo of 2^31 places
         (b"\x80\x02c__builtin__\nbytearray\nL99999999999L\n\x85R.", "takes more than 2048 MB"),
@@ -227,8 +227,8 @@ def test_a_pickle_that_computes_without_end_is_stopped(tmp_path):
         (b"\x80\x02" + b"]" * 500 + b"a" * 499 + b".", "more than 100 levels"),
     ],
 )
-def test_a_short_pickle_that_stands_for_something_huge_is_refused(data, why, tmp_path):
-    with pytest.raises(UntrustedFileError, match=why):
+def test_a_short_pickle_that_expands_to_a_huge_value_is_refused(data, reason, tmp_path):
+    with pytest.raises(UntrustedFileError, match=reason):
         read_pickle(file_of(tmp_path, data))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["size_factors.pkl"]
 
@@ -258,11 +258,11 @@ def test_a_small_file_with_a_tensor_of_terabytes_is_refused(tmp_path):
     huge = torch.zeros(1).expand(1 << 20, 1 << 20)
     torch.save({"state_dict": {"a": huge}}, tmp_path / "model.ckpt")
     assert (tmp_path / "model.ckpt").stat().st_size < 2_000
-    with pytest.raises(UntrustedFileError, match=r"model.ckpt is not read: .*4398046511104 bytes"):
+    with pytest.raises(UntrustedFileError, match=r"model.ckpt was not read: .*4398046511104 bytes"):
         read_checkpoint(tmp_path / "model.ckpt")
 
 
-def test_a_checkpoint_comes_back_as_tensors_and_plain_data(tmp_path):
+def test_a_checkpoint_is_returned_as_tensors_and_plain_data(tmp_path):
     weights = torch.arange(6.0).view(2, 3)
     whole = {
         "epoch": 3,
@@ -286,7 +286,7 @@ def test_a_checkpoint_comes_back_as_tensors_and_plain_data(tmp_path):
 
 
 def test_a_state_dict_holds_dense_tensors_under_printable_names(tmp_path):
-    for state, why in (
+    for state, reason in (
         ({"a": 1.0}, r"state_dict\['a'\] is a float; only dense tensors"),
         ({"a": torch.eye(2).to_sparse_coo()}, "asks for torch._utils._rebuild_sparse_tensor"),
         ({"a\nb": torch.zeros(1)}, r"a key 'a\\nb'; keys are printable"),
@@ -294,7 +294,7 @@ def test_a_state_dict_holds_dense_tensors_under_printable_names(tmp_path):
         ({}, "holds no state_dict"),
     ):
         torch.save({"state_dict": state}, tmp_path / "model.ckpt")
-        with pytest.raises(foreign.Refused, match=why):
+        with pytest.raises(foreign.Refused, match=reason):
             read_here(tmp_path / "model.ckpt", tmp_path)
 
 

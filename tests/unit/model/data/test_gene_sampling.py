@@ -1,4 +1,4 @@
-"""What the encoder sees of a cell: each mode as documented, drawn by cell and not by batch."""
+"""The encoder's input in each mode is as documented, and drawn by cell, not by batch."""
 
 import dataclasses
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Library sizes by condition: numpy's statistics of each group, and the stated chain where a group is tiny."""
+"""Library sizes by condition: numpy's statistics of each group, and the documented fallback for tiny groups."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Paths, losses and guidance: equal to upstream's records, and true to their definitions."""
+"""Paths, losses and guidance equal upstream's records and follow their definitions."""
 
 import pytest
 import torch
@@ -134,16 +134,16 @@ def test_training_times_lie_in_their_interval():
 
 
 class Spy:
-    """A model that adds up its labels and remembers how many cells it was asked for."""
+    """A model that adds up its labels and remembers the sizes of its batches."""
 
     n_classes = {"a": 3, "b": 5}
 
     def __init__(self, strategy):
         self.strategy = strategy
-        self.asked = []
+        self.batch_sizes = []
 
     def __call__(self, x_t, t, conditions):
-        self.asked.append(len(x_t))
+        self.batch_sizes.append(len(x_t))
         out = x_t
         for label, n in self.n_classes.items():
             ids = conditions.get(label, torch.full((len(x_t),), n))
@@ -160,14 +160,14 @@ def test_guidance_of_one_is_conditional_and_of_zero_is_null_at_one_evaluation(st
     model = Spy(strategy)
     assert torch.equal(guided_prediction(model, A, scale=1.0)(X, T), model(X, T, A))
     assert torch.equal(guided_prediction(model, A, scale=0.0)(X, T), model(X, T, {}))
-    assert model.asked == [2, 2, 2, 2]
+    assert model.batch_sizes == [2, 2, 2, 2]
 
 
 def test_other_guidance_is_one_batch_of_twice_the_cells():
     model = Spy("joint")
     both = {**A, **B}
     guided = guided_prediction(model, both, scale=2.5)(X, T)
-    assert model.asked == [4]
+    assert model.batch_sizes == [4]
     null, conditional = model(X, T, {}), model(X, T, both)
     torch.testing.assert_close(guided, null + 2.5 * (conditional - null))
 
@@ -175,7 +175,7 @@ def test_other_guidance_is_one_batch_of_twice_the_cells():
 def test_exclusive_labels_are_guided_one_at_a_time_each_by_its_scale():
     model = Spy("mutually_exclusive")
     guided = guided_prediction(model, {**A, **B}, scale={"a": 1.5, "b": 3.0})(X, T)
-    assert model.asked == [6]
+    assert model.batch_sizes == [6]
     null, a, b = (model(X, T, conditions) for conditions in ({}, A, B))
     torch.testing.assert_close(guided, null + 1.5 * (a - null) + 3.0 * (b - null))
 
@@ -188,7 +188,7 @@ def test_without_conditions_there_is_nothing_to_guide():
     ("scale", "message"),
     [({"a": 1.0, "b": 2.0}, "by one scale"), ({"a": 1.0}, r"no scale for the labels \['b'\]"), ({"c": 1.0}, "unknown")],
 )
-def test_scales_that_make_no_sense_are_refused(scale, message):
+def test_invalid_scales_are_refused(scale, message):
     with pytest.raises(ValueError, match=message):
         guided_prediction(Spy("joint"), {**A, **B}, scale=scale)
 

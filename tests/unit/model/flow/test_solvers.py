@@ -67,7 +67,7 @@ def test_dopri5_meets_its_tolerance_forwards_and_backwards(overshoot):
     torch.testing.assert_close(back.x, x0, rtol=1e-7, atol=1e-7)
 
 
-def test_dopri5_never_looks_outside_the_interval_and_counts_its_evaluations():
+def test_dopri5_never_evaluates_outside_the_interval_and_counts_its_evaluations():
     seen = []
 
     def field(x, t):
@@ -80,7 +80,7 @@ def test_dopri5_never_looks_outside_the_interval_and_counts_its_evaluations():
     assert max(seen) <= 1
 
 
-def test_dopri5_on_a_field_that_is_not_finite_says_where():
+def test_dopri5_names_the_time_at_which_a_field_is_not_finite():
     with pytest.raises(RuntimeError, match="not finite at t = 0"):
         solve_ode(lambda x, t: x / 0, torch.ones(1, 1), [0.0, 1.0], solver="dopri5")
 

@@ -1,4 +1,4 @@
-"""A generated cell is a function of (models, sampler, seed, request, id): to the last bit, whoever asks for it."""
+"""A generated cell is a function of (models, sampler, seed, request, id), to the last bit, in any batch."""
 
 from __future__ import annotations
 
@@ -112,13 +112,13 @@ def test_a_library_size_without_deviation_is_that_number(models):
 @pytest.mark.parametrize(
     "choices", [{"solver": "euler"}, {"steps": 3}, {"solver": "dopri5", "rtol": 1e-2, "atol": 1e-2}]
 )
-def test_solver_steps_and_tolerance_are_obeyed(models, choices):
+def test_solver_steps_and_tolerance_take_effect(models, choices):
     _, _, latents = by_ids(maker(models), [0, 32])
     _, _, other = by_ids(maker(models, sampler=SamplerConfig(**choices)), [0, 32])
     assert not np.array_equal(latents, other)
 
 
-def test_guidance_is_obeyed(models):
+def test_guidance_takes_effect(models):
     _, _, one = by_ids(maker(models), [0, 32])
     _, _, two = by_ids(maker(models, scale=2.0), [0, 32])
     assert abs(one - two).max() > 1e-3
@@ -136,7 +136,7 @@ def test_temperature_scales_what_exceeds_the_poisson(models):
 
 
 @pytest.mark.parametrize("strategy", ["joint", "mutually_exclusive"])
-def test_scales_of_each_cell_are_those_of_cells_asked_one_by_one(strategy):
+def test_scales_per_cell_equal_separate_requests(strategy):
     torch.manual_seed(1)
     dit = DiT(DiTConfig(d_model=16, n_layers=1, n_heads=2, strategy=strategy), n_latent_tokens=3, latent_width=4,
               n_classes={"a": 3, "b": 2})  # fmt: skip
@@ -155,21 +155,21 @@ def test_scales_of_each_cell_are_those_of_cells_asked_one_by_one(strategy):
         torch.testing.assert_close(found[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_labels_that_a_cell_has_not_got_cost_it_nothing():
-    asked = []
+def test_labels_that_a_cell_lacks_cost_nothing():
+    batch_sizes = []
 
     class Spy:
         n_classes, strategy = {"a": 3, "b": 5}, "mutually_exclusive"
 
         def __call__(self, x, t, conditions):
-            asked.append(len(x))
+            batch_sizes.append(len(x))
             return x
 
     conditions = {"a": torch.tensor([0, 3, 3]), "b": torch.tensor([5, 1, 5])}
     ones = {"a": torch.ones(3), "b": torch.ones(3)}
     x = torch.randn(3, 2, 2)
     torch.testing.assert_close(per_cell_prediction(Spy(), conditions, ones)(x, torch.zeros(3)), x)
-    assert asked == [3]
+    assert batch_sizes == [3]
 
 
 def test_scales_must_name_every_label():

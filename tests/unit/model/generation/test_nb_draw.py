@@ -1,4 +1,4 @@
-"""Counts and noise by counter: the published generator, the exact distribution, nothing else decides a count."""
+"""Counts and noise by counter: the published generator, the exact distribution, no other dependence."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_theta_of_each_cell_is_that_cell_s_own():
     assert x[::2].var() == pytest.approx(5 + 25 / 50.0, rel=0.1)
 
 
-def test_a_count_does_not_depend_on_what_is_drawn_beside_it():
+def test_a_count_does_not_depend_on_other_draws():
     rng = np.random.default_rng(0)
     mu, theta = rng.gamma(0.3, 5, (150, 40)).astype(np.float32), rng.gamma(1, 2, 40).astype(np.float32)
     ids = np.arange(1000, 1150)

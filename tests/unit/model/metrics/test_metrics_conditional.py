@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from helpers.models.metric_cells import cells, comparison
 
 from scldm.metrics.baselines import shuffled
-from scldm.metrics.cell_set import CLASSES, CellSet, shown
+from scldm.metrics.cell_set import CLASSES, CellSet, class_text
 from scldm.metrics.conditional import class_averages
 from scldm.metrics.distribution import distances as d
 from scldm.metrics.genes.fold_change import cp10k, log_fold_change, recovery
@@ -25,14 +25,14 @@ def with_days(n, seed, **changes):
 
 @pytest.fixture(scope="module")
 def compared():
-    real, made, reference = with_days(200, 1), with_days(200, 2, scale=3), with_days(400, 3)
+    real, candidate, reference = with_days(200, 1), with_days(200, 2, scale=3), with_days(400, 3)
     c = comparison(real, reference, labels=("type", "day"), min_cells=40)
-    return c, real, made, c.all_scores({"made": made})["made"]
+    return c, real, candidate, c.all_scores({"candidate": candidate})["candidate"]
 
 
 def test_a_class_is_scored_by_the_plain_functions_on_its_own_cells(compared):
-    c, real, made, found = compared
-    x, y = (c.space.project(s.counts)[s.labels["type"] == "odd"] for s in (real, made))
+    c, real, candidate, found = compared
+    x, y = (c.space.project(s.counts)[s.labels["type"] == "odd"] for s in (real, candidate))
     values = found.classes["type"].classes["odd"].values
     assert values["mmd2"][0] == pytest.approx(d.mmd2_rbf(x, y))
     assert values["frechet"][0] == pytest.approx(d.frechet_distance(x, y))
@@ -47,32 +47,34 @@ def test_means_are_weighted_by_real_cells_or_every_class_alike(compared):
     assert {k: v.n_real for k, v in classes.items()} == {"one": 140, "two": 60}
     one, two = (classes[k].values["w2"][0] for k in ("one", "two"))
     assert found.scores["conditional_w2.day"].value == pytest.approx(0.7 * one + 0.3 * two)
-    alike = class_averages({"made": found.classes}, "classes")["made"]
+    alike = class_averages({"candidate": found.classes}, "classes")["candidate"]
     assert alike["conditional_w2.day"].value == pytest.approx((one + two) / 2)
 
 
-def test_labels_are_crossed_and_small_classes_are_listed_by_name(compared):
+def test_labels_are_combined_and_small_classes_are_listed_by_name(compared):
     _, _, _, found = compared
     joint = found.classes["type+day"]
     assert set(joint.classes) == {CLASSES.join(k) for k in (("even", "one"), ("odd", "one"), ("odd", "two"))}
-    assert {shown(k): v for k, v in joint.left_out.items()} == {"even + two": (20, 20)}
+    assert {class_text(k): v for k, v in joint.left_out.items()} == {"even + two": (20, 20)}
     assert "conditional_w2.type+day" in found.scores
 
 
 def test_averages_are_over_the_classes_that_all_candidates_have(compared):
-    c, _, made, found = compared
-    only_even = made[made.labels["type"] == "even"]
-    both = c.all_scores({"made": made, "only even": only_even})
-    even = both["made"].classes["type"].classes["even"].values["w2"][0]
-    assert both["made"].scores["conditional_w2.type"].value == pytest.approx(even)
+    c, _, candidate, found = compared
+    only_even = candidate[candidate.labels["type"] == "even"]
+    both = c.all_scores({"candidate": candidate, "only even": only_even})
+    even = both["candidate"].classes["type"].classes["even"].values["w2"][0]
+    assert both["candidate"].scores["conditional_w2.type"].value == pytest.approx(even)
     assert both["only even"].classes["type"].left_out == {"odd": (100, 0)}
     assert found.scores["conditional_w2.type"].value != pytest.approx(even)
 
 
 def test_cells_that_carry_each_others_labels_are_seen_within_classes_only():
-    real, made, reference = cells(200, 1), cells(200, 2), cells(300, 3)
-    swapped = CellSet(made.counts, {"type": np.where(made.labels["type"] == "odd", "even", "odd").astype(object)})
-    found = comparison(real, reference).all_scores({"right": made, "swapped": swapped})
+    real, candidate, reference = cells(200, 1), cells(200, 2), cells(300, 3)
+    swapped = CellSet(
+        candidate.counts, {"type": np.where(candidate.labels["type"] == "odd", "even", "odd").astype(object)}
+    )
+    found = comparison(real, reference).all_scores({"right": candidate, "swapped": swapped})
     right, wrong = (found[name].scores for name in ("right", "swapped"))
     assert wrong["w2"].value == pytest.approx(right["w2"].value, rel=0.1)
     assert wrong["conditional_w2.type"].value > 1.5 * right["conditional_w2.type"].value
@@ -81,9 +83,9 @@ def test_cells_that_carry_each_others_labels_are_seen_within_classes_only():
 
 
 def test_fold_changes_are_those_of_numpy(compared):
-    c, real, made, found = compared
+    c, real, candidate, found = compared
     lfc = []
-    for side in (real, made):
+    for side in (real, candidate):
         dense = side.counts.toarray().astype(float)
         x = (dense / dense.sum(1, keepdims=True) * 1e4)[:, c.space.genes]
         inside = side.labels["day"] == "two"
@@ -133,7 +135,7 @@ def test_shuffled_genes_keep_marginals_and_lose_their_correlations():
     assert b["zero_fraction_difference"].value < 0.02
 
 
-def test_copies_of_training_cells_are_found_out_where_distances_see_nothing():
+def test_copies_of_training_cells_are_detected_though_distances_are_at_the_floor():
     real, reference, fresh = cells(200, 1), cells(400, 2), cells(200, 3)
     copies = reference[np.random.default_rng(0).permutation(400)[:200]]
     found = comparison(real, reference).all_scores({"fresh": fresh, "copies": copies})

@@ -1,4 +1,4 @@
-"""Intervals from random halves, and what may be concluded from them."""
+"""Intervals from random halves, and the conclusions that they allow."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_an_interval_is_cut_where_the_score_ends():
     assert score(0.1).interval is None
 
 
-def test_a_difference_is_called_only_where_the_intervals_permit_it():
+def test_differences_are_reported_only_when_significant():
     rng = np.random.default_rng(0)
     noise = lambda: rng.normal(0, 0.1, 50)  # noqa: E731
     floor = score(1.0, 1 + noise())
@@ -79,7 +79,7 @@ def test_a_difference_is_called_only_where_the_intervals_permit_it():
     assert not at_floor(far, floor)
 
 
-def test_equal_scores_are_seldom_told_apart():
+def test_equal_scores_seldom_differ_significantly():
     """Both at the floor: an absolute difference folds the spread, which must not turn chance into a verdict."""
     rng = np.random.default_rng(0)
     called = 0
@@ -102,7 +102,7 @@ def test_what_both_have_in_common_does_not_hide_a_difference():
     assert judge(near, far, floor) == "nearer"
 
 
-def test_scores_that_are_no_numbers_are_an_error_that_names_them_all():
+def test_scores_that_are_not_finite_are_an_error_that_names_them_all():
     bad = {"w2": score(np.nan), "mmd2": score(1.0, [1.0, np.inf]), "energy": score(1.0, [1.0, 1.0])}
     with pytest.raises(FloatingPointError, match=r"scores of scVI .* w2 is nan; mmd2 is not finite in resamples"):
         checked(bad, "scVI")

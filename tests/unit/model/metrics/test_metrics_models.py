@@ -91,7 +91,7 @@ def test_halves_are_disjoint_and_equal():
     assert (len(a), len(b), len({*a, *b})) == (5, 5, 10)
 
 
-def test_selection_has_the_wanted_composition_and_names_what_is_short():
+def test_selection_has_the_wanted_composition_and_reports_shortfalls():
     available = np.array(["a"] * 10 + ["b"] * 2)
     selection = select_like(available, np.array(["a", "a", "b", "b", "b"]), np.random.default_rng(0))
     assert sorted(available[selection.indices]) == ["a", "a", "b", "b"]
@@ -130,18 +130,21 @@ def test_baselines_take_the_combination_of_labels_and_the_first_label_where_that
         "day": np.array(["1"] * 30 + ["2"] * 20, dtype=object),
     }
     reference = CellSet(sp.csr_matrix(np.ones((50, 3))), labels)
-    asked = {"type": np.array(["a", "a", "b", "c"], dtype=object), "day": np.array(["1", "2", "2", "2"], dtype=object)}
-    pools = Pools.like(reference, CellSet(sp.csr_matrix(np.ones((4, 3))), asked), ["type", "day"])
+    cell_labels = {
+        "type": np.array(["a", "a", "b", "c"], dtype=object),
+        "day": np.array(["1", "2", "2", "2"], dtype=object),
+    }
+    pools = Pools.like(reference, CellSet(sp.csr_matrix(np.ones((4, 3))), cell_labels), ["type", "day"])
     members = [pools.members[name].tolist() for name in pools.wanted]
     assert members == [list(range(30)), list(range(40)), list(range(40, 50)), list(range(50))]
     drawn = pools.draw(np.random.default_rng(0))
     assert all(cell in pool for cell, pool in zip(drawn, members, strict=True))
 
 
-def test_no_training_cell_is_taken_twice_before_all_were():
+def test_no_training_cell_is_used_twice_before_all_were_used():
     labels = np.array(["a"] * 6, dtype=object)
-    reference, asked = (CellSet(sp.csr_matrix(np.ones((n, 2))), {"type": labels[:n]}) for n in (4, 6))
-    taken = Pools.like(reference, asked, ["type"]).draw_each_once(np.random.default_rng(0))
+    reference, matched = (CellSet(sp.csr_matrix(np.ones((n, 2))), {"type": labels[:n]}) for n in (4, 6))
+    taken = Pools.like(reference, matched, ["type"]).draw_each_once(np.random.default_rng(0))
     assert sorted(taken[:4]) == [0, 1, 2, 3]
 
 

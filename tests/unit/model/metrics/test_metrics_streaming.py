@@ -20,18 +20,18 @@ from scldm.metrics.streaming import composition_weights, stream, streamed_scores
 
 
 def test_one_pass_with_even_weights_is_the_plain_statistics():
-    made = cells(70, 0).counts
-    found = stream(ex.chunks(made, 9), np.full(70, 1 / 70))
-    direct = ex.gene_moments([made])
+    generated = cells(70, 0).counts
+    found = stream(ex.chunks(generated, 9), np.full(70, 1 / 70))
+    direct = ex.gene_moments([generated])
     np.testing.assert_allclose(found.moments.mean, direct.mean)
     np.testing.assert_allclose(found.moments.m2 / 70, direct.m2 / 70, atol=1e-12)
     np.testing.assert_allclose(found.moments.n_zero, direct.n_zero, atol=1e-9)
-    np.testing.assert_array_equal(found.library_size, ex.library_sizes(made))
+    np.testing.assert_array_equal(found.library_size, ex.library_sizes(generated))
 
 
 def test_weights_bring_another_composition_to_that_of_the_real_cells():
-    real, made = cells(400, 0), cells(400, 1)
-    mostly_odd = made[np.flatnonzero((made.labels["type"] == "odd") | (np.arange(400) < 80))]
+    real, generated = cells(400, 0), cells(400, 1)
+    mostly_odd = generated[np.flatnonzero((generated.labels["type"] == "odd") | (np.arange(400) < 80))]
     weights, missing = composition_weights(mostly_odd.labels["type"], real.labels["type"])
     assert missing == []
     assert weights[mostly_odd.labels["type"] == "odd"].sum() == pytest.approx(0.5)
@@ -43,10 +43,10 @@ def test_weights_bring_another_composition_to_that_of_the_real_cells():
     assert weighted["streamed_gene_mean_r2"].value > 0.97 > plain["streamed_gene_mean_r2"].value
 
 
-def test_a_class_that_was_not_generated_is_named_and_one_that_was_not_asked_for_weighs_nothing():
+def test_a_class_that_was_not_generated_is_named_and_one_that_is_not_wanted_has_weight_zero():
     weights, missing = composition_weights(np.array(["a", "a", "x"]), np.array(["a", "b"]))
     assert (weights.tolist(), missing) == ([0.5, 0.5, 0.0], ["b"])
-    with pytest.raises(ValueError, match="no cell has a class that is wanted; there are x"):
+    with pytest.raises(ValueError, match="no cell has a wanted class; the cells have x"):
         composition_weights(np.array(["x"]), np.array(["a"]))
 
 

@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 
 from scldm.data.batch import CellBatch
 from scldm.nn.config import VAEConfig
-from scldm.nn.dispersion import PRIOR_SD, GeneEntries, entries_of, fit_theta, most_probable, slopes
+from scldm.nn.dispersion import PRIOR_SD, GeneEntries, collect_entries, fit_log_theta, fit_theta, slopes
 from scldm.nn.likelihood import nb_log_prob
 from scldm.nn.vae import VAE
 
@@ -42,7 +42,7 @@ def test_slopes_are_the_derivatives_of_the_likelihood():
 
 def test_newton_ends_where_a_search_ends():
     mu, counts = drawn(300)
-    found = most_probable(torch.zeros(5, dtype=torch.float64), mu, entries(counts))
+    found = fit_log_theta(torch.zeros(5, dtype=torch.float64), mu, entries(counts))
 
     def at(eta: float, columns: slice) -> torch.Tensor:
         return nb_log_prob(counts[:, columns], mu[:, columns], torch.tensor(eta).double().exp()).sum()
@@ -56,30 +56,30 @@ def test_newton_ends_where_a_search_ends():
 def test_known_dispersions_are_recovered_from_many_cells_and_any_start():
     mu, counts = drawn(20_000)
     for start in (-3.0, 0.0, 5.0):
-        found = most_probable(torch.full((5,), start, dtype=torch.float64), mu, entries(counts)).exp()
+        found = fit_log_theta(torch.full((5,), start, dtype=torch.float64), mu, entries(counts)).exp()
         np.testing.assert_allclose(found, THETA, rtol=0.1)
 
 
-def test_a_gene_that_no_cell_expresses_is_left_alone_and_one_of_few_counts_falls_back_to_all():
+def test_a_gene_that_no_cell_expresses_is_unchanged_and_one_of_few_counts_shrinks_to_all_genes():
     mu, counts = drawn(200)
     counts[:, 0] = 0
     counts[:, 1] = 0
     counts[7, 1] = 1
     mu[:, 1] = 0.005
-    found = most_probable(torch.full((5,), 2.5, dtype=torch.float64), mu, entries(counts))
+    found = fit_log_theta(torch.full((5,), 2.5, dtype=torch.float64), mu, entries(counts))
     assert float(found[0]) == 2.5
-    rest = most_probable(torch.zeros(3, dtype=torch.float64), mu[:, 2:], entries(counts[:, 2:]))
+    rest = fit_log_theta(torch.zeros(3, dtype=torch.float64), mu[:, 2:], entries(counts[:, 2:]))
     assert rest.min() < found[1] < rest.max(), "one count says nothing of its own"
 
 
-def test_what_was_not_measured_does_not_count():
+def test_genes_that_were_not_measured_are_ignored():
     mu, counts = drawn(400)
     measured = torch.ones_like(mu, dtype=torch.bool)
     measured[200:, 2] = False
     seen = torch.where(measured, counts, 0)
-    found = most_probable(torch.zeros(5, dtype=torch.float64), mu, entries(seen), measured=measured)
-    alone = most_probable(torch.zeros(5, dtype=torch.float64), mu[:200], entries(counts[:200]))
-    blind = most_probable(torch.zeros(5, dtype=torch.float64), mu, entries(seen))
+    found = fit_log_theta(torch.zeros(5, dtype=torch.float64), mu, entries(seen), measured=measured)
+    alone = fit_log_theta(torch.zeros(5, dtype=torch.float64), mu[:200], entries(counts[:200]))
+    blind = fit_log_theta(torch.zeros(5, dtype=torch.float64), mu, entries(seen))
     assert abs(found[2] - alone[2]) < 0.1 < abs(blind[2] - found[2])
 
 
@@ -123,7 +123,7 @@ def test_a_model_without_theta_of_genes_and_no_cells_are_refused(cells):
 
 
 def test_entries_are_those_of_all_batches_by_gene(cells):
-    found = entries_of([cells, cells])
+    found = collect_entries([cells, cells])
     assert (found.gene.diff() >= 0).all()
     assert found.cell.max() >= 50
     assert float(found.count.sum()) == 2 * float(cells.counts.sum())

@@ -1,4 +1,4 @@
-"""The DiT computes what upstream's does, starts at zero, and drops labels as it says."""
+"""The DiT computes what upstream's does, starts at zero, and drops labels as documented."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_an_absent_label_is_the_null_class():
     assert not torch.allclose(absent, dit(x, t, {"cell_type": ids, "tissue": torch.tensor([0, 0])}))
 
 
-def test_a_label_may_be_called_as_a_method_of_a_module_or_hold_a_dot():
+def test_a_label_may_be_named_like_a_module_method_or_contain_a_dot():
     config = DiTConfig(d_model=8, n_layers=1, n_heads=2)
     dit = DiT(config, n_latent_tokens=2, latent_width=2, n_classes={"type": 2, "cell.type": 3})
     assert sorted(len(table) for table in dit.labels.parameters()) == [3, 4], "a row for each class, and for none"

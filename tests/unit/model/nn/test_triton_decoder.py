@@ -64,15 +64,17 @@ def test_two_runs_give_the_same_bits(results):
         ({"n_outputs": 3}, r"n_outputs \(3\) must be 1 or 2"),
     ],
 )
-def test_what_the_kernels_cannot_compute_is_refused_with_a_reason(choices, reason):
-    asked = {"width": 16, "n_outputs": 1, "dtype": torch.float32, **choices}
+def test_unsupported_decoders_are_refused_with_a_reason(choices, reason):
+    arguments = {"width": 16, "n_outputs": 1, "dtype": torch.float32, **choices}
     with pytest.raises(ValueError, match=reason):
         outputs_and_gradients(
-            triton_decoder.decode_genes, Case(width=asked["width"], n_outputs=asked["n_outputs"]), asked["dtype"]
+            triton_decoder.decode_genes,
+            Case(width=arguments["width"], n_outputs=arguments["n_outputs"]),
+            arguments["dtype"],
         )
 
 
-def test_the_kernels_are_used_only_where_they_are_asked_for_and_a_width_they_cannot_take_is_said():
+def test_the_kernels_are_opt_in_and_an_unsupported_width_is_reported():
     vae = VAE(VAEConfig(d_model=512), n_genes=3)
     z, sizes = torch.randn(1, 16, 16), torch.ones(1)
     assert vae.decoder.kernels == "torch"

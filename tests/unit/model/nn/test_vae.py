@@ -1,5 +1,7 @@
-"""The transformer VAE: what it promises, and that its fast forms equal its plain formulas. That it equals upstream's
-recorded outputs is held by test_parity.py."""
+"""Properties of the transformer VAE; its fast forms equal its plain formulas.
+
+That it equals upstream's recorded outputs is checked by test_parity.py.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,7 @@ def test_the_likelihood_over_sampled_genes_is_unbiased_for_given_proportions():
     assert (error < 4 * draws.std(0) / len(draws) ** 0.5).all()
 
 
-def test_gene_probabilities_sum_to_the_number_asked_for_and_favour_expressed_genes():
+def test_gene_probabilities_sum_to_the_requested_number_and_favour_expressed_genes():
     mean = torch.tensor([100.0, 10, 1, 0.1, 0.01, 0.001, 0, 0])
     p = gene_probabilities(mean, 3)
     assert p.sum().item() == pytest.approx(3, rel=1e-3)
@@ -146,28 +148,28 @@ def test_an_untrained_model_starts_at_the_mean_profile():
         vae.start_at(mean[:5])
 
 
-def test_the_pad_limit_of_an_upstream_model_is_said():
+def test_the_pad_limit_of_an_upstream_model_is_reported():
     vae = small_vae(input="log1p", genes_seq_len=3)
     with pytest.raises(ValueError, match=r"more than genes_seq_len \(3\)"):
         vae.encode(some_cells())
 
 
 @pytest.mark.parametrize(
-    ("value", "why"),
+    ("value", "reason"),
     [
         (-1.0, r"must not be negative; 1 are not, the first is -1 \(cell 1, gene 2\)"),
         (0.69, r"must be whole numbers, not normalised or log-transformed values; 1 are not, the first is 0.69"),
         (float("nan"), r"must be finite; 1 are not, the first is nan"),
     ],
 )
-def test_values_that_are_no_counts_are_refused_with_their_cell_and_gene(value, why):
+def test_values_that_are_not_counts_are_refused_with_their_cell_and_gene(value, reason):
     counts = torch.ones(2, 3)
     counts[1, 2] = value
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match=reason):
         CellBatch.from_dense(counts)
 
 
-def test_shapes_types_and_vocabularies_that_do_not_fit_are_refused_with_both_values():
+def test_mismatched_shapes_types_and_vocabularies_are_refused_with_both_values():
     with pytest.raises(ValueError, match=r"must be \(cells, genes\); got shape \(3,\)"):
         CellBatch.from_dense(torch.ones(3))
     with pytest.raises(ValueError, match=r"conditions\['cell_type'\] must be class ids, int64 of shape \(2,\); got"):

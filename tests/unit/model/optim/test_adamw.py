@@ -1,4 +1,4 @@
-"""CautiousAdamW takes the recorded steps of upstream's, and torch's where it is not cautious."""
+"""CautiousAdamW takes the recorded steps of upstream's, and torch's without caution."""
 
 import pytest
 import torch

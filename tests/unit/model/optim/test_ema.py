@@ -1,4 +1,4 @@
-"""The moving average follows its rule, survives a restart, and gives the module its weights back."""
+"""The moving average follows its rule, survives a restart, and restores the module's weights."""
 
 import pytest
 import torch

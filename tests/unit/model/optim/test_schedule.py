@@ -1,4 +1,4 @@
-"""The learning rate is continuous and ends where it says; upstream's rule is reproduced for comparison."""
+"""The learning rate is continuous and ends at its final value; upstream's rule is reproduced for comparison."""
 
 from itertools import pairwise
 
