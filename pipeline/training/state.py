@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.config.context import Tracker
 from pipeline.config.resources import CheckpointStorage
-from pipeline.tracking.tracker import NullTracker
 from pipeline.training.checkpoints.remote import Remote
 
 NAMED = 8  # cells that a message names, per worker
@@ -34,7 +34,7 @@ class Run:
     folder: Path
     config_hash: str
     feed_engine: Literal["ray", "local"]
-    tracker: NullTracker
+    tracker: Tracker
     on_checkpoint: Callable[[dict[str, float]], None] = lambda metrics: None
     remote: Remote | None = None
     storage: CheckpointStorage = field(default_factory=CheckpointStorage)
