@@ -52,7 +52,7 @@ class TrainingState:
     max_steps: int
     step: int = 0  # steps done
     lr: float = 0.0  # of the current step
-    metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each, the same on all ranks
+    metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each; some on rank 0 only
     validation: dict[str, float] = field(default_factory=dict)  # measured at this very step; empty if it was not
     resumed_from: int | None = None  # step of the checkpoint that the run was resumed from
     rejected_checkpoints: int = 0  # newer checkpoints that did not verify
