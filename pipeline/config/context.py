@@ -14,19 +14,27 @@ from scldm.generation.request import Request
 
 
 class Tracker(Protocol):
-    """The tracking run of a stage. No method raises or waits; `pipeline.tracking.tracker` implements it."""
+    """What a stage and its workers may report to a tracking run. No method raises or waits for a server.
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers at a step."""
+    `pipeline.tracking.tracker` implements it for the driver, for a worker, and for no tracking at all. Beginning and
+    ending a run is not part of it: that is the runner's and the worker's entry point's part.
+    """
+
+    def metrics(self, values: Mapping[str, float], step: int = 0, *, time_ms: int | None = None) -> None:
+        """Log numbers at a step.
+
+        Args:
+            time_ms: Given if the caller has written the values to metrics.jsonl, with this time in ms since the epoch.
+        """
 
     def tag(self, key: str, value: Any) -> None:
         """Set a tag of the run."""
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Store a file or folder with the run."""
+        """Store a file with the run. It is read later, so it must stay where it is."""
 
     def spec(self) -> dict[str, Any]:
-        """Return plain data from which a worker attaches to the same run."""
+        """Return plain data from which a worker attaches to the same run; empty if nothing is tracked."""
 
 
 @dataclass

@@ -1,19 +1,16 @@
-"""Describe the origin of a result for MLflow (tags, note, data sets): which code ran, and what its inputs came from."""
+"""Describe the origin of a result for MLflow: what its inputs came from, its data sets, and the note on its page."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.manifest import Manifest, read_manifest
 from scldm.api.model_card import plain_line
+from scldm.errors import InputError
 
 IDS = "tracking.json"
 Inputs = Mapping[str, Mapping[str, Any]]  # stage -> version, folder, tracking, facts, config; plain data
@@ -36,33 +33,11 @@ def inputs_of(manifests: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def lineage(inputs: Inputs) -> dict[str, str]:
-    """Return tags with versions and run ids of a stage's inputs, the digest of its data and of the VAE's weights.
-
-    The ids are read from the input's folder: a quick stage may write its manifest before its run exists.
-    """
-    tags = {}
-    for stage, given in inputs.items():
-        tags[f"scldm.{stage}_version"] = str(given["version"])
-        if run_id := read_ids(Path(given["folder"])).get("run_id") or given.get("run_id"):
-            tags[f"scldm.{stage}_run_id"] = str(run_id)
-    data, vae = inputs.get("ingest", {}), inputs.get("train_vae", {})
-    if data.get("digest"):
-        tags["scldm.data_digest"] = str(data["digest"])
-    if data.get("census"):
-        tags["scldm.census_version"] = str(data["census"])
-    if "scldm.train_vae_run_id" in tags:
-        tags["scldm.vae_run_id"] = tags["scldm.train_vae_run_id"]
-    if vae.get("model"):
-        with contextlib.suppress(OSError):
-            weights = (Path(vae["folder"]) / vae["model"] / "model.safetensors").open("rb")
-            with weights:
-                tags["scldm.vae_ckpt_sha256"] = hashlib.file_digest(weights, "sha256").hexdigest()
-    return tags
-
-
 def settings_behind(inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, Any]]:
-    """Return the settings of a stage's inputs and of theirs, by stage: they make runs of `evaluate` comparable."""
+    """Return the settings of a stage's inputs and of theirs, by stage: they make runs of `evaluate` comparable.
+
+    Inputs whose manifest cannot be read are left out.
+    """
     found: dict[str, Mapping[str, Any]] = {}
     todo = list(inputs.values())
     while todo:
@@ -72,8 +47,10 @@ def settings_behind(inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, An
         found[manifest.stage] = manifest.config
         for stage, input_version in manifest.inputs.items():
             folder = Path(manifest.folder).parent.parent / stage / input_version
-            if stage not in found and (parent := read_manifest(folder)) is not None:
-                todo.append(parent)
+            if stage not in found:
+                with contextlib.suppress(OSError, InputError):
+                    parent = read_manifest(folder)
+                    todo += [] if parent is None else [parent]
     return found
 
 
@@ -126,25 +103,6 @@ def datasets(stage: str, config: Mapping[str, Any], ingest: Manifest, name: str)
         for split in splits
         if (n := int(dict(facts.get("n_cells", {})).get(split, 0)))
     ]
-
-
-def code_versions() -> dict[str, str]:
-    """Return tags that tell which code runs, and in which Ray job."""
-    tags = {}
-    for package in ("scldm", "ray", "torch"):
-        with contextlib.suppress(PackageNotFoundError):
-            tags[f"scldm.{package}_version" if package != "scldm" else "scldm.code_version"] = version(package)
-    here = Path(__file__).parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=5)
-        if sha.returncode == 0:
-            tags |= {"scldm.git_sha": sha.stdout.strip(), "scldm.git_dirty": str(bool(dirty.stdout.strip())).lower()}
-    with contextlib.suppress(ValueError, AttributeError):
-        job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
-        if job.get("job_submission_id"):
-            tags["scldm.ray_submission_id"] = str(job["job_submission_id"])
-    return tags
 
 
 def read_ids(folder: Path) -> dict[str, Any]:

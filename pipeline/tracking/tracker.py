@@ -10,84 +10,67 @@ The ids of the run are kept in `tracking.json`, through which a Ray worker finds
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from pipeline.config.job import JobBase
 from pipeline.core.manifest import MANIFEST, Manifest
 from pipeline.core.nested import flat
 from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys, clean_metrics, explain, mlflow_client
 from pipeline.tracking.mlflow_runs.delivery import RunDelivery
-from pipeline.tracking.mlflow_runs.runs import Opening, ParentRun, Pipeline, PipelineRuns
-from pipeline.tracking.provenance import code_versions, datasets, inputs_of, read_ids, settings_behind
+from pipeline.tracking.mlflow_runs.runs import OPENING, Opening, ParentRun, Pipeline, PipelineRuns
+from pipeline.tracking.provenance import datasets, inputs_of, read_ids, settings_behind
 from pipeline.tracking.record_log import DRIVER_LOG, METRICS, WORKER_LOG, Record, RecordLog, last_status, read_logs
 from pipeline.tracking.sender import BackgroundSender, NotReadyError
+from pipeline.tracking.tags import data_tags, pipeline_tags, stage_tags
 
+log = logging.getLogger(__name__)
 CLOSE_SECONDS = 20.0
 DRIVER_RETRY_SECONDS = 20.0
 WORKER_RETRY_SECONDS = 3.0  # short: usually the driver is about to create the run
 
 
 class NullTracker:
-    """Track nothing, with the methods of StageTracker."""
+    """Track nothing. A `pipeline.config.context.Tracker`."""
 
     def metrics(self, values: Mapping[str, float], step: int = 0, *, time_ms: int | None = None) -> None: ...
     def tag(self, key: str, value: Any) -> None: ...
     def artifact(self, path: str | Path, folder: str | None = None) -> None: ...
-    def describe(self, manifest: Manifest) -> None: ...
-    def finish(self, status: str = "FINISHED") -> None: ...
     def close(self) -> None: ...
-    def ids(self) -> dict[str, str]:
-        """Return no run ids."""
-        return {}
-
     def spec(self) -> dict[str, Any]:
-        """Return what `StageTracker.attach` turns into a NullTracker."""
+        """Return what `attach_tracker` turns into a NullTracker."""
         return {}
 
 
-class StageTracker(NullTracker):
-    """The run of one stage. No method raises, and none waits but `close`, which waits at most 20 s.
+class StageTracker(ABC):
+    """What the driver's and the worker's tracker of a stage share. A `pipeline.config.context.Tracker`.
+
+    No method raises or waits for the server; a call appends a record to a file in the stage's folder and queues it.
 
     Args:
         folder: The stage's folder.
         uri: Tracking URI of MLflow.
-        runs: The pipeline's runs; None in a worker, because the driver creates the run.
-        opening: What the run is created from; given with `runs`.
+        log_name: Name of the tracking log, which no other process writes.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        uri: str,
-        sender: BackgroundSender,
-        runs: PipelineRuns | None = None,
-        opening: Opening | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, uri: str, sender: BackgroundSender, *, log_name: str) -> None:
         self.name = f"{folder.parent.name} {folder.name}"
         self.folder = folder
         self.uri = uri
         self.skipped = 0  # metrics that were NaN or infinite
-        self._log = RecordLog(folder / (WORKER_LOG if runs is None else DRIVER_LOG))
+        self._log = RecordLog(folder / log_name)
         self._sender = sender
-        self._runs = runs
-        self._opening = opening
         self._delivery: RunDelivery | None = None
 
-    @classmethod
-    def attach(cls, spec: Mapping[str, Any]) -> NullTracker:
-        """Return, in a Ray worker, the tracker that `spec()` described. Call `close()` at the end."""
-        if not spec:
-            return NullTracker()
-        return cls(Path(spec["folder"]), spec["uri"], BackgroundSender(retry_seconds=WORKER_RETRY_SECONDS))
-
     def spec(self) -> dict[str, Any]:
-        """Return plain data for `attach`."""
+        """Return plain data for `attach_tracker`."""
         return {"folder": str(self.folder), "uri": self.uri}
 
     def metrics(self, values: Mapping[str, float], step: int = 0, *, time_ms: int | None = None) -> None:
@@ -111,15 +94,47 @@ class StageTracker(NullTracker):
         """Store a file with the run. It is read later, so it must stay where it is."""
         self._put("artifact", {"path": str(path), "folder": folder})
 
-    def describe(self, manifest: Manifest) -> None:
-        """Log what is known only when the stage has finished: its manifest, and the data sets that ingest has made."""
-        self.artifact(self.folder / MANIFEST, "manifests")
-        if digest := manifest.facts.get("digest"):
-            self.tag("scldm.data_digest", digest)
-            name = self._opening.pipeline.name if self._opening is not None else manifest.stage
-            self._put_datasets(datasets(manifest.stage, manifest.config, manifest, name))
-        if census := manifest.facts.get("census_version"):
-            self.tag("scldm.census_version", census)
+    def _tag_skipped(self) -> None:
+        if self.skipped:
+            self.tag("scldm.skipped_metrics", self.skipped)
+
+    def _put(self, kind: str, value: Any, *, time_ms: int | None = None, **more: Any) -> None:
+        record = {"kind": kind, "value": value, "at": time_ms or int(time.time() * 1000), **more}
+        if time_ms is None:
+            self._log.append(record)
+        self._sender.put(self, record)
+
+    # ---- in the background thread ----------------------------------------------------------------------------------
+    def deliver(self, records: list[Record], *, replay: bool) -> None:
+        """Send records, or complete the run from disk; called by the sender's thread only."""
+        try:
+            self._deliver(records, replay)
+        except NotReadyError:
+            raise
+        except Exception as error:
+            raise ConnectionError(explain(error, self.uri)) from error
+
+    @abstractmethod
+    def _deliver(self, records: list[Record], replay: bool) -> None:
+        """Send records. After a failure, which `replay` tells, send all that the run misses."""
+
+
+class DriverTracker(StageTracker):
+    """The driver's tracker of a stage. It creates the run, and ends it.
+
+    Its thread is shared with the trackers of the other stages, and closed by `Tracking`.
+
+    Args:
+        runs: The pipeline's runs.
+        opening: What the run is created from.
+    """
+
+    def __init__(
+        self, folder: Path, uri: str, sender: BackgroundSender, *, runs: PipelineRuns, opening: Opening
+    ) -> None:
+        super().__init__(folder, uri, sender, log_name=DRIVER_LOG)
+        self._runs = runs
+        self._opening = opening
 
     def begin(self, config: Mapping[str, Any], described: list[dict[str, str]]) -> None:
         """Begin an attempt: log its settings, data sets, resolved job and installed packages.
@@ -135,76 +150,103 @@ class StageTracker(NullTracker):
             self.artifact(self.folder / "config.yaml", "config")
         self._put("packages", None)
 
+    def describe(self, manifest: Manifest) -> None:
+        """Log what is known only when the stage has finished: its manifest, and the data sets that ingest has made."""
+        self.artifact(self.folder / MANIFEST, "manifests")
+        for key, value in data_tags(manifest.facts).items():
+            self.tag(key, value)
+        self._put_datasets(datasets(manifest.stage, manifest.config, manifest, self._opening.pipeline.name))
+
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED, after all that it misses was sent."""
         self._tag_skipped()
         self._put("status", status)
 
-    def close(self) -> None:
-        """Send what is queued, for at most 20 s. The driver's thread is shared, and closed by Tracking."""
-        if self._runs is None:
-            self._tag_skipped()
-            self._sender.close(CLOSE_SECONDS)
-
     def ids(self) -> dict[str, str]:
         """Return run ids for the manifest; empty as long as the server has not answered."""
         return {k: str(v) for k, v in read_ids(self.folder).items()}
-
-    def _tag_skipped(self) -> None:
-        if self.skipped:
-            self.tag("scldm.skipped_metrics", self.skipped)
 
     def _put_datasets(self, described: list[dict[str, str]]) -> None:
         if described:
             self._put("datasets", described)
 
-    def _put(self, kind: str, value: Any, *, time_ms: int | None = None, **more: Any) -> None:
-        record = {"kind": kind, "value": value, "at": time_ms or int(time.time() * 1000), **more}
-        if time_ms is None:
-            self._log.append(record)
-        self._sender.put(self, record)
+    def _deliver(self, records: list[Record], replay: bool) -> None:
+        """Send records; after a failure and at the stage's end, send all that the run misses.
 
-    # ---- in the background thread ----------------------------------------------------------------------------------
-    def deliver(self, records: list[Record], *, replay: bool) -> None:
-        """Send records, or complete the run from disk; called by the sender's thread only.
-
-        The worker completes the metrics at its start, so that what an earlier attempt left comes before its own points.
-        The driver does so at the end, when no worker writes any more.
+        What workers logged is read only at the end, when none of them writes any more.
         """
-        try:
-            if self._delivery is None:
-                self._delivery = RunDelivery(*self._open_run(), self.name)
-                replay = replay or self._runs is None
-            ends = any(r["kind"] == "status" and r["value"] != "RUNNING" for r in records)
-            if not (replay or ends):
-                self._delivery.send(records)
-                return
-            if self._runs is None:
-                recorded = read_logs(self.folder, WORKER_LOG, METRICS)
-            else:
-                recorded = read_logs(self.folder, DRIVER_LOG)
-                status = last_status([*recorded, *records])
-                if status is not None and status["value"] != "RUNNING":
-                    recorded = read_logs(self.folder)
-            self._delivery.send([*recorded, *records], replay=True)
-        except NotReadyError:
-            raise
-        except Exception as error:
-            raise ConnectionError(explain(error, self.uri)) from error
+        if self._delivery is None:
+            self._delivery = RunDelivery(*self._runs.open_stage(self.folder, self._opening), self.name)
+        if not (replay or _has_ended(records)):
+            self._delivery.send(records)
+            return
+        recorded = read_logs(self.folder, DRIVER_LOG)
+        if _has_ended([*recorded, *records]):
+            recorded = read_logs(self.folder)
+        self._delivery.send([*recorded, *records], replay=True)
 
-    def _open_run(self) -> tuple[Any, str]:
-        if self._runs is not None and self._opening is not None:
-            return self._runs.open_stage(self.folder, self._opening)
+
+class WorkerTracker(StageTracker):
+    """The tracker of rank 0 of a training, in its own process. It waits for the driver to create the run."""
+
+    def __init__(self, folder: Path, uri: str, sender: BackgroundSender) -> None:
+        super().__init__(folder, uri, sender, log_name=WORKER_LOG)
+
+    def close(self) -> None:
+        """Send what is queued. Waits for the server, at most 20 s."""
+        self._tag_skipped()
+        self._sender.close(CLOSE_SECONDS)
+
+    def _deliver(self, records: list[Record], replay: bool) -> None:
+        """Send records; at the start and after a failure, send all that the run misses of this and earlier attempts.
+
+        At the start, so that what an earlier attempt left comes before the points of this one.
+        """
+        first = self._delivery is None
+        if self._delivery is None:
+            self._delivery = RunDelivery(*self._find_run(), self.name)
+        if first or replay:
+            self._delivery.send([*read_logs(self.folder, WORKER_LOG, METRICS), *records], replay=True)
+        else:
+            self._delivery.send(records)
+
+    def _find_run(self) -> tuple[Any, str]:
         ids = read_ids(self.folder)
         if ids.get("uri") != self.uri:  # none yet, or that of an earlier attempt with another server
             raise NotReadyError("the driver has not created the run yet")
         return mlflow_client(self.uri), ids["run_id"]
 
 
-class Tracking:
-    """Driver side: the pipeline's parent run, and the thread that the trackers of all its stages share."""
+def attach_tracker(spec: Mapping[str, Any]) -> WorkerTracker | NullTracker:
+    """Return, in a worker, the tracker that `Tracker.spec` described. Call `close()` at the end.
 
-    def __init__(self, job: JobBase, root: Path, source: str) -> None:
+    Args:
+        spec: Empty if nothing is to be tracked.
+    """
+    if not spec:
+        return NullTracker()
+    return WorkerTracker(Path(spec["folder"]), spec["uri"], BackgroundSender(retry_seconds=WORKER_RETRY_SECONDS))
+
+
+def _has_ended(records: list[Record]) -> bool:
+    """Return whether the newest status among the records ends the run."""
+    status = last_status(records)
+    return status is not None and status["value"] != "RUNNING"
+
+
+class Tracking:
+    """The driver's side: the pipeline's parent run, and the thread that the trackers of all its stages share.
+
+    As a context manager it ends the parent run: FINISHED, KILLED by Ctrl+C or an exit, or FAILED by another exception.
+    The database is opened in the background. The constructor waits for git, at most 10 s; `stage` waits for the disk;
+    only `close` waits for the server.
+
+    Args:
+        root: Output folder of all pipelines.
+        source: Job file and settings of the command line, for the record.
+    """
+
+    def __init__(self, job: JobBase, root: Path, source: str = "") -> None:
         self.root = root.absolute()
         self.folder = self.root / job.name
         given = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's own name; clusters set it
@@ -219,39 +261,40 @@ class Tracking:
             name=job.name,
             key=key,
             began=int(time.time() * 1000),
-            tags={"scldm.pipeline": key, "mlflow.source.name": source, **code_versions()},
+            tags=pipeline_tags(key, source),
         )
         self._runs = PipelineRuns(self.pipeline)
         self._parent = ParentRun(self._runs, self.folder)
         self._sender = BackgroundSender(retry_seconds=DRIVER_RETRY_SECONDS)
 
-    @classmethod
-    def open(cls, job: JobBase, root: Path, source: str | Path = "") -> Tracking:
-        """Return without waiting; the database is opened in the background.
+    def __enter__(self) -> Self:
+        return self
 
-        Args:
-            root: Output folder of all pipelines.
-            source: Job file.
-        """
-        return cls(job, root, str(source))
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close("FINISHED")
+        else:
+            self.close("KILLED" if issubclass(kind, (KeyboardInterrupt, SystemExit)) else "FAILED")
 
     def stage(
         self, stage: str, stage_version: str, folder: Path, config: Mapping[str, Any], inputs: Mapping[str, Manifest]
-    ) -> StageTracker:
+    ) -> DriverTracker:
         """Return the tracker of one stage, whose settings, inputs, data sets and resolved job are logged."""
-        tags = {
-            "mlflow.runName": f"{stage}-{self.pipeline.name}-{stage_version[:8]}-s{self.seed}",
-            "scldm.stage": stage,
-            "scldm.version": stage_version,
-            "scldm.seed": str(self.seed),
-            "scldm.config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
-            "scldm.output_uri": str(folder),
-        }
+        name = self.pipeline.name
+        tags = stage_tags(stage, stage_version, pipeline=name, seed=self.seed, config=config, folder=folder)
         opening = Opening(self.pipeline, tags, inputs_of(inputs), int(time.time() * 1000))
-        opening.write(folder)
+        try:
+            opening.write(folder)
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s): if the server stays away, scldm mlflow sync cannot create the run of %s",
+                folder / OPENING, error, stage,
+            )  # fmt: skip
         self._parent.record(self._status("RUNNING"))
-        tracker = StageTracker(folder, self.uri, self._sender, self._runs, opening)
-        described = datasets(stage, config, inputs["ingest"], self.pipeline.name) if "ingest" in inputs else []
+        tracker = DriverTracker(folder, self.uri, self._sender, runs=self._runs, opening=opening)
+        described = datasets(stage, config, inputs["ingest"], name) if "ingest" in inputs else []
         tracker.begin({**config, **(settings_behind(inputs) if stage == "evaluate" else {})}, described)
         return tracker
 

@@ -7,7 +7,7 @@ validates and saves; when to save, stop, skip or report is decided by callbacks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline.config.job import TrainConfig
 from pipeline.core.faults import fault_point
+from pipeline.core.numbers import ceil_div
 from pipeline.data.loading.blocks import BlockSource
 from pipeline.data.loading.feed import feed
 from pipeline.data.loading.order import FeedOrder
@@ -43,11 +44,17 @@ MAX_UPLOAD_WAIT_S = 20.0  # for uploads after a stop signal; the next start does
 class TrainingResult:
     """A finished run, with the weights that become the model.
 
+    The caller exports the model from it, while the last checkpoints are still being uploaded, and then calls `close`.
+
     Attributes:
-        checkpoint: The checkpoint that holds the exported weights.
-        close: Waits for uploads in progress; called after the model was exported.
+        engine: Holds the network, with the weights to export: the last or the best ones.
+        ema: Their average; None if the run kept none.
+        checkpoint: The checkpoint that holds the weights to export.
+        metrics: The latest value of each metric; `val/loss` is that of the weights to export.
+        callbacks: All callbacks of the run, with what they measured.
         steps: Steps done in all.
-        exported: The step of the exported weights.
+        exported_step: The step of the weights to export.
+        checkpoints: Manages and uploads the checkpoints of the run.
     """
 
     engine: Engine
@@ -55,16 +62,23 @@ class TrainingResult:
     checkpoint: Path
     metrics: dict[str, float]
     callbacks: Sequence[TrainingCallback]
-    close: Callable[[], None]
     steps: int
-    exported: int
+    exported_step: int
+    checkpoints: CheckpointManager
+
+    def close(self) -> None:
+        """Wait for uploads in progress, at most `checkpoints.wait_at_end` seconds. Not collective.
+
+        A warning names the file that lists what was not uploaded by then.
+        """
+        self.checkpoints.close()
 
 
 def micro_batching(config: TrainConfig, world_size: int) -> tuple[int, int]:
     """Return a worker's micro batch size, and its micro batches per step; the global batch is what the config says."""
     rows = config.feed.batch_size // world_size
     micro = min(config.feed.micro_batch_size, rows)
-    return micro, -(-rows // micro)
+    return micro, ceil_div(rows, micro)
 
 
 def run_training(
@@ -162,13 +176,13 @@ class TrainingLoop:
     def result(self) -> TrainingResult:
         """Return the finished run with the weights that are to be exported: the last or the best ones."""
         assert self.checkpoints.latest is not None
-        exported, metrics = self.state.step, self.state.metrics
+        exported_step, metrics = self.state.step, self.state.metrics
         if self.config.export == "best":
             best = self.checkpoints.load_best()
-            exported, metrics = best.position.step, metrics | {"val/loss": best.metrics["val/loss"]}
+            exported_step, metrics = best.position.step, metrics | {"val/loss": best.metrics["val/loss"]}
         return TrainingResult(
-            self.engine, self.ema, self.checkpoints.latest, metrics, self.callbacks, self.checkpoints.close,
-            steps=self.state.step, exported=exported,
+            self.engine, self.ema, self.checkpoints.latest, metrics, self.callbacks, steps=self.state.step,
+            exported_step=exported_step, checkpoints=self.checkpoints,
         )  # fmt: skip
 
     def _take_step(self, step: PreparedStep) -> None:
@@ -194,9 +208,18 @@ class TrainingLoop:
             raise Stopped(self.state.step)
 
     def _update(self, step: PreparedStep) -> None:
-        """Compute the gradients of a global batch and update the weights, unless a callback refuses."""
+        """Compute the gradients of a global batch and update the weights, unless a callback refuses.
+
+        Raises:
+            RuntimeError: if this worker's micro batches are not as many as the engine accumulates.
+        """
         losses = StepLosses(self.engine.device, step.real_cells)
         micro_batches = list(step.micro_batches())
+        if len(micro_batches) != self.accumulation:  # every share below and the engine's count would be wrong
+            raise RuntimeError(
+                f"step {step.step + 1} has {len(micro_batches)} micro batches and the engine accumulates "
+                f"{self.accumulation}: the feed and micro_batching() cut its cells differently; please report this"
+            )
         for i, (index, batch) in enumerate(micro_batches, start=1):
             loss = self.objective.loss(self.engine, batch, index)
             losses.add(loss, batch.weight, batch.joinids)
@@ -206,6 +229,8 @@ class TrainingLoop:
             # The engine divides by accumulation and world size; what remains is the mean over the batch's real cells.
             share = self.accumulation * self.world_size / step.real_cells
             self.engine.backward((loss * batch.weight).sum() * share)
+            # DeepSpeed counts micro batches in step(), and by that count it knows in which backward pass and which
+            # step() a global batch ends. After the last one the callbacks are asked first.
             if i < len(micro_batches):
                 self.engine.step(self.state.lr)
         losses.reduce()
@@ -219,12 +244,12 @@ class TrainingLoop:
                 self.ema.update(self.state.step)
 
     def _validate(self) -> None:
+        stale = _validation_metrics(self.objective.sample_scores)
         with self.timer.measure("validation"):
             measured = _validation_means(self.objective, self.engine, self.ema)
-        self.state.validation = {f"val/{k}": v for k, v in measured.items()}
-        sampled = getattr(self.objective, "sampled", {})  # of worker 0, in some validations of a flow
-        kept = {k: v for k, v in self.state.metrics.items() if not k.startswith("val/gen_")}  # they would be stale
-        self.state.metrics = kept | self.state.validation | {f"val/{k}": v for k, v in sampled.items()}
+        self.state.validation = _validation_metrics(measured)
+        kept = {k: v for k, v in self.state.metrics.items() if k not in stale}
+        self.state.metrics = kept | self.state.validation | _validation_metrics(self.objective.sample_scores)
         for callback in self.callbacks:
             callback.on_validation_end(self.state)
 
@@ -242,6 +267,10 @@ class TrainingLoop:
     def _position(self, step: int) -> TrainingPosition:
         epoch, offset = divmod(step, self.order.n_steps_per_epoch)
         return TrainingPosition(step, epoch, offset, self.world_size, self.run.config_hash, self.config.zero_stage)
+
+
+def _validation_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    return {f"val/{k}": v for k, v in values.items()}
 
 
 def _validation_means(objective: Objective, engine: Engine, ema: EMA | None) -> dict[str, float]:

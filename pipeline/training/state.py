@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.config.context import Tracker
 from pipeline.config.resources import CheckpointStorage
-from pipeline.tracking.tracker import NullTracker
 from pipeline.training.checkpoints.remote import Remote
 
 NAMED = 8  # cells that a message names, per worker
@@ -34,7 +34,7 @@ class Run:
     folder: Path
     config_hash: str
     feed_engine: Literal["ray", "local"]
-    tracker: NullTracker
+    tracker: Tracker
     on_checkpoint: Callable[[dict[str, float]], None] = lambda metrics: None
     remote: Remote | None = None
     storage: CheckpointStorage = field(default_factory=CheckpointStorage)
@@ -52,7 +52,7 @@ class TrainingState:
     max_steps: int
     step: int = 0  # steps done
     lr: float = 0.0  # of the current step
-    metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each, the same on all ranks
+    metrics: dict[str, float] = field(default_factory=dict)  # the latest value of each; some on rank 0 only
     validation: dict[str, float] = field(default_factory=dict)  # measured at this very step; empty if it was not
     resumed_from: int | None = None  # step of the checkpoint that the run was resumed from
     rejected_checkpoints: int = 0  # newer checkpoints that did not verify

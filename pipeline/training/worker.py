@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from pipeline.core.faults import arm
 from pipeline.core.logs import setup_logging
-from pipeline.tracking.tracker import StageTracker
+from pipeline.tracking.tracker import attach_tracker
 from pipeline.training.callbacks.stop_signal import STOP_FILE
 from pipeline.training.checkpoints.remote import Remote
 from pipeline.training.checkpoints.selection import CannotResume
@@ -52,7 +52,7 @@ def train_worker(
     setup_logging(stage=f"train_{spec.kind}", rank=rank)
     arm(spec.fault)
     torch.set_num_threads(spec.threads)
-    tracker = StageTracker.attach(spec.tracker if rank == 0 else {})
+    tracker = attach_tracker(spec.tracker if rank == 0 else {})
     tracker.tag("scldm.world_size", dist.get_world_size())
     has_remote = spec.storage.storage_path is not None and rank == 0
     run = Run(

@@ -25,7 +25,7 @@ from pipeline.core.lock import stage_lock
 from pipeline.core.logs import setup_logging
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, write_manifest
 from pipeline.stages.registry import stage_function
-from pipeline.tracking.tracker import StageTracker, Tracking
+from pipeline.tracking.tracker import DriverTracker, Tracking
 from pipeline.workflow.folders import in_ray_package, output_root
 from pipeline.workflow.preflight import check_against_data
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for, resolve
@@ -132,21 +132,15 @@ class JobRun:
 
     def run(self) -> None:
         """Run all stages in order."""
-        tracking = Tracking.open(self.job, output_root(self.job), self.source)
-        status = "FAILED"
-        try:
-            with cluster.connect(self.job.resources):
-                for step in self.steps:
-                    self.manifests[step.stage] = step.done or self._run_step(step, tracking)
-                    if step.stage == "ingest" and not self.data_checked:
-                        self._check_data(self.manifests["ingest"])
-            status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
-            raise
-        finally:
-            setup_logging(stage=self.job.name)
-            tracking.close(status)
+        with Tracking(self.job, output_root(self.job), self.source) as tracking:
+            try:
+                with cluster.connect(self.job.resources):
+                    for step in self.steps:
+                        self.manifests[step.stage] = step.done or self._run_step(step, tracking)
+                        if step.stage == "ingest" and not self.data_checked:
+                            self._check_data(self.manifests["ingest"])
+            finally:
+                setup_logging(stage=self.job.name)
 
     def _run_step(self, step: Step, tracking: Tracking) -> Manifest:
         """Run one stage in its folder, under its lock."""
@@ -181,7 +175,7 @@ class JobRun:
 
 
 def _manifest(
-    step: Step, inputs: Mapping[str, Manifest], context: StageContext, facts: Mapping[str, Any], tracker: StageTracker
+    step: Step, inputs: Mapping[str, Manifest], context: StageContext, facts: Mapping[str, Any], tracker: DriverTracker
 ) -> Manifest:
     try:
         json.dumps(facts)
@@ -202,7 +196,7 @@ def _manifest(
 
 
 @contextmanager
-def _reported(step: Step, tracker: StageTracker) -> Iterator[None]:
+def _reported(step: Step, tracker: DriverTracker) -> Iterator[None]:
     """End the tracking run with the stage's status; turn a failure into a one-line error and a log file."""
     try:
         yield

@@ -42,7 +42,7 @@ def root(tmp_path_factory) -> Path:
     """A tracked pipeline `demo` with a VAE and a flow, and the cells that its models make."""
     root = tmp_path_factory.mktemp("root")
     made = write_inputs(root / "made")
-    tracking = Tracking.open(EvaluateJob(kind="evaluate", name="demo"), root)
+    tracking = Tracking(EvaluateJob(kind="evaluate", name="demo"), root)
     inputs: dict[str, Manifest] = {}
     for stage, version in (("ingest", "i1"), ("train_vae", "v1"), ("train_flow", "f1")):
         folder = root / "demo" / stage / version

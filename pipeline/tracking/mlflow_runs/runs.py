@@ -17,8 +17,9 @@ from typing import Any
 
 from pipeline.core.files import write_json_atomic
 from pipeline.tracking.mlflow_runs.client import explain, mlflow_client
-from pipeline.tracking.provenance import IDS, Inputs, lineage, note, read_ids
+from pipeline.tracking.provenance import IDS, Inputs, note, read_ids
 from pipeline.tracking.record_log import DRIVER_LOG, PARENT_SPOOL, Record, RecordLog, last_status, read_logs
+from pipeline.tracking.tags import lineage_tags, parent_tags
 
 OPENING = ".mlflow_run.json"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with runs, not chats
@@ -99,7 +100,8 @@ class PipelineRuns:
         return client, run_id
 
     def _create(self, opening: Opening) -> str:
-        tags = {**self.pipeline.tags, **opening.tags, **lineage(opening.inputs), "mlflow.parentRunId": self.parent_id}
+        lineage = lineage_tags(opening.inputs)
+        tags = {**self.pipeline.tags, **opening.tags, **lineage, "mlflow.parentRunId": self.parent_id}
         tags["mlflow.note.content"] = note(tags, opening.inputs, experiment_id=self._experiment_id)
         run = self._client.create_run(self._experiment_id, start_time=opening.began, tags=tags)
         return str(run.info.run_id)
@@ -122,7 +124,7 @@ class PipelineRuns:
         return client
 
     def _create_parent(self) -> str:
-        tags = {**self.pipeline.tags, "mlflow.runName": self.pipeline.name, "scldm.stage": "pipeline"}
+        tags = {**self.pipeline.tags, **parent_tags(self.pipeline.name)}
         run = self._client.create_run(self._experiment_id, start_time=self.pipeline.began, tags=tags)
         return str(run.info.run_id)
 

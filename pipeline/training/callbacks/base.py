@@ -12,7 +12,8 @@ class TrainingCallback:
     """A policy of the training loop. Every hook does nothing unless a subclass overrides it.
 
     Hooks run on every rank that has the callback, callback by callback in the order of the list. A hook may be
-    collective if all ranks have the callback. The hooks of one step, in order:
+    collective if all ranks have the callback. `on_train_start` runs once before the first step, after a checkpoint was
+    loaded. Then, in every step and in this order:
 
     1. `on_step_start`: the step's cells are on the device.
     2. `on_gradient_exchange`: once or more; this worker begins to compute gradients that are exchanged.
@@ -22,6 +23,8 @@ class TrainingCallback:
     6. `collect_metrics`: every `LOG_EVERY` steps and in the last one.
     7. `on_step_end`: metrics and validation are complete; requests made here still count for this step.
     8. `on_checkpoint`: in steps that saved a checkpoint, or failed to.
+
+    `on_train_end` runs once when the loop ends, also by an exception, in the reverse order of the list.
 
     If `state_key` is set, every checkpoint holds the `state_dict` of rank 0 under that key, and every rank loads it.
 
@@ -59,7 +62,11 @@ class TrainingCallback:
         """Run after a validation, whose results are in `state.validation`."""
 
     def collect_metrics(self, state: TrainingState) -> dict[str, float]:
-        """Return metrics of the steps since the last call; they are merged into `state.metrics`."""
+        """Return metrics of the steps since the last call; they are merged into `state.metrics`.
+
+        `state.metrics` is the same on all ranks only if every rank has the callback and it returns the same on each,
+        reduced over the ranks if need be. Otherwise no decision that all ranks share may depend on these metrics.
+        """
         return {}
 
     def on_step_end(self, state: TrainingState) -> None:

@@ -12,6 +12,10 @@ from pipeline.training.state import TrainingState
 class CheckpointSchedule(TrainingCallback):
     """Requests a checkpoint every `train.checkpoint_every` steps. The loop saves one where the run ends in any case.
 
+    Saving is collective, so all ranks must request a checkpoint in the same step. A number of steps is the same on all
+    of them; clocks are not. A policy by time has to decide on rank 0 and broadcast the decision, as `StopSignal` does
+    by a reduction that overlaps with the step.
+
     Args:
         report: Called on every rank with step and metrics after a checkpoint was committed; under Ray Train it is
             collective.

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.context import Tracker
 from pipeline.config.job import TrainConfig
 from pipeline.core.progress import ProgressWriter
-from pipeline.tracking.tracker import NullTracker
 from pipeline.training.callbacks.base import TrainingCallback
 from pipeline.training.state import StepLosses, TrainingState
 
@@ -73,7 +73,7 @@ class MetricsLog(TrainingCallback):
     def __init__(
         self,
         folder: Path,
-        tracker: NullTracker,
+        tracker: Tracker,
         config: TrainConfig,
         *,
         batch_size: int,

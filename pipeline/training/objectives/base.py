@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -41,6 +41,14 @@ class Objective(Protocol):
 
     module: nn.Module
     validate_with_ema: bool
+
+    @property
+    def sample_scores(self) -> Mapping[str, float]:
+        """Scores of the cells that the last validation generated, by name; empty if it generated none.
+
+        The loop adds them to the metrics as `val/<name>`, until the next validation. They need not be the same on all
+        ranks: only rank 0 may generate, and only its metrics are logged. A validation replaces the mapping.
+        """
 
     def prepare(self, table: pa.Table, index: MicroBatchIndex) -> Any:
         """Make a `Batch` on the CPU. Runs in a thread."""

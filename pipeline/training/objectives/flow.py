@@ -116,7 +116,7 @@ class FlowObjective:
         samples: FlowSamples | None = None,
     ):
         self.samples = samples
-        self.sampled: dict[str, float] = {}  # scores of generated cells in the last validation, if it had any
+        self.sample_scores: Mapping[str, float] = {}
         self.module, self.path, self.n_classes, self.draws = dit, path, n_classes, draws
         self.label_dropout = label_dropout
         self._validation = [self._batch(table, None) for table in validation]
@@ -139,7 +139,7 @@ class FlowObjective:
             loss = flow_losses(self.module, batch.latents, batch.draws, batch.conditions, self.path)
             total += float(loss.double().sum())
             n += len(loss)
-        self.sampled = {} if self.samples is None else self.samples.scores(self.module)
+        self.sample_scores = {} if self.samples is None else self.samples.scores(self.module)
         return {"loss": total}, n
 
     def _batch(self, table: pa.Table, index: MicroBatchIndex | None) -> FlowBatch:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -80,6 +81,7 @@ class JointObjective:
     """
 
     validate_with_ema = True
+    sample_scores: Mapping[str, float] = MappingProxyType({})  # it generates no cells
 
     def __init__(
         self,

@@ -5,8 +5,9 @@ Shape letters: b cells, g genes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +62,7 @@ class VaeObjective:
     """
 
     validate_with_ema = False
+    sample_scores: Mapping[str, float] = MappingProxyType({})  # it generates no cells
 
     def __init__(
         self,

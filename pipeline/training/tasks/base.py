@@ -28,7 +28,7 @@ def training_facts(result: TrainingResult, weights: str, module: nn.Module) -> d
     result.close()
     facts = {
         "model": "model",
-        "exported": {"weights": weights, "step": result.exported},
+        "exported": {"weights": weights, "step": result.exported_step},
         "checkpoint": str(Path("checkpoints") / result.checkpoint.name),
         "steps": result.steps,
         "n_parameters": sum(p.numel() for p in module.parameters()),

@@ -23,7 +23,7 @@ class WorkerSpecBase(StrictModel):
     seed: int
     feed_engine: Literal["ray", "local"]
     tracker: dict[str, Any]
-    """See `StageTracker.spec`; empty if nothing is tracked."""
+    """See `Tracker.spec`; empty if nothing is tracked."""
     threads: int = 1
     card: str = ""
     """README of the exported model."""

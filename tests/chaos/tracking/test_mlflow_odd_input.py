@@ -15,7 +15,7 @@ from helpers.training.tracked_training import STEPS, Trained, open_driver, synce
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.provenance import read_ids
 from pipeline.tracking.sender import BackgroundSender
-from pipeline.tracking.tracker import StageTracker
+from pipeline.tracking.tracker import WorkerTracker
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("patience")]
 
@@ -42,7 +42,7 @@ def test_M7_a_flood_overflows_the_queue_and_still_arrives_whole(server, tmp_path
     folder.mkdir(parents=True)
     driver = open_driver(tmp_path, server.uri)
     stage = driver.stage("train_vae", "a1", folder, {}, {})
-    worker = StageTracker(folder, server.uri, BackgroundSender(capacity=5, retry_seconds=0.2))
+    worker = WorkerTracker(folder, server.uri, BackgroundSender(capacity=5, retry_seconds=0.2))
     n_steps, n_metrics, seconds = 60, 100, []
     for step in range(n_steps):
         began = time.perf_counter()

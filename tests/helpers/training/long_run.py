@@ -13,7 +13,7 @@ import torch.distributed as dist
 from helpers.training.toy_training import FEED, Toy, cells
 from pipeline.config.train import TrainConfig
 from pipeline.data.loading.order import FeedOrder
-from pipeline.tracking.tracker import StageTracker
+from pipeline.tracking.tracker import attach_tracker
 from pipeline.training.callbacks.base import TrainingCallback
 from pipeline.training.loop import run_training
 from pipeline.training.state import Run, TrainingState
@@ -29,7 +29,7 @@ def work(folder: Path) -> None:
     config = TrainConfig.model_validate(base)
     source, feed = cells(), config.feed
     order = FeedOrder(source.ids, source.tile, 0, feed.batch_size, feed.lanes, feed.block_rows)
-    tracker = StageTracker.attach(json.loads((folder / "tracker.json").read_text()))
+    tracker = attach_tracker(json.loads((folder / "tracker.json").read_text()))
     run = Run(folder, "v", "local", tracker)
     usage = ResourceUsage(folder / "looks.jsonl")
     run_training(Toy(None, []), source, order, config, run, ema_config=EMAConfig(decay=0.9), callbacks=[usage]).close()

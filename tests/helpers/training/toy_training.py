@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Toy:
     """Squared error of a small network that learns the sum of a cell's numbers."""
 
     validate_with_ema = True
+    sample_scores: Mapping[str, float] = {}
 
     def __init__(self, harm: Callable[[Tensor, Batch, nn.Module], Tensor] | None, validation: list[float]):
         torch.manual_seed(0)
@@ -142,7 +143,7 @@ def train(
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "weights": weights.tolist(), "average": average.tolist(), "skipped": guard.skipped,
-        "spikes": guard.spikes, "steps": trained.steps, "exported": trained.exported,
+        "spikes": guard.spikes, "steps": trained.steps, "exported": trained.exported_step,
         "early": early.stopped, "grad_norm": rows[-1].get("train/grad_norm"),
         "curve": [r["train/loss"] for r in rows if "train/loss" in r], "rows": rows,
     }  # fmt: skip

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.context import Tracker
 from pipeline.config.job import EvaluateJob, TrackingConfig
 from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.provenance import read_ids
 from pipeline.tracking.sync import sync
-from pipeline.tracking.tracker import NullTracker, StageTracker, Tracking
+from pipeline.tracking.tracker import Tracking, attach_tracker
 
 STEPS = 200
 STEP_SECONDS = 0.005
@@ -71,7 +72,7 @@ def train(
     (folder / "config.yaml").write_text("kind: train_vae\n")
     driver = open_driver(root, uri)
     stage = driver.stage("train_vae", version, folder, {"train": {"lr": lr}}, {})
-    worker = StageTracker.attach(stage.spec())
+    worker = attach_tracker(stage.spec())
     cut_metrics(folder, before=first)
     worker.tag("scldm.resumed_from_step", first - 1)
     done = Trained(folder)
@@ -93,7 +94,7 @@ def train(
     return done
 
 
-def log_point(folder: Path, worker: NullTracker, step: int) -> None:
+def log_point(folder: Path, worker: Tracker, step: int) -> None:
     """Write a point to metrics.jsonl and to the tracker, as the metrics log of a training does."""
     row, time_ms = {"train/loss": 1.0 / step, "perf/cells_per_s": 100.0 + step}, int(time.time() * 1000)
     with (folder / "metrics.jsonl").open("a") as f:
@@ -109,7 +110,7 @@ def cut_metrics(folder: Path, *, before: int) -> None:
 
 
 def open_driver(root: Path, uri: str) -> Tracking:
-    return Tracking.open(EvaluateJob(kind="evaluate", name="demo", tracking=TrackingConfig(uri=uri)), root)
+    return Tracking(EvaluateJob(kind="evaluate", name="demo", tracking=TrackingConfig(uri=uri)), root)
 
 
 def synced(done: Trained) -> list[str]:

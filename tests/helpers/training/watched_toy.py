@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from helpers.training.toy_training import train
+from helpers.training.toy_training import Toy, train
+from pipeline.data.loading.feed import FeedStep, feed
+from pipeline.training import loop
 from pipeline.training.callbacks.base import TrainingCallback
 from pipeline.training.state import StepLosses, TrainingState
 
@@ -66,6 +69,38 @@ class Watcher(TrainingCallback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.n_steps = state["n_steps"]
         self.restored.append(self.n_steps)
+
+
+def lose_a_micro_batch(folder: Path) -> None:
+    """Train with a feed that leaves out the first micro batch of every step, and record how that ends."""
+
+    def shortened(*args: Any, **kwargs: Any) -> Iterator[FeedStep]:
+        for step in feed(*args, **kwargs):
+            yield replace(step, micro=step.micro[1:])
+
+    loop.feed = shortened  # type: ignore[attr-defined]
+    dist.init_process_group("gloo")
+    try:
+        train(folder / "run")
+    except RuntimeError as error:
+        (folder / "error").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def score_samples(folder: Path) -> None:
+    """Train with an objective that generates cells in every second validation; record the rows of the metrics log."""
+    validation = Toy.validation
+
+    def validate(self: Toy, rank: int, world_size: int) -> tuple[dict[str, float], int]:
+        means = validation(self, rank, world_size)
+        self.sample_scores = {"gen_w2": float(self.calls)} if self.calls % 2 else {}
+        return means
+
+    Toy.validation = validate  # type: ignore[method-assign]
+    dist.init_process_group("gloo")
+    rows = train(folder / "run", validate_every=2, max_steps=6)["rows"]
+    (folder / "done.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
 
 
 def work(folder: Path) -> None:

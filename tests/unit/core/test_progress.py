@@ -13,7 +13,7 @@ from pipeline.config.job import TrainConfig
 from pipeline.core.logs import setup_logging
 from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, progress_line
 from pipeline.core.text import compact, duration
-from pipeline.tracking.tracker import StageTracker
+from pipeline.tracking.tracker import NullTracker
 from pipeline.training.callbacks.metrics_log import MetricsLog
 from pipeline.training.state import TrainingState
 
@@ -26,7 +26,7 @@ def test_a_line_shows_step_loss_rate_speed_and_eta():
 
 def test_the_first_step_of_an_attempt_shows_no_rate_that_nobody_knows_yet(tmp_path):
     config, state = TrainConfig(max_steps=600), TrainingState(max_steps=600, step=549)
-    metrics_log = MetricsLog(tmp_path, StageTracker.attach({}), config, batch_size=8, mfu=lambda rate: rate)
+    metrics_log = MetricsLog(tmp_path, NullTracker(), config, batch_size=8, mfu=lambda rate: rate)
     metrics_log.on_train_start(state)
     state.begin_step(550, lr=1e-3)
     metrics_log.on_step_end(state)

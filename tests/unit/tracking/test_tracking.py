@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -10,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.job import EvaluateJob, TrackingConfig
-from pipeline.core.manifest import Manifest, write_manifest
+from pipeline.core.manifest import MANIFEST, Manifest, write_manifest
 from pipeline.tracking import tracker as tracking_module
 from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys, mlflow_client
-from pipeline.tracking.provenance import IDS, lineage, read_ids, settings_behind
+from pipeline.tracking.mlflow_runs.runs import OPENING
+from pipeline.tracking.provenance import IDS, read_ids, settings_behind
 from pipeline.tracking.record_log import DRIVER_LOG, WORKER_LOG, RecordLog
 from pipeline.tracking.sender import NotReadyError
 from pipeline.tracking.sync import sync
-from pipeline.tracking.tracker import NullTracker, StageTracker, Tracking
+from pipeline.tracking.tags import lineage_tags
+from pipeline.tracking.tracker import DriverTracker, NullTracker, Tracking, attach_tracker
 from scldm.errors import InputError
 
 DEAD = "http://127.0.0.1:9"
@@ -34,7 +37,7 @@ def stage_folder(root: Path, version: str = "0a1b2c") -> Path:
     return folder
 
 
-def open_stage(tracking: Tracking, folder: Path, *, max_steps: int = 3) -> StageTracker:
+def open_stage(tracking: Tracking, folder: Path, *, max_steps: int = 3) -> DriverTracker:
     facts = {
         "digest": "d1635" * 10, "census_version": "2025-01-30", "n_cells": {"train": 90, "validation": 10, "test": 5},
         "n_genes": 7, "labels": ["cell_type"], "soma_uri": "s3://cells",
@@ -60,12 +63,12 @@ def store(tmp_path_factory) -> Path:
 
 def test_a_stage_is_a_child_of_its_pipeline_with_params_metrics_tags_and_artifacts(store):
     folder = stage_folder(store)
-    tracking = Tracking.open(job(), store, "jobs/demo.yaml")
+    tracking = Tracking(job(), store, "jobs/demo.yaml")
     tracker = open_stage(tracking, folder)
     for step in range(20):
         tracker.metrics({"train/loss": 1 / (step + 1), "bad": float("nan"), "worse": float("inf")}, step=step)
     tracker.tag("note!", "hello")
-    worker = StageTracker.attach(json.loads(json.dumps(tracker.spec())))
+    worker = attach_tracker(json.loads(json.dumps(tracker.spec())))
     worker.metrics({"val/loss": 0.5}, step=20)
     worker.close()  # may be before the run exists: then the driver sends it at the end
     tracker.finish()
@@ -133,12 +136,14 @@ def test_an_evaluation_carries_the_settings_of_all_that_it_was_made_from(tmp_pat
     made("train_flow", {"train": {"max_steps": 7}}, {})
     cells = made("generate", {"seed": 1}, {"train_flow": "v"})
     assert settings_behind({"generate": cells}) == {"generate": {"seed": 1}, "train_flow": {"train": {"max_steps": 7}}}
+    (tmp_path / "train_flow" / "v" / MANIFEST).write_text("{")
+    assert settings_behind({"generate": cells}) == {"generate": {"seed": 1}}, "tracking is no reason to end a job"
 
 
 def test_a_rerun_continues_the_same_runs(store):
     folder = stage_folder(store)
     before = json.loads((folder / IDS).read_text())
-    tracking = Tracking.open(job(), store)
+    tracking = Tracking(job(), store)
     tracker = open_stage(tracking, folder, max_steps=4)  # a param is never changed once logged
     tracker.finish("FAILED")
     tracking.close("FAILED")
@@ -152,7 +157,7 @@ def test_a_rerun_continues_the_same_runs(store):
 
 def test_the_next_attempt_sends_what_a_dead_server_missed(store):
     folder = stage_folder(store, "dead00")
-    dead = Tracking.open(job(DEAD), store)
+    dead = Tracking(job(DEAD), store)
     tracker = open_stage(dead, folder)
     began = time.monotonic()
     for step in range(1000):
@@ -163,7 +168,7 @@ def test_the_next_attempt_sends_what_a_dead_server_missed(store):
     assert time.monotonic() - began < 20
     assert tracker.ids() == {}
 
-    alive = Tracking.open(job(), store)
+    alive = Tracking(job(), store)
     open_stage(alive, folder).finish()
     alive.close()
     assert steps(store, folder) == list(range(1000))
@@ -171,7 +176,7 @@ def test_the_next_attempt_sends_what_a_dead_server_missed(store):
 
 def test_the_driver_sends_what_a_killed_worker_left_on_disk(store):
     folder = stage_folder(store, "kill00")
-    driver = Tracking.open(job(), store)
+    driver = Tracking(job(), store)
     tracker = open_stage(driver, folder)
     worker = RecordLog(folder / WORKER_LOG)  # what the worker wrote; it never reached the server
     worker.append({"kind": "tag", "value": {"scldm.world_size": "2"}, "at": 1})
@@ -189,7 +194,7 @@ def test_the_driver_sends_what_a_killed_worker_left_on_disk(store):
 def test_a_worker_ignores_the_run_of_an_earlier_attempt_on_another_server(tmp_path):
     folder = stage_folder(tmp_path)
     (folder / IDS).write_text(json.dumps({"run_id": "0" * 32, "uri": "sqlite:///elsewhere.db"}))
-    worker = StageTracker.attach({"folder": str(folder), "uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    worker = attach_tracker({"folder": str(folder), "uri": f"sqlite:///{tmp_path}/mlflow.db"})
     with pytest.raises(NotReadyError):
         worker.deliver([], replay=True)
     worker.close()
@@ -198,7 +203,7 @@ def test_a_worker_ignores_the_run_of_an_earlier_attempt_on_another_server(tmp_pa
 def test_a_server_gets_what_cannot_be_written_to_a_full_disk(store):
     folder = stage_folder(store, "full00")
     (folder / DRIVER_LOG).mkdir()  # as unwritable as a full disk
-    tracking = Tracking.open(job(), store)
+    tracking = Tracking(job(), store)
     tracker = open_stage(tracking, folder)
     for step in range(20):
         tracker.metrics({"train/loss": 1.0}, step=step)
@@ -213,7 +218,7 @@ def test_a_server_gets_what_cannot_be_written_to_a_full_disk(store):
 def test_a_stage_that_logs_the_same_again_leaves_its_points_once(store):
     folder = stage_folder(store, "again0")
     for _ in range(2):
-        tracking = Tracking.open(job(), store)
+        tracking = Tracking(job(), store)
         tracker = open_stage(tracking, folder)
         tracker.metrics({"encode/train_cells": 90.0}, step=0)
         tracker.finish()
@@ -234,7 +239,7 @@ def test_sync_sends_a_whole_run_to_another_store_and_nothing_the_second_time(sto
 
 def test_sync_delivers_what_version_0_1_0_left_and_removes_it(store, tmp_path):
     folder = stage_folder(store, "old000")
-    tracking = Tracking.open(job(), store)
+    tracking = Tracking(job(), store)
     open_stage(tracking, folder).finish()
     tracking.close()
     start = mlflow_client(f"sqlite:///{store}/mlflow.db").get_run(read_ids(folder)["run_id"]).info.start_time
@@ -260,7 +265,7 @@ def test_sync_delivers_what_version_0_1_0_left_and_removes_it(store, tmp_path):
 
 def test_sync_ends_the_run_of_a_stage_whose_driver_died_after_the_manifest(store):
     folder = stage_folder(store, "done00")
-    tracking = Tracking.open(job(), store)
+    tracking = Tracking(job(), store)
     open_stage(tracking, folder)
     tracking.close("KILLED")
     write_manifest(Manifest("train_vae", "done00", str(folder), {}, {}, {}, 1.0, 1234.5))
@@ -279,11 +284,34 @@ def steps(store: Path, folder: Path) -> list[int]:
     return [m.step for m in client.get_metric_history(read_ids(folder)["run_id"], "train/loss")]
 
 
-def test_the_null_tracker_has_the_same_methods():
-    null = NullTracker()
-    null.metrics({"a": float("nan")}, step=1)
-    null.finish("FAILED")
-    assert isinstance(StageTracker.attach(null.spec()), NullTracker)
+def test_a_worker_of_a_stage_that_is_not_tracked_tracks_nothing():
+    worker = attach_tracker(NullTracker().spec())
+    worker.metrics({"a": float("nan")}, step=1, time_ms=1)
+    worker.close()
+    assert isinstance(worker, NullTracker)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (OSError(), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(), "KILLED")],
+)
+def test_leaving_the_context_ends_the_pipelines_run_with_the_status_of_its_job(tmp_path, monkeypatch, error, status):
+    ended = []
+    monkeypatch.setattr(Tracking, "close", lambda self, status: ended.append(status))
+    with contextlib.suppress(BaseException), Tracking(job(DEAD), tmp_path):
+        if error is not None:
+            raise error
+    assert ended == [status]
+
+
+def test_a_stage_begins_although_its_folder_cannot_be_written(tmp_path, caplog):
+    folder = tmp_path / "demo" / "train_vae" / "gone"  # as unwritable as a full disk
+    tracking = Tracking(job(DEAD), tmp_path)
+    tracker = open_stage(tracking, folder)
+    tracker.metrics({"train/loss": 1.0}, step=1)
+    tracker.finish()
+    assert f"{folder / OPENING} cannot be written" in caplog.text
+    assert "scldm mlflow sync" in caplog.text
 
 
 def test_a_flow_names_the_run_and_the_weights_of_the_vae_that_it_was_built_on(tmp_path):
@@ -291,7 +319,7 @@ def test_a_flow_names_the_run_and_the_weights_of_the_vae_that_it_was_built_on(tm
     (vae / "model").mkdir(parents=True)
     (vae / "model" / "model.safetensors").write_bytes(b"weights")
     (vae / IDS).write_text(json.dumps({"run_id": "r2"}))
-    tags = lineage({"train_vae": {"version": "v1", "folder": str(vae), "model": "model"}})
+    tags = lineage_tags({"train_vae": {"version": "v1", "folder": str(vae), "model": "model"}})
     assert tags["scldm.vae_run_id"] == "r2"
     assert tags["scldm.vae_ckpt_sha256"] == hashlib.sha256(b"weights").hexdigest()
 

@@ -35,3 +35,20 @@ def test_it_steers_the_loop_through_requests(done):
 def test_its_metrics_are_logged_and_its_state_comes_back_from_a_checkpoint(done):
     assert done["restored"] == [LAST]
     assert [row["step"] for row in done["rows"]] == [5]
+
+
+def test_a_step_with_fewer_micro_batches_than_the_engine_accumulates_is_an_error(tmp_path):
+    assert start(tmp_path, watched_toy.lose_a_micro_batch, 1) == [0], (tmp_path / "log").read_text()[-3000:]
+    error = (tmp_path / "error").read_text()
+    assert "step 1 has 3 micro batches" in error
+    assert "accumulates 4" in error
+
+
+def test_scores_of_generated_cells_are_logged_with_their_own_validation_only(tmp_path):
+    assert start(tmp_path, watched_toy.score_samples, 1) == [0], (tmp_path / "log").read_text()[-3000:]
+    rows = json.loads((tmp_path / "done.json").read_text())
+    assert [(row["step"], row.get("val/gen_w2"), row["val/loss"]) for row in rows] == [
+        (2, 1, 1),
+        (4, None, 1),
+        (6, 3, 1),
+    ]

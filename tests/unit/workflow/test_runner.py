@@ -43,12 +43,19 @@ class Stages:
         return run
 
 
-class NoTracking:
+class NoTracker(tracking.NullTracker):
+    def describe(self, manifest): ...
+    def finish(self, status): ...
+    def ids(self):
+        return {}
+
+
+class NoTracking(tracking.Tracking):
     def __init__(self) -> None:
         self.status = ""
 
     def stage(self, *_):
-        return tracking.NullTracker()
+        return NoTracker()
 
     def close(self, status):
         self.status = status
@@ -70,7 +77,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "stage_function", stages.function)
     monkeypatch.setattr(runner, "check_against_data", lambda *_: None)  # these stages make no data
     monkeypatch.setattr(runner.cluster, "connect", connect)
-    monkeypatch.setattr(runner.Tracking, "open", lambda *_: stages.tracking)
+    monkeypatch.setattr(runner, "Tracking", lambda *_: stages.tracking)
     return stages
 
 
