@@ -12,8 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pipeline.config.input_paths import DeepSpeedFile
 from scldm.config import StrictModel
 from scldm.data.genes_seen import GenesSeenConfig
-from scldm.flow.config import EMAConfig
-from scldm.optim.config import OptimizerConfig
+from scldm.optim.config import EMAConfig, OptimizerConfig
 
 
 class FeedConfig(StrictModel):

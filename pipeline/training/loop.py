@@ -32,8 +32,8 @@ from pipeline.training.objectives.base import Objective
 from pipeline.training.out_of_memory import explain_out_of_memory
 from pipeline.training.prefetch import PreparedStep, prefetch
 from pipeline.training.state import Run, StepLosses, Stopped, TrainingState
-from scldm.flow.config import EMAConfig
 from scldm.optim.adamw import adamw
+from scldm.optim.config import EMAConfig
 from scldm.optim.ema import EMA
 from scldm.optim.schedule import learning_rate_factor
 

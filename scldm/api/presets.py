@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from scldm.errors import InputError
-from scldm.flow.config import EMAConfig, PathConfig
+from scldm.flow.config import PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.optim.config import OptimizerConfig
+from scldm.optim.config import EMAConfig, OptimizerConfig
 from scldm.text import did_you_mean
 
 

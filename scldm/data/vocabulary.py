@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,12 +101,6 @@ class Vocabulary:
         raise UnknownNameError(
             f"no label {name!r}; the model knows: {', '.join(x.name for x in self.labels) or 'none'}"
         )
-
-    def encode_conditions(self, table: Mapping[str, Sequence[str | None]], n: int) -> dict[str, np.ndarray]:
-        """Return the class ids (n,) of every label for n cells; labels that the table lacks are null for all cells."""
-        for name in table:
-            self.label(name)
-        return {x.name: x.encode(table[x.name]) if x.name in table else np.full(n, x.null_id) for x in self.labels}
 
     @cached_property
     def digest(self) -> str:

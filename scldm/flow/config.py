@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from scldm.config import StrictModel
 
@@ -47,14 +47,3 @@ class SamplerConfig(StrictModel):
     temperature: PositiveFloat = 1.0
     """Of the draw of counts: Var = mu + temperature mu^2 / theta, same means. 1: the model's negative binomial; near 0:
     a Poisson."""
-
-
-class EMAConfig(StrictModel):
-    """Exponential moving average of the weights, kept in fp32."""
-
-    decay: float = Field(0.999, gt=0, lt=1)
-    """Decay once warm."""
-    every: PositiveInt = 1
-    """Update once every so many optimizer steps."""
-    start: int = Field(0, ge=0)
-    """Before this step the average is a plain copy; after it the decay warms up as 1 - (1 + k)^(-2/3)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from scldm.config import StrictModel
 
@@ -30,3 +30,14 @@ class OptimizerConfig(StrictModel):
     """Learning rate at the end, relative to the peak."""
     clip: PositiveFloat = 10.0
     """Gradient norm above which gradients are scaled down."""
+
+
+class EMAConfig(StrictModel):
+    """Exponential moving average of the weights, kept in fp32."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    """Decay once warm."""
+    every: PositiveInt = 1
+    """Update once every so many optimizer steps."""
+    start: int = Field(0, ge=0)
+    """Before this step the average is a plain copy; after it the decay warms up as 1 - (1 + k)^(-2/3)."""

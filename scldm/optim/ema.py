@@ -12,25 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from scldm.flow.config import EMAConfig
+from scldm.optim.config import EMAConfig
 
 
 def ema_decay(step: int, *, decay: float, start: int) -> float:
     """Return the decay at an optimizer step: 0 up to one after `start`, then 1 - (1 + k)^(-2/3), at most `decay`."""
     k = step - start - 1
     return min(1 - (1 + k) ** (-2 / 3), decay) if k > 0 else 0.0
-
-
-def upstream_ema_decay(
-    call: int, *, beta: float = 0.9999, update_every: int = 10, update_after_step: int = 10_000
-) -> float | None:
-    """Return the decay of upstream (ema_pytorch) on its call number `call` = 1, 2, …; None if it skips the call.
-
-    It updates on calls 1, 1 + every, …, ours on every, 2 every, …; a decay of 0 is a copy.
-    """
-    if (call - 1) % update_every:
-        return None
-    return ema_decay(call, decay=beta, start=update_after_step)
 
 
 class EMA:

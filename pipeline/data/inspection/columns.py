@@ -6,7 +6,6 @@ other names; a column whose every class lies inside one class of another is fine
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -57,11 +56,6 @@ def var_profile(var: pd.DataFrame) -> dict[str, Any]:
         "unique": [c for c in texts if _each_once(var[c])],
         "texts": texts,
     }
-
-
-def rarest(profile: Mapping[str, Any]) -> str:
-    """Describe the sizes of a column's classes."""
-    return f"{profile['n_classes']} classes of {profile['smallest']:,} to {profile['largest']:,} cells"
 
 
 def _kind(values: pd.Series) -> Kind:

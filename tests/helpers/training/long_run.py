@@ -17,7 +17,7 @@ from pipeline.tracking.tracker import attach_tracker
 from pipeline.training.callbacks.base import TrainingCallback
 from pipeline.training.loop import run_training
 from pipeline.training.state import Run, TrainingState
-from scldm.flow.config import EMAConfig
+from scldm.optim.config import EMAConfig
 
 STEPS, EVERY = 5000, 250  # of looks and of checkpoints
 

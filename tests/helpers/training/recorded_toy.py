@@ -78,7 +78,7 @@ def _train(folder: Path, steps: int, harm: Any = None) -> int:
     from pipeline.training.checkpoints.remote import Remote
     from pipeline.training.loop import run_training
     from pipeline.training.state import Run
-    from scldm.flow.config import EMAConfig
+    from scldm.optim.config import EMAConfig
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

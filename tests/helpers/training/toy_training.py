@@ -31,7 +31,7 @@ from pipeline.training.callbacks.early_stopping import EarlyStopping
 from pipeline.training.callbacks.step_guard import StepGuard
 from pipeline.training.loop import run_training
 from pipeline.training.state import Run, TrainingStopped
-from scldm.flow.config import EMAConfig
+from scldm.optim.config import EMAConfig
 from scldm.optim.schedule import learning_rate_factor
 
 CELLS, STEPS, BATCH = 48, 12, 8  # two epochs

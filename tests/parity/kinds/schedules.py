@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from parity.case import Case, CaseError
+from parity.kinds.upstream_schedules import upstream_ema_decay, upstream_wsd
 from parity.ledger import Ledger
 from parity.tolerance import CLOSED_FORM, EXACT, TRAJECTORY, Tolerance
-from scldm.flow.config import EMAConfig
 from scldm.optim.adamw import CautiousAdamW
-from scldm.optim.ema import EMA, ema_decay, upstream_ema_decay
-from scldm.optim.schedule import upstream_wsd
+from scldm.optim.config import EMAConfig
+from scldm.optim.ema import EMA, ema_decay
 
 LOSS = "mean((tanh(X@A+b)-Y)^2) before each step"
 DECAY = Tolerance(0, 1e-6, "upstream computes the decay in float32")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers.models.upstream_fixtures import Fixture, load_fixture
+from parity.kinds.upstream_schedules import upstream_wsd
 from torch import nn
 
 from scldm.optim.adamw import CautiousAdamW
-from scldm.optim.schedule import upstream_wsd
 
 RECORDED_SCHEDULE = {
     "num_training_steps": 20,

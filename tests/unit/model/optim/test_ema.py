@@ -3,10 +3,11 @@
 import pytest
 import torch
 from helpers.models.upstream_fixtures import load_fixture
+from parity.kinds.upstream_schedules import upstream_ema_decay
 from torch import nn
 
-from scldm.flow.config import EMAConfig
-from scldm.optim.ema import EMA, ema_decay, upstream_ema_decay
+from scldm.optim.config import EMAConfig
+from scldm.optim.ema import EMA, ema_decay
 
 
 def set_weight(module: nn.Module, value: torch.Tensor) -> None:

@@ -4,9 +4,10 @@ from itertools import pairwise
 
 import pytest
 from helpers.models.upstream_fixtures import load_fixture
+from parity.kinds.upstream_schedules import upstream_wsd
 
 from scldm.optim.config import OptimizerConfig
-from scldm.optim.schedule import learning_rate_factor, upstream_wsd
+from scldm.optim.schedule import learning_rate_factor
 
 SHAPES = [
     OptimizerConfig(),
