@@ -12,13 +12,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.job import ResourcesConfig
+from pipeline.core.files import REPOSITORY
 from scldm.errors import InputError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 MAX_STORE = 1_000_000_000
 QUIET = {

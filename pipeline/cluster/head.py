@@ -22,9 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.connect import REPOSITORY
 from pipeline.cluster.submit import FINAL, STOP_WAIT, STOP_WAIT_SECONDS, client, wait_for_end
-from pipeline.core.files import write_json_atomic
+from pipeline.core.files import REPOSITORY, write_json_atomic
 from scldm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.files import file_digest
 from pipeline.tracking.provenance import Inputs, read_ids
 
 
@@ -72,9 +73,7 @@ def lineage_tags(inputs: Inputs) -> dict[str, str]:
         tags["scldm.vae_run_id"] = tags["scldm.train_vae_run_id"]
     if vae.get("model"):
         with contextlib.suppress(OSError):
-            weights = (Path(vae["folder"]) / vae["model"] / "model.safetensors").open("rb")
-            with weights:
-                tags["scldm.vae_ckpt_sha256"] = hashlib.file_digest(weights, "sha256").hexdigest()
+            tags["scldm.vae_ckpt_sha256"] = file_digest(Path(vae["folder"]) / vae["model"] / "model.safetensors")
     return tags
 
 

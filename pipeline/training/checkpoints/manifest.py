@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.core.faults import fault_point
-from pipeline.core.files import write_json_atomic
+from pipeline.core.files import file_digest, write_json_atomic
 from scldm.errors import InputError
 
 MANIFEST = "MANIFEST.json"
@@ -187,7 +187,7 @@ def verify(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
-            if sha256_of(path) != sha256:
+            if file_digest(path) != sha256:
                 return f"{name} has another sha256"
         except OSError as error:
             return f"{name} cannot be read: {error}"
@@ -201,12 +201,6 @@ def check_fits(found: CheckpointInfo, position: TrainingPosition) -> None:
             f"{found.folder} was written under another configuration ({found.position.config_hash}; this run has "
             f"{position.config_hash}); use another output folder"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---- retention ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.training.checkpoints.manifest import SCHEMA, TrainingPosition, sha256_of
+from pipeline.core.files import file_digest
+from pipeline.training.checkpoints.manifest import SCHEMA, TrainingPosition
 
 POSITION = TrainingPosition(step=4, epoch=0, offset=4, world_size=2, config_hash="a", zero_stage=1)
 
@@ -21,7 +22,7 @@ def commit(root: Path, step: int, content: bytes = b"weights", loss: float | Non
         "position": asdict(POSITION) | {"step": step},
         "metrics": {} if loss is None else {"val/loss": loss},
         "more": {},
-        "files": {"state.pt": (len(content), sha256_of(folder / "state.pt"))},
+        "files": {"state.pt": (len(content), file_digest(folder / "state.pt"))},
     }
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
     return folder

@@ -106,14 +106,14 @@ def test_C2_a_changed_file_rejects_only_its_checkpoint(root, file, damage):
 @pytest.mark.row("C2")
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
 def test_C2_an_unreadable_file_rejects_only_its_checkpoint(root, monkeypatch, code):
-    sha256_of, damaged = checkpoint.sha256_of, last(root) / FILES[1]
+    digest_of, damaged = checkpoint.file_digest, last(root) / FILES[1]
 
     def read(path: Path) -> str:
         if path == damaged:
             raise OSError(code, os.strerror(code))
-        return sha256_of(path)
+        return digest_of(path)
 
-    monkeypatch.setattr(checkpoint, "sha256_of", read)
+    monkeypatch.setattr(checkpoint, "file_digest", read)
     found, rejected = newest(root)
     assert found.position.step == 4
     assert f"{FILES[1]} cannot be read: " in rejected[0]
