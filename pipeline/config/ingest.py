@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
+from scldm.data.reserved_names import is_reserved
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------
@@ -251,3 +252,16 @@ class IngestConfig(StrictModel):
     same order and with the same batches: true for <output>/cache, or a folder that every node sees. Worthwhile from the
     second epoch on. null (or false) streams from SOMA. Jobs with the same cells and genes share a cache; turning it on
     or off makes another version of ingest."""
+
+    @field_validator("labels")
+    @classmethod
+    def _names_of_their_own(cls, labels: list[str]) -> list[str]:
+        if taken := [x for x in labels if is_reserved(x)]:
+            raise ValueError(
+                f"{', '.join(taken)}: requests or generated cells have columns of this name, which would hide it; "
+                f"read it under another name, for example my_{taken[0]} (ingest.source.columns: {{my_{taken[0]}: "
+                f"{taken[0]}}})"
+            )
+        if twice := sorted({x for x in labels if labels.count(x) > 1}):
+            raise ValueError(f"{', '.join(twice)}: named twice; name each label once")
+        return labels

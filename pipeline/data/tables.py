@@ -12,8 +12,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.data.presence import Presence
+from scldm.errors import InputError
 
 UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
+RESERVED = ("raw_sum", "nnz")  # obs columns that are written with the counts
+RESERVED_STARTS = ("soma_", "__")  # names that SOMA and TileDB refuse
 _RANGER = ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices", "raw_feature_bc_matrix")
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
@@ -30,10 +33,16 @@ def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> 
         needed: Columns that the job uses: never filled in, so that their absence is noticed.
         notes: A line is added for everything that is left out or filled in.
     """
-    reserved = [c for c in obs if str(c).startswith("soma_") or c in ("raw_sum", "nnz")]
+    reserved = [c for c in obs if str(c).startswith(RESERVED_STARTS) or c in RESERVED]
+    if asked := [str(c) for c in reserved if c in needed]:
+        raise InputError(
+            f"obs columns {', '.join(asked)}: SOMA and the Census use such names, so the job cannot use them; read "
+            f"them under another name with ingest.source.columns: {{my_{asked[0].strip('_')}: {asked[0]}}}"
+        )
     obs = obs.drop(columns=reserved)
     if reserved:
-        notes.append(f"obs columns {', '.join(reserved)} are left out: SOMA and the Census use these names.")
+        names = ", ".join(map(str, reserved))
+        notes.append(f"obs columns {names} are left out: SOMA and the Census use such names.")
     filled = [c for c in UNKNOWN if c not in obs and c not in needed]
     obs = obs.assign(**dict.fromkeys(filled, "unknown"))
     if filled:

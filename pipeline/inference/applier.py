@@ -82,6 +82,10 @@ class OutputLayout:
         genes = {} if self.counts else {"n_genes": np.int32}
         return {"library_size": np.float32, **self.obs, **genes}
 
+    def own_columns(self) -> set[str]:
+        """Return the names of all obs columns that the stage writes itself."""
+        return {"is_synthetic", "total_counts", "n_genes", *self.obs_types()}
+
 
 class TileProcessor(Protocol):
     """A stage's own part of the actor: holds models and turns tiles into output."""

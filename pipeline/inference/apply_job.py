@@ -32,6 +32,7 @@ from pipeline.inference.applier import Applier, ApplierSpec, OutputLayout, TileP
 from pipeline.inference.export.index import write_index
 from pipeline.inference.models import ModelPaths, locate_models
 from pipeline.inference.rows import source_rows
+from scldm.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,11 @@ def run_batches(
     Returns:
         Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, n_empty, genes, notes.
     """
+    if taken := [x for x in config.keep_obs if x in layout.own_columns()]:
+        raise InputError(
+            f"{stage}.keep_obs: {', '.join(taken)}: the output has columns of its own with these names, which would "
+            "replace yours; drop them from keep_obs, or rename them in the input"
+        )
     models = locate_models(config, context)
     rows = source_rows(config, context.folder, models)
     folder = context.folder / "cells"

@@ -46,33 +46,36 @@ SAMPLED_TILES = 50
 def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its facts."""
     source = open_source(config, context.folder, _columns(config))
-    cells = _eligible(config, source)
+    # Two tables with a row for each cell: what the source says, and what is computed here. They are never one, because
+    # a source may have columns called split, library_size or n_expressed.
+    obs = _eligible(config, source)
     combinations = read_combinations(config.split.held_out)
-    cells["split"] = split_cells(cells, config.split, tile=source.store.tile)
+    split = split_cells(obs, config.split, tile=source.store.tile)
     if combinations:
-        cells["split"] = hold_out(cells, cells["split"].to_numpy(), combinations)
+        split = hold_out(obs, split, combinations)
+    cells = pd.DataFrame({"soma_joinid": obs["soma_joinid"], "split": split})
     genes = model_genes(config.genes, source.store)
     source.notes += genes.notes
     var = genes.table
-    var, stats, seen = _statistics(config, source, cells, var)
+    var, stats, seen = _statistics(config, source, obs, split, var)
     cells = cells.assign(library_size=stats.library_size, n_expressed=stats.n_expressed)
-    if (presence := measured_genes(config, source, cells, var)) is not None:
+    if (presence := measured_genes(config, source, obs, var)) is not None:
         stats = over_measured(stats, presence, seen)
         cells[LABEL + GROUP] = presence.group
     if empty := int((cells["library_size"] <= 0).sum()):
         source.notes.append(f"{empty} cells have no counts in the vocabulary and are left out.")
-        cells = cells[cells["library_size"] > 0].reset_index(drop=True)
-    require_splits(config.split, cells)
+        obs, cells = (x[(cells["library_size"] > 0).to_numpy()].reset_index(drop=True) for x in (obs, cells))
+    split = cells["split"].to_numpy()
+    require_splits(config.split, split, obs)
 
-    vocabulary = _vocabulary(config, cells, var)
+    vocabulary = _vocabulary(config, obs, var)
     if combinations:
-        held_out = counted(cells, combinations)
+        held_out = counted(obs, combinations)
         source.facts |= held_out_facts(held_out, context.folder)
-        source.notes += notes_on(held_out, cells, config.split.by)
-    facts = _write(context, cells, var, vocabulary, stats, presence)
-    train = cells[cells["split"] == "train"]
-    _note_unseen_classes(vocabulary, cells, source.notes)
-    mean_expressed = float(train["n_expressed"].mean())
+        source.notes += notes_on(held_out, obs, split, config.split.by)
+    facts = _write(context, obs, cells, var, vocabulary, stats, presence)
+    _note_unseen_classes(vocabulary, obs[split == "train"], source.notes)
+    mean_expressed = float(cells.loc[split == "train", "n_expressed"].mean())
     facts = {
         **facts,
         "soma_uri": source.uri,
@@ -84,10 +87,10 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "count_type": "uint16" if cells["library_size"].max() < 1 << 16 else "float32",
         "n_genes": vocabulary.n_genes,
         "n_genes_source": source.store.shape[1],
-        "n_cells": {split: int((cells["split"] == split).sum()) for split in SPLITS},
+        "n_cells": {side: int((split == side).sum()) for side in SPLITS},
         "labels": [x.name for x in vocabulary.labels],
         "n_classes": vocabulary.n_classes,
-        "label_counts": label_counts(cells, config.labels),
+        "label_counts": label_counts(obs, split, config.labels),
         "mean_expressed_genes": mean_expressed,
         "max_expressed_genes": int(cells["n_expressed"].max()),
         "zero_fraction": 1 - mean_expressed / vocabulary.n_genes,
@@ -109,7 +112,7 @@ def _columns(config: IngestConfig) -> list[str]:
 
 
 def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
-    """Return the cells that pass the filter and have their labels; at most max_cells of them."""
+    """Return obs of the cells that pass the filter and have their labels; at most max_cells of them."""
     available, wanted = source.store.obs_columns(), _columns(config)
     if absent := [c for c in wanted if c not in available]:
         empty = pd.DataFrame(columns=available)
@@ -142,26 +145,26 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
 
 # ---- genes and statistics ----------------------------------------------------------------------------------------
 def _statistics(
-    config: IngestConfig, source: OpenSource, cells: pd.DataFrame, var: pd.DataFrame
+    config: IngestConfig, source: OpenSource, obs: pd.DataFrame, split: np.ndarray, var: pd.DataFrame
 ) -> tuple[pd.DataFrame, CountStatistics, np.ndarray]:
     """Return the genes that are kept, statistics over them, and which cells the gene statistics are from, bool (n,)."""
-    store, ids, train = source.store, cells["soma_joinid"].to_numpy(), (cells["split"] == "train").to_numpy()
+    store, ids, train = source.store, obs["soma_joinid"].to_numpy(), split == "train"
     if not train.any():
-        require_splits(config.split, cells)
+        require_splits(config.split, split, obs)
     whole = config.genes.vocabulary == "source" and not config.genes.min_cells and not config.genes.value_filter
-    in_obs = {"raw_sum", "nnz"} <= set(cells) and whole
-    if in_obs and len(cells) > FULL_PASS_CELLS:
+    in_obs = {"raw_sum", "nnz"} <= set(obs) and whole
+    if in_obs and len(obs) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)
         lut = gene_lut(var, store.shape[1])
-        check_sample = partial(_check_sums, cells[some], source)
+        check_sample = partial(_check_sums, obs[some], source)
         stats, _ = count_statistics(store, ids[some], train[some], lut, len(var), check=check_sample)
         source.notes.append(f"Gene statistics are from {int(some.sum())} of {int(train.sum())} training cells.")
-        per_cell = {"library_size": cells["raw_sum"].to_numpy(float), "n_expressed": cells["nnz"].to_numpy()}
+        per_cell = {"library_size": obs["raw_sum"].to_numpy(float), "n_expressed": obs["nnz"].to_numpy()}
         per_cell["content"] = hashlib.sha256(per_cell["n_expressed"].astype(np.int64).tobytes()).hexdigest()
         return var, CountStatistics(**{**vars(stats), **per_cell}), some
     lut = gene_lut(var, store.shape[1])
     all_genes = bool((lut >= 0).all())  # obs sums over all genes of the source
-    check = partial(_check_sums, cells, source) if all_genes else None
+    check = partial(_check_sums, obs, source) if all_genes else None
     stats, enough = count_statistics(store, ids, train, lut, len(var), min_cells=config.genes.min_cells, check=check)
     if not enough.any():
         raise InputError(
@@ -175,9 +178,9 @@ def _statistics(
     return var, stats, train
 
 
-def _check_sums(cells: pd.DataFrame, source: OpenSource, stats: CountStatistics) -> None:
+def _check_sums(obs: pd.DataFrame, source: OpenSource, stats: CountStatistics) -> None:
     """Raise InputError for cells whose counts are lost; add notes about other differences from obs."""
-    for found in sum_findings(cells, n_expressed=stats.n_expressed, library_size=stats.library_size):
+    for found in sum_findings(obs, n_expressed=stats.n_expressed, library_size=stats.library_size):
         if found.level == "error":
             raise InputError(f"{source.uri}: {found.message}")
         source.notes.append(found.message)
@@ -190,13 +193,12 @@ def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:
     return train & np.isin(ids // tile, chosen)
 
 
-def _vocabulary(config: IngestConfig, cells: pd.DataFrame, var: pd.DataFrame) -> Vocabulary:
-    labels = tuple(LabelVocabulary(x, tuple(sorted(cells[x].astype(str).unique()))) for x in config.labels)
+def _vocabulary(config: IngestConfig, obs: pd.DataFrame, var: pd.DataFrame) -> Vocabulary:
+    labels = tuple(LabelVocabulary(x, tuple(sorted(obs[x].astype(str).unique()))) for x in config.labels)
     return Vocabulary(tuple(var["feature_id"]), tuple(var["feature_name"]), labels)
 
 
-def _note_unseen_classes(vocabulary: Vocabulary, cells: pd.DataFrame, notes: list[str]) -> None:
-    seen = cells[cells["split"] == "train"]
+def _note_unseen_classes(vocabulary: Vocabulary, seen: pd.DataFrame, notes: list[str]) -> None:
     for label in vocabulary.labels:
         if unseen := sorted(set(label.classes) - set(seen[label.name].astype(str).unique())):
             notes.append(f"{label.name} has no training cells of {', '.join(unseen)}: it cannot be learned.")
@@ -204,6 +206,7 @@ def _note_unseen_classes(vocabulary: Vocabulary, cells: pd.DataFrame, notes: lis
 
 def _write(
     context: StageContext,
+    obs: pd.DataFrame,
     cells: pd.DataFrame,
     var: pd.DataFrame,
     vocabulary: Vocabulary,
@@ -212,7 +215,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the files of the stage; return the facts that name them."""
     folder = context.folder
-    codes = {x.name: x.encode(cells[x.name].astype(str).to_numpy()).astype(np.int32) for x in vocabulary.labels}
+    codes = {x.name: x.encode(obs[x.name].astype(str).to_numpy()).astype(np.int32) for x in vocabulary.labels}
     train = (cells["split"] == "train").to_numpy()
     vocabulary.save(folder / "vocabulary.json")
     of_train = {x.name: (x.classes, codes[x.name][train]) for x in vocabulary.labels}

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.tables import RESERVED, RESERVED_STARTS
+from scldm.data.reserved_names import is_reserved
 from scldm.errors import InputError
 from scldm.text import choices_hint, shown
 
@@ -25,7 +27,6 @@ TREATED = ("perturbation", "cytokine", "treatment", "condition", "stimulation", 
 DONORS = ("donor_id", "donor", "patient", "patient_id", "individual", "subject", "subject_id", "animal", "mouse_id")
 TECHNICAL = (*DONORS, "batch", "sample", "sample_id", "library", "library_id", "orig_ident", "dataset_id", "dataset",
              "run", "lane", "plate", "barcode", "assay", "replicate", "phase", "predicted_doublet")  # fmt: skip
-RESERVED = ("raw_sum", "nnz")  # and soma_…: the reader leaves such columns out
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ def donor_column(columns: Mapping[str, Mapping[str, Any]]) -> str | None:
 def _unfit(column: str, p: Mapping[str, Any], n_cells: int) -> str | None:
     """Return why a column is not taken as a label unless requested; None if it may be one."""
     add = f"; --label {_quoted(column)} takes it all the same"
-    if column.startswith("soma_") or column in RESERVED:
+    if column.startswith(RESERVED_STARTS) or column in RESERVED:
         return "SOMA uses this name, the reader leaves the column out"
+    if is_reserved(column):
+        return "requests or generated cells have a column of this name; ingest.source.columns renames it"
     if p["kind"] == "decimal numbers":
         return "decimal numbers: a measurement, not classes"
     if p["n_classes"] < 2:

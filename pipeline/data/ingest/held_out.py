@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import HeldOutConfig
+from pipeline.data.loading.blocks import LABEL
 from scldm.errors import InputError
 from scldm.text import choices_hint
 
@@ -74,13 +75,12 @@ def hold_out(cells: pd.DataFrame, split: np.ndarray, combinations: list[Combinat
 
 
 def counted(cells: pd.DataFrame, combinations: list[Combination]) -> pd.DataFrame:
-    """Return a table of the combinations: a column for each obs column (empty: any class), split, n_cells."""
-    table = pd.DataFrame([{**x.classes, "split": x.split} for x in combinations])
+    """Return a table of the combinations: split, n_cells, and `label:<column>` for each obs column (empty: any)."""
     n_cells = np.zeros(len(combinations), np.int64)
     for members, which in _which(cells, combinations):
         n_cells[members] = np.bincount(which[which >= 0], minlength=len(members))
-    columns = [c for c in table if c != "split"]
-    return table[[*columns, "split"]].assign(n_cells=n_cells)
+    classes = pd.DataFrame([{LABEL + k: v for k, v in x.classes.items()} for x in combinations])
+    return pd.concat([pd.DataFrame({"split": [x.split for x in combinations], "n_cells": n_cells}), classes], axis=1)
 
 
 def _which(cells: pd.DataFrame, combinations: list[Combination]) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -164,7 +164,7 @@ def _text(classes: dict[str, str]) -> str:
 def held_out_facts(table: pd.DataFrame, folder: Path) -> dict[str, Any]:
     """Write the list of combinations to a file; return the facts about it."""
     table.to_parquet(folder / "held_out.parquet", index=False)
-    columns = [c for c in table if c not in ("split", "n_cells")]
+    columns = [c.removeprefix(LABEL) for c in table if c.startswith(LABEL)]
     return {
         "held_out": {
             "table": "held_out.parquet",
@@ -175,18 +175,19 @@ def held_out_facts(table: pd.DataFrame, folder: Path) -> dict[str, Any]:
     }
 
 
-def notes_on(table: pd.DataFrame, cells: pd.DataFrame, by: str) -> list[str]:
+def notes_on(table: pd.DataFrame, obs: pd.DataFrame, split: np.ndarray, by: str) -> list[str]:
     """Describe what a reader of the results should know about the combinations.
 
     Args:
-        cells: Cells with their final split, and with the column `by` if the split is by a column.
+        obs: Cells, with the column `by` if the split is by a column.
+        split: Final split of each cell.
     """
     notes = []
     if none := int((table["n_cells"] == 0).sum()):
         notes.append(f"{none} of {len(table)} held-out combinations have no cells.")
-    if by in cells:
-        trained = set(cells.loc[cells["split"] == "train", by].astype(str))
-        shared = trained & set(cells.loc[cells["split"] != "train", by].astype(str))
+    if by not in ("cell", "tile"):
+        trained = set(obs.loc[split == "train", by].astype(str))
+        shared = trained & set(obs.loc[split != "train", by].astype(str))
         if shared:
             notes.append(
                 f"{len(shared)} {by} have cells both in training and in held-out combinations: for these, only the "

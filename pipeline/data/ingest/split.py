@@ -38,24 +38,24 @@ def split_cells(cells: pd.DataFrame, config: SplitConfig, *, tile: int = 2048) -
     return np.where(u < config.test, "test", np.where(u < config.test + config.validation, "validation", "train"))
 
 
-def require_splits(config: SplitConfig, cells: pd.DataFrame) -> None:
+def require_splits(config: SplitConfig, split: np.ndarray, obs: pd.DataFrame) -> None:
     """Raise InputError if a requested split has no cells."""
-    counts = cells["split"].value_counts()
+    counts = dict(zip(*np.unique(split, return_counts=True), strict=True))
     requested = {"train": 1.0, "validation": config.validation, "test": config.test}
     if not counts.get("train", 0) and config.held_out is not None:
         raise InputError("ingest.split.held_out: the combinations hold out every cell; leave some to train on")
     if lacking := [s for s in SPLITS if requested[s] > 0 and not counts.get(s, 0)]:
-        groups = f" of {cells[config.by].nunique()} different {config.by}" if config.by in cells else ""
+        groups = f" of {obs[config.by].nunique()} different {config.by}" if config.by not in ("cell", "tile") else ""
         raise InputError(
-            f"no cell{groups} fell into {' and '.join(lacking)} ({len(cells)} cells); raise ingest.split shares, set "
+            f"no cell{groups} fell into {' and '.join(lacking)} ({len(obs)} cells); raise ingest.split shares, set "
             "the share to 0, change ingest.split.salt, or split by: cell"
         )
 
 
-def label_counts(cells: pd.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
+def label_counts(obs: pd.DataFrame, split: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
     """Count the cells of each class of each label in each split."""
     counts = {}
     for label in labels:
-        table = pd.crosstab(cells[label].astype(str), cells["split"]).reindex(columns=list(SPLITS), fill_value=0)
+        table = pd.crosstab(obs[label].astype(str).to_numpy(), split).reindex(columns=list(SPLITS), fill_value=0)
         counts[label] = {str(name): {s: int(row[s]) for s in SPLITS} for name, row in table.iterrows()}
     return counts

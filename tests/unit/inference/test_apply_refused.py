@@ -125,6 +125,13 @@ def test_a_kept_column_comes_through_and_an_absent_one_is_named(place, tmp_path)
     assert "'scoer' (did you mean 'score'?" in refused(place, tmp_path, "embed", keep_obs=["scoer"])
 
 
+def test_a_kept_column_never_gives_way_to_one_of_the_output(place, tmp_path):
+    cells = real_cells()
+    cells.obs["n_genes"] = 7
+    said = refused(place, tmp_path, "embed", cells, keep_obs=["score", "n_genes"])
+    assert "keep_obs: n_genes: the output has columns of its own" in said
+
+
 @pytest.mark.parametrize(
     ("stage", "more", "said"),
     [
