@@ -17,6 +17,8 @@ from scldm.errors import InputError
 UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
 RESERVED = ("raw_sum", "nnz")  # obs columns that are written with the counts
 RESERVED_STARTS = ("soma_", "__")  # names that SOMA and TileDB refuse
+# Types of numbers that TileDB does not have, with those that hold all of their values.
+_WIDENED = {np.dtype(np.float16): np.dtype(np.float32), np.dtype(np.longdouble): np.dtype(np.float64)}
 _RANGER = ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices", "raw_feature_bc_matrix")
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
@@ -33,7 +35,7 @@ def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> 
         needed: Columns that the job uses: never filled in, so that their absence is noticed.
         notes: A line is added for everything that is left out or filled in.
     """
-    reserved = [c for c in obs if str(c).startswith(RESERVED_STARTS) or c in RESERVED]
+    reserved = [c for c in obs if not str(c) or str(c).startswith(RESERVED_STARTS) or c in RESERVED]
     if asked := [str(c) for c in reserved if c in needed]:
         raise InputError(
             f"obs columns {', '.join(asked)}: SOMA and the Census use such names, so the job cannot use them; read "
@@ -56,9 +58,14 @@ def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> 
 def _storable(column: pd.Series) -> pd.Series:
     if column.name == "obs_id":
         return column.astype(str)
-    if pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column):
+    if column.dtype in _WIDENED:
+        return column.astype(_WIDENED[column.dtype])
+    if pd.api.types.is_bool_dtype(column) or (pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"):
         return column
-    return column.map(lambda x: None if pd.isna(x) else str(x), na_action="ignore").astype("category")
+    text = column.map(lambda x: None if pd.isna(x) else str(x), na_action="ignore").astype("category")
+    if not len(text.cat.categories):  # TileDB stores no enumeration without values
+        return pd.Series(pd.Categorical(text, categories=[""]), index=text.index, name=text.name)
+    return text
 
 
 def spread(chunk: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_matrix:

@@ -224,16 +224,31 @@ def _runs(files: Sequence[_File]) -> list[list[_File]]:
 def _matrix(adata: anndata.AnnData, layer: str | None) -> Any:
     """Return the counts of all cells, sliceable by rows: CSR or dense, in memory or on disk; CSC is converted once."""
     m = adata.X if layer is None else adata.raw.X if layer == "raw" else adata.layers[layer]
+    if hasattr(m, "group") and m.dtype != _supported(m.dtype):
+        m = _in_memory(m)
     if getattr(m, "format", "csr") != "csr":
         m = (m.to_memory() if hasattr(m, "to_memory") else m).tocsr()
     return m
+
+
+def _supported(dtype: np.dtype) -> np.dtype:
+    """Return the type itself if scipy has it, else one that holds all of its values."""
+    return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
+
+
+def _in_memory(m: Any) -> sp.csr_matrix | sp.csc_matrix:
+    """Read a sparse matrix whose values scipy has no type for."""
+    kind = sp.csr_matrix if m.format == "csr" else sp.csc_matrix
+    parts = [m.group[name][:] for name in ("data", "indices", "indptr")]
+    return kind(tuple(x.astype(_supported(x.dtype)) for x in parts), shape=m.shape)
 
 
 def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
     dense = not hasattr(matrix, "format")
     rows = max(64, CHUNK_VALUES // max(1, matrix.shape[1])) if dense else CHUNK_ROWS
     for start in range(0, matrix.shape[0], rows):
-        chunk = sp.csr_matrix(matrix[start : start + rows])
+        values = matrix[start : start + rows]
+        chunk = sp.csr_matrix(values.astype(_supported(values.dtype), copy=False))
         if chunk.nnz and not 0 <= chunk.indices.min() <= chunk.indices.max() < chunk.shape[1]:
             # Checked before compiled code trusts them.
             raise InputError(
@@ -250,7 +265,7 @@ def _places_with_counts(adata: anndata.AnnData, layer: str | None) -> list[str]:
     for name, place in places.items():
         if place == layer or (place is None and (name == "raw" or not _has_x(adata))):
             continue
-        head = sp.csr_matrix(_matrix(adata, place)[:100]).data
+        head = next(_chunks(_matrix(adata, place)[:100]), sp.csr_matrix((0, 0))).data
         if len(head) and np.isfinite(head).all() and (head >= 0).all() and (head == np.rint(head)).all():
             found.append(f"layer: {name}")
     return found
