@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import pandas as pd
+
 from scldm.text import shown
 
 FIRST = 3  # examples that are named
@@ -51,6 +53,8 @@ class Examined:
     kind: str  # h5ad, 10x, SOMA
     facts: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    gene_ids: list[str] | None = None  # for comparing files; not part of the report
+    var: pd.DataFrame | None = None  # likewise
 
     @property
     def errors(self) -> Sequence[Finding]:
@@ -65,7 +69,13 @@ class Examined:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "usable": not self.errors}
+        return {
+            "where": self.where,
+            "kind": self.kind,
+            "facts": self.facts,
+            "findings": [asdict(f) for f in self.findings],
+            "usable": not self.errors,
+        }
 
 
 def _fact(value: object) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.data.inspection.columns import obs_profile
 from pipeline.data.inspection.h5ad import examine_h5ad
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.hdf5 import open_problems, unsafe
+from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids
 from pipeline.data.validation.counts import CountAudit
 from pipeline.data.validation.names import cell_findings, class_counts, gene_findings, label_findings, suggested_labels
 from pipeline.data.validation.obs_sums import sum_findings
@@ -60,7 +61,13 @@ def examine(question: Question) -> list[Examined]:
                                       known.partition(": ")[2] if known else remedy))  # fmt: skip
         return [nothing]
     found = [_one(path, question) for path in paths]
-    return [*found, _together(uri, found)] if len(found) > 1 else found
+    if len(found) == 1:
+        return found
+    if question.gene_id is None:
+        for i, column in _columns_of_ids(found).items():
+            found[i] = _one(paths[i], replace(question, gene_id=column))
+            found[i].facts["gene ids"] = f"var column {column}"
+    return [*found, _together(uri, found, question.labels)]
 
 
 def is_experiment(path: Path) -> bool:
@@ -91,7 +98,13 @@ def _one(path: Path, q: Question) -> Examined:
     return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile)
 
 
-def _together(uri: str, found: Sequence[Examined]) -> Examined:
+def _columns_of_ids(found: Sequence[Examined]) -> dict[int, str]:
+    """Return the files, by position, whose gene ids are taken from a column, as ingest does."""
+    variables = {str(i): one.var for i, one in enumerate(found) if one.var is not None}
+    return {int(i): column for i, column in columns_of_ids(variables).items()}
+
+
+def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Examined:
     """Report problems that show only when all files are compared."""
     whole = Examined(uri, f"{len(found)} files")
     bad = [f.where for f in found if f.errors]
@@ -99,6 +112,15 @@ def _together(uri: str, found: Sequence[Examined]) -> Examined:
     if bad:
         whole.findings.append(error(f"{len(bad)} of {len(found)} files have errors", "fix them or leave them out",
                                     count=len(bad), first=bad))  # fmt: skip
+    tables = [
+        FileTables(
+            shown(Path(f.where).name), f.gene_ids, f.facts.get("obs columns", ()), f.facts.get("suggested labels", ())
+        )
+        for f in found
+        if f.gene_ids is not None
+    ]
+    if len(tables) > 1:
+        whole.findings += agreement_findings(tables, labels)
     genes = {int(f.facts["genes"]) for f in found if "genes" in f.facts}
     if len(genes) > 1:
         sizes = ", ".join(f"{n:,}" for n in sorted(genes))
@@ -188,6 +210,7 @@ def _soma_counts(store: Any, obs: pd.DataFrame, ids: pd.Series, name: str, genes
 # ---- shared ------------------------------------------------------------------------------------------------------
 def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, name: str) -> None:
     names = obs[name].astype(str)
+    found.gene_ids = [str(x) for x in ids]
     shown_obs = obs.drop(columns=[name])
     found.facts |= {
         "cells": len(obs),

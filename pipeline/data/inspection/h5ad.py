@@ -134,6 +134,7 @@ def _names(
             found.findings.append(error(f"var has no column {gene_id!r}", f"set gene_id to one of: {columns}"))
         else:
             ids = var.index if gene_id is None else var[gene_id]
+            found.gene_ids, found.var = [str(x) for x in ids], var
             found.findings += gene_findings([str(x) for x in ids], ensembl_columns(var))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.h5ad_structure import structure_problems
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
+from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids, taken
 from scldm.errors import InputError
 from scldm.text import choices_hint
 
@@ -50,15 +51,13 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     """
     paths = find_files(source.path)
     problems: list[str] = []
+    notes: list[str] = []
     files = [f for path in paths if (f := _open(path, source, problems)) is not None]
     if len(files) > 1:  # for a single file, validation reports it
-        twice = [f for f in files if f.genes["feature_id"].duplicated().any()]
-        problems += [
-            f"{f.path} has repeated gene ids; name a column of unique ids in ingest.source.gene_id" for f in twice
-        ]
+        files = _named_alike(files, source, notes)
+        problems += _disagreements(files, source.columns, needed)
     if problems:
         raise InputError("\n".join(["ingest.source cannot be used:", *(f"  - {p}" for p in problems)]))
-    notes: list[str] = []
     var = pd.concat([f.genes for f in files]).drop_duplicates("feature_id", ignore_index=True)
     if len(files) == 1:
         var = files[0].genes
@@ -144,6 +143,31 @@ def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str
             hint = choices_hint(column, adata.obs.columns)
             problems.append(f"ingest.source.columns: {name} has no obs column {column!r} ({hint})")
     return problems
+
+
+def _named_alike(files: Sequence[_File], source: H5adSource, notes: list[str]) -> list[_File]:
+    """Take the gene ids of some files from a column, if their index holds another kind of names than that of others."""
+    if source.gene_id is not None:
+        return list(files)
+    variables = {str(f.path): _var(f.adata, source) for f in files}
+    columns = columns_of_ids(variables)
+    notes += [f"{taken(Path(path).name, column)}." for path, column in columns.items()]
+    return [
+        replace(f, genes=_genes(variables[str(f.path)], source.model_copy(update={"gene_id": columns[str(f.path)]})))
+        if str(f.path) in columns
+        else f
+        for f in files
+    ]
+
+
+def _disagreements(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str]) -> list[str]:
+    """Return what keeps files from being read together."""
+    twice = [f for f in files if f.genes["feature_id"].duplicated().any()]
+    problems = [f"{f.path} has repeated gene ids; name a column of unique ids in ingest.source.gene_id" for f in twice]
+    # "obs_id" and the Census's columns are filled in where a file lacks them.
+    own = [c for c in needed if c not in ("obs_id", "dataset_id", "is_primary_data")]
+    tables = [FileTables(f.path.name, list(f.genes["feature_id"]), [*f.adata.obs.columns, *columns]) for f in files]
+    return problems + [f.message for f in agreement_findings(tables, own) if f.level == "error"]
 
 
 def _has_x(adata: anndata.AnnData) -> bool:

@@ -59,6 +59,12 @@ def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = ()) -> Iterator
     yield from _odd("gene ids", ids)
 
 
+def is_ensembl(ids: Sequence[str] | pd.Index) -> bool:
+    """Whether most names of genes are Ensembl ids."""
+    head = pd.Series(list(ids[:200])).astype(str)
+    return len(head) > 0 and bool(head.str.match(_ENSEMBL).mean() > 0.5)
+
+
 def ensembl_columns(var: pd.DataFrame) -> list[str]:
     """Return the columns whose values are mostly Ensembl gene ids."""
     head = {str(c): var[c].astype(str).head(200) for c in var.columns}
