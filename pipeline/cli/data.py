@@ -23,7 +23,9 @@ def validate_data(
     uri: Annotated[str, typer.Argument(help="h5ad file, folder or pattern; Cell Ranger output; SOMA experiment.")],
     label: Labels = None,
     layer: Annotated[str | None, typer.Option(help="Where the counts are, as ingest.source.layer.")] = None,
+    measurement: Annotated[str | None, typer.Option(help="SOMA only: as ingest.source.measurement.")] = None,
     gene_id: Annotated[str | None, typer.Option(help="var column of gene ids, as ingest.source.gene_id.")] = None,
+    obs: Annotated[Path | None, typer.Option(help="10x only: table of the cells, as ingest.source.obs.")] = None,
     genome: Annotated[str | None, typer.Option(help="Genome of a Cell Ranger output that holds several.")] = None,
     counts: Annotated[bool, typer.Option("--counts/--no-counts", help="Read the counts, or the tables only.")] = True,
     region: Annotated[str | None, typer.Option(help="AWS region of an s3:// address.")] = None,
@@ -41,6 +43,7 @@ def validate_data(
 
     with reported():
         data = {"uri": uri, "labels": label or [], "layer": layer, "gene_id": gene_id, "genome": genome}
+        data |= {"measurement": measurement, "obs": None if obs is None else str(obs)}
         access = {"region": region, "anonymous": anonymous, "endpoint": endpoint}
         answers = ask({**data, **access, "counts": counts}, memory_gib)
         for answer in answers:

@@ -23,7 +23,7 @@ from pipeline.data.ingest.measured import presence_of_cells
 from pipeline.data.labels import missing
 from pipeline.data.loading.blocks import LABEL, SomaReader
 from pipeline.data.presence import GROUP
-from pipeline.data.sources.open import OpenSource, open_source
+from pipeline.data.sources.open import OpenSource, open_source, with_counts
 from pipeline.inference.applier import JOINID, NAME
 from pipeline.inference.models import ModelPaths
 from scldm.data.vocabulary import LabelVocabulary, UnknownNameError, Vocabulary
@@ -101,7 +101,7 @@ def _open(config: RealCellsConfig, folder: Path, vocabulary: Vocabulary, genes: 
     )  # fmt: skip
     lenient = getattr(config, "unknown_labels", "error") == "none"
     needed = [*config.keep_obs, *(_names(vocabulary) if config.uses_labels and not lenient else [])]
-    source = open_source(as_ingest, folder, list(dict.fromkeys(needed)), min_cells=1)
+    source = with_counts(open_source(as_ingest, folder, list(dict.fromkeys(needed)), min_cells=1), config.source)
     source.notes = [n for n in source.notes if not n.startswith(COPY_NOTES)]
     return source
 

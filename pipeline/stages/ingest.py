@@ -31,7 +31,7 @@ from pipeline.data.labels import missing
 from pipeline.data.loading.blocks import LABEL
 from pipeline.data.loading.cache_writer import CacheInput, write_cache
 from pipeline.data.presence import GROUP, Presence
-from pipeline.data.sources.open import OpenSource, open_source
+from pipeline.data.sources.open import OpenSource, open_source, with_counts
 from pipeline.data.validation.checks import label_problems
 from pipeline.data.validation.obs_sums import sum_findings
 from scldm.data.library_size import LibrarySizes
@@ -45,7 +45,7 @@ SAMPLED_TILES = 50
 
 def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its facts."""
-    source = open_source(config, context.folder, _columns(config))
+    source = with_counts(open_source(config, context.folder, _columns(config)), config.source)
     # Two tables with a row for each cell: what the source says, and what is computed here. They are never one, because
     # a source may have columns called split, library_size or n_expressed.
     obs = _eligible(config, source)

@@ -38,6 +38,7 @@ def init(
     out: OutFile = None,
     label: LabelNames = None,
     layer: Annotated[str | None, typer.Option(help="Where the counts are, as ingest.source.layer.")] = None,
+    measurement: Annotated[str | None, typer.Option(help="SOMA only: as ingest.source.measurement.")] = None,
     gene_id: Annotated[str | None, typer.Option(help="var column of gene ids, as ingest.source.gene_id.")] = None,
     obs: Annotated[Path | None, typer.Option(help="10x only: table of the cells, as ingest.source.obs.")] = None,
     genome: Annotated[str | None, typer.Option(help="10x only: as ingest.source.genome.")] = None,
@@ -57,6 +58,7 @@ def init(
 
     with reported():
         given = {"layer": layer, "gene_id": gene_id, "obs": obs, "genome": genome, "region": region}
+        given |= {"measurement": measurement}
         named = name or _name(source)
         path = out or (Path("jobs") if Path("jobs").is_dir() else Path()) / f"{named}.yaml"
         _check(source, path, given, tissue, force)
@@ -131,6 +133,7 @@ def _source(summary: SourceSummary, given: dict[str, Any]) -> dict[str, Any]:
         return {"type": "census", "version": version, "organism": organism}
     if summary.kind == "SOMA":
         more = {"layer": summary.layer, "region": given["region"], "anonymous": given["anonymous"] or None}
+        more |= {"measurement": given.get("measurement")}
         found: dict[str, Any] = {"type": "soma", "uri": uri, **more}
     elif summary.kind == "10x":
         table = given["obs"] and str(Path(given["obs"]).expanduser().absolute())

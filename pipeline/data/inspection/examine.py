@@ -35,6 +35,7 @@ class Question:
     uri: str
     labels: tuple[str, ...] = ()
     layer: str | None = None
+    measurement: str | None = None  # of a SOMA experiment
     gene_id: str | None = None
     genome: str | None = None  # of a Cell Ranger output that holds several
     counts: bool = True  # whether to read the values
@@ -60,6 +61,8 @@ def examine(question: Question) -> list[Examined]:
         nothing.findings.append(error(f"this is {known.partition(': ')[0]}" if known else what,
                                       known.partition(": ")[2] if known else remedy))  # fmt: skip
         return [nothing]
+    if question.obs is not None and len(paths) > 1 and all(_is_tenx(path) for path in paths):
+        return [_tenx(uri, paths, question)]  # the table describes the cells of all outputs
     found = [_one(path, question) for path in paths]
     if len(found) == 1:
         return found
@@ -68,6 +71,12 @@ def examine(question: Question) -> list[Examined]:
             found[i] = _one(paths[i], replace(question, gene_id=column))
             found[i].facts["gene ids"] = f"var column {column}"
     return [*found, _together(uri, found, question.labels)]
+
+
+def _is_tenx(path: Path) -> bool:
+    from pipeline.data.sources.tenx_files import is_tenx
+
+    return is_tenx(path)
 
 
 def is_experiment(path: Path) -> bool:
@@ -94,7 +103,7 @@ def _one(path: Path, q: Question) -> Examined:
     from pipeline.data.sources.tenx_files import is_tenx
 
     if is_tenx(path):
-        return _tenx(path, q)
+        return _tenx(str(path), [path], q)
     return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile)
 
 
@@ -132,22 +141,18 @@ def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Exa
 
 
 # ---- 10x ---------------------------------------------------------------------------------------------------------
-def _tenx(path: Path, q: Question) -> Examined:
+def _tenx(uri: str, paths: Sequence[Path], q: Question) -> Examined:
     from pipeline.config.job import TenxSource
     from pipeline.data.sources.tenx import read_10x
 
-    found = Examined(str(path), "10x")
-    if path.is_file():
-        import h5py
-
-        found.findings += open_problems(path)
-        if not found.errors:
-            with h5py.File(path) as file:
-                found.findings += unsafe(file)
-        if found.errors:
-            return found
+    found = Examined(uri, "10x")
+    for path in paths:
+        if path.is_file():
+            found.findings += _unsafe_file(path)
+    if found.errors:
+        return found
     try:
-        tables = read_10x(TenxSource(type="10x", path=str(path), genome=q.genome, obs=q.obs))
+        tables = read_10x(TenxSource(type="10x", path=uri, genome=q.genome, obs=q.obs))
         obs = tables.obs if q.obs is not None else tables.obs[["obs_id", "barcode", "dataset_id"]]
         _tables(found, obs, tables.var["feature_id"], q, "obs_id")
         if q.counts:
@@ -163,9 +168,19 @@ def _tenx(path: Path, q: Question) -> Examined:
     return found
 
 
+def _unsafe_file(path: Path) -> Sequence[Finding]:
+    import h5py
+
+    if found := open_problems(path):
+        return found
+    with h5py.File(path) as file:
+        return list(unsafe(file))
+
+
 # ---- SOMA --------------------------------------------------------------------------------------------------------
 def _soma(q: Question) -> Examined:
     from pipeline.config.job import SomaSource
+    from pipeline.data.soma.names import locate_counts
     from pipeline.data.soma.store import SomaStore
     from pipeline.data.sources.open import soma_config
 
@@ -174,8 +189,10 @@ def _soma(q: Question) -> Examined:
         settings: dict[str, Any] = {"region": q.region, "anonymous": q.anonymous}
         if q.endpoint is not None:
             settings["s3"] = {"endpoint": q.endpoint, "addressing": "path"}
-        source = SomaSource.model_validate({"type": "soma", "uri": q.uri, **settings, "layer": q.layer or "raw"})
+        source = SomaSource.model_validate({"type": "soma", "uri": q.uri, **settings})
         store = SomaStore(q.uri, soma_config(source), source.measurement, source.layer)
+        store, _ = locate_counts(store, measurement=q.measurement, layer=q.layer)
+        found.facts["counts"] = f"measurement {store.measurement}, layer {store.layer}"
         obs, var = store.obs(), store.var()
         name = next((c for c in ("obs_id", "soma_joinid") if c in obs), "soma_joinid")
         ids = next((var[c] for c in (q.gene_id, "feature_id", "var_id") if c and c in var), None)

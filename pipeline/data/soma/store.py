@@ -105,6 +105,11 @@ class SomaStore:
         dims = json.loads(self.counts.schema_config_options().dims)
         return int(dims["soma_dim_0"]["tile"])
 
+    @survives_faults
+    def names(self, part: str) -> list[str]:
+        """Return the names in a collection, `ms` or `ms/<measurement>/X`."""
+        return sorted(self._open(part))
+
     def obs_columns(self) -> list[str]:
         """Return the names of the columns of obs."""
         return list(self._open("obs").schema.names)

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from pipeline.config.ingest import Source
 from pipeline.config.job import CensusSource, H5adSource, IngestConfig, SomaSource, SyntheticSource, TenxSource
 from pipeline.config.s3 import S3Config
 from pipeline.data.presence import Presence
+from pipeline.data.soma.names import locate_counts
 from pipeline.data.soma.store import SomaStore
 from pipeline.data.soma.write import write_experiment
 from pipeline.data.sources.synthetic import synthetic_cells
@@ -62,6 +64,16 @@ def open_source(
     store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
     measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))
     return OpenSource(store, "soma", description, tables.notes, measured=measured, content=content.hexdigest())
+
+
+def with_counts(opened: OpenSource, source: Source) -> OpenSource:
+    """Return a source whose measurement and layer exist; reads the names in the experiment."""
+    if isinstance(source, SomaSource):
+        given = {name: getattr(source, name) for name in ("measurement", "layer") if name in source.model_fields_set}
+        found = locate_counts(opened.store, measurement=given.get("measurement"), layer=given.get("layer"))
+        opened.store, notes = found
+        opened.notes += notes
+    return opened
 
 
 def _hashed(chunks: Iterable[sp.csr_matrix], content: Any) -> Iterator[sp.csr_matrix]:
