@@ -1,4 +1,4 @@
-# make demo   set up, then the whole line on made-up cells (H5AD=file.h5ad LABELS=cell_type for your own)
+# make demo   set up, then the whole pipeline on made-up cells (H5AD=file.h5ad LABELS=cell_type for your own)
 # make test   set up, then every test that needs neither a GPU nor, marked slow, a machine of its own
 PYTHON ?= python3
 VENV ?= .venv

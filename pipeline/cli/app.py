@@ -23,6 +23,7 @@ from pipeline.cli.init.command import init
 from pipeline.cli.mlflow import compare, mlflow_app
 from pipeline.cli.models import convert, export, presets
 from pipeline.cli.parity import parity
+from pipeline.core.loopback import bypass_proxies
 from scldm.errors import InputError
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ def options(
     """
     from pipeline.core.faults import arm
 
+    bypass_proxies()
     if context.invoked_subcommand == "faults":  # it prints the points that the variable may name
         return
     with reported():

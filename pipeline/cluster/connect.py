@@ -10,14 +10,18 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.cluster.needs import request_problems, speaks_while_waiting
+from pipeline.cluster.temp_folder import short_temp_folder
 from pipeline.config.job import ResourcesConfig
 from pipeline.core.files import REPOSITORY
+from pipeline.core.loopback import bypass_proxies
 from scldm.errors import InputError
 
+log = logging.getLogger(__name__)
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 MAX_STORE = 1_000_000_000
 QUIET = {
@@ -31,8 +35,16 @@ QUIET = {
 
 
 @contextmanager
-def connect(resources: ResourcesConfig) -> Iterator[None]:
-    """Connect to Ray for the duration of a job; a cluster that is started here is stopped at the end."""
+def connect(resources: ResourcesConfig, stages: Collection[str] = ()) -> Iterator[None]:
+    """Connect to Ray for the duration of a job; a cluster that is started here is stopped at the end.
+
+    Args:
+        stages: Names of the stages that will run, whose requests are compared with what the cluster has.
+
+    Raises:
+        InputError: no cluster answers, none can be started here, or one that is started here cannot meet the requests.
+    """
+    bypass_proxies()
     address = os.environ.get("RAY_ADDRESS") or None
     if address and address.startswith("http"):
         raise InputError(
@@ -65,22 +77,37 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
             logging_level=logging.WARNING,
             configure_logging=True,
         )
-    except ConnectionError as error:
-        raise InputError(
-            f"RAY_ADDRESS={address}: no cluster answers ({error}); unset it to start a local one"
-        ) from error
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        raise InputError(_no_cluster(address, error)) from error
     try:
-        yield
+        if address is None and (problems := request_problems(resources, stages, ray.cluster_resources())):
+            remedy = "; run it where they are (scldm submit), or ask for less"
+            less = ", for example resources.gpus_per_worker=0" if resources.gpus_per_worker else ""
+            raise InputError("\n".join(f"{problem} on this machine{remedy}{less}" for problem in problems))
+        with speaks_while_waiting(resources, stages, ray.cluster_resources):
+            yield
     finally:
         ray.shutdown()
+
+
+def _no_cluster(address: str | None, error: Exception) -> str:
+    """Say why Ray did not start or answer, and what to do."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if address is not None:
+        return f"RAY_ADDRESS={address}: no cluster answers ({first}); unset it to start a local one"
+    return f"Ray cannot start on this machine ({first}); `scldm doctor` checks the machine"
 
 
 def _local_options(resources: ResourcesConfig) -> dict[str, Any]:
     """Return options of ray.init: CPUs for the workers and two more for data and actors, on a machine of any size."""
     training = math.ceil(resources.workers.max * resources.cpus_per_worker)
     cpus = max(os.cpu_count() or 1, training + 2, resources.actors_max + 1)
+    folder = short_temp_folder()
+    if folder is not None:
+        log.info("Ray keeps its session in %s: the path of TMPDIR is too long for its sockets", folder)
     return {
         "address": "local",
+        **({} if folder is None else {"_temp_dir": folder}),
         "num_cpus": cpus,
         "include_dashboard": False,
         "object_store_memory": max(min(MAX_STORE, int(0.2 * _memory())), 80_000_000),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.submit import FINAL, STOP_WAIT, STOP_WAIT_SECONDS, client, wait_for_end
+from pipeline.cluster.temp_folder import short_temp_folder
 from pipeline.core.files import REPOSITORY, write_json_atomic
 from scldm.errors import InputError
 
@@ -75,7 +76,8 @@ def start(*, root: Path | None, port: int, dashboard_port: int, temp_dir: Path |
     root = (root or (Path.cwd() if Path("jobs").is_dir() else REPOSITORY)).resolve()
     command = [*RAY, "start", "--head", "--block", "--disable-usage-stats", f"--port={port}"]
     command += ["--include-dashboard=true", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
-    command += [f"--temp-dir={temp_dir}"] if temp_dir else []
+    folder = temp_dir or short_temp_folder()
+    command += [f"--temp-dir={folder}"] if folder else []
     # Ray's own defaults are fixed ports: next to another Ray of this machine the agent would run no job, without a
     # message, and the client server, which nothing here uses and no option turns off, would end the head.
     command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}", *arguments]

@@ -134,7 +134,7 @@ class JobRun:
         """Run all stages in order."""
         with Tracking(self.job, output_root(self.job), self.source) as tracking:
             try:
-                with cluster.connect(self.job.resources):
+                with cluster.connect(self.job.resources, list(self.todo)):
                     for step in self.steps:
                         self.manifests[step.stage] = step.done or self._run_step(step, tracking)
                         if step.stage == "ingest" and not self.data_checked:

@@ -1,4 +1,4 @@
-"""The whole line on one real Ray cluster: SOMA, Ray Data, Ray Train and DeepSpeed, MLflow, AnnData, the report."""
+"""The whole pipeline on one real Ray cluster: SOMA, Ray Data, Ray Train and DeepSpeed, MLflow, AnnData, the report."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def _head(summary: SourceSummary, choices: Choices, command: str, path: str) -> 
         size = f"{summary.n_cells:,} cells x {summary.n_genes:,} genes, {values}."
     return [
         "#!/usr/bin/env -S python -m pipeline run",
-        f"# The whole line on {where}: ingest, train the VAE, encode, train the flow, generate, evaluate.",
+        f"# The whole pipeline on {where}: ingest, train the VAE, encode, train the flow, generate, evaluate.",
         f"# {size}",
         f"# Written by: {shown(command, 300)}",
         f"# How large it is, and how long where a rate is known: scldm plan {shown(path, 200)}",

@@ -70,7 +70,7 @@ def world(tmp_path, monkeypatch):
     stages.connected = 0
 
     @contextmanager
-    def connect(_):
+    def connect(*_):
         stages.connected += 1
         yield
 
