@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable
+from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable, SomaUri, TenxPath
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
 from scldm.data.reserved_names import is_reserved
@@ -52,7 +52,7 @@ class TenxSource(StrictModel):
     """
 
     type: Literal["10x"]
-    path: str
+    path: TenxPath
     """A folder with matrix.mtx, genes.tsv or features.tsv, and barcodes.tsv (gzipped or not), an .h5 file, a folder of
     such folders and files, or a glob pattern: every match is a sample, whose name becomes dataset_id."""
     genome: str | None = None
@@ -68,7 +68,7 @@ class SomaSource(StrictModel):
     """An existing SOMA experiment, read in place."""
 
     type: Literal["soma"]
-    uri: str
+    uri: SomaUri
     """Folder, or s3://bucket/experiment."""
     region: str | None = None
     """AWS region of an s3:// URI."""

@@ -1,22 +1,47 @@
 """Settings that name input files: their content is part of the version of the stage that reads them.
 
 A setting is marked where it is declared, for example `conditions: ConditionsTable | None`. The rest follows: the file
-must exist before anything starts, and another content makes another version. A path without a mark has no influence on
-versions; a test goes over every text setting, so that a new path cannot be forgotten.
+must exist before anything starts, another content makes another version, and another place of the same content does
+not. A path without a mark is a setting like any other; a test goes over every text setting, so that a new path cannot
+be forgotten.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
+from pipeline.config.cell_files import h5ad_files, soma_writes, tenx_files, tenx_outputs
+from pipeline.core.digests import content_digest
 from scldm.errors import InputError
+
+
+@dataclass(frozen=True)
+class InputContent:
+    """What is at an input path: each file with the digest of its content."""
+
+    setting: str  # dotted path of the setting
+    value: str
+    files: Mapping[str, str]  # name, without the folder that all files share -> digest
+    names_count: bool = True  # whether another name is another input
+    changed_at: float = 0.0  # when a file, or a folder that lists files, last changed; seconds since 1970
+    version_0_1: str | None = None  # the identity that version 0.1 gave it
+    known_to_0_1: bool = True  # whether that identity changes with the content
+
+    @property
+    def digest(self) -> str:
+        """Hash of the content, the same for a copy at another place."""
+        what = sorted(self.files.items()) if self.names_count else sorted(self.files.values())
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -32,8 +57,12 @@ class InputPath(ABC):
     key: str
 
     @abstractmethod
-    def identity(self, value: str) -> str | None:
-        """Return text that changes with the content and not with a copy; None if the stage itself identifies it.
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
+        """Return the content; None if the value names no file.
+
+        Args:
+            setting: Dotted path of the setting.
+            owner: The settings beside this one.
 
         Raises:
             FileNotFoundError: Nothing usable is at that path.
@@ -43,47 +72,114 @@ class InputPath(ABC):
 class InputFile(InputPath):
     """A file that is read whole."""
 
-    def identity(self, value: str) -> str | None:
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
         path = Path(value).expanduser()
         if not path.is_file():
             raise FileNotFoundError
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = content_digest(path)
+        return InputContent(setting, value, {path.name: digest}, names_count=False, version_0_1=digest)
 
 
 class VocabularyFile(InputFile):
     """A list of genes, or the folder of a model, whose vocabulary.json is read. `source` is no path."""
 
-    def identity(self, value: str) -> str | None:
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
         if value == "source":
             return None
         path = Path(value).expanduser()
-        return super().identity(str(path / "vocabulary.json" if path.is_dir() else path))
+        return super().content(setting, str(path / "vocabulary.json" if path.is_dir() else path), owner)
 
 
 class ModelFolder(InputPath):
     """A model folder, as training and `scldm convert` write it."""
 
-    def identity(self, value: str) -> str | None:
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
         files = sorted(p for p in Path(value).expanduser().glob("*") if p.suffix in (".json", ".safetensors"))
         if not files:
             raise FileNotFoundError
-        digest = hashlib.sha256()
-        for path in files:
-            with path.open("rb") as f:
-                digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
-        return digest.hexdigest()
+        digests = {p.name: content_digest(p) for p in files}
+        before = hashlib.sha256()
+        for name, digest in digests.items():
+            before.update(name.encode() + bytes.fromhex(digest))
+        return InputContent(setting, value, digests, version_0_1=before.hexdigest())
 
 
-class CellFiles(InputPath):
-    """Files of cells: one, a folder or a glob pattern."""
+class H5adFiles(InputPath):
+    """`.h5ad` files: one, a folder or a glob pattern. With several, their names become data sets."""
 
-    def identity(self, value: str) -> str | None:
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
         path = Path(value).expanduser()
-        if path.is_file():
-            return str(path.stat().st_size)  # not its time: a copy of the same data must not train again
-        if not path.is_dir() and not any(c in value for c in "*?["):
-            raise FileNotFoundError
-        return None  # folders and patterns are resolved by ingest
+        if not (files := [p for p in h5ad_files(value) if p.is_file()]):
+            return _no_content(path)
+        size = str(path.stat().st_size) if path.is_file() else None
+        found = _of_files(setting, value, files, folders=[] if path.is_file() else [p.parent for p in files])
+        return replace(found, names_count=len(files) > 1, version_0_1=size)
+
+
+class TenxFiles(InputPath):
+    """Cell Ranger outputs: all files that are read of each."""
+
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
+        outputs = tenx_outputs(value)
+        files = [p for output in outputs for p in tenx_files(output)]
+        if not files:
+            return _no_content(Path(value).expanduser())
+        listed = [p.parent for p in outputs if p != Path(value).expanduser()]
+        return _of_files(setting, value, files, folders=[*listed, *(p.parent for p in files)])
+
+
+class SomaExperiment(InputPath):
+    """A SOMA experiment, identified by the writes that it consists of: it is not read."""
+
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
+        settings: Any = owner
+        writes = soma_writes(value, settings.measurement, settings.layer, lambda: _s3(settings))
+        if not writes:
+            return None if "://" in value else _no_content(Path(value).expanduser())
+        names = {array: json.dumps([e.name for e in entries]) for array, entries in writes.items()}
+        digests = {array: hashlib.sha256(text.encode()).hexdigest() for array, text in names.items()}
+        changed_at = max(e.changed_at for entries in writes.values() for e in entries)
+        return InputContent(setting, value, digests, changed_at=changed_at, known_to_0_1=False)
+
+
+def _no_content(path: Path) -> InputContent | None:
+    """Return None for a folder or pattern without cells: its reader says what it holds instead.
+
+    Raises:
+        FileNotFoundError: The path does not exist and is no pattern.
+    """
+    if not path.exists() and not any(c in str(path) for c in "*?["):
+        raise FileNotFoundError
+    return None
+
+
+def _of_files(setting: str, value: str, files: Sequence[Path], *, folders: Sequence[Path]) -> InputContent:
+    """Return the content of cells in files, which version 0.1 did not know."""
+    places = [p.absolute() for p in files]
+    shared = os.path.commonpath([p.parent for p in places])
+    digests = {os.path.relpath(p, shared): content_digest(p) for p in places}
+    # The time of the last change of name or content, which a program cannot set.
+    changed_at = max(p.stat().st_ctime for p in [*places, *folders])
+    return InputContent(setting, value, digests, changed_at=changed_at, known_to_0_1=False)
+
+
+def _s3(settings: Any) -> Any:
+    """Return a filesystem that lists the experiment of a SOMA source. Credentials are found as TileDB finds them."""
+    from pyarrow import fs
+
+    options: dict[str, Any] = {
+        "anonymous": settings.anonymous,
+        "connect_timeout": settings.s3.connect_seconds,
+        "request_timeout": settings.s3.request_seconds,
+        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=settings.s3.tries),
+        "force_virtual_addressing": settings.s3.addressing == "virtual" and settings.s3.endpoint is not None,
+    }
+    if settings.region is not None:
+        options["region"] = settings.region
+    if settings.s3.endpoint is not None:
+        parts = urlsplit(settings.s3.endpoint)
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+    return fs.S3FileSystem(**options)
 
 
 ConditionsTable = Annotated[str, InputFile("a CSV, TSV or Parquet table of labels and n_cells", "conditions")]
@@ -92,50 +188,65 @@ DeepSpeedFile = Annotated[str, InputFile("a JSON file of DeepSpeed options, or n
 HeldOutTable = Annotated[str, InputFile("a CSV or Parquet table of combinations of labels", "held_out")]
 GeneVocabulary = Annotated[str, VocabularyFile("a file of genes, or the folder of a model", "vocabulary")]
 BarcodeTable = Annotated[str, InputFile("a table of barcodes and labels", "obs")]
-H5adPath = Annotated[str, CellFiles("an .h5ad file, a folder of them, or a glob pattern", "source")]
+H5adPath = Annotated[str, H5adFiles("an .h5ad file, a folder of them, or a glob pattern", "source")]
+TenxPath = Annotated[str, TenxFiles("a Cell Ranger folder or .h5 file, a folder of them, or a glob pattern", "source")]
+SomaUri = Annotated[str, SomaExperiment("a SOMA experiment", "source")]
 _MODEL = "a model folder, which training leaves in model/ and `scldm convert` writes"
 VaeFolder = Annotated[str, ModelFolder(_MODEL, "model.vae")]
 FlowFolder = Annotated[str, ModelFolder(_MODEL, "model.flow")]
 
 
-def input_identities(config: BaseModel, *, where: str = "") -> dict[str, str]:
-    """Identify the content of every input file that a stage's settings name.
+def input_contents(config: BaseModel, *, where: str = "") -> dict[str, InputContent]:
+    """Look at the content of every input that a stage's settings name.
 
     Args:
         where: Prefix of the setting in messages, for example `ingest.`.
 
     Returns:
-        Key of the input -> identity of its content.
+        Key of the input -> its content.
 
     Raises:
-        InputError: Files are missing; all of them are named.
+        InputError: Inputs are missing; all of them are named.
     """
-    found: dict[str, str] = {}
+    found: dict[str, InputContent] = {}
     problems: list[str] = []
-    for path, value, mark in named_inputs(config):
+    for path, value, mark, owner in named_inputs(config):
         try:
-            identity = mark.identity(value)
+            content = mark.content(path, value, owner)
         except FileNotFoundError:
             problems.append(f"{where}{path}: {value}: no such file; expected {mark.expected}")
         except OSError as error:
-            problems.append(f"{where}{path}: {value}: cannot be read ({error.strerror or error})")
+            reason = (str(error.strerror or error).splitlines() or ["no message"])[0]
+            problems.append(f"{where}{path}: {value}: cannot be read ({reason})")
         else:
-            if identity is not None:
-                found[mark.key] = identity
+            if content is not None:
+                found[mark.key] = content
     if problems:
         raise InputError("\n".join(problems))
     return found
 
 
-def named_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, InputPath]]:
-    """Yield (dotted path, value, mark) of every input path that is set below a config."""
+def settings_without_paths(config: BaseModel, contents: Mapping[str, InputContent]) -> dict[str, Any]:
+    """Return the settings as plain data, with the digest of its content in place of each input path."""
+    settings = config.model_dump(mode="json")
+    for content in contents.values():
+        *folders, name = content.setting.split(".")
+        place = settings
+        for folder in folders:
+            place = place[folder]
+        place[name] = {"content": content.digest}
+    return settings
+
+
+def named_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, InputPath, BaseModel]]:
+    """Yield (dotted path, value, mark, the settings beside it) of every input path that is set below a config."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         path = f"{prefix}{name}"
         if isinstance(value, BaseModel):
             yield from named_inputs(value, f"{path}.")
         elif isinstance(value, str) and (mark := mark_of(field.annotation, field.metadata)) is not None:
-            yield path, value, mark
+            yield path, value, mark, config
 
 
 def mark_of(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> InputPath | None:

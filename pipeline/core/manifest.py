@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import write_json_atomic
-from scldm.config import StrictModel
 from scldm.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -34,6 +33,7 @@ class Manifest:
     seconds: float
     finished_at: float
     tracking: Mapping[str, str] = field(default_factory=dict)  # run ids
+    contents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # input -> file -> digest; 0.1: empty
 
     @classmethod
     def planned(cls, stage: str, version: str, folder: Path) -> Manifest:
@@ -50,9 +50,13 @@ class Manifest:
         return Path(self.folder) / self.facts[fact]
 
 
-def stage_version(stage: str, config: StrictModel, inputs: Mapping[str, Manifest], *, seed: int) -> str:
-    """Return the first 12 hex digits of a hash over everything that determines a stage's output."""
-    what = [stage, config.model_dump(mode="json"), {k: m.version for k, m in sorted(inputs.items())}, seed]
+def stage_version(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest], *, seed: int) -> str:
+    """Return the first 12 hex digits of a hash over everything that determines a stage's output.
+
+    Args:
+        settings: Plain data, with the digest of its content in place of each input path.
+    """
+    what = [stage, settings, {k: m.version for k, m in sorted(inputs.items())}, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 

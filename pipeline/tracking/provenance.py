@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from scldm.api.model_card import plain_line
 from scldm.errors import InputError
 
 IDS = "tracking.json"
+MAX_FILES = 20  # that are listed with a data set
 Inputs = Mapping[str, Mapping[str, Any]]  # stage -> version, folder, tracking, facts, config; plain data
 CONTEXTS = {
     "ingest": ("train", "validation", "test"),
@@ -95,7 +97,7 @@ def datasets(stage: str, config: Mapping[str, Any], ingest: Manifest, name: str)
             "name": f"{name}/{split}",
             "digest": str(facts["digest"])[:16],
             "source_type": str(dict(ingest.config.get("source") or {}).get("type", "soma")),
-            "source": json.dumps({**source, "split": split, "ingest": ingest.version}),
+            "source": json.dumps({**source, "split": split, "ingest": ingest.version, **_files(ingest)}),
             "schema": json.dumps({"mlflow_colspec": columns}),
             "profile": json.dumps({"num_rows": n, "num_elements": n * int(facts.get("n_genes", 0))}),
             "context": split if stage != "evaluate" else "reference",
@@ -103,6 +105,15 @@ def datasets(stage: str, config: Mapping[str, Any], ingest: Manifest, name: str)
         for split in splits
         if (n := int(dict(facts.get("n_cells", {})).get(split, 0)))
     ]
+
+
+def _files(ingest: Manifest) -> dict[str, Any]:
+    """Return the files that the cells came from, with the digest of each; of many, their number and one digest."""
+    files = ingest.contents.get("source", {})
+    if len(files) <= MAX_FILES:
+        return {"files": dict(files)} if files else {}
+    together = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
+    return {"files": len(files), "files_digest": together}
 
 
 def read_ids(folder: Path) -> dict[str, Any]:

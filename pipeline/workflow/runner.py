@@ -12,12 +12,13 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connect as cluster
 from pipeline.config.context import StageContext
+from pipeline.config.input_paths import input_contents
 from pipeline.config.io.loader import resolved_yaml
 from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
 from pipeline.core.faults import fault_point
@@ -26,6 +27,7 @@ from pipeline.core.logs import setup_logging
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, write_manifest
 from pipeline.stages.registry import stage_function
 from pipeline.tracking.tracker import DriverTracker, Tracking
+from pipeline.workflow.changes import changed_files
 from pipeline.workflow.folders import in_ray_package, output_root
 from pipeline.workflow.preflight import check_against_data
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for, resolve
@@ -98,6 +100,7 @@ def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()
     for step in resolved.steps:
         decision = "will run" if step.done is None else "done before"
         log.info("%s %s %s (%s)", step.stage, step.version, decision, step.reason)
+    _record_contents(resolved.steps)
     if resolved.todo:
         run.run()
         return JobResult(run.ran, run.manifests, resolved)
@@ -164,6 +167,8 @@ class JobRun:
             with _reported(step, tracker):
                 fault_point("stage.before_run")
                 facts = stage_function(step.stage)(step.config, context)
+                if step.stage == "ingest":
+                    _require_unchanged(step)
                 manifest = _manifest(step, inputs, context, facts, tracker)
                 fault_point("stage.before_manifest")
                 write_manifest(manifest)
@@ -172,6 +177,27 @@ class JobRun:
             self.ran.append(step.stage)
             log.info("%s finished in %.0f s", step.version, manifest.seconds)
             return manifest
+
+
+def _require_unchanged(step: Step) -> None:
+    """Raise InputError if an input file changed while the stage ran: its result is that of neither content."""
+    for key, now in input_contents(step.config).items():
+        if key in step.contents and (files := changed_files(step.contents[key].files, now.files)):
+            raise InputError(
+                f"{now.setting}: {now.value} changed while {step.stage} ran ({', '.join(files)}); run again when "
+                "nothing writes to it"
+            )
+
+
+def _record_contents(steps: Sequence[Step]) -> None:
+    """Add the content of their input to results of version 0.1, so that a later copy or touch changes nothing."""
+    for step in steps:
+        if step.done is not None and step.contents and not step.done.contents:
+            contents = {key: dict(c.files) for key, c in step.contents.items()}
+            try:
+                write_manifest(replace(step.done, contents=contents))
+            except OSError as error:
+                log.warning("the content of its input cannot be added to %s (%s)", step.folder, error)
 
 
 def _manifest(
@@ -192,6 +218,7 @@ def _manifest(
         seconds=round(now - context.started, 3),
         finished_at=now,
         tracking=tracker.ids(),
+        contents={key: dict(c.files) for key, c in step.contents.items()},
     )
 
 

@@ -1,21 +1,20 @@
 """Decide what a job does before anything starts: the version and inputs of each stage, and whether it must run.
 
-A version is a hash of settings, seed and the versions of the inputs, so all stages can be decided without running any.
-A stage whose manifest of that version exists is done. The others must run, and each of their inputs must be a stage of
-the job or an earlier result; otherwise one error names everything that is missing.
+A version is a hash of settings, seed, the content of input files and the versions of the inputs, so all stages can be
+decided without running any. A stage whose manifest of that version exists is done. The others must run, and each of
+their inputs must be a stage of the job or an earlier result; otherwise one error names everything that is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.input_paths import input_identities
+from pipeline.config.input_paths import InputContent, input_contents, settings_without_paths
 from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
-from pipeline.core.nested import changed_settings
+from pipeline.workflow.changes import changed_since_0_1, reason_to_run, version_of_0_1
 from pipeline.workflow.folders import pipeline_folder
 from pipeline.workflow.preflight import check_settings
 from scldm.config import StrictModel
@@ -33,6 +32,7 @@ class Step:
     inputs: Mapping[str, Manifest]  # only version and folder are set for stages that have not run yet
     done: Manifest | None
     reason: str  # why it runs; or, if it is done, how long it took
+    contents: Mapping[str, InputContent]  # of the input files that the settings name
 
     def as_input(self) -> Manifest:
         """Return the manifest that later stages see as their input."""
@@ -124,18 +124,23 @@ def _decide(
     inputs: dict[str, Manifest],
     steps: Mapping[str, Step],
 ) -> Step:
-    version = stage_version(stage, config, inputs, seed=job.seed)
     where = "" if stage == job.kind else f"{stage}."  # a job of one stage has its settings at the top level
-    if identities := input_identities(config, where=where):
-        version = hashlib.sha256(f"{version}{sorted(identities.items())}".encode()).hexdigest()[:12]
+    contents = input_contents(config, where=where)
+    version = stage_version(stage, settings_without_paths(config, contents), inputs, seed=job.seed)
+    stale = ""
+    if contents and read_manifest(folder / stage / version) is None:
+        older = version_of_0_1(stage, config, inputs, job.seed, contents)
+        if (folder / stage / older).is_dir():
+            stale = changed_since_0_1(read_manifest(folder / stage / older), contents)
+            version = version if stale else older
     own = folder / stage / version
     done = read_manifest(own)
     if done is not None:
-        return Step(stage, config, version, own, inputs, done, f"finished in {done.seconds:.0f} s")
+        return Step(stage, config, version, own, inputs, done, f"finished in {done.seconds:.0f} s", contents)
     rerun = [s for s in inputs if s in steps and steps[s].done is None]
-    reason = _reason_to_run(stage, config, inputs, rerun, newest_manifest(folder, stage))
+    reason = stale or reason_to_run(config, inputs, contents, rerun, newest_manifest(folder, stage))
     resumed = "resumes where it stopped: " if own.exists() else ""
-    return Step(stage, config, version, own, inputs, None, resumed + reason)
+    return Step(stage, config, version, own, inputs, None, resumed + reason, contents)
 
 
 # ---- looking things up -------------------------------------------------------------------------------------------
@@ -200,22 +205,3 @@ def command_for(stage: str, source: Path) -> str:
         if path.is_file():
             return f"scldm run {path}"
     return f"scldm run JOB.yaml, a job file of kind: {stage}"
-
-
-# ---- reasons -----------------------------------------------------------------------------------------------------
-def _reason_to_run(
-    stage: str, config: StrictModel, inputs: Mapping[str, Manifest], rerun: list[str], before: Manifest | None
-) -> str:
-    """Explain why a stage must run, compared with the last time that it finished."""
-    if before is None:
-        return "first run"
-    reasons = []
-    changes = list(changed_settings(before.config, config.model_dump(mode="json")))
-    if changes:
-        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        reasons.append(f"setting changed: {', '.join(changes[:3])}{more}")
-    if new := [s for s, m in inputs.items() if before.inputs.get(s) != m.version]:
-        reasons.append(f"new {', '.join(new)}")
-    if not reasons:
-        reasons.append(f"{', '.join(rerun)} runs again" if rerun else "the seed or an input file changed")
-    return "; ".join(reasons)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.config.cell_files import is_tenx
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
@@ -85,8 +86,6 @@ def is_experiment(path: Path) -> bool:
 
 def _paths(uri: str) -> list[Path]:
     """Return the files and Cell Ranger folders that a path stands for."""
-    from pipeline.data.sources.tenx_files import is_tenx
-
     path = Path(uri).expanduser()
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
     found: list[Path] = []
@@ -100,8 +99,6 @@ def _paths(uri: str) -> list[Path]:
 
 
 def _one(path: Path, q: Question) -> Examined:
-    from pipeline.data.sources.tenx_files import is_tenx
-
     if is_tenx(path):
         return _tenx(str(path), [path], q)
     return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile)

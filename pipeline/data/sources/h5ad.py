@@ -12,7 +12,6 @@ imported only for several files, because that takes seconds (lightning and more)
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.config.cell_files import h5ad_files
 from pipeline.config.job import H5adSource
 from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
@@ -88,8 +88,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
 def find_files(path: str) -> list[Path]:
     """Return the files that a path, folder or glob pattern stands for."""
     p = Path(path).expanduser()
-    found = sorted(p.glob("*.h5ad")) if p.is_dir() else [p] if p.exists() else sorted(map(Path, glob.glob(str(p))))
-    if found:
+    if found := h5ad_files(path):
         return found
     if known := other_format(p):
         raise InputError(f"ingest.source.path {path}: this is {known}")

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.config.cell_files import is_tenx
 from pipeline.config.job import TenxSource
 from pipeline.data.presence import Presence
-from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, is_tenx, open_tenx
+from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, open_tenx
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
 from scldm.errors import InputError
 from scldm.text import choices_hint

@@ -29,13 +29,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.config.cell_files import BARCODES, FEATURES, MATRIX, tenx_part
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.safety.matrix_market import LONGEST_LINE, ShapeError, read_matrix
 
 CHUNK_ROWS = 4096
 GENES = "Gene Expression"
 LONGEST_TABLE = 1 << 30  # characters of barcodes.tsv and features.tsv
-_MATRIX, _BARCODES, _FEATURES = ("matrix.mtx",), ("barcodes.tsv",), ("features.tsv", "genes.tsv")
 
 
 # Errors that h5py, numpy, scipy and gzip raise for a damaged file.
@@ -54,11 +54,6 @@ class TenxMatrix:
     features: pd.DataFrame  # id, name, type, genome ("" where the file has none)
     barcodes: list[str]
     chunks: Callable[[], Iterator[sp.csr_matrix]]  # cells x features
-
-
-def is_tenx(path: Path) -> bool:
-    """Whether a path looks like an output: an .h5 file, or a folder with a matrix."""
-    return path.suffix in (".h5", ".hdf5") if path.is_file() else path.is_dir() and _file(path, _MATRIX) is not None
 
 
 def open_tenx(path: Path, genome: str | None) -> TenxMatrix:
@@ -83,16 +78,12 @@ def open_tenx(path: Path, genome: str | None) -> TenxMatrix:
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------
-def _file(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((p for n in names for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None)
-
-
 def _open_folder(folder: Path) -> TenxMatrix:
-    found = {what: _file(folder, what) for what in (_MATRIX, _FEATURES, _BARCODES)}
+    found = {what: tenx_part(folder, what) for what in (MATRIX, FEATURES, BARCODES)}
     if lacking := [" or ".join(what) for what, file in found.items() if file is None]:
         has = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise TenxError(f"{folder} has no {' and no '.join(lacking)} (gzipped or not); it has {has}")
-    matrix, features, barcodes = (found[what] for what in (_MATRIX, _FEATURES, _BARCODES))
+    matrix, features, barcodes = (found[what] for what in (MATRIX, FEATURES, BARCODES))
     assert matrix is not None
     assert features is not None
     assert barcodes is not None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from pipeline.config.input_paths import InputFile, input_identities, mark_of, named_inputs
+from pipeline.config.input_paths import InputFile, input_contents, mark_of, named_inputs
 from pipeline.config.job import STAGE_CONFIGS, GenerateConfig, IngestConfig, JobBase, TrainVaeConfig
 from scldm.config import StrictModel
 from scldm.errors import InputError
@@ -16,7 +16,6 @@ from scldm.errors import InputError
 NOT_INPUT_FILES = {
     # places that are written to, or addresses that the stage itself identifies
     "output", "cache", "storage_path", "uri", "endpoint", "region", "addressing", "cluster", "version", "inputs",
-    "source.path",  # of Cell Ranger outputs: a folder or pattern, resolved by ingest
     # names and expressions
     "name", "kind", "experiment", "salt", "layer", "measurement", "gene_id", "gene_name", "genome", "columns", "labels",
     "obs_filter", "value_filter", "tissue", "assay", "organism", "where", "combinations", "keep_obs", "to", "control",
@@ -63,7 +62,13 @@ def test_the_declared_inputs_are_these():
 
     assert declared(GenerateConfig) == {"conditions", "genes"}
     assert declared(TrainVaeConfig) == {"train.deepspeed"}
-    assert declared(IngestConfig) == {"source.path", "source.obs", "genes.vocabulary", "split.held_out.table"}
+    assert declared(IngestConfig) == {
+        "source.path",
+        "source.obs",
+        "source.uri",
+        "genes.vocabulary",
+        "split.held_out.table",
+    }
     assert declared(STAGE_CONFIGS["perturb"]) >= {"model.vae", "model.flow", "source.path", "source.obs"}
 
 
@@ -80,21 +85,24 @@ def test_a_file_is_identified_by_its_content_and_not_by_its_name(tmp_path):
     one, two = tmp_path / "a.csv", tmp_path / "b.csv"
     one.write_text("x")
     two.write_text("x")
-    by_name = [input_identities(Outer(inner=Inner(table=str(p)))) for p in (one, two)]
-    assert by_name[0] == by_name[1]
+    assert digest(one) == digest(two)
     two.write_text("y")
-    assert input_identities(Outer(inner=Inner(table=str(two)))) != by_name[0]
+    assert digest(one) != digest(two)
+
+
+def digest(path) -> str:
+    return input_contents(Outer(inner=Inner(table=str(path))))["table"].digest
 
 
 def test_only_the_member_of_a_union_that_is_text_names_a_file(tmp_path):
     assert list(named_inputs(Outer(genes=["A", "B"]))) == []
     (tmp_path / "genes.txt").write_text("A")
-    assert list(input_identities(Outer(genes=str(tmp_path / "genes.txt")))) == ["genes"]
+    assert list(input_contents(Outer(genes=str(tmp_path / "genes.txt")))) == ["genes"]
 
 
 def test_all_missing_files_are_named_at_once(tmp_path):
     config = Outer(inner=Inner(table="no.csv"), genes="no.txt")
     with pytest.raises(InputError) as error:
-        input_identities(config, where="generate.")
+        input_contents(config, where="generate.")
     assert "generate.inner.table: no.csv: no such file; expected a table" in str(error.value)
     assert "generate.genes: no.txt: no such file" in str(error.value)

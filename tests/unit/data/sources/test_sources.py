@@ -68,7 +68,9 @@ def test_a_vocabulary_of_other_genes_is_another_version(tmp_path):
 
 def test_other_labels_of_10x_cells_are_another_version(tmp_path):
     table = tmp_path / "cells.csv"
-    job = f"source: {{type: 10x, path: sample, obs: {table}}}\n"
+    (sample := tmp_path / "sample").mkdir()
+    (sample / "matrix.mtx").write_text("")
+    job = f"source: {{type: 10x, path: {sample}, obs: {table}}}\n"
     with pytest.raises(InputError, match=r"source.obs: .*no such file"):
         version(tmp_path, job)
     table.write_text("barcode,cell_type\nA-1,B cell\n")

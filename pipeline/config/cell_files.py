@@ -1,0 +1,110 @@
+"""Which files a source of cells is made of: the readers open these, and the version of a stage holds their content.
+
+Only names are looked at here, so that `scldm plan` needs none of the libraries that read the files.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MATRIX, BARCODES, FEATURES = ("matrix.mtx",), ("barcodes.tsv",), ("features.tsv", "genes.tsv")
+_WRITES = ("__fragments", "__commits", "__schema")  # folders of a TileDB array that grow by a name with every write
+_OTHER = ("__meta", "__labels", "__fragment_meta")
+
+
+# ---- h5ad --------------------------------------------------------------------------------------------------------
+def h5ad_files(path: str) -> list[Path]:
+    """Return the `.h5ad` files that a path, folder or glob pattern stands for, sorted."""
+    p = Path(path).expanduser()
+    if p.is_dir():
+        return sorted(p.glob("*.h5ad"))
+    return [p] if p.exists() else sorted(map(Path, glob.glob(str(p))))
+
+
+# ---- 10x ---------------------------------------------------------------------------------------------------------
+def is_tenx(path: Path) -> bool:
+    """Whether a path looks like an output: an .h5 file, or a folder with a matrix."""
+    return path.suffix in (".h5", ".hdf5") if path.is_file() else path.is_dir() and tenx_part(path, MATRIX) is not None
+
+
+def tenx_part(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """Return the file of a Cell Ranger folder that has one of the names, gzipped or not; None if there is none."""
+    return next((p for n in names for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None)
+
+
+def tenx_outputs(path: str) -> list[Path]:
+    """Return all outputs that a path, folder or glob pattern stands for: of several genomes, all."""
+    p = Path(path).expanduser()
+    matches = [p] if p.exists() else sorted(map(Path, glob.glob(str(p))))
+    inside = ([m] if is_tenx(m) or not m.is_dir() else sorted(m.iterdir()) for m in matches)
+    return [output for found in inside for output in found if is_tenx(output)]
+
+
+def tenx_files(output: Path) -> list[Path]:
+    """Return the files that are read of an output."""
+    if output.is_file():
+        return [output]
+    return [p for names in (MATRIX, FEATURES, BARCODES) if (p := tenx_part(output, names)) is not None]
+
+
+# ---- SOMA --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Entry:
+    """A name in a folder, local or in an object store, and when it last changed, in seconds since 1970."""
+
+    name: str
+    changed_at: float
+
+
+def soma_writes(uri: str, measurement: str, layer: str, s3: Callable[[], Any]) -> dict[str, list[Entry]]:
+    """Return the writes that make up each array of an experiment that is read; arrays that do not exist are left out.
+
+    TileDB never changes a file: every write, deletion or new column adds a name with its time and a random part.
+
+    Args:
+        s3: Returns a pyarrow filesystem for an s3:// address.
+    """
+    rna = f"ms/{measurement}"
+    arrays = ("obs", f"{rna}/var", f"{rna}/X/{layer}", f"{rna}/feature_dataset_presence_matrix", "datasets")
+    remote = s3() if "://" in uri and not uri.startswith("file://") else None
+    root = uri.split("://", 1)[-1].rstrip("/")
+    found = {}
+    for array in arrays:
+        place = f"{root}/{array}"
+        entries = list(_remote(remote, place) if remote is not None else _local(Path(place).expanduser()))
+        if entries:
+            found[array] = entries
+    return found
+
+
+def _local(array: Path) -> Iterator[Entry]:
+    for name in ("", *_WRITES):
+        for p in sorted((array / name).glob("__*")):
+            if name or _is_old_write(p.name):  # before format 12, fragments lay beside the folders
+                yield Entry(f"{name}/{p.name}", p.stat().st_ctime)
+
+
+def _remote(filesystem: Any, array: str) -> Iterator[Entry]:
+    from pyarrow.fs import FileSelector
+
+    for name in ("", *_WRITES):
+        place = f"{array}/{name}".rstrip("/")
+        found = filesystem.get_file_info(FileSelector(place, allow_not_found=True))
+        for info in sorted(found, key=lambda x: x.base_name):
+            if info.base_name.startswith("__") and (name or _is_old_write(info.base_name)):
+                changed_at = info.mtime.timestamp() if info.mtime else _written_at(info.base_name)
+                yield Entry(f"{name}/{info.base_name}", changed_at)
+
+
+def _is_old_write(name: str) -> bool:
+    return name not in (*_WRITES, *_OTHER) and name[2:3].isdigit()
+
+
+def _written_at(name: str) -> float:
+    """Return the time in a TileDB name, `__<first ms>_<last ms>_<random>…`: S3 has none for what acts as a folder."""
+    times = [int(x) for x in name.split("_")[2:4] if x.isdigit()]
+    return max(times, default=0) / 1000

@@ -1,0 +1,88 @@
+"""Tells what has changed since a stage last finished, and which results of version 0.1 are still those of their input.
+
+Version 0.1 knew the size of a single `.h5ad` file, and nothing of several files, Cell Ranger outputs and SOMA
+experiments. Its results are kept if no file of the input has changed since that run began, by the time that the file
+system keeps; otherwise nobody can tell, and the stage runs again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from pipeline.config.input_paths import InputContent
+from pipeline.core.manifest import Manifest, stage_version
+from pipeline.core.nested import changed_settings
+from scldm.config import StrictModel
+
+SHOWN = 3  # changes that are named
+
+
+def reason_to_run(
+    config: StrictModel,
+    inputs: Mapping[str, Manifest],
+    contents: Mapping[str, InputContent],
+    rerun: Sequence[str],
+    before: Manifest | None,
+) -> str:
+    """Explain why a stage must run, compared with the last time that it finished."""
+    if before is None:
+        return "first run"
+    moved = {c.setting for key, c in contents.items() if before.contents.get(key) == c.files}
+    changes = [x for x in changed_settings(before.config, config.model_dump(mode="json")) if x.split()[0] not in moved]
+    reasons = [f"setting changed: {_some(changes)}"] if changes else []
+    for key, content in contents.items():
+        if key in before.contents and (files := changed_files(before.contents[key], content.files)):
+            reasons.append(f"{content.setting} has other content: {_some(files)}")
+    if new := [s for s, m in inputs.items() if before.inputs.get(s) != m.version]:
+        reasons.append(f"new {', '.join(new)}")
+    if not reasons:
+        reasons.append(f"{', '.join(rerun)} runs again" if rerun else "the seed or an input file changed")
+    return "; ".join(reasons)
+
+
+def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return `changed a.h5ad`, `added b.h5ad` and `removed c.h5ad` for the files that differ."""
+    common = [name for name in now if name in before]
+    return [
+        *(f"changed {name}" for name in common if before[name] != now[name]),
+        *(f"added {name}" for name in now if name not in before),
+        *(f"removed {name}" for name in before if name not in now),
+    ]
+
+
+def _some(changes: Sequence[str]) -> str:
+    more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return ", ".join(changes[:SHOWN]) + more
+
+
+# ---- version 0.1 -------------------------------------------------------------------------------------------------
+def version_of_0_1(
+    stage: str, config: StrictModel, inputs: Mapping[str, Manifest], seed: int, contents: Mapping[str, InputContent]
+) -> str:
+    """Return the version that 0.1 gave a stage."""
+    version = stage_version(stage, config.model_dump(mode="json"), inputs, seed=seed)
+    known = sorted((key, c.version_0_1) for key, c in contents.items() if c.version_0_1 is not None)
+    return hashlib.sha256(f"{version}{known}".encode()).hexdigest()[:12] if known else version
+
+
+def changed_since_0_1(manifest: Manifest | None, contents: Mapping[str, InputContent]) -> str:
+    """Return why a result with a version of 0.1 must be made again; empty if it is that of its input.
+
+    Args:
+        manifest: Of the result; None if it did not finish.
+    """
+    unsure = [(key, c) for key, c in contents.items() if not c.known_to_0_1]
+    if manifest is None:
+        return "version 0.1 began it and did not record the content of its input" if unsure else ""
+    began = manifest.finished_at - manifest.seconds
+    for key, content in unsure:
+        recorded = manifest.contents.get(key)  # written when 0.2 first saw that nothing had changed
+        if recorded is not None and (files := changed_files(recorded, content.files)):
+            return f"{content.setting} has other content: {_some(files)}"
+        if recorded is None and content.changed_at >= began:
+            return (
+                f"version 0.1 did not record the content of {content.setting}, and {content.value} was changed or "
+                "copied after that run began"
+            )
+    return ""
