@@ -16,7 +16,7 @@ from pipeline.planning import sizes
 from pipeline.training.throughput import PEAKS
 from scldm.flow.config import SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.nn.flops import TRAINING, dit_flops, vae_flops
+from scldm.nn.flops import TRAINING, dit_flops, encoder_flops, vae_flops
 
 MFU = (0.05, 0.20)  # of the dense bf16 peak; lowest and highest assumed
 # Evaluations of the network in a step of a solver. dopri5 chooses its steps itself: `steps` of them is a guess.
@@ -71,9 +71,8 @@ def train_vae_flops(model: VAEConfig, *, cells: float, n_genes: int, scored: int
 
 
 def encode_flops(model: VAEConfig, *, cells: float, expressed: float) -> float:
-    """Count the operations of encoding: the encoder's half of the blocks, and pooling; no genes are decoded."""
-    pooling = vae_flops(model.model_copy(update={"n_layers": 0}), n_genes=0, expressed=expressed)
-    return cells * (pooling + (vae_flops(model, n_genes=0, expressed=expressed) - pooling) / 2)
+    """Count the operations of encoding; no genes are decoded."""
+    return cells * encoder_flops(model, expressed=expressed)
 
 
 def train_flow_flops(model: DiTConfig, *, cells: float, n_latent_tokens: int, latent_width: int) -> float:

@@ -75,13 +75,15 @@ def vae_activations(config: VAEConfig, train: TrainConfig, *, cells: int, n_gene
         expressed: Mean expressed genes of a cell.
     """
     width = 2 if train.precision == "bf16" else 4
-    d, m, h = config.d_model, config.n_latent_tokens, config.n_heads_cross
-    blocks = 2 * config.n_layers * _block_numbers(d, m)
-    pooling = expressed * (4 + 3 * h) + 8 * m * d  # indices, counts, and a few numbers per head and token
+    m, decoder = config.n_latent_tokens, config.for_decoder()
+    blocks = sum(side.n_layers * _block_numbers(side.d_model, m) for side in (config, decoder))
+    # Indices, counts, and a few numbers per head and token.
+    pooling = expressed * (4 + 3 * config.n_heads_cross) + 8 * m * config.d_model
+    d, h = decoder.d_model, decoder.n_heads_cross
     outputs = n_genes * (GENE_COPIES + (2 if config.head == "nb_cell" else 0))
     hidden = 8 * d / 3
     tile = min(TILE, n_genes) * (6 * d + 4 * hidden + 2 * m * h)  # recomputed in the backward pass, one tile at a time
-    tables = 6 * n_genes * d  # per-gene queries, keys and values, once per micro batch
+    tables = 3 * n_genes * (config.d_model + d)  # per-gene queries, keys and values, once per micro batch
     return cells * (width * (blocks + tile) + 4 * (outputs + pooling)) + width * tables
 
 

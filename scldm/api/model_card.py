@@ -12,6 +12,7 @@ from typing import Protocol
 from scldm.api.folders import ModelFolders
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.vocabulary import Vocabulary
+from scldm.nn.config import VAEConfig
 
 MOST_CLASSES = 30  # of a label that are listed
 
@@ -68,7 +69,7 @@ def _what(model: DescribedModel) -> list[str]:
         "| | VAE | flow |",
         "|---|---|---|",
         f"| parameters | {_parameters(vae)} | {_parameters(flow.dit) if flow else 'none'} |",
-        f"| width, layers | {vae.config.d_model}, {vae.config.n_layers} + {vae.config.n_layers} | "
+        f"| width, layers | {_sizes(vae.config)} | "
         + (f"{flow.dit.config.d_model}, {flow.dit.config.n_layers} |" if flow else "– |"),
         f"| | {model.vocabulary.n_genes:,} genes, head {vae.config.head}, input {vae.config.input} | "
         + (f"path {flow.path.path}, labels {flow.dit.strategy} |" if flow else "– |"),
@@ -81,6 +82,12 @@ def _what(model: DescribedModel) -> list[str]:
         more = f", … ({len(classes):,} in all)" if len(classes) > MOST_CLASSES else ""
         lines.append(f"* label `{plain_line(label)}`: {shown}{more}")
     return [*lines, ""] if model.labels else lines
+
+
+def _sizes(config: VAEConfig) -> str:
+    decoder = config.for_decoder()
+    width = str(config.d_model) if decoder.d_model == config.d_model else f"{config.d_model} + {decoder.d_model}"
+    return f"{width}, {config.n_layers} + {decoder.n_layers}"
 
 
 def _use(name: str) -> list[str]:

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from scldm.config import StrictModel
 
 InputMode = Literal["count_aware", "log1p", "log1pzero", "sqrt", "anscombe", "proj", "projconcat", "softbin"]
 Head = Literal["nb_shared", "nb_cell", "gaussian"]
+
+
+class DecoderConfig(StrictModel):
+    """Sizes of the VAE's decoder that differ from its encoder's; null takes the encoder's."""
+
+    d_model: PositiveInt | None = None
+    """Width of the decoder; another one than the encoder's needs shared_embedding: false."""
+    n_layers: int | None = Field(None, ge=0)
+    """Self-attention blocks of the decoder."""
+    n_heads: PositiveInt | None = None
+    """Heads of the decoder's self-attention blocks."""
+    n_heads_cross: PositiveInt | None = None
+    """Heads of the decoder's cross-attention block (latents to genes)."""
+    bias: bool | None = None
+    """Biases in the decoder's attention and latent projection."""
+    multiple_of: PositiveInt | None = None
+    """The hidden width of the decoder's SwiGLU is rounded up to a multiple of this."""
+    eps: PositiveFloat | None = None
+    """LayerNorm epsilon of the decoder."""
+    head_eps: PositiveFloat | None = None
+    """LayerNorm epsilon of a Gaussian head; null takes the decoder's."""
 
 
 class VAEConfig(StrictModel):
@@ -18,7 +39,7 @@ class VAEConfig(StrictModel):
     d_model: PositiveInt = 32
     """Width of the transformer."""
     n_layers: int = Field(2, ge=0)
-    """Self-attention blocks in the encoder, and as many in the decoder."""
+    """Self-attention blocks in the encoder, and as many in the decoder unless decoder.n_layers is set."""
     n_heads: PositiveInt = 4
     """Heads of the self-attention blocks."""
     n_heads_cross: PositiveInt = 4
@@ -49,19 +70,77 @@ class VAEConfig(StrictModel):
     """Softmax temperature of the gene proportions."""
     genes_seq_len: PositiveInt | None = None
     """Set only for upstream's checkpoints: its unmasked pads fill every cell up to this many tokens."""
+    decoder: DecoderConfig | None = None
+    """Sizes of the decoder, if they differ from the encoder's."""
+
+    @model_validator(mode="after")
+    def _decoder_holds_differences_only(self) -> VAEConfig:
+        """Drop what repeats the encoder's value, so that one network has one configuration and one version."""
+        if self.decoder is not None:
+            given = self.decoder.model_dump(exclude_none=True)
+            inherited = {**self.model_dump(include=set(given)), "head_eps": given.get("eps", self.eps)}
+            own = {name: value for name, value in given.items() if value != inherited[name]}
+            object.__setattr__(self, "decoder", DecoderConfig(**own) if own else None)  # the model is frozen
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> VAEConfig:
-        for field in ("n_heads", "n_heads_cross"):
-            if self.d_model % getattr(self, field):
-                raise ValueError(f"d_model ({self.d_model}) must be a multiple of {field} ({getattr(self, field)})")
+        for side, config in (("", self), ("decoder.", self.for_decoder())):
+            for field in ("n_heads", "n_heads_cross"):
+                heads = getattr(config, field)
+                if config.d_model % heads:
+                    raise ValueError(f"{side}d_model ({config.d_model}) must be a multiple of {side}{field} ({heads})")
         return self
+
+    @model_validator(mode="after")
+    def _decoder_fits(self) -> VAEConfig:
+        width = self.for_decoder().d_model
+        if self.shared_embedding and width != self.d_model:
+            raise ValueError(
+                f"decoder.d_model ({width}) differs from d_model ({self.d_model}), so the two cannot share gene "
+                "embeddings: set shared_embedding to false"
+            )
+        if self.head != "gaussian" and self.decoder is not None and self.decoder.head_eps is not None:
+            raise ValueError(f"decoder.head_eps is of a gaussian head; head is {self.head}: leave it out")
+        return self
+
+    def for_decoder(self) -> VAEConfig:
+        """Return the settings with the decoder's sizes in the place of the encoder's."""
+        if self.decoder is None:
+            return self
+        own = self.decoder.model_dump(exclude_none=True, exclude={"head_eps"})
+        return self.model_copy(update={**own, "decoder": None})
+
+    @property
+    def head_eps(self) -> float:
+        """LayerNorm epsilon of a Gaussian head."""
+        own = None if self.decoder is None else self.decoder.head_eps
+        return self.for_decoder().eps if own is None else own
+
+    @model_serializer(mode="wrap")
+    def _without_an_unset_decoder(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not set: models and runs from before the decoder had sizes keep their versions."""
+        values: dict[str, Any] = to_dict(self)
+        decoder = values.pop("decoder", None)
+        own = {name: value for name, value in (decoder or {}).items() if value is not None}
+        return {**values, "decoder": own} if own else values
 
     @model_validator(mode="after")
     def _gaussian_has_no_gene_bias(self) -> VAEConfig:
         if self.head == "gaussian" and self.gene_bias:
             raise ValueError("gene_bias (true) is a logit of gene proportions; head gaussian has none: set it to false")
         return self
+
+
+class ScviDecoderConfig(StrictModel):
+    """Sizes of the MLP VAE's decoder that differ from its encoder's; null takes the encoder's."""
+
+    n_hidden: PositiveInt | None = None
+    """Width of the decoder's hidden layers."""
+    n_layers: PositiveInt | None = None
+    """Hidden layers of the decoder."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Share of the decoder's hidden units left out in training."""
 
 
 class ScviConfig(StrictModel):
@@ -75,10 +154,17 @@ class ScviConfig(StrictModel):
     """Width of the latent."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Share of hidden units left out in training."""
+    decoder: ScviDecoderConfig | None = None
+    """Sizes of the decoder, if they differ from the encoder's."""
     shared_theta: bool = True
     """One inverse dispersion per gene, or one per cell and gene."""
     kl_weight: float = Field(1.0, ge=0)
     """Weight of the KL term relative to the likelihood."""
+
+    def for_decoder(self) -> ScviConfig:
+        """Return the settings with the decoder's sizes in the place of the encoder's."""
+        own = {} if self.decoder is None else self.decoder.model_dump(exclude_none=True)
+        return self.model_copy(update={**own, "decoder": None})
 
 
 class DiTConfig(StrictModel):

@@ -51,6 +51,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig, *, n_outputs: int):
         super().__init__()
+        head_eps, config = config.head_eps, config.for_decoder()
         d, self.n_heads = config.d_model, config.n_heads_cross
         self.eps = config.eps
         # Opt-in: no GPU has timed the Triton kernels yet, nor run tests/gpu.
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
         self.mlp = SwiGLU(d, config.multiple_of)
         self.adaln = adaln(d, 6) if config.adaln else None
         self.adaln_query = adaln(d, 2) if config.adaln else None
-        self.head_norm = nn.LayerNorm(d, eps=config.eps) if config.head == "gaussian" else None
+        self.head_norm = nn.LayerNorm(d, eps=head_eps) if config.head == "gaussian" else None
         self.head = nn.Linear(d, n_outputs)
 
     def forward(

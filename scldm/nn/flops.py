@@ -20,12 +20,31 @@ def vae_flops(config: VAEConfig, *, n_genes: int, expressed: float) -> float:
         n_genes: Genes that are scored: `train.genes_per_step`, or all.
         expressed: Mean expressed genes of a cell.
     """
+    return encoder_flops(config, expressed=expressed) + decoder_flops(config, n_genes=n_genes)
+
+
+def encoder_flops(config: VAEConfig, *, expressed: float) -> float:
+    """Return the operations of encoding one cell.
+
+    Args:
+        expressed: Mean expressed genes of a cell.
+    """
     d, m = config.d_model, config.n_latent_tokens
     hidden = _hidden(d, config.multiple_of)
-    blocks = 2 * config.n_layers * _block(d, m, hidden)  # encoder and decoder
     pooling = expressed * 4 * m * d + m * (4 * d * d + 6 * d * hidden)
+    return pooling + config.n_layers * _block(d, m, hidden) + 2 * m * d * config.latent_width
+
+
+def decoder_flops(config: VAEConfig, *, n_genes: int) -> float:
+    """Return the operations of decoding genes of one cell.
+
+    Args:
+        n_genes: Genes that are decoded.
+    """
+    config, m = config.for_decoder(), config.n_latent_tokens
+    d, hidden = config.d_model, _hidden(config.d_model, config.multiple_of)
     gene = 4 * m * d + 2 * d * d + 4 * d * hidden + 2 * (d + hidden)  # attention, its projection, SwiGLU folded in head
-    return blocks + pooling + n_genes * gene + 4 * m * d * config.latent_width
+    return config.n_layers * _block(d, m, hidden) + n_genes * gene + 2 * m * d * config.latent_width
 
 
 def dit_flops(config: DiTConfig, *, n_latent_tokens: int, latent_width: int) -> float:

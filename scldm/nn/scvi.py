@@ -63,11 +63,12 @@ class ScviVAE(nn.Module):
         self.encoder = mlp(n_genes, config)
         self.loc = nn.Linear(config.n_hidden, config.n_latent)
         self.log_scale = nn.Linear(config.n_hidden, config.n_latent)
-        self.decoder = mlp(config.n_latent, config)
-        self.logits = nn.Linear(config.n_hidden, n_genes)
+        of_decoder = config.for_decoder()
+        self.decoder = mlp(config.n_latent, of_decoder)
+        self.logits = nn.Linear(of_decoder.n_hidden, n_genes)
         # theta = softplus of this
         self.theta: nn.Parameter | nn.Linear = (
-            nn.Parameter(torch.zeros(n_genes)) if config.shared_theta else nn.Linear(config.n_hidden, n_genes)
+            nn.Parameter(torch.zeros(n_genes)) if config.shared_theta else nn.Linear(of_decoder.n_hidden, n_genes)
         )
 
     def encode(self, cells: CellBatch) -> NormalLatent:

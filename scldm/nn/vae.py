@@ -52,7 +52,9 @@ class VAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, n_outputs=2 if config.head == "nb_cell" else 1)
         self.decoder_embedding = (
-            None if config.shared_embedding else nn.Parameter(EMBEDDING_STD * torch.randn(n_genes, config.d_model))
+            None
+            if config.shared_embedding
+            else nn.Parameter(EMBEDDING_STD * torch.randn(n_genes, config.for_decoder().d_model))
         )
         self.log_theta = nn.Parameter(torch.zeros(n_genes)) if config.head == "nb_shared" else None
         self.gene_bias = nn.Parameter(torch.zeros(n_genes)) if config.gene_bias else None

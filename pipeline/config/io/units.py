@@ -90,6 +90,7 @@ UNITS: dict[str, str] = {
             "rtol",
             "atol",
             "eps",
+            "head_eps",
             "betas",
             "weight_decay",
             "seed",

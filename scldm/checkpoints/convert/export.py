@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scldm.checkpoints.native import CheckpointError, LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.checkpoints.output_folder import atomic_folder, check_output
-from scldm.checkpoints.upstream.config import vae_config_from_upstream
+from scldm.checkpoints.upstream.config import DECODER, vae_config_from_upstream
 from scldm.checkpoints.upstream.names_dit import dit_state_to_upstream
 from scldm.checkpoints.upstream.names_vae import vae_state_to_upstream
 from scldm.checkpoints.upstream.settings import read_settings
@@ -87,6 +87,8 @@ def upstream_vae_values(config: VAEConfig) -> dict[str, Any]:
     if config.genes_seq_len is None:
         problems.append("genes_seq_len is null (pads are masked); upstream's encoder sees its pads")
     values = {theirs: getattr(config, ours) for ours, theirs in VAE_FIELDS.items() if hasattr(config, ours)}
+    own = {} if config.decoder is None else config.decoder.model_dump(exclude_none=True)
+    values |= {theirs: own[ours] for theirs, ours in DECODER.items() if ours in own}
     values["head"] = {"nb_cell": "nb_unshared"}.get(config.head, config.head)
     if not problems:
         problems = _differences(config, values)

@@ -4,6 +4,8 @@ n_embed n_layer n_head n_head_cross n_inducing_points n_latent multiple_of eps b
 agg     input: log1p, log1pzero, sqrt, anscombe, proj, projconcat, softbin
 head    nb_shared, nb_unshared, gaussian
 pos shared use_adaln t   zero positions, one table of gene embeddings, adaLN decoder, softmax temperature
+NAME_dec                 the decoder's n_embed n_layer n_head n_head_cross multiple_of eps bias, if not the encoder's
+eps_head                 LayerNorm epsilon of a Gaussian head, if not the decoder's
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from scldm.nn.config import VAEConfig
 
 HEADS = {"nb_shared": "nb_shared", "nb_unshared": "nb_cell", "gaussian": "gaussian"}
 INPUTS = ("log1p", "log1pzero", "sqrt", "anscombe", "proj", "projconcat", "softbin")
+DECODER_SIZES = ("n_embed", "n_layer", "n_head", "n_head_cross", "multiple_of", "eps", "bias")
 _SAME = {
     "n_embed": "d_model",
     "n_layer": "n_layers",
@@ -30,6 +33,10 @@ _SAME = {
     "pos": "zero_positions",
 }
 _OPTIONAL = {"t": "temperature", "use_adaln": "adaln"}
+DECODER = {  # upstream's decoder has these of its own -> our field under `decoder`
+    **{f"{theirs}_dec": _SAME[theirs] for theirs in DECODER_SIZES},
+    "eps_head": "head_eps",
+}
 _FACTS = {"n_genes", "head"}  # n_genes is read from the data
 
 
@@ -44,7 +51,8 @@ def vae_config_from_upstream(values: Mapping[str, Any], *, genes_seq_len: int | 
         ValueError: Settings are missing or unknown (the message names all of them), or a value is not allowed.
     """
     missing = [name for name in (*_SAME, "head") if name not in values]
-    unknown = [name for name in values if name not in _SAME and name not in _OPTIONAL and name not in _FACTS]
+    known = {*_SAME, *_OPTIONAL, *DECODER, *_FACTS}
+    unknown = [name for name in values if name not in known]
     problems = [f"{name} is missing" for name in missing]
     problems += [f"{name} ({values[name]!r}) is an unknown setting" for name in unknown]
     if "head" in values and values["head"] not in HEADS:
@@ -54,6 +62,7 @@ def vae_config_from_upstream(values: Mapping[str, Any], *, genes_seq_len: int | 
     if problems:
         raise ValueError("upstream's VAE: " + "; ".join(problems))
     ours = {ours: values[theirs] for theirs, ours in {**_SAME, **_OPTIONAL}.items() if theirs in values}
+    ours["decoder"] = {ours: values[theirs] for theirs, ours in DECODER.items() if theirs in values} or None
     return VAEConfig.model_validate(
         {**ours, "head": HEADS[values["head"]], "gene_bias": False, "genes_seq_len": genes_seq_len}
     )

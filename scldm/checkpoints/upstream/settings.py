@@ -1,7 +1,8 @@
 """Read what a converter needs from upstream's configuration: sizes and settings of the networks, path, file names.
 
-Upstream repeats settings (encoder and decoder, and the head); ours has each once, so the repetitions must agree. A
-setting that is not understood is an error: it might change the mathematics.
+Sizes of the decoder may differ from the encoder's, as in upstream's own classes. What must agree for the parts to fit
+together (the width of input and encoder, of decoder and head, the latents) must agree here too. A setting that is not
+understood is an error: it might change the mathematics.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from scldm.checkpoints.native import CheckpointError
-from scldm.checkpoints.upstream.config import vae_config_from_upstream
+from scldm.checkpoints.upstream.config import DECODER_SIZES, vae_config_from_upstream
 from scldm.checkpoints.upstream.yaml import UpstreamYaml
 from scldm.flow.config import PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
@@ -26,6 +27,9 @@ _ENCODER, _DECODER, _INPUT, _HEAD = (f"{_VAE}.{n}" for n in ("encoder", "decoder
 _DIT, _TRANSPORT = "model.module.diffusion_model", "model.module.transport"
 _BLOCKS = {"n_embed", "n_layer", "n_head", "dropout", "bias", "multiple_of", "layernorm_eps", "norm_layer"}
 _BOTH = _BLOCKS | {"n_embed_latent", "n_inducing_points", "n_head_cross", "latent_projection_type"}
+# Sizes that the decoder has of its own, under the names of `vae_config_from_upstream`, and their types.
+_SIZES: dict[str, type] = dict.fromkeys(DECODER_SIZES, int) | {"eps": float, "bias": bool}
+_YAML_NAMES = {"eps": "layernorm_eps"}
 _PATHS = {"Linear": "linear", "GVP": "gvp", "VP": "vp"}
 
 
@@ -113,43 +117,42 @@ def _vae_values(y: UpstreamYaml, left: list[str]) -> dict[str, Any]:
     y.only(_ENCODER, _BOTH | {"positional_encoding"})
     y.only(_DECODER, _BOTH | {"n_genes", "shared_embedding", "use_adaln"})
     y.only(_INPUT, {"n_genes", "n_embed", "agg_func"})
-    whole = {
-        k: y.value(f"{_ENCODER}.{k}", int) for k in ("n_embed", "n_layer", "n_head", "n_head_cross", "multiple_of")
+    sizes: dict[str, Any] = {
+        name: y.value(f"{_ENCODER}.{_YAML_NAMES.get(name, name)}", kind) for name, kind in _SIZES.items()
     }
-    whole |= {"n_inducing_points": y.value(f"{_ENCODER}.n_inducing_points", int)}
-    width, bias = y.value(f"{_ENCODER}.n_embed_latent", int), y.value(f"{_ENCODER}.bias", bool)
-    eps = y.value(f"{_ENCODER}.layernorm_eps", float)
-    repeated = {**whole, "n_embed_latent": width, "bias": bias, "layernorm_eps": eps}
-    for name, value in repeated.items():
-        y.same(f"{_DECODER}.{name}", value, like=f"{_ENCODER}.{name}")
-    y.same(f"{_INPUT}.n_embed", whole["n_embed"], like=f"{_ENCODER}.n_embed")
+    of_decoder: dict[str, Any] = {
+        f"{name}_dec": y.value(f"{_DECODER}.{_YAML_NAMES.get(name, name)}", kind, sizes[name])
+        for name, kind in _SIZES.items()
+    }
+    points, width = y.value(f"{_ENCODER}.n_inducing_points", int), y.value(f"{_ENCODER}.n_embed_latent", int)
+    y.value(f"{_DECODER}.n_inducing_points", int, points)  # upstream's decoder does not read it
+    y.same(f"{_DECODER}.n_embed_latent", width, like=f"{_ENCODER}.n_embed_latent")
+    y.same(f"{_INPUT}.n_embed", sizes["n_embed"], like=f"{_ENCODER}.n_embed")
     for at in (_ENCODER, _DECODER):
         y.same(f"{at}.norm_layer", "layernorm", like="the only norm")
         y.same(f"{at}.latent_projection_type", "mlp", like="the only projection")
         if dropout := y.value(f"{at}.dropout", float, 0.0):
             left.append(f"{at}.dropout {dropout}: our model has no dropout (of no effect once trained)")
     return {
-        **whole,
+        **sizes,
+        **of_decoder,
+        "n_inducing_points": points,
         "n_latent": width,
-        "bias": bias,
-        "eps": eps,
         "agg": y.value(f"{_INPUT}.agg_func", str),
         "pos": y.value(f"{_ENCODER}.positional_encoding", bool, False),
         "shared": y.value(f"{_DECODER}.shared_embedding", bool),
         "use_adaln": y.value(f"{_DECODER}.use_adaln", bool, False),
-        **_head_values(y, whole["n_embed"], eps),
+        **_head_values(y, of_decoder["n_embed_dec"]),
     }
 
 
-def _head_values(y: UpstreamYaml, n_embed: int, eps: float) -> dict[str, Any]:
+def _head_values(y: UpstreamYaml, n_embed: int) -> dict[str, Any]:
     known = {f"stochastic_layers.{n}": n for n in ("NegativeBinomialTransformerLayer", "GaussianTransformerLayer")}
     head = y.target(_HEAD, known)
-    y.same(f"{_HEAD}.n_embed", n_embed, like=f"{_ENCODER}.n_embed")
+    y.same(f"{_HEAD}.n_embed", n_embed, like=f"{_DECODER}.n_embed")
     if head == "GaussianTransformerLayer":
         y.only(_HEAD, {"n_embed", "norm_layer", "layernorm_eps"})
-        if (own := y.value(f"{_HEAD}.layernorm_eps", float, 1e-8)) != eps:
-            y.problems.append(f"{_HEAD}.layernorm_eps is {own}, but {_ENCODER}.layernorm_eps is {eps}")
-        return {"head": "gaussian"}
+        return {"head": "gaussian", "eps_head": y.value(f"{_HEAD}.layernorm_eps", float, 1e-8)}
     y.only(_HEAD, {"n_genes", "shared_theta", "n_embed", "norm_layer", "layernorm_eps", "eps_", "t"})
     shared = y.value(f"{_HEAD}.shared_theta", bool, False)
     return {"head": "nb_shared" if shared else "nb_unshared", "t": y.value(f"{_HEAD}.t", float, 1.0)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+from scldm.checkpoints.upstream.config import DECODER_SIZES
 from scldm.checkpoints.upstream.yaml import write_yaml
 
 # Our name of a setting of the VAE -> the name that `vae_config_from_upstream` reads.
@@ -96,25 +97,24 @@ def write_upstream_config(
 
 
 def _vae(values: Mapping[str, Any], n_genes: int) -> dict[str, Any]:
-    blocks = {name: values[name] for name in ("n_layer", "n_inducing_points", "n_embed", "n_head", "n_head_cross")}
-    blocks |= {"n_embed_latent": values["n_latent"], "dropout": 0.0, "bias": values["bias"]}
-    norm = {"norm_layer": "layernorm", "layernorm_eps": values["eps"]}
-    blocks |= {"multiple_of": values["multiple_of"], **norm}
+    of_decoder = {name: values.get(f"{name}_dec", values[name]) for name in DECODER_SIZES}
+    encoder, decoder = _blocks(values, values), _blocks(values, of_decoder)
     head: dict[str, Any] = {
         "_target_": "scldm.stochastic_layers.GaussianTransformerLayer",
-        "n_embed": values["n_embed"],
-        **norm,
+        "n_embed": of_decoder["n_embed"],
+        "norm_layer": "layernorm",
+        "layernorm_eps": values.get("eps_head", of_decoder["eps"]),
     }
     if values["head"] != "gaussian":
         head["_target_"] = "scldm.stochastic_layers.NegativeBinomialTransformerLayer"
         head |= {"n_genes": n_genes, "shared_theta": values["head"] == "nb_shared", "t": values["t"]}
     return {
         "_target_": "scldm.vae.TransformerVAE",
-        "encoder": {"_target_": "scldm.nnets.Encoder", **blocks, "positional_encoding": values["pos"]},
+        "encoder": {"_target_": "scldm.nnets.Encoder", **encoder, "positional_encoding": values["pos"]},
         "decoder": {
             "_target_": "scldm.nnets.Decoder",
             "n_genes": n_genes,
-            **blocks,
+            **decoder,
             "shared_embedding": values["shared"],
             "use_adaln": values.get("use_adaln", False),
         },
@@ -125,6 +125,18 @@ def _vae(values: Mapping[str, Any], n_genes: int) -> dict[str, Any]:
             "agg_func": values["agg"],
         },
         "decoder_head": head,
+    }
+
+
+def _blocks(values: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that upstream's encoder and decoder share; `sizes` are those of one of them."""
+    return {
+        **{name: sizes[name] for name in ("n_layer", "n_embed", "n_head", "n_head_cross", "multiple_of", "bias")},
+        "n_inducing_points": values["n_inducing_points"],
+        "n_embed_latent": values["n_latent"],
+        "dropout": 0.0,
+        "norm_layer": "layernorm",
+        "layernorm_eps": sizes["eps"],
     }
 
 

@@ -39,7 +39,7 @@ def vae_config(**choices: Any) -> VAEConfig:
 
 def write_vae(folder: Path, *labels: LabelVocabulary, **choices: Any) -> Path:
     """A VAE's model folder; `choices` of its configuration."""
-    vae = _random(VAE(vae_config(**choices), n_genes=len(GENES)))
+    vae = random_weights(VAE(vae_config(**choices), n_genes=len(GENES)))
     save_vae(folder, vae, vocabulary(*labels), library_sizes(*labels), card="a small model")
     return folder
 
@@ -50,7 +50,7 @@ def write_flow(folder: Path, *labels: LabelVocabulary, path: PathConfig | None =
     config = DiTConfig(**{"d_model": 12, "n_layers": 1, "n_heads": 2} | choices)
     weights = {}
     for seed, which in enumerate(("model", "raw"), start=1):
-        dit = _random(DiT(config, n_latent_tokens=3, latent_width=4, n_classes=names.n_classes), seed)
+        dit = random_weights(DiT(config, n_latent_tokens=3, latent_width=4, n_classes=names.n_classes), seed)
         weights[which] = dit.state_dict()
         if config.label_dropout == 0:  # upstream has no null class then
             for name in (k for k in weights[which] if k.startswith("labels.")):
@@ -68,7 +68,8 @@ def write_flow(folder: Path, *labels: LabelVocabulary, path: PathConfig | None =
     return folder
 
 
-def _random(module: Any, seed: int = 0) -> Any:
+def random_weights(module: Any, seed: int = 0) -> Any:
+    """The module with every parameter and buffer drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):

@@ -20,7 +20,9 @@ def matches(case: Case) -> bool:
 
 def recorded_vae(case: Case) -> ScviVAE:
     """The model of a case, in single precision and eval mode."""
-    config = {name: value for name, value in case.config.items() if name != "n_genes"}
+    config = {name: value for name, value in case.config.items() if name != "n_genes" and not name.endswith("_dec")}
+    own = {name.removesuffix("_dec"): value for name, value in case.config.items() if name.endswith("_dec")}
+    config["decoder"] = own or None
     vae = ScviVAE(ScviConfig.model_validate(config), n_genes=case.config["n_genes"])
     vae.load_state_dict(scvi_state_from_upstream(case.under("state/")))
     return vae.eval()

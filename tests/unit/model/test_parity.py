@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models.plain_upstream_vae import PlainVAE, Side
 from helpers.models.upstream_fixtures import FOLDER
 from parity.case import FolderError
 from parity.kinds.schedules import schedule_of
@@ -75,6 +76,29 @@ def test_a_case_is_known_by_what_it_holds_not_by_its_name(tmp_path):
     rows = check_case(folder, "something_else")
     assert failures(rows) == []
     assert len(rows) == len(check_case(FOLDER, "dit_joint"))
+
+
+@recorded
+def test_a_recorded_vae_may_have_another_number_of_blocks_in_its_decoder(tmp_path):
+    name = "vae_log1p_nbshared_pos_shared"
+    folder = copy_case(name, tmp_path)
+    tensors = load_file(folder / f"{name}.safetensors")
+    state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
+    state = {k: v for k, v in state.items() if not k.startswith("encoder.encoder_layers.1.")}
+    kept = {k: v for k, v in tensors.items() if k.startswith(("in/counts", "in/genes", "in/library_size"))}
+    plain = PlainVAE({k: v.double() for k, v in state.items()}, *[Side(4, 4, 1e-8)] * 2)
+    ids, sizes = tensors["in/genes"] - 1, tensors["in/library_size"].flatten().tolist()
+    counts = torch.zeros(ids.shape[0], 60, dtype=torch.float64).scatter(1, ids, tensors["in/counts"].double())
+    z = torch.stack([plain.encode(cell, 60) for cell in counts])
+    mu = torch.stack([plain.mean(own, size) for own, size in zip(z, sizes, strict=True)]).gather(1, ids)
+    save_file(
+        {**kept, **{f"state/{k}": v for k, v in state.items()}, "out/L60/h_z.f64": z, "out/L60/mu.f64": mu},
+        folder / f"{name}.safetensors",
+    )
+    change_facts(folder, name, lambda facts: facts["config"].update(n_layer=1, n_layer_dec=2))
+    rows = check_case(folder, name)
+    assert [(q, note) for q, note in failures(rows) if "lacks it" not in note] == []  # what this test left out
+    assert {row.quantity for row in rows if row.status == "ok"} >= {"out/L60/h_z.f64", "out/L60/mu.f64"}
 
 
 PERTURBED = [

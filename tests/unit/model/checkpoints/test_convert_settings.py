@@ -19,8 +19,12 @@ def exported(tmp_path, monkeypatch) -> Exported:
 @pytest.mark.parametrize(
     ("at", "value", "words"),
     [
-        (f"{VAE}.encoder.n_embed", 16, ["encoder.n_embed is 16", "decoder.n_embed is 8"]),
-        (f"{VAE}.encoder.n_layer", 2, ["decoder.n_layer is 1, but", "encoder.n_layer is 2"]),
+        (f"{VAE}.encoder.n_embed", 16, ["input_layer.n_embed is 8, but", "encoder.n_embed is 16"]),
+        (f"{VAE}.encoder.n_layer", 2, ["encoder_layers.1.ln_1.weight is required by the configuration"]),
+        (f"{VAE}.decoder.n_layer", 2, ["decoder_layers.1.ln_1.weight is required by the configuration"]),
+        (f"{VAE}.decoder.n_head", 3, ["decoder.d_model (8) must be a multiple of decoder.n_heads (3)"]),
+        (f"{VAE}.decoder.n_embed", 16, ["decoder_head.n_embed is 8, but", "decoder.n_embed is 16"]),
+        (f"{VAE}.decoder.n_embed_latent", 7, ["decoder.n_embed_latent is 7, but", "encoder.n_embed_latent is 4"]),
         (f"{VAE}.input_layer.n_genes", 7, ["decoder.n_genes is 6, but", "input_layer.n_genes is 7"]),
         (f"{VAE}.encoder.n_embed", "8", [f"{VAE}.encoder.n_embed must be a whole number; got '8'"]),
         (f"{VAE}.encoder.window", 4, [f"{VAE}.encoder has settings that are not understood: window"]),
@@ -55,11 +59,11 @@ def test_a_width_that_is_wrong_everywhere_is_refused_with_both_shapes(exported):
 
 def test_all_problems_of_a_configuration_are_reported_together(exported):
     exported.set(f"{VAE}.encoder.window", 4)
-    exported.set(f"{VAE}.decoder.bias", True)
+    exported.set(f"{VAE}.decoder.n_embed_latent", 7)
     exported.set(f"{MODULE}.diffusion_model.n_layer", "many")
     exported.set("datamodule.datamodule.genes_seq_len", None)
     exported.refused(
-        "encoder has settings that are not understood: window", "decoder.bias is True, but",
+        "encoder has settings that are not understood: window", "decoder.n_embed_latent is 7, but",
         "diffusion_model.n_layer must be a whole number; got 'many'", "genes_seq_len is missing",
     )  # fmt: skip
 
