@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
+
+MISSING_TEXT = ("nan", "NaN", "<NA>")
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------
@@ -244,6 +246,9 @@ class IngestConfig(StrictModel):
     to SOMA as a whole."""
     missing_label: Literal["error", "drop"] = "error"
     """What to do with cells that have no value for a label."""
+    missing_text: tuple[str, ...] = MISSING_TEXT
+    """Texts that are no class but a missing value, beside the empty text: what nulls become when a column is saved as
+    text. [] keeps them as classes; add "None" or "NA" if these are no classes in your data."""
     genes: GenesConfig = GenesConfig()
     split: SplitConfig = SplitConfig()
     cache: bool | str | None = None
@@ -251,3 +256,11 @@ class IngestConfig(StrictModel):
     same order and with the same batches: true for <output>/cache, or a folder that every node sees. Worthwhile from the
     second epoch on. null (or false) streams from SOMA. Jobs with the same cells and genes share a cache; turning it on
     or off makes another version of ingest."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `missing_text` if it is the default, so that the versions of folders of 0.1.0 stay theirs."""
+        settings = plain(self)
+        if self.missing_text == MISSING_TEXT:
+            settings.pop("missing_text", None)
+        return settings

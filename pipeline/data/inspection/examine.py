@@ -6,7 +6,8 @@ A path is an `.h5ad` file, a folder or pattern of them, a Cell Ranger output, or
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
@@ -21,7 +23,14 @@ from pipeline.data.inspection.h5ad import examine_h5ad
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.validation.counts import CountAudit
-from pipeline.data.validation.names import cell_findings, class_counts, gene_findings, label_findings, suggested_labels
+from pipeline.data.validation.names import (
+    cell_findings,
+    class_counts,
+    gene_findings,
+    label_findings,
+    spelling_findings,
+    suggested_labels,
+)
 from pipeline.data.validation.obs_sums import sum_findings
 from scldm.errors import InputError
 from scldm.text import shown
@@ -41,6 +50,7 @@ class Question:
     anonymous: bool = False
     endpoint: str | None = None
     obs: str | None = None  # table that describes the cells of a Cell Ranger output
+    missing_text: tuple[str, ...] = MISSING_TEXT  # as ingest.missing_text
     profile: bool = False  # whether to describe every column of obs and var
 
 
@@ -88,7 +98,8 @@ def _one(path: Path, q: Question) -> Examined:
 
     if is_tenx(path):
         return _tenx(path, q)
-    return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile)
+    return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile,
+                        missing_text=q.missing_text)  # fmt: skip
 
 
 def _together(uri: str, found: Sequence[Examined]) -> Examined:
@@ -99,6 +110,7 @@ def _together(uri: str, found: Sequence[Examined]) -> Examined:
     if bad:
         whole.findings.append(error(f"{len(bad)} of {len(found)} files have errors", "fix them or leave them out",
                                     count=len(bad), first=bad))  # fmt: skip
+    whole.findings += _spelled_across(found)
     genes = {int(f.facts["genes"]) for f in found if "genes" in f.facts}
     if len(genes) > 1:
         sizes = ", ".join(f"{n:,}" for n in sorted(genes))
@@ -139,6 +151,17 @@ def _tenx(path: Path, q: Question) -> Examined:
     except InputError as problem:
         found.findings.append(_finding(problem, "fix that, or copy or download the output again"))
     return found
+
+
+def _spelled_across(found: Sequence[Examined]) -> Iterator[Finding]:
+    """Warn of classes that are spelled differently in different files; each file reports its own."""
+    counts: dict[str, Counter[str]] = {}
+    for one in found:
+        for label, classes in one.facts.get("classes", {}).items():
+            counts.setdefault(label, Counter()).update(classes)
+    own = {f.what for one in found for f in one.findings}
+    for label, classes in counts.items():
+        yield from (f for f in spelling_findings(label, classes) if f.what not in own)
 
 
 # ---- SOMA --------------------------------------------------------------------------------------------------------
@@ -193,14 +216,14 @@ def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, nam
         "cells": len(obs),
         "obs columns": list(shown_obs.columns),
         "suggested labels": suggested_labels(shown_obs, names),
-        "classes": {c: class_counts(obs[c]) for c in q.labels if c in obs},
+        "classes": {c: class_counts(obs[c], q.missing_text) for c in q.labels if c in obs},
         "genes": len(ids),
     }
     if q.profile:
         found.facts["profile"] = {"obs": obs_profile(shown_obs)}
     found.findings += [
         *cell_findings(names),
-        *label_findings(shown_obs, q.labels, names),
+        *label_findings(shown_obs, q.labels, names, missing_text=q.missing_text),
         *gene_findings([str(x) for x in ids]),
     ]
 
