@@ -23,7 +23,7 @@ from pipeline.cli.init.command import init
 from pipeline.cli.mlflow import compare, mlflow_app
 from pipeline.cli.models import convert, export, presets
 from pipeline.cli.parity import parity
-from pipeline.core.loopback import bypass_proxies
+from pipeline.cluster.loopback import bypass_proxies
 from scldm.errors import InputError
 
 app = typer.Typer(

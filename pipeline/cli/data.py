@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from pipeline.cli.common import reported
 from pipeline.data.inspection.sandbox import ask
 
 Labels = Annotated[list[str] | None, typer.Option("--label", help="obs column to condition on; may be repeated.")]
+MissingText = Annotated[
+    list[str] | None,
+    typer.Option(help='Text that is no class but a missing value, as ingest.missing_text; may be repeated. "": none.'),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings there too.")]
 
 
@@ -31,6 +35,7 @@ def validate_data(
     region: Annotated[str | None, typer.Option(help="AWS region of an s3:// address.")] = None,
     anonymous: Annotated[bool, typer.Option("--anonymous", help="Read s3:// without an account.")] = False,
     endpoint: Annotated[str | None, typer.Option(help="S3 server that is not AWS, http(s)://host:port.")] = None,
+    missing_text: MissingText = None,
     memory_gib: Annotated[float, typer.Option(min=1, help="Most memory that reading may take.")] = 16,
     json_file: JsonFile = None,
 ) -> None:
@@ -42,9 +47,11 @@ def validate_data(
     """
 
     with reported():
-        data = {"uri": uri, "labels": label or [], "layer": layer, "gene_id": gene_id, "genome": genome}
+        data: dict[str, Any] = {"uri": uri, "labels": label or [], "layer": layer, "gene_id": gene_id, "genome": genome}
         data |= {"measurement": measurement, "obs": None if obs is None else str(obs)}
         access = {"region": region, "anonymous": anonymous, "endpoint": endpoint}
+        if missing_text is not None:
+            data["missing_text"] = [text for text in missing_text if text]
         answers = ask({**data, **access, "counts": counts}, memory_gib)
         for answer in answers:
             typer.echo(answer["text"])

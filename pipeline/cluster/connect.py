@@ -14,11 +14,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.cluster.loopback import bypass_proxies
 from pipeline.cluster.needs import request_problems, speaks_while_waiting
 from pipeline.cluster.temp_folder import short_temp_folder
 from pipeline.config.job import ResourcesConfig
 from pipeline.core.files import REPOSITORY
-from pipeline.core.loopback import bypass_proxies
 from scldm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable, SomaUri, TenxPath
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
 from scldm.data.reserved_names import is_reserved
+
+MISSING_TEXT = ("nan", "NaN", "<NA>")
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------
@@ -245,6 +254,9 @@ class IngestConfig(StrictModel):
     to SOMA as a whole."""
     missing_label: Literal["error", "drop"] = "error"
     """What to do with cells that have no value for a label."""
+    missing_text: tuple[str, ...] = MISSING_TEXT
+    """Texts that are no class but a missing value, beside the empty text: what nulls become when a column is saved as
+    text. [] keeps them as classes; add "None" or "NA" if these are no classes in your data."""
     genes: GenesConfig = GenesConfig()
     split: SplitConfig = SplitConfig()
     cache: bool | str | None = None
@@ -265,3 +277,11 @@ class IngestConfig(StrictModel):
         if twice := sorted({x for x in labels if labels.count(x) > 1}):
             raise ValueError(f"{', '.join(twice)}: named twice; name each label once")
         return labels
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `missing_text` if it is the default, so that the versions of folders of 0.1.0 stay theirs."""
+        settings = plain(self)
+        if self.missing_text == MISSING_TEXT:
+            settings.pop("missing_text", None)
+        return settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.data.presence import Presence
+from scldm.data.class_names import class_text, is_null
+from scldm.data.label_type import LabelType
 from scldm.errors import InputError
 
 UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
@@ -62,10 +64,15 @@ def _storable(column: pd.Series) -> pd.Series:
         return column.astype(_WIDENED[column.dtype])
     if pd.api.types.is_bool_dtype(column) or (pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"):
         return column
-    text = column.map(lambda x: None if pd.isna(x) else str(x), na_action="ignore").astype("category")
-    if not len(text.cat.categories):  # TileDB stores no enumeration without values
-        return pd.Series(pd.Categorical(text, categories=[""]), index=text.index, name=text.name)
-    return text
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        texts = [class_text(c) for c in column.cat.categories]
+        names = np.array([*texts, None], dtype=object)[column.cat.codes.to_numpy()]
+        categories = list(dict.fromkeys(texts)) or [""]  # TileDB stores no enumeration without values
+        ordered = bool(column.cat.ordered)
+        return pd.Series(pd.Categorical(names, categories=categories, ordered=ordered), column.index, name=column.name)
+    values = [None if is_null(x) else class_text(x) for x in column.tolist()]
+    categories = sorted({x for x in values if x is not None}) or [""]
+    return pd.Series(pd.Categorical(values, categories=categories), column.index, name=column.name)
 
 
 def spread(chunk: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_matrix:
@@ -105,4 +112,5 @@ class CellTables:
     where: str  # the file, for messages
     notes: list[str] = field(default_factory=list)  # for readers of the results
     other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
+    types: Mapping[str, LabelType] = field(default_factory=dict)  # of obs columns, as they were before SOMA's types
     measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes

@@ -22,6 +22,7 @@ import pandas as pd
 from pipeline.config.job import GenerateConfig
 from pipeline.core.files import write_json_atomic
 from scldm.data.library_size import LibrarySizes, condition_key
+from scldm.data.user_table import read_table
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 from scldm.generation.request import Request, RequestRow, Settings
@@ -46,7 +47,7 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
     """
     _require_one_selection(config)
     if config.conditions is not None:
-        table, where = read_table(Path(config.conditions)), config.conditions
+        table, where = read_conditions(Path(config.conditions)), config.conditions
     elif config.cells is not None:
         table, where = pd.DataFrame(config.cells), "generate.cells"
     elif config.per_label is not None:
@@ -103,7 +104,7 @@ def check_choice(config: GenerateConfig) -> list[str]:
     try:
         _require_one_selection(config)
         if config.conditions is not None:
-            read_table(Path(config.conditions))
+            read_conditions(Path(config.conditions))
     except InputError as error:
         return [str(error)]
     return []
@@ -128,23 +129,16 @@ def _require_one_selection(config: GenerateConfig) -> None:
         raise InputError(f"generate.n_cells goes with `like` or stands alone; with {given[0]} the table says how many")
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_conditions(path: Path) -> pd.DataFrame:
     """Read a table of conditions: CSV, TSV or Parquet. A file that did not change is parsed once per process."""
     path = path.expanduser()
-    if not path.is_file():
-        raise InputError(f"generate.conditions: no file {path}")
-    about = path.stat()
-    return _parsed_table(path, about.st_size, about.st_mtime_ns).copy()
+    about = path.stat() if path.is_file() else None
+    return _parsed_table(path, about and (about.st_size, about.st_mtime_ns)).copy()
 
 
 @lru_cache(maxsize=4)
-def _parsed_table(path: Path, size: int, modified: int) -> pd.DataFrame:
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=True)
-    except (ValueError, OSError) as error:
-        raise InputError(f"generate.conditions: {path} is no readable CSV, TSV or Parquet table ({error})") from error
+def _parsed_table(path: Path, state: tuple[int, int] | None) -> pd.DataFrame:
+    return read_table(path, "generate.conditions")
 
 
 def _per_label(per_label: Mapping[str, int], vocabulary: Vocabulary) -> pd.DataFrame:

@@ -16,16 +16,17 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.apply import RealCellsConfig, ScoredGenesConfig
-from pipeline.config.ingest import GenesConfig, IngestConfig
+from pipeline.config.ingest import MISSING_TEXT, GenesConfig, IngestConfig
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.ingest.genes import ModelGenes, gene_lut, model_genes
 from pipeline.data.ingest.measured import presence_of_cells
-from pipeline.data.labels import missing
+from pipeline.data.labels import label_names
 from pipeline.data.loading.blocks import LABEL, SomaReader
 from pipeline.data.presence import GROUP
 from pipeline.data.sources.open import OpenSource, open_source, with_counts
 from pipeline.inference.applier import JOINID, NAME
 from pipeline.inference.models import ModelPaths
+from scldm.data.label_type import STRING
 from scldm.data.vocabulary import LabelVocabulary, UnknownNameError, Vocabulary
 from scldm.errors import InputError
 from scldm.text import choices_hint
@@ -174,15 +175,20 @@ def _codes(
                 "<column of the file>}, or go without: unknown_labels: none"
             )
             continue
-        absent = missing(cells[label.name])
-        values = cells[label.name].astype(object).astype(str).to_numpy()
-        unknown = ~absent & ~np.isin(values, label.classes)
+        values = _names_in(cells[label.name], label)
+        absent = pd.isna(values)
+        unknown = ~absent & ~pd.Series(values, dtype=object).isin(label.classes).to_numpy()
         if (absent | unknown).any() and not lenient:
             problems.append(_unknown_cells(label, values, absent, unknown, cells[NAME]))
             continue
         known = [None if out else v for v, out in zip(values, absent | unknown, strict=True)]
         codes[label.name] = label.encode(known).astype(np.int32)
     return codes
+
+
+def _names_in(column: pd.Series, label: LabelVocabulary) -> np.ndarray:
+    """Return the class of each cell; a text like "nan" is missing unless it is a class of the model."""
+    return label_names(column, [text for text in MISSING_TEXT if text not in label.classes])
 
 
 def _unknown_cells(
@@ -193,7 +199,7 @@ def _unknown_cells(
         parts.append(f"{int(absent.sum())} cells have no {label.name} (first: {', '.join(names[absent][:3])})")
     if unknown.any():
         try:
-            label.encode(np.unique(values[unknown]))
+            label.encode(sorted(set(values[unknown])))
         except UnknownNameError as error:
             parts.append(f"{int(unknown.sum())} cells (first: {', '.join(names[unknown][:3])}): {error}")
     return f"label {label.name}: " + "; ".join(parts) + ". Set unknown_labels: none to use them without that label"
@@ -205,7 +211,7 @@ def _names(vocabulary: Vocabulary) -> list[str]:
 
 def _categories(cells: pd.DataFrame, kept: list[str], vocabulary: Vocabulary) -> dict[str, list[Any]]:
     """Return the categories of columns: the model's classes if they cover all values, else the input's categories."""
-    of_model = {x.name: list(x.classes) for x in vocabulary.labels}
+    of_model = {x.name: list(x.classes) for x in vocabulary.labels if x.type.values == STRING and not x.type.order}
     found: dict[str, list[Any]] = {}
     for column in kept:
         values = cells[column]

@@ -43,10 +43,10 @@ def requested_cells(config: GenerateConfig, data: sizes.DataFacts) -> int | None
     """Return the number of requested cells; None if the data or the table does not exist yet."""
     if config.conditions is None:
         return sizes.generated_cells(config, data)
-    from pipeline.inference.request import read_table
+    from pipeline.inference.request import read_conditions
 
     try:
-        table = read_table(Path(config.conditions))
+        table = read_conditions(Path(config.conditions))
     except InputError:  # run reports what is wrong with it
         return None
     counts = table.get("n_cells")

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import scipy.sparse as sp
 
 from scldm.cells.cells import Cells
+from scldm.data.class_names import class_names
 from scldm.metrics.cell_set import CellSet
-from scldm.metrics.from_anndata import EvaluationError, class_names
+from scldm.metrics.from_anndata import EvaluationError
 from scldm.metrics.streaming import StreamedCells, composition_weights, stream
 
 BATCH = 4096  # cells in memory at once

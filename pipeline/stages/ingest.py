@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ from pipeline.data.ingest.measured import measured_genes, over_measured
 from pipeline.data.ingest.split import SPLITS, label_counts, require_splits, split_cells
 from pipeline.data.ingest.statistics import CountStatistics, count_statistics
 from pipeline.data.ingest.subsample import subsample_cells
-from pipeline.data.labels import missing
+from pipeline.data.labels import label_names, spellings
 from pipeline.data.loading.blocks import LABEL
 from pipeline.data.loading.cache_writer import CacheInput, write_cache
 from pipeline.data.presence import GROUP, Presence
 from pipeline.data.sources.open import OpenSource, open_source, with_counts
 from pipeline.data.validation.checks import label_problems
+from pipeline.data.validation.names import class_counts, spelling_findings
 from pipeline.data.validation.obs_sums import sum_findings
+from scldm.data.label_type import LabelType
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import InputError
@@ -68,7 +71,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     split = cells["split"].to_numpy()
     require_splits(config.split, split, obs)
 
-    vocabulary = _vocabulary(config, obs, var)
+    vocabulary = _vocabulary(config, obs, var, source.types)
     if combinations:
         held_out = counted(obs, combinations)
         source.facts |= held_out_facts(held_out, context.folder)
@@ -130,16 +133,29 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
         )
     drop = config.missing_label == "drop"
     names = "soma_joinid " + cells["soma_joinid"].astype(str)
-    if problems := label_problems(cells, wanted, drop_missing=drop, names=names):
+    problems = label_problems(cells, wanted, drop_missing=drop, names=names, missing_text=config.missing_text)
+    if problems:
         raise InputError("\n".join(problems))
-    for column in wanted:
-        if n := int((no_label := missing(cells[column])).sum()):
-            source.notes.append(f"{n} cells have no {column} and are left out.")
-            cells = cells[~no_label].reset_index(drop=True)
+    cells = _with_labels(config, source, cells, wanted)
     if config.max_cells is not None and len(cells) > config.max_cells:
         source.notes.append(f"{config.max_cells:,} of {len(cells):,} cells were taken: max_cells.")
         some = subsample_cells(cells["soma_joinid"].to_numpy(), config.max_cells, tile=source.store.tile)
         cells = cells.iloc[some].reset_index(drop=True)
+    return cells
+
+
+def _with_labels(config: IngestConfig, source: OpenSource, cells: pd.DataFrame, wanted: Sequence[str]) -> pd.DataFrame:
+    """Return the cells that have all labels, with labels as names of classes; their types go to `source.types`."""
+    source.types = {c: LabelType.of(cells[c]) for c in wanted} | dict(source.types)
+    for column in wanted:
+        names = label_names(cells[column], config.missing_text)
+        if n := int((no_label := pd.isna(names)).sum()):
+            found = spellings(cells[column], config.missing_text)
+            source.notes.append(f"{n} cells have no {column} and are left out ({found}).")
+        cells = cells.assign(**{column: pd.Categorical(names)})[~no_label].reset_index(drop=True)
+    for column in wanted:
+        source.notes += [f.message for f in spelling_findings(column, class_counts(cells[column], ()))]
+        cells[column] = cells[column].cat.remove_unused_categories()
     return cells
 
 
@@ -193,8 +209,10 @@ def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:
     return train & np.isin(ids // tile, chosen)
 
 
-def _vocabulary(config: IngestConfig, obs: pd.DataFrame, var: pd.DataFrame) -> Vocabulary:
-    labels = tuple(LabelVocabulary(x, tuple(sorted(obs[x].astype(str).unique()))) for x in config.labels)
+def _vocabulary(
+    config: IngestConfig, obs: pd.DataFrame, var: pd.DataFrame, types: Mapping[str, LabelType]
+) -> Vocabulary:
+    labels = tuple(LabelVocabulary(x, tuple(sorted(obs[x].astype(str).unique())), types[x]) for x in config.labels)
     return Vocabulary(tuple(var["feature_id"]), tuple(var["feature_name"]), labels)
 
 

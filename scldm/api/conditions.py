@@ -8,12 +8,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
+from scldm.data.user_table import TableError, whole_table
 from scldm.data.vocabulary import Vocabulary
 from scldm.flow.config import SamplerConfig
 from scldm.generation.request import Request, RequestRow
 from scldm.generation.request_table import RequestError, check_guidance, genes_to_write, read_rows
 
-Conditions: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]] | Mapping[str, str | None] | None
+Conditions: TypeAlias = pd.DataFrame | pd.Series | Sequence[Mapping[str, Any]] | Mapping[str, str | None] | None
 
 
 def read_conditions(
@@ -24,7 +25,7 @@ def read_conditions(
     Raises:
         RequestError: The request is invalid; all problems are listed.
     """
-    table = _table(conditions, n)
+    table = _table(conditions, n, vocabulary)
     problems = [p.replace("generate.sampler.", "") for p in check_guidance(sampler.guidance, vocabulary)]
     rows = read_rows(table, "conditions", vocabulary, problems)
     kept = None
@@ -37,6 +38,13 @@ def read_conditions(
     return Request(tuple(RequestRow(**row) for row in rows)), kept
 
 
+def _whole(table: pd.DataFrame | pd.Series, vocabulary: Vocabulary) -> pd.DataFrame:
+    try:
+        return whole_table(table, "conditions", vocabulary)
+    except TableError as error:
+        raise RequestError(str(error)) from error
+
+
 def sampler_settings(
     given: SamplerConfig | Mapping[str, Any] | None, guidance: Mapping[str, float] | float | None
 ) -> SamplerConfig:
@@ -47,10 +55,10 @@ def sampler_settings(
     return SamplerConfig.model_validate({**settings.model_dump(), "guidance": guidance})
 
 
-def _table(conditions: Conditions, n: int | None) -> pd.DataFrame:
+def _table(conditions: Conditions, n: int | None, vocabulary: Vocabulary) -> pd.DataFrame:
     """Return a table with a column n_cells."""
-    if isinstance(conditions, pd.DataFrame):
-        table = conditions.reset_index(drop=True)
+    if isinstance(conditions, (pd.DataFrame, pd.Series)):
+        table = _whole(conditions, vocabulary)
     elif isinstance(conditions, Mapping):
         table = pd.DataFrame([dict(conditions)])
     else:

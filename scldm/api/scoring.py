@@ -15,6 +15,7 @@ import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsClassifier
 
 from scldm.data.align import CellsError
+from scldm.data.class_names import class_names
 from scldm.metrics.distribution import distances, two_sample
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.genes import expression
@@ -93,7 +94,7 @@ class _Side:
     ) -> _Side:
         """Take counts and class names from an AnnData, with genes in the order of `columns`."""
         counts = expression.as_counts(adata.X if layer is None else adata.layers[layer])
-        names = None if label is None else adata.obs[label].astype(object).map(str).to_numpy(object)
+        names = None if label is None else class_names(adata.obs[label])
         return cls(counts if columns is None else counts[:, columns], names)
 
     def __getitem__(self, rows: np.ndarray) -> _Side:
@@ -121,8 +122,9 @@ def _scores(real: _Side, side: _Side, reference: _Side, space: RealSpace, *, see
         "zero_fraction_difference": abs(expression.zero_fraction(side.counts) - expression.zero_fraction(real.counts)),
     }
     if reference.labels is not None:
-        points = space.project(reference.counts)
-        judge = KNeighborsClassifier(min(15, len(points))).fit(points, reference.labels)
+        known = np.array([x is not None for x in reference.labels])
+        points = space.project(reference.counts)[known]
+        judge = KNeighborsClassifier(min(15, len(points))).fit(points, reference.labels[known].astype(str))
         found["label_accuracy"] = float((judge.predict(y) == side.labels).mean())
     return found
 
@@ -142,6 +144,8 @@ def _require(generated: anndata.AnnData, real: anndata.AnnData, label: str | Non
     for side, adata in (("generated", generated), ("real", real)):
         if label is not None and label not in adata.obs:
             problems.append(f"{side}.obs has no column {label!r}; it has {', '.join(map(str, adata.obs)) or 'none'}")
+        elif label is not None and all(x is None for x in class_names(adata.obs[label])):
+            problems.append(f"no cell of {side} has a value in obs[{label!r}]")
     if problems:
         raise CellsError("\n".join(problems))
 

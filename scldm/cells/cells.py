@@ -19,14 +19,17 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest, read_part, read_rows
+from scldm.data.class_names import class_name, class_names
 
 __all__ = ["CellShardsError", "Cells", "open_cells"]
 
 LARGE = 1_000_000  # more cells are only read into memory if `max_cells` is raised
 CATEGORIES = b"scldm.categories"  # in the metadata of an index: column -> its categories, used or not
+ORDERED = b"scldm.ordered"  # likewise: columns whose categories have an order
 INDEX_NAME, INDEX_SHARD, INDEX_ROW = "obs_name", "shard", "shard_row"
 
 
@@ -114,7 +117,7 @@ class Cells:
         if not parts:
             return self._nothing()
         joined = parts[0] if len(parts) == 1 else anndata.concat(parts, merge="same", uns_merge="same")
-        joined.obs = self.obs.iloc[rows[order]].copy()  # with all categories, as in every shard
+        joined.obs = _used(self.obs.iloc[rows[order]])
         if (order == np.arange(len(order))).all():
             return joined
         return joined[np.argsort(order, kind="stable")].copy()
@@ -151,11 +154,17 @@ class Cells:
             values = list(wanted) if isinstance(wanted, (list, tuple, set, np.ndarray, pd.Index)) else [wanted]
             own = self.obs[column]
             if isinstance(own.dtype, pd.CategoricalDtype):
-                unknown = [v for v in values if v is not None and v not in own.cat.categories]
+                # By name, as everywhere: 1, 1.0 and "1" are one class.
+                known = class_names(own.cat.categories)
+                unknown = [v for v in values if v is not None and class_name(v) not in known]
                 if unknown:
-                    known = ", ".join(map(str, own.cat.categories[:8]))
-                    raise KeyError(f"{column} has no class {unknown[0]!r}; it has {known}")
-            met = own.isin([v for v in values if v is not None]).to_numpy()
+                    raise KeyError(f"{column} has no class {unknown[0]!r}; it has {', '.join(known[:8])}")
+                own = pd.Series(class_names(own), index=own.index)
+                values = [None if v is None else class_name(v) for v in values]
+            elif any(isinstance(v, str) for v in values):
+                own = pd.Series(class_names(own), index=own.index, dtype=object)
+                values = [None if v is None else class_name(v) for v in values]
+            met = own.isin([v for v in values if v is not None]).to_numpy(bool)
             chosen &= met | own.isna().to_numpy() if None in values else met
         return chosen
 
@@ -194,6 +203,15 @@ class Cells:
         return obs
 
 
+def _used(obs: pd.DataFrame) -> pd.DataFrame:
+    """Return obs with the categories that its cells have, as a slice of anndata; scanpy's tests refuse empty groups."""
+    obs = obs.copy()
+    for column in obs.columns:
+        if isinstance(obs[column].dtype, pd.CategoricalDtype):
+            obs[column] = obs[column].cat.remove_unused_categories()
+    return obs
+
+
 # ---- index -------------------------------------------------------------------------------------------------------
 def read_index(path: Path) -> pd.DataFrame:
     """Read obs from an index that the pipeline's `write_index` wrote."""
@@ -201,12 +219,25 @@ def read_index(path: Path) -> pd.DataFrame:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:
         raise CellShardsError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    categories = json.loads((table.schema.metadata or {}).get(CATEGORIES, b"{}"))
-    obs = table.drop_columns([INDEX_SHARD, INDEX_ROW]).to_pandas().set_index(INDEX_NAME)
+    metadata = table.schema.metadata or {}
+    categories, ordered = json.loads(metadata.get(CATEGORIES, b"{}")), json.loads(metadata.get(ORDERED, b"[]"))
+    table = table.drop_columns([INDEX_SHARD, INDEX_ROW])
+    obs = table.to_pandas().set_index(INDEX_NAME)
     obs.index.name = None
-    for column, values in categories.items():
-        obs[column] = pd.Categorical(obs[column].astype(object), categories=values)
+    for column in table.column_names:
+        if column in categories:
+            values = obs[column].astype(object)
+            obs[column] = pd.Categorical(values, categories=categories[column], ordered=column in ordered)
+        elif table[column].null_count and (kind := _nullable(table[column].type)):
+            obs[column] = pd.array(table[column].to_pylist(), dtype=kind)
     return obs
+
+
+def _nullable(kind: pa.DataType) -> str | None:
+    """Return the pandas type for a column with gaps, which would else become floats or objects; None keeps that."""
+    if pa.types.is_boolean(kind):
+        return "boolean"
+    return str(kind).replace("uint", "UInt").replace("int", "Int") if pa.types.is_integer(kind) else None
 
 
 def concat_obs(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -217,5 +248,6 @@ def concat_obs(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     for column in frames[0]:
         if all(isinstance(f[column].dtype, pd.CategoricalDtype) for f in frames):
             known = dict.fromkeys(c for f in frames for c in f[column].cat.categories)
-            out[column] = pd.Categorical(out[column].astype(object), categories=list(known))
+            ordered = all(f[column].cat.ordered for f in frames)
+            out[column] = pd.Categorical(out[column].astype(object), categories=list(known), ordered=ordered)
     return out

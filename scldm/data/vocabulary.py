@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from scldm.data.class_names import class_name
+from scldm.data.label_type import TEXT, LabelType
 from scldm.errors import InputError
 from scldm.text import did_you_mean
 
@@ -29,6 +32,7 @@ class LabelVocabulary:
 
     name: str
     classes: tuple[str, ...]
+    type: LabelType = TEXT  # of the label's values in the data
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
@@ -43,13 +47,13 @@ class LabelVocabulary:
     def _ids(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.classes)}
 
-    def encode(self, values: Iterable[str | None]) -> np.ndarray:
-        """Return the ids of class names, int64; None becomes the null class.
+    def encode(self, values: Iterable[Any]) -> np.ndarray:
+        """Return the ids of classes, int64, by the names of `class_name`; a missing value becomes the null class.
 
         Raises:
             UnknownNameError: Some names are not classes of the label; the message names all of them.
         """
-        values = list(values)
+        values = [class_name(v) for v in values]
         unknown = sorted({str(v) for v in values if v is not None and v not in self._ids})
         if unknown:
             raise UnknownNameError("; ".join(self._explain(name) for name in unknown[:10]))
@@ -58,6 +62,17 @@ class LabelVocabulary:
     def decode(self, ids: Iterable[int]) -> list[str | None]:
         """Return the class names of ids; None for the null class."""
         return [None if i == self.null_id else self.classes[i] for i in ids]
+
+    def column(self, ids: np.ndarray, used: np.ndarray) -> Any:
+        """Return class ids as a column of the data's type; its categories are the classes that are used.
+
+        Args:
+            ids: Class ids of the cells, the null id for a cell without the label.
+            used: Ids of the whole table, of which `ids` may be a part, so that all parts agree in their type.
+        """
+        present = set(np.unique(used).tolist())
+        kept = [c for i, c in enumerate(self.classes) if i in present]
+        return self.type.column(self.decode(ids), kept, gaps=self.null_id in present)
 
     def _explain(self, name: str) -> str:
         known = f"known: {', '.join(self.classes[:8])}" + (", …" if len(self.classes) > 8 else "")
@@ -109,19 +124,23 @@ class Vocabulary:
 
     def to_json(self) -> str:
         """Serialize the vocabulary, as in `vocabulary.json`."""
-        return json.dumps(
-            {
-                "feature_ids": self.feature_ids,
-                "feature_names": self.feature_names,
-                "labels": {x.name: x.classes for x in self.labels},
-            }
-        )
+        typed = {x.name: x.type.to_json() for x in self.labels if x.type != TEXT}
+        plain = {
+            "feature_ids": self.feature_ids,
+            "feature_names": self.feature_names,
+            "labels": {x.name: x.classes for x in self.labels},
+        }
+        # Text has no entry, so that vocabularies of text are those of 0.1.0, and so are their hashes.
+        return json.dumps({**plain, "types": typed} if typed else plain)
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
         """Parse the text that `to_json` returns."""
         d = json.loads(text)
-        labels = tuple(LabelVocabulary(name, tuple(classes)) for name, classes in d["labels"].items())
+        types = {name: LabelType.from_json(plain) for name, plain in d.get("types", {}).items()}
+        labels = tuple(
+            LabelVocabulary(name, tuple(classes), types.get(name, TEXT)) for name, classes in d["labels"].items()
+        )
         return cls(tuple(d["feature_ids"]), tuple(d["feature_names"]), labels)
 
     def save(self, path: Path) -> None:

@@ -89,18 +89,18 @@ def _library(row: RequestRow, settings: Settings, sizes: LibrarySizes) -> tuple[
 def generated_obs(
     ids: np.ndarray, names: list[str], recipe: Recipe, request: Request, settings: Settings, vocabulary: Vocabulary
 ) -> pd.DataFrame:
-    """Return obs of generated cells: labels with the training categories, is_synthetic, gen_index, guidance.
+    """Return obs of generated cells: labels in the type of the training data, is_synthetic, gen_index, guidance.
 
     Args:
         ids: Cell ids, (b,).
         names: Names of the cells, unique.
     """
     rows = recipe.rows(ids)
+    asked = np.diff(recipe.stops, prepend=0) > 0
     obs = pd.DataFrame(index=pd.Index(names, dtype=str))
     for label in vocabulary.labels:
-        codes = recipe.conditions[label.name][rows]
-        codes = np.where(codes == label.null_id, -1, codes)
-        obs[label.name] = pd.Categorical.from_codes(codes, categories=list(label.classes))
+        classes = recipe.conditions[label.name]
+        obs[label.name] = label.column(classes[rows], used=classes[asked])
     obs["is_synthetic"] = True
     obs["gen_index"] = ids
     for column, values in _guidance(request, settings, [x.name for x in vocabulary.labels]).items():

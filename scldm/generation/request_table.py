@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scldm.data.class_names import class_names
+from scldm.data.user_table import COUNTED, N_CELLS, TableError, whole_table
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 from scldm.text import did_you_mean
@@ -18,18 +20,24 @@ class RequestError(InputError, ValueError):
     """Raised for a request that the model cannot serve. The message lists all problems, one per line."""
 
 
-GUIDANCE, LIBRARY_SIZE, N_CELLS = "guidance", "library_size", "n_cells"
+GUIDANCE, LIBRARY_SIZE = "guidance", "library_size"
 
 
 def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems: list[str]) -> list[dict[str, Any]]:
     """Return rows as arguments of `RequestRow`; problems are added to `problems`, and then there are no rows."""
     before = len(problems)
     known = [x.name for x in vocabulary.labels]
+    try:
+        table = whole_table(table, where, vocabulary)
+    except TableError as error:
+        problems.append(str(error))
+        return []
     labels = [c for c in table.columns if c in known]
     scales = {c: _guided(c) for c in table.columns if c not in known and _guided(c) is not None}
     settings = {N_CELLS, LIBRARY_SIZE, *scales}
     if N_CELLS not in table.columns:
-        problems.append(f"{where} has no column n_cells (it has: {', '.join(map(str, table.columns))})")
+        hint = next((f"; rename {c!r} to n_cells" for c in COUNTED if c in table.columns and c not in known), "")
+        problems.append(f"{where} has no column n_cells (it has: {', '.join(map(str, table.columns))}){hint}")
     problems += [
         f"{where}: the model knows no label {c!r}; it knows {', '.join(known) or 'none'}"
         for c in table.columns
@@ -40,7 +48,7 @@ def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems:
         for column, label in scales.items()
         if label and label not in known
     ]
-    names = {c: [_name(v) for v in table[c]] for c in labels}
+    names = {c: class_names(table[c]).tolist() for c in labels}
     for label, values in names.items():
         try:
             vocabulary.label(label).encode(sorted({v for v in values if v is not None}))
@@ -127,15 +135,6 @@ def _guided(column: str) -> str | None:
     if column == GUIDANCE:
         return ""
     return column.removeprefix(GUIDANCE + ".") if str(column).startswith(GUIDANCE + ".") else None
-
-
-def _name(value: Any) -> str | None:
-    """Return the class in a cell of the table. Whole numbers in a column with gaps are read as floats: 1.0 is class
-    "1".
-    """
-    if pd.isna(value):
-        return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _numbers(

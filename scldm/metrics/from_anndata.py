@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from anndata import AnnData
 
+from scldm.data.class_names import class_names
 from scldm.errors import InputError
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.genes import expression
@@ -22,8 +22,3 @@ def cell_set(adata: AnnData, labels: Sequence[str]) -> CellSet:
     if missing:
         raise EvaluationError(f"obs lacks {', '.join(missing)}; it has {', '.join(adata.obs.columns) or 'no columns'}")
     return CellSet(expression.as_counts(adata.X), {n: class_names(adata.obs[n]) for n in labels})
-
-
-def class_names(column: Sequence[object]) -> np.ndarray:
-    """Return the class names of a column of obs, (n,); None for a missing value."""
-    return np.array([v if isinstance(v, str) else None for v in column], dtype=object)

@@ -110,6 +110,18 @@ def test_a_class_that_the_model_does_not_know_is_refused_by_name(model):
         model.predict(pd.DataFrame({"cell_type": ["Martian"], "n_cells": [1]}))
 
 
+def test_a_table_of_counts_has_its_labels_in_the_index(model, expected):
+    table = TABLE.set_index([c for c in TABLE if c != "n_cells"])
+    np.testing.assert_array_equal(model.predict(table, params={"seed": SEED}).to_numpy(), expected)
+
+
+def test_every_part_of_a_table_is_read_or_refused_by_name(model):
+    with pytest.raises(Exception, match="knows no label 'celltype'"):
+        model.predict(pd.DataFrame({"celltype": ["B"], "n_cells": [1]}))
+    with pytest.raises(Exception, match="knows no label 'batch'"):
+        model.predict(pd.DataFrame({"n_cells": [1]}, index=pd.Index(["x"], name="batch")))
+
+
 def test_a_process_that_knows_nothing_of_us_gets_the_same_cells_from_the_code_in_the_model(
     registered, root, uri, expected, tmp_path
 ):

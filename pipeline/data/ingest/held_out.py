@@ -18,6 +18,8 @@ import pandas as pd
 
 from pipeline.config.job import HeldOutConfig
 from pipeline.data.loading.blocks import LABEL
+from scldm.data.class_names import class_name, class_text
+from scldm.data.user_table import read_table
 from scldm.errors import InputError
 from scldm.text import choices_hint
 
@@ -40,7 +42,7 @@ def read_combinations(config: HeldOutConfig | None) -> list[Combination]:
         return _of_table(Path(config.table).expanduser(), config.split)
     found = []
     for i, given in enumerate(config.combinations or []):
-        choices = [[str(x) for x in (v if isinstance(v, list) else [v])] for v in given.values()]
+        choices = [[class_text(x) for x in (v if isinstance(v, list) else [v])] for v in given.values()]
         where = f"ingest.split.held_out.combinations[{i}]"
         found += [
             Combination(dict(zip(given, c, strict=True)), config.split, where) for c in itertools.product(*choices)
@@ -120,40 +122,20 @@ def _check(cells: pd.DataFrame, combinations: list[Combination]) -> None:
 
 
 def _of_table(path: Path, split: str) -> list[Combination]:
-    if not path.is_file():
-        raise InputError(
-            f"ingest.split.held_out.table: {path}: no such file; a CSV or Parquet table, one combination a row"
-        )
-    try:
-        # As text: an id such as 007 or a class "NA" must stay what it is.
-        read = pd.read_parquet if path.suffix == ".parquet" else _read_csv
-        table = read(path)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise InputError(
-            f"ingest.split.held_out.table: {path} cannot be read ({str(error).splitlines()[0]})"
-        ) from error
+    table = read_table(path, "ingest.split.held_out.table")
     found = []
     for i, row in enumerate(table.to_dict("records")):
         where = f"{path.name}, row {i + 1}"
-        side = str(row.pop("split", split))
+        side = class_name(row.pop("split", split)) or split
         if side not in SIDES:
             raise InputError(f"{where}: split is {side!r}; it may be {' or '.join(SIDES)}")
-        classes = {str(k): str(v) for k, v in row.items() if not _empty(v)}
+        classes = {str(k): name for k, v in row.items() if (name := class_name(v)) is not None}
         if not classes:
             raise InputError(f"{where}: names no class, so every cell would belong to it; delete the row")
         found.append(Combination(classes, side, where))
     if not found:
         raise InputError(f"ingest.split.held_out.table: {path} has no rows, so it holds nothing out")
     return found
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
-
-
-def _empty(value: Any) -> bool:
-    """Whether a field is empty, which stands for any class."""
-    return value == "" or value is None or value != value
 
 
 def _text(classes: dict[str, str]) -> str:

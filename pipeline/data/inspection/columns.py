@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from pipeline.data.labels import missing
+from pipeline.data.labels import label_names
 from pipeline.data.validation.names import ensembl_columns
 
 Kind = Literal["classes", "yes or no", "whole numbers", "decimal numbers"]
@@ -28,8 +28,9 @@ def obs_profile(obs: pd.DataFrame) -> dict[str, dict[str, Any]]:
     partitions: dict[str, np.ndarray] = {}
     for column in list(obs.columns)[:MAX_COLUMNS]:
         values = obs[column]
-        absent = missing(values)
-        codes, classes = pd.factorize(values.mask(absent).astype(object).map(str, na_action="ignore"))
+        names = label_names(values)
+        absent = pd.isna(names)
+        codes, classes = pd.factorize(names)
         sizes = np.sort(np.bincount(codes[codes >= 0], minlength=len(classes))) if len(classes) else np.zeros(1, int)
         found[str(column)] = {
             "kind": _kind(values),

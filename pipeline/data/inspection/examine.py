@@ -6,7 +6,8 @@ A path is an `.h5ad` file, a folder or pattern of them, a Cell Ranger output, or
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.cell_files import is_tenx
+from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
@@ -23,7 +25,14 @@ from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids
 from pipeline.data.validation.counts import CountAudit
-from pipeline.data.validation.names import cell_findings, class_counts, gene_findings, label_findings, suggested_labels
+from pipeline.data.validation.names import (
+    cell_findings,
+    class_counts,
+    gene_findings,
+    label_findings,
+    spelling_findings,
+    suggested_labels,
+)
 from pipeline.data.validation.obs_sums import sum_findings
 from scldm.errors import InputError
 from scldm.text import shown
@@ -44,6 +53,7 @@ class Question:
     anonymous: bool = False
     endpoint: str | None = None
     obs: str | None = None  # table that describes the cells of a Cell Ranger output
+    missing_text: tuple[str, ...] = MISSING_TEXT  # as ingest.missing_text
     profile: bool = False  # whether to describe every column of obs and var
 
 
@@ -62,7 +72,7 @@ def examine(question: Question) -> list[Examined]:
         nothing.findings.append(error(f"this is {known.partition(': ')[0]}" if known else what,
                                       known.partition(": ")[2] if known else remedy))  # fmt: skip
         return [nothing]
-    if question.obs is not None and len(paths) > 1 and all(_is_tenx(path) for path in paths):
+    if question.obs is not None and len(paths) > 1 and all(is_tenx(path) for path in paths):
         return [_tenx(uri, paths, question)]  # the table describes the cells of all outputs
     found = [_one(path, question) for path in paths]
     if len(found) == 1:
@@ -72,12 +82,6 @@ def examine(question: Question) -> list[Examined]:
             found[i] = _one(paths[i], replace(question, gene_id=column))
             found[i].facts["gene ids"] = f"var column {column}"
     return [*found, _together(uri, found, question.labels)]
-
-
-def _is_tenx(path: Path) -> bool:
-    from pipeline.data.sources.tenx_files import is_tenx
-
-    return is_tenx(path)
 
 
 def is_experiment(path: Path) -> bool:
@@ -101,7 +105,8 @@ def _paths(uri: str) -> list[Path]:
 def _one(path: Path, q: Question) -> Examined:
     if is_tenx(path):
         return _tenx(str(path), [path], q)
-    return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile)
+    return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile,
+                        missing_text=q.missing_text)  # fmt: skip
 
 
 def _columns_of_ids(found: Sequence[Examined]) -> dict[int, str]:
@@ -127,6 +132,7 @@ def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Exa
     ]
     if len(tables) > 1:
         whole.findings += agreement_findings(tables, labels)
+    whole.findings += _spelled_across(found)
     genes = {int(f.facts["genes"]) for f in found if "genes" in f.facts}
     if len(genes) > 1:
         sizes = ", ".join(f"{n:,}" for n in sorted(genes))
@@ -172,6 +178,17 @@ def _unsafe_file(path: Path) -> Sequence[Finding]:
         return found
     with h5py.File(path) as file:
         return list(unsafe(file))
+
+
+def _spelled_across(found: Sequence[Examined]) -> Iterator[Finding]:
+    """Warn of classes that are spelled differently in different files; each file reports its own."""
+    counts: dict[str, Counter[str]] = {}
+    for one in found:
+        for label, classes in one.facts.get("classes", {}).items():
+            counts.setdefault(label, Counter()).update(classes)
+    own = {f.what for one in found for f in one.findings}
+    for label, classes in counts.items():
+        yield from (f for f in spelling_findings(label, classes) if f.what not in own)
 
 
 # ---- SOMA --------------------------------------------------------------------------------------------------------
@@ -230,14 +247,14 @@ def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, nam
         "cells": len(obs),
         "obs columns": list(shown_obs.columns),
         "suggested labels": suggested_labels(shown_obs, names),
-        "classes": {c: class_counts(obs[c]) for c in q.labels if c in obs},
+        "classes": {c: class_counts(obs[c], q.missing_text) for c in q.labels if c in obs},
         "genes": len(ids),
     }
     if q.profile:
         found.facts["profile"] = {"obs": obs_profile(shown_obs)}
     found.findings += [
         *cell_findings(names),
-        *label_findings(shown_obs, q.labels, names),
+        *label_findings(shown_obs, q.labels, names, missing_text=q.missing_text),
         *gene_findings([str(x) for x in ids]),
     ]
 

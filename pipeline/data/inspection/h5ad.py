@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.findings import Examined, Finding, error
 from pipeline.data.inspection.columns import obs_profile, var_profile
 from pipeline.data.safety.count_matrix import CountMatrix, find_matrix, pieces
@@ -36,8 +37,9 @@ from scldm.text import shown
 
 
 def examine_h5ad(
-    path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool, profile: bool = False
-) -> Examined:
+    path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool, profile: bool = False,
+    missing_text: Sequence[str] = MISSING_TEXT,
+) -> Examined:  # fmt: skip
     """Inspect one file.
 
     Args:
@@ -46,13 +48,15 @@ def examine_h5ad(
         gene_id: As `ingest.source.gene_id`.
         counts: Whether to read the values.
         profile: Whether to describe every column, and list the places that hold whole numbers.
+        missing_text: As `ingest.missing_text`.
     """
     found = Examined(str(path), "h5ad")
     found.findings += open_problems(path)
     if found.errors:
         return found
     try:
-        _inspect(found, path, labels=labels, layer=layer, gene_id=gene_id, counts=counts, profile=profile)
+        _inspect(found, path, labels=labels, layer=layer, gene_id=gene_id, counts=counts, profile=profile,
+                 missing_text=missing_text)  # fmt: skip
     except DAMAGE as problem:
         if not found.errors:  # else it follows from a reported one
             found.findings.append(damage(problem))
@@ -61,7 +65,7 @@ def examine_h5ad(
 
 def _inspect(
     found: Examined, path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool,
-    profile: bool,
+    profile: bool, missing_text: Sequence[str],
 ) -> None:  # fmt: skip
     with h5py.File(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,7 +77,7 @@ def _inspect(
         if not {"obs", "var"} <= set(file):
             return
         obs, var = _frame(file, "obs", found), _frame(file, var_path(file, layer), found)
-        _names(found, obs, var, labels, gene_id)
+        _names(found, obs, var, labels, gene_id, missing_text)
         place = matrix_path(file, layer)
         places = [p for p in _places(file) if p != f"layer: {layer or 'null'}"]
         if profile:
@@ -119,14 +123,15 @@ def _decoded(values: np.ndarray) -> np.ndarray:
 
 
 def _names(
-    found: Examined, obs: pd.DataFrame | None, var: pd.DataFrame | None, labels: Sequence[str], gene_id: str | None
-) -> None:
+    found: Examined, obs: pd.DataFrame | None, var: pd.DataFrame | None, labels: Sequence[str], gene_id: str | None,
+    missing_text: Sequence[str],
+) -> None:  # fmt: skip
     if obs is not None:
         names = pd.Series(obs.index.astype(str))
-        found.findings += [*cell_findings(names), *label_findings(obs, labels, names)]
+        found.findings += [*cell_findings(names), *label_findings(obs, labels, names, missing_text=missing_text)]
         found.facts |= {"cells": len(obs), "obs columns": [str(c) for c in obs.columns]}
         found.facts["suggested labels"] = suggested_labels(obs, names)
-        found.facts["classes"] = {c: class_counts(obs[c]) for c in labels if c in obs}
+        found.facts["classes"] = {c: class_counts(obs[c], missing_text) for c in labels if c in obs}
     if var is not None:
         found.facts |= {"genes": len(var), "var columns": [str(c) for c in var.columns]}
         if gene_id is not None and gene_id not in var:

@@ -61,5 +61,6 @@ def serve(answer: Answer) -> None:
     if "://" not in order["question"]["uri"]:
         # Limits private memory, not the mapped files of libraries.
         resource.setrlimit(resource.RLIMIT_DATA, (order["memory"], order["memory"]))
-    question = Question(**{**order["question"], "labels": tuple(order["question"].get("labels", ()))})
+    lists = {k: tuple(v) for k, v in order["question"].items() if isinstance(v, list)}
+    question = Question(**{**order["question"], **lists})
     Path(order["out"]).write_text(json.dumps(answer(question)))

@@ -29,6 +29,7 @@ from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.h5ad_structure import structure_problems
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids, taken
+from scldm.data.label_type import LabelType
 from scldm.errors import InputError
 from scldm.text import choices_hint
 
@@ -64,7 +65,9 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     for f in files:
         if lacking := len(var) - len(f.genes):
             notes.append(f"{f.path.name} lacks {lacking} of {len(var)} genes.")
-    obs = _obs(files, source.columns, needed, notes)
+    joined = _obs(files, source.columns)
+    types = {c: LabelType.of(joined[c]) for c in needed if c in joined}
+    obs = complete_obs(joined, needed, notes)
     if (var["feature_length"] == 0).all():
         notes.append("var has no feature_length; 0 is written.")
 
@@ -82,7 +85,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
         places = [target.get_indexer(f.genes["feature_id"]) for f in files]
         measured = Presence.from_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
     other_counts = lambda: _places_with_counts(files[0].adata, source.layer)  # noqa: E731
-    return CellTables(obs, var, chunks, where, notes, other_counts, measured)
+    return CellTables(obs, var, chunks, where, notes, other_counts, types, measured)
 
 
 def find_files(path: str) -> list[Path]:
@@ -193,8 +196,8 @@ def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
 
 
 # ---- obs ---------------------------------------------------------------------------------------------------------
-def _obs(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
-    """Join obs of all files under Census names, in types that SOMA stores."""
+def _obs(files: Sequence[_File], columns: dict[str, str]) -> pd.DataFrame:
+    """Join obs of all files under Census names."""
     frames = []
     stems = [f.path.stem for f in files]  # shards of several folders may be called the same
     names = stems if len(set(stems)) == len(stems) else sample_names([f.path for f in files])
@@ -207,8 +210,7 @@ def _obs(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str],
         if len(files) > 1 and "dataset_id" not in renamed:
             renamed["dataset_id"] = name
         frames.append(renamed)
-    obs = pd.concat(frames, ignore_index=True)
-    return complete_obs(obs, needed, notes)
+    return pd.concat(frames, ignore_index=True)
 
 
 # ---- counts ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Census are read where they are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.data.soma.write import write_experiment
 from pipeline.data.sources.synthetic import synthetic_cells
 from pipeline.data.tables import CellTables
 from pipeline.data.validation.checks import MIN_CELLS, checked
+from scldm.data.label_type import LabelType
 from scldm.errors import InputError
 
 
@@ -37,6 +38,7 @@ class OpenSource:
     description: str
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # further facts for the manifest
+    types: Mapping[str, LabelType] = field(default_factory=dict)  # of obs columns that the store holds in another type
     measured: Presence | None = None  # by cells of the store, genes of the store; None: ask the store
     content: str | None = None  # hash of all counts, if the store was written here
 
@@ -59,11 +61,13 @@ def open_source(
     tables, description = _tables(source, [*columns, *config.cells.conditions()])
     # A filter may remove cells without a label: they are checked again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
-    chunks = checked(tables, columns, drop_missing=lenient, min_cells=min_cells)
+    chunks = checked(tables, columns, drop_missing=lenient, missing_text=config.missing_text, min_cells=min_cells)
     content = hashlib.sha256()
     store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
     measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))
-    return OpenSource(store, "soma", description, tables.notes, measured=measured, content=content.hexdigest())
+    return OpenSource(
+        store, "soma", description, tables.notes, types=tables.types, measured=measured, content=content.hexdigest()
+    )
 
 
 def with_counts(opened: OpenSource, source: Source) -> OpenSource:

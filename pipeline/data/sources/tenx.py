@@ -20,6 +20,8 @@ from pipeline.config.job import TenxSource
 from pipeline.data.presence import Presence
 from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, open_tenx
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
+from scldm.data.class_names import class_names
+from scldm.data.user_table import read_table, with_numbers
 from scldm.errors import InputError
 from scldm.text import choices_hint
 
@@ -152,7 +154,7 @@ def _obs(samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], 
 def _described(obs: pd.DataFrame, source: TenxSource, samples: Sequence[str], notes: list[str]) -> pd.DataFrame:
     """Join the table of `ingest.source.obs` to the cells."""
     assert source.obs is not None
-    table = _read_table(Path(source.obs).expanduser())
+    table = read_table(Path(source.obs), "ingest.source.obs")
     for new, old in source.columns.items():
         if old not in table:
             hint = choices_hint(old, table.columns)
@@ -162,7 +164,7 @@ def _described(obs: pd.DataFrame, source: TenxSource, samples: Sequence[str], no
     if absent := [k for k in keys if k not in table]:
         hint = choices_hint(absent[0], table.columns)
         raise InputError(f"ingest.source.obs: {source.obs} has no column {' and no column '.join(absent)} ({hint})")
-    table = table.astype(dict.fromkeys(keys, str))
+    table = with_numbers(table.drop(columns=keys)).assign(**{k: class_names(table[k]) for k in keys})
     if n := int(table.duplicated(keys).sum()):
         raise InputError(f"ingest.source.obs: {n} rows of {source.obs} have the {' and '.join(keys)} of another row")
     if len(samples) > 1:
@@ -181,15 +183,3 @@ def _described(obs: pd.DataFrame, source: TenxSource, samples: Sequence[str], no
     unused = len(table) - found
     notes.append(f"{found} of {len(obs)} cells are described by {source.obs}; {unused} of its rows are of no cell.")
     return joined
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    kinds = {".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".parquet": pd.read_parquet}
-    read = kinds.get(path.suffix.lower())
-    if read is None or not path.is_file():
-        what = "no such file" if read else f"the ending is {path.suffix!r}; known: {', '.join(kinds)}"
-        raise InputError(f"ingest.source.obs {path}: {what}")
-    try:
-        return read(path)
-    except (ValueError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"ingest.source.obs {path} cannot be read ({str(error).splitlines()[0]})") from error

@@ -12,56 +12,40 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.data.labels import measurements, missing
+from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.tables import CellTables
 from pipeline.data.validation.counts import value_faults
-from pipeline.data.validation.names import MIN_CELLS, gene_findings
+from pipeline.data.validation.names import MIN_CELLS, gene_findings, label_findings
 from scldm.errors import InputError
-from scldm.text import choices_hint
 
 
 def label_problems(
-    obs: pd.DataFrame, labels: Sequence[str], *, drop_missing: bool, names: pd.Series | None
-) -> list[str]:
+    obs: pd.DataFrame, labels: Sequence[str], *, drop_missing: bool, names: pd.Series | None,
+    missing_text: Sequence[str] = MISSING_TEXT,
+) -> list[str]:  # fmt: skip
     """Return problems with the label columns of obs.
 
     Args:
         drop_missing: Whether cells without a label are left out later, and so are no problem.
         names: Names of the cells for examples; None uses the index of obs.
+        missing_text: As `ingest.missing_text`.
     """
-    problems = []
-    for label in labels:
-        if label not in obs:
-            problems.append(
-                f"obs has no column {label!r} ({choices_hint(label, obs.columns)}); name one in ingest.labels, or map "
-                f"it with ingest.source.columns: {{{label}: <column of the file>}}"
-            )
-            continue
-        absent = np.flatnonzero(missing(obs[label]))
-        if len(absent) and not drop_missing:
-            first = (names if names is not None else pd.Series(obs.index)).iloc[absent[:3]]
-            problems.append(
-                f"{len(absent)} of {len(obs)} cells have no {label} (first: {', '.join(map(str, first))}); leave them "
-                "out with ingest.missing_label: drop, or label them"
-            )
-        if values := measurements(obs[label]):
-            problems.append(
-                f"{label} holds {len(values):,} different measurements, not classes (first: "
-                f"{', '.join(map(str, values[:3]))}); cut it into ranges with pandas.cut, or name another label"
-            )
-    return problems
+    names = names if names is not None else pd.Series(obs.index)
+    found = label_findings(obs, labels, names, missing_text=missing_text, drop_missing=drop_missing)
+    return [f.message for f in found if f.level == "error"]
 
 
 def table_problems(
-    tables: CellTables, labels: Sequence[str], *, drop_missing: bool, min_cells: int = MIN_CELLS
-) -> list[str]:
+    tables: CellTables, labels: Sequence[str], *, drop_missing: bool, min_cells: int = MIN_CELLS,
+    missing_text: Sequence[str] = MISSING_TEXT,
+) -> list[str]:  # fmt: skip
     """Return problems with obs and var, before any count is read; notes are added to `tables`."""
     obs, ids = tables.obs, tables.var["feature_id"]
     problems = []
     if len(obs) < min_cells:
         problems.append(f"{len(obs)} cells are too few to split, train and score; at least {min_cells} are needed")
     names = obs.get("obs_id")
-    problems += label_problems(obs, labels, drop_missing=drop_missing, names=names)
+    problems += label_problems(obs, labels, drop_missing=drop_missing, names=names, missing_text=missing_text)
     problems += [f.message for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
     if names is not None and (n := int(names[names.duplicated()].nunique())):
         tables.notes.append(f"{n} obs names occur more than once; cells are told apart by soma_joinid.")
@@ -85,15 +69,16 @@ def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables)
 
 
 def checked(
-    tables: CellTables, labels: Sequence[str], *, drop_missing: bool = False, min_cells: int = MIN_CELLS
-) -> Iterator[sp.csr_matrix]:
+    tables: CellTables, labels: Sequence[str], *, drop_missing: bool = False, min_cells: int = MIN_CELLS,
+    missing_text: Sequence[str] = MISSING_TEXT,
+) -> Iterator[sp.csr_matrix]:  # fmt: skip
     """Yield the chunks of a source, each checked.
 
     Raises:
         InputError: a chunk does not hold counts, or (before any chunk) the tables have problems; with all problems
             found so far.
     """
-    problems = table_problems(tables, labels, drop_missing=drop_missing, min_cells=min_cells)
+    problems = table_problems(tables, labels, drop_missing=drop_missing, min_cells=min_cells, missing_text=missing_text)
     if problems and not (len(tables.obs) and len(tables.var)):
         raise not_usable(tables, problems)  # without cells or genes there are no chunks to check
     return _checked(tables, problems)

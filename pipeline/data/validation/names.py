@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
+from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.findings import FIRST, Finding, error, warning
-from pipeline.data.labels import measurements, missing
+from pipeline.data.labels import label_names, like_missing, measurements, missing, spellings
 from pipeline.data.tables import plain_id
+from scldm.data.class_names import near_duplicates
 from scldm.text import LONGEST, choices_hint, shown
 
 MIN_CELLS = 20  # fewer cannot be split, trained on and scored
@@ -81,25 +83,34 @@ def cell_findings(names: pd.Series) -> Iterator[Finding]:
     yield from _odd("obs names", names)
 
 
-def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -> Iterator[Finding]:
-    """Check the requested label columns."""
+def label_findings(
+    obs: pd.DataFrame, labels: Sequence[str], names: pd.Series, *, missing_text: Sequence[str] = MISSING_TEXT,
+    drop_missing: bool = False,
+) -> Iterator[Finding]:  # fmt: skip
+    """Check the requested label columns.
+
+    Args:
+        names: Names of the cells, for examples.
+        missing_text: As `ingest.missing_text`.
+        drop_missing: Whether cells without a label are left out later, and so are no error.
+    """
     for label in labels:
         if label not in obs:
             hint = choices_hint(label, [shown(c) for c in obs.columns])
             yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels, or map it with "
                         f"ingest.source.columns: {{{label}: <column of the file>}}")  # fmt: skip
             continue
-        absent = np.flatnonzero(missing(obs[label]))
-        if len(absent):
-            yield error(f"{len(absent)} of {len(obs)} cells have no {label}",
-                        "leave them out with ingest.missing_label: drop, or label them",
+        absent = np.flatnonzero(missing(obs[label], missing_text))
+        if len(absent) and not drop_missing:
+            remedy = _remedy_of_missing(obs[label], missing_text)
+            yield error(f"{len(absent)} of {len(obs)} cells have no {label}", remedy,
                         count=len(absent), first=names.iloc[absent[:FIRST]])  # fmt: skip
-        counts = class_counts(obs[label])
         if values := measurements(obs[label]):
             yield error(f"{label} holds {len(values):,} different measurements, not classes",
                         "cut it into ranges with pandas.cut, or name another label",
                         count=len(values), first=values)  # fmt: skip
             continue
+        counts = class_counts(obs[label], missing_text)
         if single := [c for c, n in counts.items() if n == 1]:
             yield warning(f"{len(single)} classes of {label} have one cell", "they cannot be both learned and scored: "
                           "join them with others or leave them out", count=len(single), first=single)  # fmt: skip
@@ -108,12 +119,40 @@ def label_findings(obs: pd.DataFrame, labels: Sequence[str], names: pd.Series) -
                           count=len(counts))  # fmt: skip
         if obs[label].dtype == object and len({type(x) for x in obs[label].dropna()}) > 1:
             yield warning(f"{label} mixes types", "they are compared as text")
+        yield from spelling_findings(label, counts)
         yield from _odd(f"classes of {label}", list(counts))
 
 
-def class_counts(column: pd.Series) -> dict[str, int]:
+def _remedy_of_missing(column: pd.Series, missing_text: Sequence[str]) -> str:
+    """Return what to do with missing labels, and which texts were taken as missing."""
+    remedy = "leave them out with ingest.missing_label: drop, or label them"
+    found = spellings(column, missing_text)
+    if not any(repr(text) in found for text in missing_text):
+        return remedy
+    return f"{remedy}; missing are {found}, of which ingest.missing_text: [] keeps texts as classes"
+
+
+def spelling_findings(label: str, counts: Mapping[str, int]) -> Iterator[Finding]:
+    """Warn of classes that may be meant otherwise: named like another, or like a missing value.
+
+    Args:
+        counts: Cells of each class.
+    """
+    if alike := near_duplicates(list(counts)):
+        groups = [" and ".join(f"{name!r} ({counts[name]:,})" for name in group) for group in alike]
+        what = f"{sum(map(len, alike))} classes of {label} differ only by case, white space or the notation of a number"
+        yield warning(what, "they are learned as different classes: give them one name if they are the same",
+                      count=len(alike), first=groups)  # fmt: skip
+    if words := like_missing(counts):
+        named = [f"{name!r} ({n:,} cells)" for name, n in words.items()]
+        yield warning(f"{len(words)} classes of {label} are named like a missing value", "they are learned as classes; "
+                      "if they are none, name them in ingest.missing_text", count=len(words), first=named)  # fmt: skip
+
+
+def class_counts(column: pd.Series, missing_text: Sequence[str] = MISSING_TEXT) -> dict[str, int]:
     """Count the cells of each class that occurs, largest first."""
-    return {str(k): int(n) for k, n in column[~missing(column)].astype(str).value_counts().items() if n}
+    names = label_names(column, missing_text)
+    return {str(k): int(n) for k, n in pd.Series(names, dtype=object).value_counts().items() if n}
 
 
 def suggested_labels(obs: pd.DataFrame, names: pd.Series) -> list[str]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.files import replaces
-from scldm.cells.cells import CATEGORIES, INDEX_NAME, INDEX_ROW, INDEX_SHARD
+from scldm.cells.cells import CATEGORIES, INDEX_NAME, INDEX_ROW, INDEX_SHARD, ORDERED
 from scldm.cells.shards import Shard, read_part
 
 INDEX = "index.parquet"
@@ -32,16 +32,18 @@ def write_index(folder: Path, records: Sequence[dict[str, Any]]) -> str:
     """
     shards = [Shard(folder / r["file"], r["n_cells"], r["sha256"]) for r in records]
     categories: dict[str, list[Any]] = {}
+    ordered: set[str] = set()
     for shard in shards:  # a column's categories may differ between shards
         for column, values in read_part(shard, "obs").items():
             if isinstance(values.dtype, pd.CategoricalDtype):
                 known = categories.setdefault(str(column), [])
-                known += [c for c in values.cat.categories if c not in set(known)]
+                known += [c for c in values.cat.categories.tolist() if c not in set(known)]
+                ordered |= {str(column)} if values.cat.ordered else set()
     with replaces(folder / INDEX) as tmp:
         writer = None
         try:
             for k, shard in enumerate(shards):
-                table = _table(k, read_part(shard, "obs"), categories)
+                table = _table(k, read_part(shard, "obs"), categories, ordered)
                 writer = writer or pq.ParquetWriter(tmp, table.schema, compression="zstd")
                 writer.write_table(table.cast(writer.schema))
         finally:
@@ -50,7 +52,7 @@ def write_index(folder: Path, records: Sequence[dict[str, Any]]) -> str:
     return INDEX
 
 
-def _table(k: int, obs: pd.DataFrame, categories: dict[str, list[Any]]) -> pa.Table:
+def _table(k: int, obs: pd.DataFrame, categories: dict[str, list[Any]], ordered: set[str]) -> pa.Table:
     columns: dict[str, Any] = {
         INDEX_NAME: pa.array(obs.index.astype(str), pa.string()),
         INDEX_SHARD: pa.array(np.full(len(obs), k, np.int32)),
@@ -63,5 +65,5 @@ def _table(k: int, obs: pd.DataFrame, categories: dict[str, list[Any]]) -> pa.Ta
             columns[str(column)] = pa.DictionaryArray.from_arrays(codes, pa.array(categories[str(column)]))
         else:
             columns[str(column)] = pa.array(values)
-    metadata = {CATEGORIES: json.dumps(categories).encode()}
+    metadata = {CATEGORIES: json.dumps(categories).encode(), ORDERED: json.dumps(sorted(ordered)).encode()}
     return pa.table(columns).replace_schema_metadata(metadata)

@@ -37,6 +37,7 @@ class ConditionsToCounts(PythonModel):
 
         from pipeline.config.stages import GenerateConfig
         from pipeline.inference.request import recipe_of
+        from scldm.data.user_table import whole_table
         from scldm.generation.cell_maker import CellMaker
         from scldm.generation.request import Request, RequestRow
         from scldm.generation.request_table import read_rows
@@ -44,7 +45,10 @@ class ConditionsToCounts(PythonModel):
         given = dict(params or {})
         sampler = {k: given[k] for k in ("guidance", "steps", "temperature") if given.get(k) is not None}
         config = GenerateConfig.model_validate({"sampler": sampler, "seed": int(given.get("seed") or 0), "n_cells": 1})
-        table = model_input if "n_cells" in model_input else model_input.assign(n_cells=1)
+        table = whole_table(
+            model_input, "the table", self.flow.vocabulary
+        )  # before n_cells is looked for: it may be in the index
+        table = table if "n_cells" in table else table.assign(n_cells=1)
         problems: list[str] = []
         flow = self.flow
         rows = read_rows(table, "the table", flow.vocabulary, problems)

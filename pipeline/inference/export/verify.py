@@ -15,6 +15,7 @@ from anndata.io import read_elem
 from pipeline.inference.export.requested import RequestUnknown, requested_cells
 from scldm.cells.cells import read_index
 from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest
+from scldm.data.class_names import class_names
 
 VALUES = 1 << 22  # of a matrix, checked at a time
 FINITE = (
@@ -184,7 +185,7 @@ def _check_request(manifest: CellsManifest, obs: pd.DataFrame, verdict: Verdict)
         return
     labels = list(next(iter(wanted), ()))
     names = [label for label, _ in labels]
-    columns = [obs[n].astype(object).where(obs[n].notna(), None) for n in names]
+    columns = [class_names(obs[n]) for n in names]
     keys = [tuple(zip(names, row, strict=True)) for row in zip(*columns, strict=True)] or [()] * len(obs)
     found = pd.Series(keys, dtype=object).value_counts().to_dict()
     wrong = [k for k in {**wanted, **found} if wanted.get(k, 0) != found.get(k, 0)]

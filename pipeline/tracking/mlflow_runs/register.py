@@ -18,7 +18,6 @@ from pipeline.core.manifest import Manifest, newest_manifest, read_manifest
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.mlflow_runs.runs import experiment_id
 from pipeline.tracking.provenance import read_ids
-from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 from scldm.flow.config import SamplerConfig
 
@@ -178,29 +177,25 @@ def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run
         python_model=str(ROOT / "pipeline" / "inference" / "export" / "mlflow_model.py"),
         artifacts={"vae": str(models.vae), "flow": str(models.flow)},
         code_paths=[str(code / "scldm"), str(code / "pipeline")],
-        signature=signature(models),
+        signature=signature(),
         pip_requirements=[f"{p}=={installed(p).partition('+')[0]}" for p in PACKAGES],
         mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
     )
 
 
-def signature(models: ModelFolders) -> Any:
-    """Return the signature: labels as optional text, other columns of a conditions table, settings of the sampler.
+def signature() -> Any:
+    """Return the signature: settings of the sampler, and no columns.
 
-    The genes, which are the columns of the output, are not listed: a signature of 60,000 columns is of no use.
+    MLflow drops columns that a signature does not list before the model sees them, and refuses numbers and categories
+    for text. The model reads its table itself: every part of it is read or refused by name.
     """
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types import DataType, ParamSchema, ParamSpec
 
-    labels = [x.name for x in Vocabulary.load(models.flow / "vocabulary.json").labels]
-    numbers = ["guidance", *(f"guidance.{x}" for x in labels), "library_size"]
-    columns = [ColSpec(DataType.string, x, required=False) for x in labels]
-    columns += [ColSpec(DataType.long, "n_cells", required=False)]
-    columns += [ColSpec(DataType.double, x, required=False) for x in numbers]
     defaults = SamplerConfig()
     params = [
         ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, 1.0),
         ParamSpec("steps", DataType.long, defaults.steps),
         ParamSpec("temperature", DataType.double, defaults.temperature),
     ]  # fmt: skip
-    return ModelSignature(inputs=Schema(columns), outputs=None, params=ParamSchema(params))
+    return ModelSignature(inputs=None, outputs=None, params=ParamSchema(params))

@@ -75,7 +75,7 @@ CASES = [
          says=("obs of the SOMA experiment", "is damaged", AGAIN),
          refused=("obs of the SOMA experiment", "is damaged")),
     case("D:soma-missing-fragment", without("ms"), "measurement",
-         says=("cannot open ms/RNA/var", "check ingest.source: uri, measurement and layer"),
+         says=("cannot open ms of the SOMA experiment", "check ingest.source: uri, measurement and layer"),
          refused=("cannot open ms/RNA/",)),
     case("D:soma-wrong-time", half_written,
          says=(LOST, "a fragment is missing or not written yet", AGAIN, "drop the obs columns nnz and raw_sum"),

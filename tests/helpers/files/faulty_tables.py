@@ -107,7 +107,7 @@ LABELS = [
     Case("D:label-missing", label(["a", None, "b", "nan"] * 10),
          says=("20 of 40 cells have no cell_type (first: c1; c3; c5)",
                "leave them out with ingest.missing_label: drop, or label them"),
-         refused=("20 of 40 cells have no cell_type (first: c1, c3, c5)", "ingest.missing_label: drop")),
+         refused=("20 of 40 cells have no cell_type (first: c1; c3; c5)", "ingest.missing_label: drop")),
     Case("D:category-in-validation-only", in_validation_only,
          says=("1 classes of cell_type have one cell (first: rare)", "they cannot be both learned and scored"),
          notes=("cell_type has no training cells of rare: it cannot be learned.",)),

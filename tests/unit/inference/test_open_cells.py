@@ -103,9 +103,10 @@ def test_sizes_and_batches(made):
     assert "70 x 6 in 4 shards" in repr(cells)
 
 
-def test_categories_are_the_models_even_where_no_cell_has_them(made):
-    some = scldm.open_cells(made).where(cell_type="B")
-    assert list(some.obs["cell_type"].cat.categories) == ["T", "B", "NK"]
+def test_a_selection_has_the_categories_of_its_cells_in_their_order(made):
+    cells = scldm.open_cells(made)
+    assert list(cells.obs["cell_type"].cat.categories) == ["T", "B", "NK"]
+    assert list(cells.where(cell_type=["NK", "T"]).obs["cell_type"].cat.categories) == ["T", "NK"]
 
 
 def test_only_the_shards_that_are_asked_for_are_opened(made, monkeypatch):

@@ -24,7 +24,7 @@ from pipeline.core.manifest import read_manifest
 from pipeline.data.ingest.genes import read_vocabulary
 from pipeline.data.ingest.held_out import read_combinations
 from pipeline.data.inspection.examine import Question, examine
-from pipeline.inference.request import read_table
+from pipeline.inference.request import read_conditions
 from pipeline.stages import ingest
 from pipeline.training.checkpoints import manifest as checkpoint
 from scldm.cells.cells import CellShardsError, open_cells
@@ -120,7 +120,7 @@ LOADERS: dict[str, Callable[[Given], Any]] = {
     "vocabulary": lambda g: read_vocabulary(str(g.under("genes.json"))),
     "held-out parquet": lambda g: held_out(g, "held.parquet"),
     "held-out csv": lambda g: held_out(g, "held.csv"),
-    "conditions parquet": lambda g: read_table(g.under("conditions.parquet")),
+    "conditions parquet": lambda g: read_conditions(g.under("conditions.parquet")),
     "manifest of a stage": lambda g: read_manifest(g.under("manifest.json").parent),
     "manifest of a checkpoint": checkpoint_of_a_run,
     "shard of a checkpoint": shard_of_a_run,

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import requests
 
-from pipeline.core.loopback import bypass_proxies
+from pipeline.cluster.loopback import bypass_proxies
 
 
 class Answers(BaseHTTPRequestHandler):
