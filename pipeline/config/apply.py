@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config.ingest import CellsConfig, Source
+from pipeline.config.ingest import CellsConfig, ClassName, Source
 from pipeline.config.input_paths import FlowFolder, VaeFolder
 from scldm.config import StrictModel
 from scldm.flow.config import Solver
@@ -121,7 +121,7 @@ class UnknownLabelsConfig(RealCellsConfig):
 class PerturbConfig(UnknownLabelsConfig):
     """Real cells under another condition."""
 
-    to: dict[str, str | None] = Field(min_length=1)
+    to: dict[str, ClassName | None] = Field(min_length=1)
     """Labels that change and their new classes: {cytokine: IFN-beta}; null removes a label. Other labels stay as they
     are."""
     start: Literal["latents", "noise"] = "latents"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -110,6 +111,16 @@ Source = Annotated[SyntheticSource | H5adSource | TenxSource | SomaSource | Cens
 
 # ---- stages ------------------------------------------------------------------------------------------------------
 Value = str | bool | int | float
+
+
+def _class_name(value: Any) -> Any:
+    """Return the class that a number or boolean in YAML names: 1 and 1.0 are "1"."""
+    from scldm.data.class_names import class_text  # imports pandas, which reading a job does not need
+
+    return class_text(value) if isinstance(value, (bool, int, float)) else value
+
+
+ClassName = Annotated[str, BeforeValidator(_class_name)]
 
 
 class CellsConfig(StrictModel):

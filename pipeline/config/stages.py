@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.config.ingest import ClassName
 from pipeline.config.input_paths import ConditionsTable, GeneFile
 from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
@@ -156,7 +157,7 @@ class EvaluateConfig(StrictModel):
     """Cells on each side of the exact Wasserstein distances; time grows as the cube."""
     min_class_cells: int = Field(20, ge=8)
     """Real and generated cells that a class must have to be scored; smaller classes are only listed."""
-    control: dict[str, str] | None = None
+    control: dict[str, ClassName] | None = None
     """Control class of log fold changes, {cytokine: PBS}: its real training cells, with the same other labels if labels
     are crossed. Null: all other cells."""
     reconstruction_cells: PositiveInt = 512

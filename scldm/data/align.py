@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from scldm.data.batch import CellBatch
+from scldm.data.class_names import class_names
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 
@@ -107,9 +108,9 @@ def class_ids(adata: anndata.AnnData, vocabulary: Vocabulary) -> dict[str, np.nd
     """
     ids, problems = {}, []
     for label in vocabulary.labels:
-        values = list(adata.obs[label.name]) if label.name in adata.obs else [None] * adata.n_obs
+        values = adata.obs[label.name] if label.name in adata.obs else [None] * adata.n_obs
         try:
-            ids[label.name] = label.encode(None if pd.isna(v) else str(v) for v in values)
+            ids[label.name] = label.encode(class_names(values))
         except UnknownNameError as error:
             problems.append(str(error))
     if problems:

@@ -92,6 +92,8 @@ def _unfit(column: str, p: Mapping[str, Any], n_cells: int) -> str | None:
         return "no value in any cell" if not p["n_classes"] else "one value for all cells: nothing to tell apart"
     if p["kind"] == "whole numbers":
         return f"whole numbers ({p['n_classes']:,} different): counts, or classes{add}"
+    if p["kind"] == "few numbers":
+        return f"numbers ({p['n_classes']:,} different): doses or days, or measurements{add}"
     if p["n_missing"] > MOST_MISSING * n_cells:
         return f"{p['n_missing']:,} of {n_cells:,} cells have no value{add}"
     if p["n_classes"] > MOST_CLASSES or p["middle"] < ENOUGH_CELLS:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from pipeline.data.labels import label_names
+from pipeline.data.labels import label_names, measurements
 from pipeline.data.validation.names import ensembl_columns
 
-Kind = Literal["classes", "yes or no", "whole numbers", "decimal numbers"]
+Kind = Literal["classes", "yes or no", "whole numbers", "few numbers", "decimal numbers"]
 MAX_COMPARED = 400  # classes of a column that is compared with others
 MAX_COLUMNS = 200  # of obs that are profiled; an untrusted table may have any number
 
@@ -66,7 +66,12 @@ def _kind(values: pd.Series) -> Kind:
         return "yes or no"
     if pd.api.types.is_integer_dtype(values):
         return "whole numbers"
-    return "decimal numbers" if pd.api.types.is_numeric_dtype(values) else "classes"
+    if not pd.api.types.is_numeric_dtype(values):
+        return "classes"
+    if measurements(values):
+        return "decimal numbers"
+    # A gap, or another file, makes whole numbers to floats.
+    return "few numbers" if (values.dropna() % 1).any() else "whole numbers"
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

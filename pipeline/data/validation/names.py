@@ -129,7 +129,7 @@ def _remedy_of_missing(column: pd.Series, missing_text: Sequence[str]) -> str:
     found = spellings(column, missing_text)
     if not any(repr(text) in found for text in missing_text):
         return remedy
-    return f"{remedy}; missing are {found}, of which ingest.missing_text: [] keeps texts as classes"
+    return f"{remedy}; missing are {found}; [] in ingest.missing_text (--missing-text) keeps texts as classes"
 
 
 def spelling_findings(label: str, counts: Mapping[str, int]) -> Iterator[Finding]:
@@ -160,7 +160,8 @@ def suggested_labels(obs: pd.DataFrame, names: pd.Series) -> list[str]:
     found = []
     for column in obs.columns:
         values = obs[column]
-        if pd.api.types.is_float_dtype(values) or not 2 <= values.nunique() <= min(MAX_CLASSES, len(names) // 3):
+        fractions = pd.api.types.is_float_dtype(values) and (values.dropna() % 1).any()
+        if fractions or not 2 <= values.nunique() <= min(MAX_CLASSES, len(names) // 3):
             continue
         found.append(str(column))
     return found

@@ -76,7 +76,7 @@ CASES = [
          refused=("obs of the SOMA experiment", "is damaged")),
     case("D:soma-missing-fragment", without("ms"), "measurement",
          says=("cannot open ms of the SOMA experiment", "check ingest.source: uri, measurement and layer"),
-         refused=("cannot open ms/RNA/",)),
+         refused=("cannot open ms of the SOMA experiment",)),
     case("D:soma-wrong-time", half_written,
          says=(LOST, "a fragment is missing or not written yet", AGAIN, "drop the obs columns nnz and raw_sum"),
          refused=(LOST, "a fragment is missing or not written yet")),

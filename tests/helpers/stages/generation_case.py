@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -25,6 +26,7 @@ from pipeline.core.lock import stage_lock
 from pipeline.core.manifest import Manifest
 from pipeline.inference.generator import Generator, GeneratorSpec
 from pipeline.stages.generate import run
+from scldm.data.vocabulary import LabelVocabulary
 from scldm.errors import InputError
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -47,20 +49,21 @@ class NoTracker:
         self.told |= values
 
 
-def write_inputs(root: Path, **flow: Any) -> dict[str, Manifest]:
+def write_inputs(root: Path, labels: tuple[LabelVocabulary, ...] = LABELS, **flow: Any) -> dict[str, Manifest]:
     """Manifests of an ingest, a VAE and a flow, as far as generate reads them."""
     ingest = root / "ingest"
     ingest.mkdir(parents=True)
-    vocabulary(*LABELS).save(ingest / "vocabulary.json")
-    library_sizes(*LABELS).save(ingest / "library_size.json")
-    cells = {"soma_joinid": range(4), "split": "train", "label:cell_type": [0, 1, 2, 0], "label:donor": [0, 0, 1, 1]}
+    vocabulary(*labels).save(ingest / "vocabulary.json")
+    library_sizes(*labels).save(ingest / "library_size.json")
+    classes = {f"label:{x.name}": np.arange(4) // (k + 1) % len(x.classes) for k, x in enumerate(labels)}
+    cells = {"soma_joinid": range(4), "split": "train", **classes}
     pd.DataFrame(cells).to_parquet(ingest / "cells.parquet")
     facts = {
         "vocabulary": "vocabulary.json", "library_size": "library_size.json", "cells": "cells.parquet", "digest": "abc",
         "n_cells": {"train": 4}, "n_genes": 6,
     }  # fmt: skip
-    write_vae(root / "train_vae" / "model", *LABELS)
-    write_flow(root / "train_flow" / "model", *LABELS, **flow)
+    write_vae(root / "train_vae" / "model", *labels)
+    write_flow(root / "train_flow" / "model", *labels, **flow)
     model = {"model": "model", "latent_shape": [3, 4]}
     return {
         "ingest": _manifest("ingest", ingest, facts),

@@ -105,6 +105,13 @@ def test_what_is_asked_for_is_taken_or_refused_all_at_once():
         assert words in str(error.value)
 
 
+def test_numbers_that_a_gap_made_floats_and_doses_are_classes_if_asked_for():
+    obs = table(cluster=[0.0, 1.0, None, 2.0] * 60, dose=np.array([0.1, 1, 10] * 80, np.float32))
+    assert labels_of(obs, "cluster", "dose").columns == ("cluster", "dose")
+    assert "whole numbers (3 different)" in labels_of(obs).reason["cluster"]
+    assert "doses or days" in labels_of(obs).reason["dose"]
+
+
 def test_donors_are_held_out_whole_where_there_are_many():
     many = obs_profile(table(patient=[f"p{i % 24}" for i in range(N)]))
     few = obs_profile(table(patient=[f"p{i % 3}" for i in range(N)]))

@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.core.faults import FaultError
 from pipeline.core.shards import ShardStore
 from pipeline.inference.generator import Generator
+from scldm.cells.cells import concat_obs, read_index
+from scldm.data.label_type import LabelType
+from scldm.data.vocabulary import LabelVocabulary
 from scldm.errors import InputError
 
 TABLE = [
@@ -201,3 +204,30 @@ def test_N5_a_model_that_gives_no_numbers_ends_the_job_with_shard_and_cells_and_
 
 def test_the_rate_is_measured(made):
     assert made[1]["cells_per_s"] > 0
+
+
+def test_labels_have_the_type_of_the_data_in_shards_index_and_exports(tmp_path):
+    labels = (
+        LabelVocabulary("treated", ("False", "True"), LabelType("boolean", categorical=False)),
+        LabelVocabulary("day", ("1", "2", "7"), LabelType("int64", categorical=False)),
+        LabelVocabulary("stage", ("early", "late", "mid"), LabelType(order=("early", "mid", "late"))),
+    )
+    inputs = write_inputs(tmp_path / "models", labels=labels)
+    rows = [
+        {"treated": True, "day": 7.0, "stage": "late", "n_cells": 3},
+        {"treated": False, "day": "1", "stage": "early", "n_cells": 2},
+    ]
+    facts = generate(tmp_path / "all", inputs, cells=rows, shard_size=2)
+    obs = read(tmp_path / "all", facts).obs
+    assert obs["treated"].tolist() == [True] * 3 + [False] * 2
+    assert obs["day"].tolist() == [7] * 3 + [1] * 2
+    assert obs["stage"].cat.ordered
+    assert list(obs["stage"].cat.categories) == ["early", "late"]
+    facts = generate(tmp_path / "gaps", inputs, cells=[*rows, {"n_cells": 2}], shard_size=2)
+    index = read_index(tmp_path / "gaps" / facts["index"])
+    assert str(index["treated"].dtype) == "boolean"
+    assert str(index["day"].dtype) == "Int64"
+    assert index["stage"].cat.ordered
+    shards = concat_obs([anndata.read_h5ad(tmp_path / "gaps" / s["file"]).obs for s in facts["shards"]])
+    pd.testing.assert_frame_equal(index, shards)
+    anndata.AnnData(obs=index).write_h5ad(tmp_path / "obs.h5ad")
