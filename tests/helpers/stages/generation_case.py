@@ -47,8 +47,8 @@ class NoTracker:
         self.told |= values
 
 
-def write_inputs(root: Path, **flow: Any) -> dict[str, Manifest]:
-    """Manifests of an ingest, a VAE and a flow, as far as generate reads them."""
+def write_inputs(root: Path, *, head: str = "nb_shared", **flow: Any) -> dict[str, Manifest]:
+    """Manifests of an ingest, a VAE with that head and a flow, as far as generate reads them."""
     ingest = root / "ingest"
     ingest.mkdir(parents=True)
     vocabulary(*LABELS).save(ingest / "vocabulary.json")
@@ -59,7 +59,7 @@ def write_inputs(root: Path, **flow: Any) -> dict[str, Manifest]:
         "vocabulary": "vocabulary.json", "library_size": "library_size.json", "cells": "cells.parquet", "digest": "abc",
         "n_cells": {"train": 4}, "n_genes": 6,
     }  # fmt: skip
-    write_vae(root / "train_vae" / "model", *LABELS)
+    write_vae(root / "train_vae" / "model", *LABELS, head=head)
     write_flow(root / "train_flow" / "model", *LABELS, **flow)
     model = {"model": "model", "latent_shape": [3, 4]}
     return {
