@@ -155,8 +155,9 @@ class PipelineJob(JobBase):
     def _generates_counts(self) -> PipelineJob:
         if self.train_vae.model.head == "gaussian":
             raise ValueError(
-                "train_vae.model.head (gaussian) models log-normalised expression, and generate draws counts: "
-                "nb_shared or nb_cell"
+                "train_vae.model.head (gaussian) models log-normalised expression, and evaluate scores counts: set it "
+                "to nb_shared or nb_cell, or run the stages as jobs of their own (kind: train_vae, encode, train_flow, "
+                "generate)"
             )
         return self
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anndata
 import numpy as np
@@ -30,6 +30,7 @@ from pipeline.inference.cell_shards import CELLS, shard_name
 from pipeline.inference.models import ModelPaths
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
+from scldm.generation.expression_draw import scale_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from scldm.checkpoints.native import LoadedVAE
     from scldm.data.batch import CellBatch
 
+Values = Literal["counts", "log1p_cp10k"]
 NAME, JOINID = "obs_name", "soma_joinid"
 POINTS = CommitPoints("cells.before_rename", "cells.before_record", "cells.after_record")
 
@@ -61,7 +63,7 @@ class Tile:
 class TileOutput:
     """What a model made of a tile; every part has one row per cell."""
 
-    counts: sp.csr_matrix | None = None  # (b, g) int32
+    values: sp.csr_matrix | None = None  # (b, g) int32 counts, or float32 log1p CP10k of a Gaussian head
     mean: np.ndarray | None = None  # (b, g) float32
     obsm: dict[str, np.ndarray] = field(default_factory=dict)
     obs: dict[str, Any] = field(default_factory=dict)
@@ -72,14 +74,18 @@ class OutputLayout:
     """Which parts of AnnData a stage writes."""
 
     genes: bool = False  # var holds the model's genes
-    counts: bool = False  # X
-    mean: bool = False  # layers["mean"]
+    values: Values | None = None  # X, if it is written, and its scale
+    mean: Values | None = None  # layers["mean"], if it is written, and its scale
     obsm: Mapping[str, int] = field(default_factory=dict)  # name -> width
     obs: Mapping[str, type] = field(default_factory=dict)  # column that the processor adds -> type of its values
 
+    def scale(self) -> dict[str, str]:
+        """Return the entry of uns["scldm"] that says that values are no counts."""
+        return scale_of("gaussian") if "log1p_cp10k" in (self.values, self.mean) else {}
+
     def obs_types(self) -> dict[str, type]:
         """Return the types of all columns that tiles bring, so that a shard without cells has them too."""
-        genes = {} if self.counts else {"n_genes": np.int32}
+        genes = {} if self.values == "counts" else {"n_genes": np.int32}
         return {"library_size": np.float32, **self.obs, **genes}
 
     def own_columns(self) -> set[str]:
@@ -206,7 +212,7 @@ class Applier:
             cells, seen = replace(cells, measured=measured), replace(seen, measured=measured)
         output = self.processor(Tile(cells, seen, table[JOINID].to_numpy(), dict(cells.conditions)))
         output.obs = {"library_size": cells.library_size.cpu().numpy(), **output.obs}
-        if not self.spec.layout.counts:
+        if self.spec.layout.values != "counts":
             output.obs["n_genes"] = cells.lengths.cpu().numpy().astype(np.int32)
         return output
 
@@ -251,8 +257,10 @@ class Applier:
         else:
             var = pd.DataFrame(index=pd.Index([], dtype=str))
         x, layers = None, {}
-        if layout.counts:
-            x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.int32), *(o.counts for o in outputs)], format="csr")
+        if layout.values is not None:
+            kind = np.int32 if layout.values == "counts" else np.float32
+            x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=kind), *(o.values for o in outputs)], format="csr")
+        if x is not None and layout.values == "counts":
             obs["total_counts"] = np.asarray(x.sum(1)).ravel().astype(np.int64)
             obs["n_genes"] = np.diff(x.indptr).astype(np.int32)
         if layout.mean:

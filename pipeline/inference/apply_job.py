@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
+EXPRESSION_SCHEMA = 3  # X or layers["mean"] holds log1p CP10k values: earlier readers would take them for counts
 ROWS = "rows.parquet"
 Pool = Callable[[list[int], ApplierSpec, StageContext], Iterator[Record]]  # makes shards, yields their records
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def run_batches(
     spec = ApplierSpec(
         processor=processor, config=config, models=models, layout=layout, folder=folder, rows=context.folder / ROWS,
         reader=rows.reader, measured=rows.measured, obs_columns=rows.obs_columns, categories=rows.categories,
-        provenance=_provenance(stage, config, context, models, rows.digest), seed=context.seed,
+        provenance=_provenance(stage, config, context, models, rows.digest) | layout.scale(), seed=context.seed,
         threads=threads_per_worker(context.resources), fault=os.environ.get(VARIABLE, ""),
     )  # fmt: skip
     for note in rows.source.notes:
@@ -96,7 +97,8 @@ def run_batches(
     fault_point("cells.before_manifest")
     shutil.rmtree(context.folder / "soma", ignore_errors=True)  # a copy of the input, for the actors
     context.tracker.metrics({f"{stage}/cells": float(n_cells), f"{stage}/shards": float(len(records))}, step=0)
-    facts = {"schema_version": SCHEMA_VERSION, "cells": "cells", "shards": records, "index": index, "n_cells": n_cells}
+    schema = EXPRESSION_SCHEMA if layout.scale() else SCHEMA_VERSION
+    facts = {"schema_version": schema, "cells": "cells", "shards": records, "index": index, "n_cells": n_cells}
     return facts | {"n_empty": n_empty, "source": rows.source.description, "notes": rows.source.notes, **rows.facts}
 
 

@@ -79,7 +79,10 @@ class Generator:
         vae = load_vae(spec.vae, device=device)
         flow = load_flow(spec.flow, weights=self.config.sampler.weights, device=device)
         self.vocabulary = flow.vocabulary
-        recipe = recipe_of(spec.request, self.config, flow.vocabulary, flow.library_sizes, flow.dit.strategy)
+        self.draws_counts = vae.vae.config.head != "gaussian"
+        recipe = recipe_of(
+            spec.request, self.config, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=self.draws_counts
+        )
         self.genes = np.arange(flow.vocabulary.n_genes) if spec.genes is None else spec.genes
         pool = ThreadPoolExecutor(spec.threads) if spec.threads > 1 else None
         self.maker = CellMaker(
@@ -125,12 +128,13 @@ class Generator:
 
         def add(tile: DecodedTile) -> None:
             cells = self.maker.drawn(tile)
-            out.add(cells.counts, cells.latents)
+            out.add(cells.values, cells.latents)
             sizes.append(cells.library_size)
             progress.add(len(cells.cell_ids))
             fault_point("generate.after_batch")
 
-        with progress, ShardFile(path, n_genes=len(self.genes), latent_width=latent_width) as out:
+        dtype = np.int32 if self.draws_counts else np.float32
+        with progress, ShardFile(path, n_genes=len(self.genes), latent_width=latent_width, dtype=dtype) as out:
             with BackgroundWriter(self.max_pending) as writer:
                 for tile in self.maker.decoded(start, stop):
                     writer.submit(add, tile)
@@ -149,6 +153,8 @@ class Generator:
         settings = settings_of(self.config)
         obs = generated_obs(ids, names, self.maker.recipe, self.spec.request, settings, self.vocabulary)
         obs.insert(obs.columns.get_loc("gen_index"), "gen_shard", np.int32(shard))
+        if not self.draws_counts:
+            return obs
         obs["library_size"] = library
         obs["total_counts"] = out.total_counts.astype(np.int64)
         obs["n_genes"] = out.n_expressed.astype(np.int32)

@@ -65,12 +65,9 @@ def model_problems(config: RealCellsConfig) -> list[str]:
 
 
 def load_models(
-    models: ModelPaths, device: torch.device, *, weights: str = "ema", counts: bool = False
+    models: ModelPaths, device: torch.device, *, weights: str = "ema"
 ) -> tuple[LoadedVAE, LoadedFlow | None]:
     """Load the VAE, and the flow if there is one, to the device.
-
-    Args:
-        counts: Whether counts will be drawn, which a Gaussian head cannot do.
 
     Raises:
         InputError: the models do not belong together, or cannot do what the job needs.
@@ -85,8 +82,6 @@ def load_models(
     problems = []
     if vae.vae.config.adaln:
         problems.append("model.vae has an adaLN decoder, which needs a condition, and this job has none")
-    if counts and vae.vae.config.head == "gaussian":
-        problems.append("model.vae has a gaussian head, and no counts can be drawn from it")
     if flow is not None:
         own = (vae.vae.config.n_latent_tokens, vae.vae.config.latent_width)
         if own != (flow.n_latent_tokens, flow.latent_width):
@@ -102,6 +97,21 @@ def latent_width(folder: str) -> int:
     """Return m * e of the VAE in a model folder."""
     config = json.loads((Path(folder) / "config.json").read_text())["config"]
     return int(config["n_latent_tokens"]) * int(config["latent_width"])
+
+
+def draws_counts(folder: str | Path) -> bool:
+    """Return whether the VAE in a model folder draws counts; a Gaussian head draws log1p CP10k values."""
+    config = json.loads((Path(folder) / "config.json").read_text())["config"]
+    return bool(config.get("head") != "gaussian")
+
+
+def check_likelihood(folder: str) -> None:
+    """Raise InputError if counts have no likelihood under the VAE in a model folder."""
+    if not draws_counts(folder):
+        raise InputError(
+            f"{folder} has a gaussian head: it models log1p CP10k values, and counts have no likelihood under it; "
+            "log_likelihood needs a VAE with head nb_shared or nb_cell"
+        )
 
 
 def _absolute(folder: str) -> str:

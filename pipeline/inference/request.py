@@ -164,19 +164,22 @@ def _scaled(composition: pd.DataFrame, n_cells: int | None) -> pd.DataFrame:
 
 # ---- in numbers --------------------------------------------------------------------------------------------------
 def recipe_of(
-    request: Request, config: GenerateConfig, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str
-) -> Recipe:
+    request: Request, config: GenerateConfig, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str,
+    *, counts: bool = True,
+) -> Recipe:  # fmt: skip
     """Return class ids, guidance and library-size statistics of every row, see `scldm.generation.recipe.recipe_of`."""
     from scldm.generation import recipe  # imports torch, which the check of a request does not need
 
-    return recipe.recipe_of(request, settings_of(config), vocabulary, sizes, strategy)
+    return recipe.recipe_of(request, settings_of(config), vocabulary, sizes, strategy, counts=counts)
 
 
 def settings_of(config: GenerateConfig) -> Settings:
     return Settings(config.sampler.guidance, config.library_size)
 
 
-def notes_on(request: Request, training: pd.DataFrame, sizes: LibrarySizes, config: GenerateConfig) -> list[str]:
+def notes_on(
+    request: Request, training: pd.DataFrame, sizes: LibrarySizes, config: GenerateConfig, *, counts: bool = True
+) -> list[str]:
     """Describe what a reader of the cells should know: combinations without training cells, borrowed library sizes."""
     labels = [c for c in training.columns if c != "n_cells"]
     unseen, fallback = [], []
@@ -184,7 +187,7 @@ def notes_on(request: Request, training: pd.DataFrame, sizes: LibrarySizes, conf
         given = {k: v for k, v in row.condition.items() if v is not None}
         if given and not _seen(given, training, labels):
             unseen.append(_text(given))
-        if row.library_size is None and isinstance(config.library_size, str):
+        if counts and row.library_size is None and isinstance(config.library_size, str):
             level = sizes.of(row.condition).level
             if given and level != condition_key(given):
                 fallback.append(f"{_text(given)} from {level}")

@@ -74,7 +74,7 @@ class ShardFile:
     A context manager: leaving the block without `finish` removes the file.
     """
 
-    def __init__(self, path: Path, *, n_genes: int, latent_width: int):
+    def __init__(self, path: Path, *, n_genes: int, latent_width: int, dtype: DTypeLike = np.int32):
         self.path, self.n_genes = path, n_genes
         self.file = h5py.File(path, "w")
         self.file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
@@ -82,7 +82,7 @@ class ShardFile:
         x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
         obsm = self.file.create_group("obsm")
         obsm.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-        self.counts, self.columns = _Column(x, "data", np.int32), _Column(x, "indices", np.int32)
+        self.counts, self.columns = _Column(x, "data", dtype), _Column(x, "indices", np.int32)
         self.latents = _Column(obsm, "X_scldm", np.float32, latent_width)
         self.latents.data.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         self.waiting: list[tuple[sp.csr_matrix, np.ndarray]] = []
@@ -100,7 +100,7 @@ class ShardFile:
             self.path.unlink(missing_ok=True)
 
     def add(self, counts: sp.csr_matrix, latents: np.ndarray) -> None:
-        """Append the next cells: counts (b, p) int32 and latents (b, m * e)."""
+        """Append the next cells: values (b, p) of the file's type and latents (b, m * e)."""
         self.waiting.append((counts, latents))
         self.n_waiting += counts.shape[0]
         self.lengths.append(np.diff(counts.indptr))

@@ -34,6 +34,7 @@ from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
 from scldm.errors import InputError
+from scldm.generation.expression_draw import is_log_normalised
 from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import class_text
 from scldm.metrics.from_anndata import cell_set
@@ -120,6 +121,11 @@ def open_generated(manifest: Manifest, genes: pd.Index) -> Cells:
     cells = open_cells(manifest.folder)
     if not cells.n_obs:
         raise InputError(f"{manifest.folder} holds no generated cells")
+    if is_log_normalised(cells.uns):
+        raise InputError(
+            f"{manifest.folder} holds log1p CP10k values of a gaussian head, and evaluate scores counts; take a VAE "
+            "with head nb_shared or nb_cell, or compare the log-normalised values in a notebook (scldm.open_cells)"
+        )
     if not cells.var.index.equals(genes):
         raise InputError(
             f"{manifest.folder} holds {len(cells.var)} genes and the vocabulary has {len(genes)}: evaluate needs all "

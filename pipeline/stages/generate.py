@@ -26,13 +26,17 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.export.index import write_index
 from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
+from pipeline.inference.models import draws_counts
 from pipeline.inference.progress import JobProgress, clear_hints
-from pipeline.inference.request import n_shards, notes_on, recipe_of, record_request, resolve_request
+from pipeline.inference.request import n_shards, notes_on, recipe_of, record_request, resolve_request, settings_of
 from scldm.data.library_size import LibrarySizes
+from scldm.errors import InputError
+from scldm.generation.expression_draw import SCALE, expression_problems, scale_of
 from scldm.generation.request import Request
 from scldm.generation.request_table import genes_to_write
 
 SCHEMA_VERSION = 2
+EXPRESSION_SCHEMA = 3  # X holds log1p CP10k values: earlier readers would take them for counts
 Pool = Callable[[list[int], GeneratorSpec, StageContext], Iterator[Record]]  # makes shards, yields their records
 logger = logging.getLogger(__name__)
 
@@ -81,6 +85,8 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     fault_point("generate.before_manifest")
     facts = {"cells": "cells", "shards": records, "n_cells": n_cells, "request_digest": request.digest}
     facts["index"] = write_index(context.folder, records)
+    if SCALE in spec.provenance:
+        facts["schema_version"] = EXPRESSION_SCHEMA
     facts |= {"notes": notes, "vae": os.path.relpath(spec.vae, context.folder)}
     return facts | ({"cells_per_s": round(rate, 2)} if todo else {})
 
@@ -96,7 +102,12 @@ def _spec(
     decoder = vae.path("model") if own is None else Path(flow.folder) / own[config.sampler.weights]
     sizes = LibrarySizes.load(flow.path("model") / "library_size.json")
     strategy = json.loads((flow.path("model") / "config.json").read_text())["config"]["strategy"]
-    recipe_of(request, config, data.vocabulary, sizes, strategy)  # an error is reported here, not by every actor
+    counts = draws_counts(decoder)
+    if not counts and (
+        found := expression_problems(request, settings_of(config), temperature=config.sampler.temperature)
+    ):
+        raise InputError("\n".join(f"generate: {problem}" for problem in found))
+    recipe_of(request, config, data.vocabulary, sizes, strategy, counts=counts)  # reported here, not by every actor
     tokens, width = vae.facts["latent_shape"]
     provenance = {
         "schema_version": SCHEMA_VERSION,
@@ -109,7 +120,8 @@ def _spec(
         "n_genes_decoded": data.vocabulary.n_genes,
         "data": str(context.inputs["ingest"].facts["digest"]),
         "latent_shape": [tokens, width],
-        "notes": notes_on(request, data.composition("train"), sizes, config),
+        "notes": notes_on(request, data.composition("train"), sizes, config, counts=counts),
+        **scale_of("nb" if counts else "gaussian"),
     }
     return GeneratorSpec(
         folder=folder,

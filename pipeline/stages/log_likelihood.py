@@ -14,7 +14,7 @@ from pipeline.config.apply import LogLikelihoodConfig
 from pipeline.config.context import StageContext
 from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
 from pipeline.inference.apply_job import Pool, run_batches
-from pipeline.inference.models import load_models
+from pipeline.inference.models import check_likelihood, load_models, locate_models
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class Scorer:
     def __init__(self, spec: ApplierSpec, device: torch.device):
         self.config = cast(LogLikelihoodConfig, spec.config)
         weights = self.config.flow.weights if self.config.flow is not None else "ema"
-        self.vae, self.flow = load_models(spec.models, device, weights=weights, counts=True)
+        self.vae, self.flow = load_models(spec.models, device, weights=weights)
         self.vocabulary, self.seed = self.vae.vocabulary, spec.seed
 
     def __call__(self, tile: Tile) -> TileOutput:
@@ -57,6 +57,7 @@ class Scorer:
 
 def run(config: LogLikelihoodConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
     """Run the stage; returns the facts of `run_batches`."""
+    check_likelihood(locate_models(config, context).vae)
     columns = ("nll", "nll_per_gene", *(("flow_log_prob",) if config.flow is not None else ()))
     layout = OutputLayout(obs=dict.fromkeys(columns, np.float32))
     return run_batches(config, context, stage="log_likelihood", processor=Scorer, layout=layout, pool=pool)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.apply import PerturbConfig
 from pipeline.config.context import StageContext
-from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
+from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput, Values
 from pipeline.inference.apply_job import Pool, run_batches
-from pipeline.inference.models import check_target, latent_width, load_models, locate_models
+from pipeline.inference.models import check_target, draws_counts, latent_width, load_models, locate_models
 from scldm.data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Perturber:
 
     def __init__(self, spec: ApplierSpec, device: torch.device):
         self.config = cast(PerturbConfig, spec.config)
-        self.vae, flow = load_models(spec.models, device, weights=self.config.flow.weights, counts=True)
+        self.vae, flow = load_models(spec.models, device, weights=self.config.flow.weights)
         assert flow is not None  # the config requires one
         self.flow = flow
         self.encodes = self.config.start == "latents"
@@ -40,7 +40,6 @@ class Perturber:
         from scldm.flow.config import SamplerConfig
         from scldm.flow.sampler import sample_latents
         from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
-        from scldm.nn.vae import CountDistribution
 
         target, obs = self._target(tile)
         sampler = SamplerConfig(**self.config.flow.model_dump(), guidance=self.config.guidance)
@@ -52,9 +51,8 @@ class Perturber:
                 noise = fresh_noise(self.flow, tile.ids.tolist(), seed=self.seed).to(tile.cells.library_size.device)
                 z = sample_latents(self.flow.dit, noise, target, sampler, self.flow.path)
             out = self.vae.vae.decode(z, tile.cells.library_size)
-        assert isinstance(out, CountDistribution)  # load_models refuses other heads
-        counts = draw_sparse(out, tile.ids.tolist(), seed=self.seed)
-        return TileOutput(counts=counts, obsm={"X_scldm": z.flatten(1).float().cpu().numpy()}, obs=obs)
+        values = draw_sparse(out, tile.ids.tolist(), seed=self.seed)
+        return TileOutput(values=values, obsm={"X_scldm": z.flatten(1).float().cpu().numpy()}, obs=obs)
 
     def _target(self, tile: Tile) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
         """Return the requested class ids, and the columns `to_<label>` of obs; the input's own columns stay."""
@@ -73,6 +71,7 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
     """Run the stage; returns the facts of `run_batches`."""
     models = locate_models(config, context)
     check_target(config, Vocabulary.load(Path(models.vae) / "vocabulary.json"))
-    layout = OutputLayout(genes=True, counts=True, obsm={"X_scldm": latent_width(models.vae)},
+    values: Values = "counts" if draws_counts(models.vae) else "log1p_cp10k"
+    layout = OutputLayout(genes=True, values=values, obsm={"X_scldm": latent_width(models.vae)},
                           obs={f"to_{label}": object for label in config.to})  # fmt: skip
     return run_batches(config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool)

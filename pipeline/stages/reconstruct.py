@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.apply import ReconstructConfig
 from pipeline.config.context import StageContext
-from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
+from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput, Values
 from pipeline.inference.apply_job import Pool, run_batches
-from pipeline.inference.models import latent_width, load_models, locate_models
+from pipeline.inference.models import draws_counts, latent_width, load_models, locate_models
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 
@@ -27,22 +27,20 @@ class Reconstructor:
 
     def __init__(self, spec: ApplierSpec, device: torch.device):
         self.decode, self.seed = cast(ReconstructConfig, spec.config).decode, spec.seed
-        self.vae, _ = load_models(spec.models, device, counts=self.decode != "mean")
+        self.vae, _ = load_models(spec.models, device)
         self.vocabulary = self.vae.vocabulary
 
     def __call__(self, tile: Tile) -> TileOutput:
         import torch
 
         from scldm.generation.real_cells import draw_sparse
-        from scldm.nn.vae import CountDistribution
 
         with torch.inference_mode():
             z = self.vae.vae.encode(tile.seen)
             out = self.vae.vae.decode(z, tile.cells.library_size, measured=tile.cells.measured)
         output = TileOutput(obsm={"X_scldm": z.flatten(1).float().cpu().numpy()})
         if self.decode != "mean":
-            assert isinstance(out, CountDistribution)  # load_models refuses other heads
-            output.counts = draw_sparse(out, tile.ids.tolist(), seed=self.seed)
+            output.values = draw_sparse(out, tile.ids.tolist(), seed=self.seed)
         if self.decode != "counts":
             output.mean = out.mu.float().cpu().numpy()
         return output
@@ -59,5 +57,9 @@ def run(config: ReconstructConfig, context: StageContext, pool: Pool | None = No
             f"decode ({config.decode}) writes dense means: {config.shard_size:,} cells x {n_genes:,} genes are "
             f"{size / 2**30:.1f} GiB in a shard, more than {MAX_DENSE_BYTES >> 30}; set shard_size={fits} or less"
         )
-    layout = OutputLayout(genes=True, counts=config.decode != "mean", mean=mean, obsm={"X_scldm": latent_width(vae)})
+    drawn: Values = "counts" if draws_counts(vae) else "log1p_cp10k"
+    values = drawn if config.decode != "mean" else None
+    layout = OutputLayout(
+        genes=True, values=values, mean=None if not mean else drawn, obsm={"X_scldm": latent_width(vae)}
+    )
     return run_batches(config, context, stage="reconstruct", processor=Reconstructor, layout=layout, pool=pool)

@@ -2,71 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from pydantic import ValidationError
 
+from scldm.api.arguments import Arguments
 from scldm.data.user_table import TableError, whole_table
 from scldm.data.vocabulary import Vocabulary
 from scldm.flow.config import SamplerConfig
 from scldm.generation.request import Request, RequestRow
 from scldm.generation.request_table import RequestError, check_guidance, genes_to_write, read_rows
+from scldm.text import did_you_mean
 
 Conditions: TypeAlias = pd.DataFrame | pd.Series | Sequence[Mapping[str, Any]] | Mapping[str, str | None] | None
 
 
 def read_conditions(
-    conditions: Conditions, n: int | None, sampler: SamplerConfig, genes: Sequence[str] | None, vocabulary: Vocabulary
+    given: Arguments, conditions: Any, n: Any, sampler: SamplerConfig, genes: Any, vocabulary: Vocabulary
 ) -> tuple[Request, np.ndarray | None]:
     """Return the request, and the ids of the genes to keep (None: all).
 
+    Args:
+        given: Arguments of the call, with the problems of those that were checked before.
+
     Raises:
-        RequestError: The request is invalid; all problems are listed.
+        RequestError: The request or an argument is invalid; all problems are listed.
     """
-    table = _table(conditions, n, vocabulary)
-    problems = [p.replace("generate.sampler.", "") for p in check_guidance(sampler.guidance, vocabulary)]
-    rows = read_rows(table, "conditions", vocabulary, problems)
+    problems = given.problems
+    table = _table(given, conditions, n, vocabulary)
+    problems += [p.replace("generate.sampler.", "") for p in check_guidance(sampler.guidance, vocabulary)]
+    rows = [] if table is None else read_rows(table, "conditions", vocabulary, problems)
     kept = None
     try:
-        kept = genes_to_write(genes, vocabulary)
+        kept = _kept(given, genes, vocabulary)
     except RequestError as error:
-        problems.append(str(error))
+        problems.append(str(error).replace("generate.genes: ", "genes: "))
     if problems:
-        raise RequestError("\n".join(problems))
+        raise RequestError("\n".join(dict.fromkeys(problems)))
     return Request(tuple(RequestRow(**row) for row in rows)), kept
 
 
-def _whole(table: pd.DataFrame | pd.Series, vocabulary: Vocabulary) -> pd.DataFrame:
-    try:
-        return whole_table(table, "conditions", vocabulary)
-    except TableError as error:
-        raise RequestError(str(error)) from error
-
-
-def sampler_settings(
-    given: SamplerConfig | Mapping[str, Any] | None, guidance: Mapping[str, float] | float | None
-) -> SamplerConfig:
+def sampler_settings(given: Arguments, sampler: Any, guidance: Any) -> SamplerConfig:
     """Return the settings of the sampler, with `guidance` in place of theirs if it is given."""
-    settings = given if isinstance(given, SamplerConfig) else SamplerConfig.model_validate(dict(given or {}))
-    if guidance is None:
-        return settings
-    return SamplerConfig.model_validate({**settings.model_dump(), "guidance": guidance})
+    if not isinstance(sampler, (SamplerConfig, Mapping, type(None))):
+        given.problems.append(f"sampler must be a dictionary of settings or a SamplerConfig; got {sampler!r}")
+        sampler = None
+    values = sampler.model_dump() if isinstance(sampler, SamplerConfig) else dict(sampler or {})
+    if guidance is not None:
+        values["guidance"] = guidance
+    if "guidance" in values:
+        own, where = values["guidance"], "guidance" if guidance is not None else "sampler.guidance"
+        values["guidance"] = (
+            {label: given.number(f"{where}[{label!r}]", w) for label, w in own.items()}
+            if isinstance(own, Mapping)
+            else given.number(where, own, or_text="a dictionary of label and scale, or ")
+        )
+    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+    try:
+        return SamplerConfig.model_validate(values)
+    except ValidationError as error:
+        for e in error.errors():
+            place = ".".join(map(str, ("sampler", *e["loc"])))
+            given.problems.append(f"{place}: {e['msg']}; got {e['input']!r}{_meant(e, SamplerConfig)}")
+        scales = values.get("guidance", 1.0)  # whose labels are checked against the model, together with the rest
+        return SamplerConfig(guidance={str(k): w for k, w in scales.items()} if isinstance(scales, dict) else scales)
 
 
-def _table(conditions: Conditions, n: int | None, vocabulary: Vocabulary) -> pd.DataFrame:
-    """Return a table with a column n_cells."""
+def library_size_argument(given: Arguments, value: Any) -> float | str:
+    """Return a library size as a number, or "statistics"; anything else is a problem."""
+    if isinstance(value, str) and value == "statistics":
+        return value
+    return given.number("library_size", value, above=0.0, or_text="'statistics' or ")
+
+
+def _meant(error: Any, model: type[SamplerConfig]) -> str:
+    if error["type"] != "extra_forbidden":
+        return ""
+    hint = did_you_mean(str(error["loc"][0]), list(model.model_fields))
+    return f" ({hint})" if hint else f" (known: {', '.join(model.model_fields)})"
+
+
+def _kept(given: Arguments, genes: Any, vocabulary: Vocabulary) -> np.ndarray | None:
+    """Return the ids of the genes to keep."""
+    if genes is None:
+        return None
+    names = [genes] if isinstance(genes, str) or not isinstance(genes, Iterable) else list(genes)
+    if isinstance(genes, (str, Mapping)) or not all(isinstance(name, str) for name in names):
+        given.problems.append(f"genes must be a list of gene ids or names; got {genes!r}")
+        return None
+    return genes_to_write([str(name) for name in names], vocabulary)
+
+
+def _table(given: Arguments, conditions: Any, n: Any, vocabulary: Vocabulary) -> pd.DataFrame | None:
+    """Return a table with a column n_cells; None after a problem."""
+    if n is not None:
+        n = given.whole("n", n, least=0)
+    table = _rows(given, conditions, vocabulary)
+    if table is not None and "n_cells" in table and n is not None:
+        given.problems.append("the table says n_cells, and n says it again: leave one out")
+    elif table is not None and "n_cells" not in table:
+        if n is None:
+            given.problems.append("how many cells? Give n, or the table a column n_cells")
+        else:
+            table = table.assign(n_cells=n)
+    if table is not None and "n_cells" not in table:
+        table = table.assign(n_cells=0)  # so that the other columns are checked too
+    return table
+
+
+def _rows(given: Arguments, conditions: Any, vocabulary: Vocabulary) -> pd.DataFrame | None:
+    """Return the conditions as a table; None after a problem."""
     if isinstance(conditions, (pd.DataFrame, pd.Series)):
-        table = _whole(conditions, vocabulary)
-    elif isinstance(conditions, Mapping):
-        table = pd.DataFrame([dict(conditions)])
-    else:
-        table = pd.DataFrame([{}] if conditions is None else [dict(row) for row in conditions])
-    if "n_cells" in table:
-        if n is not None:
-            raise RequestError("the table says n_cells, and n says it again: leave one out")
-        return table
-    if n is None:
-        raise RequestError("how many cells? Give n, or the table a column n_cells")
-    return table.assign(n_cells=n)
+        try:
+            return whole_table(conditions, "conditions", vocabulary)
+        except TableError as error:
+            given.problems.append(str(error))
+            return None
+    rows = [{}] if conditions is None else [conditions] if isinstance(conditions, Mapping) else conditions
+    rows = [rows] if isinstance(rows, str) or not isinstance(rows, Iterable) else list(rows)
+    if not all(isinstance(row, Mapping) for row in rows):
+        given.problems.append(
+            "conditions must be a dictionary {label: class}, a table, a list of dictionaries, or None; got "
+            f"{conditions!r}"[:200]
+        )
+        return None
+    return pd.DataFrame([dict(row) for row in rows])

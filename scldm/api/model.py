@@ -18,14 +18,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import anndata
 import numpy as np
 import pandas as pd
 import torch
 
-from scldm.api.conditions import Conditions, read_conditions, sampler_settings
+from scldm.api.arguments import Arguments
+from scldm.api.conditions import Conditions, library_size_argument, read_conditions, sampler_settings
 from scldm.api.folders import ModelFolders, Weights, find_models
 from scldm.api.parts import LATENTS, digests, flat, joined, made_cells, require_counts_head, tiles
 from scldm.checkpoints.native import CheckpointError, LoadedFlow, LoadedVAE, load_flow, load_vae
@@ -33,10 +34,11 @@ from scldm.data.align import Match, align, class_ids
 from scldm.data.vocabulary import Vocabulary
 from scldm.flow.config import SamplerConfig
 from scldm.generation.cell_maker import CellMaker, check_pair
+from scldm.generation.expression_draw import expression_problems
 from scldm.generation.real_cells import draw_sparse, latent_log_prob
 from scldm.generation.recipe import generated_obs, recipe_of
 from scldm.generation.request import Settings
-from scldm.nn.vae import CountDistribution
+from scldm.generation.request_table import RequestError
 
 
 def load(
@@ -61,6 +63,13 @@ def load(
     >>> model
     scldm.Model: VAE of 6 genes, 3 x 4 latents; flow with labels cell_type (3), donor (2); on cpu
     """
+    given = Arguments()
+    given.one_of("weights", weights, get_args(Weights))
+    given.path("folder", folder)
+    if flow is not None:
+        given.path("flow", flow)
+    device = given.device("device", device)
+    given.raise_problems()
     found = find_models(folder, weights=weights)
     if flow is not None:
         found = ModelFolders(found.vae, Path(flow).expanduser())
@@ -128,6 +137,9 @@ class Model:
         >>> model.encode(adata).obsm["X_scldm"].shape
         (70, 12)
         """
+        given = Arguments()
+        max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
+        given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         out = adata.copy() if adata.is_view else adata
         with torch.inference_mode():
@@ -141,6 +153,8 @@ class Model:
     ) -> anndata.AnnData:  # fmt: skip
         """Encode and decode cells: counts drawn from the decoder's negative binomial in X, CSR int32.
 
+        A Gaussian head draws log1p CP10k values instead, float32, and says so in uns["scldm"]["scale"].
+
         Args:
             mean: Also store the means in layers["mean"], dense float32: b x g x 4 bytes.
             seed: Seed of the draw. Other arguments as in `encode`.
@@ -148,14 +162,16 @@ class Model:
         >>> model.reconstruct(adata, seed=1).shape
         (70, 6)
         """
-        require_counts_head(self.vae, self.folders)
+        given = Arguments()
+        max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
+        mean, seed = given.flag("mean", mean), given.seed(seed)
+        given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         counts, latents, means = [], [], []
         for batch in tiles(self.vae, cells, adata):
             with torch.inference_mode():
                 z = self.vae.vae.encode(batch)
                 out = self.vae.vae.decode(z, batch.library_size)
-            assert isinstance(out, CountDistribution)  # `require_counts_head` refused a Gaussian head
             counts.append(draw_sparse(out, batch.joinids.tolist(), seed=seed))
             latents.append(flat(z))
             if mean:
@@ -188,6 +204,11 @@ class Model:
         ['nll', 'nll_per_gene']
         """
         require_counts_head(self.vae, self.folders)
+        given = Arguments()
+        max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
+        flow, seed = given.flag("flow", flow), given.seed(seed)
+        probes = given.whole("probes", probes, least=1)
+        given.raise_problems()
         if flow and self.flow is None:
             raise CheckpointError(f"{self.folders.vae} has no flow next to it; use scldm.load(vae, flow=folder)")
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
@@ -227,10 +248,11 @@ class Model:
             sampler: Settings, for example {"solver": "rk4", "steps": 20}.
 
         Returns:
-            AnnData as a generate job writes it: X CSR int32, obs with the training categories, obsm["X_scldm"].
+            AnnData as a generate job writes it: X CSR int32, obs with the training categories, obsm["X_scldm"]. X of a
+            model with a Gaussian head holds log1p CP10k values, float32, and uns["scldm"]["scale"] says so.
 
         Raises:
-            RequestError: Labels, classes or genes are unknown; all are listed.
+            RequestError: Arguments cannot be used, or labels, classes or genes are unknown; all are listed.
 
         >>> cells = model.generate({"cell_type": "B"}, n=4, seed=1)
         >>> cells.obs["cell_type"].tolist(), cells.shape
@@ -240,10 +262,18 @@ class Model:
             raise CheckpointError(
                 f"{self.folders.vae} has no flow, and cells come from one; scldm.load(vae, flow=folder)"
             )
-        settings = sampler_settings(sampler, guidance)
-        request, kept = read_conditions(conditions, n, settings, genes, self.vocabulary)
+        given = Arguments()
+        seed = given.seed(seed)
+        library_size = library_size_argument(given, library_size)
+        settings = sampler_settings(given, sampler, guidance)
+        request, kept = read_conditions(given, conditions, n, settings, genes, self.vocabulary)
         rules = Settings(settings.guidance, library_size)
-        recipe = recipe_of(request, rules, self.vocabulary, self.flow.library_sizes, self.flow.dit.strategy)
+        gaussian = self.vae.vae.config.head == "gaussian"
+        if gaussian and (problems := expression_problems(request, rules, temperature=settings.temperature)):
+            raise RequestError("\n".join(problems))
+        recipe = recipe_of(
+            request, rules, self.vocabulary, self.flow.library_sizes, self.flow.dit.strategy, counts=not gaussian
+        )
         maker = CellMaker(self.vae, self.flow, recipe, sampler=settings, seed=seed, genes=kept)
         made = list(maker.cells(0, request.n_cells))
         about = {"kind": "generate", "seed": seed, "sampler": settings.model_dump_json(), "request": request.digest,
@@ -253,8 +283,9 @@ class Model:
         ids = np.arange(request.n_cells, dtype=np.int64)
         names = [f"{prefix}-{i:0{digits}d}" for i in ids.tolist()]
         obs = generated_obs(ids, names, recipe, request, rules, self.vocabulary)
-        obs["library_size"] = np.concatenate([np.zeros(0, np.float32), *(t.library_size for t in made)])
-        return made_cells(self.vae, [t.counts for t in made], [t.latents for t in made], obs, about, kept)
+        if not gaussian:
+            obs["library_size"] = np.concatenate([np.zeros(0, np.float32), *(t.library_size for t in made)])
+        return made_cells(self.vae, [t.values for t in made], [t.latents for t in made], obs, about, kept)
 
     # ---- folders -------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
@@ -275,3 +306,12 @@ class Model:
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
         """Load the model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded."""
         return load(folder, device=device)
+
+
+def _cells_arguments(given: Arguments, adata: Any, layer: Any, match: Any, genes: Any, max_missing: Any) -> float:
+    """Check the arguments that say which cells, counts and genes are meant; returns max_missing."""
+    given.anndata("adata", adata)
+    given.text("layer", layer)
+    given.one_of("match", match, get_args(Match))
+    given.text("genes", genes)
+    return given.number("max_missing", max_missing, within=(0.0, 1.0))

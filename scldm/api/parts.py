@@ -19,6 +19,7 @@ from scldm.checkpoints.native import CheckpointError, LoadedVAE, folder_digest
 from scldm.data.align import AlignedCells, CellsError
 from scldm.data.batch import CellBatch
 from scldm.generation.cell_maker import tile_cells
+from scldm.generation.expression_draw import scale_of
 from scldm.generation.recipe import genes_table
 
 LATENTS = "X_scldm"
@@ -47,21 +48,25 @@ def tiles(
 
 
 def made_cells(
-    vae: LoadedVAE, counts: Sequence[sp.csr_matrix], latents: Sequence[np.ndarray], obs: pd.DataFrame,
+    vae: LoadedVAE, values: Sequence[sp.csr_matrix], latents: Sequence[np.ndarray], obs: pd.DataFrame,
     about: Mapping[str, Any], genes: np.ndarray | None = None,
 ) -> anndata.AnnData:  # fmt: skip
-    """Return cells that the model made as AnnData; adds total_counts and n_genes to obs.
+    """Return cells that the model made as AnnData; adds total_counts and n_genes to obs if the model draws counts.
 
     Args:
         about: Provenance, for uns["scldm"].
         genes: Ids of the genes to keep; None: all.
     """
     var = genes_table(vae.vocabulary, genes)
-    x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.int32), *counts], format="csr")
-    obs["total_counts"] = np.asarray(x.sum(1)).ravel().astype(np.int64)
-    obs["n_genes"] = np.diff(x.indptr).astype(np.int32)
+    scale = scale_of(vae.vae.config.head)
+    x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.float32 if scale else np.int32), *values], format="csr")
+    if not scale:
+        obs["total_counts"] = np.asarray(x.sum(1)).ravel().astype(np.int64)
+        obs["n_genes"] = np.diff(x.indptr).astype(np.int32)
     shape = vae.vae.config.n_latent_tokens, vae.vae.config.latent_width
-    return anndata.AnnData(x, obs=obs, var=var, obsm={LATENTS: joined(latents, shape)}, uns={"scldm": dict(about)})
+    return anndata.AnnData(
+        x, obs=obs, var=var, obsm={LATENTS: joined(latents, shape)}, uns={"scldm": {**about, **scale}}
+    )
 
 
 def joined(parts: Sequence[np.ndarray], latent_shape: tuple[int, int]) -> np.ndarray:
@@ -81,6 +86,8 @@ def digests(folders: ModelFolders) -> dict[str, str]:
 
 
 def require_counts_head(vae: LoadedVAE, folders: ModelFolders) -> None:
-    """Raise CheckpointError if the VAE has a Gaussian head, from which counts cannot be drawn."""
+    """Raise CheckpointError if the VAE has a Gaussian head, under which counts have no likelihood."""
     if vae.vae.config.head == "gaussian":
-        raise CheckpointError(f"{folders.vae} has a gaussian head: it has no distribution of counts")
+        raise CheckpointError(
+            f"{folders.vae} has a gaussian head: it models log1p CP10k values, and counts have no likelihood under it"
+        )

@@ -14,8 +14,10 @@ import pandas as pd
 import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsClassifier
 
+from scldm.api.arguments import Arguments
 from scldm.data.align import CellsError
 from scldm.data.class_names import class_names
+from scldm.generation.expression_draw import is_log_normalised
 from scldm.metrics.distribution import distances, two_sample
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.genes import expression
@@ -63,7 +65,15 @@ def score(
     >>> score(model.generate(n=60), real=adata).loc["w2", ["better", "title"]].tolist()
     ['lower', 'Wasserstein-2, exact']
     """
-    _require(generated, real, label)
+    given = Arguments()
+    given.anndata("generated", generated)
+    given.anndata("real", real)
+    given.text("label", label)
+    given.text("layer", layer)
+    max_cells, n_pcs = given.whole("max_cells", max_cells, least=FEWEST // 3), given.whole("n_pcs", n_pcs, least=1)
+    seed = given.seed(seed)
+    given.raise_problems()
+    _require(generated, real, label, layer)
     rng = np.random.default_rng(seed)
     known = _Side.from_anndata(real, label, layer, _gene_names(real).get_indexer(generated.var_names))
     order = rng.permutation(real.n_obs)
@@ -129,8 +139,12 @@ def _scores(real: _Side, side: _Side, reference: _Side, space: RealSpace, *, see
     return found
 
 
-def _require(generated: anndata.AnnData, real: anndata.AnnData, label: str | None) -> None:
-    problems = []
+def _require(generated: anndata.AnnData, real: anndata.AnnData, label: str | None, layer: str | None) -> None:
+    problems = [
+        f"{side} holds log1p CP10k values of a gaussian head (uns['scldm']['scale']), and scores need counts"
+        for side, adata in (("generated", generated), ("real", real))
+        if is_log_normalised(adata.uns)
+    ]
     if real.n_obs < FEWEST:
         problems.append(f"{real.n_obs} real cells are too few to deal to three parts; at least {FEWEST} are needed")
     if generated.n_obs < FEWEST // 3:
@@ -146,6 +160,8 @@ def _require(generated: anndata.AnnData, real: anndata.AnnData, label: str | Non
             problems.append(f"{side}.obs has no column {label!r}; it has {', '.join(map(str, adata.obs)) or 'none'}")
         elif label is not None and all(x is None for x in class_names(adata.obs[label])):
             problems.append(f"no cell of {side} has a value in obs[{label!r}]")
+    if layer is not None and layer not in real.layers:
+        problems.append(f"real has no layer {layer!r}; it has {', '.join(real.layers) or 'none'}")
     if problems:
         raise CellsError("\n".join(problems))
 

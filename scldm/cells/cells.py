@@ -170,6 +170,8 @@ class Cells:
 
     def batches(self, size: int = 10_000, key: Any = slice(None)) -> Iterator[anndata.AnnData]:
         """Yield the cells of a key, `size` at a time; memory holds one batch."""
+        if isinstance(size, (bool, np.bool_)) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise CellShardsError(f"size must be a whole number >= 1; got {size!r}")
         rows = self.rows(key)
         for start in range(0, len(rows), size):
             yield self[rows[start : start + size]]

@@ -21,7 +21,7 @@ from anndata.io import read_elem, sparse_dataset
 from scldm.errors import InputError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2  # the newest contract of cells that this code reads
+SCHEMA_VERSION = 3  # the newest contract of cells that this code reads
 
 
 class CellShardsError(InputError, ValueError):

@@ -1,4 +1,6 @@
-"""Generate cells: flow, decoder, draw. A cell is a function of (models, sampler, seed, request, cell id).
+"""Generate cells: flow, decoder, draw of counts (of log1p CP10k values, for a Gaussian head).
+
+A cell is a function of (models, sampler, seed, request, cell id).
 
 Noise, library size and counts of a cell come from its own counters (`counter_random`). The networks' rounding depends
 on the shape of a batch, so the networks only see *tiles*: all cells whose ids have the same quotient by the tile size,
@@ -24,6 +26,7 @@ from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.flow.config import SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.generation.counter_random import normals
+from scldm.generation.expression_draw import draw_expression
 from scldm.generation.nb_draw import draw_counts
 from scldm.nn.vae import CountDistribution
 
@@ -54,21 +57,21 @@ class Recipe:
 
 @dataclass(frozen=True)
 class GeneratedCells:
-    """Cells of a batch, with counts of the genes to write."""
+    """Cells of a batch, with the values of the genes to write."""
 
     cell_ids: np.ndarray  # (b,) int64
-    counts: sp.csr_matrix  # (b, p) int32
+    values: sp.csr_matrix  # (b, p) int32 counts; float32 log1p CP10k of a Gaussian head
     latents: np.ndarray  # (b, m * e) float32
     library_size: np.ndarray  # (b,) float32: input of the decoder
 
 
 @dataclass(frozen=True)
 class DecodedTile:
-    """Decoded cells of a tile before counts are drawn: dense and short-lived."""
+    """Decoded cells of a tile before values are drawn: dense and short-lived."""
 
     cell_ids: np.ndarray  # (b,)
     mu: np.ndarray  # (b, g) float32
-    theta: np.ndarray  # (g,) or (b, g) float32
+    theta: np.ndarray | None  # (g,) or (b, g) float32; None: a Gaussian head
     latents: np.ndarray  # (b, m * e) float32
     library_size: np.ndarray  # (b,) float32
 
@@ -82,11 +85,6 @@ def check_pair(vae: LoadedVAE, flow: LoadedFlow) -> None:
     own = (vae.vae.config.n_latent_tokens, vae.vae.config.latent_width)
     if own != (flow.n_latent_tokens, flow.latent_width):
         raise ValueError(f"the VAE's latents are {own}, the flow's {(flow.n_latent_tokens, flow.latent_width)}")
-    if vae.vae.config.head == "gaussian":
-        raise ValueError(
-            "the VAE's head is gaussian: it models log-normalised expression, and no counts can be drawn from it; "
-            "train one with head nb_shared or nb_cell"
-        )
     if vae.vocabulary.digest != flow.vocabulary.digest:
         raise ValueError("the VAE and the flow were trained with different vocabularies")
 
@@ -156,17 +154,21 @@ class CellMaker:
         """Decode a tile to means and dispersions; returns the cells of `kept`."""
         size = self.library_sizes(ids)
         decoded = self.vae.vae.decode(z, torch.from_numpy(size).to(self.device))
-        assert isinstance(decoded, CountDistribution)  # check_pair refuses a Gaussian head
-        mu, theta = decoded.mu[kept].cpu(), decoded.theta / self.sampler.temperature
+        mu, theta = decoded.mu[kept].cpu(), None
         if not torch.isfinite(mu).all():
             bad = ids[kept][~torch.isfinite(mu).all(1).numpy()].tolist()
             raise FloatingPointError(f"the decoder gave no finite means for cells {bad[:5]}; the model is not usable")
-        theta = (theta if theta.ndim == 1 else theta[kept]).float().cpu()
+        if isinstance(decoded, CountDistribution):
+            theta = decoded.theta / self.sampler.temperature
+            theta = (theta if theta.ndim == 1 else theta[kept]).float().cpu().numpy()
         latents = z[kept].flatten(1).float().cpu().numpy()
-        return DecodedTile(ids[kept], mu.float().numpy(), theta.numpy(), latents, size[kept])
+        return DecodedTile(ids[kept], mu.float().numpy(), theta, latents, size[kept])
 
     def drawn(self, tile: DecodedTile) -> GeneratedCells:
-        """Draw the counts of decoded cells."""
+        """Draw the values of decoded cells: counts, or expression of a Gaussian head."""
+        if tile.theta is None:
+            values = draw_expression(tile.mu, tile.cell_ids, seed=self.seed, stream=COUNTS, genes=self.genes)
+            return GeneratedCells(tile.cell_ids, values, tile.latents, tile.library_size)
         counts = draw_counts(
             tile.mu, tile.theta, tile.cell_ids, seed=self.seed, stream=COUNTS, genes=self.genes, pool=self.pool
         )

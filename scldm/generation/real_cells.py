@@ -20,15 +20,18 @@ from scldm.flow.guidance import guided_velocity
 from scldm.flow.likelihood import log_likelihood, rademacher
 from scldm.flow.sampler import sample_latents, time_grid
 from scldm.generation.counter_random import normals
+from scldm.generation.expression_draw import draw_expression
 from scldm.generation.nb_draw import draw_counts
-from scldm.nn.vae import CountDistribution
+from scldm.nn.vae import CountDistribution, ExpressionDistribution
 from scldm.random import generator
 
 NOISE, COUNTS, PROBE = 21, 22, 23  # streams of a cell's randomness; generated cells have others
 
 
-def draw_sparse(decoded: CountDistribution, cell_ids: Sequence[int], *, seed: int) -> sp.csr_matrix:
-    """Draw counts from the decoder's negative binomial, (b, g) int32.
+def draw_sparse(
+    decoded: CountDistribution | ExpressionDistribution, cell_ids: Sequence[int], *, seed: int
+) -> sp.csr_matrix:
+    """Draw counts from the decoder's negative binomial, (b, g) int32; log1p CP10k values, float32, of a Gaussian head.
 
     Raises:
         FloatingPointError: Means are not finite; the cells are named.
@@ -38,7 +41,10 @@ def draw_sparse(decoded: CountDistribution, cell_ids: Sequence[int], *, seed: in
         raise FloatingPointError(
             f"the decoder gave no finite means for cells {bad[:5].tolist()}; the model is not usable"
         )
-    mu, theta = decoded.mu.float().cpu().numpy(), decoded.theta.float().cpu().numpy()
+    mu = decoded.mu.float().cpu().numpy()
+    if isinstance(decoded, ExpressionDistribution):
+        return draw_expression(mu, np.asarray(cell_ids), seed=seed, stream=COUNTS)
+    theta = decoded.theta.float().cpu().numpy()
     return draw_counts(mu, theta, np.asarray(cell_ids), seed=seed, stream=COUNTS)
 
 

@@ -19,9 +19,13 @@ from scldm.generation.request_table import RequestError
 
 
 def recipe_of(
-    request: Request, settings: Settings, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str
-) -> Recipe:
+    request: Request, settings: Settings, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str,
+    *, counts: bool = True,
+) -> Recipe:  # fmt: skip
     """Return class ids, guidance and library-size statistics of every row.
+
+    Args:
+        counts: Whether counts are drawn; the expression of a Gaussian head has no library size.
 
     Raises:
         RequestError: Guidance differs between labels of a model that guides them jointly; library sizes from
@@ -29,7 +33,9 @@ def recipe_of(
     """
     rows = request.rows
     ids = {x.name: x.encode([r.condition.get(x.name) for r in rows]) for x in vocabulary.labels}
-    library = np.array([_library(r, settings, sizes) for r in rows], dtype=np.float64).reshape(-1, 2)
+    library = np.array(
+        [_library(r, settings, sizes) if counts else (0.0, 0.0) for r in rows], dtype=np.float64
+    ).reshape(-1, 2)
     return Recipe(
         stops=np.cumsum([r.n_cells for r in rows]).astype(np.int64),
         conditions=ids,

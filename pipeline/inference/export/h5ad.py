@@ -47,19 +47,19 @@ def export_h5ad(cells: Cells, out: Path) -> None:
 
 def _copy(cells: Cells, out: h5py.File) -> None:
     """Copy X, obsm and layers of all shards."""
-    n_values, has_x = 0, False
+    n_values, x_type = 0, None  # type of the values of X, if there is one
     dense: dict[str, Any] = {}  # name -> (shape behind the cells, type)
     for shard in cells.shards:
         with h5py.File(shard.path, "r") as f:
             n_values += len(f["X/data"]) if "X" in f else 0
             dense |= {f"{place}/{k}": f[place][k] for place in ("obsm", "layers") for k in f.get(place, ())}
             dense = {k: (v if isinstance(v, tuple) else (v.shape[1:], v.dtype)) for k, v in dense.items()}
-            has_x = "X" in f
+            x_type = f["X/data"].dtype if "X" in f else None
     for name, (tail, kind) in dense.items():
         made = out.create_dataset(name, (cells.n_obs, *tail), kind, chunks=True if cells.n_obs else None,
                                   **(PACKED if cells.n_obs else {}))  # fmt: skip
         made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    x = _new_csr(out, n_values, cells) if has_x else None
+    x = _new_csr(out, n_values, cells, x_type) if x_type is not None else None
     row = value = 0
     for shard in cells.shards:
         with h5py.File(shard.path, "r") as f:
@@ -73,12 +73,12 @@ def _copy(cells: Cells, out: h5py.File) -> None:
         row += shard.n_cells
 
 
-def _new_csr(out: h5py.File, n_values: int, cells: Cells) -> h5py.Group:
+def _new_csr(out: h5py.File, n_values: int, cells: Cells, kind: np.dtype[Any]) -> h5py.Group:
     x = out.create_group("X")
     x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
     x.attrs["shape"] = np.array(cells.shape, dtype=np.int64)
     packed = {**PACKED, "chunks": True} if n_values else {}
-    x.create_dataset("data", (n_values,), np.int32, **packed)
+    x.create_dataset("data", (n_values,), kind, **packed)
     x.create_dataset("indices", (n_values,), np.int32, **packed)
     x.create_dataset("indptr", (cells.n_obs + 1,), np.int64)
     return x

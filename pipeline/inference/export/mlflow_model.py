@@ -57,7 +57,7 @@ class ConditionsToCounts(PythonModel):
         request = Request(tuple(RequestRow(**row) for row in rows))
         recipe = recipe_of(request, config, flow.vocabulary, flow.library_sizes, flow.dit.strategy)
         maker = CellMaker(self.vae, flow, recipe, sampler=config.sampler, seed=config.seed)
-        parts = [cells.counts.toarray() for cells in maker.cells(0, request.n_cells)]
+        parts = [cells.values.toarray() for cells in maker.cells(0, request.n_cells)]
         genes = list(flow.vocabulary.feature_ids)
         counts = np.concatenate([np.zeros((0, len(genes)), np.int32), *parts])
         return pd.DataFrame(counts, columns=genes)

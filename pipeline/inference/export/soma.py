@@ -25,6 +25,7 @@ from pipeline.data.soma.store import TILE
 from pipeline.data.soma.write import in_tile_order, write_frame, x_layout
 from scldm.cells.cells import Cells
 from scldm.errors import InputError
+from scldm.generation.expression_draw import is_log_normalised
 
 ROWS_PER_WRITE = 32 * TILE  # one TileDB fragment each: few, so that no consolidation is needed
 
@@ -45,6 +46,10 @@ def export_soma(cells: Cells, out: Path, *, rows_per_write: int = ROWS_PER_WRITE
         raise InputError(f"{cells.folder} holds {cells.n_obs} cells x {cells.n_vars} genes: no counts to write")
     if cells[:1].X is None:
         raise InputError(f"{cells.folder} holds no counts (X): SOMA takes counts; export --to h5ad keeps layers")
+    if is_log_normalised(cells.uns):
+        raise InputError(
+            f"{cells.folder} holds log1p CP10k values of a gaussian head: SOMA's X/raw takes counts; export --to h5ad"
+        )
     partial = out.with_name(f".{out.name}.partial")
     mark = partial.with_suffix(".json")
     _begin(partial, mark, {"cells": [s.sha256 for s in cells.shards], "rows_per_write": rows_per_write})

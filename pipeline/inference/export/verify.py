@@ -16,6 +16,7 @@ from pipeline.inference.export.requested import RequestUnknown, requested_cells
 from scldm.cells.cells import read_index
 from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest
 from scldm.data.class_names import class_names
+from scldm.generation.expression_draw import is_log_normalised
 
 VALUES = 1 << 22  # of a matrix, checked at a time
 FINITE = (
@@ -101,20 +102,21 @@ def _shard(shard: Shard, var: pd.DataFrame | None, problems: list[str]) -> tuple
                 problems.append(f"{name} holds {len(obs):,} cells, the manifest says {shard.n_cells:,}")
             if var is not None and not own_var.equals(var):
                 problems.append(f"{name} has other genes than the first shard")
-            problems += [f"{name}: {p}" for p in _contents(f, obs, len(own_var))]
+            counts = not is_log_normalised(read_elem(f["uns"]) if "uns" in f else {})
+            problems += [f"{name}: {p}" for p in _contents(f, obs, len(own_var), counts=counts)]
             return obs, own_var
     except (OSError, KeyError, ValueError) as error:
         problems.append(f"{name} cannot be read as .h5ad ({str(error).splitlines()[0]})")
         return None
 
 
-def _contents(f: h5py.File, obs: pd.DataFrame, n_genes: int) -> Iterator[str]:
+def _contents(f: h5py.File, obs: pd.DataFrame, n_genes: int, *, counts: bool) -> Iterator[str]:
     for column in (c for c in FINITE if c in obs):
         bad = ~np.isfinite(obs[column].to_numpy(float))
         if bad.any():
             yield f"obs {column} is not finite in {int(bad.sum())} cells (first: {obs.index[bad][0]})"
     if "X" in f:
-        yield from _counts(f["X"], obs, n_genes)
+        yield from _values(f["X"], obs, n_genes, counts=counts)
     for place in ("obsm", "layers"):
         for key, values in f.get(place, {}).items():
             rows = max(1, VALUES // max(1, int(np.prod(values.shape[1:]))))
@@ -125,8 +127,8 @@ def _contents(f: h5py.File, obs: pd.DataFrame, n_genes: int) -> Iterator[str]:
                 yield f"{place}[{key!r}] has {len(values)} rows for {len(obs)} cells"
 
 
-def _counts(x: Any, obs: pd.DataFrame, n_genes: int) -> Iterator[str]:
-    """Yield reasons why X is no CSR matrix of counts."""
+def _values(x: Any, obs: pd.DataFrame, n_genes: int, *, counts: bool) -> Iterator[str]:
+    """Yield reasons why X is no CSR matrix of counts, or of finite log1p CP10k values."""
     if not isinstance(x, h5py.Group) or x.attrs.get("encoding-type") != "csr_matrix":
         yield "X is no CSR matrix"
         return
@@ -142,8 +144,8 @@ def _counts(x: Any, obs: pd.DataFrame, n_genes: int) -> Iterator[str]:
         finite = np.isfinite(values)
         faults = {
             "NaN or infinite": ~finite,
-            "negative": values < 0,
-            "not whole numbers": finite & (values != np.rint(values)),
+            "negative": counts & (values < 0),
+            "not whole numbers": counts & finite & (values != np.rint(values)),
             "of genes that do not exist": (genes < 0) | (genes >= n_genes),
         }
         for what, mask in faults.items():

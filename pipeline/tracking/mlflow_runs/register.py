@@ -115,7 +115,10 @@ def _digest(models: ModelFolders) -> str:
     try:  # a model that cannot be loaded must not be registered
         from scldm.generation.cell_maker import check_pair
 
-        check_pair(load_vae(models.vae), load_flow(models.flow))
+        vae = load_vae(models.vae)
+        check_pair(vae, load_flow(models.flow))
+        if vae.vae.config.head == "gaussian":
+            raise ValueError("the VAE has a gaussian head, and the registered model gives counts")
     except (CheckpointError, ValueError, OSError) as error:
         raise InputError(f"these models cannot be used and are not registered: {error}") from error
     return f"{folder_digest(models.vae)[:32]}-{folder_digest(models.flow)[:32]}"

@@ -89,6 +89,8 @@ class FlowSamples:
 
     def _generate(self, dit: Any) -> CellSet:
         config = self.vae.vae.config
+        if config.head == "gaussian":
+            raise ValueError("the VAE has a gaussian head, which draws no counts, and these scores compare counts")
         flow = LoadedFlow(
             dit, self.path, self.vae.vocabulary, self.vae.library_sizes, config.n_latent_tokens, config.latent_width
         )
@@ -101,7 +103,7 @@ class FlowSamples:
             log_sd=np.zeros(len(size)),
         )
         maker = CellMaker(self.vae, flow, recipe, sampler=SamplerConfig(), seed=self.seed)
-        counts = sp.vstack([part.counts for part in maker.cells(0, self.real.n_cells)], format="csr")
+        counts = sp.vstack([part.values for part in maker.cells(0, self.real.n_cells)], format="csr")
         return CellSet(as_counts(counts), self.real.labels)
 
     def _scores(self, cells: CellSet, suffix: str = "") -> dict[str, float]:

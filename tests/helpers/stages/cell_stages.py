@@ -23,11 +23,11 @@ from pipeline.inference.applier import Applier, ApplierSpec
 TRACKER = SimpleNamespace(metrics=lambda values, step: None)
 
 
-def models(folder: Path) -> dict[str, str]:
-    """Folders of a VAE and a flow that know cell_type and donor."""
+def models(folder: Path, **choices: Any) -> dict[str, str]:
+    """Folders of a VAE and a flow that know cell_type and donor; `choices` of the VAE's configuration."""
     vae, flow = folder / "vae", folder / "flow"
     if not vae.exists():
-        write_vae(vae, CELL_TYPES, DONORS, genes_seq_len=None)
+        write_vae(vae, CELL_TYPES, DONORS, genes_seq_len=None, **choices)
         write_flow(flow, CELL_TYPES, DONORS)
     return {"vae": str(vae), "flow": str(flow)}
 

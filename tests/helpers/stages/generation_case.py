@@ -49,8 +49,10 @@ class NoTracker:
         self.told |= values
 
 
-def write_inputs(root: Path, labels: tuple[LabelVocabulary, ...] = LABELS, **flow: Any) -> dict[str, Manifest]:
-    """Manifests of an ingest, a VAE and a flow, as far as generate reads them."""
+def write_inputs(
+    root: Path, labels: tuple[LabelVocabulary, ...] = LABELS, *, head: str = "nb_shared", **flow: Any
+) -> dict[str, Manifest]:
+    """Manifests of an ingest, a VAE with that head and a flow, as far as generate reads them."""
     ingest = root / "ingest"
     ingest.mkdir(parents=True)
     vocabulary(*labels).save(ingest / "vocabulary.json")
@@ -62,7 +64,7 @@ def write_inputs(root: Path, labels: tuple[LabelVocabulary, ...] = LABELS, **flo
         "vocabulary": "vocabulary.json", "library_size": "library_size.json", "cells": "cells.parquet", "digest": "abc",
         "n_cells": {"train": 4}, "n_genes": 6,
     }  # fmt: skip
-    write_vae(root / "train_vae" / "model", *labels)
+    write_vae(root / "train_vae" / "model", *labels, head=head)
     write_flow(root / "train_flow" / "model", *labels, **flow)
     model = {"model": "model", "latent_shape": [3, 4]}
     return {

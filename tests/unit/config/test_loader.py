@@ -265,7 +265,7 @@ def test_a_stage_job_may_hold_earlier_stages(write):
 def test_heads_and_decoders_that_the_line_cannot_use_are_refused_before_anything_runs():
     ingest = {"source": {"type": "synthetic"}}
     line = {"kind": "pipeline", "name": "x", "ingest": ingest, "generate": {"n_cells": 5}}
-    with pytest.raises(ValidationError, match=r"gaussian.*generate draws counts"):
+    with pytest.raises(ValidationError, match=r"gaussian.*evaluate scores counts"):
         PipelineJob.model_validate({**line, "train_vae": {"model": {"head": "gaussian", "gene_bias": False}}})
     with pytest.raises(ValidationError, match=r"adaln.*needs a condition vector"):
         PipelineJob.model_validate({**line, "train_vae": {"model": {"adaln": True}}})

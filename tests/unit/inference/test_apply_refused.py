@@ -148,8 +148,9 @@ def test_models_that_do_not_belong_together_are_refused(place, tmp_path):
     model = {"vae": place[2]["vae"], "flow": str(write_flow(tmp_path / "flow", CELL_TYPES))}
     assert "different vocabularies" in refused(place, tmp_path, "log_likelihood", model=model)
     write_vae(tmp_path / "gaussian", CELL_TYPES, DONORS, genes_seq_len=None, head="gaussian")
-    model = {"vae": str(tmp_path / "gaussian")}
-    assert "no counts can be drawn" in refused(place, tmp_path, "reconstruct", name="g", model=model)
+    model = {"vae": str(tmp_path / "gaussian"), "flow": place[2]["flow"]}
+    assert "counts have no likelihood under it" in refused(place, tmp_path, "log_likelihood", name="g", model=model)
+    assert not (tmp_path / "g" / "cells").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def joined(parts: list[GeneratedCells]) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Ids, dense counts, latents."""
     return tuple(
         np.concatenate(x)
-        for x in ([p.cell_ids for p in parts], [p.counts.toarray() for p in parts], [p.latents for p in parts])
+        for x in ([p.cell_ids for p in parts], [p.values.toarray() for p in parts], [p.latents for p in parts])
     )
 
 

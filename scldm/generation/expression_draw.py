@@ -1,0 +1,62 @@
+"""Draw log-normalised expression from a Gaussian head: Normal(mu, 1) on log1p of counts per 10,000, as upstream does.
+
+A value is a function of (seed, stream, cell id, gene id, mu). Values are no counts: they are fractional, every gene has
+one, and those of unexpressed genes scatter around zero, below it too. Cells that hold such values say so in
+`uns["scldm"]["scale"]`, so that nothing that needs counts takes them for counts.
+
+Shape letters: b cells, g genes, p genes that are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from scldm.generation.counter_random import normals
+from scldm.generation.request import Request, Settings
+
+SCALE, LOG1P_CP10K = "scale", "log1p_cp10k"  # entry of uns["scldm"] of cells that hold no counts
+
+
+def draw_expression(
+    mu: np.ndarray, cell_ids: Sequence[int] | np.ndarray, *, seed: int, stream: int, genes: np.ndarray | None = None
+) -> sp.csr_matrix:
+    """Draw the expression of b cells, CSR float32 with every value stored, (b, p); column j is gene `genes[j]`.
+
+    Args:
+        mu: Means of log1p(counts per 10,000), (b, g) float32.
+        cell_ids: Ids that the cells' counters use, (b,), >= 0.
+        genes: Ids of the genes to draw, increasing; None: all.
+    """
+    values = mu.astype(np.float32) + normals(cell_ids, mu.shape[1], seed=seed, stream=stream)
+    if genes is not None:
+        values = values[:, genes]
+    b, p = values.shape
+    return sp.csr_matrix((values.ravel(), np.tile(np.arange(p, dtype=np.int32), b), np.arange(b + 1) * p), shape=(b, p))
+
+
+def scale_of(head: str) -> dict[str, str]:
+    """Return the entry of uns["scldm"] for cells drawn from a head; nothing for counts."""
+    return {SCALE: LOG1P_CP10K} if head == "gaussian" else {}
+
+
+def is_log_normalised(uns: Mapping[str, Any]) -> bool:
+    """Return whether the provenance of cells (their uns) says that X holds log1p CP10k values."""
+    about = uns.get("scldm", {})
+    return isinstance(about, Mapping) and str(about.get(SCALE, "")) == LOG1P_CP10K
+
+
+def expression_problems(request: Request, settings: Settings, *, temperature: float) -> list[str]:
+    """Return the settings of a request that only counts have, and that a Gaussian head would ignore."""
+    why = "the VAE has a gaussian head, which draws log1p CP10k values and no counts: leave it out"
+    problems = []
+    if not isinstance(settings.library_size, str):
+        problems.append(f"library_size ({settings.library_size:g}): {why}")
+    if rows := [i + 1 for i, row in enumerate(request.rows) if row.library_size is not None]:
+        problems.append(f"library_size in row {rows[0]} of the conditions: {why}")
+    if temperature != 1.0:
+        problems.append(f"temperature ({temperature:g}): {why}")
+    return problems
