@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal
 
 from scldm.text import shown
@@ -51,6 +52,7 @@ class Examined:
     kind: str  # h5ad, 10x, SOMA
     facts: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    cell_hashes: Any = field(default=None, repr=False)  # (n, 2), until all files are compared
 
     @property
     def errors(self) -> Sequence[Finding]:
@@ -65,7 +67,8 @@ class Examined:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "usable": not self.errors}
+        fields = {f.name: getattr(self, f.name) for f in dataclass_fields(self) if f.name != "cell_hashes"}
+        return {**fields, "findings": [asdict(f) for f in self.findings], "usable": not self.errors}
 
 
 def _fact(value: object) -> str:

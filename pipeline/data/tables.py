@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from pipeline.data.presence import Presence
 
 UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
+RESERVED = ("raw_sum", "nnz", "counts_hash_0", "counts_hash_1")  # obs columns that are written with the counts
 _RANGER = ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices", "raw_feature_bc_matrix")
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
@@ -30,7 +31,7 @@ def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> 
         needed: Columns that the job uses: never filled in, so that their absence is noticed.
         notes: A line is added for everything that is left out or filled in.
     """
-    reserved = [c for c in obs if str(c).startswith("soma_") or c in ("raw_sum", "nnz")]
+    reserved = [c for c in obs if str(c).startswith("soma_") or c in RESERVED]
     obs = obs.drop(columns=reserved)
     if reserved:
         notes.append(f"obs columns {', '.join(reserved)} are left out: SOMA and the Census use these names.")

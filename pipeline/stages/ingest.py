@@ -19,6 +19,7 @@ import pandas as pd
 from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
 from pipeline.core.progress import ProgressReader, ProgressWriter
+from pipeline.data.ingest.copies import Copies, copies_facts, find_copies, keep_together
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.ingest.genes import gene_lut, model_genes
@@ -48,9 +49,13 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     source = open_source(config, context.folder, _columns(config))
     cells = _eligible(config, source)
     combinations = read_combinations(config.split.held_out)
-    cells["split"] = split_cells(cells, config.split, tile=source.store.tile)
+    census = config.source.type == "census"  # which says itself which cells it has twice: is_primary_data
+    copies = Copies.none(len(cells)) if census else find_copies(source.store, cells, source.notes)
+    cells["split"] = split_cells(cells, config.split, tile=source.store.tile, copies=copies)
     if combinations:
-        cells["split"] = hold_out(cells, cells["split"].to_numpy(), combinations)
+        held_out = hold_out(cells, np.full(len(cells), ""), combinations)
+        split = np.where(held_out == "", cells["split"], held_out)
+        cells["split"] = keep_together(split, copies, held_out != "")
     genes = model_genes(config.genes, source.store)
     source.notes += genes.notes
     var = genes.table
@@ -66,9 +71,9 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
 
     vocabulary = _vocabulary(config, cells, var)
     if combinations:
-        held_out = counted(cells, combinations)
-        source.facts |= held_out_facts(held_out, context.folder)
-        source.notes += notes_on(held_out, cells, config.split.by)
+        table = counted(cells, combinations)
+        source.facts |= held_out_facts(table, context.folder)
+        source.notes += notes_on(table, cells, config.split.by)
     facts = _write(context, cells, var, vocabulary, stats, presence)
     train = cells[cells["split"] == "train"]
     _note_unseen_classes(vocabulary, cells, source.notes)
@@ -95,6 +100,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "source": source.description,
         **source.facts,
         **genes.facts,
+        **copies_facts(copies),
         "notes": source.notes,
     }
     return facts | _cache_facts(config, context, facts, content=source.content or stats.content)

@@ -25,7 +25,7 @@ TREATED = ("perturbation", "cytokine", "treatment", "condition", "stimulation", 
 DONORS = ("donor_id", "donor", "patient", "patient_id", "individual", "subject", "subject_id", "animal", "mouse_id")
 TECHNICAL = (*DONORS, "batch", "sample", "sample_id", "library", "library_id", "orig_ident", "dataset_id", "dataset",
              "run", "lane", "plate", "barcode", "assay", "replicate", "phase", "predicted_doublet")  # fmt: skip
-RESERVED = ("raw_sum", "nnz")  # and soma_…: the reader leaves such columns out
+RESERVED = ("raw_sum", "nnz", "counts_hash_0", "counts_hash_1")  # and soma_…: the reader leaves such columns out
 
 
 @dataclass(frozen=True)
