@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable, SomaUri, TenxPath
+from pipeline.config.paths.expand import PathText
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
 
@@ -246,7 +247,7 @@ class IngestConfig(StrictModel):
     """What to do with cells that have no value for a label."""
     genes: GenesConfig = GenesConfig()
     split: SplitConfig = SplitConfig()
-    cache: bool | str | None = None
+    cache: bool | PathText | None = None
     """A cache that all cells are written to once, as sparse shards, and that every epoch of every job reads, in the
     same order and with the same batches: true for <output>/cache, or a folder that every node sees. Worthwhile from the
     second epoch on. null (or false) streams from SOMA. Jobs with the same cells and genes share a cache; turning it on

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.config.cell_files import is_tenx
+from pipeline.config.paths.cell_files import is_tenx
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
