@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable, SomaUri, TenxPath
+from pipeline.config.paths.expand import PathText
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
 from scldm.data.reserved_names import is_reserved
@@ -270,7 +271,7 @@ class IngestConfig(StrictModel):
     text. [] keeps them as classes; add "None" or "NA" if these are no classes in your data."""
     genes: GenesConfig = GenesConfig()
     split: SplitConfig = SplitConfig()
-    cache: bool | str | None = None
+    cache: bool | PathText | None = None
     """A cache that all cells are written to once, as sparse shards, and that every epoch of every job reads, in the
     same order and with the same batches: true for <output>/cache, or a folder that every node sees. Worthwhile from the
     second epoch on. null (or false) streams from SOMA. Jobs with the same cells and genes share a cache; turning it on

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from pipeline.config.cell_files import h5ad_files, soma_writes, tenx_files, tenx_outputs
+from pipeline.config.paths.cell_files import h5ad_files, soma_writes, tenx_files, tenx_outputs
+from pipeline.config.paths.expand import PathText
 from pipeline.core.digests import content_digest
 from scldm.errors import InputError
 
@@ -182,18 +183,20 @@ def _s3(settings: Any) -> Any:
     return fs.S3FileSystem(**options)
 
 
-ConditionsTable = Annotated[str, InputFile("a CSV, TSV or Parquet table of labels and n_cells", "conditions")]
-GeneFile = Annotated[str, InputFile("a text file with one gene on each line, or a list of genes", "genes")]
-DeepSpeedFile = Annotated[str, InputFile("a JSON file of DeepSpeed options, or null", "deepspeed")]
-HeldOutTable = Annotated[str, InputFile("a CSV or Parquet table of combinations of labels", "held_out")]
-GeneVocabulary = Annotated[str, VocabularyFile("a file of genes, or the folder of a model", "vocabulary")]
-BarcodeTable = Annotated[str, InputFile("a table of barcodes and labels", "obs")]
-H5adPath = Annotated[str, H5adFiles("an .h5ad file, a folder of them, or a glob pattern", "source")]
-TenxPath = Annotated[str, TenxFiles("a Cell Ranger folder or .h5 file, a folder of them, or a glob pattern", "source")]
-SomaUri = Annotated[str, SomaExperiment("a SOMA experiment", "source")]
+ConditionsTable = Annotated[PathText, InputFile("a CSV, TSV or Parquet table of labels and n_cells", "conditions")]
+GeneFile = Annotated[PathText, InputFile("a text file with one gene on each line, or a list of genes", "genes")]
+DeepSpeedFile = Annotated[PathText, InputFile("a JSON file of DeepSpeed options, or null", "deepspeed")]
+HeldOutTable = Annotated[PathText, InputFile("a CSV or Parquet table of combinations of labels", "held_out")]
+GeneVocabulary = Annotated[PathText, VocabularyFile("a file of genes, or the folder of a model", "vocabulary")]
+BarcodeTable = Annotated[PathText, InputFile("a table of barcodes and labels", "obs")]
+H5adPath = Annotated[PathText, H5adFiles("an .h5ad file, a folder of them, or a glob pattern", "source")]
+TenxPath = Annotated[
+    PathText, TenxFiles("a Cell Ranger folder or .h5 file, a folder of them, or a glob pattern", "source")
+]
+SomaUri = Annotated[PathText, SomaExperiment("a SOMA experiment", "source")]
 _MODEL = "a model folder, which training leaves in model/ and `scldm convert` writes"
-VaeFolder = Annotated[str, ModelFolder(_MODEL, "model.vae")]
-FlowFolder = Annotated[str, ModelFolder(_MODEL, "model.flow")]
+VaeFolder = Annotated[PathText, ModelFolder(_MODEL, "model.vae")]
+FlowFolder = Annotated[PathText, ModelFolder(_MODEL, "model.flow")]
 
 
 def input_contents(config: BaseModel, *, where: str = "") -> dict[str, InputContent]:

@@ -32,6 +32,7 @@ from pipeline.config.ingest import (
     SyntheticSource,
     TenxSource,
 )
+from pipeline.config.paths.expand import PathText
 from pipeline.config.resources import CheckpointStorage, ResourcesConfig
 from pipeline.config.stages import (
     EncodeConfig,
@@ -98,7 +99,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 class TrackingConfig(StrictModel):
     """MLflow tracking."""
 
-    uri: str | None = None
+    uri: PathText | None = None
     """Tracking server; null uses MLFLOW_TRACKING_URI or, if that is not set, a SQLite file in the output folder."""
     experiment: str | None = None
     """Name of the experiment; null: scldm/<name of the job>."""
@@ -121,17 +122,18 @@ class JobBase(StrictModel):
     """Which job this is: pipeline, or the name of one stage."""
     name: Name
     """Name of the pipeline: stages of the same name and output find each other."""
-    output: str = "runs"
-    """Root folder of outputs; this pipeline writes to <output>/<name>. On a cluster: a path that every node sees."""
+    output: PathText = "runs"
+    """Root folder of outputs; this pipeline writes to <output>/<name>. On a cluster: a path that every node sees.
+    Here and in every other path, $NAME and ~ stand for a variable and the home folder where the job is loaded."""
     seed: int = Field(0, ge=0)
     """Seed of weights, order of cells and noise in training. Part of every version."""
-    cluster: str | None = None
+    cluster: PathText | None = None
     """The cluster file that this job is sized for; for readers and for `scldm plan`."""
     resources: ResourcesConfig = ResourcesConfig()
     checkpoints: CheckpointStorage = CheckpointStorage()
     """Remote storage of training checkpoints."""
     tracking: TrackingConfig = TrackingConfig()
-    inputs: dict[str, str] = {}
+    inputs: dict[str, PathText] = {}
     """Stage -> folder of a finished run to use; default: the newest under the output folder."""
 
     @model_validator(mode="after")

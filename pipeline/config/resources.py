@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_serializer, model_validator
 
+from pipeline.config.paths.expand import PathText
 from pipeline.config.s3 import S3Client
 from scldm.config import StrictModel
 
@@ -83,7 +84,7 @@ class ResourcesConfig(StrictModel):
 class CheckpointStorage(StrictModel):
     """Remote storage that checkpoints are copied to in the background."""
 
-    storage_path: str | None = None
+    storage_path: PathText | None = None
     """Folder on a network file system, or s3://bucket/prefix; null: no copies. Checkpoints are stored under
     <name>/<stage>/<version>/step-…, so jobs may share it. Credentials are found as by AWS's own tools."""
     region: str | None = None

@@ -55,6 +55,7 @@ class Examined:
     findings: list[Finding] = field(default_factory=list)
     gene_ids: list[str] | None = None  # for comparing files; not part of the report
     var: pd.DataFrame | None = None  # likewise
+    cell_hashes: Any = field(default=None, repr=False)  # (n, 2), until all files are compared
 
     @property
     def errors(self) -> Sequence[Finding]:

@@ -17,7 +17,7 @@ from scldm.data.label_type import LabelType
 from scldm.errors import InputError
 
 UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
-RESERVED = ("raw_sum", "nnz")  # obs columns that are written with the counts
+RESERVED = ("raw_sum", "nnz", "counts_hash_0", "counts_hash_1")  # obs columns that are written with the counts
 RESERVED_STARTS = ("soma_", "__")  # names that SOMA and TileDB refuse
 # Types of numbers that TileDB does not have, with those that hold all of their values.
 _WIDENED = {np.dtype(np.float16): np.dtype(np.float32), np.dtype(np.longdouble): np.dtype(np.float64)}

@@ -20,6 +20,7 @@ import pandas as pd
 from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
 from pipeline.core.progress import ProgressReader, ProgressWriter
+from pipeline.data.ingest.copies import Copies, copies_facts, find_copies, keep_together
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.ingest.genes import gene_lut, model_genes
@@ -53,9 +54,12 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     # a source may have columns called split, library_size or n_expressed.
     obs = _eligible(config, source)
     combinations = read_combinations(config.split.held_out)
-    split = split_cells(obs, config.split, tile=source.store.tile)
+    census = config.source.type == "census"  # which says itself which cells it has twice: is_primary_data
+    copies = Copies.none(len(obs)) if census else find_copies(source.store, obs, source.notes)
+    split = split_cells(obs, config.split, tile=source.store.tile, copies=copies)
     if combinations:
-        split = hold_out(obs, split, combinations)
+        held_out = hold_out(obs, np.full(len(obs), ""), combinations)
+        split = keep_together(np.where(held_out == "", split, held_out), copies, held_out != "")
     cells = pd.DataFrame({"soma_joinid": obs["soma_joinid"], "split": split})
     genes = model_genes(config.genes, source.store)
     source.notes += genes.notes
@@ -73,9 +77,9 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
 
     vocabulary = _vocabulary(config, obs, var, source.types)
     if combinations:
-        held_out = counted(obs, combinations)
-        source.facts |= held_out_facts(held_out, context.folder)
-        source.notes += notes_on(held_out, obs, split, config.split.by)
+        table = counted(obs, combinations)
+        source.facts |= held_out_facts(table, context.folder)
+        source.notes += notes_on(table, obs, split, config.split.by)
     facts = _write(context, obs, cells, var, vocabulary, stats, presence)
     _note_unseen_classes(vocabulary, obs[split == "train"], source.notes)
     mean_expressed = float(cells.loc[split == "train", "n_expressed"].mean())
@@ -101,6 +105,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "source": source.description,
         **source.facts,
         **genes.facts,
+        **copies_facts(copies),
         "notes": source.notes,
     }
     return facts | _cache_facts(config, context, facts, content=source.content or stats.content)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from pipeline.config.input_paths import InputContent
 from pipeline.core.manifest import Manifest, stage_version
@@ -57,13 +59,27 @@ def _some(changes: Sequence[str]) -> str:
 
 
 # ---- version 0.1 -------------------------------------------------------------------------------------------------
-def version_of_0_1(
+def versions_of_0_1(
     stage: str, config: StrictModel, inputs: Mapping[str, Manifest], seed: int, contents: Mapping[str, InputContent]
-) -> str:
-    """Return the version that 0.1 gave a stage."""
-    version = stage_version(stage, config.model_dump(mode="json"), inputs, seed=seed)
+) -> list[str]:
+    """Return the versions that 0.1 may have given a stage: it took paths as they were written, with ~ for home."""
     known = sorted((key, c.version_0_1) for key, c in contents.items() if c.version_0_1 is not None)
-    return hashlib.sha256(f"{version}{known}".encode()).hexdigest()[:12] if known else version
+    settings = config.model_dump(mode="json")
+    found = []
+    for written in (settings, _with_tilde(settings)):
+        version = stage_version(stage, written, inputs, seed=seed)
+        found.append(hashlib.sha256(f"{version}{known}".encode()).hexdigest()[:12] if known else version)
+    return list(dict.fromkeys(found))
+
+
+def _with_tilde(value: Any) -> Any:
+    """Return plain data with ~ for the home folder at the start of every text."""
+    if isinstance(value, dict):
+        return {k: _with_tilde(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_tilde(v) for v in value]
+    home = f"{Path.home()}/"
+    return f"~/{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(home) else value
 
 
 def changed_since_0_1(manifest: Manifest | None, contents: Mapping[str, InputContent]) -> str:

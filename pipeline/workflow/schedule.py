@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.config.input_paths import InputContent, input_contents, settings_without_paths
 from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
-from pipeline.workflow.changes import changed_since_0_1, reason_to_run, version_of_0_1
+from pipeline.workflow.changes import changed_since_0_1, reason_to_run, versions_of_0_1
 from pipeline.workflow.folders import pipeline_folder
 from pipeline.workflow.preflight import check_settings
 from scldm.config import StrictModel
@@ -128,11 +128,11 @@ def _decide(
     contents = input_contents(config, where=where)
     version = stage_version(stage, settings_without_paths(config, contents), inputs, seed=job.seed)
     stale = ""
-    if contents and read_manifest(folder / stage / version) is None:
-        older = version_of_0_1(stage, config, inputs, job.seed, contents)
-        if (folder / stage / older).is_dir():
-            stale = changed_since_0_1(read_manifest(folder / stage / older), contents)
-            version = version if stale else older
+    if read_manifest(folder / stage / version) is None:
+        older = versions_of_0_1(stage, config, inputs, job.seed, contents)
+        for given in (v for v in older if v != version and (folder / stage / v).is_dir()):
+            stale = changed_since_0_1(read_manifest(folder / stage / given), contents)
+            version = version if stale else given
     own = folder / stage / version
     done = read_manifest(own)
     if done is not None:

@@ -19,6 +19,7 @@ from pipeline.config.io.errors import explain
 from pipeline.config.io.renamed import accept_old_names
 from pipeline.config.io.yaml import MAX_BYTES, KeyPath, decode, dotted, read_document
 from pipeline.config.job import Job, JobBase
+from pipeline.config.paths.expand import JOB_FILE
 from scldm.errors import InputError
 
 _KEY_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
@@ -116,7 +117,7 @@ def validate(raw: RawJob) -> JobBase:
     """Validate plain data as a job. JSON mode is strict about types (no "12" for 12, no true for 1)."""
     accept_old_names(raw.data, raw.place)
     try:
-        return _adapter.validate_json(json.dumps(raw.data), strict=True)
+        return _adapter.validate_json(json.dumps(raw.data), strict=True, context={JOB_FILE: True})
     except ValidationError as error:
         raise InputError("\n".join(sorted(explain(error, raw.data, raw.place), key=_line))) from None
 

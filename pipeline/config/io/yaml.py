@@ -153,7 +153,8 @@ class _Walker:
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         text = node.value
         if "${" in text:
-            raise self._error(node, f'"{text}": interpolation (${{…}}) is not read; write the value itself')
+            remedy = "write the value itself, or $NAME for a variable in a path"
+            raise self._error(node, f'"{text}": interpolation (${{…}}) is not read; {remedy}')
         if node.style is not None:  # quoted or block: always text
             return text
         if text.lower() in _WORDS:

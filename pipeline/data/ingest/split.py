@@ -1,7 +1,8 @@
 """Splits cells into training, validation and test: a function of each cell alone.
 
 The split is decided by a hash of (salt, joinid or storage tile) or of (salt, donor or data set), so it never changes
-when other cells are added or removed, and a donor is never in two splits. Combinations of labels may be held out as
+when other cells are added or removed, and a donor is never in two splits. The copies of a cell (`copies.py`) are on
+one side. Combinations of labels may be held out as
 well (`held_out.py`).
 """
 
@@ -12,30 +13,49 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
+from scipy.sparse.csgraph import connected_components
 
 from pipeline.config.job import SplitConfig
+from pipeline.data.ingest.copies import Copies
 from pipeline.data.ingest.subsample import mix
 from scldm.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 
 
-def split_cells(cells: pd.DataFrame, config: SplitConfig, *, tile: int = 2048) -> np.ndarray:
+def split_cells(
+    cells: pd.DataFrame, config: SplitConfig, *, tile: int = 2048, copies: Copies | None = None
+) -> np.ndarray:
     """Return the split of each cell, by a hash of (salt, value).
 
     Args:
         cells: Table with soma_joinid, and with the column named by `by`.
         tile: Number of cells in a storage tile, for `by: tile`.
+        copies: Which cells have the same counts. By cell or tile, they go where the first one goes; donors and data
+            sets that share a cell go to the same split, that of the first.
     """
     salt = np.frombuffer(hashlib.blake2b(config.salt.encode(), digest_size=8).digest(), np.uint64)[0]
     if config.by in ("cell", "tile"):
         keys = (cells["soma_joinid"].to_numpy() // (tile if config.by == "tile" else 1)).astype(np.uint64)
+        if copies is not None:  # a tile is left only by what must be a copy, not by what agrees by chance
+            keys = keys[copies.first if config.by == "cell" else copies.same_cell]
     else:
         codes, values = pd.factorize(cells[config.by])
+        codes = codes if copies is None else _joined(codes, copies, len(values))
         digests = [hashlib.blake2b(str(v).encode(), digest_size=8).digest() for v in values]
         keys = np.frombuffer(b"".join(digests), np.uint64)[codes]
     u = mix(keys ^ salt) / 2.0**64
     return np.where(u < config.test, "test", np.where(u < config.test + config.validation, "validation", "train"))
+
+
+def _joined(codes: np.ndarray, copies: Copies, n_groups: int) -> np.ndarray:
+    """Return for each cell the first of the groups that are connected by copies with its own."""
+    pairs = np.unique(np.stack([codes, codes[copies.same_cell]]), axis=1)
+    graph = sp.coo_matrix((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(n_groups, n_groups))
+    _, component = connected_components(graph, directed=False)
+    _, first = np.unique(component, return_index=True)
+    return first[component][codes]
 
 
 def require_splits(config: SplitConfig, split: np.ndarray, obs: pd.DataFrame) -> None:

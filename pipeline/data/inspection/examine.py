@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.config.cell_files import is_tenx
 from pipeline.config.ingest import MISSING_TEXT
+from pipeline.config.paths.cell_files import is_tenx
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
 from pipeline.data.inspection.h5ad import examine_h5ad
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.hdf5 import open_problems, unsafe
+from pipeline.data.tables import sample_names
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids
-from pipeline.data.validation.counts import CountAudit
+from pipeline.data.validation.cell_hashes import first_of_each
+from pipeline.data.validation.counts import LEAVE_OUT_COPIES, CountAudit
 from pipeline.data.validation.names import (
     cell_findings,
     class_counts,
@@ -140,7 +142,26 @@ def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Exa
         whole.findings.append(
             warning(what, "genes are matched by id; set ingest.genes.presence to tell unmeasured from zero")
         )
+    whole.findings += _shared_cells(found)
     return whole
+
+
+def _shared_cells(found: Sequence[Examined]) -> Iterator[Finding]:
+    """Yield a finding if cells of one file are in another one too; inside a file it was reported with the file."""
+    read = [f for f in found if f.cell_hashes is not None]
+    if len(read) < 2:
+        return
+    hashes = np.concatenate([f.cell_hashes for f in read])
+    of = np.repeat(np.arange(len(read)), [len(f.cell_hashes) for f in read])
+    first = first_of_each(hashes)
+    again = np.flatnonzero((of[first] != of) & hashes.any(axis=1))
+    if len(again):
+        pairs = Counter(zip(of[first[again]].tolist(), of[again].tolist(), strict=True)).most_common()
+        files = sample_names([Path(f.where) for f in read])
+        names = [f"{n:,} of {files[b]} are in {files[a]}" for (a, b), n in pairs]
+        what = f"{len(again):,} of {len(hashes):,} cells are in more than one file, with exactly the same counts"
+        yield warning(what, f"ingest keeps copies on one side of the split; {LEAVE_OUT_COPIES}",
+                      count=len(again), first=names)  # fmt: skip
 
 
 # ---- 10x ---------------------------------------------------------------------------------------------------------
@@ -264,12 +285,13 @@ def _audit(names: pd.Series, ids: pd.Series) -> CountAudit:
         parts = [f"cell {names.iloc[cell]}"] if cell >= 0 else []
         return ", ".join(parts + ([f"gene {ids.iloc[gene]}"] if gene >= 0 else []))
 
-    return CountAudit(len(names), len(ids), where)
+    return CountAudit(len(names), list(ids), where)
 
 
 def _finish(found: Examined, audit: CountAudit) -> None:
     found.facts |= {"stored values": audit.stored, "largest value": audit.largest, "values are": audit.guess()}
     found.findings += audit.findings([])
+    found.cell_hashes = audit.hashes
 
 
 def _finding(problem: Exception, remedy: str) -> Finding:

@@ -91,7 +91,7 @@ def _inspect(
             return  # reported with the structure
         found.facts["matrix"] = f"{place}, {matrix.kind}, {matrix.shape[0]:,} x {matrix.shape[1]:,}"
         if counts and not unsound:
-            _counts(found, matrix, place, obs, var, places)
+            _counts(found, matrix, place, obs, var, gene_id, places)
 
 
 # ---- obs and var -------------------------------------------------------------------------------------------------
@@ -146,14 +146,19 @@ def _names(
 # ---- counts ------------------------------------------------------------------------------------------------------
 def _counts(
     found: Examined, matrix: CountMatrix, place: str, obs: pd.DataFrame | None, var: pd.DataFrame | None,
-    places: list[str],
+    gene_id: str | None, places: list[str],
 ) -> None:  # fmt: skip
+    n_cells, n_genes = matrix.shape
+    ids: Sequence[object] = range(n_genes)
+    if var is not None and len(var) == n_genes:
+        ids = list(var.index if gene_id is None else var.get(gene_id, var.index))
+
     def where(cell: int, gene: int) -> str:
         cell_name = [f"cell {cell if obs is None else obs.index[cell]}"] if cell >= 0 else []
         return ", ".join(cell_name + ([f"gene {gene if var is None else var.index[gene]}"] if gene >= 0 else []))
 
     try:
-        audit = CountAudit(*matrix.shape, where)
+        audit = CountAudit(n_cells, ids, where)
         for piece in pieces(matrix, found.findings, place):
             audit.add(piece)
     except DAMAGE as problem:
@@ -163,6 +168,7 @@ def _counts(
         return
     found.facts |= {"stored values": audit.stored, "largest value": audit.largest, "values are": audit.guess()}
     found.findings += audit.findings(places)
+    found.cell_hashes = audit.hashes
 
 
 def _elsewhere(places: list[str]) -> str:

@@ -17,7 +17,9 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
 
+from pipeline.data.entries import CountEntries
 from pipeline.data.soma.store import TILE, SomaStore
+from pipeline.data.validation.cell_hashes import CellHashes
 
 ROWS_PER_WRITE = 8 * TILE  # one TileDB fragment each
 _ZSTD = {"_type": "ZstdFilter", "level": 9}
@@ -34,8 +36,8 @@ def write_experiment(
     """Write a Census-shaped experiment; `folder` appears when it is complete. Memory: a few chunks.
 
     Args:
-        obs: One row per cell, in the order of the chunks; columns as the Census names them. soma_joinid, raw_sum and
-            nnz are added here.
+        obs: One row per cell, in the order of the chunks; columns as the Census names them. soma_joinid, raw_sum, nnz
+            and the hashes of the counts are added here.
         var: feature_id, feature_name, feature_length; soma_joinid and nnz are added here.
         chunks: Rows of counts, CSR, all genes wide.
         tile: Cells and genes of a storage tile.
@@ -43,8 +45,8 @@ def write_experiment(
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        raw_sum, nnz, gene_nnz = _write_counts(tmp, len(obs), len(var), chunks, tile)
-        write_frame(tmp, "obs", obs.assign(raw_sum=raw_sum, nnz=nnz))
+        raw_sum, nnz, gene_nnz, hashes = _write_counts(tmp, len(obs), len(var), chunks, tile)
+        write_frame(tmp, "obs", obs.assign(raw_sum=raw_sum, nnz=nnz, **hashes.columns()))
         write_frame(tmp / "ms" / "RNA", "var", var.assign(nnz=gene_nnz))
         if folder.exists():
             shutil.rmtree(folder)  # left by a run that did not finish its stage
@@ -58,8 +60,9 @@ def write_experiment(
 
 def _write_counts(
     folder: Path, n_cells: int, n_genes: int, chunks: Iterable[sp.csr_matrix], tile: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Write the experiment with its X; return sum and number of genes per cell, and number of cells per gene."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, CellHashes]:
+    """Write the experiment with its X; return sum, number of genes and hash per cell, and number of cells per gene."""
+    hashes = CellHashes(n_cells)
     raw_sum, nnz, gene_nnz = np.zeros(n_cells), np.zeros(n_cells, np.int64), np.zeros(n_genes, np.int64)
     with soma.Experiment.create(str(folder)) as experiment:
         rna = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
@@ -75,12 +78,14 @@ def _write_counts(
             sums, per_cell = np.asarray(chunk.sum(1, dtype=np.float64)).ravel(), np.diff(chunk.indptr)
             raw_sum[row : row + len(sums)], nnz[row : row + len(sums)] = sums, per_cell
             gene_nnz += np.bincount(coo.col, minlength=n_genes)
+            if row + len(sums) <= n_cells:  # more is an error, below
+                hashes.add(CountEntries(coo.row + row, coo.col, coo.data))
             if len(coo.data):
                 array.write(in_tile_order(coo, row, tile), platform_config=soma.TileDBWriteOptions(sort_coords=False))
             row += len(sums)
     if row != n_cells:
         raise ValueError(f"obs has {n_cells} cells but the chunks hold {row}")
-    return raw_sum, nnz, gene_nnz
+    return raw_sum, nnz, gene_nnz, hashes
 
 
 def x_layout(tile: int, across: int) -> dict[str, Any]:

@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.config.cell_files import h5ad_files
 from pipeline.config.job import H5adSource
+from pipeline.config.paths.cell_files import h5ad_files
 from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.h5ad_structure import structure_problems

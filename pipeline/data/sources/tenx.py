@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.config.cell_files import is_tenx
 from pipeline.config.job import TenxSource
+from pipeline.config.paths.cell_files import is_tenx
 from pipeline.data.presence import Presence
 from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, open_tenx
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread

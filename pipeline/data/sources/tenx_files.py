@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.config.cell_files import BARCODES, FEATURES, MATRIX, tenx_part
+from pipeline.config.paths.cell_files import BARCODES, FEATURES, MATRIX, tenx_part
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.safety.matrix_market import LONGEST_LINE, ShapeError, read_matrix
 

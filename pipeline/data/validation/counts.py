@@ -7,15 +7,20 @@ and counts all faults.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import FIRST, Finding, error, warning
+from pipeline.data.validation.cell_hashes import MIN_GENES, CellHashes, first_of_each
 
 EXACT = 1 << 24  # float32 holds whole numbers exactly up to here
 OUTLIER = 50  # times the median library size
+LEAVE_OUT_COPIES = (
+    "to leave them out, leave out a file, or write is_primary_data: False into obs for them and set "
+    "ingest.cells.is_primary_data: true"
+)
 RAW = "raw counts are needed, not normalised, log-transformed or scaled values"
 
 
@@ -29,14 +34,17 @@ def value_faults(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 class CountAudit:
-    """Running totals over pieces; memory is one number per cell and gene.
+    """Running totals over pieces; memory is a few numbers per cell and gene.
 
     Args:
+        genes: Ids of the genes.
         where: Returns the names of a cell and a gene (-1: none) for examples.
     """
 
-    def __init__(self, n_cells: int, n_genes: int, where: Callable[[int, int], str]) -> None:
+    def __init__(self, n_cells: int, genes: Sequence[object], where: Callable[[int, int], str]) -> None:
+        n_genes = len(genes)
         self.shape = n_cells, n_genes
+        self._hashes = CellHashes(n_cells, genes)
         self._where = where
         self._faults: Counter[str] = Counter()
         self._first: dict[str, list[str]] = {}
@@ -48,6 +56,7 @@ class CountAudit:
     def add(self, piece: CountEntries) -> None:
         """Add a piece."""
         values = np.asarray(piece.counts)
+        self._hashes.add(piece)
         self.stored += len(values)
         for what, bad in value_faults(values):
             if n := int(bad.sum()):
@@ -64,6 +73,11 @@ class CountAudit:
         self.sums += np.bincount(piece.cells, weights=numbers, minlength=self.shape[0])
         self.per_cell += np.bincount(piece.cells[expressed], minlength=self.shape[0])
         self.per_gene += np.bincount(piece.genes[expressed], minlength=self.shape[1])
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """Hashes of the cells, (n, 2); zero for those that may agree with others by chance."""
+        return np.where((self.per_cell >= MIN_GENES)[:, None], self._hashes.values, 0)
 
     @property
     def raw(self) -> bool:
@@ -93,6 +107,7 @@ class CountAudit:
             looks = f"; these look like {self.guess()}" if "whole" in what or "negative" in what else ""
             yield error(f"{n:,} values {what}", f"{RAW}{looks}{elsewhere}", count=n, first=self._first[what])
         yield from self._empty()
+        yield from copy_findings(self.hashes, lambda cell: self._where(cell, -1))
         middle = float(np.median(self.sums[self.sums > 0])) if (self.sums > 0).any() else 0.0
         large = np.flatnonzero(self.sums > OUTLIER * middle) if self.raw and middle else np.zeros(0, int)
         if len(large):
@@ -112,3 +127,19 @@ class CountAudit:
             first = [self._where(-1, int(g)) for g in genes[:FIRST]]
             yield warning(f"{len(genes)} of {self.shape[1]} genes are in no cell",
                           "ingest.genes.min_cells: 1 leaves them out", count=len(genes), first=first)  # fmt: skip
+
+
+def copy_findings(hashes: np.ndarray, name: Callable[[int], str]) -> Iterator[Finding]:
+    """Yield a finding if cells occur more than once.
+
+    Args:
+        hashes: Of the cells, (n, 2); zero for cells that are not compared.
+        name: Returns the name of a cell for examples.
+    """
+    first = first_of_each(hashes)
+    again = np.flatnonzero((first != np.arange(len(first))) & hashes.any(axis=1))
+    if len(again):
+        yield warning(f"{len(again):,} of {len(hashes):,} cells have exactly the counts of an earlier cell",
+                      f"ingest keeps copies on one side of the split; {LEAVE_OUT_COPIES}",
+                      count=len(again),
+                      first=[f"{name(int(k))} is {name(int(first[k]))}" for k in again[:FIRST]])  # fmt: skip

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from pipeline.config.io.loader import load_job
 from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.data.soma.write import write_experiment
-from pipeline.workflow.changes import version_of_0_1
+from pipeline.workflow.changes import versions_of_0_1
 from pipeline.workflow.schedule import Step, resolve
 from scldm.errors import InputError
 
@@ -168,10 +168,10 @@ def test_a_path_that_does_not_exist_is_refused_before_anything_starts():
 
 
 # ---- results of version 0.1 --------------------------------------------------------------------------------------
-def finish_as_0_1(source: str, *, seconds: float) -> str:
+def finish_as_0_1(source: str, *, seconds: float, tilde: bool = False) -> str:
     """Pretend that version 0.1 has run ingest; it took `seconds`."""
     step = steps(source)[0]
-    version = version_of_0_1("ingest", step.config, {}, 0, step.contents)
+    version = versions_of_0_1("ingest", step.config, {}, 0, step.contents)[-1 if tilde else 0]
     write_done(step, version, {}, seconds=seconds)
     return version
 
@@ -201,3 +201,10 @@ def test_a_result_of_0_1_whose_input_was_recorded_later_is_compared_by_content()
     assert steps(GLOB)[0].version == version
     rewrite_in_place("samples/a.h5ad")
     assert will_run(GLOB)[1] == "source.path has other content: changed a.h5ad"
+
+
+def test_a_result_of_0_1_with_a_path_from_home_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    time.sleep(0.05)
+    version = finish_as_0_1("{type: h5ad, path: ~/samples/a.h5ad}", seconds=0.01, tilde=True)
+    assert steps("{type: h5ad, path: ~/samples/a.h5ad}")[0].version == version

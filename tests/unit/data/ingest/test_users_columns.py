@@ -22,7 +22,7 @@ N = 300
 OWN = ["split", "n_expressed", "group", "content", "cell", "tile", "gene", "count", "weight"]
 OTHERS = ["label:cell_type", "label:split", "index", "level_0", "n_counts", "keys", "type", "a.b", "a/b"]
 WRITTEN = [*REQUEST_COLUMNS, *GENERATED_COLUMNS]
-STORED = ["obs_id", "dataset_id", "is_primary_data", "soma_joinid", "soma_dim_0", "raw_sum", "nnz", GROUP]
+STORED = ["obs_id", "dataset_id", "is_primary_data", "soma_joinid", "soma_dim_0", "raw_sum", "nnz", "counts_hash_0", GROUP]
 
 
 def ingested(folder: Path, obs: pd.DataFrame, **config):
@@ -82,14 +82,14 @@ def test_a_label_cannot_have_the_name_of_a_column_of_requests_or_generated_cells
         IngestConfig.model_validate({"source": {"type": "synthetic"}, "labels": ["cell_type", name]})
 
 
-@pytest.mark.parametrize("name", ["soma_joinid", "raw_sum", "nnz", GROUP])
+@pytest.mark.parametrize("name", ["soma_joinid", "raw_sum", "nnz", "counts_hash_0", GROUP])
 def test_a_name_of_soma_is_refused_as_a_label_with_the_way_to_rename_it(tmp_path, name):
     other = f"my_{name.strip('_')}"
     with pytest.raises(InputError, match=rf"{name}.*ingest.source.columns: {{{other}: {name}}}"):
         ingested(tmp_path, users_table([name]), labels=["cell_type", name])
 
 
-@pytest.mark.parametrize("name", ["soma_joinid", "raw_sum", "nnz", GROUP])
+@pytest.mark.parametrize("name", ["soma_joinid", "raw_sum", "nnz", "counts_hash_0", GROUP])
 def test_the_remedy_for_a_name_of_soma_works(tmp_path, name):
     obs, other = users_table([name]), f"my_{name.strip('_')}"
     given = {"source": {"type": "h5ad", "path": str(tmp_path / "cells.h5ad"), "columns": {other: name}}}
