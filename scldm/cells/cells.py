@@ -153,16 +153,14 @@ class Cells:
                 raise KeyError(f"obs has no column {column!r}; it has {', '.join(map(str, self.obs.columns))}")
             values = list(wanted) if isinstance(wanted, (list, tuple, set, np.ndarray, pd.Index)) else [wanted]
             own = self.obs[column]
-            if isinstance(own.dtype, pd.CategoricalDtype):
+            categorical = isinstance(own.dtype, pd.CategoricalDtype)
+            if categorical or any(isinstance(v, str) for v in values):
                 # By name, as everywhere: 1, 1.0 and "1" are one class.
-                known = class_names(own.cat.categories)
+                own = pd.Series(class_names(own), index=own.index, dtype=object)
+                known = class_names(self.obs[column].cat.categories) if categorical else own.dropna().unique()
                 unknown = [v for v in values if v is not None and class_name(v) not in known]
                 if unknown:
                     raise KeyError(f"{column} has no class {unknown[0]!r}; it has {', '.join(known[:8])}")
-                own = pd.Series(class_names(own), index=own.index)
-                values = [None if v is None else class_name(v) for v in values]
-            elif any(isinstance(v, str) for v in values):
-                own = pd.Series(class_names(own), index=own.index, dtype=object)
                 values = [None if v is None else class_name(v) for v in values]
             met = own.isin([v for v in values if v is not None]).to_numpy(bool)
             chosen &= met | own.isna().to_numpy() if None in values else met

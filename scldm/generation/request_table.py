@@ -39,7 +39,8 @@ def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems:
         hint = next((f"; rename {c!r} to n_cells" for c in COUNTED if c in table.columns and c not in known), "")
         problems.append(f"{where} has no column n_cells (it has: {', '.join(map(str, table.columns))}){hint}")
     problems += [
-        f"{where}: the model knows no label {c!r}; it knows {', '.join(known) or 'none'}"
+        f"{where}: the model knows no label {c!r}; it knows {', '.join(known) or 'none'}; leave that "
+        "column or index level out"
         for c in table.columns
         if c not in known and c not in settings
     ]
