@@ -45,12 +45,23 @@ def read_conditions(
     return Request(tuple(RequestRow(**row) for row in rows)), kept
 
 
-def sampler_settings(given: Arguments, sampler: Any, guidance: Any) -> SamplerConfig:
-    """Return the settings of the sampler, with `guidance` in place of theirs if it is given."""
+def sampler_settings(given: Arguments, sampler: Any, guidance: Any, *, loaded: str) -> SamplerConfig:
+    """Return the settings of the sampler, with `guidance` in place of theirs if it is given.
+
+    Args:
+        loaded: Which weights of the flow the model was loaded with; other ones cannot be requested.
+    """
     if not isinstance(sampler, (SamplerConfig, Mapping, type(None))):
         given.problems.append(f"sampler must be a dictionary of settings or a SamplerConfig; got {sampler!r}")
         sampler = None
     values = sampler.model_dump() if isinstance(sampler, SamplerConfig) else dict(sampler or {})
+    named = sampler.model_fields_set if isinstance(sampler, SamplerConfig) else values
+    if "weights" in named and values["weights"] != loaded:
+        given.problems.append(
+            f"sampler.weights is {values['weights']!r}, and the model was loaded with {loaded!r}: leave it out, or "
+            "load the others with scldm.load(folder, weights=…)"
+        )
+    values["weights"] = loaded
     if guidance is not None:
         values["guidance"] = guidance
     if "guidance" in values:

@@ -82,14 +82,14 @@ def load(
             check_pair(vae, pair)
         except ValueError as error:
             raise CheckpointError(f"{found.vae} and {found.flow}: {error}") from error
-    return Model(vae, pair, found)
+    return Model(vae, pair, found, weights)
 
 
 class Model:
     """A VAE and, optionally, the flow on its latents. Created by `scldm.load`."""
 
-    def __init__(self, vae: LoadedVAE, flow: LoadedFlow | None, folders: ModelFolders):
-        self.vae, self.flow, self.folders = vae, flow, folders
+    def __init__(self, vae: LoadedVAE, flow: LoadedFlow | None, folders: ModelFolders, weights: Weights = "ema"):
+        self.vae, self.flow, self.folders, self.weights = vae, flow, folders, weights
         self.device = next(vae.vae.parameters()).device
 
     @property
@@ -265,7 +265,7 @@ class Model:
         given = Arguments()
         seed = given.seed(seed)
         library_size = library_size_argument(given, library_size)
-        settings = sampler_settings(given, sampler, guidance)
+        settings = sampler_settings(given, sampler, guidance, loaded=self.weights)
         request, kept = read_conditions(given, conditions, n, settings, genes, self.vocabulary)
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,13 @@ def test_loading_checks_its_arguments_together(folder):
     assert "device: 'gpu7' cannot be used here" in str(error.value)
     with pytest.raises(InputError, match="folder must be a path; got None"):
         scldm.load(None)
+
+
+def test_weights_of_a_flow_are_those_that_were_loaded(model, folder):
+    with pytest.raises(InputError, match=r"sampler\.weights is 'raw', and the model was loaded with 'ema'"):
+        model.generate(T, n=1, sampler={"weights": "raw"})
+    raw = scldm.load(folder, weights="raw").generate(T, n=1, sampler={"weights": "raw"})
+    assert json.loads(raw.uns["scldm"]["sampler"])["weights"] == "raw"
 
 
 def test_scores_check_their_arguments_together():
