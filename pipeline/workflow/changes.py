@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.input_paths import InputContent
+from pipeline.config.ingest import SomaSource
+from pipeline.config.input_paths import InputContent, input_contents
 from pipeline.core.manifest import Manifest, stage_version
 from pipeline.core.nested import changed_settings
 from scldm.config import StrictModel
+from scldm.errors import InputError
 
 SHOWN = 3  # changes that are named
 
@@ -56,6 +58,24 @@ def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
 def _some(changes: Sequence[str]) -> str:
     more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
     return ", ".join(changes[:SHOWN]) + more
+
+
+def check_experiment(ingest: Manifest, command: str) -> None:
+    """Raise InputError if the experiment that an earlier ingest reads in place is not what it was.
+
+    Args:
+        command: Runs ingest again.
+    """
+    recorded = ingest.contents.get("source")
+    given = ingest.config.get("source", {})
+    if recorded is None or given.get("type") != "soma" or "cache" in ingest.facts:
+        return  # what is read are the cells that ingest wrote itself
+    content = input_contents(SomaSource.model_validate(given), where="ingest.source.").get("source")
+    if content is not None and (files := changed_files(recorded, content.files)):
+        raise InputError(
+            f"the experiment {content.value} is not what ingest {ingest.version} read ({_some(files)}), and its cells "
+            f"are read in place; run ingest again ({command}), or put the experiment back"
+        )
 
 
 # ---- version 0.1 -------------------------------------------------------------------------------------------------

@@ -155,6 +155,16 @@ def test_an_experiment_that_was_written_again_is_another_input():
     assert "ms/RNA/X/raw" in why
 
 
+def test_a_later_job_refuses_an_experiment_that_is_not_what_ingest_read():
+    finish(SOMA)
+    Path("vae.yaml").write_text("kind: train_vae\nname: demo\ntrain: {max_steps: 7}\n")
+    assert [s.done for s in resolve(load_job("vae.yaml", []), "vae.yaml").steps] == [None]
+    shutil.rmtree("soma")
+    write_soma("soma", seed=2)
+    with pytest.raises(InputError, match=r"the experiment soma is not what ingest \w+ read .*run ingest again"):
+        resolve(load_job("vae.yaml", []), "vae.yaml")
+
+
 def test_another_part_of_an_experiment_is_not_the_input():
     finish(SOMA)
     shutil.copytree("soma/ms/RNA/X/raw", "soma/ms/RNA/X/normalised")
