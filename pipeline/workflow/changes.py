@@ -32,7 +32,7 @@ def reason_to_run(
     """Explain why a stage must run, compared with the last time that it finished."""
     if before is None:
         return "first run"
-    moved = {c.setting for key, c in contents.items() if before.contents.get(key) == c.files}
+    moved = {c.setting for key, c in contents.items() if before.contents.get(key) == c.files and not c.named_by_path}
     changes = [x for x in changed_settings(before.config, config.model_dump(mode="json")) if x.split()[0] not in moved]
     reasons = [f"setting changed: {_some(changes)}"] if changes else []
     for key, content in contents.items():
