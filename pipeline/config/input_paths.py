@@ -37,6 +37,7 @@ class InputContent:
     changed_at: float = 0.0  # when a file, or a folder that lists files, last changed; seconds since 1970
     version_0_1: str | None = None  # the identity that version 0.1 gave it
     known_to_0_1: bool = True  # whether that identity changes with the content
+    named_by_path: bool = False  # whether dataset_id of the cells is taken from the path
 
     @property
     def digest(self) -> str:
@@ -126,7 +127,8 @@ class TenxFiles(InputPath):
         if not files:
             return _no_content(Path(value).expanduser())
         listed = [p.parent for p in outputs if p != Path(value).expanduser()]
-        return _of_files(setting, value, files, folders=[*listed, *(p.parent for p in files)])
+        found = _of_files(setting, value, files, folders=[*listed, *(p.parent for p in files)])
+        return replace(found, named_by_path=len(outputs) == 1)
 
 
 class SomaExperiment(InputPath):
@@ -230,14 +232,20 @@ def input_contents(config: BaseModel, *, where: str = "") -> dict[str, InputCont
 
 
 def settings_without_paths(config: BaseModel, contents: Mapping[str, InputContent]) -> dict[str, Any]:
-    """Return the settings as plain data, with the digest of its content in place of each input path."""
+    """Return the settings as plain data, with the digest of its content in place of each input path.
+
+    The path stays beside it if a setting uses the dataset_id that is taken from it.
+    """
     settings = config.model_dump(mode="json")
+    uses_names = "dataset_id" in json.dumps(settings)
     for content in contents.values():
         *folders, name = content.setting.split(".")
         place = settings
         for folder in folders:
             place = place[folder]
         place[name] = {"content": content.digest}
+        if content.named_by_path and uses_names:
+            place[name] |= {"path": content.value}
     return settings
 
 

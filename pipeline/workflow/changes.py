@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.input_paths import InputContent
+from pipeline.config.ingest import SomaSource
+from pipeline.config.input_paths import InputContent, input_contents
 from pipeline.core.manifest import Manifest, stage_version
 from pipeline.core.nested import changed_settings
 from scldm.config import StrictModel
+from scldm.errors import InputError
 
 SHOWN = 3  # changes that are named
 
@@ -30,7 +32,7 @@ def reason_to_run(
     """Explain why a stage must run, compared with the last time that it finished."""
     if before is None:
         return "first run"
-    moved = {c.setting for key, c in contents.items() if before.contents.get(key) == c.files}
+    moved = {c.setting for key, c in contents.items() if before.contents.get(key) == c.files and not c.named_by_path}
     changes = [x for x in changed_settings(before.config, config.model_dump(mode="json")) if x.split()[0] not in moved]
     reasons = [f"setting changed: {_some(changes)}"] if changes else []
     for key, content in contents.items():
@@ -56,6 +58,24 @@ def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
 def _some(changes: Sequence[str]) -> str:
     more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
     return ", ".join(changes[:SHOWN]) + more
+
+
+def check_experiment(ingest: Manifest, command: str) -> None:
+    """Raise InputError if the experiment that an earlier ingest reads in place is not what it was.
+
+    Args:
+        command: Runs ingest again.
+    """
+    recorded = ingest.contents.get("source")
+    given = ingest.config.get("source", {})
+    if recorded is None or given.get("type") != "soma" or "cache" in ingest.facts:
+        return  # what is read are the cells that ingest wrote itself
+    content = input_contents(SomaSource.model_validate(given), where="ingest.source.").get("source")
+    if content is not None and (files := changed_files(recorded, content.files)):
+        raise InputError(
+            f"the experiment {content.value} is not what ingest {ingest.version} read ({_some(files)}), and its cells "
+            f"are read in place; run ingest again ({command}), or put the experiment back"
+        )
 
 
 # ---- version 0.1 -------------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from pathlib import Path
 from pipeline.config.input_paths import InputContent, input_contents, settings_without_paths
 from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
-from pipeline.workflow.changes import changed_since_0_1, reason_to_run, versions_of_0_1
+from pipeline.workflow.changes import changed_since_0_1, check_experiment, reason_to_run, versions_of_0_1
 from pipeline.workflow.folders import pipeline_folder
 from pipeline.workflow.preflight import check_settings
 from scldm.config import StrictModel
 from scldm.errors import InputError
+
+READ_COUNTS = ("train_vae", "encode", "train_flow", "evaluate")  # stages that read the cells of ingest again
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def _decide_all(
         if set(inputs) == set(required):
             _check_lineage(stage, inputs, source)
             steps[stage] = _decide(job, folder, stage, config, inputs, steps)
+            if steps[stage].done is None and stage in READ_COUNTS and "ingest" in earlier:
+                check_experiment(inputs["ingest"], command_for("ingest", source))
     _add_inputs_of_missing(job, folder, configs, needed_by)
     return list(steps.values()), [Missing(s, tuple(needed_by[s])) for s in STAGES if s in needed_by]
 

@@ -13,7 +13,6 @@ from typing import Any
 
 MATRIX, BARCODES, FEATURES = ("matrix.mtx",), ("barcodes.tsv",), ("features.tsv", "genes.tsv")
 _WRITES = ("__fragments", "__commits", "__schema")  # folders of a TileDB array that grow by a name with every write
-_OTHER = ("__meta", "__labels", "__fragment_meta")
 
 
 # ---- h5ad --------------------------------------------------------------------------------------------------------
@@ -82,9 +81,9 @@ def soma_writes(uri: str, measurement: str, layer: str, s3: Callable[[], Any]) -
 
 
 def _local(array: Path) -> Iterator[Entry]:
-    for name in ("", *_WRITES):
+    for name in ("", *_WRITES):  # before format 12, fragments lay beside the folders
         for p in sorted((array / name).glob("__*")):
-            if name or _is_old_write(p.name):  # before format 12, fragments lay beside the folders
+            if _is_write(p.name):
                 yield Entry(f"{name}/{p.name}", p.stat().st_ctime)
 
 
@@ -95,13 +94,14 @@ def _remote(filesystem: Any, array: str) -> Iterator[Entry]:
         place = f"{array}/{name}".rstrip("/")
         found = filesystem.get_file_info(FileSelector(place, allow_not_found=True))
         for info in sorted(found, key=lambda x: x.base_name):
-            if info.base_name.startswith("__") and (name or _is_old_write(info.base_name)):
+            if _is_write(info.base_name):
                 changed_at = info.mtime.timestamp() if info.mtime else _written_at(info.base_name)
                 yield Entry(f"{name}/{info.base_name}", changed_at)
 
 
-def _is_old_write(name: str) -> bool:
-    return name not in (*_WRITES, *_OTHER) and name[2:3].isdigit()
+def _is_write(name: str) -> bool:
+    """Whether a name is that of a write, which begins with its time, and not of a folder of TileDB's."""
+    return name.startswith("__") and name[2:3].isdigit()
 
 
 def _written_at(name: str) -> float:

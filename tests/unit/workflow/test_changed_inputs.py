@@ -52,7 +52,7 @@ def write_soma(path: str, *, seed: int) -> None:
 
 
 def steps(source: str) -> list[Step]:
-    Path("job.yaml").write_text(f"kind: pipeline\nname: demo\ningest: {{source: {source}}}\ngenerate: {{n_cells: 5}}\n")
+    Path("job.yaml").write_text(f"kind: pipeline\nname: demo\ningest:\n  source: {source}\ngenerate: {{n_cells: 5}}\n")
     return list(resolve(load_job("job.yaml", []), "job.yaml").steps)
 
 
@@ -145,6 +145,15 @@ def test_a_copy_at_another_place_is_the_same_input(source, folder, elsewhere):
     assert will_run(elsewhere) == (0, "")
 
 
+def test_the_name_of_a_sample_counts_if_a_label_is_taken_from_it():
+    source = "{type: 10x, path: %s}, labels: [dataset_id]"  # the sample's name becomes dataset_id
+    finish(f"{source % 'ranger'}".replace(", labels", "\n  labels"))
+    shutil.copytree("ranger", "copy")
+    runs, why = will_run(f"{source % 'copy'}".replace(", labels", "\n  labels"))
+    assert runs > 0
+    assert why == "setting changed: source.path ranger -> copy"
+
+
 def test_an_experiment_that_was_written_again_is_another_input():
     n = len(finish(SOMA))
     shutil.rmtree("soma")
@@ -153,6 +162,16 @@ def test_an_experiment_that_was_written_again_is_another_input():
     assert runs == n
     assert why.startswith("source.uri has other content: changed obs")
     assert "ms/RNA/X/raw" in why
+
+
+def test_a_later_job_refuses_an_experiment_that_is_not_what_ingest_read():
+    finish(SOMA)
+    Path("vae.yaml").write_text("kind: train_vae\nname: demo\ntrain: {max_steps: 7}\n")
+    assert [s.done for s in resolve(load_job("vae.yaml", []), "vae.yaml").steps] == [None]
+    shutil.rmtree("soma")
+    write_soma("soma", seed=2)
+    with pytest.raises(InputError, match=r"the experiment soma is not what ingest \w+ read .*run ingest again"):
+        resolve(load_job("vae.yaml", []), "vae.yaml")
 
 
 def test_another_part_of_an_experiment_is_not_the_input():

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from pipeline.config.io.loader import load_job
 from pipeline.config.job import STAGES
 from pipeline.core import faults
 from pipeline.core.lock import LOCK, stage_lock
-from pipeline.core.manifest import newest_manifest
+from pipeline.core.manifest import Manifest, newest_manifest, write_manifest
 from pipeline.tracking import tracker as tracking
 from pipeline.workflow import runner
+from pipeline.workflow.changes import versions_of_0_1
 from pipeline.workflow.folders import output_root, pipeline_folder
+from pipeline.workflow.schedule import resolve
 from scldm.errors import InputError
 
 LINE = "kind: pipeline\nname: demo\ningest: {source: {type: synthetic}}\ngenerate: {per_label: {cell_type: 5}}\n"
@@ -326,3 +329,38 @@ def test_the_resolved_job_lies_beside_the_result_and_runs_again(world):
     again = load_job(Path(folder) / "config.yaml")
     assert again.train_vae.train.max_steps == 20
     assert runner.run_job(again, "config.yaml", []).ran == []
+
+
+def test_an_input_that_changes_while_ingest_runs_is_refused(world, tmp_path, monkeypatch):
+    cells = tmp_path / "cells.h5ad"
+    cells.write_text("before")
+    text = LINE.replace("type: synthetic", f"type: h5ad, path: {cells}")
+    stage_function = runner.stage_function
+
+    def changes(stage):
+        cells.write_text("after")
+        return stage_function(stage)
+
+    monkeypatch.setattr(runner, "stage_function", changes)
+    with pytest.raises(InputError, match=r"source.path: .*cells.h5ad changed while ingest ran"):
+        run(text=text)
+    monkeypatch.setattr(runner, "stage_function", stage_function)
+    assert run(text=text) == list(STAGES)
+    manifest = newest_manifest(pipeline_folder(job(text)), "ingest")
+    assert list(manifest.contents["source"]) == ["cells.h5ad"]
+
+
+def test_the_content_of_its_input_is_added_to_a_result_of_0_1(world, tmp_path):
+    cells = tmp_path / "cells.h5ad"
+    cells.write_text("counts")
+    time.sleep(0.05)
+    text = LINE.replace("type: synthetic", f"type: h5ad, path: {cells}")
+    step = resolve(job(text)).steps[0]
+    (old,) = versions_of_0_1("ingest", step.config, {}, 0, step.contents)
+    folder = step.folder.parent / old
+    folder.mkdir(parents=True)
+    write_manifest(replace(Manifest.planned("ingest", old, folder), finished_at=time.time(), seconds=0.01))
+    assert "ingest" not in run(text=text)
+    assert list(newest_manifest(pipeline_folder(job(text)), "ingest").contents["source"]) == ["cells.h5ad"]
+    cells.touch()
+    assert run(text=text) == []

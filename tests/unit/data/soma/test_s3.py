@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 from helpers.servers.s3_server import REGION, FaultyProxy, free_port, moto_server, upload
 
+from pipeline.config.input_paths import input_contents
 from pipeline.config.job import IngestConfig
 from pipeline.config.s3 import S3Config
 from pipeline.data.inspection.examine import Question, examine
@@ -253,3 +256,28 @@ def test_settings_of_s3_need_an_s3_address(tmp_path):
 def test_a_message_that_is_not_from_s3_is_other():
     assert failure(RuntimeError("S3: [HTTP Response Code: 429] ")).kind == "busy"
     assert failure(ValueError("")).kind == failure(RuntimeError("shape (3, 503)")).kind == "other"
+
+
+# ---- identity ----------------------------------------------------------------------------------------------------
+def soma_source(uri: str, proxy: FaultyProxy | None = None, **settings) -> IngestConfig:
+    if proxy is not None:
+        settings["s3"] = {"endpoint": proxy.address, "addressing": "path", "tries": 1}
+    return IngestConfig.model_validate({"source": {"type": "soma", "uri": uri, **settings}})
+
+
+def test_a_copy_in_the_store_is_the_same_input_as_the_experiment_on_disk(local, proxy):
+    there = input_contents(soma_source("s3://cells/exp", proxy, region=REGION))["source"]
+    here = input_contents(soma_source(local.uri))["source"]
+    assert there.digest == here.digest
+    assert {"obs", "ms/RNA/var", "ms/RNA/X/raw"} == set(there.files)
+    assert input_contents(soma_source("s3://public/exp", proxy, region=REGION, anonymous=True))["source"] == replace(
+        there, value="s3://public/exp", changed_at=ANY
+    )
+
+
+def test_a_store_that_cannot_be_listed_is_explained():
+    config = soma_source(
+        "s3://cells/exp", region=REGION, s3={"endpoint": f"http://127.0.0.1:{free_port()}", "tries": 1}
+    )
+    with pytest.raises(InputError, match=r"ingest.source.uri: s3://cells/exp: cannot be read"):
+        input_contents(config, where="ingest.")
