@@ -14,6 +14,7 @@ from pipeline.config.job import IngestConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.presence import GROUP
+from pipeline.data.tables import RESERVED
 from pipeline.stages import ingest
 from scldm.data.reserved_names import GENERATED_COLUMNS, REQUEST_COLUMNS
 from scldm.errors import InputError
@@ -22,7 +23,7 @@ N = 300
 OWN = ["split", "n_expressed", "group", "content", "cell", "tile", "gene", "count", "weight"]
 OTHERS = ["label:cell_type", "label:split", "index", "level_0", "n_counts", "keys", "type", "a.b", "a/b"]
 WRITTEN = [*REQUEST_COLUMNS, *GENERATED_COLUMNS]
-STORED = ["obs_id", "dataset_id", "is_primary_data", "soma_joinid", "soma_dim_0", "raw_sum", "nnz", "counts_hash_0", GROUP]
+STORED = ["obs_id", "dataset_id", "is_primary_data", "soma_joinid", "soma_dim_0", *RESERVED, GROUP]
 
 
 def ingested(folder: Path, obs: pd.DataFrame, **config):
