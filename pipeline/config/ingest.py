@@ -47,7 +47,8 @@ class H5adSource(StrictModel):
     path: H5adPath
     """File, folder of files or glob pattern."""
     layer: str | None = None
-    """Location of the counts: the name of a layer, "raw" for adata.raw, or null for X."""
+    """Location of the counts: the name of a layer, "raw" for adata.raw, or null for X. "layers/raw" is a layer that is
+    called raw."""
     columns: dict[str, str] = {}
     """Renamed obs columns, new name -> name in the file: {cell_type: louvain, donor_id: patient}."""
     gene_id: str | None = None

@@ -67,17 +67,36 @@ def soma_writes(uri: str, measurement: str, layer: str, s3: Callable[[], Any]) -
     Args:
         s3: Returns a pyarrow filesystem for an s3:// address.
     """
-    rna = f"ms/{measurement}"
-    arrays = ("obs", f"{rna}/var", f"{rna}/X/{layer}", f"{rna}/feature_dataset_presence_matrix", "datasets")
     remote = s3() if "://" in uri and not uri.startswith("file://") else None
     root = uri.split("://", 1)[-1].rstrip("/")
-    found = {}
-    for array in arrays:
+
+    def writes(array: str) -> list[Entry]:
         place = f"{root}/{array}"
-        entries = list(_remote(remote, place) if remote is not None else _local(Path(place).expanduser()))
-        if entries:
-            found[array] = entries
-    return found
+        return list(_remote(remote, place) if remote is not None else _local(Path(place).expanduser()))
+
+    def members(collection: str, wanted: str) -> list[str]:
+        """Return the wanted member, or all if it is not there: ingest takes the only one."""
+        names = _folders(remote, f"{root}/{collection}")
+        return [wanted] if wanted in names else names
+
+    arrays = ["obs", "datasets"]
+    for name in members("ms", measurement):
+        place = f"ms/{name}"
+        layers = [f"{place}/X/{x}" for x in members(f"{place}/X", layer)]
+        arrays += [f"{place}/var", *layers, f"{place}/feature_dataset_presence_matrix"]
+    return {array: entries for array in arrays if (entries := writes(array))}
+
+
+def _folders(remote: Any, place: str) -> list[str]:
+    """Return the names of the members of a collection, sorted."""
+    if remote is None:
+        folder = Path(place).expanduser()
+        names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    else:
+        from pyarrow.fs import FileSelector
+
+        names = [x.base_name for x in remote.get_file_info(FileSelector(place, allow_not_found=True))]
+    return sorted(name for name in names if not name.startswith("__"))
 
 
 def _local(array: Path) -> Iterator[Entry]:

@@ -19,6 +19,7 @@ from pipeline.data.safety.h5ad_structure import (
     DAMAGE,
     SAVE_AGAIN,
     damage,
+    layer_setting,
     matrix_path,
     structure_problems,
     var_path,
@@ -177,7 +178,11 @@ def _elsewhere(places: list[str]) -> str:
 
 def _places(file: h5py.File) -> list[str]:
     """Return places whose first values are whole numbers, as config text."""
-    layers = {str(k): f"layers/{k}" for k in file["layers"]} if isinstance(file.get("layers"), h5py.Group) else {}
+    layers = (
+        {layer_setting(str(k)): f"layers/{k}" for k in file["layers"]}
+        if isinstance(file.get("layers"), h5py.Group)
+        else {}
+    )
     candidates = {"null": "X", "raw": "raw/X" if "raw/X" in file else "raw.X", **layers}
     return [f"layer: {name}" for name, place in candidates.items() if place in file and _whole(file[place], place)]
 

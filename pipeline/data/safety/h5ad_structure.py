@@ -90,6 +90,16 @@ def _index_of(node: h5py.Group) -> str:
     return index.decode() if isinstance(index, bytes) else index
 
 
+def layer_name(layer: str | None) -> str:
+    """Return the name of a layer of the file: `layers/<name>` and `<name>` are the same."""
+    return (layer or "").removeprefix("layers/")
+
+
+def layer_setting(name: str) -> str:
+    """Return the setting for a layer of the file: one called raw, which could be adata.raw, needs its place."""
+    return f"layers/{name}" if name in ("raw", "null") else name
+
+
 def var_path(file: h5py.File, layer: str | None) -> str:
     """Return the path of the genes that belong to a layer."""
     if layer != "raw":
@@ -99,4 +109,4 @@ def var_path(file: h5py.File, layer: str | None) -> str:
 
 def matrix_path(file: h5py.File, layer: str | None) -> str:
     """Return the path of a layer's counts; None is X, "raw" is adata.raw."""
-    return {None: "X", "raw": "raw/X" if "raw" in file else "raw.X"}.get(layer, f"layers/{layer}")
+    return {None: "X", "raw": "raw/X" if "raw" in file else "raw.X"}.get(layer, f"layers/{layer_name(layer)}")

@@ -26,7 +26,7 @@ from pipeline.config.job import H5adSource
 from pipeline.config.paths.cell_files import h5ad_files
 from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
-from pipeline.data.safety.h5ad_structure import structure_problems
+from pipeline.data.safety.h5ad_structure import layer_name, layer_setting, structure_problems
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids, taken
 from scldm.data.label_type import LabelType
@@ -125,10 +125,10 @@ def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
 def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str]:
     """Return problems with layers and columns that the config names and the file lacks."""
     problems = []
-    layers = ", ".join(adata.layers) or "none"
+    layers = ", ".join(map(layer_setting, adata.layers)) or "none"
     if source.layer == "raw" and adata.raw is None:
         problems.append(f"ingest.source.layer: {name} has no raw; layers: {layers}")
-    elif source.layer not in (None, "raw") and source.layer not in adata.layers:
+    elif source.layer not in (None, "raw") and layer_name(source.layer) not in adata.layers:
         problems.append(f"ingest.source.layer: {name} has no layer {source.layer!r}; layers: {layers}")
     elif source.layer is None and not _has_x(adata):
         places = _places_with_counts(adata, None)
@@ -248,7 +248,7 @@ def _runs(files: Sequence[_File]) -> list[list[_File]]:
 
 def _matrix(adata: anndata.AnnData, layer: str | None) -> Any:
     """Return the counts of all cells, sliceable by rows: CSR or dense, in memory or on disk; CSC is converted once."""
-    m = adata.X if layer is None else adata.raw.X if layer == "raw" else adata.layers[layer]
+    m = adata.X if layer is None else adata.raw.X if layer == "raw" else adata.layers[layer_name(layer)]
     if hasattr(m, "group") and m.dtype != _supported(m.dtype):
         m = _in_memory(m)
     if getattr(m, "format", "csr") != "csr":
@@ -285,7 +285,8 @@ def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
 
 def _places_with_counts(adata: anndata.AnnData, layer: str | None) -> list[str]:
     """Return places other than `layer` whose first cells hold whole numbers, as config text."""
-    places = {"null": None, "raw": "raw" if adata.raw is not None else None, **{k: k for k in adata.layers}}
+    layers = {name: name for name in map(layer_setting, adata.layers)}
+    places = {"null": None, "raw": "raw" if adata.raw is not None else None, **layers}
     found = []
     for name, place in places.items():
         if place == layer or (place is None and (name == "raw" or not _has_x(adata))):

@@ -164,6 +164,21 @@ def test_an_experiment_that_was_written_again_is_another_input():
     assert "ms/RNA/X/raw" in why
 
 
+def test_counts_of_a_measurement_that_is_found_because_it_is_the_only_one_are_part_of_the_input():
+    write_soma("other", seed=1)
+    Path("other/ms/RNA").rename("other/ms/rna")
+    Path("other/ms/rna/X/raw").rename("other/ms/rna/X/data")
+    source = "{type: soma, uri: other}"
+    n = len(finish(source))
+    assert will_run(source) == (0, "")
+    write_soma("again", seed=2)
+    shutil.rmtree("other/ms/rna/X/data")
+    shutil.copytree("again/ms/RNA/X/raw", "other/ms/rna/X/data")
+    runs, why = will_run(source)
+    assert runs == n
+    assert why == "source.uri has other content: changed ms/rna/X/data"
+
+
 def test_a_later_job_refuses_an_experiment_that_is_not_what_ingest_read():
     finish(SOMA)
     Path("vae.yaml").write_text("kind: train_vae\nname: demo\ntrain: {max_steps: 7}\n")
