@@ -14,7 +14,7 @@ import scipy.sparse as sp
 
 from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.tables import CellTables
-from pipeline.data.validation.counts import value_faults
+from pipeline.data.validation.counts import fractions_are, value_faults, value_text
 from pipeline.data.validation.names import MIN_CELLS, gene_findings, label_findings
 from scldm.errors import InputError
 
@@ -63,7 +63,7 @@ def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables)
             gene = tables.var["feature_id"].iloc[chunk.indices[k]]
             problems.append(
                 f"{int(bad.sum())} values of {chunk.shape[0]} cells {what} (first: cell {name}, gene {gene}, value "
-                f"{chunk.data[k]:.6g})"
+                f"{value_text(chunk.data[k])})"
             )
     return problems
 
@@ -90,7 +90,7 @@ def _checked(tables: CellTables, problems: list[str]) -> Iterator[sp.csr_matrix]
         chunk = sp.csr_matrix(chunk)
         bad = count_problems(chunk, first_cell=n_cells, tables=tables)
         if bad or problems:
-            raise not_usable(tables, problems + bad + (_remedy(tables) if bad else []))
+            raise not_usable(tables, problems + bad + (_remedy(tables, chunk) if bad else []))
         n_cells += chunk.shape[0]
         empty += int((np.asarray(chunk.sum(1)).ravel() == 0).sum())
         yield chunk
@@ -107,9 +107,13 @@ def not_usable(tables: CellTables, problems: Sequence[str]) -> InputError:
     return InputError("\n".join([f"{tables.where} cannot be used:", *(f"  - {p}" for p in problems)]))
 
 
-def _remedy(tables: CellTables) -> list[str]:
-    """Return where the counts may be instead."""
+def _remedy(tables: CellTables, chunk: sp.csr_matrix) -> list[str]:
+    """Return where the counts may be instead, or how the values become counts."""
     places = tables.other_counts()
     if places:
         return [f"raw counts are needed; this file has some elsewhere: set ingest.source.{' or '.join(places)}"]
-    return ["raw counts are needed, not normalised, log-transformed or scaled values; this file holds no other counts"]
+    needed = "raw counts are needed, not normalised, log-transformed or scaled values; this file holds no other counts"
+    values, totals = chunk.data, np.asarray(chunk.sum(1)).ravel()
+    if not np.isfinite(values).all() or (values < 0).any() or (values == np.rint(values)).all():
+        return [needed]
+    return [f"{needed}; these look like {fractions_are(values, float(values.max()), totals)}"]

@@ -16,6 +16,7 @@ from pipeline.data.findings import FIRST, Finding, error, warning
 from pipeline.data.validation.cell_hashes import MIN_GENES, CellHashes, first_of_each
 
 EXACT = 1 << 24  # float32 holds whole numbers exactly up to here
+NEARLY_WHOLE = 1e-3  # relative distance from a whole number that rounding errors explain
 OUTLIER = 50  # times the median library size
 LEAVE_OUT_COPIES = (
     "to leave them out, leave out a file, or write is_primary_data: False into obs for them and set "
@@ -31,6 +32,32 @@ def value_faults(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "are negative", values < 0
     yield "are not whole numbers", finite & (values != np.rint(values))
     yield f"are above {EXACT:,}, more than 32-bit floats count exactly", finite & (values > EXACT)
+
+
+def value_text(value: float) -> str:
+    """Return a value with enough digits to show that it is not whole, if it is not."""
+    short = f"{float(value):.6g}"
+    looks_whole = float(short) == np.rint(float(short))
+    return f"{float(value):.9g}" if looks_whole and float(short) != float(value) else short
+
+
+def fractions_are(values: np.ndarray, largest: float, totals: np.ndarray) -> str:
+    """Guess what values that are not negative and not all whole are, with what to do if it is not to find the counts.
+
+    Args:
+        values: A sample.
+        largest: The largest of all values.
+        totals: Sums of cells.
+    """
+    totals = totals[totals > 0]
+    if len(totals) > 1 and np.ptp(totals) < 1e-3 * totals.mean():
+        return f"values normalised to {totals.mean():,.0f} per cell"
+    finite = values[np.isfinite(values)]
+    if len(finite) and (np.abs(finite - np.rint(finite)) <= NEARLY_WHOLE * np.maximum(1, finite)).all():
+        return "counts with rounding errors (adata.X = numpy.rint(adata.X) makes them whole)"
+    if 0 < largest < 20:
+        return "log-transformed values"
+    return "counts that were corrected or averaged, as by SoupX or DecontX (use the uncorrected counts)"
 
 
 class CountAudit:
@@ -64,7 +91,7 @@ class CountAudit:
                 examples = self._first.setdefault(what, [])
                 for k in np.flatnonzero(bad)[: FIRST - len(examples)]:
                     place = self._where(int(piece.cells[k]), int(piece.genes[k]))
-                    examples.append(f"{place}, value {float(values[k]):.6g}")
+                    examples.append(f"{place}, value {value_text(values[k])}")
         numbers = np.where(np.isfinite(values), values, 0).astype(np.float64)
         if len(self._fractions) < 8:
             self._fractions.append(numbers[:4096])
@@ -89,12 +116,7 @@ class CountAudit:
         if self.raw:
             return "raw counts"
         values = np.concatenate(self._fractions) if self._fractions else np.zeros(0)
-        totals = self.sums[self.sums > 0]
-        if (values < 0).any():
-            return "scaled values"
-        if len(totals) and np.ptp(totals) < 1e-3 * totals.mean():
-            return f"values normalised to {totals.mean():,.0f} per cell"
-        return "log-transformed values" if 0 < self.largest < 20 else "not counts"
+        return "scaled values" if (values < 0).any() else fractions_are(values, self.largest, self.sums)
 
     def findings(self, places: list[str]) -> Iterator[Finding]:
         """Yield the problems.

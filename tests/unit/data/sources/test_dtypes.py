@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from helpers.files.h5ad_cases import N, counts, save
 
 from pipeline.config.job import IngestConfig
 from pipeline.data.sources.open import open_source
-from tests.helpers.files.h5ad_cases import N, counts, save
 
 WHOLE = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"]
 

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from helpers.files.h5ad_cases import counts
 
 from pipeline.config.job import IngestConfig
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.sources.open import open_source
 from scldm.errors import InputError
-from tests.helpers.files.h5ad_cases import counts
 
 N, G = counts().shape
 

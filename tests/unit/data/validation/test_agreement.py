@@ -4,13 +4,13 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.files.h5ad_cases import counts
 
 from pipeline.cli.init.inspect import inspect_source
 from pipeline.config.job import IngestConfig
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.sources.open import open_source
 from scldm.errors import InputError
-from tests.helpers.files.h5ad_cases import counts
 
 N, G = counts().shape
 HUMAN, MOUSE = [f"ENSG{i:011d}" for i in range(G)], [f"ENSMUSG{i:011d}" for i in range(G)]

@@ -17,9 +17,12 @@ from helpers.files.h5ad_cases import ROOT, SHARED, G, N, counts, look, real, sav
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
+from pipeline.config.job import IngestConfig
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.safety.count_matrix import PIECE
 from pipeline.data.soma.write import write_experiment
+from pipeline.data.sources.open import open_source
+from scldm.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,6 +92,31 @@ def test_what_was_done_to_counts_is_guessed_and_where_they_are_is_said(tmp_path,
     text = told(look(path))
     assert f"these look like {guess}; this file has counts elsewhere: set ingest.source.layer: umi" in text
     assert look(path, layer="umi").findings == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x * np.float32(1.0000001), [".000000", "counts with rounding errors", "numpy.rint"]),
+        (lambda x: x * 37.3, ["corrected or averaged", "SoupX or DecontX", "use the uncorrected counts"]),
+        (np.log1p, ["log-transformed values"]),
+        (lambda x: x / x.sum(1, keepdims=True) * 10_000, ["values normalised to 10,000 per cell"]),
+    ],
+    ids=["nearly whole", "corrected", "log1p", "normalised"],
+)
+def test_validate_and_ingest_say_what_fractions_are_and_what_to_do(tmp_path, change, said):
+    path = save(tmp_path / "a.h5ad", change(counts()).astype(np.float32))
+    config = IngestConfig.model_validate({"source": {"type": "h5ad", "path": str(path)}})
+    with pytest.raises(InputError) as refused:
+        open_source(config, tmp_path, ["cell_type"])
+    for text in (told(look(path)), str(refused.value)):
+        for words in said:
+            assert words in text
+
+
+def test_the_remedy_for_rounding_errors_works(tmp_path):
+    path = save(tmp_path / "a.h5ad", np.rint(counts() * np.float32(1.0000001)))
+    assert look(path).errors == []
 
 
 # ---- other sources -------------------------------------------------------------------------------------------------
