@@ -89,7 +89,9 @@ def explain(error: BaseException, uri: str) -> str:
     """Return one line: what happened, and how to fix it."""
     text = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
     status = status_of(error)
-    if "active' state" in text or "deleted" in text:
+    if isinstance(error, InputError):  # of ours, with its own remedy
+        message = str(error)
+    elif "active' state" in text or "deleted" in text:
         message = (
             "its run was deleted; `mlflow runs restore --run-id …`, or remove tracking.json from the stage's folder to "
             "start another run"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,9 +18,13 @@ from typing import Any
 
 from pipeline.core.files import write_json_atomic
 from pipeline.tracking.mlflow_runs.client import explain, mlflow_client
+from pipeline.tracking.mlflow_runs.moved import follow_move
 from pipeline.tracking.provenance import IDS, Inputs, note, read_ids
 from pipeline.tracking.record_log import DRIVER_LOG, PARENT_SPOOL, Record, RecordLog, last_status, read_logs
 from pipeline.tracking.tags import lineage_tags, parent_tags
+from scldm.errors import InputError
+
+log = logging.getLogger(__name__)
 
 OPENING = ".mlflow_run.json"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with runs, not chats
@@ -111,6 +116,9 @@ class PipelineRuns:
         if self._client is not None:
             return self._client
         with self._local_lock():  # two processes that create one SQLite file at the same time break it
+            if self.pipeline.local and (former := follow_move(Path(self.pipeline.uri.removeprefix("sqlite:///")))):
+                log.info("MLflow's artifacts are now those of %s, which was copied or moved from %s",
+                         self.pipeline.root, former)  # fmt: skip
             client = self._client = mlflow_client(self.pipeline.uri)
             try:
                 place = Path(self.pipeline.root) / "mlartifacts" if self.pipeline.local else None
@@ -154,6 +162,11 @@ def experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
         artifacts: Where a new experiment keeps its files; None leaves that to the server.
     """
     found = client.get_experiment_by_name(name)
+    if found and found.lifecycle_stage == "deleted":
+        raise InputError(
+            f"MLflow experiment {name!r} was deleted, so that its runs take nothing: "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
+        )
     if found:
         return str(found.experiment_id)
     location = None if artifacts is None else artifacts.as_uri()
