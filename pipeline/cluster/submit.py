@@ -201,9 +201,15 @@ def _table(jobs: Sequence[Any]) -> str:
     rows = [("job", "status", "kind", "name", "started", "took")]
     for job in jobs:
         meta = job.metadata or {}
-        started = datetime.fromtimestamp((job.start_time or 0) / 1000, UTC)
-        ended = (job.end_time or time.time() * 1000) / 1000
-        took = f"{ended - started.timestamp():.0f} s"
         given = (meta.get("scldm.kind", ""), meta.get("scldm.name", ""))
-        rows.append((job.submission_id, job.status.value, *given, f"{started:%Y-%m-%d %H:%M} UTC", took))
+        rows.append((job.submission_id, job.status.value, *given, *_times(job)))
     return table(rows)
+
+
+def _times(job: Any) -> tuple[str, str]:
+    """Return when a job started and how long it took; a job that failed before it started has neither."""
+    if not job.start_time:
+        return "not started", ""
+    started = datetime.fromtimestamp(job.start_time / 1000, UTC)
+    ended = (job.end_time or time.time() * 1000) / 1000
+    return f"{started:%Y-%m-%d %H:%M} UTC", f"{ended - started.timestamp():.0f} s"

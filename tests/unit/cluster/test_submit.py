@@ -144,3 +144,13 @@ def test_a_clusters_mlflow_is_used_if_the_job_names_none(tmp_path, monkeypatch):
     assert Tracking(named, tmp_path, "job.yaml").uri == "http://lab:5000"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert Tracking(job, tmp_path, "job.yaml").uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_job_that_failed_before_it_started_has_no_date():
+    given = {"submission_id": "raysubmit_1", "status": SimpleNamespace(value="FAILED"), "metadata": None}
+    table = submitting._table([SimpleNamespace(start_time=None, end_time=1_700_000_000_000, **given)])
+    assert "not started" in table
+    assert "1970" not in table
+    table = submitting._table([SimpleNamespace(start_time=1_700_000_000_000, end_time=1_700_000_007_000, **given)])
+    assert "2023-11-14 22:13 UTC" in table
+    assert "7 s" in table
