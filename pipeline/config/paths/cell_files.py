@@ -6,6 +6,7 @@ Only names are looked at here, so that `scldm plan` needs none of the libraries 
 from __future__ import annotations
 
 import glob
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,26 @@ def tenx_files(output: Path) -> list[Path]:
     if output.is_file():
         return [output]
     return [p for names in (MATRIX, FEATURES, BARCODES) if (p := tenx_part(output, names)) is not None]
+
+
+def prefix_advice(folder: Path) -> str | None:
+    """Return how to arrange files that GEO has renamed, `GSM…_matrix.mtx.gz`; None if the folder has none.
+
+    They are not read as they are: which features belong to which matrix would be a guess.
+    """
+    if not folder.is_dir():
+        return None
+    found = sorted(p.name for p in folder.iterdir() if p.name.removesuffix(".gz").endswith(MATRIX) and p.is_file())
+    if not found:
+        return None
+    command = (
+        f'cd {shlex.quote(str(folder))} && for m in *matrix.mtx*; do p="${{m%matrix.mtx*}}"; mkdir -p "${{p%_}}"; '
+        'for f in "$p"*; do [ -f "$f" ] && mv "$f" "${p%_}/${f#"$p"}"; done; done'
+    )
+    return (
+        f"{len(found)} matrices have a prefix in their name ({found[0]}); give each sample a folder of its own, with "
+        f"files named as Cell Ranger names them: {command}"
+    )
 
 
 # ---- SOMA --------------------------------------------------------------------------------------------------------

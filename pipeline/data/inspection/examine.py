@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.ingest import MISSING_TEXT
-from pipeline.config.paths.cell_files import is_tenx
+from pipeline.config.paths.cell_files import is_tenx, prefix_advice
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
@@ -70,6 +70,10 @@ def examine(question: Question) -> list[Examined]:
         absent = f"there is no such file, folder or pattern (from {Path.cwd()})"
         what = "no .h5ad, Cell Ranger output or SOMA experiment is in the folder" if Path(uri).is_dir() else absent
         known = other_format(Path(uri).expanduser())
+        if advice := prefix_advice(Path(uri).expanduser()):
+            what, _, remedy = advice.partition("; ")
+            nothing.findings.append(error(what, remedy))
+            return [nothing]
         remedy = "name .h5ad files, a folder of them, a Cell Ranger output, or a SOMA experiment"
         nothing.findings.append(error(f"this is {known.partition(': ')[0]}" if known else what,
                                       known.partition(": ")[2] if known else remedy))  # fmt: skip

@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import TenxSource
-from pipeline.config.paths.cell_files import is_tenx
+from pipeline.config.paths.cell_files import is_tenx, prefix_advice
 from pipeline.data.presence import Presence
 from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, open_tenx
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
@@ -85,6 +85,8 @@ def find_outputs(source: TenxSource) -> list[Path]:
     found = [p for match in matches for p in _inside(match, source.genome)]
     if not found:
         has = ", ".join(sorted(p.name for p in path.iterdir())[:6]) if path.is_dir() else path.name
+        if advice := prefix_advice(path):
+            raise InputError(f"ingest.source.path {source.path}: {advice}")
         packed = "; unpack it first (tar -xf)" if path.suffix in (".gz", ".tar", ".tgz", ".zip") else ""
         raise InputError(
             f"ingest.source.path {source.path}: no Cell Ranger output (a folder with matrix.mtx, or an .h5 file) is "

@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+import subprocess
 from pathlib import Path
 
 import h5py
@@ -12,6 +13,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from pipeline.config.job import TenxSource
+from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.sources.tenx import find_outputs, read_10x
 from pipeline.data.sources.tenx_files import open_tenx
 from pipeline.data.tables import sample_names
@@ -300,3 +302,21 @@ def test_nothing_there_is_said(tmp_path):
         find_outputs(source(tmp_path / "empty"))
     with pytest.raises(InputError, match="no such file, folder or pattern"):
         find_outputs(source(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("prefixes", [["GSM1_"], ["GSM1_a b_", "GSM2_", "S3."]], ids=["one sample", "three samples"])
+def test_the_advice_for_files_that_geo_renamed_makes_them_readable(tmp_path, prefixes):
+    folder = tmp_path / "GSE 1"
+    folder.mkdir()
+    counts = np.random.default_rng(0).poisson(1.0, (30, 4))
+    for prefix in prefixes:
+        write_folder(tmp_path / f"of {prefix}", counts, [f"ENSG{i:011d}" for i in range(4)])
+        for file in (tmp_path / f"of {prefix}").iterdir():
+            file.rename(folder / f"{prefix}{file.name}")
+    [looked] = examine(Question(str(folder)))
+    with pytest.raises(InputError) as refused:
+        read_10x(source(folder))
+    command = str(refused.value).partition("Cell Ranger names them: ")[2]
+    assert command in looked.errors[0].message
+    subprocess.run(command, shell=True, check=True)
+    assert (dense(read_10x(source(folder))) == np.tile(counts, (len(prefixes), 1))).all()
