@@ -32,6 +32,7 @@ from pipeline.data.validation.names import (
     class_counts,
     gene_findings,
     label_findings,
+    size_findings,
     spelling_findings,
     suggested_labels,
 )
@@ -87,6 +88,9 @@ def examine(question: Question) -> list[Examined]:
         for i, column in _columns_of_ids(found).items():
             found[i] = _one(paths[i], replace(question, gene_id=column))
             found[i].facts["gene ids"] = f"var column {column}"
+    for one in found:  # the number of cells counts for all files together
+        alone = {f.what for f in size_findings(int(one.facts.get("cells", 0)))}
+        one.findings[:] = [f for f in one.findings if f.what not in alone]
     return [*found, _together(uri, found, question.labels)]
 
 
@@ -129,6 +133,8 @@ def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Exa
     if bad:
         whole.findings.append(error(f"{len(bad)} of {len(found)} files have errors", "fix them or leave them out",
                                     count=len(bad), first=bad))  # fmt: skip
+    if all("cells" in f.facts for f in found):
+        whole.findings += size_findings(whole.facts["cells"])
     tables = [
         FileTables(
             shown(Path(f.where).name), f.gene_ids, f.facts.get("obs columns", ()), f.facts.get("suggested labels", ())

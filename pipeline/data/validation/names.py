@@ -73,10 +73,15 @@ def ensembl_columns(var: pd.DataFrame) -> list[str]:
     return [c for c, values in head.items() if len(values) and values.str.match(_ENSEMBL).mean() > 0.5]
 
 
+def size_findings(n_cells: int) -> Iterator[Finding]:
+    """Check the number of cells, of all files together."""
+    if n_cells < MIN_CELLS:
+        yield error(f"{n_cells} cells are too few to split, train and score", f"at least {MIN_CELLS} are needed")
+
+
 def cell_findings(names: pd.Series) -> Iterator[Finding]:
     """Check names of cells, one per row."""
-    if len(names) < MIN_CELLS:
-        yield error(f"{len(names)} cells are too few to split, train and score", f"at least {MIN_CELLS} are needed")
+    yield from size_findings(len(names))
     if len(twice := names[names.duplicated()].unique()):
         yield warning(f"{len(twice)} obs names occur more than once", "cells are told apart by soma_joinid",
                       count=len(twice), first=twice)  # fmt: skip

@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from helpers.files.h5ad_cases import counts
 
 from pipeline.cli.init.inspect import inspect_source
@@ -102,3 +103,49 @@ def test_init_says_which_columns_only_some_files_have(tmp_path):
     warnings = "\n".join(inspect_source(Question(str(tmp_path)))["warnings"])
     assert "obs column 'cell_type' is in 1 of 2 files (first: not in b.h5ad)" in warnings
     assert "obs column 'celltype' is in 1 of 2 files (first: not in a.h5ad)" in warnings
+
+
+def cells(n=N, genes=HUMAN, label="cell_type", values=("a", "b"), x=None):
+    x = np.random.default_rng(0).poisson(1.0, (n, len(genes))).astype(np.float32) + 1 if x is None else x
+    obs = pd.DataFrame({label: pd.Series([*values] * n).iloc[:n].array}, index=[f"c{i}" for i in range(n)])
+    return ad.AnnData(x, obs=obs, var=pd.DataFrame(index=list(genes)))
+
+
+TOGETHER = {
+    "two alike": [cells(), cells()],
+    "genes in another order": [cells(), cells(genes=HUMAN[::-1])],
+    "CSC and dense": [cells(x=sp.csc_matrix(counts())), cells()],
+    "a file without cells": [cells(), cells(n=0)],
+    "a file of three cells": [cells(), cells(n=3)],
+    "too few cells in all": [cells(n=9), cells(n=9)],
+    "numbers and text as labels": [cells(values=[0, 1]), cells(values=["0", "1"])],
+    "floats and numbers as labels": [cells(values=[0.0, 1.0]), cells(values=[0, 1])],
+    "booleans and text as labels": [cells(values=[True, False]), cells(values=["True", "False"])],
+    "two versions of gene ids": [cells(genes=[f"{g}.1" for g in HUMAN]), cells(genes=[f"{g}.2" for g in HUMAN])],
+    "a repeated gene": [cells(), cells(genes=[*HUMAN[:-1], HUMAN[0]])],
+    "log-transformed values in one": [cells(), cells(x=np.log1p(counts()))],
+    "negative values in one": [cells(), cells(x=-counts())],
+    "two organisms": [cells(), cells(genes=MOUSE)],
+    "no label in one": [cells(), cells(label="celltype")],
+    "no label in both": [cells(label="celltype"), cells(label="celltype")],
+    "a part of the genes": [cells(), cells(genes=HUMAN[:4])],
+    "other genes": [cells(genes=HUMAN[:3]), cells(genes=HUMAN[3:])],
+    "symbols": [cells(genes=SYMBOLS), cells(genes=SYMBOLS)],
+    "symbols in two cases": [cells(genes=SYMBOLS), cells(genes=[x.lower() for x in SYMBOLS])],
+    "three files, one of symbols": [cells(), cells(), cells(genes=SYMBOLS)],
+    "missing labels in one": [cells(), cells(values=["a", None])],
+}
+
+
+@pytest.mark.parametrize("files", TOGETHER.values(), ids=TOGETHER)
+def test_what_validate_calls_usable_ingest_reads(tmp_path, files):
+    for i, adata in enumerate(files):
+        adata.write_h5ad(tmp_path / f"{i}.h5ad")
+    found, said, opened = verdict(tmp_path, "cell_type")
+    if isinstance(opened, str):
+        assert any(e.errors for e in found), opened
+        return
+    rows = opened.store.read_ragged(np.arange(opened.store.shape[0]))
+    assert not any(e.errors for e in found), said
+    assert found[-1].facts["cells"] == opened.store.shape[0] == sum(a.n_obs for a in files)
+    assert rows.counts.sum() == sum(a.X.sum() for a in files)
