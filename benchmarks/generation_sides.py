@@ -151,7 +151,7 @@ def our_phases(actor: Generator) -> dict[str, float]:
             with clock.phase("draw"):
                 cells = maker.drawn(tile)
             with clock.phase("write"):
-                out.add(cells.counts, cells.latents)
+                out.add(cells.values, cells.latents)
             library.append(cells.library_size)
         with clock.phase("write"):
             out.finish(
