@@ -27,7 +27,7 @@ from pipeline.tracking.tracker import Tracking, attach_tracker
 
 STEPS = 200
 STEP_SECONDS = 0.005
-TYPICAL_SECONDS = 0.01  # of a call, 95 of 100: on a busy machine 5 ms; a request to the server takes longer
+TYPICAL_SECONDS = 0.003  # of a call, 95 of 100
 WORST_SECONDS = 0.5  # of any, on a machine that does other things: less than any request may take
 
 
