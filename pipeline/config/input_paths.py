@@ -14,9 +14,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
@@ -136,7 +136,8 @@ class SomaExperiment(InputPath):
 
     def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
         settings: Any = owner
-        writes = soma_writes(value, settings.measurement, settings.layer, lambda: _s3(settings))
+        s3 = partial(settings.s3.filesystem, region=settings.region, anonymous=settings.anonymous)
+        writes = soma_writes(value, settings.measurement, settings.layer, s3)
         if not writes:
             return None if "://" in value else _no_content(Path(value).expanduser())
         names = {array: json.dumps([e.name for e in entries]) for array, entries in writes.items()}
@@ -164,25 +165,6 @@ def _of_files(setting: str, value: str, files: Sequence[Path], *, folders: Seque
     # The time of the last change of name or content, which a program cannot set.
     changed_at = max(p.stat().st_ctime for p in [*places, *folders])
     return InputContent(setting, value, digests, changed_at=changed_at, known_to_0_1=False)
-
-
-def _s3(settings: Any) -> Any:
-    """Return a filesystem that lists the experiment of a SOMA source. Credentials are found as TileDB finds them."""
-    from pyarrow import fs
-
-    options: dict[str, Any] = {
-        "anonymous": settings.anonymous,
-        "connect_timeout": settings.s3.connect_seconds,
-        "request_timeout": settings.s3.request_seconds,
-        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=settings.s3.tries),
-        "force_virtual_addressing": settings.s3.addressing == "virtual" and settings.s3.endpoint is not None,
-    }
-    if settings.region is not None:
-        options["region"] = settings.region
-    if settings.s3.endpoint is not None:
-        parts = urlsplit(settings.s3.endpoint)
-        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-    return fs.S3FileSystem(**options)
 
 
 ConditionsTable = Annotated[PathText, InputFile("a CSV, TSV or Parquet table of labels and n_cells", "conditions")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -32,6 +32,28 @@ class S3Client(StrictModel):
         if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
             raise ValueError(f"{value!r} is no address of a server: http:// or https://, host and port, nothing more")
         return value
+
+    def filesystem(self, *, region: str | None, anonymous: bool = False) -> Any:
+        """Return a pyarrow filesystem with these settings. Credentials are found as AWS's own tools find them.
+
+        Args:
+            region: Of the bucket; None leaves it to AWS's settings.
+        """
+        from pyarrow import fs
+
+        options: dict[str, Any] = {
+            "anonymous": anonymous,
+            "connect_timeout": self.connect_seconds,
+            "request_timeout": self.request_seconds,
+            "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=self.tries),
+            "force_virtual_addressing": self.addressing == "virtual" and self.endpoint is not None,
+        }
+        if region is not None:
+            options["region"] = region
+        if self.endpoint is not None:
+            parts = urlsplit(self.endpoint)
+            options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        return fs.S3FileSystem(**options)
 
 
 class S3Config(S3Client):

@@ -10,7 +10,6 @@ import shutil
 import uuid
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline.config.resources import CheckpointStorage
 from pipeline.core.faults import fault_point
@@ -128,18 +127,7 @@ def _open(config: CheckpointStorage, address: str) -> tuple[Any, str]:
             f"checkpoints.storage_path ({config.storage_path}) must be a folder or s3://bucket/prefix; mount other "
             "stores as folders"
         )
-    options: dict[str, Any] = {
-        "connect_timeout": config.s3.connect_seconds,
-        "request_timeout": config.s3.request_seconds,
-        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=config.s3.tries),
-        "force_virtual_addressing": config.s3.addressing == "virtual" and config.s3.endpoint is not None,
-    }
-    if config.region is not None:
-        options["region"] = config.region
-    if config.s3.endpoint is not None:
-        parts = urlsplit(config.s3.endpoint)
-        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-    return fs.S3FileSystem(**options), address.removeprefix("s3://")
+    return config.s3.filesystem(region=config.region), address.removeprefix("s3://")
 
 
 def check_storage(config: CheckpointStorage, run: str) -> None:

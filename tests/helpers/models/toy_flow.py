@@ -1,24 +1,15 @@
-"""The small field and the names that upstream's recorded transports use."""
+"""The small field that upstream's recorded transports use, and their paths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from parity.kinds.transport import PATH_NAMES
 from torch import Tensor
 
 from helpers.models.upstream_fixtures import Fixture
 from scldm.flow.config import PathConfig
-
-PATH_NAMES = {"Linear": "linear", "GVP": "gvp", "VP": "vp"}
-DIFFUSION_NAMES = {
-    "SBDM": "sbdm",
-    "constant": "constant",
-    "sigma": "sigma",
-    "linear": "linear",
-    "decreasing": "decreasing",
-    "inccreasing-decreasing": "increasing_decreasing",
-}
 
 
 def toy_field(fixture: Fixture) -> Callable[[Tensor, Tensor], Tensor]:

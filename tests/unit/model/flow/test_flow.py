@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers.models.recorded_dit import CASES, dit_of
-from helpers.models.toy_flow import DIFFUSION_NAMES, PATH_NAMES
 from helpers.models.upstream_fixtures import load_fixture
+from parity.kinds.transport import DIFFUSION_NAMES, PATH_NAMES
 
 from scldm.flow.config import PathConfig
 from scldm.flow.guidance import guidance_terms, guided_prediction, guided_velocity

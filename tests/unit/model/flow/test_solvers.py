@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from helpers.models.recorded_dit import dit_of
-from helpers.models.toy_flow import DIFFUSION_NAMES, path_config, toy_field
+from helpers.models.toy_flow import path_config, toy_field
 from helpers.models.upstream_fixtures import load_fixture
+from parity.kinds.transport import DIFFUSION_NAMES
 
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.guidance import guided_velocity
