@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,25 +30,37 @@ PARENT_SPOOL = "mlflow_parent.jsonl"  # in the pipeline's folder
 
 
 class RecordLog:
-    """Append records to one file, which no other process writes."""
+    """Append records to one file, which no other process writes.
+
+    The file stays open: a record is one call of the system. Each call lets another thread of this process run, and a
+    training that logs beside a busy sender would wait for it several times.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._appended = False
+        self._file: int | None = None  # descriptor, after the first record
         self._warned = False
 
     def append(self, record: Record) -> None:
         """Append a record. A failure (a full disk) is logged once and never raised."""
-        # A process that was killed while it wrote may have left half a line, which must not spoil the next one.
-        text = json.dumps(record) + "\n"
+        line = (json.dumps(record) + "\n").encode()
         try:
-            with self.path.open("a") as f:
-                f.write(text if self._appended or f.tell() == 0 else f"\n{text}")
-            self._appended = True
+            if self._file is None:
+                self._file = self._open()
+            if os.write(self._file, line) < len(line):  # as on a disk that fills up: the next record ends this line
+                os.write(self._file, b"\n")
         except OSError as error:
             if not self._warned:
                 log.warning("%s cannot be written (%s): MLflow gets only what it can take now", self.path, error)
             self._warned = True
+
+    def _open(self) -> int:
+        """Open the file, and end the half line that a killed process may have left."""
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, file)
+        if os.fstat(file).st_size:
+            os.write(file, b"\n")
+        return file
 
 
 def read_logs(folder: Path, *names: str) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
@@ -53,6 +54,7 @@ def chosen_uri(given: str | None, near: Path | None = None) -> str:
     )
 
 
+@functools.lru_cache(4096)  # a training logs the same hundred names at every step
 def clean_key(name: str) -> str:
     """Return a key in MLflow's alphabet, without empty path parts; at most 250 characters, different for long names."""
     parts = [re.sub(r"[^\w\-.: ]", "_", part) for part in name.split("/")]
