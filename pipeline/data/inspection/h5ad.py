@@ -5,27 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pandas as pd
 
 from pipeline.config.ingest import MISSING_TEXT
-from pipeline.data.findings import Examined, Finding, error
+from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile, var_profile
 from pipeline.data.safety.count_matrix import CountMatrix, find_matrix, pieces
+from pipeline.data.safety.h5ad_parts import open_parts
 from pipeline.data.safety.h5ad_structure import (
     DAMAGE,
     SAVE_AGAIN,
     damage,
-    layer_setting,
     matrix_path,
     structure_problems,
     var_path,
 )
 from pipeline.data.safety.hdf5 import open_problems, unsafe
-from pipeline.data.validation.counts import CountAudit, value_faults
+from pipeline.data.validation.counts import CountAudit
 from pipeline.data.validation.names import (
     cell_findings,
     class_counts,
@@ -34,6 +33,8 @@ from pipeline.data.validation.names import (
     label_findings,
     suggested_labels,
 )
+from pipeline.data.validation.places import other_places, places_with_counts
+from scldm.errors import InputError
 from scldm.text import shown
 
 
@@ -77,12 +78,15 @@ def _inspect(
         found.findings += unsound
         if not {"obs", "var"} <= set(file):
             return
-        obs, var = _frame(file, "obs", found), _frame(file, var_path(file, layer), found)
+        obs, var = _frames(file, path, layer, found)
         _names(found, obs, var, labels, gene_id, missing_text)
         place = matrix_path(file, layer)
-        places = [p for p in _places(file) if p != f"layer: {layer or 'null'}"]
+        places = other_places(path, layer)
         if profile:
-            found.facts["profile"] = {"obs": {} if obs is None else obs_profile(obs), "places": _places(file)}
+            found.facts["profile"] = {
+                "obs": {} if obs is None else obs_profile(obs),
+                "places": places_with_counts(file),
+            }
             found.facts["profile"] |= {} if var is None else {"var": var_profile(var)}
         if place not in file:
             found.findings.append(error(f"the file has no {shown(place)}", _elsewhere(places)))
@@ -96,6 +100,21 @@ def _inspect(
 
 
 # ---- obs and var -------------------------------------------------------------------------------------------------
+def _frames(
+    file: h5py.File, path: Path, layer: str | None, found: Examined
+) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
+    """Read obs and the genes as ingest does; of a file that ingest refuses, what can be read."""
+    if not found.errors:
+        try:
+            parts = open_parts(path, layer)
+        except InputError as problem:
+            found.findings.append(error(str(problem).removeprefix(f"{path} "), SAVE_AGAIN))
+        else:
+            found.findings += [warning(note, SAVE_AGAIN) for note in parts.notes]
+            return parts.adata.obs, parts.adata.var
+    return _frame(file, "obs", found), _frame(file, var_path(file, layer), found)
+
+
 def _frame(file: h5py.File, place: str, found: Examined) -> pd.DataFrame | None:
     """Read a table; return None after adding a finding if it cannot be read."""
     try:
@@ -174,25 +193,3 @@ def _counts(
 
 def _elsewhere(places: list[str]) -> str:
     return f"set ingest.source.{' or '.join(places)}" if places else "it holds no counts"
-
-
-def _places(file: h5py.File) -> list[str]:
-    """Return places whose first values are whole numbers, as config text."""
-    layers = (
-        {layer_setting(str(k)): f"layers/{k}" for k in file["layers"]}
-        if isinstance(file.get("layers"), h5py.Group)
-        else {}
-    )
-    candidates = {"null": "X", "raw": "raw/X" if "raw/X" in file else "raw.X", **layers}
-    return [f"layer: {name}" for name, place in candidates.items() if place in file and _whole(file[place], place)]
-
-
-def _whole(node: Any, place: str) -> bool:
-    try:
-        matrix = find_matrix(node, place)
-        if isinstance(matrix, Finding):
-            return False
-        values = matrix.node[:50] if matrix.kind == "dense" else matrix.node["data"][:10_000]
-        return values.size > 0 and bool(np.any(values)) and not any(bad.any() for _, bad in value_faults(values))
-    except DAMAGE:
-        return False

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -26,9 +27,11 @@ from pipeline.config.job import H5adSource
 from pipeline.config.paths.cell_files import h5ad_files
 from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
-from pipeline.data.safety.h5ad_structure import layer_name, layer_setting, structure_problems
+from pipeline.data.safety.h5ad_parts import H5adParts, open_parts
+from pipeline.data.safety.h5ad_structure import layer_setting, matrix_path, structure_problems
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids, taken
+from pipeline.data.validation.places import layer_names, other_places
 from scldm.data.label_type import LabelType
 from scldm.errors import InputError
 from scldm.text import choices_hint
@@ -39,9 +42,17 @@ CHUNK_VALUES = 1 << 24  # of a dense matrix
 
 @dataclass(frozen=True)
 class _File:
-    path: Path
-    adata: anndata.AnnData  # backed
+    parts: H5adParts
     genes: pd.DataFrame  # feature_id, feature_name, feature_length
+
+    @property
+    def path(self) -> Path:
+        return self.parts.path
+
+    @property
+    def adata(self) -> anndata.AnnData:
+        """obs, genes and counts; X is on disk."""
+        return self.parts.adata
 
 
 def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
@@ -53,7 +64,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     paths = find_files(source.path)
     problems: list[str] = []
     notes: list[str] = []
-    files = [f for path in paths if (f := _open(path, source, problems)) is not None]
+    files = [f for path in paths if (f := _open(path, source, problems, notes)) is not None]
     if len(files) > 1:  # for a single file, validation reports it
         files = _named_alike(files, source, notes)
         problems += _disagreements(files, source.columns, needed)
@@ -73,7 +84,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
 
     def chunks() -> Iterator[sp.csr_matrix]:
         target = pd.Index(var["feature_id"])
-        for f, rows in _matrices(files, source.layer):
+        for f, rows in _matrices(files):
             columns = None if f.genes is var else target.get_indexer(f.genes["feature_id"])
             for chunk in _chunks(rows):
                 yield chunk if columns is None else spread(chunk, columns, len(target))
@@ -84,7 +95,7 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
         target = pd.Index(var["feature_id"])
         places = [target.get_indexer(f.genes["feature_id"]) for f in files]
         measured = Presence.from_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
-    other_counts = lambda: _places_with_counts(files[0].adata, source.layer)  # noqa: E731
+    other_counts = lambda: other_places(paths[0], source.layer)  # noqa: E731
     return CellTables(obs, var, chunks, where, notes, other_counts, types, measured)
 
 
@@ -106,40 +117,48 @@ def _listing(folder: Path) -> str:
     return (", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "nothing"
 
 
-def _open(path: Path, source: H5adSource, problems: list[str]) -> _File | None:
+def _open(path: Path, source: H5adSource, problems: list[str], notes: list[str]) -> _File | None:
     """Open a file and read its genes; return None after adding to `problems`."""
     if unsound := structure_problems(path, source.layer):
         problems += [f"{path}: {finding.message}" for finding in unsound]
         return None
     try:
-        adata = anndata.read_h5ad(path, backed="r")
-        wrong = _misnamed(path.name, adata, source)
-        problems += wrong
-        return None if wrong else _File(path, adata, _genes(_var(adata, source), source))
-    except Exception as error:  # any: an untrusted file in another library's reader
-        line = (str(error).splitlines() or ["no message"])[0]
-        problems.append(f"{path} cannot be read by anndata ({type(error).__name__}: {line[:300]})")
+        if wrong := _misplaced(path, source):
+            problems.append(wrong)
+            return None
+        parts = open_parts(path, source.layer)
+        if unknown := _unknown_columns(path.name, parts.adata, source):
+            problems += unknown
+            return None
+        notes += [f"{note}." for note in parts.notes]
+        return _File(parts, _genes(parts.adata.var, source))
+    except InputError as error:
+        problems.append(str(error))
         return None
 
 
-def _misnamed(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str]:
-    """Return problems with layers and columns that the config names and the file lacks."""
+def _misplaced(path: Path, source: H5adSource) -> str | None:
+    """Return what to do if the file has no counts where the config says."""
+    with h5py.File(path) as file:
+        if matrix_path(file, source.layer) in file:
+            return None
+        layers = ", ".join(map(layer_setting, layer_names(file))) or "none"
+    if source.layer == "raw":
+        return f"ingest.source.layer: {path.name} has no raw; layers: {layers}"
+    if source.layer is not None:
+        return f"ingest.source.layer: {path.name} has no layer {source.layer!r}; layers: {layers}"
+    places = other_places(path, None)
+    return f"{path.name} has no X" + (f"; set ingest.source.{' or '.join(places)}" if places else "")
+
+
+def _unknown_columns(name: str, adata: anndata.AnnData, source: H5adSource) -> list[str]:
+    """Return problems with columns that the config names and the file lacks."""
     problems = []
-    layers = ", ".join(map(layer_setting, adata.layers)) or "none"
-    if source.layer == "raw" and adata.raw is None:
-        problems.append(f"ingest.source.layer: {name} has no raw; layers: {layers}")
-    elif source.layer not in (None, "raw") and layer_name(source.layer) not in adata.layers:
-        problems.append(f"ingest.source.layer: {name} has no layer {source.layer!r}; layers: {layers}")
-    elif source.layer is None and not _has_x(adata):
-        places = _places_with_counts(adata, None)
-        problems.append(f"{name} has no X" + (f"; set ingest.source.{' or '.join(places)}" if places else ""))
-    else:
-        columns = _var(adata, source).columns
-        for field in ("gene_id", "gene_name"):
-            wanted = getattr(source, field)
-            if wanted is not None and wanted not in columns:
-                hint = choices_hint(wanted, columns)
-                problems.append(f"ingest.source.{field}: {name} has no var column {wanted!r} ({hint})")
+    for field in ("gene_id", "gene_name"):
+        wanted = getattr(source, field)
+        if wanted is not None and wanted not in adata.var:
+            hint = choices_hint(wanted, adata.var.columns)
+            problems.append(f"ingest.source.{field}: {name} has no var column {wanted!r} ({hint})")
     for column in source.columns.values():
         if column not in adata.obs:
             hint = choices_hint(column, adata.obs.columns)
@@ -151,7 +170,7 @@ def _named_alike(files: Sequence[_File], source: H5adSource, notes: list[str]) -
     """Take the gene ids of some files from a column, if their index holds another kind of names than that of others."""
     if source.gene_id is not None:
         return list(files)
-    variables = {str(f.path): _var(f.adata, source) for f in files}
+    variables = {str(f.path): f.adata.var for f in files}
     columns = columns_of_ids(variables)
     notes += [f"{taken(Path(path).name, column)}." for path, column in columns.items()]
     return [
@@ -170,17 +189,6 @@ def _disagreements(files: Sequence[_File], columns: dict[str, str], needed: Sequ
     own = [c for c in needed if c not in ("obs_id", "dataset_id", "is_primary_data")]
     tables = [FileTables(f.path.name, list(f.genes["feature_id"]), [*f.adata.obs.columns, *columns]) for f in files]
     return problems + [f.message for f in agreement_findings(tables, own) if f.level == "error"]
-
-
-def _has_x(adata: anndata.AnnData) -> bool:
-    try:
-        return adata.X is not None
-    except KeyError:  # from anndata's backed mode, if there is none
-        return False
-
-
-def _var(adata: anndata.AnnData, source: H5adSource) -> pd.DataFrame:
-    return adata.raw.var if source.layer == "raw" else adata.var
 
 
 def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
@@ -214,22 +222,22 @@ def _obs(files: Sequence[_File], columns: dict[str, str]) -> pd.DataFrame:
 
 
 # ---- counts ------------------------------------------------------------------------------------------------------
-def _matrices(files: Sequence[_File], layer: str | None) -> Iterator[tuple[_File, Any]]:
+def _matrices(files: Sequence[_File]) -> Iterator[tuple[_File, Any]]:
     """Yield each file with its count matrix."""
     if len(files) == 1:
-        yield files[0], _matrix(files[0].adata, layer)
+        yield files[0], _matrix(files[0].adata)
         return
     from cellarium.ml.data.distributed_anndata import DistributedAnnDataCollection
 
     for run in _runs(files):
-        names = [str(f.path) for f in run]
+        names = [str(f.parts.links) for f in run]
         limits = np.cumsum([f.adata.n_obs for f in run]).tolist()
         # obs is not validated: it was joined above, and here only counts are taken.
         collection = DistributedAnnDataCollection(names, limits, max_cache_size=1, obs_columns_to_validate=[])
         for k, f in enumerate(run):
             # Not collection[…]: that casts obs to the first file's categories.
             wanted = [np.arange(f.adata.n_obs) if i == k else None for i in range(len(run))]
-            yield f, _matrix(collection.materialize(wanted, slice(None))[0], layer)
+            yield f, _matrix(collection.materialize(wanted, slice(None))[0])
 
 
 def _runs(files: Sequence[_File]) -> list[list[_File]]:
@@ -246,9 +254,9 @@ def _runs(files: Sequence[_File]) -> list[list[_File]]:
     return runs
 
 
-def _matrix(adata: anndata.AnnData, layer: str | None) -> Any:
+def _matrix(adata: anndata.AnnData) -> Any:
     """Return the counts of all cells, sliceable by rows: CSR or dense, in memory or on disk; CSC is converted once."""
-    m = adata.X if layer is None else adata.raw.X if layer == "raw" else adata.layers[layer_name(layer)]
+    m = adata.X
     if hasattr(m, "group") and m.dtype != _supported(m.dtype):
         m = _in_memory(m)
     if getattr(m, "format", "csr") != "csr":
@@ -281,17 +289,3 @@ def _chunks(matrix: Any) -> Iterator[sp.csr_matrix]:
                 f"{chunk.shape[1] - 1}: the file is damaged; copy or download it again"
             )
         yield chunk
-
-
-def _places_with_counts(adata: anndata.AnnData, layer: str | None) -> list[str]:
-    """Return places other than `layer` whose first cells hold whole numbers, as config text."""
-    layers = {name: name for name in map(layer_setting, adata.layers)}
-    places = {"null": None, "raw": "raw" if adata.raw is not None else None, **layers}
-    found = []
-    for name, place in places.items():
-        if place == layer or (place is None and (name == "raw" or not _has_x(adata))):
-            continue
-        head = next(_chunks(_matrix(adata, place)[:100]), sp.csr_matrix((0, 0))).data
-        if len(head) and np.isfinite(head).all() and (head >= 0).all() and (head == np.rint(head)).all():
-            found.append(f"layer: {name}")
-    return found
