@@ -233,6 +233,11 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
 }
 
 
+def experiment_name(job: JobBase) -> str:
+    """Return the name of the job's experiment in MLflow."""
+    return job.tracking.experiment or f"scldm/{job.name}"
+
+
 def stage_configs(job: JobBase) -> dict[str, StrictModel]:
     """Return the settings of each stage of a job, in the order in which the stages run."""
     found: dict[str, StrictModel] = {}

@@ -9,7 +9,6 @@ The ids of the run are kept in `tracking.json`, through which a Ray worker finds
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -20,11 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.config.job import JobBase
+from pipeline.config.job import JobBase, experiment_name
 from pipeline.core.manifest import MANIFEST, Manifest
 from pipeline.core.nested import flat
 from pipeline.tracking.mlflow_runs.client import clean_key, clean_keys, clean_metrics, explain, mlflow_client
 from pipeline.tracking.mlflow_runs.delivery import RunDelivery
+from pipeline.tracking.mlflow_runs.pipeline_key import pipeline_key, record_key
 from pipeline.tracking.mlflow_runs.runs import OPENING, Opening, ParentRun, Pipeline, PipelineRuns
 from pipeline.tracking.provenance import datasets, inputs_of, read_ids, settings_behind
 from pipeline.tracking.record_log import DRIVER_LOG, METRICS, WORKER_LOG, Record, RecordLog, last_status, read_logs
@@ -252,12 +252,12 @@ class Tracking:
         given = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's own name; clusters set it
         self.uri = given or f"sqlite:///{self.root / 'mlflow.db'}"
         self.seed = job.seed
-        key = f"{job.name}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
+        key = pipeline_key(self.folder, local=given is None)
         self.pipeline = Pipeline(
             uri=self.uri,
             local=given is None,
             root=str(self.root),
-            experiment=job.tracking.experiment or f"scldm/{job.name}",
+            experiment=experiment_name(job),
             name=job.name,
             key=key,
             began=int(time.time() * 1000),
@@ -286,6 +286,7 @@ class Tracking:
         tags = stage_tags(stage, stage_version, pipeline=name, seed=self.seed, config=config, folder=folder)
         opening = Opening(self.pipeline, tags, inputs_of(inputs), int(time.time() * 1000))
         try:
+            record_key(self.folder, self.pipeline.key)
             opening.write(folder)
         except OSError as error:
             log.warning(

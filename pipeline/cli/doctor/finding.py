@@ -36,5 +36,6 @@ class Requirements:
     gpus: bool = False
     census: bool = True  # checked if no job is given, because one may need it
     tracking: str | None = None
+    experiment: str | None = None  # of MLflow; None if no job is given: any that a pipeline made
     storage: Any = None  # pipeline.config.resources.CheckpointStorage
     address: str | None = None  # address of the job server, if one is configured

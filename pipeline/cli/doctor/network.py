@@ -6,10 +6,12 @@ None waits longer than TIMEOUT.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import sqlite3
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,8 +20,10 @@ from pathlib import Path
 
 from pipeline.cli.doctor.finding import TIMEOUT, Finding, Requirements
 from pipeline.cluster.submit import has_token
+from pipeline.tracking.mlflow_runs.client import restore_command, without_login
 
 CENSUS = "https://cellxgene-census-public-us-west-2.s3.us-west-2.amazonaws.com/cell-census/"
+MOST_READ = 1 << 16  # bytes of an answer
 MOST_SKEW = 60.0  # seconds. S3 refuses signatures at 900; logs of several nodes are hard to read long before
 
 
@@ -30,6 +34,7 @@ class Answer:
     code: int | None
     date: float | None = None
     reason: str = ""
+    body: str = ""
 
 
 def ask(url: str, headers: dict[str, str] | None = None) -> Answer:
@@ -37,7 +42,8 @@ def ask(url: str, headers: dict[str, str] | None = None) -> Answer:
     request = urllib.request.Request(url, headers=headers or {})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            return Answer(response.status, _date(response.headers.get("Date")))
+            body = response.read(MOST_READ).decode("utf-8", "replace")
+            return Answer(response.status, _date(response.headers.get("Date")), body=body)
     except urllib.error.HTTPError as error:
         return Answer(error.code, _date(error.headers.get("Date")))
     except (OSError, ValueError) as error:
@@ -51,14 +57,15 @@ def _date(text: str | None) -> float | None:
 def mlflow(requirements: Requirements) -> Finding:
     if requirements.tracking is None or requirements.tracking.startswith("sqlite:///"):
         path = Path((requirements.tracking or "").removeprefix("sqlite:///") or requirements.output / "mlflow.db")
-        return _mlflow_file(path)
+        return _mlflow_file(path, requirements.experiment)
     if not requirements.tracking.startswith("http"):
         return Finding(
             "mlflow", "skip", f"{requirements.tracking} is neither a SQLite file nor a server: not looked at"
         )
     answer = ask(f"{requirements.tracking.rstrip('/')}/health", _login())
     if answer.code == 200:
-        return Finding("mlflow", "ok", f"{requirements.tracking} answers")
+        deleted = _deleted_on_server(requirements.tracking.rstrip("/"), requirements.experiment)
+        return deleted or Finding("mlflow", "ok", f"{requirements.tracking} answers")
     fixes = {
         None: "start it (cluster/mlflow.sh, make ui), or unset tracking.uri: training continues and sends later",
         401: "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
@@ -75,15 +82,41 @@ def _login() -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
-def _mlflow_file(path: Path) -> Finding:
+def _mlflow_file(path: Path, experiment: str | None) -> Finding:
     if not path.exists():
         return Finding("mlflow", "ok", f"{path} will be made by the first job")
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=TIMEOUT)) as database:
             (runs,) = database.execute("select count(*) from runs").fetchone()
+            query = "select name, experiment_id from experiments where lifecycle_stage = 'deleted'"
+            has_table = database.execute("select 1 from sqlite_master where name = 'experiments'").fetchone()
+            deleted = dict(database.execute(query).fetchall()) if has_table else {}
     except sqlite3.Error as error:
         return Finding("mlflow", "fail", f"{path}: {error}", "move the file away: the next job makes a new one")
+    for name, number in deleted.items():
+        if name == experiment or (experiment is None and name.startswith("scldm/")):
+            return _deleted(f"sqlite:///{path}", name, number)
     return Finding("mlflow", "ok", f"{path}, {runs} runs")
+
+
+def _deleted_on_server(address: str, experiment: str | None) -> Finding | None:
+    """Return a finding if the job's experiment was deleted; None if it was not, or the server does not say."""
+    if experiment is None:
+        return None
+    query = urllib.parse.urlencode({"experiment_name": experiment})
+    answer = ask(f"{address}/api/2.0/mlflow/experiments/get-by-name?{query}", _login())
+    try:
+        found = json.loads(answer.body)["experiment"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return _deleted(address, experiment, found["experiment_id"]) if found["lifecycle_stage"] == "deleted" else None
+
+
+def _deleted(uri: str, name: str, number: object) -> Finding:
+    return Finding(
+        "mlflow", "fail", f"experiment {name} of {without_login(uri)} was deleted: its runs take nothing",
+        restore_command(uri, str(number)),
+    )  # fmt: skip
 
 
 def census(requirements: Requirements) -> Finding:

@@ -17,6 +17,7 @@ def requirements_of(job: Any) -> Requirements:
     tracking, address = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("RAY_API_SERVER_ADDRESS")
     if job is None:
         return Requirements(output=Path.cwd() / "runs", tracking=tracking, address=address)
+    from pipeline.config.job import experiment_name
     from pipeline.workflow.folders import output_root
 
     return Requirements(
@@ -24,6 +25,7 @@ def requirements_of(job: Any) -> Requirements:
         gpus=job.resources.gpus_per_worker > 0,
         census=_source(job) == "census",
         tracking=job.tracking.uri or tracking,
+        experiment=experiment_name(job),
         storage=job.checkpoints if job.checkpoints.storage_path else None,
         address=address,
     )

@@ -104,11 +104,21 @@ def explain(error: BaseException, uri: str) -> str:
         message = "no answer"
     else:
         message = text
-    server = uri.rpartition("@")[2] if "@" in uri else uri  # without user name and password
     return (
-        f"{server}: {message}. Training continues; `scldm mlflow sync` completes the run later, `scldm doctor` checks "
-        "the server"
+        f"{without_login(uri)}: {message}. Training continues; `scldm mlflow sync` completes the run later, "
+        "`scldm doctor` checks the server"
     )
+
+
+def without_login(uri: str) -> str:
+    """Return the address of a server without the user name and password that it may hold."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if uri.startswith("http") else uri
+
+
+def restore_command(uri: str, experiment_id: str) -> str:
+    """Return the command that brings back a deleted experiment of a store."""
+    return f"MLFLOW_TRACKING_URI={without_login(uri)} mlflow experiments restore --experiment-id {experiment_id}"
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

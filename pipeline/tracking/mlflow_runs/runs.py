@@ -12,12 +12,12 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import write_json_atomic
-from pipeline.tracking.mlflow_runs.client import explain, mlflow_client
+from pipeline.tracking.mlflow_runs.client import explain, mlflow_client, restore_command, status_of
 from pipeline.tracking.mlflow_runs.moved import follow_move
 from pipeline.tracking.provenance import IDS, Inputs, note, read_ids
 from pipeline.tracking.record_log import DRIVER_LOG, PARENT_SPOOL, Record, RecordLog, last_status, read_logs
@@ -59,10 +59,17 @@ class Opening:
 
     @classmethod
     def read(cls, folder: Path) -> Opening | None:
-        """Read it from a stage's folder; None if there is none or it is damaged."""
+        """Read it from a stage's folder; None if there is none or it is damaged.
+
+        A database in the output folder is the one that is there now: the folder may have been moved.
+        """
         try:
             raw = json.loads((folder / OPENING).read_text())
-            return cls(Pipeline(**raw["pipeline"]), raw["tags"], raw["inputs"], raw["began"])
+            pipeline = Pipeline(**raw["pipeline"])
+            if pipeline.local:
+                root = folder.absolute().parents[2]
+                pipeline = replace(pipeline, root=str(root), uri=f"sqlite:///{root / 'mlflow.db'}")
+            return cls(pipeline, raw["tags"], raw["inputs"], raw["began"])
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -88,7 +95,7 @@ class PipelineRuns:
         """
         client = self.open_parent()
         ids = read_ids(folder)
-        known = ids.get("uri") == self.pipeline.uri
+        known = self._is_ours(ids)
         run_id = ids.get("run_id") if known else None
         if run_id is None:  # an earlier request may have created it although its answer was lost
             version = opening.tags["scldm.version"]
@@ -101,8 +108,27 @@ class PipelineRuns:
         if self.running or not known:
             client.set_tag(run_id, "scldm.attempt", str(attempt))
             found = {"run_id": run_id, "parent_run_id": self.parent_id, "experiment_id": self._experiment_id}
-            write_json_atomic(folder / IDS, {**found, "uri": self.pipeline.uri, "attempt": attempt})
+            place = {"uri": self.pipeline.uri, "pipeline": self.pipeline.key}
+            write_json_atomic(folder / IDS, {**found, **place, "attempt": attempt})
         return client, run_id
+
+    def _is_ours(self, ids: Mapping[str, Any]) -> bool:
+        """Return whether the run that a stage's folder names is one of this pipeline in this store."""
+        if ids.get("pipeline", self.pipeline.key) != self.pipeline.key:
+            return False  # the folder is a copy, and the run is the original's
+        if ids.get("uri") == self.pipeline.uri:
+            return True
+        moved = self.pipeline.local and str(ids.get("uri", "")).startswith("sqlite:///")
+        return moved and self._has(str(ids.get("run_id")))
+
+    def _has(self, run_id: str) -> bool:
+        try:
+            self._client.get_run(run_id)
+        except Exception as error:
+            if status_of(error) == 404:
+                return False
+            raise
+        return True
 
     def _create(self, opening: Opening) -> str:
         lineage = lineage_tags(opening.inputs)
@@ -165,7 +191,7 @@ def experiment_id(client: Any, name: str, artifacts: Path | None) -> str:
     if found and found.lifecycle_stage == "deleted":
         raise InputError(
             f"MLflow experiment {name!r} was deleted, so that its runs take nothing: "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
+            f"`{restore_command(client.tracking_uri, found.experiment_id)}` brings it back"
         )
     if found:
         return str(found.experiment_id)

@@ -1,13 +1,21 @@
 """An output folder can be copied or moved: its MLflow database follows, and the original is left alone."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli.doctor import network as doctor_network
+from pipeline.cli.doctor.finding import Requirements
+from pipeline.config.job import EvaluateJob
 from pipeline.tracking.mlflow_runs.client import explain, mlflow_client
 from pipeline.tracking.mlflow_runs.moved import follow_move
+from pipeline.tracking.mlflow_runs.pipeline_key import pipeline_key, record_key
 from pipeline.tracking.mlflow_runs.runs import experiment_id
+from pipeline.tracking.sync import sync
+from pipeline.tracking.tracker import Tracking
 from scldm.errors import InputError
 
 
@@ -65,7 +73,63 @@ def test_a_deleted_experiment_is_restored_by_the_command_that_the_message_names(
     with pytest.raises(InputError) as refused:
         experiment_id(client, "scldm/mine", tmp_path / "mlartifacts")
     said = explain(refused.value, "sqlite:///mlflow.db")
-    assert f"mlflow experiments restore --experiment-id {made}" in said
     assert "tracking.json" not in said
-    client.restore_experiment(made)
+    found = doctor_network.mlflow(Requirements(output=tmp_path, experiment="scldm/mine"))
+    assert found.status == "fail"
+    assert f"`{found.fix}`" in said
+    mlflow = Path(sys.executable).with_name("mlflow")
+    done = subprocess.run(found.fix.replace(" mlflow ", f" {mlflow} "), shell=True, cwd=tmp_path.parent, check=False)
+    assert done.returncode == 0
+    assert doctor_network.mlflow(Requirements(output=tmp_path, experiment="scldm/mine")).status == "ok"
     assert experiment_id(client, "scldm/mine", tmp_path / "mlartifacts") == made
+
+
+def track(root: Path) -> None:
+    """Track one stage of a pipeline, in the database of the output folder."""
+    folder = root / "mine" / "evaluate" / "a1"
+    folder.mkdir(parents=True, exist_ok=True)
+    with Tracking(EvaluateJob(kind="evaluate", name="mine"), root) as tracking:
+        tracking.stage("evaluate", "a1", folder, {}, {}).finish()
+
+
+def runs(root: Path) -> list[str]:
+    client = mlflow_client(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("scldm/mine")
+    return sorted(run.info.run_id for run in client.search_runs([experiment.experiment_id]))
+
+
+def test_a_moved_folder_goes_on_in_its_runs_and_is_synced_where_it_is(tmp_path):
+    track(tmp_path / "here")
+    before = runs(tmp_path / "here")
+    assert len(before) == 2, "the pipeline and its stage"
+    (tmp_path / "here").rename(tmp_path / "there")
+    track(tmp_path / "there")
+    assert runs(tmp_path / "there") == before
+    (tmp_path / "there").rename(tmp_path / "elsewhere")
+    assert [s.problem for s in sync(tmp_path / "elsewhere") if s.problem] == []
+    assert runs(tmp_path / "elsewhere") == before
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_stage_moved_without_its_database_gets_a_run_in_the_one_that_is_there(tmp_path):
+    track(tmp_path / "here")
+    before = runs(tmp_path / "here")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "mine").rename(tmp_path / "there" / "mine")
+    track(tmp_path / "there")
+    assert len(runs(tmp_path / "there")) == 2
+    assert not set(runs(tmp_path / "there")) & set(before)
+
+
+def test_a_copy_beside_its_original_gets_runs_of_its_own_on_a_server_and_a_moved_folder_does_not(tmp_path):
+    original, copy, moved = (tmp_path / name / "mine" for name in ("original", "copy", "moved"))
+    original.mkdir(parents=True)
+    key = pipeline_key(original, local=False)
+    record_key(original, key)
+    shutil.copytree(original, copy)
+    assert pipeline_key(original, local=False) == key
+    assert pipeline_key(copy, local=False) != key
+    assert pipeline_key(copy, local=True) == key, "it has a copy of the database"
+    moved.parent.mkdir()
+    original.rename(moved)
+    assert pipeline_key(moved, local=False) == key
