@@ -17,6 +17,7 @@ import h5py
 import pandas as pd
 
 from scldm.checkpoints.native import CheckpointError
+from scldm.data.class_names import class_text
 
 IDS, NAMES = "feature_id", "feature_name"
 
@@ -109,7 +110,7 @@ def _json_classes(path: Path) -> dict[str, list[str]]:
     wrong = [k for k, v in labels.items() if not isinstance(v, list)]
     if wrong:
         raise CheckpointError(f"{path}: labels.{wrong[0]} must be a list of classes")
-    return {k: list(map(str, v)) for k, v in labels.items()}
+    return {k: [class_text(x) for x in v] for k, v in labels.items()}
 
 
 def _parquet_genes(path: Path) -> GeneList:
@@ -141,7 +142,7 @@ def _h5ad_classes(path: Path, labels: list[str]) -> dict[str, list[str]]:
     with h5py.File(path) as f:
         obs = f["obs"]
         found = {k: obs[k] for k in labels if k in obs and "categories" in obs[k]}
-        return {k: _strings(node["categories"]) for k, node in found.items()}
+        return {k: [class_text(x) for x in _values(node["categories"])] for k, node in found.items()}
 
 
 def _column(frame: h5py.Group, name: str) -> list[str]:
@@ -153,4 +154,8 @@ def _column(frame: h5py.Group, name: str) -> list[str]:
 
 
 def _strings(node: h5py.Dataset) -> list[str]:
-    return [x.decode() if isinstance(x, bytes) else str(x) for x in node[:]]
+    return [str(x) for x in _values(node)]
+
+
+def _values(node: h5py.Dataset) -> list[Any]:
+    return [x.decode() if isinstance(x, bytes) else x for x in node[:]]

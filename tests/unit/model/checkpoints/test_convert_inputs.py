@@ -6,10 +6,14 @@ import json
 import math
 import pickle
 
+import anndata as ad
+import numpy as np
+import pandas as pd
 import pytest
 from helpers.models.exported_model import Exported, new_export, run
 from helpers.models.small_models import CELL_TYPES, GENES
 
+from scldm.checkpoints.convert.gene_list import read_classes
 from scldm.checkpoints.native import load_flow
 
 
@@ -118,3 +122,12 @@ def test_missing_files_are_named(exported):
     result = exported.run("--genes", exported.folder / "genes.xlsx")
     assert (result.exit_code, "genes.xlsx does not exist" in result.output) == (2, True)
     assert not exported.out.exists()
+
+
+def test_classes_have_the_same_text_as_in_ingest_whatever_their_type(tmp_path):
+    (tmp_path / "classes.json").write_text('{"labels": {"cluster": [0, 1.0, 2.5, "B"], "treated": [true, false]}}')
+    found = read_classes(tmp_path / "classes.json", ["cluster", "treated"])
+    assert found == {"cluster": ["0", "1", "2.5", "B"], "treated": ["True", "False"]}
+    obs = pd.DataFrame({"cluster": pd.Categorical([0.0, 1.0, 1.0])}, index=list("abc"))
+    ad.AnnData(np.ones((3, 2), np.float32), obs=obs).write_h5ad(tmp_path / "cells.h5ad")
+    assert read_classes(tmp_path / "cells.h5ad", ["cluster"]) == {"cluster": ["0", "1"]}
