@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config.ingest import CellsConfig, ClassName, Source
-from pipeline.config.input_paths import FlowFolder, VaeFolder
+from pipeline.config.input_paths import FlowName, VaeName
 from scldm.config import StrictModel
 from scldm.flow.config import Solver
 
 
-class ModelFolders(StrictModel):
-    """Model folders, as training leaves them in `model/` and as `scldm convert` writes them."""
+class ModelNames(StrictModel):
+    """Models by name: a folder, a stage or a pipeline (runs/demo), models:/NAME@ALIAS, hf://ORG/NAME@REVISION, s3://….
 
-    vae: VaeFolder
-    """Model folder of a VAE."""
-    flow: FlowFolder | None = None
-    """Model folder of a flow; only for perturb, and for log_likelihood with `flow`."""
+    One name in place of this section stands for both.
+    """
+
+    vae: VaeName
+    """The VAE."""
+    flow: FlowName | None = None
+    """The flow; only for jobs that use one: generate, perturb, and log_likelihood with `flow`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_for_both(cls, given: Any) -> Any:
+        return {"vae": given, "flow": given} if isinstance(given, str) else given
 
 
 class ModelGenesConfig(StrictModel):
@@ -65,8 +74,8 @@ class RealCellsConfig(StrictModel):
     keep_obs: list[str] = []
     """obs columns that are copied to the output; the labels of the model always are."""
     genes: ModelGenesConfig = ModelGenesConfig()
-    model: ModelFolders | None = None
-    """Model folders; null: the models that this pipeline trained."""
+    model: ModelNames | None = None
+    """Models by name, from anywhere: runs/census, or {vae: …, flow: …}; null: those that this pipeline trained."""
     empty_cells: Literal["error", "drop"] = "error"
     """What to do with cells that express none of the model's genes. drop leaves them out and reports how many."""
     max_genes: PositiveInt | None = None
@@ -87,12 +96,25 @@ class RealCellsConfig(StrictModel):
         """Whether the flow is conditioned on the cells' labels."""
         return False
 
+    @classmethod
+    def asks_for_flow(cls, given: Mapping[str, Any]) -> bool:
+        """Return whether a job with these settings uses a flow, before they are validated."""
+        return False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_for_what_is_used(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("model"), str):
+            return given
+        name = given["model"]
+        return {**given, "model": {"vae": name, "flow": name if cls.asks_for_flow(given) else None}}
+
     @model_validator(mode="after")
     def _has_the_models_that_it_uses(self) -> RealCellsConfig:
         if self.model is None:
             return self
         if self.uses_flow and self.model.flow is None:
-            raise ValueError("model has no flow, and this job uses one: give model.flow, the folder of a flow")
+            raise ValueError("model has no flow, and this job uses one: give model.flow")
         if not self.uses_flow and self.model.flow is not None:
             raise ValueError(f"model.flow ({self.model.flow}) is not used by this job; leave it out")
         return self
@@ -132,6 +154,10 @@ class PerturbConfig(UnknownLabelsConfig):
     guidance: dict[str, float] | float = 1.0
     """Guidance of the forward integration, as generate.sampler.guidance."""
 
+    @classmethod
+    def asks_for_flow(cls, given: Mapping[str, Any]) -> bool:
+        return True
+
     @property
     def uses_flow(self) -> bool:
         return True
@@ -163,6 +189,10 @@ class LogLikelihoodConfig(UnknownLabelsConfig):
     genes: ScoredGenesConfig = ScoredGenesConfig()
     flow: FlowLikelihoodConfig | None = None
     """The flow's log-likelihood of the latents; null: only the VAE's likelihood of the counts."""
+
+    @classmethod
+    def asks_for_flow(cls, given: Mapping[str, Any]) -> bool:
+        return given.get("flow") is not None
 
     @property
     def uses_flow(self) -> bool:

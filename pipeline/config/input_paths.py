@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
 from pipeline.config.paths.cell_files import h5ad_files, soma_writes, tenx_files, tenx_outputs
 from pipeline.config.paths.expand import PathText
 from pipeline.core.digests import content_digest
+from scldm.api.folders import find_model
+from scldm.api.remote_models import is_remote
 from scldm.errors import InputError
 
 
@@ -83,23 +85,27 @@ class InputFile(InputPath):
 
 
 class VocabularyFile(InputFile):
-    """A list of genes, or the folder of a model, whose vocabulary.json is read. `source` is no path."""
+    """A list of genes, or a model, whose vocabulary.json is read. `source` is no path."""
 
     def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
         if value == "source":
             return None
-        path = Path(value).expanduser()
-        return super().content(setting, str(path / "vocabulary.json" if path.is_dir() else path), owner)
+        return super().content(setting, str(vocabulary_file(value)), owner)
 
 
-class ModelFolder(InputPath):
-    """A model folder, as training and `scldm convert` write it."""
+@dataclass(frozen=True)
+class ModelName(InputPath):
+    """A model, by any of the names that `scldm.api.folders` knows.
+
+    Args:
+        kind: Which of the models that a pipeline has.
+    """
+
+    kind: Literal["vae", "flow"]
 
     def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
-        files = sorted(p for p in Path(value).expanduser().glob("*") if p.suffix in (".json", ".safetensors"))
-        if not files:
-            raise FileNotFoundError
-        digests = {p.name: content_digest(p) for p in files}
+        folder = find_model(value, self.kind)
+        digests = {p.name: content_digest(p) for p in sorted(folder.glob("*")) if p.suffix in (".json", ".safetensors")}
         before = hashlib.sha256()
         for name, digest in digests.items():
             before.update(name.encode() + bytes.fromhex(digest))
@@ -146,6 +152,12 @@ class SomaExperiment(InputPath):
         return InputContent(setting, value, digests, changed_at=changed_at, known_to_0_1=False)
 
 
+def vocabulary_file(name: str) -> Path:
+    """Return the file with the genes that `ingest.genes.vocabulary` names: a list of genes, or a model's."""
+    path = Path(name).expanduser()
+    return find_model(name, "vae") / "vocabulary.json" if is_remote(name) or path.is_dir() else path
+
+
 def _no_content(path: Path) -> InputContent | None:
     """Return None for a folder or pattern without cells: its reader says what it holds instead.
 
@@ -178,9 +190,12 @@ TenxPath = Annotated[
     PathText, TenxFiles("a Cell Ranger folder or .h5 file, a folder of them, or a glob pattern", "source")
 ]
 SomaUri = Annotated[PathText, SomaExperiment("a SOMA experiment", "source")]
-_MODEL = "a model folder, which training leaves in model/ and `scldm convert` writes"
-VaeFolder = Annotated[PathText, ModelFolder(_MODEL, "model.vae")]
-FlowFolder = Annotated[PathText, ModelFolder(_MODEL, "model.flow")]
+_MODEL = "a model: a folder, a stage or pipeline (runs/demo), models:/NAME@ALIAS, hf://ORG/NAME or s3://…"
+VaeName = Annotated[PathText, ModelName(_MODEL, "model.vae", "vae")]
+FlowName = Annotated[PathText, ModelName(_MODEL, "model.flow", "flow")]
+PretrainedVae = Annotated[PathText, ModelName(_MODEL, "pretrained.vae", "vae")]
+StartVae = Annotated[PathText, ModelName(_MODEL, "start_from.vae", "vae")]
+StartFlow = Annotated[PathText, ModelName(_MODEL, "start_from.flow", "flow")]
 
 
 def input_contents(config: BaseModel, *, where: str = "") -> dict[str, InputContent]:
@@ -205,6 +220,8 @@ def input_contents(config: BaseModel, *, where: str = "") -> dict[str, InputCont
         except OSError as error:
             reason = (str(error.strerror or error).splitlines() or ["no message"])[0]
             problems.append(f"{where}{path}: {value}: cannot be read ({reason})")
+        except InputError as error:
+            problems.append(f"{where}{path}: {error}")
         else:
             if content is not None:
                 found[mark.key] = content

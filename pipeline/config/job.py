@@ -85,6 +85,8 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
     """Return the stages that a stage with these settings reads."""
     if stage == "train_flow" and config.vae.train:
         return ("ingest", "train_vae")  # it streams counts
+    if isinstance(config, GenerateConfig) and config.model is not None:
+        return ("ingest",) if config.like is not None else ()
     if isinstance(config, RealCellsConfig):
         if config.model is not None:
             return ()
@@ -144,6 +146,18 @@ class JobBase(StrictModel):
         return self
 
 
+def _with_genes_of_the_model(given: Any, vae: Any) -> Any:
+    """Let ingest take the genes of the model that train_vae uses as it is, unless its genes are set."""
+    ingest = given.get("ingest") if isinstance(given, dict) else None
+    if not isinstance(ingest, dict) or not isinstance(vae, dict):
+        return given
+    name = vae.get("model") if vae.get("train") is False else vae.get("pretrained")
+    genes = ingest.get("genes") or {}
+    if not isinstance(name, str) or not isinstance(genes, dict) or "vocabulary" in genes:
+        return given
+    return {**given, "ingest": {**ingest, "genes": {**genes, "vocabulary": name}}}
+
+
 class PipelineJob(JobBase):
     kind: Literal["pipeline"]
     ingest: IngestConfig
@@ -152,6 +166,20 @@ class PipelineJob(JobBase):
     train_flow: TrainFlowConfig = TrainFlowConfig()
     generate: GenerateConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _genes_are_those_of_a_pretrained_model(cls, given: Any) -> Any:
+        return _with_genes_of_the_model(given, given.get("train_vae") if isinstance(given, dict) else None)
+
+    @model_validator(mode="after")
+    def _generates_with_its_own_models(self) -> PipelineJob:
+        if self.generate.model is not None:
+            raise ValueError(
+                "generate.model names other models than the pipeline trains; leave it out, or generate in a job of its "
+                "own (kind: generate)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _generates_counts(self) -> PipelineJob:
@@ -171,6 +199,11 @@ class IngestJob(JobBase, IngestConfig):
 class TrainVaeJob(JobBase, TrainVaeConfig):
     kind: Literal["train_vae"]
     ingest: IngestConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _genes_are_those_of_a_pretrained_model(cls, given: Any) -> Any:
+        return _with_genes_of_the_model(given, given)
 
 
 class EncodeJob(JobBase, EncodeConfig):

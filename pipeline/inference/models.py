@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config.apply import PerturbConfig, RealCellsConfig
+from pipeline.config.apply import ModelNames, PerturbConfig, RealCellsConfig
 from pipeline.config.context import StageContext
+from scldm.api.folders import Weights, find_model
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 
@@ -29,8 +30,7 @@ class ModelPaths:
 def locate_models(config: RealCellsConfig, context: StageContext) -> ModelPaths:
     """Return the model folders of a job."""
     if config.model is not None:
-        flow = config.model.flow
-        return ModelPaths(_absolute(config.model.vae), None if flow is None else _absolute(flow))
+        return named_models(config.model, weights=config.flow.weights if config.uses_flow else "ema")  # type: ignore[attr-defined]
     vae = context.inputs["train_vae"].path("model")
     if not config.uses_flow:
         return ModelPaths(str(vae.resolve()))
@@ -41,25 +41,30 @@ def locate_models(config: RealCellsConfig, context: StageContext) -> ModelPaths:
     return ModelPaths(str(vae.resolve()), str(flow_stage.path("model").resolve()))
 
 
+def named_models(model: ModelNames, *, weights: Weights = "ema") -> ModelPaths:
+    """Return the model folders that a job names.
+
+    Raises:
+        InputError: No such model is there.
+    """
+    vae = find_model(model.vae, "vae", weights=weights).resolve()
+    flow = None if model.flow is None else find_model(model.flow, "flow", weights=weights).resolve()
+    return ModelPaths(str(vae), None if flow is None else str(flow))
+
+
 def model_problems(config: RealCellsConfig) -> list[str]:
-    """Return problems with the model folders that a job names, found from their small files."""
+    """Return problems with the models that a job names, found from their small files."""
     problems = []
     named = {} if config.model is None else {"vae": config.model.vae, "flow": config.model.flow}
     for kind, place in named.items():
         if place is None:
             continue
-        folder = Path(place).expanduser()
         try:
-            found = json.loads((folder / "config.json").read_text()).get("kind")
-        except (OSError, ValueError, AttributeError):
-            problems.append(f"model.{kind}: {place} is no model folder (no config.json that can be read); it is what "
-                            "training leaves in model/, or what `scldm convert` writes")  # fmt: skip
+            folder = find_model(place, kind)  # type: ignore[arg-type]
+        except InputError as error:
+            problems.append(f"model.{kind}: {error}")
             continue
-        if found != kind:
-            problems.append(f"model.{kind}: {place} holds a {found}, expected a {kind}")
-        elif not (folder / "model.safetensors").is_file() or not (folder / "vocabulary.json").is_file():
-            problems.append(f"model.{kind}: {place} is not whole: model.safetensors or vocabulary.json is missing")
-        elif kind == "vae" and isinstance(config, PerturbConfig):
+        if kind == "vae" and isinstance(config, PerturbConfig):
             problems += _target_problems(config, Vocabulary.load(folder / "vocabulary.json"))
     return problems
 
@@ -72,7 +77,8 @@ def load_models(
     Raises:
         InputError: the models do not belong together, or cannot do what the job needs.
     """
-    from scldm.checkpoints.native import CheckpointError, load_flow, load_vae
+    from scldm.checkpoints.native import load_flow, load_vae
+    from scldm.errors import CheckpointError
 
     try:
         vae = load_vae(Path(models.vae), device=device)
@@ -93,16 +99,50 @@ def load_models(
     return vae, flow
 
 
+def check_folders(models: ModelPaths) -> None:
+    """Check that a VAE and a flow belong together, by their small files.
+
+    Raises:
+        InputError: Their latents or vocabularies differ, or nothing here can give what the decoder needs.
+    """
+    assert models.flow is not None
+    problems = _pair_problems(Path(models.vae), Path(models.flow))
+    if _config(models.vae).get("adaln"):
+        problems.append("model.vae has an adaLN decoder, which needs a condition, and this job has none")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _pair_problems(vae: Path, flow: Path) -> list[str]:
+    problems = []
+    about = json.loads((flow / "config.json").read_text())
+    if latent_shape(vae) != tuple(about["latent_shape"]):
+        problems.append(f"the VAE's latents are {latent_shape(vae)}, the flow's {tuple(about['latent_shape'])}")
+    if Vocabulary.load(vae / "vocabulary.json").digest != Vocabulary.load(flow / "vocabulary.json").digest:
+        problems.append("the VAE and the flow were trained with different vocabularies")
+    return problems
+
+
+def latent_shape(folder: str | Path) -> tuple[int, int]:
+    """Return (m, e) of the VAE in a model folder."""
+    config = _config(folder)
+    return int(config["n_latent_tokens"]), int(config["latent_width"])
+
+
 def latent_width(folder: str) -> int:
     """Return m * e of the VAE in a model folder."""
-    config = json.loads((Path(folder) / "config.json").read_text())["config"]
-    return int(config["n_latent_tokens"]) * int(config["latent_width"])
+    tokens, width = latent_shape(folder)
+    return tokens * width
+
+
+def _config(folder: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text())["config"]
+    return found
 
 
 def draws_counts(folder: str | Path) -> bool:
     """Return whether the VAE in a model folder draws counts; a Gaussian head draws log1p CP10k values."""
-    config = json.loads((Path(folder) / "config.json").read_text())["config"]
-    return bool(config.get("head") != "gaussian")
+    return bool(_config(folder).get("head") != "gaussian")
 
 
 def check_likelihood(folder: str) -> None:
@@ -112,10 +152,6 @@ def check_likelihood(folder: str) -> None:
             f"{folder} has a gaussian head: it models log1p CP10k values, and counts have no likelihood under it; "
             "log_likelihood needs a VAE with head nb_shared or nb_cell"
         )
-
-
-def _absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().resolve())
 
 
 def check_target(config: PerturbConfig, vocabulary: Vocabulary) -> None:

@@ -178,14 +178,18 @@ def settings_of(config: GenerateConfig) -> Settings:
 
 
 def notes_on(
-    request: Request, training: pd.DataFrame, sizes: LibrarySizes, config: GenerateConfig, *, counts: bool = True
+    request: Request, training: pd.DataFrame | None, sizes: LibrarySizes, config: GenerateConfig, *, counts: bool = True
 ) -> list[str]:
-    """Describe what a reader of the cells should know: combinations without training cells, borrowed library sizes."""
-    labels = [c for c in training.columns if c != "n_cells"]
+    """Describe what a reader of the cells should know: combinations without training cells, borrowed library sizes.
+
+    Args:
+        training: Composition of the training cells; None if it is not known.
+    """
+    labels = [] if training is None else [c for c in training.columns if c != "n_cells"]
     unseen, fallback = [], []
     for row in request.rows:
         given = {k: v for k, v in row.condition.items() if v is not None}
-        if given and not _seen(given, training, labels):
+        if given and training is not None and not _seen(given, training, labels):
             unseen.append(_text(given))
         if counts and row.library_size is None and isinstance(config.library_size, str):
             level = sizes.of(row.condition).level

@@ -13,6 +13,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,19 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.export.index import write_index
 from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
-from pipeline.inference.models import draws_counts
+from pipeline.inference.models import check_folders, draws_counts, latent_shape, named_models
 from pipeline.inference.progress import JobProgress, clear_hints
-from pipeline.inference.request import n_shards, notes_on, recipe_of, record_request, resolve_request, settings_of
+from pipeline.inference.request import (
+    n_shards,
+    notes_on,
+    read_request,
+    recipe_of,
+    record_request,
+    resolve_request,
+    settings_of,
+)
 from scldm.data.library_size import LibrarySizes
+from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 from scldm.generation.expression_draw import SCALE, expression_problems, scale_of
 from scldm.generation.request import Request
@@ -52,12 +62,12 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     Returns:
         Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, request_digest, notes, cells_per_s.
     """
-    data = IngestedDataset.open(context.inputs["ingest"])
-    request = context.request or resolve_request(config, data)
+    models = _models(config, context)
+    request = context.request or _request(config, context, models)
     record_request(context.folder, request)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
-    spec = _spec(config, context, request, data, folder)
+    spec = _spec(config, context, request, models, folder)
     notes = spec.provenance["notes"]
     for note in notes:
         logger.info("generate: %s", note)
@@ -91,46 +101,79 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     return facts | ({"cells_per_s": round(rate, 2)} if todo else {})
 
 
+@dataclass(frozen=True)
+class _Models:
+    """The models of a job, and what is known of their data."""
+
+    vae: Path
+    flow: Path
+    latent_shape: tuple[int, int]  # tokens, width
+    vocabulary: Vocabulary
+    data: IngestedDataset | None  # that the flow was trained on; None if the job names its models
+    data_digest: str
+
+
+def _models(config: GenerateConfig, context: StageContext) -> _Models:
+    if config.model is not None:
+        named = named_models(config.model, weights=config.sampler.weights)
+        assert named.flow is not None
+        check_folders(named)
+        vocabulary = Vocabulary.load(Path(named.flow) / "vocabulary.json")
+        return _Models(Path(named.vae), Path(named.flow), latent_shape(named.vae), vocabulary, None, "")
+    vae, flow = context.inputs["train_vae"], context.inputs["train_flow"]
+    own = flow.facts.get("vae")  # of a flow that was trained together with its VAE
+    decoder = vae.path("model") if own is None else Path(flow.folder) / own[config.sampler.weights]
+    data = IngestedDataset.open(context.inputs["ingest"])
+    tokens, width = vae.facts["latent_shape"]
+    return _Models(decoder, flow.path("model"), (tokens, width), data.vocabulary, data, str(data.facts["digest"]))
+
+
+def _request(config: GenerateConfig, context: StageContext, models: _Models) -> Request:
+    if models.data is not None:
+        return resolve_request(config, models.data)
+    composition: dict[str, Any] = {}
+    if config.like is not None:
+        composition = {config.like: IngestedDataset.open(context.inputs["ingest"]).composition(config.like)}
+    return read_request(config, models.vocabulary, composition)
+
+
 def _spec(
-    config: GenerateConfig, context: StageContext, request: Request, data: IngestedDataset, folder: Path
+    config: GenerateConfig, context: StageContext, request: Request, models: _Models, folder: Path
 ) -> GeneratorSpec:
     """Resolve the job to what an actor needs. Raises InputError for what the models cannot do."""
     from scldm.checkpoints.native import folder_digest
 
-    vae, flow = context.inputs["train_vae"], context.inputs["train_flow"]
-    own = flow.facts.get("vae")  # of a flow that was trained together with its VAE
-    decoder = vae.path("model") if own is None else Path(flow.folder) / own[config.sampler.weights]
-    sizes = LibrarySizes.load(flow.path("model") / "library_size.json")
-    strategy = json.loads((flow.path("model") / "config.json").read_text())["config"]["strategy"]
-    counts = draws_counts(decoder)
+    sizes = LibrarySizes.load(models.flow / "library_size.json")
+    strategy = json.loads((models.flow / "config.json").read_text())["config"]["strategy"]
+    counts = draws_counts(models.vae)
     if not counts and (
         found := expression_problems(request, settings_of(config), temperature=config.sampler.temperature)
     ):
         raise InputError("\n".join(f"generate: {problem}" for problem in found))
-    recipe_of(request, config, data.vocabulary, sizes, strategy, counts=counts)  # reported here, not by every actor
-    tokens, width = vae.facts["latent_shape"]
+    recipe_of(request, config, models.vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
+    training = None if models.data is None else models.data.composition("train")
     provenance = {
         "schema_version": SCHEMA_VERSION,
-        "vae": folder_digest(decoder),
-        "flow": folder_digest(flow.path("model")),
+        "vae": folder_digest(models.vae),
+        "flow": folder_digest(models.flow),
         "sampler": config.sampler.model_dump_json(),
         "seed": config.seed,
         "library_size": str(config.library_size),
         "request": request.digest,
-        "n_genes_decoded": data.vocabulary.n_genes,
-        "data": str(context.inputs["ingest"].facts["digest"]),
-        "latent_shape": [tokens, width],
-        "notes": notes_on(request, data.composition("train"), sizes, config, counts=counts),
+        "n_genes_decoded": models.vocabulary.n_genes,
+        "data": models.data_digest,
+        "latent_shape": list(models.latent_shape),
+        "notes": notes_on(request, training, sizes, config, counts=counts),
         **scale_of("nb" if counts else "gaussian"),
     }
     return GeneratorSpec(
         folder=folder,
-        vae=decoder,
-        flow=flow.path("model"),
+        vae=models.vae,
+        flow=models.flow,
         config=config,
         request=request,
-        genes=genes_to_write(config.genes, data.vocabulary),
-        latent_shape=(tokens, width),
+        genes=genes_to_write(config.genes, models.vocabulary),
+        latent_shape=models.latent_shape,
         threads=threads_per_worker(context.resources),
         prefix=hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8],
         digits=len(str(max(1, request.n_cells - 1))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.apply import RealCellsConfig
@@ -33,13 +34,31 @@ def check_settings(job: JobBase) -> None:
         if isinstance(config, GenerateConfig):
             from pipeline.inference.request import check_choice
 
-            problems += check_choice(config)
+            problems += check_choice(config) or _named_model_problems(config)
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 
             problems += model_problems(config)
     if problems:
         raise InputError("\n".join(problems))
+
+
+def _named_model_problems(config: GenerateConfig) -> list[str]:
+    """Return what the models that a job of generation names cannot do."""
+    if config.model is None:
+        return []
+    from pipeline.inference.models import check_folders, named_models
+    from pipeline.inference.request import read_request
+    from scldm.data.vocabulary import Vocabulary
+
+    try:
+        named = named_models(config.model, weights=config.sampler.weights)
+        check_folders(named)
+        if config.like is None:  # else the composition is known when ingest is
+            read_request(config, Vocabulary.load(Path(str(named.flow)) / "vocabulary.json"), {})
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:
@@ -81,7 +100,7 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
     """
     request = None
     config = configs.get("generate")
-    if isinstance(config, GenerateConfig):
+    if isinstance(config, GenerateConfig) and config.model is None:
         from pipeline.data.ingest.dataset import IngestedDataset
         from pipeline.inference.request import resolve_request
 

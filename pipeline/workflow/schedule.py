@@ -103,6 +103,7 @@ def _decide_all(
         inputs |= {name: manifest for name, manifest in earlier.items() if manifest is not None}
         if set(inputs) == set(required):
             _check_lineage(stage, inputs, source)
+            _check_cells(stage, inputs, job, folder)
             steps[stage] = _decide(job, folder, stage, config, inputs, steps)
             if steps[stage].done is None and stage in READ_COUNTS and "ingest" in earlier:
                 check_experiment(inputs["ingest"], command_for("ingest", source))
@@ -190,6 +191,24 @@ def _check_lineage(stage: str, inputs: Mapping[str, Manifest], source: Path) -> 
                     f"{parent} {inputs[parent].version}. Make {name} again ({command_for(name, source)}), or name the "
                     f"older one: inputs.{parent}={Path(inputs[parent].folder).parent / version}"
                 )
+
+
+def _check_cells(stage: str, inputs: Mapping[str, Manifest], job: JobBase, folder: Path) -> None:
+    """Check that a stage reads the cells of its own pipeline, unless the job names others.
+
+    An input of another pipeline brings its own ingest along, and with it other cells than the name of this one says.
+    """
+    ingest = inputs.get("ingest")
+    if ingest is None or stage not in READ_COUNTS or "ingest" in job.inputs:
+        return
+    if Path(ingest.folder).absolute().parent.parent != folder.absolute():
+        named = ", ".join(f"inputs.{name}" for name in job.inputs)
+        raise InputError(
+            f"{stage}: {named} was made from the cells of another pipeline ({ingest.folder}), and this job would read "
+            f"those, not the cells of {job.name}. To use that model on the cells of {job.name}: train_vae with model: "
+            f"{next(iter(job.inputs.values()))} and train: false, after an ingest with the model's genes. If you do "
+            f"mean those cells, name them: inputs.ingest={ingest.folder}"
+        )
 
 
 def _missing_message(missing: Sequence[Missing], folder: Path, source: Path) -> str:

@@ -1,9 +1,11 @@
-"""Find the models of a folder: a model folder, a pair of them, a finished stage, or a whole pipeline.
+"""Find the models that a name stands for: a model folder, a pair, a finished stage, a pipeline, or a place elsewhere.
 
     models/dentate/vae                        config.json of a VAE
     models/dentate                            vae/ and, perhaps, flow/ (`scldm convert`, `Model.save_pretrained`)
     runs/demo/train_flow/1a2b3c4d5e6f         a stage: its manifest names the versions that it was made from
+    runs/demo/train_vae                       the newest version of a stage
     runs/demo                                 a pipeline: its newest flow, or its newest VAE
+    models:/NAME@ALIAS, hf://ORG/NAME@REVISION, s3://BUCKET/FOLDER    see `remote_models`: fetched once, into a cache
 
 The VAE of a stage is the one whose version its manifest names; nothing is guessed.
 """
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scldm.checkpoints.native import CheckpointError
+from scldm.api.remote_models import fetch, is_remote
+from scldm.errors import CheckpointError
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
 Weights = Literal["ema", "raw"]
@@ -29,8 +32,33 @@ class ModelFolders:
     flow: Path | None
 
 
+def find_model(name: str | Path, kind: Literal["vae", "flow"], *, weights: Weights = "ema") -> Path:
+    """Return the model folder of one kind that a name stands for, as in `find_models`.
+
+    Raises:
+        CheckpointError: No such model is there.
+    """
+    place = Path(name).expanduser()
+    if (place / CONFIG).is_file():
+        found = _json(place / CONFIG).get("kind")
+        if found != kind:
+            raise CheckpointError(f"{name} holds a {found}, expected a {kind}")
+        return _whole(place, kind)
+    models = find_models(name, weights=weights)
+    folder = models.vae if kind == "vae" else models.flow
+    if folder is None:
+        raise CheckpointError(f"{name} has a VAE and no flow; name a train_flow, or a folder with vae/ and flow/")
+    return _whole(folder, kind)
+
+
+def _whole(folder: Path, kind: str) -> Path:
+    if lacking := [n for n in (CONFIG, "vocabulary.json", "model.safetensors") if not (folder / n).is_file()]:
+        raise CheckpointError(f"{folder} is no whole model of a {kind}: {', '.join(lacking)} is missing; copy it again")
+    return folder
+
+
 def find_models(folder: str | Path, *, weights: Weights = "ema") -> ModelFolders:
-    """Return the models of a folder.
+    """Return the models that a name stands for.
 
     Args:
         weights: Which weights of the flow are used. A VAE that was trained with the flow is taken with the same kind.
@@ -38,14 +66,13 @@ def find_models(folder: str | Path, *, weights: Weights = "ema") -> ModelFolders
     Raises:
         CheckpointError: No model is there, or a required one is missing.
     """
-    place = Path(folder).expanduser()
+    place = fetch(str(folder)) if is_remote(folder) else Path(folder).expanduser()
     if not place.is_dir():
-        hub = "/" in str(folder) and not place.parent.is_dir()
+        hub = f", or hf://{folder} for the hub" if str(folder).count("/") == 1 and not place.parent.is_dir() else ""
         raise CheckpointError(
-            f"{folder} is no folder (from {Path.cwd()})"
-            + ("; nothing is downloaded: fetch it with huggingface-cli download and give its folder" if hub
-               else "; name a model folder, a finished stage or a pipeline, for example runs/demo")
-        )  # fmt: skip
+            f"{folder} is no folder (from {Path.cwd()}); name a model folder, a finished stage or a pipeline, for "
+            f"example runs/demo{hub}"
+        )
     if (place / CONFIG).is_file():
         return _of_model(place)
     if (place / "vae" / CONFIG).is_file():
@@ -90,8 +117,9 @@ def _of_stage(folder: Path, weights: Weights) -> ModelFolders:
 
 
 def _of_pipeline(folder: Path, weights: Weights) -> ModelFolders:
-    for stage in ("train_flow", "train_vae"):
-        finished = [(_json(p).get("finished_at", 0.0), p.parent) for p in folder.glob(f"{stage}/*/{MANIFEST}")]
+    """Return the models of a pipeline, or of the newest version of a stage."""
+    for pattern in ("train_flow/*", "train_vae/*", "*"):
+        finished = [(_json(p).get("finished_at", 0.0), p.parent) for p in folder.glob(f"{pattern}/{MANIFEST}")]
         if finished:
             return _of_stage(max(finished)[1], weights)
     holds = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"

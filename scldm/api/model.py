@@ -29,9 +29,10 @@ from scldm.api.arguments import Arguments
 from scldm.api.conditions import Conditions, library_size_argument, read_conditions, sampler_settings
 from scldm.api.folders import ModelFolders, Weights, find_models
 from scldm.api.parts import LATENTS, digests, flat, joined, made_cells, require_counts_head, tiles
-from scldm.checkpoints.native import CheckpointError, LoadedFlow, LoadedVAE, load_flow, load_vae
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.data.align import Match, align, class_ids
 from scldm.data.vocabulary import Vocabulary
+from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
 from scldm.generation.cell_maker import CellMaker, check_pair
 from scldm.generation.expression_draw import expression_problems

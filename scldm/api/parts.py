@@ -15,9 +15,10 @@ import scipy.sparse as sp
 from torch import Tensor
 
 from scldm.api.folders import ModelFolders
-from scldm.checkpoints.native import CheckpointError, LoadedVAE, folder_digest
+from scldm.checkpoints.native import LoadedVAE, folder_digest
 from scldm.data.align import AlignedCells, CellsError
 from scldm.data.batch import CellBatch
+from scldm.errors import CheckpointError
 from scldm.generation.cell_maker import tile_cells
 from scldm.generation.expression_draw import scale_of
 from scldm.generation.recipe import genes_table

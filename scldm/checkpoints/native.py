@@ -28,17 +28,23 @@ from torch import Tensor
 
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
-from scldm.errors import InputError
+from scldm.errors import CheckpointError
 from scldm.flow.config import PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 
 FORMAT = 1
-
-
-class CheckpointError(InputError, ValueError):
-    """Raised for a model folder that cannot be used. The message says what is wrong and what was expected."""
+__all__ = [
+    "CheckpointError",
+    "LoadedFlow",
+    "LoadedVAE",
+    "folder_digest",
+    "load_flow",
+    "load_vae",
+    "save_flow",
+    "save_vae",
+]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scldm.checkpoints.native import CheckpointError
+from scldm.errors import CheckpointError
 
 
 def check_output(out: Path, *, force: bool, is_earlier: Callable[[Path], bool]) -> None:

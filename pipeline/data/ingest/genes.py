@@ -10,16 +10,16 @@ Shape letters: g genes of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from pipeline.config.input_paths import vocabulary_file
 from pipeline.config.job import GenesConfig
 from pipeline.data.soma.store import SomaStore
 from pipeline.data.tables import plain_id
-from scldm.errors import InputError
+from scldm.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from scldm.checkpoints.convert.gene_list import GeneList
@@ -75,15 +75,11 @@ def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
 
 
 def read_vocabulary(path: str) -> GeneList:
-    """Read genes from a file, or from a model's folder."""
+    """Read genes from a file, or from a model."""
     from scldm.checkpoints.convert.gene_list import read_genes  # imports torch, which readers of counts do without
-    from scldm.checkpoints.native import CheckpointError
 
-    place = Path(path).expanduser()
-    if place.is_dir() and not (place / "vocabulary.json").is_file():
-        raise InputError(f"ingest.genes.vocabulary {path}: not a model folder, vocabulary.json is missing")
     try:
-        return read_genes(place / "vocabulary.json" if place.is_dir() else place)
+        return read_genes(vocabulary_file(path))
     except CheckpointError as error:
         raise InputError(f"ingest.genes.vocabulary: {error}; or set vocabulary: source") from error
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -110,7 +112,8 @@ def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[
 
 
 def _digest(models: ModelFolders) -> str:
-    from scldm.checkpoints.native import CheckpointError, folder_digest, load_flow, load_vae
+    from scldm.checkpoints.native import folder_digest, load_flow, load_vae
+    from scldm.errors import CheckpointError
 
     try:  # a model that cannot be loaded must not be registered
         from scldm.generation.cell_maker import check_pair
@@ -138,7 +141,7 @@ def _create(client: Any, models: ModelFolders, name: str, run_id: str, digest: s
         params={"train_flow": models.stage.version, "train_vae": models.stage.inputs["train_vae"]},
     )  # fmt: skip
     try:
-        with tempfile.TemporaryDirectory(prefix="scldm-model-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="scldm-model-") as scratch, _as_default_store(client.tracking_uri):
             save(models, Path(scratch) / "model", model_id=logged.model_id, run_id=run_id or None)
             client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
     except BaseException:
@@ -151,6 +154,19 @@ def _create(client: Any, models: ModelFolders, name: str, run_id: str, digest: s
         name, source=logged.artifact_location, run_id=run_id or None, model_id=logged.model_id, tags=tags
     )
     return str(version.version)
+
+
+@contextmanager
+def _as_default_store(uri: str) -> Iterator[None]:
+    """Make a store MLflow's own default: saving a model looks there for the model's id."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def _own_experiment(client: Any, models: ModelFolders) -> str:

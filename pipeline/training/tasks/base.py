@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from pipeline.config.job import FeedConfig
 from pipeline.data.loading.blocks import BlockSource
 from pipeline.data.loading.order import FeedOrder
 from pipeline.training.loop import TrainingResult
+from scldm.checkpoints.start_from import Started
+
+log = logging.getLogger(__name__)
 
 
 def make_order(source: BlockSource, config: FeedConfig, seed: int) -> FeedOrder:
     """Build the order in which the cells of a source are trained on."""
     return FeedOrder(source.ids, source.tile, seed, config.batch_size, config.lanes, config.block_rows)
+
+
+def report_start(name: str, started: Started) -> dict[str, Any]:
+    """Log what a network took over from a model, on one worker, and return it as a fact."""
+    if dist.get_rank() == 0:
+        for line in (f"the weights start from {name}", *started.lines()):
+            log.info("%s", line)
+    return {"model": name, **started.facts()}
 
 
 def training_facts(result: TrainingResult, weights: str, module: nn.Module) -> dict[str, Any]:

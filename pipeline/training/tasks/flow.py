@@ -15,10 +15,12 @@ from pipeline.training.loop import run_training
 from pipeline.training.objectives.flow import FlowDraws, FlowObjective
 from pipeline.training.objectives.vae import validation_tables
 from pipeline.training.state import Run
-from pipeline.training.tasks.base import make_order, training_facts
+from pipeline.training.tasks.base import make_order, report_start, training_facts
 from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
 from pipeline.training.tasks.spec import FlowWorkerSpec
-from scldm.checkpoints.native import load_vae, save_flow
+from scldm.api.folders import find_model
+from scldm.checkpoints.native import load_flow, load_vae, save_flow
+from scldm.checkpoints.start_from import start_flow
 from scldm.errors import InputError
 from scldm.nn.dit import DiT
 from scldm.nn.flops import dit_flops
@@ -41,6 +43,7 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         dit = DiT(config.model, n_latent_tokens=m, latent_width=e, n_classes=n_classes)
+    started = _start_from(spec, dit, data)
     source = latent_blocks(encoded, "train")
     order = make_order(source, train.feed, spec.seed)
     lanes = order.lanes_of(dist.get_rank(), dist.get_world_size())
@@ -67,7 +70,15 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
             latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,
         )  # fmt: skip
     dist.barrier()
-    return training_facts(result, train.export, dit)
+    return training_facts(result, train.export, dit) | started
+
+
+def _start_from(spec: FlowWorkerSpec, dit: DiT, data: IngestedDataset) -> dict[str, Any]:
+    """Give the DiT the weights that it starts from, if there are any; return what was taken over, as a fact."""
+    if (start := spec.config.start_from) is None:
+        return {}
+    source = load_flow(find_model(start.model, "flow"))
+    return {"start_from": report_start(start.model, start_flow(dit, data.vocabulary, source, parents=start.parents))}
 
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:

@@ -16,9 +16,11 @@ from pipeline.training.loop import run_training
 from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
 from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation_tables
 from pipeline.training.state import Run
-from pipeline.training.tasks.base import make_order, training_facts
+from pipeline.training.tasks.base import make_order, report_start, training_facts
 from pipeline.training.tasks.spec import VaeWorkerSpec
-from scldm.checkpoints.native import save_vae
+from scldm.api.folders import find_model
+from scldm.checkpoints.native import load_vae, save_vae
+from scldm.checkpoints.start_from import start_vae
 from scldm.errors import InputError
 from scldm.nn.dispersion import fit_theta
 from scldm.nn.flops import vae_flops
@@ -33,6 +35,7 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
     stats = pd.read_parquet(spec.inputs["ingest"].path("gene_stats"))
     mean_counts = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
     vae = _new_vae(spec, n_genes=n_genes, mean_counts=mean_counts)
+    started = _start_from(spec, vae, data)
     source = data.blocks("train")
     objective = VaeObjective(
         vae,
@@ -65,7 +68,16 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
     dist.barrier()
     shape = [config.model.n_latent_tokens, config.model.latent_width]
     seen = {**train.genes_seen.model_dump(mode="json"), "job_seed": spec.seed, "epoch_0_seed": seen_seed(spec.seed, 0)}
-    return training_facts(result, train.export, vae) | {"latent_shape": shape, "genes_seen": seen, "theta": fitted}
+    facts = {"latent_shape": shape, "genes_seen": seen, "theta": fitted}
+    return training_facts(result, train.export, vae) | facts | started
+
+
+def _start_from(spec: VaeWorkerSpec, vae: VAE, data: IngestedDataset) -> dict[str, Any]:
+    """Give the VAE the weights that it starts from, if there are any; return what was taken over, as a fact."""
+    if (start := spec.config.start_from) is None:
+        return {}
+    started = start_vae(vae, data.vocabulary, load_vae(find_model(start.model, "vae")))
+    return {"start_from": report_start(start.model, started)}
 
 
 def _new_vae(spec: VaeWorkerSpec, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scldm.checkpoints.convert.report import ConversionReport
-from scldm.checkpoints.native import CheckpointError, save_flow, save_vae
+from scldm.checkpoints.native import save_flow, save_vae
 from scldm.checkpoints.output_folder import atomic_folder, check_output
 from scldm.checkpoints.untrusted.reader import ForeignCheckpoint, read_checkpoint
 from scldm.checkpoints.upstream.inputs import InputFiles, Inputs, gather_inputs
@@ -25,6 +25,7 @@ from scldm.checkpoints.upstream.layout import UpstreamParts, split_state_dict
 from scldm.checkpoints.upstream.names_dit import dit_state_from_upstream, dit_state_to_upstream
 from scldm.checkpoints.upstream.names_vae import vae_state_from_upstream, vae_state_to_upstream
 from scldm.checkpoints.upstream.settings import FlowSettings, UpstreamSettings, read_settings
+from scldm.errors import CheckpointError
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 

@@ -23,7 +23,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from scldm.checkpoints.native import CheckpointError, LoadedFlow, LoadedVAE, load_flow, load_vae
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.checkpoints.output_folder import atomic_folder, check_output
 from scldm.checkpoints.upstream.config import DECODER, vae_config_from_upstream
 from scldm.checkpoints.upstream.names_dit import dit_state_to_upstream
@@ -31,6 +31,7 @@ from scldm.checkpoints.upstream.names_vae import vae_state_to_upstream
 from scldm.checkpoints.upstream.settings import read_settings
 from scldm.checkpoints.upstream.sizes import size_factors_to_upstream
 from scldm.checkpoints.upstream.template import VAE_FIELDS, write_upstream_config
+from scldm.errors import CheckpointError
 from scldm.nn.config import VAEConfig
 
 CHECKPOINT, CONFIG, METADATA, GENES = "model.ckpt", "config.yaml", "metadata.json", "genes.parquet"

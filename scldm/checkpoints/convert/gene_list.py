@@ -16,8 +16,8 @@ from typing import Any
 import h5py
 import pandas as pd
 
-from scldm.checkpoints.native import CheckpointError
 from scldm.data.class_names import class_text
+from scldm.errors import CheckpointError
 
 IDS, NAMES = "feature_id", "feature_name"
 

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scldm.checkpoints.native import CheckpointError
+from scldm.errors import CheckpointError
 
 MEMORY = 2 << 30  # bytes beyond what the child needs to start; a checkpoint gets four times its own size on top
 SECONDS = 900

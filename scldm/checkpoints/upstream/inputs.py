@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from scldm.checkpoints.convert.gene_list import GeneList, has_genes, read_classes, read_genes
-from scldm.checkpoints.native import CheckpointError
 from scldm.checkpoints.untrusted.reader import read_pickle
 from scldm.checkpoints.upstream.settings import UpstreamSettings
 from scldm.checkpoints.upstream.sizes import NOT_GIVEN, SizeFactors, library_sizes_from_upstream, named_factors
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
+from scldm.errors import CheckpointError
 
 SAVED = "the checkpoint itself"
 

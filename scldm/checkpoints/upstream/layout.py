@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scldm.checkpoints.native import CheckpointError
+from scldm.errors import CheckpointError
 
 # In order of preference: the first one that a checkpoint holds is used, and the others must be equal to it.
 _HOMES = {

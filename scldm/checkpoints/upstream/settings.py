@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from scldm.checkpoints.native import CheckpointError
 from scldm.checkpoints.upstream.config import DECODER_SIZES, vae_config_from_upstream
 from scldm.checkpoints.upstream.yaml import UpstreamYaml
+from scldm.errors import CheckpointError
 from scldm.flow.config import PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 

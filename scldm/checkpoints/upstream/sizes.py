@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scldm.checkpoints.native import CheckpointError
 from scldm.data.library_size import ALL, LibrarySizes, LogNormal, condition_key
+from scldm.errors import CheckpointError
 
 NOT_GIVEN = "the model was converted from upstream without size factors"
 

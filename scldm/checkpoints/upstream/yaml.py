@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from scldm.checkpoints.native import CheckpointError
+from scldm.errors import CheckpointError
 
 T = TypeVar("T")
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 40, 10_000  # upstream's files have 14 kB, 5 levels, 700 values

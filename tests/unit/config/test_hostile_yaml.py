@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.io.loader import load_job
-from scldm.checkpoints.native import CheckpointError
 from scldm.checkpoints.upstream.yaml import UpstreamYaml
-from scldm.errors import InputError
+from scldm.errors import CheckpointError, InputError
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB = "kind: ingest\nname: demo\nsource: {type: synthetic}\n"

@@ -20,10 +20,9 @@ from pipeline.inference.export.verify import verify
 from pipeline.stages.evaluate import open_generated
 from scldm.checkpoints.convert.convert import convert_upstream
 from scldm.checkpoints.convert.export import export_upstream
-from scldm.checkpoints.native import CheckpointError
 from scldm.checkpoints.untrusted.reader import ForeignCheckpoint
 from scldm.checkpoints.upstream.inputs import InputFiles
-from scldm.errors import InputError
+from scldm.errors import CheckpointError, InputError
 from scldm.generation.expression_draw import draw_expression, is_log_normalised
 
 REQUEST = [{"cell_type": "T", "n_cells": 30}, {"cell_type": "NK", "donor": "d1", "n_cells": 15}]

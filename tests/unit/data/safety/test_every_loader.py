@@ -28,12 +28,12 @@ from pipeline.inference.request import read_conditions
 from pipeline.stages import ingest
 from pipeline.training.checkpoints import manifest as checkpoint
 from scldm.cells.cells import CellShardsError, open_cells
-from scldm.checkpoints.native import CheckpointError, load_flow, load_vae
+from scldm.checkpoints.native import load_flow, load_vae
 from scldm.checkpoints.untrusted import child as untrusted_child
 from scldm.checkpoints.untrusted.reader import UntrustedFileError, read_checkpoint, read_pickle
 from scldm.checkpoints.upstream.yaml import UpstreamYaml
 from scldm.data.vocabulary import Vocabulary
-from scldm.errors import InputError
+from scldm.errors import CheckpointError, InputError
 
 OURS = (InputError, CheckpointError, CellShardsError, untrusted_child.rules.Refused)
 # What a loader of a model reads first is the folder's other files: these are whole.

@@ -17,8 +17,8 @@ from helpers.stages.cell_stages import models, real_cells, run_stage, write_cell
 from helpers.stages.generation_case import generate, write_inputs
 
 import scldm
-from scldm.checkpoints.native import CheckpointError
 from scldm.data.align import CellsError
+from scldm.errors import CheckpointError
 from scldm.generation.request_table import RequestError
 
 REQUEST = [{"cell_type": "B", "donor": "d1", "n_cells": 33}, {"cell_type": "T", "n_cells": 20, "guidance": 2.0}]

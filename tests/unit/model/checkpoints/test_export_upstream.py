@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from pipeline.cli.app import app
 from scldm.checkpoints.convert.convert import convert_upstream
 from scldm.checkpoints.convert.export import export_upstream, upstream_vae_values
-from scldm.checkpoints.native import CheckpointError, load_flow, load_vae
+from scldm.checkpoints.native import load_flow, load_vae
 from scldm.checkpoints.untrusted.reader import ForeignCheckpoint
 from scldm.checkpoints.upstream.sizes import library_sizes_from_upstream, size_factors_to_upstream
 from scldm.data.library_size import LibrarySizes, LogNormal, condition_key
 from scldm.data.vocabulary import LabelVocabulary
+from scldm.errors import CheckpointError
 from scldm.flow.config import PathConfig
 
 recorded = pytest.mark.skipif(not FOLDER.is_dir(), reason="upstream's recorded outputs are not beside this checkout")

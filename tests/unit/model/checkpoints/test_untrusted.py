@@ -15,10 +15,10 @@ import pytest
 import torch
 from helpers.files import foreign_files
 
-from scldm.checkpoints.native import CheckpointError
 from scldm.checkpoints.untrusted import child as untrusted_child
 from scldm.checkpoints.untrusted import reader as untrusted
 from scldm.checkpoints.untrusted.reader import UntrustedFileError, read_checkpoint, read_pickle
+from scldm.errors import CheckpointError
 
 foreign = untrusted_child.rules  # the copy that the reader itself uses
 ATTACKS = list(foreign_files.attacks(Path("canary")))

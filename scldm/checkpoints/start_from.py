@@ -1,0 +1,225 @@
+"""Start a network from the weights of another one, whose genes or labels may differ.
+
+What has a gene or a class of its own (embeddings, gene biases, dispersions) is matched by name; all else must have the
+same shape. What has no counterpart is given the value at which the network does what the other one did, as far as that
+exists: a new gene the mean embedding, a new class the null class, a new label zeros.
+
+Shape letters: g genes, k classes of a label (and the null class), d model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
+from scldm.errors import CheckpointError
+from scldm.nn.dit import DiT, label_table_name
+from scldm.nn.vae import VAE
+
+EMBEDDINGS = ("gene_embedding", "decoder_embedding")  # (g, d)
+PER_GENE = (*EMBEDDINGS, "log_theta", "gene_bias")
+HEAD = ("decoder.head.", "log_theta", "gene_bias")  # differ between likelihoods
+SHOWN = 5
+
+
+@dataclass
+class Started:
+    """What a network took over, for the facts of its stage and for the log."""
+
+    parameters: int = 0  # numbers that were taken over
+    new: list[str] = field(default_factory=list)  # parameters that the other network lacks
+    dropped: list[str] = field(default_factory=list)  # its parameters that this network lacks
+    genes: dict[str, int] = field(default_factory=dict)  # kept, new, dropped
+    classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> kept, new, dropped, parents
+
+    def lines(self) -> list[str]:
+        """Return it in words."""
+        lines = [f"{self.parameters:,} numbers are taken over"]
+        if self.genes:
+            lines[0] += "; genes: {kept:,} kept, {new:,} new, {dropped:,} dropped".format(**self.genes)
+        for label, n in self.classes.items():
+            lines.append(
+                f"{label}: {n['kept']} classes kept, {_named(n['new'], 'new')}, {_named(n['dropped'], 'dropped')}"
+            )
+        for what, names in (("new", self.new), ("dropped", self.dropped)):
+            if names:
+                lines.append(f"{what} parameters: {', '.join(names[:SHOWN])}" + (" …" if len(names) > SHOWN else ""))
+        return lines
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return dict(vars(self))
+
+
+def start_vae(vae: VAE, vocabulary: Vocabulary, source: LoadedVAE) -> Started:
+    """Give a new VAE the weights of another one, in place.
+
+    The VAE was initialised for its own data (`VAE.start_at`), from which new genes take their bias.
+
+    Raises:
+        CheckpointError: The sizes differ, or the two have no gene in common.
+    """
+    places = _positions(source.vocabulary.feature_ids, vocabulary.feature_ids)
+    n_kept = int((places >= 0).sum())
+    if not n_kept:
+        raise CheckpointError(
+            f"none of the {vocabulary.n_genes} genes is one of the model's {source.vocabulary.n_genes} (here "
+            f"{', '.join(vocabulary.feature_ids[:2])}, there {', '.join(source.vocabulary.feature_ids[:2])}): check "
+            "the organism and the kind of gene ids"
+        )
+    started = Started(
+        genes={
+            "kept": n_kept,
+            "new": vocabulary.n_genes - n_kept,
+            "dropped": source.vocabulary.n_genes - n_kept,
+        }
+    )
+    other_head = vae.config.head != source.vae.config.head
+    state, old = vae.state_dict(), source.vae.state_dict()
+    for name, tensor in state.items():
+        if name not in old or (other_head and name.startswith("decoder.head.")):
+            started.new.append(name)
+        elif name in PER_GENE:
+            started.parameters += _take_genes(name, tensor, old[name], places)
+        else:
+            started.parameters += _take(name, tensor, old[name])
+    started.dropped += [name for name in old if name not in state]
+    _require_known(started, allowed=HEAD)
+    return started
+
+
+def start_flow(
+    dit: DiT,
+    vocabulary: Vocabulary,
+    source: LoadedFlow,
+    *,
+    parents: Mapping[str, Mapping[str, str]] | None = None,
+) -> Started:
+    """Give a new DiT the weights of another one, in place.
+
+    Args:
+        parents: label -> new class -> class of the other model at whose embedding it starts.
+
+    Raises:
+        CheckpointError: The sizes differ, or `parents` names a class that is not there.
+    """
+    started, state, old = Started(), dit.state_dict(), source.dit.state_dict()
+    known = {x.name: x for x in source.vocabulary.labels}
+    tables = {f"labels.{label_table_name(x.name)}.weight": x for x in vocabulary.labels}
+    _check_parents(parents or {}, vocabulary, known)
+    for name, tensor in state.items():
+        label = tables.get(name)
+        if label is None and name in old:
+            started.parameters += _take(name, tensor, old[name])
+        elif label is not None and label.name in known:
+            own = (parents or {}).get(label.name, {})
+            started.parameters += _take_classes(tensor, old[name], label, known[label.name], own, started)
+        elif label is not None:
+            tensor.zero_()  # so that the network does at first what it did without this label
+            started.new.append(name)
+        else:
+            started.new.append(name)
+    for name in (x for x in old if x not in state):
+        if name.startswith("labels."):  # what the null class of a label added for every cell without it
+            state["time.down.bias"].add_(old[name][-1])
+        started.dropped.append(name)
+    _require_known(started, allowed=("labels.",))
+    return started
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------
+def _positions(old: Sequence[str], new: Sequence[str]) -> Tensor:
+    """Return the position in `old` of each name in `new`; -1 for those that it lacks."""
+    at = {name: i for i, name in enumerate(old)}
+    return torch.tensor([at.get(name, -1) for name in new], dtype=torch.int64)
+
+
+def _take(name: str, tensor: Tensor, old: Tensor) -> int:
+    if tensor.shape != old.shape:
+        raise CheckpointError(
+            f"{name} is {tuple(tensor.shape)} here and {tuple(old.shape)} in the model: leave the sizes in `model` "
+            "out, and they are the model's"
+        )
+    tensor.copy_(old)
+    return old.numel()
+
+
+@torch.no_grad()
+def _take_genes(name: str, tensor: Tensor, old: Tensor, places: Tensor) -> int:
+    """Fill what each gene has of its own: (g,) or (g, d)."""
+    if tensor.shape[1:] != old.shape[1:]:
+        _take(name, tensor, old)  # raises
+    kept = places >= 0
+    rows = old[places[kept]]
+    if name in EMBEDDINGS:
+        new = old.mean(0).expand_as(tensor[~kept])
+    elif name == "gene_bias":  # the new data's own level, moved to where training has moved the genes that are kept
+        new = tensor[~kept] + (rows - tensor[kept]).mean()
+    else:
+        new = old.median().expand_as(tensor[~kept])
+    tensor[kept], tensor[~kept] = rows, new.to(tensor)
+    return rows.numel()
+
+
+@torch.no_grad()
+def _take_classes(
+    tensor: Tensor,
+    old: Tensor,
+    label: LabelVocabulary,
+    before: LabelVocabulary,
+    parents: Mapping[str, str],
+    started: Started,
+) -> int:
+    """Fill the embeddings of a label's classes, (k + 1, d); the last is the null class."""
+    if tensor.shape[1:] != old.shape[1:]:
+        _take(label.name, tensor, old)  # raises
+    places = _positions(before.classes, [parents.get(c, c) for c in label.classes])
+    tensor.copy_(torch.cat([old[places], old[-1:]]))  # -1 is the null class
+    names = set(before.classes)
+    started.classes[label.name] = {
+        "kept": sum(c in names for c in label.classes),
+        "new": [c for c in label.classes if c not in names],
+        "dropped": [c for c in before.classes if c not in set(label.classes)],
+        "parents": dict(parents),
+    }
+    return int((places >= 0).sum() + 1) * old.shape[1]
+
+
+def _check_parents(
+    parents: Mapping[str, Mapping[str, str]], vocabulary: Vocabulary, known: Mapping[str, LabelVocabulary]
+) -> None:
+    problems = []
+    for name, pairs in parents.items():
+        if name not in known:
+            problems.append(f"parents.{name}: the model has no label {name}; it has {', '.join(known) or 'none'}")
+            continue
+        for new, parent in pairs.items():
+            for what, label, value in (
+                ("the data have", vocabulary.label(name), new),
+                ("the model has", known[name], parent),
+            ):
+                if value not in label.classes:
+                    problems.append(f"parents.{name}: {what} no class {value!r}")
+    if problems:
+        raise CheckpointError("\n".join(problems))
+
+
+def _require_known(started: Started, *, allowed: tuple[str, ...]) -> None:
+    """Refuse networks that differ in more than what may differ: weights that are not loaded are never guessed."""
+    wrong = [n for n in (*started.new, *started.dropped) if not n.startswith(allowed)]
+    if wrong:
+        raise CheckpointError(
+            f"the networks differ in {', '.join(wrong[:SHOWN])}: leave the settings of `model` out, and they are the "
+            "model's"
+        )
+
+
+def _named(names: Sequence[str], what: str) -> str:
+    shown = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
+    return f"{len(names)} {what}" + (f" ({shown})" if names else "")

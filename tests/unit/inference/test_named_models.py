@@ -1,0 +1,172 @@
+"""A model is named in one way by every job: a folder, a pair, a stage, a pipeline, a registry, a bucket."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import anndata as ad
+import numpy as np
+import pytest
+import yaml
+from helpers.models.small_models import CELL_TYPES, DONORS, write_flow, write_vae
+from helpers.stages.generation_case import generate, hashes, write_inputs
+
+import scldm
+from pipeline.config.apply import EmbedConfig, LogLikelihoodConfig, PerturbConfig
+from pipeline.config.io.loader import load_job
+from pipeline.workflow.preflight import check_settings
+from scldm.api.folders import find_model
+from scldm.errors import CheckpointError, InputError
+
+SOURCE = {"type": "synthetic", "n_cells": 100, "n_genes": 50}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    write_vae(tmp_path / "pair" / "vae", CELL_TYPES, DONORS)
+    write_flow(tmp_path / "pair" / "flow", CELL_TYPES, DONORS)
+    return tmp_path / "pair"
+
+
+def stage(pair, root, name, *, inputs=None, at=1.0, version="a1"):
+    """A finished stage with the model of a pair."""
+    folder = root / name / version
+    folder.mkdir(parents=True)
+    shutil.copytree(pair / name.removeprefix("train_"), folder / "model")
+    manifest = {
+        "stage": name, "version": version, "folder": str(folder), "config": {}, "inputs": inputs or {},
+        "facts": {"model": "model"}, "seconds": 1.0, "finished_at": at,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_all_names_of_a_model_find_the_same_folder(pair, tmp_path):
+    root = tmp_path / "runs" / "census"
+    vae = stage(pair, root, "train_vae")
+    flow = stage(pair, root, "train_flow", inputs={"train_vae": "a1"})
+    for name in (root, root / "train_flow", flow, root / "train_vae", vae, vae / "model"):
+        assert find_model(name, "vae") == vae / "model"
+    for name in (root, root / "train_flow", flow, flow / "model"):
+        assert find_model(name, "flow") == flow / "model"
+    assert find_model(pair, "vae") == pair / "vae"
+    assert find_model(str(pair), "flow") == pair / "flow"
+
+
+def test_the_name_of_a_stage_stands_for_its_newest_version(pair, tmp_path):
+    stage(pair, tmp_path, "train_vae", at=2.0, version="newer")
+    stage(pair, tmp_path, "train_vae", at=1.0, version="older")
+    assert find_model(tmp_path / "train_vae", "vae") == tmp_path / "train_vae" / "newer" / "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("pair/flow", "vae", "holds a flow, expected a vae"),
+        ("nowhere", "vae", "is no folder"),
+        ("org/name", "vae", "or hf://org/name for the hub"),
+        ("pair/vae", "flow", "holds a vae, expected a flow"),
+        ("models:/census", "vae", "MLFLOW_TRACKING_URI"),
+    ],
+)
+def test_a_name_of_nothing_usable_says_what_is_there_and_what_to_write(pair, name, kind, words, monkeypatch):
+    monkeypatch.chdir(pair.parent)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(CheckpointError, match=words):
+        find_model(name, kind)
+
+
+def test_a_model_that_lacks_a_file_is_refused_before_anything_starts(pair):
+    (pair / "vae" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing; copy it again"):
+        find_model(pair, "vae")
+
+
+def test_one_name_gives_a_job_the_models_that_it_uses(pair):
+    source = {"source": SOURCE}
+    assert EmbedConfig.model_validate({**source, "model": str(pair)}).model.flow is None
+    assert PerturbConfig.model_validate({**source, "model": str(pair), "to": {"a": "b"}}).model.flow == str(pair)
+    assert LogLikelihoodConfig.model_validate({**source, "model": str(pair)}).model.flow is None
+    assert LogLikelihoodConfig.model_validate({**source, "model": str(pair), "flow": {}}).model.flow == str(pair)
+
+
+# ---- generation --------------------------------------------------------------------------------------------------
+def test_a_job_of_named_models_makes_the_cells_of_the_same_models_in_a_pipeline(tmp_path):
+    inputs = write_inputs(tmp_path / "inputs")
+    settings = {"cells": [{"cell_type": "B", "n_cells": 5}, {"n_cells": 3}], "shard_size": 4, "sampler": {"steps": 2}}
+    names = {"vae": str(tmp_path / "inputs/train_vae/model"), "flow": str(tmp_path / "inputs/train_flow/model")}
+    own, named = tmp_path / "own", tmp_path / "named"
+    generate(own, inputs, **settings)
+    facts = generate(named, {}, model=names, **settings)
+    assert facts["n_cells"] == 8
+    for shard in sorted(hashes(own)):
+        a, b = ad.read_h5ad(own / shard), ad.read_h5ad(named / shard)
+        assert (a.X != b.X).nnz == 0
+        assert np.array_equal(a.obsm["X_scldm"], b.obsm["X_scldm"])
+    model = scldm.load(names["vae"], flow=names["flow"])
+    assert model.labels["cell_type"] == CELL_TYPES.classes
+
+
+def write_job(folder, **settings):
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump({"name": "mine", "output": str(folder / "runs"), **settings}))
+    return load_job(path, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"per_label": {"tissue": 5}}, "no label 'tissue'; the model knows: cell_type, donor"),
+        ({"cells": [{"cell_type": "Bb", "n_cells": 5}]}, "cell_type has no class 'Bb'"),
+        ({}, "generate does not say which cells to make"),
+    ],
+)
+def test_what_named_models_do_not_know_is_refused_before_anything_starts(pair, tmp_path, settings, words):
+    job = write_job(tmp_path, kind="generate", model=str(pair), **settings)
+    with pytest.raises(InputError, match=words):
+        check_settings(job)
+
+
+def test_a_vae_and_a_flow_of_different_models_are_refused_before_anything_starts(pair, tmp_path):
+    write_flow(tmp_path / "other", CELL_TYPES)
+    names = {"vae": str(pair), "flow": str(tmp_path / "other")}
+    job = write_job(tmp_path, kind="generate", model=names, n_cells=3)
+    with pytest.raises(InputError, match="trained with different vocabularies"):
+        check_settings(job)
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+def test_a_pretrained_vae_brings_its_sizes_and_its_genes(pair, tmp_path):
+    text = {"kind": "train_vae", "ingest": {"source": SOURCE}, "model": str(pair), "train": False}
+    job = write_job(tmp_path, **text)
+    assert job.pretrained == str(pair)
+    assert job.model.d_model == 8
+    assert job.ingest.genes.vocabulary == str(pair)
+    assert job == write_job(
+        tmp_path, **{k: v for k, v in text.items() if k not in ("model", "train")}, pretrained=str(pair)
+    )
+
+
+def test_training_from_weights_takes_their_sizes_and_what_is_set_besides(pair, tmp_path):
+    job = write_job(tmp_path, kind="train_vae", start_from=str(pair), model={"head": "nb_cell"})
+    assert (job.model.d_model, job.model.head) == (8, "nb_cell")
+    flow = write_job(tmp_path, kind="train_flow", start_from={"model": str(pair), "parents": {"cell_type": {"A": "B"}}})
+    assert flow.model.d_model == 12
+    assert flow.start_from.parents == {"cell_type": {"A": "B"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "PAIR"}, r"to use it as it is, set train: false as well; to train on .* start_from: "),
+        ({"train": False}, "name it, model: runs/census"),
+        ({"pretrained": "PAIR", "model": {"d_model": 16}}, "model.d_model is that of .* and cannot be set"),
+        ({"pretrained": "PAIR", "start_from": "PAIR"}, "leave one of them out"),
+        ({"start_from": "nowhere"}, "is no folder"),
+    ],
+)
+def test_settings_of_models_that_contradict_each_other_are_refused(pair, tmp_path, settings, words):
+    named = {k: str(pair) if v == "PAIR" else v for k, v in settings.items()}
+    with pytest.raises(InputError, match=words):
+        write_job(tmp_path, kind="train_vae", **named)

@@ -1,0 +1,138 @@
+"""A network that starts from another one's weights does what that one did, as far as genes and labels allow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.models.small_models import CELL_TYPES, DONORS, GENES, random_weights, write_flow, write_vae
+
+from scldm.checkpoints.native import load_flow, load_vae
+from scldm.checkpoints.start_from import start_flow, start_vae
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
+from scldm.errors import CheckpointError
+from scldm.nn.dit import DiT
+from scldm.nn.vae import VAE
+
+
+def names(genes=GENES, *labels: LabelVocabulary) -> Vocabulary:
+    return Vocabulary(tuple(genes), tuple(genes), labels or (CELL_TYPES,))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    return load_vae(write_vae(tmp_path / "vae", input="count_aware", gene_bias=True, genes_seq_len=None))
+
+
+def new_vae(like: VAE, n_genes: int, **choices) -> VAE:
+    vae = VAE(like.config.model_copy(update=choices), n_genes=n_genes)
+    vae.start_at(torch.arange(1.0, n_genes + 1))
+    return vae
+
+
+def test_with_the_same_genes_all_weights_are_taken_over(trained):
+    vae = new_vae(trained.vae, len(GENES))
+    started = start_vae(vae, trained.vocabulary, trained)
+    assert all(torch.equal(x, trained.vae.state_dict()[k]) for k, x in vae.state_dict().items())
+    assert started.parameters == sum(x.numel() for x in vae.state_dict().values())
+    assert started.genes == {"kept": 6, "new": 0, "dropped": 0}
+    assert all(p.requires_grad for p in vae.parameters())
+
+
+def test_genes_are_matched_by_id_and_new_ones_start_at_the_mean_of_the_others(trained):
+    genes = ["g4", "other", "g1", "g0"]
+    vae, old = new_vae(trained.vae, 4), trained.vae
+    level = vae.gene_bias.detach().clone()
+    started = start_vae(vae, names(genes), trained)
+    assert started.genes == {"kept": 3, "new": 1, "dropped": 3}
+    assert torch.equal(vae.gene_embedding[[0, 2, 3]], old.gene_embedding[[4, 1, 0]])
+    assert torch.allclose(vae.gene_embedding[1], old.gene_embedding.mean(0))
+    assert torch.equal(vae.gene_bias[[0, 2, 3]], old.gene_bias[[4, 1, 0]])
+    moved = (old.gene_bias[[4, 1, 0]] - level[[0, 2, 3]]).mean()
+    assert torch.allclose(vae.gene_bias[1], level[1] + moved)
+    assert torch.equal(vae.log_theta[1], old.log_theta.median())
+    assert started.lines()[0].endswith("genes: 3 kept, 1 new, 3 dropped")
+
+
+def test_another_head_starts_new_and_all_else_is_taken_over(trained):
+    vae = new_vae(trained.vae, len(GENES), head="nb_cell")
+    started = start_vae(vae, trained.vocabulary, trained)
+    assert started.new == ["decoder.head.weight", "decoder.head.bias"]
+    assert started.dropped == ["log_theta"]
+    assert torch.equal(vae.gene_embedding, trained.vae.gene_embedding)
+
+
+@pytest.mark.parametrize(
+    ("choices", "genes", "words"),
+    [
+        ({"d_model": 16}, GENES, r"gene_embedding is \(6, 16\) here and \(6, 8\) in the model.*leave the sizes"),
+        ({"n_layers": 2}, GENES, "the networks differ in encoder.*leave the settings of `model` out"),
+        ({}, ["ENSG1", "ENSG2"], r"none of the 2 genes is one of the model's 6 \(here ENSG1, ENSG2, there g0, g1\)"),
+    ],
+    ids=["width", "layers", "genes"],
+)
+def test_what_cannot_be_taken_over_is_refused_and_nothing_is_guessed(trained, choices, genes, words):
+    vae = new_vae(trained.vae, len(genes), **choices)
+    with pytest.raises(CheckpointError, match=words):
+        start_vae(vae, names(genes), trained)
+
+
+# ---- the flow ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def flow(tmp_path):
+    return load_flow(write_flow(tmp_path / "flow", CELL_TYPES, DONORS))
+
+
+def new_dit(like: DiT, *labels: LabelVocabulary) -> DiT:
+    n_classes = {x.name: len(x.classes) for x in labels}
+    return random_weights(DiT(like.config, n_latent_tokens=3, latent_width=4, n_classes=n_classes), seed=9)
+
+
+def prediction(dit: DiT, **conditions: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x_t, t = torch.randn(2, 3, 4, generator=generator), torch.tensor([0.2, 0.7])
+    with torch.no_grad():
+        return dit(x_t, t, {k: torch.tensor([v, v]) for k, v in conditions.items()})
+
+
+def test_old_classes_keep_their_embeddings_and_new_ones_start_at_the_null_class_or_a_parent(flow):
+    types = LabelVocabulary("cell_type", ("B", "NKT", "T", "new"))
+    dit = new_dit(flow.dit, types, DONORS)
+    started = start_flow(dit, names(GENES, types, DONORS), flow, parents={"cell_type": {"NKT": "NK"}})
+    for here, there in ((0, 1), (1, 2), (2, 0), (3, 3), (4, 3)):  # B, NKT as NK, T, new as null, null
+        expected = prediction(flow.dit, cell_type=there, donor=1)
+        assert torch.allclose(prediction(dit, cell_type=here, donor=1), expected, atol=1e-6)
+    assert started.classes["cell_type"] == {
+        "kept": 2, "new": ["NKT", "new"], "dropped": ["NK"], "parents": {"NKT": "NK"},
+    }  # fmt: skip
+    assert "cell_type: 2 classes kept, 2 new (NKT, new), 1 dropped (NK)" in started.lines()
+
+
+def test_a_label_that_is_dropped_leaves_the_flow_of_cells_without_it(flow):
+    dit = new_dit(flow.dit, CELL_TYPES)
+    started = start_flow(dit, names(GENES, CELL_TYPES), flow)
+    expected = prediction(flow.dit, cell_type=1, donor=len(DONORS.classes))
+    assert torch.allclose(prediction(dit, cell_type=1), expected, atol=1e-6)
+    assert started.dropped == ["labels.label_donor.weight"]
+
+
+def test_a_new_label_changes_nothing_at_first(flow):
+    tissue = LabelVocabulary("tissue", ("gut", "lung"))
+    dit = new_dit(flow.dit, CELL_TYPES, DONORS, tissue)
+    started = start_flow(dit, names(GENES, CELL_TYPES, DONORS, tissue), flow)
+    expected = prediction(flow.dit, cell_type=2, donor=0)
+    for tissue_id in range(3):
+        assert torch.allclose(prediction(dit, cell_type=2, donor=0, tissue=tissue_id), expected, atol=1e-6)
+    assert started.new == ["labels.label_tissue.weight"]
+
+
+@pytest.mark.parametrize(
+    ("parents", "words"),
+    [
+        ({"tissue": {"a": "b"}}, "parents.tissue: the model has no label tissue; it has cell_type, donor"),
+        ({"cell_type": {"X": "NK"}}, "parents.cell_type: the data have no class 'X'"),
+        ({"cell_type": {"T": "Q"}}, "parents.cell_type: the model has no class 'Q'"),
+    ],
+)
+def test_parents_that_are_not_there_are_refused(flow, parents, words):
+    with pytest.raises(CheckpointError, match=words):
+        start_flow(new_dit(flow.dit, CELL_TYPES, DONORS), names(GENES, CELL_TYPES, DONORS), flow, parents=parents)
