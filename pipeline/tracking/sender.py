@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import sys
 import threading
 import time
 from typing import Protocol
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 CAPACITY = 20_000  # records
 BATCH = 200
 WARN_SECONDS = 600.0
+# How long the thread may keep the training waiting, each time that the training lets go of the interpreter's lock and
+# wants it back. Python's own 5 ms are a step of a small network.
+SWITCH_SECONDS = 0.0005
 
 
 class NotReadyError(Exception):
@@ -49,6 +53,7 @@ class BackgroundSender:
 
     def __init__(self, capacity: int = CAPACITY, retry_seconds: float = 20.0) -> None:
         self.retry_seconds = retry_seconds
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._queue: queue.Queue[tuple[Target, Record] | None] = queue.Queue(capacity)
         self._behind: set[Target] = set()  # targets that missed records
         self._retry_at: dict[Target, float] = {}

@@ -129,8 +129,9 @@ def _from_registry(name: str) -> Path:
     version = client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, number)
 
     def download(folder: Path) -> None:
+        source = client.get_model_version_download_uri(model, str(version.version))
         place = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"models:/{model}/{version.version}", dst_path=str(folder / "whole"), tracking_uri=uri
+            artifact_uri=source, dst_path=str(folder / "whole"), tracking_uri=uri
         )
         for part, source in _parts(Path(place), name).items():
             source.rename(folder / part)

@@ -101,11 +101,12 @@ def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[
     run_id = str(ids.get("run_id", "")) if ids.get("uri") == uri else ""
     digest = _digest(models)
     try:
-        number, new = _version_of(client, model_name, digest), False
-        if number is None:
-            number, new = _create(client, models, model_name, run_id, digest), True
-        for alias in aliases:
-            client.set_registered_model_alias(model_name, alias, number)
+        with _as_default_store(uri):
+            number, new = _version_of(client, model_name, digest), False
+            if number is None:
+                number, new = _create(client, models, model_name, run_id, digest), True
+            for alias in aliases:
+                client.set_registered_model_alias(model_name, alias, number)
     except MlflowException as error:
         raise InputError(f"{uri} refuses to register {model_name}: {str(error).splitlines()[0][:300]}") from error
     return Registered(model_name, number, aliases, run_id, new)
@@ -141,7 +142,7 @@ def _create(client: Any, models: ModelFolders, name: str, run_id: str, digest: s
         params={"train_flow": models.stage.version, "train_vae": models.stage.inputs["train_vae"]},
     )  # fmt: skip
     try:
-        with tempfile.TemporaryDirectory(prefix="scldm-model-") as scratch, _as_default_store(client.tracking_uri):
+        with tempfile.TemporaryDirectory(prefix="scldm-model-") as scratch:
             save(models, Path(scratch) / "model", model_id=logged.model_id, run_id=run_id or None)
             client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
     except BaseException:
@@ -158,7 +159,7 @@ def _create(client: Any, models: ModelFolders, name: str, run_id: str, digest: s
 
 @contextmanager
 def _as_default_store(uri: str) -> Iterator[None]:
-    """Make a store MLflow's own default: saving a model looks there for the model's id."""
+    """Make a store MLflow's own default: its registry looks there for the model that a version is made of."""
     import mlflow
 
     before = mlflow.get_tracking_uri()

@@ -43,17 +43,16 @@ def test_M7_a_flood_overflows_the_queue_and_still_arrives_whole(server, tmp_path
     driver = open_driver(tmp_path, server.uri)
     stage = driver.stage("train_vae", "a1", folder, {}, {})
     worker = WorkerTracker(folder, server.uri, BackgroundSender(capacity=5, retry_seconds=0.2))
-    n_steps, n_metrics, seconds = 60, 100, []
+    n_steps, n_metrics, done = 60, 100, Trained(folder)
     for step in range(n_steps):
         began = time.perf_counter()
         worker.metrics({f"flood/{i}": i + step for i in range(n_metrics)}, step=step)
-        seconds.append(time.perf_counter() - began)
-        time.sleep(0.02)
+        done.seconds.append(time.perf_counter() - began)
+        done.sleep(0.02)
     worker.close()
     stage.finish()
     driver.close()
-    Trained(folder, seconds).was_not_held_up()
-    done = Trained(folder)
+    done.was_not_held_up()
     assert synced(done) == []
     for i in (0, 57, n_metrics - 1):
         assert done.steps_in(server.uri, f"flood/{i}") == list(range(n_steps))

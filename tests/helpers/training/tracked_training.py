@@ -27,7 +27,8 @@ from pipeline.tracking.tracker import Tracking, attach_tracker
 
 STEPS = 200
 STEP_SECONDS = 0.005
-TYPICAL_SECONDS = 0.003  # of a call, 95 of 100
+MEDIAN_SECONDS = 0.002  # of a call
+TYPICAL_SECONDS = 0.003  # of a call, 95 of 100, where a thread gets the processor as soon as it is awake
 WORST_SECONDS = 0.5  # of any, on a machine that does other things: less than any request may take
 
 
@@ -37,12 +38,22 @@ class Trained:
 
     folder: Path
     seconds: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)  # by how much the sleeps between the calls were longer than asked
     closing: float = 0.0
 
     def was_not_held_up(self) -> None:
-        times = sorted(self.seconds)
-        assert times[int(len(times) * 0.95)] < TYPICAL_SECONDS, times[-10:]
+        """Check the times of the calls, beside what this machine's other work added to a plain sleep just then."""
+        times, late = sorted(self.seconds), sorted(self.late)
+        assert times[len(times) // 2] < MEDIAN_SECONDS, times
+        limit = TYPICAL_SECONDS + late[int(len(late) * 0.95)]
+        assert times[int(len(times) * 0.95)] < limit, (limit, times[-10:])
         assert times[-1] < WORST_SECONDS, times[-5:]
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, and remember by how much too long that took."""
+        began = time.perf_counter()
+        time.sleep(seconds)
+        self.late.append(time.perf_counter() - began - seconds)
 
     def steps_in(self, uri: str, key: str = "train/loss") -> list[int]:
         run_id = read_ids(self.folder)["run_id"]
@@ -82,7 +93,7 @@ def train(
         began = time.perf_counter()
         log_point(folder, worker, step)
         done.seconds.append(time.perf_counter() - began)
-        time.sleep(STEP_SECONDS)
+        done.sleep(STEP_SECONDS)
     worker.close()
     manifest = Manifest("train_vae", version, str(folder), {}, {}, {}, 1.0, time.time())
     write_manifest(manifest)
