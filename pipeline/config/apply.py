@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -23,11 +22,6 @@ class ModelNames(StrictModel):
     """The VAE."""
     flow: FlowName | None = None
     """The flow; only for jobs that use one: generate, perturb, and log_likelihood with `flow`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_name_for_both(cls, given: Any) -> Any:
-        return {"vae": given, "flow": given} if isinstance(given, str) else given
 
 
 class ModelGenesConfig(StrictModel):
@@ -96,19 +90,6 @@ class RealCellsConfig(StrictModel):
         """Whether the flow is conditioned on the cells' labels."""
         return False
 
-    @classmethod
-    def asks_for_flow(cls, given: Mapping[str, Any]) -> bool:
-        """Return whether a job with these settings uses a flow, before they are validated."""
-        return False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_name_for_what_is_used(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("model"), str):
-            return given
-        name = given["model"]
-        return {**given, "model": {"vae": name, "flow": name if cls.asks_for_flow(given) else None}}
-
     @model_validator(mode="after")
     def _has_the_models_that_it_uses(self) -> RealCellsConfig:
         if self.model is None:
@@ -154,10 +135,6 @@ class PerturbConfig(UnknownLabelsConfig):
     guidance: dict[str, float] | float = 1.0
     """Guidance of the forward integration, as generate.sampler.guidance."""
 
-    @classmethod
-    def asks_for_flow(cls, given: Mapping[str, Any]) -> bool:
-        return True
-
     @property
     def uses_flow(self) -> bool:
         return True
@@ -189,10 +166,6 @@ class LogLikelihoodConfig(UnknownLabelsConfig):
     genes: ScoredGenesConfig = ScoredGenesConfig()
     flow: FlowLikelihoodConfig | None = None
     """The flow's log-likelihood of the latents; null: only the VAE's likelihood of the counts."""
-
-    @classmethod
-    def asks_for_flow(cls, given: Mapping[str, Any]) -> bool:
-        return given.get("flow") is not None
 
     @property
     def uses_flow(self) -> bool:

@@ -23,8 +23,7 @@ from pydantic import BaseModel
 from pipeline.config.paths.cell_files import h5ad_files, soma_writes, tenx_files, tenx_outputs
 from pipeline.config.paths.expand import PathText
 from pipeline.core.digests import content_digest
-from scldm.api.folders import find_model
-from scldm.api.remote_models import is_remote
+from scldm.api.folders import find_model, is_remote
 from scldm.errors import InputError
 
 

@@ -146,18 +146,6 @@ class JobBase(StrictModel):
         return self
 
 
-def _with_genes_of_the_model(given: Any, vae: Any) -> Any:
-    """Let ingest take the genes of the model that train_vae uses as it is, unless its genes are set."""
-    ingest = given.get("ingest") if isinstance(given, dict) else None
-    if not isinstance(ingest, dict) or not isinstance(vae, dict):
-        return given
-    name = vae.get("model") if vae.get("train") is False else vae.get("pretrained")
-    genes = ingest.get("genes") or {}
-    if not isinstance(name, str) or not isinstance(genes, dict) or "vocabulary" in genes:
-        return given
-    return {**given, "ingest": {**ingest, "genes": {**genes, "vocabulary": name}}}
-
-
 class PipelineJob(JobBase):
     kind: Literal["pipeline"]
     ingest: IngestConfig
@@ -166,11 +154,6 @@ class PipelineJob(JobBase):
     train_flow: TrainFlowConfig = TrainFlowConfig()
     generate: GenerateConfig
     evaluate: EvaluateConfig = EvaluateConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _genes_are_those_of_a_pretrained_model(cls, given: Any) -> Any:
-        return _with_genes_of_the_model(given, given.get("train_vae") if isinstance(given, dict) else None)
 
     @model_validator(mode="after")
     def _generates_with_its_own_models(self) -> PipelineJob:
@@ -199,11 +182,6 @@ class IngestJob(JobBase, IngestConfig):
 class TrainVaeJob(JobBase, TrainVaeConfig):
     kind: Literal["train_vae"]
     ingest: IngestConfig | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _genes_are_those_of_a_pretrained_model(cls, given: Any) -> Any:
-        return _with_genes_of_the_model(given, given)
 
 
 class EncodeJob(JobBase, EncodeConfig):

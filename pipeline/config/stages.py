@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,32 +17,27 @@ from pydantic import (
 from pipeline.config.apply import ModelNames
 from pipeline.config.ingest import ClassName
 from pipeline.config.input_paths import ConditionsTable, GeneFile, PretrainedVae, StartFlow, StartVae
-from pipeline.config.paths.expand import expand_path
 from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
-from scldm.api.folders import find_model
 from scldm.config import StrictModel
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 
 
-class StartConfig(StrictModel):
-    """Weights to start from, in place of random ones. A name alone stands for {model: NAME}."""
+class StartVaeConfig(StrictModel):
+    """The VAE to start from; a name alone stands for {model: NAME}.
 
-    @model_validator(mode="before")
-    @classmethod
-    def _a_name_alone(cls, given: Any) -> Any:
-        return {"model": given} if isinstance(given, str) else given
-
-
-class StartVaeConfig(StartConfig):
-    """The VAE to start from. Genes are matched by id; new ones start at the mean of the others."""
+    Genes are matched by id; new ones start at the mean of the others.
+    """
 
     model: StartVae
     """Name of the model, from anywhere: runs/census, models:/census-vae@champion, a folder."""
 
 
-class StartFlowConfig(StartConfig):
-    """The flow to start from. Classes are matched by name; a new one starts at the null class, or at its parent."""
+class StartFlowConfig(StrictModel):
+    """The flow to start from; a name alone stands for {model: NAME}.
+
+    Classes are matched by name; a new one starts at the null class, or at its parent.
+    """
 
     model: StartFlow
     """Name of the model, from anywhere: runs/census, models:/census-flow@champion, a folder."""
@@ -62,17 +56,6 @@ class TrainVaeConfig(StrictModel):
     start_from: StartVaeConfig | None = None
     """A trained VAE whose weights training starts from. Sizes that `model` does not set are its own."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _sizes_are_those_of_the_named_model(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        given = _as_pretrained(given)
-        for setting in ("pretrained", "start_from"):
-            if (name := _name_in(given.get(setting))) is not None:
-                return {**given, "model": _with_sizes(given.get("model"), VAEConfig, name, "vae", setting)}
-        return given
-
     @model_validator(mode="after")
     def _decoder_needs_no_condition(self) -> TrainVaeConfig:
         if self.model.adaln:
@@ -87,41 +70,6 @@ class TrainVaeConfig(StrictModel):
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before these settings existed."""
         return _without_unset(to_dict(self), ("pretrained", "start_from"))
-
-
-def _as_pretrained(given: dict[str, Any]) -> dict[str, Any]:
-    """Read `model: NAME, train: false`."""
-    name, rest = given.get("model"), {k: v for k, v in given.items() if k not in ("model", "train")}
-    if given.get("train") is False:
-        if not isinstance(name, str):
-            raise ValueError("train (false) uses a trained model as it is: name it, model: runs/census")
-        return {**rest, "pretrained": name}
-    if isinstance(name, str):
-        raise ValueError(
-            f"model ({name}) names a trained model; to use it as it is, set train: false as well; to train on from its "
-            f"weights, set start_from: {name} instead"
-        )
-    return given
-
-
-def _name_in(given: Any) -> str | None:
-    name = given.get("model") if isinstance(given, dict) else given
-    return name if isinstance(name, str) else None
-
-
-def _with_sizes(given: Any, config: type[StrictModel], name: str, kind: Literal["vae", "flow"], setting: str) -> Any:
-    """Return the settings of a network: those of a model by name, and over them what is given."""
-    given = {} if given is None else given
-    if not isinstance(given, dict) or set(config.model_fields) - {"decoder"} <= set(given):
-        return given  # its type is reported by its own field; or it was completed before, and is kept with an output
-    own = json.loads((find_model(expand_path(name), kind) / "config.json").read_text())["config"]
-    if setting == "pretrained" and (other := [k for k, v in given.items() if own.get(k) != v]):
-        raise ValueError(f"model.{other[0]} is that of {name} and cannot be set; leave `model` out")
-    return {**own, **given}
-
-
-def _path_of(name: str) -> Any:
-    return json.loads((find_model(expand_path(name), "flow") / "config.json").read_text())["path"]
 
 
 def _without_unset(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -170,15 +118,6 @@ class TrainFlowConfig(StrictModel):
     start_from: StartFlowConfig | None = None
     """A trained flow whose weights training starts from; it must have been trained on latents of the same VAE. Sizes
     that `model` does not set, and a path that `flow` does not set, are its own."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sizes_are_those_of_the_named_model(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or (name := _name_in(given.get("start_from"))) is None:
-            return given
-        model = _with_sizes(given.get("model"), DiTConfig, name, "flow", "start_from")
-        path = {} if "flow" in given else {"flow": _path_of(name)}
-        return {**given, **path, "model": model}
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:

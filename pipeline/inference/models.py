@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.apply import ModelNames, PerturbConfig, RealCellsConfig
 from pipeline.config.context import StageContext
-from scldm.api.folders import Weights, find_model
+from scldm.api.folders import Weights, find_model, is_remote
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+
+SHARED_MODELS = ".models"  # in the output folder
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class ModelPaths:
 def locate_models(config: RealCellsConfig, context: StageContext) -> ModelPaths:
     """Return the model folders of a job."""
     if config.model is not None:
-        return named_models(config.model, weights=config.flow.weights if config.uses_flow else "ema")  # type: ignore[attr-defined]
+        weights: Weights = config.flow.weights if config.uses_flow else "ema"  # type: ignore[attr-defined]
+        return named_models(config.model, output=context.output, weights=weights)
     vae = context.inputs["train_vae"].path("model")
     if not config.uses_flow:
         return ModelPaths(str(vae.resolve()))
@@ -41,15 +46,47 @@ def locate_models(config: RealCellsConfig, context: StageContext) -> ModelPaths:
     return ModelPaths(str(vae.resolve()), str(flow_stage.path("model").resolve()))
 
 
-def named_models(model: ModelNames, *, weights: Weights = "ema") -> ModelPaths:
+def named_models(model: ModelNames, *, output: Path | None = None, weights: Weights = "ema") -> ModelPaths:
     """Return the model folders that a job names.
+
+    Args:
+        output: As for `model_on_every_node`.
 
     Raises:
         InputError: No such model is there.
     """
-    vae = find_model(model.vae, "vae", weights=weights).resolve()
-    flow = None if model.flow is None else find_model(model.flow, "flow", weights=weights).resolve()
+    vae = model_on_every_node(model.vae, "vae", output, weights=weights)
+    flow = None if model.flow is None else model_on_every_node(model.flow, "flow", output, weights=weights)
     return ModelPaths(str(vae), None if flow is None else str(flow))
+
+
+def model_on_every_node(
+    name: str, kind: Literal["vae", "flow"], output: Path | None, *, weights: Weights = "ema"
+) -> Path:
+    """Return the absolute folder of a model that a job names, where workers can read it.
+
+    A model that was fetched from elsewhere is copied once from this machine's cache to the output folder, which every
+    node sees, under its digest.
+
+    Args:
+        output: Root folder of outputs; None: only this process reads the model.
+    """
+    folder = find_model(name, kind, weights=weights).resolve()
+    if output is None or not is_remote(name):
+        return folder
+    from scldm.checkpoints.native import folder_digest
+
+    shared = output / SHARED_MODELS / folder_digest(folder)[:24]
+    if not shared.is_dir():
+        staging = shared.with_name(f".{shared.name}.{uuid.uuid4().hex[:8]}")
+        shutil.copytree(folder, staging)
+        try:
+            staging.rename(shared)
+        except OSError:  # another job was sooner
+            shutil.rmtree(staging, ignore_errors=True)
+            if not shared.is_dir():
+                raise
+    return shared.resolve()
 
 
 def model_problems(config: RealCellsConfig) -> list[str]:

@@ -104,7 +104,7 @@ def stage_estimate(
         flow: Settings of train_flow; for generate.
     """
     genes = sizes.expressed_genes(data)
-    if stage == "train_vae" and data.n_genes is not None:
+    if stage == "train_vae" and config.pretrained is None and data.n_genes is not None:
         cells = config.train.max_steps * config.train.feed.batch_size
         scored = config.train.genes_per_step
         flops = train_vae_flops(config.model, cells=cells, n_genes=data.n_genes, scored=scored, expressed=genes)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.apply import ModelNames
 from pipeline.config.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
 from pipeline.core.manifest import Manifest
 from pipeline.core.text import compact, duration, human
 from pipeline.planning import sizes
+from scldm.api.folders import find_model
 from scldm.errors import InputError
 
 
@@ -25,6 +28,8 @@ def generation_lines(
     Args:
         before: The generation of this pipeline that finished last, whose rate gives the time.
     """
+    if config.model is not None:
+        data = _facts_of(config.model)
     n_cells = requested_cells(config, data)
     if n_cells is None:
         return [f"generate: cells unknown until its table or data exists, {_actors(resources)}"], 0
@@ -37,6 +42,13 @@ def generation_lines(
         lines[0] += f"; {human(size)} a cell before compression, {human(size * config.shard_size)} a shard"
     lines.append(f"generate: {_time(n_cells, config, before)}")
     return lines, total or 0
+
+
+def _facts_of(model: ModelNames) -> sizes.DataFacts:
+    """Return what is known of the data that a named model was trained on."""
+    names = json.loads((find_model(model.vae, "vae") / "vocabulary.json").read_text())
+    classes = {label: len(c) for label, c in names["labels"].items()}
+    return sizes.DataFacts(n_genes=len(names["feature_ids"]), n_classes=classes, source=f"the model {model.vae}")
 
 
 def requested_cells(config: GenerateConfig, data: sizes.DataFacts) -> int | None:

@@ -80,9 +80,12 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step]) -> list[str]:
     vae = _config("train_vae", TrainVaeConfig, configs, decided, folder)
     n_cells = sum(data.n_cells.values()) if data.n_cells is not None else None
     cells, genes = (f"{n:,}" if n is not None else UNKNOWN for n in (n_cells, data.n_genes))
-    lines = [f"data: {cells} cells x {genes} genes ({data.source})"]
+    named = getattr(configs.get("generate"), "model", None) is not None  # no data are read
+    lines = [] if named else [f"data: {cells} cells x {genes} genes ({data.source})"]
     disk = 0
-    if "train_vae" in configs:
+    if "train_vae" in configs and configs["train_vae"].pretrained is not None:
+        lines.append(f"train_vae: {configs['train_vae'].pretrained} is used as it is; nothing is trained")
+    elif "train_vae" in configs:
         n = sizes.vae_parameters(configs["train_vae"], data)
         active = sizes.vae_step_bytes(configs["train_vae"], data, job.resources.workers.max)
         lines += _training("train_vae", n, configs["train_vae"].train, job, active)

@@ -115,7 +115,7 @@ class _Models:
 
 def _models(config: GenerateConfig, context: StageContext) -> _Models:
     if config.model is not None:
-        named = named_models(config.model, weights=config.sampler.weights)
+        named = named_models(config.model, output=context.output, weights=config.sampler.weights)
         assert named.flow is not None
         check_folders(named)
         vocabulary = Vocabulary.load(Path(named.flow) / "vocabulary.json")

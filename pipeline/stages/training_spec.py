@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pipeline.config.context import StageContext
 from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
 from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE
+from pipeline.inference.models import model_on_every_node
 from pipeline.stages.model_card import model_card
 from pipeline.training.tasks.spec import FlowWorkerSpec, VaeWorkerSpec
 
@@ -16,13 +18,20 @@ from pipeline.training.tasks.spec import FlowWorkerSpec, VaeWorkerSpec
 def vae_spec(config: TrainVaeConfig, context: StageContext) -> VaeWorkerSpec:
     """Build the specification of a worker of train_vae."""
     card = model_card("vae", config, context.inputs)
-    return VaeWorkerSpec(config=config, card=card, **_common(context))
+    start = None if config.start_from is None else config.start_from.model
+    return VaeWorkerSpec(config=config, card=card, **_common(context), start_from=_found(start, "vae", context))
 
 
 def flow_spec(config: TrainFlowConfig, context: StageContext) -> FlowWorkerSpec:
     """Build the specification of a worker of train_flow."""
     card = model_card("flow", config, context.inputs)
-    return FlowWorkerSpec(config=config, card=card, **_common(context))
+    start = None if config.start_from is None else config.start_from.model
+    return FlowWorkerSpec(config=config, card=card, **_common(context), start_from=_found(start, "flow", context))
+
+
+def _found(name: str | None, kind: Literal["vae", "flow"], context: StageContext) -> Path | None:
+    """Return the folder of the model that training starts from: names are found here, not on every worker."""
+    return None if name is None else model_on_every_node(name, kind, context.output)
 
 
 def _common(context: StageContext) -> dict[str, Any]:

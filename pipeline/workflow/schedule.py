@@ -198,8 +198,9 @@ def _check_cells(stage: str, inputs: Mapping[str, Manifest], job: JobBase, folde
 
     An input of another pipeline brings its own ingest along, and with it other cells than the name of this one says.
     """
-    ingest = inputs.get("ingest")
-    if ingest is None or stage not in READ_COUNTS or "ingest" in job.inputs:
+    cells = "ingest"
+    ingest = inputs.get(cells)
+    if ingest is None or stage not in READ_COUNTS or cells in job.inputs:
         return
     if Path(ingest.folder).absolute().parent.parent != folder.absolute():
         named = ", ".join(f"inputs.{name}" for name in job.inputs)
@@ -207,7 +208,7 @@ def _check_cells(stage: str, inputs: Mapping[str, Manifest], job: JobBase, folde
             f"{stage}: {named} was made from the cells of another pipeline ({ingest.folder}), and this job would read "
             f"those, not the cells of {job.name}. To use that model on the cells of {job.name}: train_vae with model: "
             f"{next(iter(job.inputs.values()))} and train: false, after an ingest with the model's genes. If you do "
-            f"mean those cells, name them: inputs.ingest={ingest.folder}"
+            f"mean those cells, name them: inputs.{cells}={ingest.folder}"
         )
 
 

@@ -5,7 +5,7 @@
     runs/demo/train_flow/1a2b3c4d5e6f         a stage: its manifest names the versions that it was made from
     runs/demo/train_vae                       the newest version of a stage
     runs/demo                                 a pipeline: its newest flow, or its newest VAE
-    models:/NAME@ALIAS, hf://ORG/NAME@REVISION, s3://BUCKET/FOLDER    see `remote_models`: fetched once, into a cache
+    models:/NAME@ALIAS, hf://ORG/NAME@REVISION, s3://BUCKET/FOLDER    fetched once into a cache, by the pipeline package
 
 The VAE of a stage is the one whose version its manifest names; nothing is guessed.
 """
@@ -13,15 +13,18 @@ The VAE of a stage is the one whose version its manifest names; nothing is guess
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
-from scldm.api.remote_models import fetch, is_remote
 from scldm.errors import CheckpointError
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
 Weights = Literal["ema", "raw"]
+HUB_NAME = r"^[\w.-]+/[\w.-]+@[\w./-]+$"
+FETCHERS = "scldm.models"  # entry points: functions from a name to a folder of this machine
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,23 @@ def find_model(name: str | Path, kind: Literal["vae", "flow"], *, weights: Weigh
     return _whole(folder, kind)
 
 
+def is_remote(name: str | Path) -> bool:
+    """Return whether a name is that of a model elsewhere."""
+    text = str(name)
+    return bool(re.match(r"^[a-z][a-z0-9]+:/", text) or (re.match(HUB_NAME, text) and not Path(text).exists()))
+
+
+def _fetched(name: str) -> Path:
+    """Return a folder of this machine with the model of a name."""
+    fetchers = list(entry_points(group=FETCHERS))
+    if not fetchers:
+        raise CheckpointError(
+            f"{name} is not on this machine, and what fetches it is not installed (the pipeline extra)"
+        )
+    folder: Path = fetchers[0].load()(name)
+    return folder
+
+
 def _whole(folder: Path, kind: str) -> Path:
     if lacking := [n for n in (CONFIG, "vocabulary.json", "model.safetensors") if not (folder / n).is_file()]:
         raise CheckpointError(f"{folder} is no whole model of a {kind}: {', '.join(lacking)} is missing; copy it again")
@@ -66,7 +86,7 @@ def find_models(folder: str | Path, *, weights: Weights = "ema") -> ModelFolders
     Raises:
         CheckpointError: No model is there, or a required one is missing.
     """
-    place = fetch(str(folder)) if is_remote(folder) else Path(folder).expanduser()
+    place = _fetched(str(folder)) if is_remote(folder) else Path(folder).expanduser()
     if not place.is_dir():
         hub = f", or hf://{folder} for the hub" if str(folder).count("/") == 1 and not place.parent.is_dir() else ""
         raise CheckpointError(

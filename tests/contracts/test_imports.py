@@ -21,6 +21,7 @@ ONLY_IN = {
     "tiledbsoma": ("pipeline/data/soma/store.py", "pipeline/data/soma/write.py", "pipeline/inference/export/soma.py"),
     "deepspeed": ("pipeline/training/engine/deepspeed.py",),
     "mlflow": (
+        "pipeline/config/paths/remote_models.py",
         "pipeline/tracking/mlflow_runs/client.py",
         "pipeline/tracking/mlflow_runs/delivery.py",
         "pipeline/tracking/mlflow_runs/register.py",

@@ -16,6 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.io.errors import explain
+from pipeline.config.io.named_models import write_out_named_models
 from pipeline.config.io.renamed import accept_old_names
 from pipeline.config.io.yaml import MAX_BYTES, KeyPath, decode, dotted, read_document
 from pipeline.config.job import Job, JobBase
@@ -116,6 +117,7 @@ def _apply_override(raw: RawJob, text: str) -> None:
 def validate(raw: RawJob) -> JobBase:
     """Validate plain data as a job. JSON mode is strict about types (no "12" for 12, no true for 1)."""
     accept_old_names(raw.data, raw.place)
+    write_out_named_models(raw.data, raw.place)
     try:
         return _adapter.validate_json(json.dumps(raw.data), strict=True, context={JOB_FILE: True})
     except ValidationError as error:

@@ -23,12 +23,12 @@ def make_order(source: BlockSource, config: FeedConfig, seed: int) -> FeedOrder:
     return FeedOrder(source.ids, source.tile, seed, config.batch_size, config.lanes, config.block_rows)
 
 
-def report_start(name: str, started: Started) -> dict[str, Any]:
+def report_start(model: Path, started: Started) -> dict[str, Any]:
     """Log what a network took over from a model, on one worker, and return it as a fact."""
     if dist.get_rank() == 0:
-        for line in (f"the weights start from {name}", *started.lines()):
+        for line in (f"the weights start from {model}", *started.lines()):
             log.info("%s", line)
-    return {"model": name, **started.facts()}
+    return {"model": str(model), **started.facts()}
 
 
 def training_facts(result: TrainingResult, weights: str, module: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pipeline.training.state import Run
 from pipeline.training.tasks.base import make_order, report_start, training_facts
 from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
 from pipeline.training.tasks.spec import FlowWorkerSpec
-from scldm.api.folders import find_model
 from scldm.checkpoints.native import load_flow, load_vae, save_flow
 from scldm.checkpoints.start_from import start_flow
 from scldm.errors import InputError
@@ -75,10 +74,11 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
 
 def _start_from(spec: FlowWorkerSpec, dit: DiT, data: IngestedDataset) -> dict[str, Any]:
     """Give the DiT the weights that it starts from, if there are any; return what was taken over, as a fact."""
-    if (start := spec.config.start_from) is None:
+    if spec.start_from is None or spec.config.start_from is None:
         return {}
-    source = load_flow(find_model(start.model, "flow"))
-    return {"start_from": report_start(start.model, start_flow(dit, data.vocabulary, source, parents=start.parents))}
+    parents = spec.config.start_from.parents
+    started = start_flow(dit, data.vocabulary, load_flow(spec.start_from), parents=parents)
+    return {"start_from": report_start(spec.start_from, started)}
 
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:

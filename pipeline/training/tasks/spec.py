@@ -25,6 +25,8 @@ class WorkerSpecBase(StrictModel):
     tracker: dict[str, Any]
     """See `Tracker.spec`; empty if nothing is tracked."""
     threads: int = 1
+    start_from: Path | None = None
+    """Folder of the model whose weights training starts from."""
     card: str = ""
     """README of the exported model."""
     storage: CheckpointStorage = CheckpointStorage()

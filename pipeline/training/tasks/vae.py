@@ -18,7 +18,6 @@ from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation
 from pipeline.training.state import Run
 from pipeline.training.tasks.base import make_order, report_start, training_facts
 from pipeline.training.tasks.spec import VaeWorkerSpec
-from scldm.api.folders import find_model
 from scldm.checkpoints.native import load_vae, save_vae
 from scldm.checkpoints.start_from import start_vae
 from scldm.errors import InputError
@@ -74,10 +73,9 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
 
 def _start_from(spec: VaeWorkerSpec, vae: VAE, data: IngestedDataset) -> dict[str, Any]:
     """Give the VAE the weights that it starts from, if there are any; return what was taken over, as a fact."""
-    if (start := spec.config.start_from) is None:
+    if spec.start_from is None:
         return {}
-    started = start_vae(vae, data.vocabulary, load_vae(find_model(start.model, "vae")))
-    return {"start_from": report_start(start.model, started)}
+    return {"start_from": report_start(spec.start_from, start_vae(vae, data.vocabulary, load_vae(spec.start_from)))}
 
 
 def _new_vae(spec: VaeWorkerSpec, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from pipeline.config.input_paths import InputFile, input_contents, mark_of, named_inputs
-from pipeline.config.job import STAGE_CONFIGS, GenerateConfig, IngestConfig, JobBase, TrainVaeConfig
+from pipeline.config.job import STAGE_CONFIGS, GenerateConfig, IngestConfig, JobBase, TrainFlowConfig, TrainVaeConfig
 from scldm.config import StrictModel
 from scldm.errors import InputError
 
@@ -19,7 +19,7 @@ NOT_INPUT_FILES = {
     # names and expressions
     "name", "kind", "experiment", "salt", "layer", "measurement", "gene_id", "gene_name", "genome", "columns", "labels",
     "obs_filter", "value_filter", "tissue", "assay", "organism", "where", "combinations", "keep_obs", "to", "control",
-    "cells", "per_label", "genes", "guidance", "missing_text",
+    "cells", "per_label", "genes", "guidance", "missing_text", "parents",
 }  # fmt: skip
 
 
@@ -60,8 +60,9 @@ def test_the_declared_inputs_are_these():
     def declared(model):
         return {path for path, annotation, metadata in text_settings(model) if mark_of(annotation, metadata)}
 
-    assert declared(GenerateConfig) == {"conditions", "genes"}
-    assert declared(TrainVaeConfig) == {"train.deepspeed"}
+    assert declared(GenerateConfig) == {"conditions", "genes", "model.vae", "model.flow"}
+    assert declared(TrainVaeConfig) == {"train.deepspeed", "pretrained", "start_from.model"}
+    assert declared(TrainFlowConfig) == {"train.deepspeed", "start_from.model"}
     assert declared(IngestConfig) == {
         "source.path",
         "source.obs",

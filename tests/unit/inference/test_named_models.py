@@ -13,7 +13,6 @@ from helpers.models.small_models import CELL_TYPES, DONORS, write_flow, write_va
 from helpers.stages.generation_case import generate, hashes, write_inputs
 
 import scldm
-from pipeline.config.apply import EmbedConfig, LogLikelihoodConfig, PerturbConfig
 from pipeline.config.io.loader import load_job
 from pipeline.workflow.preflight import check_settings
 from scldm.api.folders import find_model
@@ -83,12 +82,20 @@ def test_a_model_that_lacks_a_file_is_refused_before_anything_starts(pair):
         find_model(pair, "vae")
 
 
-def test_one_name_gives_a_job_the_models_that_it_uses(pair):
-    source = {"source": SOURCE}
-    assert EmbedConfig.model_validate({**source, "model": str(pair)}).model.flow is None
-    assert PerturbConfig.model_validate({**source, "model": str(pair), "to": {"a": "b"}}).model.flow == str(pair)
-    assert LogLikelihoodConfig.model_validate({**source, "model": str(pair)}).model.flow is None
-    assert LogLikelihoodConfig.model_validate({**source, "model": str(pair), "flow": {}}).model.flow == str(pair)
+@pytest.mark.parametrize(
+    ("kind", "settings", "uses_flow"),
+    [
+        ("embed", {}, False),
+        ("reconstruct", {}, False),
+        ("perturb", {"to": {"cell_type": "B"}}, True),
+        ("log_likelihood", {}, False),
+        ("log_likelihood", {"flow": {}}, True),
+    ],
+)
+def test_one_name_gives_a_job_the_models_that_it_uses(pair, tmp_path, kind, settings, uses_flow):
+    job = write_job(tmp_path, kind=kind, source=SOURCE, model=str(pair), **settings)
+    assert job.model.vae == str(pair)
+    assert job.model.flow == (str(pair) if uses_flow else None)
 
 
 # ---- generation --------------------------------------------------------------------------------------------------

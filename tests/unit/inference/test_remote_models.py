@@ -9,9 +9,9 @@ import pytest
 from helpers.models.small_models import CELL_TYPES, write_flow, write_vae
 from helpers.servers.s3_server import REGION, moto_server, upload
 
+from pipeline.config.paths import remote_models
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.mlflow_runs.register import register
-from scldm.api import remote_models
 from scldm.api.folders import find_model, find_models
 from scldm.checkpoints.native import folder_digest
 from scldm.errors import CheckpointError

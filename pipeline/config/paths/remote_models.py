@@ -1,4 +1,4 @@
-"""Fetch models that are not in a folder of this machine.
+"""Fetch models that are not in a folder of this machine; `scldm.api.folders` finds this by its entry point.
 
     models:/census-vae@champion, models:/census-vae/3    a version of a model that `scldm mlflow register` made
     hf://org/name@revision, or org/name@revision         a repository of the Hugging Face hub (`huggingface_hub`)
@@ -22,21 +22,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from scldm.api.folders import HUB_NAME
 from scldm.errors import CheckpointError
 
 MODEL_FILES = (".json", ".safetensors", ".md")
 MLMODEL = "MLmodel"
-HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@[\w./-]+$")
-
-
-def is_remote(name: str | Path) -> bool:
-    """Return whether a name is that of a model elsewhere."""
-    return _scheme(str(name)) is not None
-
-
-def _scheme(name: str) -> str | None:
-    found = next((s for s in _FETCH if name.startswith(s)), None)
-    return "hf://" if found is None and HUB_NAME.match(name) and not Path(name).exists() else found
 
 
 def fetch(name: str) -> Path:
@@ -45,9 +35,10 @@ def fetch(name: str) -> Path:
     Raises:
         CheckpointError: There is no such model, or its place cannot be reached.
     """
-    scheme = _scheme(name)
+    hub = re.match(HUB_NAME, name) is not None
+    scheme = "hf://" if hub else next((s for s in _FETCH if name.startswith(s)), None)
     if scheme is None:
-        raise CheckpointError(f"{name} is no name of a model elsewhere; known are {', '.join(_FETCH)}")
+        raise CheckpointError(f"{name}: models are read from {', '.join(_FETCH)}, and from folders")
     try:
         return _FETCH[scheme](name)
     except CheckpointError:
