@@ -135,3 +135,18 @@ def test_genes_seen_are_drawn_in_training_and_recorded(tmp_path, ingested):
     assert facts["steps"] == STEPS
     drawn = {"mode": "weighted", "n": 30, "share": None}
     assert facts["genes_seen"] == {**drawn, "job_seed": 0, "epoch_0_seed": seen_seed(0, 0)}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_training_from_weights_goes_on_where_they_were(whole, ingested, tmp_path, zero_stage):
+    """One tiny step: the weights that come out are those that went in, and the loss is the trained one."""
+    spec = spec_of(tmp_path, ingested, max_steps=1, validate_every=1, theta_cells=0, zero_stage=zero_stage,
+                   optimizer={"lr": 1e-9})  # fmt: skip
+    spec["start_from"] = str(whole / "model")
+    spec["config"]["start_from"] = {"model": str(whole / "model")}
+    train(spec)
+    before, after = (load_file(f / "model" / "model.safetensors") for f in (whole, tmp_path))
+    for name in before.keys() - {"log_theta"}:  # theta was fitted after training
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6, msg=name)
+    scratch, started = losses_by_step(whole), losses_by_step(tmp_path)
+    assert started["val/loss at 1"] < scratch["val/loss at 6"]
