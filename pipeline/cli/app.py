@@ -19,6 +19,7 @@ from pipeline.cli.common import JobFile, Overrides, load, reported
 from pipeline.cli.config import config_app
 from pipeline.cli.data import validate_data
 from pipeline.cli.doctor.command import doctor
+from pipeline.cli.download import download
 from pipeline.cli.init.command import init
 from pipeline.cli.mlflow import compare, mlflow_app
 from pipeline.cli.models import convert, export, presets
@@ -163,5 +164,5 @@ for _command in (submit, status, logs, stop, doctor, faults):
     app.command(rich_help_panel=CLUSTERS)(_command)
 app.command(rich_help_panel=DATA)(init)
 app.command("validate-data", rich_help_panel=DATA)(validate_data)
-for _model_command in (convert, export, parity, presets):
+for _model_command in (download, convert, export, parity, presets):
     app.command(rich_help_panel=MODELS)(_model_command)
