@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.stages.cell_stages import models, real_cells
@@ -146,6 +147,14 @@ def test_methods_on_real_cells_check_theirs_first(model, method, arguments, word
 def test_cells_must_be_an_anndata(model):
     with pytest.raises(InputError, match=r"adata must be an AnnData; got str; read the file with anndata\.read_h5ad"):
         model.encode("cells.h5ad")
+
+
+@pytest.mark.parametrize("column", ["n_cells", "library_size", "guidance"])
+def test_a_bool_in_a_table_is_no_number(model, nothing_is_computed, column):
+    table = [{"cell_type": "T", "n_cells": 2, column: True}, {"cell_type": "B", "n_cells": 2, column: 2}]
+    for rows in (table, pd.DataFrame(table), pd.DataFrame(table[:1])):
+        with pytest.raises(InputError, match=rf"{column} must be .*numbers.* the first in row 1 \((np\.)?True"):
+            model.generate(rows)
 
 
 def test_numpy_seeds_draw_what_their_numbers_draw(model):
