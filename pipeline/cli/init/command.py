@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,7 +193,8 @@ def _write(path: Path, text: str, force: bool) -> None:
             f"{path} cannot be written ({(error.strerror or str(error)).lower()}); --out elsewhere"
         ) from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be a file, or not ours
+            tmp.unlink()
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
