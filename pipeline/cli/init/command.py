@@ -84,7 +84,7 @@ def _make(
         taken = tuple(requested) or ("cell_type", *(["tissue_general"] if len(tissues) > 1 else []))
         labels = Labels(taken, tuple(Verdict(c, True, "a column of every Census release") for c in taken), 0)
     else:
-        labels = choose_labels(summary.columns, summary.n_cells, requested)
+        labels = choose_labels(summary.columns, summary.n_cells, requested, renamed=summary.kind != "SOMA")
     choices = choose(summary, labels, gpus=gpus, cpus=os.cpu_count() or 1)
     cells: dict[str, Any] = {} if summary.kind != "Census" else {"is_primary_data": True}
     cells |= {"tissue": tissues} if tissues else {}

@@ -88,7 +88,7 @@ def init_takes_no_tissue_of_a_file(case: Case) -> None:
     "pipeline/cli/init/labels.py: --label {}: obs has no such column",
     "pipeline/cli/init/labels.py: --label {}: decimal numbers, not classes; cut them into ranges with pandas.cut",
     "pipeline/cli/init/labels.py: --label {}: {} class; a label needs two or more",
-    "pipeline/cli/init/labels.py: ingest.source.columns renames it",
+    "pipeline/cli/init/labels.py: ; ingest.source.columns renames it",
 )
 def init_takes_other_labels(case: Case) -> None:
     case.read_here()
