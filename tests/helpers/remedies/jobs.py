@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -332,7 +331,9 @@ def a_fault_point_that_does_not_exist(case: Case) -> None:
     "pipeline/cli/doctor/network.py: or unset tracking.uri: training continues and sends later",
 )
 def doctor_finds_fault_with_a_job(case: Case) -> None:
-    from pipeline.cli.doctor import machine
+    from pipeline.cli.common import load
+    from pipeline.cli.doctor import machine, network
+    from pipeline.cli.doctor.report import requirements_of
 
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
         case.patch.delenv(name, raising=False)
@@ -340,8 +341,9 @@ def doctor_finds_fault_with_a_job(case: Case) -> None:
     job = pipeline(case, resources={"gpus_per_worker": 1}, tracking={"uri": "http://127.0.0.1:9"}, output="file/runs")
 
     def failing(*settings: str) -> dict[str, str]:
-        _, said = run("doctor", job, "--json", *settings)
-        return {x["check"]: x["mend"] for x in json.loads(said)["findings"] if x["status"] == "fail"}
+        requirements = requirements_of(load(job, list(settings)))
+        checks = (machine.gpus, machine.disk, machine.storage, network.mlflow)
+        return {found.check: found.fix for found in (check(requirements) for check in checks) if found.status == "fail"}
 
     with case.patch.context() as patch:
         patch.setattr(machine, "LEAST_FREE", 1e18)
