@@ -156,7 +156,9 @@ def as_yaml(found: Preset) -> str:
             "flow": _choices(found.flow.path),
             "train": train,
         }
-    lines.append("# Set train.max_steps to epochs x training cells / batch size of your data.")
+    lines.append(
+        "# Set train_vae.train.max_steps and train_flow.train.max_steps: epochs x training cells / batch size."
+    )
     return "\n".join(lines) + "\n" + yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=100)
 
 

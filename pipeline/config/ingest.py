@@ -9,6 +9,7 @@ from pydantic import (
     Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -280,12 +281,17 @@ class IngestConfig(StrictModel):
 
     @field_validator("labels")
     @classmethod
-    def _names_of_their_own(cls, labels: list[str]) -> list[str]:
+    def _names_of_their_own(cls, labels: list[str], info: ValidationInfo) -> list[str]:
         if taken := [x for x in labels if is_reserved(x)]:
+            renamed = isinstance(info.data.get("source"), (H5adSource, TenxSource))
             raise ValueError(
                 f"{', '.join(taken)}: requests or generated cells have columns of this name, which would hide it; "
-                f"read it under another name, for example my_{taken[0]} (ingest.source.columns: {{my_{taken[0]}: "
-                f"{taken[0]}}})"
+                + (
+                    f"read it under another name, for example my_{taken[0]} (ingest.source.columns: {{my_{taken[0]}: "
+                    f"{taken[0]}}})"
+                    if renamed
+                    else "take another column: those of this source are not renamed"
+                )
             )
         if twice := sorted({x for x in labels if labels.count(x) > 1}):
             raise ValueError(f"{', '.join(twice)}: named twice; name each label once")

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.apply import RealCellsConfig, ScoredGenesConfig
-from pipeline.config.ingest import MISSING_TEXT, GenesConfig, IngestConfig
+from pipeline.config.ingest import MISSING_TEXT, GenesConfig, H5adSource, IngestConfig, TenxSource
 from pipeline.data.ingest.filters import check_values, value_filter
 from pipeline.data.ingest.genes import ModelGenes, gene_lut, model_genes
 from pipeline.data.ingest.measured import presence_of_cells
@@ -24,6 +24,7 @@ from pipeline.data.labels import label_names
 from pipeline.data.loading.blocks import LABEL, SomaReader
 from pipeline.data.presence import GROUP
 from pipeline.data.sources.open import OpenSource, open_source, with_counts
+from pipeline.data.sources.tenx import WITHOUT_LABELS
 from pipeline.inference.applier import JOINID, NAME
 from pipeline.inference.models import ModelPaths
 from scldm.data.label_type import STRING
@@ -170,9 +171,11 @@ def _codes(
             if lenient:
                 codes[label.name] = np.full(len(cells), label.null_id, np.int32)
                 continue
+            columns = f"map one with source.columns: {{{label.name}: <column of the file>}}, or "
+            renamed = isinstance(config.source, (H5adSource, TenxSource))
             problems.append(
-                f"obs has no column {label.name!r}, a label of the model; map one with source.columns: {{{label.name}: "
-                "<column of the file>}, or go without: unknown_labels: none"
+                f"obs has no column {label.name!r}, a label of the model; {columns if renamed else ''}go without: "
+                "unknown_labels: none"
             )
             continue
         values = _names_in(cells[label.name], label)
@@ -233,9 +236,13 @@ def _collected(problems: list[str], call: Callable[[], T]) -> T | None:
 
 @contextmanager
 def _own_setting_names() -> Iterator[None]:
-    """Rename settings in errors: ingest.source and ingest.genes of readers are top-level keys of these jobs."""
+    """Rename settings in errors: ingest.source and ingest.genes of readers are top-level keys of these jobs.
+
+    Advice to change ingest.labels is left out, because the labels are the model's.
+    """
     try:
         yield
     except InputError as error:
-        text = str(error).replace("ingest.genes.vocabulary", "genes").replace("ingest.", "")
+        text = str(error).replace("name one in ingest.labels, or map it", "map it").replace(WITHOUT_LABELS, "")
+        text = text.replace("ingest.genes.vocabulary", "genes").replace("ingest.", "")
         raise InputError(text) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -212,6 +213,6 @@ def _provenance(manifest: Manifest) -> dict[str, Any]:
 
 
 def _reproduce(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> str:
-    settings = " ".join(f"{k}={json.dumps(v)}" for k, v in config.model_dump(mode="json").items())
-    folders = " ".join(f"inputs.{stage}={m.folder}" for stage, m in inputs.items())
-    return f"scldm run jobs/evaluate.yaml {settings} {folders}"
+    settings = [f"{k}={json.dumps(v)}" for k, v in config.model_dump(mode="json").items()]
+    folders = [f"inputs.{stage}={m.folder}" for stage, m in inputs.items()]
+    return f"scldm run jobs/evaluate.yaml {shlex.join([*settings, *folders])}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +71,7 @@ class JobResult:
         lines.append("compare runs      make ui")
         last = list(self.manifests)[-1]
         if last in REAL_CELL_STAGES:
-            return [*lines, f"next              scldm cells head {self.manifests[last].folder}"]
+            return [*lines, f"next              scldm cells head {shlex.quote(self.manifests[last].folder)}"]
         later = STAGES[STAGES.index(last) + 1 :]
         following = next((s for s in later if newest_manifest(self.resolved.folder, s) is None), None)
         if following is not None:

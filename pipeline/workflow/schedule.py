@@ -7,6 +7,7 @@ their inputs must be a stage of the job or an earlier result; otherwise one erro
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,5 +228,5 @@ def command_for(stage: str, source: Path) -> str:
     """Return the command that makes a stage: its job file next to the given one, or in jobs/, if there is one."""
     for path in (source.parent / f"{stage}.yaml", Path("jobs") / f"{stage}.yaml"):
         if path.is_file():
-            return f"scldm run {path}"
+            return f"scldm run {shlex.quote(str(path))}"
     return f"scldm run JOB.yaml, a job file of kind: {stage}"

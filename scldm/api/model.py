@@ -28,7 +28,7 @@ import torch
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import Conditions, library_size_argument, read_conditions, sampler_settings
 from scldm.api.folders import ModelFolders, Weights, find_models
-from scldm.api.parts import LATENTS, digests, flat, joined, made_cells, require_counts_head, tiles
+from scldm.api.parts import LATENTS, check_fits, digests, flat, joined, made_cells, require_counts_head, tiles
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.data.align import Match, align, class_ids
 from scldm.data.vocabulary import Vocabulary
@@ -268,6 +268,7 @@ class Model:
         library_size = library_size_argument(given, library_size)
         settings = sampler_settings(given, sampler, guidance, loaded=self.weights)
         request, kept = read_conditions(given, conditions, n, settings, genes, self.vocabulary)
+        check_fits(request.n_cells, n_latent_numbers=self.flow.n_latent_tokens * self.flow.latent_width)
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"
         if gaussian and (problems := expression_problems(request, rules, temperature=settings.temperature)):

@@ -5,6 +5,7 @@ Shape letters: b cells, m latent tokens, e latent width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ from scldm.errors import CheckpointError
 from scldm.generation.cell_maker import tile_cells
 from scldm.generation.expression_draw import scale_of
 from scldm.generation.recipe import genes_table
+from scldm.generation.request_table import RequestError
 
 LATENTS = "X_scldm"
+OBS_BYTES = 200  # of a cell: its name and a row of obs
 
 
 def tiles(
@@ -46,6 +49,23 @@ def tiles(
     size = tile_cells(vae, device)
     for start in range(0, cells.counts.shape[0], size):
         yield cells.batch(start, start + size, conditions).to(device)
+
+
+def check_fits(n_cells: int, *, n_latent_numbers: int, memory: int | None = None) -> None:
+    """Raise RequestError if generated cells cannot be held by this machine, before any is made.
+
+    Args:
+        n_latent_numbers: m * e, of one cell.
+        memory: Bytes of the machine; None asks it.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if memory is None else memory
+    per_cell = 2 * 4 * n_latent_numbers + OBS_BYTES  # latents twice: while they are joined
+    if n_cells * per_cell > memory:
+        raise RequestError(
+            f"{n_cells:,} cells take at least {n_cells * per_cell / 2**30:,.0f} GiB, without their counts, and this "
+            f"machine has {memory / 2**30:,.0f}; ask for {memory // (2 * per_cell):,} cells or fewer, or write any "
+            "number of them to files with a batch job: scldm run jobs/generate.yaml"
+        )
 
 
 def made_cells(

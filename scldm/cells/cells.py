@@ -11,6 +11,7 @@ Rows are read on request: memory holds obs and the requested rows.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -179,7 +180,8 @@ class Cells:
         if self.n_obs > max_cells:
             raise CellShardsError(
                 f"{self.n_obs:,} cells are more than max_cells ({max_cells:,}): take some (cells[rows], cells.where, "
-                "cells.batches), raise max_cells, or export them: scldm cells export --to zarr"
+                "cells.batches), raise max_cells, or export them: "
+                f"scldm cells export {_quoted(self.folder)} cells.zarr --to zarr"
             )
         return self[:]
 
@@ -197,10 +199,15 @@ class Cells:
     def _checked(self, obs: pd.DataFrame, where: Path) -> pd.DataFrame:
         if len(obs) != self.n_obs:
             raise CellShardsError(
-                f"{where} has {len(obs):,} cells and the manifest {self.n_obs:,}; `scldm cells verify {self.folder}` "
-                "says what is wrong"
+                f"{where} has {len(obs):,} cells and the manifest {self.n_obs:,}; "
+                f"`scldm cells verify {_quoted(self.folder)}` says what is wrong"
             )
         return obs
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a command line takes it."""
+    return shlex.quote(str(path))
 
 
 def _used(obs: pd.DataFrame) -> pd.DataFrame:

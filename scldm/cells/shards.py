@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -170,5 +171,5 @@ def _opened(shard: Shard) -> h5py.File:
         problem = "cannot be read" if shard.path.is_file() else "is missing"
         raise CellShardsError(
             f"{shard.path} {problem} ({str(error).splitlines()[0]}); `scldm cells verify "
-            f"{shard.path.parent.parent}` lists all damaged files"
+            f"{shlex.quote(str(shard.path.parent.parent))}` lists all damaged files"
         ) from error

@@ -147,6 +147,7 @@ def _numbers(
         return np.full(len(table), np.nan)
     given = table[column]
     values = pd.to_numeric(given, errors="coerce").to_numpy(np.float64)
+    values = np.where(given.map(lambda x: isinstance(x, (bool, np.bool_))), np.nan, values)  # pandas takes True for 1
     bad = np.isnan(values) & given.notna().to_numpy() | np.isinf(values)
     if whole:
         bad |= np.isnan(values) | (values < 0) | (values % 1 != 0)

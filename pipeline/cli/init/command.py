@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,7 +84,7 @@ def _make(
         taken = tuple(requested) or ("cell_type", *(["tissue_general"] if len(tissues) > 1 else []))
         labels = Labels(taken, tuple(Verdict(c, True, "a column of every Census release") for c in taken), 0)
     else:
-        labels = choose_labels(summary.columns, summary.n_cells, requested)
+        labels = choose_labels(summary.columns, summary.n_cells, requested, renamed=summary.kind != "SOMA")
     choices = choose(summary, labels, gpus=gpus, cpus=os.cpu_count() or 1)
     cells: dict[str, Any] = {} if summary.kind != "Census" else {"is_primary_data": True}
     cells |= {"tissue": tissues} if tissues else {}
@@ -192,7 +193,8 @@ def _write(path: Path, text: str, force: bool) -> None:
             f"{path} cannot be written ({(error.strerror or str(error)).lower()}); --out elsewhere"
         ) from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be a file, or not ours
+            tmp.unlink()
 
 
 # ---- words -------------------------------------------------------------------------------------------------------

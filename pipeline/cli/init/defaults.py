@@ -55,7 +55,8 @@ def choose(summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int) -> C
         gpus: Training workers with a GPU each; 0 trains on CPUs.
         cpus: Cores of the machine that trains, where there is no GPU.
     """
-    columns, names = _names(labels)
+    # Columns of an experiment are read as they are called: no setting renames them.
+    columns, names = _names(labels) if summary.kind != "SOMA" else ({}, labels.columns)
     split = _split(summary, columns)
     share = 1 - split.value.get("validation", 0.1) - split.value.get("test", 0.1)
     n_train = round((summary.n_cells - labels.drops) * share)

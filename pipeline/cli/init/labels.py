@@ -49,18 +49,21 @@ class Labels:
         return {v.column: v.reason for v in self.verdicts}
 
 
-def choose_labels(columns: Mapping[str, Mapping[str, Any]], n_cells: int, requested: Sequence[str] = ()) -> Labels:
+def choose_labels(
+    columns: Mapping[str, Mapping[str, Any]], n_cells: int, requested: Sequence[str] = (), *, renamed: bool = True
+) -> Labels:
     """Choose labels among the columns of obs: those requested, or at most one of cell types and one of treatments.
 
     Args:
         columns: As `obs_profile`.
+        renamed: Whether the source has a setting that renames columns, `ingest.source.columns`.
 
     Raises:
         InputError: A requested label is not a column, or holds no classes; all of them are named.
     """
     if problems := [p for name in requested if (p := _request_problem(name, columns)) is not None]:
         raise InputError("\n".join(problems))
-    unfit = {c: reason for c, p in columns.items() if (reason := _unfit(c, p, n_cells)) is not None}
+    unfit = {c: reason for c, p in columns.items() if (reason := _unfit(c, p, n_cells, renamed)) is not None}
     chosen = list(dict.fromkeys(requested)) or _best([c for c in columns if c not in unfit])
     verdicts = []
     for column, profile in columns.items():
@@ -79,13 +82,14 @@ def donor_column(columns: Mapping[str, Mapping[str, Any]]) -> str | None:
     return next((named[d] for d in DONORS if d in named and columns[named[d]]["n_classes"] > 1), None)
 
 
-def _unfit(column: str, p: Mapping[str, Any], n_cells: int) -> str | None:
+def _unfit(column: str, p: Mapping[str, Any], n_cells: int, renamed: bool) -> str | None:
     """Return why a column is not taken as a label unless requested; None if it may be one."""
     add = f"; --label {_quoted(column)} takes it all the same"
     if column.startswith(RESERVED_STARTS) or column in RESERVED:
         return "SOMA uses this name, the reader leaves the column out"
     if is_reserved(column):
-        return "requests or generated cells have a column of this name; ingest.source.columns renames it"
+        rename = "; ingest.source.columns renames it" if renamed else ""
+        return f"requests or generated cells have a column of this name{rename}"
     if p["kind"] == "decimal numbers":
         return "decimal numbers: a measurement, not classes"
     if p["n_classes"] < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,8 +67,8 @@ def _head(summary: SourceSummary, choices: Choices, command: str, path: str) -> 
         f"# The whole pipeline on {where}: ingest, train the VAE, encode, train the flow, generate, evaluate.",
         f"# {size}",
         f"# Written by: {shown(command, 300)}",
-        f"# How large it is, and how long where a rate is known: scldm plan {shown(path, 200)}",
-        f"# Run: scldm run {shown(path, 200)}        (settings: docs/configuration.md)",
+        f"# How large it is, and how long where a rate is known: scldm plan {shlex.quote(shown(path, 200))}",
+        f"# Run: scldm run {shlex.quote(shown(path, 200))}        (settings: docs/configuration.md)",
     ]
 
 

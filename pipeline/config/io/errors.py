@@ -49,7 +49,9 @@ def explain(error: ValidationError, data: dict[str, Any], place: Place) -> list[
 
 def _message(kind: str, item: Any, path: KeyPath, expected: str, model: Any, data: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
-        return f"unknown key{_suggest(str(path[-1]), model, job_model(data))}"
+        if path == (data.get("kind"),):
+            return f"unknown key; {_own_settings(str(path[0]), item['input'])}"
+        return f"unknown key{_suggest(path, model, job_model(data))}"
     if kind == "missing":
         return f"missing; expected {_tag_choices(item) or expected}"
     if kind == "value_error":
@@ -218,16 +220,25 @@ def _tag_choices(item: Any) -> str:
     return "one of " + tags.replace("'", '"') if tags else ""
 
 
-def _suggest(key: str, model: Any, job: Any) -> str:
-    """Suggest similar keys of this section, else the same key elsewhere in the job, else list the keys of this
+def _suggest(path: KeyPath, model: Any, job: Any) -> str:
+    """Suggest the same key elsewhere in the job, else similar keys of this section, else list the keys of this
     section."""
-    fields = list(model.model_fields) if model is not None else []
-    if meant := _hint(key, fields):
-        return meant
-    elsewhere = [p for p in all_paths(job) if p.rpartition(".")[2] == key][:4] if job else []
-    if elsewhere:
+    key, fields = str(path[-1]), list(model.model_fields) if model is not None else []
+    named_so = dict.fromkeys(p for p in all_paths(job) if p.rpartition(".")[2] == key) if job else {}
+    # Another member of a union may have the key at this very place.
+    if elsewhere := [p for p in named_so if p != dotted(path)][:4]:
         return f" here; did you mean {' or '.join(f'`{p}`' for p in elsewhere)}?"
-    return f"; allowed here: {', '.join(fields)}"
+    return _hint(key, fields) or f"; allowed here: {', '.join(fields)}"
+
+
+def _own_settings(stage: str, given: Any) -> str:
+    """Say where the settings of a job of one stage are, with the first one that was given as an example."""
+    path: KeyPath = ()
+    while isinstance(given, dict) and given:
+        key = next(iter(given))
+        path, given = (*path, key), given[key]
+    example = f": {dotted(path)} instead of {dotted((stage, *path))}" if path else ""
+    return f"a job of kind {stage} has these settings at the top level{example}"
 
 
 def all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -132,7 +132,8 @@ def _line(message: str) -> int:
 
 def resolved_yaml(job: JobBase) -> str:
     """Return a job as YAML with every default written out; it loads back to an equal job."""
-    return yaml.dump(job.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    plain = job.model_dump(mode="json", context={JOB_FILE: True})
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def json_schema() -> dict[str, Any]:

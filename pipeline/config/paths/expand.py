@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ValidationInfo
+from pydantic import AfterValidator, PlainSerializer, SerializationInfo, ValidationInfo
 
 JOB_FILE = "job_file"  # key of pydantic's validation context
 _VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*))")
@@ -53,5 +53,13 @@ def _in_a_job_file(value: str, info: ValidationInfo) -> str:
     return expand_path(value) if info.context is not None and info.context.get(JOB_FILE) else value
 
 
-PathText = Annotated[str, AfterValidator(_in_a_job_file)]
-"""A setting that is a path or an address. It is expanded when a job file is read, and not when a record is."""
+def _for_a_job_file(value: Any, info: SerializationInfo) -> Any:
+    is_job_file = info.context is not None and info.context.get(JOB_FILE)
+    return value.replace("$", "$$") if is_job_file and isinstance(value, str) else value
+
+
+PathText = Annotated[str, AfterValidator(_in_a_job_file), PlainSerializer(_for_a_job_file)]
+"""A setting that is a path or an address. It is expanded when a job file is read, and not when a record is.
+
+A job that is written as a job file, which pydantic's context says, has `$$` where the path has a dollar sign.
+"""

@@ -81,7 +81,7 @@ def read_vocabulary(path: str) -> GeneList:
     try:
         return read_genes(vocabulary_file(path))
     except CheckpointError as error:
-        raise InputError(f"ingest.genes.vocabulary: {error}; or set vocabulary: source") from error
+        raise InputError(f"ingest.genes.vocabulary: {error}; or set ingest.genes.vocabulary=source") from error
 
 
 def gene_lut(table: pd.DataFrame, n_genes_source: int) -> np.ndarray:

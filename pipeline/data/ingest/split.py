@@ -66,9 +66,12 @@ def require_splits(config: SplitConfig, split: np.ndarray, obs: pd.DataFrame) ->
         raise InputError("ingest.split.held_out: the combinations hold out every cell; leave some to train on")
     if lacking := [s for s in SPLITS if requested[s] > 0 and not counts.get(s, 0)]:
         groups = f" of {obs[config.by].nunique()} different {config.by}" if config.by not in ("cell", "tile") else ""
+        held_out = [f"ingest.split.{s}" for s in lacking if s != "train"]
+        shares = f"raise {' and '.join(held_out)}, or set 0" if held_out else "lower the shares of the other splits"
+        by = "" if config.by == "cell" else ", or set ingest.split.by: cell"
         raise InputError(
-            f"no cell{groups} fell into {' and '.join(lacking)} ({len(obs)} cells); raise ingest.split shares, set "
-            "the share to 0, change ingest.split.salt, or split by: cell"
+            f"no cell{groups} fell into {' and '.join(lacking)} ({len(obs)} cells); {shares}, change "
+            f"ingest.split.salt{by}"
         )
 
 

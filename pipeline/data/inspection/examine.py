@@ -40,6 +40,8 @@ from pipeline.data.validation.obs_sums import sum_findings
 from scldm.errors import InputError
 from scldm.text import shown
 
+_IDS_OF_SOMA = "gene ids of an experiment are read from feature_id or var_id"
+
 
 @dataclass(frozen=True)
 class Question:
@@ -240,9 +242,13 @@ def _soma(q: Question) -> Examined:
         found.facts["counts"] = f"measurement {store.measurement}, layer {store.layer}"
         obs, var = store.obs(), store.var()
         name = next((c for c in ("obs_id", "soma_joinid") if c in obs), "soma_joinid")
-        ids = next((var[c] for c in (q.gene_id, "feature_id", "var_id") if c and c in var), None)
+        if q.gene_id is not None:
+            found.findings.append(error(f"--gene-id {shown(q.gene_id)}: {_IDS_OF_SOMA}", "leave it out"))
+        ids = next((var[c] for c in ("feature_id", "var_id") if c in var), None)
         if ids is None:
-            found.findings.append(error("var has no feature_id", "set --gene-id to one of: " + ", ".join(var.columns)))
+            columns = ", ".join(shown(c) for c in var.columns)
+            found.findings.append(error(f"var has no feature_id (columns: {columns}): {_IDS_OF_SOMA}",
+                                        "write the experiment again with the ids in a column feature_id"))  # fmt: skip
             ids = var["soma_joinid"].astype(str)
         _tables(found, obs, ids, q, name)
         if q.counts:
@@ -285,7 +291,7 @@ def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, nam
         found.facts["profile"] = {"obs": obs_profile(shown_obs)}
     found.findings += [
         *cell_findings(names),
-        *label_findings(shown_obs, q.labels, names, missing_text=q.missing_text),
+        *label_findings(shown_obs, q.labels, names, missing_text=q.missing_text, renamed=found.kind != "SOMA"),
         *gene_findings([str(x) for x in ids]),
     ]
 

@@ -25,6 +25,8 @@ from scldm.data.user_table import read_table, with_numbers
 from scldm.errors import InputError
 from scldm.text import choices_hint
 
+WITHOUT_LABELS = ", or train without (ingest.labels=[] or [dataset_id], which is the sample)"
+
 
 @dataclass(frozen=True)
 class _Sample:
@@ -148,7 +150,7 @@ def _obs(samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], 
     if absent := [c for c in needed if c not in obs and c != "is_primary_data"]:
         raise InputError(
             f"a 10x output holds no {', '.join(absent)}: give a table with barcode and {', '.join(absent)} in "
-            "ingest.source.obs, or train without (ingest.labels=[] or [dataset_id], which is the sample)"
+            f"ingest.source.obs{WITHOUT_LABELS}"
         )
     return obs
 

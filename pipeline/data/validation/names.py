@@ -90,7 +90,7 @@ def cell_findings(names: pd.Series) -> Iterator[Finding]:
 
 def label_findings(
     obs: pd.DataFrame, labels: Sequence[str], names: pd.Series, *, missing_text: Sequence[str] = MISSING_TEXT,
-    drop_missing: bool = False,
+    drop_missing: bool = False, renamed: bool = True,
 ) -> Iterator[Finding]:  # fmt: skip
     """Check the requested label columns.
 
@@ -98,12 +98,13 @@ def label_findings(
         names: Names of the cells, for examples.
         missing_text: As `ingest.missing_text`.
         drop_missing: Whether cells without a label are left out later, and so are no error.
+        renamed: Whether the source has a setting that renames columns, `ingest.source.columns`.
     """
     for label in labels:
         if label not in obs:
             hint = choices_hint(label, [shown(c) for c in obs.columns])
-            yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels, or map it with "
-                        f"ingest.source.columns: {{{label}: <column of the file>}}")  # fmt: skip
+            columns = f", or map it with ingest.source.columns: {{{label}: <column of the file>}}" if renamed else ""
+            yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels{columns}")
             continue
         absent = np.flatnonzero(missing(obs[label], missing_text))
         if len(absent) and not drop_missing:
@@ -134,7 +135,8 @@ def _remedy_of_missing(column: pd.Series, missing_text: Sequence[str]) -> str:
     found = spellings(column, missing_text)
     if not any(repr(text) in found for text in missing_text):
         return remedy
-    return f"{remedy}; missing are {found}; [] in ingest.missing_text (--missing-text) keeps texts as classes"
+    keep = 'ingest.missing_text: [] (on the command line --missing-text "") keeps texts as classes'
+    return f"{remedy}; missing are {found}; {keep}"
 
 
 def spelling_findings(label: str, counts: Mapping[str, int]) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ Takes the memory of a piece of a shard: sizes are read first, datasets are creat
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def export_h5ad(cells: Cells, out: Path) -> None:
     """
     if cells.n_obs > MAX_CELLS:
         raise InputError(
-            f"{cells.n_obs:,} cells are too many for one .h5ad file (at most {MAX_CELLS:,}); export --to zarr or soma, "
-            "or read the shards: scldm.open_cells"
+            f"{cells.n_obs:,} cells are too many for one .h5ad file (at most {MAX_CELLS:,}); read the shards "
+            f"(scldm.open_cells), or run scldm cells export {shlex.quote(str(cells.folder))} cells.zarr --to zarr"
         )
     if out.exists():
         raise InputError(f"{out} exists already; name another file, or remove it")

@@ -8,6 +8,7 @@ gets its name when it is complete.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,11 +45,12 @@ def export_soma(cells: Cells, out: Path, *, rows_per_write: int = ROWS_PER_WRITE
         raise InputError(f"{out} exists already; name another folder, or remove it")
     if not cells.n_vars or not cells.n_obs:
         raise InputError(f"{cells.folder} holds {cells.n_obs} cells x {cells.n_vars} genes: no counts to write")
+    as_file = f"scldm cells export {shlex.quote(str(cells.folder))} cells.h5ad --to h5ad"
     if cells[:1].X is None:
-        raise InputError(f"{cells.folder} holds no counts (X): SOMA takes counts; export --to h5ad keeps layers")
+        raise InputError(f"{cells.folder} holds no counts (X): SOMA takes counts; to keep layers: {as_file}")
     if is_log_normalised(cells.uns):
         raise InputError(
-            f"{cells.folder} holds log1p CP10k values of a gaussian head: SOMA's X/raw takes counts; export --to h5ad"
+            f"{cells.folder} holds log1p CP10k values of a gaussian head: SOMA's X/raw takes counts; instead: {as_file}"
         )
     partial = out.with_name(f".{out.name}.partial")
     mark = partial.with_suffix(".json")

@@ -23,6 +23,7 @@ from pipeline.cli.init.render import job_text
 from pipeline.config.io.loader import load_job
 from pipeline.data.inspection.columns import obs_profile
 from pipeline.data.inspection.examine import Question
+from pipeline.data.soma.write import write_experiment
 from scldm.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -301,6 +302,19 @@ def test_an_experiment_is_read_where_it_is(tmp_path):
     assert job.ingest.source.uri == str(tmp_path / "cells.soma")
     assert job.ingest.labels == ["cell_type"]
     assert "donor" in words
+
+
+def test_columns_of_an_experiment_keep_their_names(tmp_path):
+    obs = pd.DataFrame({"cell type": ["a", "b"] * 20, "n_cells": ["p"] * 20 + ["q"] * 20}, dtype="category")
+    obs.insert(0, "obs_id", [f"c{i}" for i in range(40)])
+    ids = [f"ENSG{i:011d}" for i in range(6)]
+    var = pd.DataFrame({"feature_id": ids, "feature_name": ids, "feature_length": 0})
+    write_experiment(tmp_path / "soma", obs, var, [sp.csr_matrix(counts())])
+    result = init(tmp_path / "soma", "-o", tmp_path / "mine.yaml")
+    assert result.exit_code == 0, result.output
+    job = load_job(tmp_path / "mine.yaml")
+    assert job.ingest.labels == ["cell type"]
+    assert "ingest.source.columns" not in result.output
 
 
 @real

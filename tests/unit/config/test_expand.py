@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.io.loader import load_job
+from pipeline.config.io.loader import load_job, resolved_yaml
 from pipeline.config.job import IngestConfig
 from pipeline.config.paths.expand import expand_path
 from scldm.errors import InputError
@@ -39,6 +39,16 @@ def load(tmp_path, text: str, *overrides: str):
 )
 def test_variables_and_home_are_put_in(written, path):
     assert expand_path(written) == path
+
+
+@pytest.mark.parametrize("written", ["$$UNSET/runs", "$SCRATCH/a$$$$b", "price$5"])
+def test_a_recorded_job_runs_again_with_its_dollar_signs(tmp_path, written):
+    source = f"{{type: h5ad, path: '{written}/cells.h5ad'}}"
+    inputs = f"{{train_vae: '{written}'}}"
+    job = load(tmp_path, f"kind: ingest\nname: a\nsource: {source}\noutput: '{written}'\ncache: '{written}'\n"
+                         f"inputs: {inputs}\n")  # fmt: skip
+    assert "$" in job.output
+    assert load(tmp_path, resolved_yaml(job)) == job
 
 
 @pytest.mark.parametrize("written", ["$UNSET/runs", "$EMPTY/runs"])

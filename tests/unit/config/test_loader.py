@@ -24,6 +24,7 @@ train_vae:
 generate:
   per_label: {cell_type: 5}
 """
+ONE_STAGE = "kind: ingest\nname: a\nsource: {type: synthetic}\n"
 
 
 @pytest.fixture
@@ -54,6 +55,21 @@ def test_a_job_file_is_read_with_its_defaults(write):
     assert isinstance(job, PipelineJob)
     assert job.train_vae.train.max_steps == 7
     assert job.train_vae.train.keep_last == 2
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        # A similar key of the section is not what is meant if another section has this very one.
+        (LINE + "train: {max_steps: 3}\n", "train: unknown key here; did you mean `train_vae.train` or `train_flow."),
+        (ONE_STAGE + "ingest: {split: {by: tile}}\n", "settings at the top level: split.by instead of ingest.split.by"),
+        (ONE_STAGE + "ingest: {}\n", "ingest: unknown key; a job of kind ingest has these settings at the top level"),
+        # Other kinds of sources have a path, and it would be at this place.
+        ("kind: ingest\nname: a\nsource: {type: synthetic, path: x}\n", "unknown key; allowed here: type, n_cells"),
+    ],
+)
+def test_a_setting_in_the_wrong_place_is_told_its_place(write, job, words):
+    assert words in only_error(write(job))
 
 
 def test_resolved_yaml_loads_back_to_the_same_job(write):

@@ -60,7 +60,7 @@ def test_too_many_cells_for_one_file_are_refused_with_what_to_do(made, tmp_path,
     monkeypatch.setattr(single_file, "MAX_CELLS", 69)
     result = run("concat", made, tmp_path / "all.h5ad")
     assert result.exit_code == 2
-    assert "--to zarr or soma" in result.output
+    assert "cells.zarr --to zarr" in result.output
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,9 @@ import scipy.sparse as sp
 from anndata import AnnData
 from rich.console import Console
 
-from pipeline.config.job import EvaluateConfig
+from pipeline.config.io.loader import load_job
+from pipeline.config.job import EvaluateConfig, stage_configs
+from pipeline.core.manifest import Manifest
 from pipeline.report import figures
 from pipeline.report.bars import bar_svg, colors
 from pipeline.report.evaluation import BASELINES, COPIES, NB, POISSON, SHUFFLED, Decoded, evaluate
@@ -24,6 +28,7 @@ from scldm.metrics.score import Score
 from scldm.metrics.streaming import stream
 
 CONFIG = EvaluateConfig(n_pcs=4, n_top_genes=30, n_neighbors=5, min_class_cells=15, resamples=10, refits=5, umap=False)
+ROOT = Path(__file__).resolve().parents[3]
 EVIL = "<script>alert(1)</script>"
 CURVES = {
     "train_vae": [
@@ -233,6 +238,18 @@ def test_a_bar_goes_from_the_floor_to_the_score_and_far_ones_do_not_flatten_the_
     assert c < 4 * generated
     assert "Z" in svg  # the triangle of what is beyond
     assert bar_svg({"generated": score(1.0)}, colors([])) == ""
+
+
+def test_the_command_that_makes_a_report_again_holds_its_settings_and_inputs():
+    from pipeline.stages.evaluate import _reproduce
+
+    config = EvaluateConfig(control={"cytokine": "no cytokine"}, protocol="cfgen", seed=3)
+    inputs = {"generate": Manifest("generate", "v", "/my runs/demo/generate/v", {}, {}, {}, 1.0, 1.0)}
+    program, run, job_file, *settings = shlex.split(_reproduce(config, inputs))
+    assert (program, run) == ("scldm", "run")
+    job = load_job(ROOT / job_file, settings)
+    assert stage_configs(job)["evaluate"] == config
+    assert job.inputs == {"generate": "/my runs/demo/generate/v"}
 
 
 def test_rows_without_floor_or_resamples_get_no_verdict():

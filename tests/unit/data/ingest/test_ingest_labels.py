@@ -78,7 +78,9 @@ def test_a_class_called_none_is_kept_and_pointed_out(tmp_path):
     assert data.vocabulary.label("guide").classes == ("None", "TP53")
     assert any("named like a missing value (first: 'None' (20 cells))" in note for note in facts["notes"])
     assert "named like a missing value (first: 'None' (20 cells))" in told(look(path, "guide"))
-    with pytest.raises(InputError, match=r"20 of 40 cells have no guide .* missing are 20 'None'; .. in ingest"):
+    with pytest.raises(
+        InputError, match=r"20 of 40 cells have no guide .* missing are 20 'None'; ingest.missing_text: .. "
+    ):
         ingested(tmp_path / "none", path, "guide", missing_text=["None"])
 
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from pipeline.cli.app import app
 from pipeline.config.job import IngestConfig
 from pipeline.data.inspection.examine import Question, examine
+from pipeline.data.inspection.sandbox import ask
 from pipeline.data.safety.count_matrix import PIECE
 from pipeline.data.soma.write import write_experiment
 from pipeline.data.sources.open import open_source
@@ -188,8 +189,39 @@ def test_a_reader_that_dies_is_a_bad_file_not_a_crash(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(wide)], env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 2
-    assert "the process that read it ended with" in done.stderr
-    assert "Traceback" not in done.stdout
+    assert "wide.h5ad cannot be read: " in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise MemoryError", "takes more memory than 2 GiB (MemoryError); allow more with --memory-gib"),
+        ("raise RuntimeError('TileDB: std::bad_alloc')", "takes more memory than 2 GiB"),
+        ("os.kill(os.getpid(), 9)", "killed by SIGKILL, as the system does if memory runs out"),
+        ("os.kill(os.getpid(), 11)", "killed by SIGSEGV (no message), as damaged files do"),
+        ("raise KeyError('obs\\x1b[2J')", "raised KeyError: 'obs\\x1b[2J', which is a fault of the file that is not"),
+    ],
+)
+def test_a_reader_that_cannot_answer_says_why(code, words):
+    with pytest.raises(InputError) as error:
+        ask({"uri": "cells.h5ad"}, 2, f"import os, sys; sys.stdin.read(); {code}")
+    said = str(error.value)
+    assert said.startswith("cells.h5ad cannot be read: ")
+    assert words in said
+    log = Path(said.rpartition("with the log: ")[2])
+    assert ("KeyError" in code) == ("Traceback" in log.read_text() if log.is_file() else False)
+    log.unlink(missing_ok=True)
+
+
+def test_what_a_reader_refuses_is_said_as_it_is():
+    child = (
+        "from pipeline.data.inspection.sandbox import serve; from scldm.errors import InputError\n"
+        "def refuse(question): raise InputError('no cells')\n"
+        "serve(refuse)"
+    )
+    with pytest.raises(InputError, match=r"^no cells$"):
+        ask({"uri": "cells.h5ad"}, 2, child)
 
 
 def test_a_label_of_measurements_is_refused_and_a_long_list_of_classes_is_cut(tmp_path):

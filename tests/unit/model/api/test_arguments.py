@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.stages.cell_stages import models, real_cells
 
 import scldm
+from scldm.api.parts import check_fits
 from scldm.errors import InputError
 from scldm.generation.cell_maker import CellMaker
 
@@ -146,6 +149,28 @@ def test_methods_on_real_cells_check_theirs_first(model, method, arguments, word
 def test_cells_must_be_an_anndata(model):
     with pytest.raises(InputError, match=r"adata must be an AnnData; got str; read the file with anndata\.read_h5ad"):
         model.encode("cells.h5ad")
+
+
+def test_more_cells_than_memory_holds_are_refused_with_a_word_about_batch_jobs(model, nothing_is_computed):
+    for given in ({"n": 10**12}, {"conditions": [{"cell_type": "T", "n_cells": 10**12}] * 2}):
+        with pytest.raises(InputError, match=r"000 cells take at least .* GiB.*: scldm run jobs/generate\.yaml"):
+            model.generate(**given)
+
+
+def test_the_number_of_cells_that_is_offered_instead_fits():
+    with pytest.raises(InputError) as error:
+        check_fits(10**6, n_latent_numbers=100, memory=10**8)
+    fewer = int(re.search(r"ask for ([\d,]+) cells", str(error.value))[1].replace(",", ""))
+    assert fewer == 50_000
+    check_fits(fewer, n_latent_numbers=100, memory=10**8)
+
+
+@pytest.mark.parametrize("column", ["n_cells", "library_size", "guidance"])
+def test_a_bool_in_a_table_is_no_number(model, nothing_is_computed, column):
+    table = [{"cell_type": "T", "n_cells": 2, column: True}, {"cell_type": "B", "n_cells": 2, column: 2}]
+    for rows in (table, pd.DataFrame(table), pd.DataFrame(table[:1])):
+        with pytest.raises(InputError, match=rf"{column} must be .*numbers.* the first in row 1 \((np\.)?True"):
+            model.generate(rows)
 
 
 def test_numpy_seeds_draw_what_their_numbers_draw(model):

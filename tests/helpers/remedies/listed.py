@@ -1,0 +1,78 @@
+"""Texts that name a setting or a command and that no test of this folder follows, each with the reason.
+
+`FOLLOWED_ELSEWHERE` names the test that follows a text. `NOT_FOLLOWED` says what a machine of the tests lacks for it.
+`NO_ADVICE` holds texts that name a setting or a command to say what it does or where a fault is.
+"""
+
+from __future__ import annotations
+
+FOLLOWED_ELSEWHERE = {
+    "pipeline/__main__.py: {}; run `make venv` in {}": "tests/unit/cli/test_cli.py",
+    "pipeline/tracking/mlflow_runs/runs.py: `mlflow experiments restore": "tests/unit/tracking/test_moved_folder.py",
+    "pipeline/tracking/mlflow_runs/client.py: `mlflow runs restore --run-id …`": (
+        "tests/chaos/tracking/test_mlflow_outage.py"
+    ),
+    "pipeline/tracking/mlflow_runs/client.py: no MLflow store: give --uri": "tests/unit/tracking/test_tracking.py",
+    "pipeline/tracking/mlflow_runs/client.py: `scldm mlflow sync` completes the run later": (
+        "tests/chaos/tracking/test_mlflow_outage.py"
+    ),
+    "pipeline/stages/evaluate.py: scldm run jobs/evaluate.yaml {}": "tests/unit/report/test_report.py",
+    "pipeline/config/io/reference.py: # Settings": "tests/contracts/test_configuration_reference.py",
+    "scldm/api/model_card.py: cells = model.generate(n=100, seed=0)": "tests/unit/model/api/test_notebook_api.py",
+}
+
+NOT_FOLLOWED = {
+    "pipeline/__main__.py: in a checkout of this project pip install '.[pipeline]', or make venv": (
+        "installs packages from a registry"
+    ),
+    "pipeline/cli/doctor/machine.py: make venv, or pip install -c {}": "installs packages from a registry",
+    "pipeline/cli/doctor/network.py: start the server with --allowed-hosts": "needs a server behind a name",
+    "pipeline/cli/doctor/report.py: a fault of scldm doctor; report it": "asks a person to write to us",
+    "pipeline/data/inspection/sandbox.py: report this with the log: {}": "asks a person to write to us",
+    "pipeline/cli/parity.py: run it in a clone of the repository": "needs an installation without a checkout",
+    "pipeline/tracking/mlflow_runs/client.py: was started without --allowed-hosts": "needs a server behind a name",
+    "pipeline/data/sources/census.py: names no mirror on S3; read a copy with type: soma": "needs a copy of the Census",
+    "pipeline/training/callbacks/watchdog.py: raise train.step_timeout_s if a step does take this long": (
+        "needs workers of Ray Train: tests/chaos/training"
+    ),
+    "pipeline/training/trainer.py: workers failed {} times and train.max_failures is {}": (
+        "needs workers of Ray Train: tests/chaos/training"
+    ),
+    "pipeline/training/engine/partitions.py: use another train.zero_stage or train.precision": (
+        "needs a DeepSpeed engine whose tensors lie elsewhere"
+    ),
+    "pipeline/training/tasks/flow.py: add {} to encode.splits": "needs workers of Ray Train",
+    "pipeline/data/loading/order.py: widen ingest.obs_filter or give this split a share": (
+        "pipeline/workflow/preflight.py refuses it first"
+    ),
+    "pipeline/data/loading/order.py: set feed.batch_size to {}": "pipeline/config/checks.py refuses it first",
+    "pipeline/data/loading/order.py: set feed.lanes to {}": "pipeline/config/checks.py refuses it first",
+    "pipeline/report/streamed.py: or generate the conditions of this one (generate.like)": "needs trained models",
+    "pipeline/stages/evaluate.py: evaluate needs all of them, in order; generate without generate.genes": (
+        "needs trained models"
+    ),
+    "pipeline/data/sources/tenx_files.py: set ingest.source.genome to one of": (
+        "a file of Cell Ranger 2; the same setting is followed for version 3"
+    ),
+    "scldm/cells/shards.py: upgrade it": "needs a later version",
+}
+
+NO_ADVICE = (
+    "pipeline/cluster/needs.py: with resources.{}={}) and there are {}",
+    "pipeline/inference/rows.py: name one in ingest.labels, or map it",
+    "pipeline/cli/init/render.py: {} GPUs (--gpus)",
+    "pipeline/cli/init/summary.py: not read (--no-counts)",
+    "pipeline/cli/parity.py: known faults of upstream: --all",
+    "pipeline/cluster/head.py: no head runs that `scldm cluster start` started",
+    "pipeline/cluster/head.py: scldm cluster drain",
+    "pipeline/config/input_paths.py: which training leaves in model/ and `scldm convert` writes",
+    "pipeline/data/ingest/measured.py: ingest.genes.presence masks nothing",
+    "pipeline/data/sources/tenx_files.py: has no genome {} (ingest.source.genome)",
+    "pipeline/data/soma/store.py: check ingest.source: uri, measurement and layer name an experiment",
+    "pipeline/inference/models.py: is not whole: model.safetensors",
+    "pipeline/stages/model_card.py: `model.safetensors` holds the averaged weights",
+    "pipeline/stages/model_card.py: by name: `vocabulary.json`",
+    "pipeline/tracking/mlflow_runs/client.py: it was deleted permanently, or this is the address of another server",
+    "pipeline/tracking/tracker.py: scldm mlflow sync cannot create the run",
+    "scldm/nn/decoder.py: this decoder (adaln={})",
+)
