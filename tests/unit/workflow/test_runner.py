@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -193,6 +194,19 @@ def test_inputs_name_a_folder_and_its_ancestors_follow(world):
         "train_vae": old.inputs["train_vae"],
         "train_flow": old.version,
     }
+
+
+def test_a_model_of_another_pipeline_does_not_bring_its_cells_along(world):
+    run()
+    vae = newest_manifest(Path("runs/demo"), "train_vae").folder
+    ingest = newest_manifest(Path("runs/demo"), "ingest").folder
+    text = "kind: encode\nname: mine\n"
+    with pytest.raises(InputError, match="and this job would read those, not the cells of mine") as refused:
+        run(f"inputs.train_vae={vae}", text=text)
+    assert not Path("runs/mine").exists()
+    named = re.search(r"inputs\.ingest=(\S+)", str(refused.value))
+    assert Path(named[1]).samefile(ingest)
+    assert run(f"inputs.train_vae={vae}", named[0], text=text) == ["encode"]
 
 
 def test_inputs_that_hold_nothing_or_something_else_are_refused(world):
