@@ -22,6 +22,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.input_paths import input_contents
 from pipeline.config.io.loader import resolved_yaml
 from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
+from pipeline.config.paths.working_folder import in_ray_package
 from pipeline.core.faults import fault_point
 from pipeline.core.lock import stage_lock
 from pipeline.core.logs import setup_logging
@@ -29,7 +30,7 @@ from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, wri
 from pipeline.stages.registry import stage_function
 from pipeline.tracking.tracker import DriverTracker, Tracking
 from pipeline.workflow.changes import changed_files
-from pipeline.workflow.folders import in_ray_package, output_root
+from pipeline.workflow.folders import output_root
 from pipeline.workflow.preflight import check_against_data
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for, resolve
 from scldm.errors import InputError

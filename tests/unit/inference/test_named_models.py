@@ -221,3 +221,13 @@ def test_data_with_other_genes_than_the_pretrained_model_are_refused_with_the_se
     job = write_job(tmp_path, kind="ingest", source=SOURCE)
     key, value = setting.split("=")
     assert load_job(tmp_path / "job.yaml", [f"{key}={value}"]).genes.vocabulary == str(pair) != job.genes.vocabulary
+
+
+def test_a_job_that_was_sent_with_its_code_finds_the_models_of_earlier_jobs(pair, tmp_path, monkeypatch):
+    package = tmp_path / "_ray_pkg_1a2b"
+    package.mkdir()
+    monkeypatch.chdir(package)
+    monkeypatch.setenv("SCLDM_HOME", str(tmp_path))
+    job = write_job(package, kind="generate", model="pair", n_cells=3)
+    assert job.model.vae == job.model.flow == str(pair)
+    assert write_job(package, kind="train_flow", start_from="pair/flow").start_from.model == str(pair / "flow")
