@@ -140,6 +140,7 @@ def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Exa
     if bad:
         whole.findings.append(error(f"{len(bad)} of {len(found)} files have errors", "fix them or leave them out",
                                     count=len(bad), first=bad))  # fmt: skip
+    whole.findings += _of_one_kind(found)
     if all("cells" in f.facts for f in found):
         whole.findings += size_findings(whole.facts["cells"])
     tables = [
@@ -161,6 +162,16 @@ def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Exa
         )
     whole.findings += _shared_cells(found)
     return whole
+
+
+def _of_one_kind(found: Sequence[Examined]) -> Iterator[Finding]:
+    """Yield a finding if files of several kinds lie together: a job would read those of one, and leave the others."""
+    if others := [f.where for f in found if f.kind != found[0].kind]:
+        what = (
+            f"{len(others)} of {len(found)} are of another kind than the first ({found[0].kind}), and a job reads one"
+        )
+        yield error(what, "name those of one kind, for example with a pattern: 'folder/*.h5ad'",
+                    count=len(others), first=others)  # fmt: skip
 
 
 def _shared_cells(found: Sequence[Examined]) -> Iterator[Finding]:

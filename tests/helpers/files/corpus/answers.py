@@ -232,7 +232,7 @@ def _of_ingest(written: Written, manifest: Manifest, plain: PlainCells) -> Itera
         yield from _unequal(f"ingest: {label} of each cell", list(names), list(kept.labels[label]))
     order = pd.Index(kept.genes).get_indexer(list(data.vocabulary.feature_ids))
     expected = sp.csr_matrix(kept.counts[:, order])
-    sums = np.asarray(expected.sum(1)).ravel()
+    sums = np.asarray(expected.sum(1)).ravel().astype(np.float32)  # as library sizes are kept
     yield from _unequal("ingest: sums of cells", data.cells["library_size"].tolist(), sums.tolist())
     table = data.all_blocks().read(data.cells["soma_joinid"].to_numpy()).combine_chunks()
     gene, count = table["gene"].combine_chunks(), table["count"].combine_chunks()

@@ -157,7 +157,7 @@ CASES: list[CorpusCase] = [
     h5ad("largest count in i8", one_large(1 << 24, "i8")),
     h5ad("above the largest count", one_large((1 << 24) + 1, "i8"), usable=False),
     h5ad("above 2^63", one_large(float(1 << 63), "u8"), usable=False),
-    h5ad("one gene", lambda a, rng: a[:, :1].copy(), n=200),
+    h5ad("four genes", lambda a, rng: a[:, :4].copy(), n=200),
     h5ad("3,000 genes", wide),
     h5ad("5,000 cells", n=5000),
     h5ad("5,000 cells csc", laid_out("csc"), n=5000),
