@@ -1,6 +1,6 @@
 """The whole line on every usable file of the corpus: validate-data, init, ingest, three steps of training, generation.
 
-    PYTHONPATH=.:tests python benchmarks/corpus.py --json corpus.json        # about fifteen minutes on one core
+    PYTHONPATH=.:tests python benchmarks/corpus.py --json corpus.json        # about seven minutes on one core
     PYTHONPATH=.:tests python benchmarks/corpus.py --only 'soma|files:'      # cases by a part of their names
 
 The corpus is made by `tests/helpers/files/corpus`. Everything runs in this process: the stages and the training worker
