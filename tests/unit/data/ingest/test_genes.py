@@ -102,7 +102,7 @@ def test_a_models_folder_is_a_vocabulary(store, tmp_path):
 def test_vocabularies_that_cannot_be_read_are_explained(store, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, words in [
-        (tmp_path / "empty", "vocabulary.json is missing"),
+        (tmp_path / "empty", "name a model folder, a finished stage or a pipeline|has no config.json"),
         (tmp_path / "nowhere.json", "does not exist"),
         (listed(tmp_path, ["A", "A"], "twice.txt"), "more than once"),
         (listed(tmp_path, ["A"], "genes.xlsx"), "ending '.xlsx'"),
