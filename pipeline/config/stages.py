@@ -31,6 +31,8 @@ class StartVaeConfig(StrictModel):
 
     model: StartVae
     """Name of the model, from anywhere: runs/census, models:/census-vae@champion, a folder."""
+    freeze: list[str] = []
+    """Parts that are not trained, by the beginning of their parameters' names: encoder, decoder, gene_embedding."""
 
 
 class StartFlowConfig(StrictModel):
@@ -41,6 +43,8 @@ class StartFlowConfig(StrictModel):
 
     model: StartFlow
     """Name of the model, from anywhere: runs/census, models:/census-flow@champion, a folder."""
+    freeze: list[str] = []
+    """Parts that are not trained, by the beginning of their parameters' names: blocks, input, time."""
     parents: dict[str, dict[ClassName, ClassName]] = {}
     """Label -> new class -> class of the model whose embedding it starts at: {cell_type: {CD4 naive: CD4 T}}."""
 

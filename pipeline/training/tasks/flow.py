@@ -19,7 +19,7 @@ from pipeline.training.tasks.base import make_order, report_start, training_fact
 from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
 from pipeline.training.tasks.spec import FlowWorkerSpec
 from scldm.checkpoints.native import load_flow, load_vae, save_flow
-from scldm.checkpoints.start_from import start_flow
+from scldm.checkpoints.start_from import freeze, start_flow
 from scldm.errors import InputError
 from scldm.nn.dit import DiT
 from scldm.nn.flops import dit_flops
@@ -78,6 +78,7 @@ def _start_from(spec: FlowWorkerSpec, dit: DiT, data: IngestedDataset) -> dict[s
         return {}
     parents = spec.config.start_from.parents
     started = start_flow(dit, data.vocabulary, load_flow(spec.start_from), parents=parents)
+    started.frozen = freeze(dit, spec.config.start_from.freeze)
     return {"start_from": report_start(spec.start_from, started)}
 
 
