@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.apply import RealCellsConfig
 from pipeline.config.checks import feed_problems
@@ -31,6 +31,7 @@ def check_settings(job: JobBase) -> None:
             problems += feed_problems(train, job.resources, where)
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
             problems += _cautious_problems(train, job.resources, where)
+            problems += _adapter_problems(config, where)
         if isinstance(config, GenerateConfig):
             from pipeline.inference.request import check_choice
 
@@ -75,6 +76,15 @@ def _cautious_problems(train: TrainConfig, resources: ResourcesConfig, where: st
             f"{where}train.optimizer.cautious (true) rescales under ZeRO by what a worker holds of all parameters, so "
             f"its steps depend on the number of workers, and resources.workers is {resources.workers}; set "
             f"{where}train.zero_stage=0, or a fixed number of workers"
+        )
+
+
+def _adapter_problems(config: Any, where: str) -> Iterator[str]:
+    start = getattr(config, "start_from", None)
+    if start is not None and start.lora is not None and config.train.zero_stage == 3:
+        yield (
+            f"{where}start_from.lora adds to weights that every worker holds, and ZeRO 3 cuts them up; adapters need "
+            f"little memory: set {where}train.zero_stage=2"
         )
 
 

@@ -21,6 +21,8 @@ from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError
 from scldm.nn.dit import DiT, label_table_name
 from scldm.nn.vae import VAE
+from scldm.optim.config import LoraConfig
+from scldm.optim.lora import add_adapters
 from scldm.text import choices_hint
 
 EMBEDDINGS = ("gene_embedding", "decoder_embedding")  # (g, d)
@@ -39,6 +41,7 @@ class Started:
     genes: dict[str, int] = field(default_factory=dict)  # kept, new, dropped
     classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> kept, new, dropped, parents
     frozen: list[str] = field(default_factory=list)  # parameters that are not trained
+    adapters: dict[str, int] = field(default_factory=dict)  # rank, and trained: numbers that are trained
 
     def lines(self) -> list[str]:
         """Return it in words."""
@@ -52,6 +55,8 @@ class Started:
         for what, names in (("new", self.new), ("dropped", self.dropped), ("frozen", self.frozen)):
             if names:
                 lines.append(f"{what} parameters: {', '.join(names[:SHOWN])}" + (" …" if len(names) > SHOWN else ""))
+        if self.adapters:
+            lines.append("adapters of rank {rank}: {trained:,} numbers are trained".format(**self.adapters))
         return lines
 
     def facts(self) -> dict[str, Any]:
@@ -133,6 +138,18 @@ def start_flow(
         started.dropped.append(name)
     _require_known(started, allowed=("labels.",))
     return started
+
+
+def adapt(module: nn.Module, lora: LoraConfig, started: Started, *, seed: int) -> None:
+    """Give a network that was started adapters, and train nothing else but what is its own.
+
+    That is what the other network lacks, the values of genes (their embeddings only if some are new), and the classes.
+    """
+    own = (*PER_GENE, "labels.") if started.genes.get("new") else ("log_theta", "gene_bias", "labels.")
+    names = [n for n, _ in module.named_parameters() if n.startswith(own) or n in started.new]
+    trained = set(add_adapters(module, lora, seed=seed, also=names))
+    n_trained = sum(p.numel() for n, p in module.named_parameters() if n in trained)
+    started.adapters = {"rank": lora.rank, "trained": n_trained}
 
 
 def freeze(module: nn.Module, parts: Sequence[str]) -> list[str]:

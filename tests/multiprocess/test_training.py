@@ -161,3 +161,17 @@ def test_a_frozen_part_stays_as_it_was_and_the_rest_is_trained(whole, ingested, 
     for name in before:
         frozen = name.startswith("encoder.") or name == "gene_embedding"
         assert torch.equal(before[name], after[name]) == frozen, name
+
+
+def test_adapters_are_merged_into_the_model_that_training_leaves(whole, ingested, tmp_path):
+    spec = spec_of(tmp_path, ingested, max_steps=3, zero_stage=1, theta_cells=0)
+    spec["start_from"] = str(whole / "model")
+    spec["config"]["start_from"] = {"model": str(whole / "model"), "lora": {"rank": 2}}
+    train(spec)
+    before, after = (load_file(f / "model" / "model.safetensors") for f in (whole, tmp_path))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("qkv" in name for name in changed)
+    assert not changed & {"gene_embedding", "encoder.to_latent.weight"}
+    for name in (n for n in changed if n.endswith("qkv.weight")):
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-6) <= 2

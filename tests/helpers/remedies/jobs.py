@@ -182,6 +182,16 @@ def a_flow_starts_from_weights_with_its_vae(case: Case) -> None:
     done("validate", job, f"{named(refused('validate', job), 'vae.train')}=false")
 
 
+@follows("pipeline/workflow/preflight.py: start_from.lora adds to weights that every worker holds")
+def adapters_and_zero_3(case: Case) -> None:
+    from helpers.stages.cell_stages import models
+
+    folders = models(case.once("models", models))
+    start = {"model": folders["vae"], "lora": {"rank": 2}}
+    job = training(case, start_from=start, train={"zero_stage": 3})
+    done("validate", job, setting(refused("validate", job), "train.zero_stage"))
+
+
 @follows(
     "pipeline/config/io/named_models.py: {}: {}: false uses a trained model as it is",
     "pipeline/config/io/named_models.py: {} names a trained model; to use it as it is",
