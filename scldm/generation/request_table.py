@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 
 from scldm.data.class_names import class_names
 from scldm.data.user_table import COUNTED, N_CELLS, TableError, whole_table
-from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.data.vocabulary import LabelVocabulary, UnknownNameError, Vocabulary
 from scldm.errors import InputError
 from scldm.text import did_you_mean
 
@@ -20,6 +21,7 @@ class RequestError(InputError, ValueError):
     """Raised for a request that the model cannot serve. The message lists all problems, one per line."""
 
 
+_GROUPED = re.compile(r"[0-9]+[ ',\u00a0\u202f][0-9 '.,\u00a0\u202f]*")  # 1,000 or 0,5 or 1 000
 GUIDANCE, LIBRARY_SIZE = "guidance", "library_size"
 
 
@@ -36,11 +38,12 @@ def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems:
     scales = {c: _guided(c) for c in table.columns if c not in known and _guided(c) is not None}
     settings = {N_CELLS, LIBRARY_SIZE, *scales}
     if N_CELLS not in table.columns:
+        columns = ", ".join(map(str, table.columns))
         hint = next((f"; rename {c!r} to n_cells" for c in COUNTED if c in table.columns and c not in known), "")
-        problems.append(f"{where} has no column n_cells (it has: {', '.join(map(str, table.columns))}){hint}")
+        problems.append(f"{where} has no column n_cells (it has: {columns}){hint}")
     problems += [
-        f"{where}: the model knows no label {c!r}; it knows {', '.join(known) or 'none'}; leave that "
-        "column or index level out"
+        f"{where}: the model knows no label {c!r}{_meant(c, [*known, N_CELLS, LIBRARY_SIZE, GUIDANCE])}; it knows "
+        f"{', '.join(known) or 'none'}; leave that column or index level out"
         for c in table.columns
         if c not in known and c not in settings
     ]
@@ -49,12 +52,7 @@ def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems:
         for column, label in scales.items()
         if label and label not in known
     ]
-    names = {c: class_names(table[c]).tolist() for c in labels}
-    for label, values in names.items():
-        try:
-            vocabulary.label(label).encode(sorted({v for v in values if v is not None}))
-        except UnknownNameError as error:
-            problems.append(f"{where}: {error}")
+    names = {c: _classes(table[c], vocabulary.label(c), where, problems) for c in labels}
     counts = _numbers(table, N_CELLS, where, problems, whole=True)
     sizes = _numbers(table, LIBRARY_SIZE, where, problems, above=0.0)
     guidance = {label: _numbers(table, column, where, problems) for column, label in scales.items()}
@@ -69,6 +67,22 @@ def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems:
         }
         for i in range(len(table))
     ]
+
+
+def _classes(column: pd.Series, label: LabelVocabulary, where: str, problems: list[str]) -> list[str | None]:
+    """Return the class of each row, as the model calls it; nothing after a problem."""
+    names = class_names(column)
+    try:
+        return label.decode(label.encode(names).tolist())
+    except UnknownNameError as error:
+        unknown = [i for i, name in enumerate(names) if name is not None and not label.knows(name)]
+        problems.append(f"{where}: {error}; row {unknown[0] + 1}" + (" is the first" if len(unknown) > 1 else ""))
+        return []
+
+
+def _meant(column: str, names: Sequence[str]) -> str:
+    hint = did_you_mean(str(column), names)
+    return f" ({hint})" if hint else ""
 
 
 def check_guidance(guidance: float | Mapping[str, float], vocabulary: Vocabulary) -> list[str]:
@@ -158,6 +172,12 @@ def _numbers(
         kind = "whole numbers >= 0" if whole else "numbers" if above is None else f"numbers above {above:g}"
         problems.append(
             f"{where}: {column} must be {kind}; {int(bad.sum())} are not, the first in row {first + 1} "
-            f"({given.iloc[first]!r})"
+            f"({given.iloc[first]!r}){_plainly(given.iloc[first])}"
         )
     return values
+
+
+def _plainly(value: Any) -> str:
+    """Return how to write a number that has separators, or a decimal comma."""
+    grouped = isinstance(value, str) and _GROUPED.fullmatch(value)
+    return "; write it with digits only, and a point before decimals: 1000, 0.5" if grouped else ""

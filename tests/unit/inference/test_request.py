@@ -205,3 +205,47 @@ def test_a_table_is_parsed_again_if_it_changes(tmp_path):
     assert request(**{"conditions": str(path)}).n_cells == 3
     path.write_text("cell_type,n_cells\nB,12\n")
     assert request(**{"conditions": str(path)}).n_cells == 12
+
+
+# ---- what users write ----------------------------------------------------------------------------------------------
+DOSES = Vocabulary(("g",), ("G",), (LabelVocabulary("dose", ("0.1", "1", "10")), LabelVocabulary("kind", ("1.0", "a"))))
+
+
+def refusal(**config) -> str:
+    with pytest.raises(InputError) as error:
+        read_request(GenerateConfig.model_validate(config), DOSES, {})
+    return str(error.value)
+
+
+def test_a_class_is_found_whatever_the_notation_of_its_number_and_the_space_around_it(tmp_path):
+    path = tmp_path / "conditions.csv"
+    path.write_text("dose, kind, n_cells\n1.0, a,1\n0.10,1,1\n10,,1\n")
+    rows = read_request(GenerateConfig(conditions=str(path)), DOSES, {}).rows
+    assert [dict(r.condition) for r in rows] == [
+        {"dose": "1", "kind": "a"},
+        {"dose": "0.1", "kind": "1.0"},
+        {"dose": "10", "kind": None},
+    ]
+    [row] = read_request(GenerateConfig(cells=[{"kind": 1.0, "n_cells": 1}]), DOSES, {}).rows
+    assert row.condition["kind"] == "1.0"
+
+
+def test_a_suggestion_has_the_value_of_the_number():
+    assert "dose has no class '1e1' (did you mean '10'?); row 1" in refusal(cells=[{"dose": "1e1", "n_cells": 1}])
+    assert "has no class '100' (known: 0.1, 1, 10)" in refusal(cells=[{"dose": "100", "n_cells": 1}])
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [("1,000", "1000, 0.5"), ("5.5", "in row 2 ('5.5')"), ("1 000", "1000, 0.5"), ("many", "in row 2 ('many')")],
+)
+def test_a_number_that_is_none_is_named_with_its_row_and_how_to_write_it(n, words):
+    said = refusal(cells=[{"dose": 1, "n_cells": 1}, {"dose": 1, "n_cells": n}])
+    assert words in said
+    assert ("digits only" in said) == (n[0] == "1")
+
+
+def test_names_of_columns_that_differ_by_case_are_suggested():
+    said = refusal(cells=[{"DOSE": 1, "N_Cells": 3}])
+    assert "knows no label 'DOSE' (did you mean 'dose'?)" in said
+    assert "knows no label 'N_Cells' (did you mean 'n_cells'?)" in said
