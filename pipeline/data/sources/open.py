@@ -44,13 +44,15 @@ class OpenSource:
 
 
 def open_source(
-    config: IngestConfig, folder: Path, columns: Sequence[str], *, min_cells: int = MIN_CELLS
-) -> OpenSource:
+    config: IngestConfig, folder: Path, columns: Sequence[str], *, min_cells: int = MIN_CELLS,
+    named_by: Mapping[str, str] = {},
+) -> OpenSource:  # fmt: skip
     """Open the experiment of a job; write it to `folder/soma` if the source is not in SOMA yet.
 
     Args:
         columns: obs columns that the job requires.
         min_cells: Smallest number of cells of a source that is not in SOMA yet.
+        named_by: Place that names a column which is no label, for messages.
     """
     source = config.source
     if isinstance(source, SomaSource):
@@ -61,7 +63,9 @@ def open_source(
     tables, description = _tables(source, [*columns, *config.cells.conditions()])
     # A filter may remove cells without a label: they are checked again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
-    chunks = checked(tables, columns, drop_missing=lenient, missing_text=config.missing_text, min_cells=min_cells)
+    chunks = checked(
+        tables, columns, drop_missing=lenient, missing_text=config.missing_text, min_cells=min_cells, named_by=named_by
+    )
     content = hashlib.sha256()
     store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
     measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))

@@ -98,7 +98,8 @@ def _require_once(table: pd.DataFrame, keys: list[str], path: str) -> None:
     places = ", ".join(str(i + 1) for i in rows[:SHOWN])
     n = int(table.duplicated(keys).sum())
     raise TableError(
-        f"ingest.source.obs: {n} rows of {path} have the {' and '.join(keys)} of another row (first: {name} in rows {places}"
+        f"ingest.source.obs: {n} rows of {path} have the {' and '.join(keys)} of another row (first: {name} in rows "
+        + places
         + (f", which differ in {', '.join(differ[:3])}" if differ else "")
         + "); keep one row for each cell"
         + ("" if len(keys) > 1 or SAMPLE not in table else ", of the sample that is read")
