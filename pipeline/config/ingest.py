@@ -261,7 +261,8 @@ class IngestConfig(StrictModel):
     """obs columns that the flow is conditioned on."""
     cells: CellsConfig = CellsConfig()
     obs_filter: str | None = None
-    """SOMA value filter on obs, for what `cells` cannot say: "n_genes > 500 or tissue_general == 'lung'"."""
+    """SOMA value filter on obs, for what `cells` cannot say: "n_genes > 500 or tissue_general == 'lung'". A column
+    whose name holds a space is written attr('n genes')."""
     max_cells: PositiveInt | None = None
     """Maximum number of cells after filtering. They are taken from few storage tiles, but from at least 16, so that a
     part of a large store is fast to read and still mixed. Deterministic; null takes all cells. Files are always written

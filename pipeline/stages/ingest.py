@@ -22,7 +22,7 @@ from pipeline.config.job import IngestConfig
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.data.ingest.copies import Copies, copies_facts, find_copies, keep_together
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.data.ingest.filters import check_values, value_filter
+from pipeline.data.ingest.filters import find_values, value_filter
 from pipeline.data.ingest.genes import gene_lut, model_genes
 from pipeline.data.ingest.held_out import (
     columns_of,
@@ -141,8 +141,7 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
         problems = label_problems(empty, absent, drop_missing=False, names=None, named_by=_named_by(config))
         raise InputError("\n".join(problems))
     extra = [c for c in ("raw_sum", "nnz", *(["dataset_id"] if config.genes.presence else [])) if c in available]
-    check_values(config.cells, source.store)
-    chosen = value_filter(config.cells.conditions(), config.obs_filter)
+    chosen = value_filter(find_values(config.cells, source.store), config.obs_filter)
     source.facts["value_filter"] = chosen
     cells = source.store.obs([*wanted, *extra], chosen)
     if not len(cells):

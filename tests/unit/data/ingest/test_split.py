@@ -247,7 +247,7 @@ def test_held_out_classes_are_found_as_the_data_call_them(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("cell_type,dose\nNK,1\nNK,1e1\n", ["row 2 (cell_type 'NK', dose '1e1')", "has dose '1e1' (did you mean '10'?"]),
+        ("cell_type,dose\nNK,1\nNK,1e1\n", ["row 2 (cell_type 'NK', dose '1e1')", "'1e1' (did you mean '10'?"]),
         ("cell_type\nnk\n", ["row 1 (cell_type 'nk')", "did you mean 'NK'?"]),
         ("cell_type,dose\nNK,10\n", ["none of the 1 combinations has cells: cell_type 'NK', dose '10' (", "row 1)"]),
         ("dose\n1\n1.0\n", ["row 2: dose '1' is held out twice, first by ", "row 1"]),
