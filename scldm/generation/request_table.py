@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +36,67 @@ def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems:
         problems.append(str(error))
         return []
     labels = [c for c in table.columns if c in known]
-    scales = {c: _guided(c) for c in table.columns if c not in known and _guided(c) is not None}
-    settings = {N_CELLS, LIBRARY_SIZE, *scales}
-    if N_CELLS not in table.columns:
-        columns = ", ".join(map(str, table.columns))
-        hint = next((f"; rename {c!r} to n_cells" for c in COUNTED if c in table.columns and c not in known), "")
-        problems.append(f"{where} has no column n_cells (it has: {columns}){hint}")
-    problems += [
-        f"{where}: the model knows no label {c!r}{_meant(c, [*known, N_CELLS, LIBRARY_SIZE, GUIDANCE])}; it knows "
-        f"{', '.join(known) or 'none'}; leave that column or index level out"
-        for c in table.columns
-        if c not in known and c not in settings
-    ]
-    problems += [
-        f"{where}: column {column} guides {label!r}, and the model knows no such label; it knows {', '.join(known)}"
-        for column, label in scales.items()
-        if label and label not in known
-    ]
+    numbers = check_columns(table, where, known, problems)
     names = {c: _classes(table[c], vocabulary.label(c), where, problems) for c in labels}
-    counts = _numbers(table, N_CELLS, where, problems, whole=True)
-    sizes = _numbers(table, LIBRARY_SIZE, where, problems, above=0.0)
-    guidance = {label: _numbers(table, column, where, problems) for column, label in scales.items()}
     if len(problems) > before:
         return []
     return [
         {
             "condition": {label: names[label][i] for label in labels},
-            "n_cells": int(counts[i]),
-            "guidance": {label: float(w[i]) for label, w in guidance.items() if not np.isnan(w[i])},
-            "library_size": None if np.isnan(sizes[i]) else float(sizes[i]),
+            "n_cells": int(numbers.n_cells[i]),
+            "guidance": {label: float(w[i]) for label, w in numbers.guidance.items() if not np.isnan(w[i])},
+            "library_size": None if np.isnan(numbers.library_size[i]) else float(numbers.library_size[i]),
         }
         for i in range(len(table))
     ]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The columns of a conditions table that hold numbers, float64; NaN if empty or absent."""
+
+    n_cells: np.ndarray
+    library_size: np.ndarray
+    guidance: dict[str, np.ndarray]  # by label, "" for all labels
+
+
+def check_columns(table: pd.DataFrame, where: str, known: Sequence[str] | None, problems: list[str]) -> Numbers:
+    """Read the numbers of a table, and add what is wrong with its columns to `problems`.
+
+    Args:
+        table: Without an index, see `whole_table`.
+        known: Labels of the model; None: they are not known yet, and every other column may be one.
+    """
+    columns = [str(c) for c in table.columns]
+    labels = [] if known is None else [c for c in columns if c in known]
+    scales = {c: label for c in columns if c not in labels and (label := _guided(c)) is not None}
+    settings = {N_CELLS, LIBRARY_SIZE, *scales}
+    if N_CELLS not in columns:
+        meant = [*(c for c in COUNTED if c in columns and c not in labels), *_alike(columns, N_CELLS)]
+        hint = f"; rename {meant[0]!r} to n_cells" if meant else ""
+        problems.append(f"{where} has no column n_cells (it has: {', '.join(columns)}){hint}")
+    if known is not None:
+        named = ", ".join(known) or "none"
+        problems += [
+            f"{where}: the model knows no label {c!r}{_meant(c, [*known, N_CELLS, LIBRARY_SIZE, GUIDANCE])}; it knows "
+            f"{named}; leave that column or index level out"
+            for c in columns
+            if c not in known and c not in settings
+        ]
+        problems += [
+            f"{where}: column {column} guides {label!r}, and the model knows no such label; it knows {named}"
+            for column, label in scales.items()
+            if label and label not in known
+        ]
+    return Numbers(
+        _numbers(table, N_CELLS, where, problems, whole=True),
+        _numbers(table, LIBRARY_SIZE, where, problems, above=0.0),
+        {label: _numbers(table, column, where, problems) for column, label in scales.items()},
+    )
+
+
+def _alike(columns: Sequence[str], name: str) -> list[str]:
+    return [c for c in columns if c.casefold().replace(" ", "_") == name]
 
 
 def _classes(column: pd.Series, label: LabelVocabulary, where: str, problems: list[str]) -> list[str | None]:
