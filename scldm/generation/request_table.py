@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 
 from scldm.data.class_names import class_names
+from scldm.data.text_genes import read_text_genes
+from scldm.data.text_table import TextTableError
 from scldm.data.user_table import COUNTED, N_CELLS, TableError, whole_table
 from scldm.data.vocabulary import LabelVocabulary, UnknownNameError, Vocabulary
 from scldm.errors import InputError
@@ -143,7 +145,8 @@ def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) ->
     """
     if genes is None:
         return None
-    requested = _lines(Path(genes)) if isinstance(genes, str) else list(genes)
+    known = {*vocabulary.feature_ids, *vocabulary.feature_names}
+    requested = _listed(Path(genes), known) if isinstance(genes, str) else list(genes)
     by_id = {name: i for i, name in enumerate(vocabulary.feature_ids)}
     by_name: dict[str, list[int]] = {}
     for i, name in enumerate(vocabulary.feature_names):
@@ -167,12 +170,15 @@ def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) ->
     return np.array(sorted(ids_found), dtype=np.int64)
 
 
-def _lines(path: Path) -> list[str]:
+def _listed(path: Path, known: Collection[str]) -> list[str]:
     if not path.expanduser().is_file():
         raise RequestError(
             f"generate.genes: no file {path}; give a list of genes, or a text file with one on each line"
         )
-    return [line.strip() for line in path.expanduser().read_text().splitlines() if line.strip()]
+    try:
+        return read_text_genes(path.expanduser(), known).ids
+    except TextTableError as error:
+        raise RequestError(f"generate.genes: {path} cannot be read: {error}") from None
 
 
 def _guided(column: str) -> str | None:

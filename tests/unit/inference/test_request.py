@@ -131,6 +131,11 @@ def test_genes_are_found_by_id_and_by_name_and_one_name_for_two_is_refused(tmp_p
     assert genes_to_write(["e3", "X"], vocabulary).tolist() == [0, 2]
     (tmp_path / "genes.txt").write_text("X\n\ne2\n")
     assert genes_to_write(str(tmp_path / "genes.txt"), vocabulary).tolist() == [0, 1]
+    (tmp_path / "excel.csv").write_text("\ufeffgene_id;symbol\r\ne3;Y\r\ne1;X\r\n")
+    assert genes_to_write(str(tmp_path / "excel.csv"), vocabulary).tolist() == [0, 2]
+    (tmp_path / "wide.txt").write_bytes("X\n".encode("utf-16"))
+    with pytest.raises(InputError, match=r"generate\.genes: .*wide\.txt cannot be read: its encoding is UTF-16"):
+        genes_to_write(str(tmp_path / "wide.txt"), vocabulary)
     with pytest.raises(InputError, match="Y is the name of 2 genes; give the id: e2, e3"):
         genes_to_write(["Y"], vocabulary)
     with pytest.raises(InputError, match="no file"):
