@@ -55,7 +55,7 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
         table, where = _scaled(compositions[config.like], config.n_cells), f"generate.like={config.like}"
     else:
         table, where = pd.DataFrame({"n_cells": [config.n_cells]}), "generate.n_cells"
-    problems = check_guidance(config.sampler.guidance, vocabulary)
+    problems = check_guidance(config.sampler.guidance, [x.name for x in vocabulary.labels])
     try:
         genes_to_write(config.genes, vocabulary)
     except InputError as error:
@@ -115,6 +115,7 @@ def check_choice(config: GenerateConfig, labels: Sequence[str] | None = None) ->
         if not problems and len(n_cells):
             problems += _too_many(given.where, int(n_cells.sum()))
     if labels is not None:
+        problems += check_guidance(config.sampler.guidance, labels)
         names = config.per_label or {}
         problems += [
             f"generate.per_label: no label {name!r}; the model will know: {', '.join(labels) or 'none'}"
@@ -227,10 +228,28 @@ def notes_on(
             if given and level != condition_key(given):
                 fallback.append(f"{_text(given)} from {level}")
     notes = []
+    if config.conditions is not None and training is not None and not config.conditions.endswith(".parquet"):
+        notes += _notes_on_space(request, training, labels)
     if unseen:
         notes.append(f"No training cell has {_first(unseen)}: what the model says of them is composed, not learned.")
     if fallback:
         notes.append(f"Too few training cells for library sizes of their own: {_first(fallback)}.")
+    return notes
+
+
+def _notes_on_space(request: Request, training: pd.DataFrame, labels: list[str]) -> list[str]:
+    """Describe classes that a table file cannot tell apart, because white space around a field is no part of it."""
+    notes = []
+    for label in labels:
+        classes = {str(c) for c in training[label].dropna()}
+        used = {c for row in request.rows if (c := row.condition.get(label)) is not None}
+        for name in sorted(used):
+            others = sorted(c for c in classes - {name} if c.strip() == name.strip())
+            if others:
+                notes.append(
+                    f"{label} {name!r} was generated; the data also have {', '.join(map(repr, others))}, which differs "
+                    "only in white space around it: a table file cannot name both, generate.cells can."
+                )
     return notes
 
 

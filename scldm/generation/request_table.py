@@ -117,14 +117,17 @@ def _meant(column: str, names: Sequence[str]) -> str:
     return f" ({hint})" if hint else ""
 
 
-def check_guidance(guidance: float | Mapping[str, float], vocabulary: Vocabulary) -> list[str]:
-    """Return the problems of the guidance in the settings."""
+def check_guidance(guidance: float | Mapping[str, float], known: Sequence[str]) -> list[str]:
+    """Return the problems of the guidance in the settings.
+
+    Args:
+        known: Labels of the model.
+    """
     if not isinstance(guidance, Mapping):
         return []
-    known = [x.name for x in vocabulary.labels]
-    named = ", ".join(known) or "none"
     problems = [
-        f"generate.sampler.guidance: the model knows no label {name!r}; it knows {named}"
+        f"generate.sampler.guidance: the model knows no label {name!r}{_meant(name, known)}; it knows "
+        f"{', '.join(known) or 'none'}"
         for name in guidance
         if name not in known
     ]

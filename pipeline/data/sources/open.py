@@ -60,7 +60,7 @@ def open_source(
         return OpenSource(store, source.uri, f"SOMA experiment {source.uri}")
     if isinstance(source, CensusSource):
         return _census(source)
-    tables, description = _tables(source, [*columns, *config.cells.conditions()])
+    tables, description = _tables(source, [*columns, *config.cells.conditions()], named_by)
     # A filter may remove cells without a label: they are checked again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
     chunks = checked(
@@ -120,7 +120,9 @@ def _census(source: CensusSource) -> OpenSource:
     return opened
 
 
-def _tables(source: SyntheticSource | H5adSource | TenxSource, columns: Sequence[str]) -> tuple[CellTables, str]:
+def _tables(
+    source: SyntheticSource | H5adSource | TenxSource, columns: Sequence[str], named_by: Mapping[str, str]
+) -> tuple[CellTables, str]:
     """Read the cells of a source that is not in SOMA yet; return them with a description."""
     if isinstance(source, SyntheticSource):
         description = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
@@ -128,7 +130,7 @@ def _tables(source: SyntheticSource | H5adSource | TenxSource, columns: Sequence
     if isinstance(source, TenxSource):
         from pipeline.data.sources.tenx import read_10x
 
-        return read_10x(source, columns), f"10x {source.path}"
+        return read_10x(source, columns, named_by), f"10x {source.path}"
     from pipeline.data.sources.h5ad import read_h5ad
 
     return read_h5ad(source, columns), f"h5ad {source.path}"

@@ -7,7 +7,7 @@ come from a separate table (`ingest.source.obs`), which `tenx_obs.py` joins. `te
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,12 @@ class _Sample:
     genes: pd.DataFrame  # feature_id, feature_name, feature_length of those
 
 
-def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
+def read_10x(source: TenxSource, needed: Sequence[str] = (), named_by: Mapping[str, str] = {}) -> CellTables:
     """Read tables and chunks of one or many outputs.
 
     Args:
         needed: obs columns that the job uses: never filled in, so that their absence is noticed.
+        named_by: Place that names a column which is no label, for messages.
     """
     paths = find_outputs(source)
     problems: list[str] = []
@@ -59,7 +60,7 @@ def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
         if lacking := len(var) - len(s.genes):
             notes.append(f"{s.name} lacks {lacking} of {len(var)} genes.")
     notes.append("A 10x output has no feature_length; 0 is written.")
-    obs = complete_obs(_obs(samples, source, needed, notes), needed, notes)
+    obs = complete_obs(_obs(samples, source, needed, notes, named_by), needed, notes)
 
     def chunks() -> Iterator[sp.csr_matrix]:
         for s, place in zip(samples, columns, strict=True):
@@ -135,7 +136,10 @@ def _open(path: Path, name: str, source: TenxSource, notes: list[str]) -> _Sampl
 
 
 # ---- obs ---------------------------------------------------------------------------------------------------------
-def _obs(samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
+def _obs(
+    samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], notes: list[str],
+    named_by: Mapping[str, str],
+) -> pd.DataFrame:  # fmt: skip
     """Return one row per barcode, with the columns of the table that describes the cells."""
     barcodes = [b for s in samples for b in s.matrix.barcodes]
     names = [s.name for s in samples for _ in s.matrix.barcodes]
@@ -146,8 +150,10 @@ def _obs(samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], 
     if source.columns:
         raise InputError("ingest.source.columns renames columns of ingest.source.obs, which is not set")
     if absent := [c for c in needed if c not in obs and c != "is_primary_data"]:
+        places = list(dict.fromkeys(named_by[c] for c in absent if c in named_by))
         raise InputError(
-            f"a 10x output holds no {', '.join(absent)}: give a table with barcode and {', '.join(absent)} in "
-            f"ingest.source.obs{WITHOUT_LABELS}"
+            "".join(f"{place}: " for place in places[:1])
+            + f"a 10x output holds no {', '.join(absent)}: give a table with barcode and {', '.join(absent)} in "
+            f"ingest.source.obs{'' if places else WITHOUT_LABELS}"
         )
     return obs

@@ -11,12 +11,14 @@ from pipeline.inference.request import (
     REQUEST,
     check_choice,
     n_shards,
+    notes_on,
     read_request,
     record_request,
     recorded_request,
 )
 from pipeline.planning.generation import generation_lines
 from pipeline.planning.sizes import DataFacts
+from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import InputError
 from scldm.generation.request import Request, RequestRow
@@ -254,3 +256,23 @@ def test_names_of_columns_that_differ_by_case_are_suggested():
     said = refusal(cells=[{"DOSE": 1, "N_Cells": 3}])
     assert "knows no label 'DOSE' (did you mean 'dose'?)" in said
     assert "knows no label 'N_Cells' (did you mean 'n_cells'?)" in said
+
+
+def test_classes_that_a_table_file_cannot_tell_apart_are_noted(tmp_path):
+    vocabulary = Vocabulary(("g",), ("G",), (LabelVocabulary("kind", ("T", "T ")),))
+    training = pd.DataFrame({"kind": ["T", "T "], "n_cells": [5, 5]})
+    path = tmp_path / "conditions.csv"
+    path.write_text("kind,n_cells\nT ,1\n")
+    inline = GenerateConfig(cells=[{"kind": "T ", "n_cells": 1}])
+    for config, name, noted in [(GenerateConfig(conditions=str(path)), "T", True), (inline, "T ", False)]:
+        found = read_request(config, vocabulary, {})
+        assert found.rows[0].condition["kind"] == name
+        notes = notes_on(found, training, LibrarySizes({}, "none"), config, counts=False)
+        assert any("the data also have 'T '" in n for n in notes) == noted
+
+
+def test_guidance_is_checked_with_the_labels_that_a_model_will_have():
+    config = GenerateConfig(n_cells=1, sampler={"guidance": {"cell_typ": 2.0}})
+    assert check_choice(config) == []
+    said = "\n".join(check_choice(config, ["cell_type"]))
+    assert "knows no label 'cell_typ' (did you mean 'cell_type'?)" in said

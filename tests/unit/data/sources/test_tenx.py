@@ -277,6 +277,12 @@ def test_a_column_that_holds_the_barcodes_or_samples_is_named(one_sample, two_sa
     assert said.endswith("in the column sample write S1, S2")
 
 
+def test_a_column_of_held_out_combinations_is_no_reason_to_train_without_labels(one_sample):
+    where = "ingest.split.held_out.table: held.csv, row 1"
+    with pytest.raises(InputError, match=r"row 1: a 10x output holds no dose: .* in ingest\.source\.obs$"):
+        read_10x(source(one_sample), ["dose"], {"dose": where})
+
+
 def test_a_cell_that_is_described_twice_is_named_with_its_rows(one_sample, tmp_path):
     said = problem(one_sample, "barcode,sample,kind\nCELL0-1,a,x\nCELL1-1,a,x\nCELL0-1,a,y\n", tmp_path)
     assert "t.csv have the barcode of another row (first: barcode CELL0-1 in rows 1, 3, which differ in kind)" in said
