@@ -24,7 +24,7 @@ from pipeline.data.soma.store import SomaStore
 from pipeline.data.soma.write import write_experiment
 from pipeline.data.sources.synthetic import synthetic_cells
 from pipeline.data.tables import CellTables
-from pipeline.data.validation.checks import MIN_CELLS, checked
+from pipeline.data.validation.checks import MIN_CELLS, checked, label_problems
 from scldm.data.label_type import LabelType
 from scldm.errors import InputError
 
@@ -63,9 +63,11 @@ def open_source(
     tables, description = _tables(source, [*columns, *config.cells.conditions()], named_by)
     # A filter may remove cells without a label: they are checked again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
-    chunks = checked(
-        tables, columns, drop_missing=lenient, missing_text=config.missing_text, min_cells=min_cells, named_by=named_by
-    )
+    if absent := [c for c in named_by if c not in tables.obs]:  # no fault of the source
+        raise InputError(
+            "\n".join(label_problems(tables.obs, absent, drop_missing=True, names=None, named_by=named_by))
+        )
+    chunks = checked(tables, columns, drop_missing=lenient, missing_text=config.missing_text, min_cells=min_cells)
     content = hashlib.sha256()
     store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
     measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))

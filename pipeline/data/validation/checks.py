@@ -38,7 +38,7 @@ def label_problems(
 
 def table_problems(
     tables: CellTables, labels: Sequence[str], *, drop_missing: bool, min_cells: int = MIN_CELLS,
-    missing_text: Sequence[str] = MISSING_TEXT, named_by: Mapping[str, str] = {},
+    missing_text: Sequence[str] = MISSING_TEXT,
 ) -> list[str]:  # fmt: skip
     """Return problems with obs and var, before any count is read; notes are added to `tables`."""
     obs, ids = tables.obs, tables.var["feature_id"]
@@ -46,9 +46,7 @@ def table_problems(
     if len(obs) < min_cells:
         problems.append(f"{len(obs)} cells are too few to split, train and score; at least {min_cells} are needed")
     names = obs.get("obs_id")
-    problems += label_problems(
-        obs, labels, drop_missing=drop_missing, names=names, missing_text=missing_text, named_by=named_by
-    )
+    problems += label_problems(obs, labels, drop_missing=drop_missing, names=names, missing_text=missing_text)
     problems += [f.message for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
     if names is not None and (n := int(names[names.duplicated()].nunique())):
         tables.notes.append(f"{n} obs names occur more than once; cells are told apart by soma_joinid.")
@@ -73,7 +71,7 @@ def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables)
 
 def checked(
     tables: CellTables, labels: Sequence[str], *, drop_missing: bool = False, min_cells: int = MIN_CELLS,
-    missing_text: Sequence[str] = MISSING_TEXT, named_by: Mapping[str, str] = {},
+    missing_text: Sequence[str] = MISSING_TEXT,
 ) -> Iterator[sp.csr_matrix]:  # fmt: skip
     """Yield the chunks of a source, each checked.
 
@@ -81,9 +79,7 @@ def checked(
         InputError: a chunk does not hold counts, or (before any chunk) the tables have problems; with all problems
             found so far.
     """
-    problems = table_problems(
-        tables, labels, drop_missing=drop_missing, min_cells=min_cells, missing_text=missing_text, named_by=named_by
-    )
+    problems = table_problems(tables, labels, drop_missing=drop_missing, min_cells=min_cells, missing_text=missing_text)
     if problems and not (len(tables.obs) and len(tables.var)):
         raise not_usable(tables, problems)  # without cells or genes there are no chunks to check
     return _checked(tables, problems)

@@ -105,7 +105,10 @@ def label_findings(
         if label not in obs:
             hint = choices_hint(label, [shown(c) for c in obs.columns])
             if label in named_by:
-                yield error(f"{named_by[label]}: obs has no column {label!r} ({hint})", "name one that it has")
+                yield error(
+                    f"{named_by[label]}: obs has no column {label!r} ({hint})",
+                    "name one that it has, or leave the column out",
+                )
                 continue
             columns = f", or map it with ingest.source.columns: {{{label}: <column of the file>}}" if renamed else ""
             yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels{columns}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -267,7 +268,21 @@ def test_a_held_out_column_that_obs_lacks_is_a_fault_of_the_table(tmp_path):
     assert (
         "ingest.split.held_out.table: held.csv, row 1: obs has no column 'Cell_Type' (did you mean 'cell_type'?" in said
     )
+    assert said.endswith("; name one that it has, or leave the column out")
     assert "ingest.source.columns" not in said
     assert "ingest.labels" not in said
     with pytest.raises(InputError, match=r"held_out\.combinations\[0\]: obs has no column 'donor'"):
         run(tmp_path / "a", split={"held_out": {"combinations": [{"donor": "d1"}]}})
+
+
+def test_a_held_out_column_that_a_file_lacks_is_no_fault_of_the_file(tmp_path):
+    n = 40
+    cells = ad.AnnData(
+        np.random.default_rng(0).poisson(2, (n, 6)).astype(np.float32), obs=pd.DataFrame({"cell_type": ["a", "b"] * 20})
+    )
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    table = written(tmp_path / "held.csv", "cell_type,n_cells\na,3\n")
+    source = {"type": "h5ad", "path": str(tmp_path / "a.h5ad")}
+    said = r"^ingest\.split\.held_out\.table: held.csv, row 1: obs has no column 'n_cells'"
+    with pytest.raises(InputError, match=said):
+        run(tmp_path / "a", source=source, split={"held_out": {"table": table}})
