@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.apply import RealCellsConfig
 from pipeline.config.checks import feed_problems
 from pipeline.config.deepspeed import read_options
-from pipeline.config.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
+from pipeline.config.job import (
+    GenerateConfig,
+    IngestConfig,
+    JobBase,
+    ResourcesConfig,
+    TrainConfig,
+    TrainVaeConfig,
+    stage_configs,
+)
 from pipeline.core.manifest import Manifest
 from scldm.errors import InputError
 from scldm.generation.request import Request
@@ -25,7 +33,8 @@ def check_settings(job: JobBase) -> None:
         InputError: Settings contradict each other; all problems are listed.
     """
     problems: list[str] = []
-    for stage, config in stage_configs(job).items():
+    configs = stage_configs(job)
+    for stage, config in configs.items():
         where = f"{stage}." if job.kind == "pipeline" else ""
         if (train := getattr(config, "train", None)) is not None:
             problems += feed_problems(train, job.resources, where)
@@ -35,7 +44,9 @@ def check_settings(job: JobBase) -> None:
         if isinstance(config, GenerateConfig):
             from pipeline.inference.request import check_choice
 
-            problems += check_choice(config) or _named_model_problems(config)
+            ingest = configs.get("ingest") if config.model is None else None  # which decides the model's labels
+            labels = ingest.labels if isinstance(ingest, IngestConfig) else None
+            problems += check_choice(config, labels) or _named_model_problems(config)
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 

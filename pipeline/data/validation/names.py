@@ -93,7 +93,7 @@ def cell_findings(names: pd.Series) -> Iterator[Finding]:
 
 def label_findings(
     obs: pd.DataFrame, labels: Sequence[str], names: pd.Series, *, missing_text: Sequence[str] = MISSING_TEXT,
-    drop_missing: bool = False, renamed: bool = True,
+    drop_missing: bool = False, renamed: bool = True, named_by: Mapping[str, str] = {},
 ) -> Iterator[Finding]:  # fmt: skip
     """Check the requested label columns.
 
@@ -102,10 +102,17 @@ def label_findings(
         missing_text: As `ingest.missing_text`.
         drop_missing: Whether cells without a label are left out later, and so are no error.
         renamed: Whether the source has a setting that renames columns, `ingest.source.columns`.
+        named_by: Place that names a column which is no label, for messages.
     """
     for label in labels:
         if label not in obs:
             hint = choices_hint(label, [shown(c) for c in obs.columns])
+            if label in named_by:
+                yield error(
+                    f"{named_by[label]}: obs has no column {label!r} ({hint})",
+                    "name one that it has, or leave the column out",
+                )
+                continue
             columns = f", or map it with ingest.source.columns: {{{label}: <column of the file>}}" if renamed else ""
             yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels{columns}")
             continue

@@ -383,6 +383,27 @@ def columns_of_a_table_that_is_not_named(case: Case) -> None:
 
 
 @follows(
+    "pipeline/data/sources/tenx_obs.py: holds such values: set ingest.source.columns",
+    "pipeline/data/sources/tenx_obs.py: holds such barcodes: set ingest.source.columns",
+)
+def another_column_holds_the_barcodes(case: Case) -> None:
+    path = faulty_tenx.with_table(["a", "b"])(case.folder)
+    table = case.folder / "cells.csv"
+    text = table.read_text()
+    job = of_tenx(case, path, obs=str(table))
+    for other_names in (text.replace("barcode", "cell", 1), _twice_named(text)):
+        table.write_text(other_names)
+        renamed = setting(message(ingest, job), "ingest.source.columns")
+        assert ingest(job, renamed)["label_counts"].keys() == {"cell_type"}
+
+
+def _twice_named(text: str) -> str:
+    """The table with barcodes in a column `cell`, and other names of the cells in a column `barcode`."""
+    header, *rows = text.replace("barcode", "cell", 1).splitlines()
+    return "\n".join([f"{header},barcode", *(f"{row},name {i}" for i, row in enumerate(rows))])
+
+
+@follows(
     "pipeline/data/sources/tenx.py: set ingest.source.genome to one of",
     "pipeline/data/sources/tenx.py: has no genome {} (ingest.source.genome)",
 )
