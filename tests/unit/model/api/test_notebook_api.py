@@ -233,7 +233,7 @@ def _manifest(folder, stage, facts, inputs):
 def test_a_folder_without_models_is_refused_with_a_hint(tmp_path, folder):
     with pytest.raises(CheckpointError, match="is no folder"):
         scldm.load(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="nothing is downloaded"):
+    with pytest.raises(CheckpointError, match="or hf://czi/scldm-census for the hub"):
         scldm.load("czi/scldm-census")
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match=r"has no config.json.*no finished train_vae or train_flow"):
