@@ -302,7 +302,7 @@ class Model:
         """
         from scldm.api.pretrained import write_pretrained
 
-        return write_pretrained(self, Path(folder).expanduser(), force=force)
+        return write_pretrained(self, Path(folder).expanduser(), force=force, in_python=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
