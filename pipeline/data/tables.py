@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,15 +12,13 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.data.presence import Presence
-from scldm.data.class_names import class_text, is_null
+from scldm.data.class_names import class_text, is_null, widened
 from scldm.data.label_type import LabelType
 from scldm.errors import InputError
 
 UNKNOWN = ("cell_type", "tissue_general", "assay", "dataset_id", "donor_id")  # Census columns filled when absent
 RESERVED = ("raw_sum", "nnz", "counts_hash_0", "counts_hash_1")  # obs columns that are written with the counts
 RESERVED_STARTS = ("soma_", "__")  # names that SOMA and TileDB refuse
-# Types of numbers that TileDB does not have, with those that hold all of their values.
-_WIDENED = {np.dtype(np.float16): np.dtype(np.float32), np.dtype(np.longdouble): np.dtype(np.float64)}
 _RANGER = ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices", "raw_feature_bc_matrix")
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
@@ -30,6 +28,19 @@ def plain_id(gene: object) -> str:
     return _VERSION.sub(r"\1", str(gene))
 
 
+def reserved_columns(names: Iterable[object]) -> list[str]:
+    """Return the obs columns whose names are used by what is written with the counts."""
+    return [c for c in map(str, names) if not c or c.startswith(RESERVED_STARTS) or c in RESERVED]
+
+
+def reserved_problem(columns: Sequence[str]) -> tuple[str, str]:
+    """Return what is wrong with such columns as labels, and the remedy."""
+    return (
+        f"obs columns {', '.join(columns)}: SOMA and the Census use such names, so the job cannot use them",
+        f"read them under another name with ingest.source.columns: {{my_{columns[0].strip('_')}: {columns[0]}}}",
+    )
+
+
 def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
     """Return obs in types that SOMA stores, with the Census's columns.
 
@@ -37,12 +48,9 @@ def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> 
         needed: Columns that the job uses: never filled in, so that their absence is noticed.
         notes: A line is added for everything that is left out or filled in.
     """
-    reserved = [c for c in obs if not str(c) or str(c).startswith(RESERVED_STARTS) or c in RESERVED]
-    if asked := [str(c) for c in reserved if c in needed]:
-        raise InputError(
-            f"obs columns {', '.join(asked)}: SOMA and the Census use such names, so the job cannot use them; read "
-            f"them under another name with ingest.source.columns: {{my_{asked[0].strip('_')}: {asked[0]}}}"
-        )
+    reserved = reserved_columns(obs)
+    if asked := [c for c in reserved if c in needed]:
+        raise InputError("; ".join(reserved_problem(asked)))
     obs = obs.drop(columns=reserved)
     if reserved:
         names = ", ".join(map(str, reserved))
@@ -60,8 +68,10 @@ def complete_obs(obs: pd.DataFrame, needed: Sequence[str], notes: list[str]) -> 
 def _storable(column: pd.Series) -> pd.Series:
     if column.name == "obs_id":
         return column.astype(str)
-    if column.dtype in _WIDENED:
-        return column.astype(_WIDENED[column.dtype])
+    if column.dtype == np.float16:
+        return widened(column)
+    if column.dtype == np.longdouble:
+        return column.astype(np.float64)
     if pd.api.types.is_bool_dtype(column) or (pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"):
         return column
     if isinstance(column.dtype, pd.CategoricalDtype):
@@ -95,6 +105,12 @@ def sample_names(paths: Sequence[Path]) -> list[str]:
     end = _shared([p[start:][::-1] for p in parts])
     names = ["/".join(p[start : len(p) - end]) for p in parts]
     return names if all(names) else ["/".join(p[max(0, start - 1) :]) for p in parts]
+
+
+def file_names(paths: Sequence[Path]) -> list[str]:
+    """Return names that tell several files apart: without the ending, or the parts of their paths that differ."""
+    stems = [p.stem for p in paths]
+    return stems if len(set(stems)) == len(stems) else sample_names(paths)
 
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:

@@ -63,6 +63,8 @@ def class_names(values: Iterable[Any]) -> np.ndarray:
     if not isinstance(values, (pd.Series, pd.Index, pd.Categorical, np.ndarray)):
         values = list(values)
     column = pd.Series(values) if len(values) else pd.Series(values, dtype=object)
+    if column.dtype == np.float16:
+        column = widened(column)
     if isinstance(column.dtype, pd.CategoricalDtype):
         names = np.array([*(class_name(c) for c in column.cat.categories), None], dtype=object)
         return names[column.cat.codes.to_numpy()]
@@ -80,6 +82,11 @@ def class_names(values: Iterable[Any]) -> np.ndarray:
         except TypeError:  # a value that has no hash
             out[i] = class_name(value)
     return out
+
+
+def widened(column: pd.Series) -> pd.Series:
+    """Return 16-bit floats as 32-bit ones with the same digits: 0.1 stays 0.1, where a plain cast makes 0.099975586."""
+    return column.astype(str).astype(np.float32)
 
 
 def near_duplicates(names: Sequence[str]) -> list[tuple[str, ...]]:

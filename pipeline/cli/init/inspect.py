@@ -6,6 +6,7 @@ only counts and the first column of unique Ensembl ids are taken.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,7 @@ def _summarise(uri: str, found: list[Examined], layer: str | None, gene_id: str 
         kind=files[0].kind,
         n_files=len(files),
         n_cells=sum(int(f["cells"]) for f in facts),
-        n_genes=max(int(f["genes"]) for f in facts),
+        n_genes=_n_genes(files),
         layer=layer,
         gene_id=gene_id,
         gene_name=_gene_name(found, gene_id),
@@ -133,8 +134,21 @@ def _summarise(uri: str, found: list[Examined], layer: str | None, gene_id: str 
     )
 
 
+def _n_genes(files: list[Examined]) -> int:
+    """Return the number of genes of all files together, which are matched by id."""
+    if len(files) == 1:
+        return int(files[0].facts["genes"])
+    from pipeline.data.tables import plain_id
+
+    return len({plain_id(x) for e in files for x in e.gene_ids or ()})
+
+
 def _columns(profiles: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the columns that all files have. Classes are not compared between files: numbers are bounds."""
+    """Return the columns that all files have.
+
+    Classes are not compared between files, so numbers are bounds; but files that hold one class each are counted, since
+    users often save one file for each donor or treatment.
+    """
     if len(profiles) == 1:
         return profiles[0]
     joined = {}
@@ -146,7 +160,20 @@ def _columns(profiles: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "smallest": max(p["smallest"] for p in all_files),
             "largest": sum(p["largest"] for p in all_files),
         }
+        if all(p["only"] is not None for p in all_files):
+            joined[column] |= _of_single_classes(all_files)
     return joined
+
+
+def _of_single_classes(profiles: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the numbers of a column that has one class in each file."""
+    cells: Counter[str] = Counter()
+    for p in profiles:
+        cells[p["only"]] += p["largest"]
+    sizes = sorted(cells.values())
+    one = profiles[0]["only"] if len(sizes) == 1 else None
+    return {"n_classes": len(sizes), "smallest": sizes[0], "middle": sizes[len(sizes) // 2], "largest": sizes[-1],
+            "only": one, "same_as": None}  # fmt: skip
 
 
 def _files(found: list[Examined]) -> list[Examined]:

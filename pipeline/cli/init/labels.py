@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.tables import RESERVED, RESERVED_STARTS
+from pipeline.data.tables import reserved_columns, reserved_problem
 from scldm.data.reserved_names import is_reserved
 from scldm.errors import InputError
 from scldm.text import choices_hint, shown
@@ -85,7 +85,7 @@ def donor_column(columns: Mapping[str, Mapping[str, Any]]) -> str | None:
 def _unfit(column: str, p: Mapping[str, Any], n_cells: int, renamed: bool) -> str | None:
     """Return why a column is not taken as a label unless requested; None if it may be one."""
     add = f"; --label {_quoted(column)} takes it all the same"
-    if column.startswith(RESERVED_STARTS) or column in RESERVED:
+    if reserved_columns([column]):
         return "SOMA uses this name, the reader leaves the column out"
     if is_reserved(column):
         rename = "; ingest.source.columns renames it" if renamed else ""
@@ -121,6 +121,9 @@ def _request_problem(name: str, columns: Mapping[str, Mapping[str, Any]]) -> str
         hint = choices_hint(name, [shown(c) for c in list(columns)[:20]])
         return f"--label {shown(name)}: obs has no such column ({hint})"
     p = columns[name]
+    if reserved_columns([name]):
+        what, remedy = reserved_problem([shown(name)])
+        return f"--label {shown(name)}: {what}; {remedy}"
     if p["kind"] == "decimal numbers":
         return f"--label {shown(name)}: decimal numbers, not classes; cut them into ranges with pandas.cut and save"
     if p["n_classes"] < 2:

@@ -19,6 +19,7 @@ from pipeline.config.input_paths import vocabulary_file
 from pipeline.config.job import GenesConfig
 from pipeline.data.soma.store import SomaStore
 from pipeline.data.tables import plain_id
+from pipeline.data.validation.names import IDS_OF_SOMA, gene_findings
 from scldm.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
     """
     var = _genes_of(store, config.value_filter)
     if config.vocabulary == "source":
+        var = _checked(var, store)
         return ModelGenes(var, {"genes": {"vocabulary": "source"}}, [])
     wanted = read_vocabulary(config.vocabulary)
     keys = _keys(list(wanted.feature_ids if config.match == "id" else wanted.feature_names), config.match)
@@ -105,8 +107,18 @@ def _genes_of(store: SomaStore, value_filter: str | None) -> pd.DataFrame:
     if not len(var):
         raise InputError(f"ingest.genes.value_filter {value_filter!r} leaves no genes; loosen it")
     if len(twice := var["feature_id"][var["feature_id"].duplicated()].unique()):
-        raise InputError(f"{len(twice)} gene ids of {store.uri} occur more than once (first: {', '.join(twice[:3])})")
+        raise InputError(
+            f"{len(twice)} gene ids of {store.uri} occur more than once (first: {', '.join(twice[:3])}); {IDS_OF_SOMA}"
+        )
     return var
+
+
+def _checked(var: pd.DataFrame, store: SomaStore) -> pd.DataFrame:
+    """Return the genes with plain ids, as those of files have; raise InputError for what validate-data refuses."""
+    errors = [f for f in gene_findings(list(var["feature_id"]), remedy=IDS_OF_SOMA) if f.level == "error"]
+    if errors:
+        raise InputError("\n".join([f"{store.uri} cannot be used:", *(f"  - {f.message}" for f in errors)]))
+    return var.assign(feature_id=[plain_id(x) for x in var["feature_id"]])
 
 
 def _keys(names: list[str], match: str) -> pd.Series:

@@ -20,9 +20,10 @@ MAX_COLUMNS = 200  # of obs that are profiled; an untrusted table may have any n
 
 
 def obs_profile(obs: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Return for each column: kind, n_missing, n_classes, cells of the smallest, middle and largest class, `same_as`.
+    """Return for each column: kind, n_missing, n_classes, smallest, middle, largest, only, same_as.
 
-    `same_as` names an earlier column with the same partition, or is None.
+    smallest, middle and largest are numbers of cells of a class. `only` is the class of a column that has a single one,
+    else None. `same_as` names an earlier column with the same partition, or is None.
     """
     found: dict[str, dict[str, Any]] = {}
     partitions: dict[str, np.ndarray] = {}
@@ -39,6 +40,7 @@ def obs_profile(obs: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "smallest": int(sizes[0]),
             "middle": int(sizes[len(sizes) // 2]),
             "largest": int(sizes[-1]),
+            "only": str(classes[0]) if len(classes) == 1 else None,
             "same_as": next((k for k, other in partitions.items() if _same(codes, other)), None),
         }
         if 2 <= len(classes) <= MAX_COMPARED:

@@ -23,11 +23,12 @@ from pipeline.data.inspection.columns import obs_profile
 from pipeline.data.inspection.h5ad import examine_h5ad
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.hdf5 import open_problems, unsafe
-from pipeline.data.tables import sample_names
+from pipeline.data.tables import file_names, sample_names
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids
 from pipeline.data.validation.cell_hashes import first_of_each
 from pipeline.data.validation.counts import LEAVE_OUT_COPIES, CountAudit
 from pipeline.data.validation.names import (
+    IDS_OF_SOMA,
     cell_findings,
     class_counts,
     gene_findings,
@@ -83,12 +84,13 @@ def examine(question: Question) -> list[Examined]:
         return [nothing]
     if question.obs is not None and len(paths) > 1 and all(is_tenx(path) for path in paths):
         return [_tenx(uri, paths, question)]  # the table describes the cells of all outputs
-    found = [_one(path, question) for path in paths]
-    if len(found) == 1:
-        return found
+    if len(paths) == 1:
+        return [_one(paths[0], question)]
+    names = file_names(paths)
+    found = [_one(path, question, name) for path, name in zip(paths, names, strict=True)]
     if question.gene_id is None:
         for i, column in _columns_of_ids(found).items():
-            found[i] = _one(paths[i], replace(question, gene_id=column))
+            found[i] = _one(paths[i], replace(question, gene_id=column), names[i])
             found[i].facts["gene ids"] = f"var column {column}"
     for one in found:  # the number of cells counts for all files together
         alone = {f.what for f in size_findings(int(one.facts.get("cells", 0)))}
@@ -114,11 +116,16 @@ def _paths(uri: str) -> list[Path]:
     return found
 
 
-def _one(path: Path, q: Question) -> Examined:
+def _one(path: Path, q: Question, dataset_id: str | None = None) -> Examined:
+    """Inspect one path.
+
+    Args:
+        dataset_id: Name of a file among several, which ingest writes into the obs column dataset_id.
+    """
     if is_tenx(path):
         return _tenx(str(path), [path], q)
     return examine_h5ad(path, labels=q.labels, layer=q.layer, gene_id=q.gene_id, counts=q.counts, profile=q.profile,
-                        missing_text=q.missing_text)  # fmt: skip
+                        missing_text=q.missing_text, dataset_id=dataset_id)  # fmt: skip
 
 
 def _columns_of_ids(found: Sequence[Examined]) -> dict[int, str]:
@@ -135,6 +142,7 @@ def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Exa
     if bad:
         whole.findings.append(error(f"{len(bad)} of {len(found)} files have errors", "fix them or leave them out",
                                     count=len(bad), first=bad))  # fmt: skip
+    whole.findings += _of_one_kind(found)
     if all("cells" in f.facts for f in found):
         whole.findings += size_findings(whole.facts["cells"])
     tables = [
@@ -156,6 +164,16 @@ def _together(uri: str, found: Sequence[Examined], labels: Sequence[str]) -> Exa
         )
     whole.findings += _shared_cells(found)
     return whole
+
+
+def _of_one_kind(found: Sequence[Examined]) -> Iterator[Finding]:
+    """Yield a finding if files of several kinds lie together: a job would read those of one, and leave the others."""
+    if others := [f.where for f in found if f.kind != found[0].kind]:
+        what = (
+            f"{len(others)} of {len(found)} are of another kind than the first ({found[0].kind}), and a job reads one"
+        )
+        yield error(what, "name those of one kind, for example with a pattern: 'folder/*.h5ad'",
+                    count=len(others), first=others)  # fmt: skip
 
 
 def _shared_cells(found: Sequence[Examined]) -> Iterator[Finding]:
@@ -292,7 +310,7 @@ def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, nam
     found.findings += [
         *cell_findings(names),
         *label_findings(shown_obs, q.labels, names, missing_text=q.missing_text, renamed=found.kind != "SOMA"),
-        *gene_findings([str(x) for x in ids]),
+        *gene_findings([str(x) for x in ids], remedy=IDS_OF_SOMA if found.kind == "SOMA" else None),
     ]
 
 

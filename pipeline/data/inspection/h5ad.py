@@ -24,6 +24,7 @@ from pipeline.data.safety.h5ad_structure import (
     var_path,
 )
 from pipeline.data.safety.hdf5 import open_problems, unsafe
+from pipeline.data.tables import reserved_columns, reserved_problem
 from pipeline.data.validation.counts import CountAudit
 from pipeline.data.validation.names import (
     cell_findings,
@@ -40,7 +41,7 @@ from scldm.text import shown
 
 def examine_h5ad(
     path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool, profile: bool = False,
-    missing_text: Sequence[str] = MISSING_TEXT,
+    missing_text: Sequence[str] = MISSING_TEXT, dataset_id: str | None = None,
 ) -> Examined:  # fmt: skip
     """Inspect one file.
 
@@ -51,6 +52,7 @@ def examine_h5ad(
         counts: Whether to read the values.
         profile: Whether to describe every column, and list the places that hold whole numbers.
         missing_text: As `ingest.missing_text`.
+        dataset_id: What ingest writes into this obs column if it is not there; None: nothing.
     """
     found = Examined(str(path), "h5ad")
     found.findings += open_problems(path)
@@ -58,7 +60,7 @@ def examine_h5ad(
         return found
     try:
         _inspect(found, path, labels=labels, layer=layer, gene_id=gene_id, counts=counts, profile=profile,
-                 missing_text=missing_text)  # fmt: skip
+                 missing_text=missing_text, dataset_id=dataset_id)  # fmt: skip
     except DAMAGE as problem:
         if not found.errors:  # else it follows from a reported one
             found.findings.append(damage(problem))
@@ -67,7 +69,7 @@ def examine_h5ad(
 
 def _inspect(
     found: Examined, path: Path, *, labels: Sequence[str], layer: str | None, gene_id: str | None, counts: bool,
-    profile: bool, missing_text: Sequence[str],
+    profile: bool, missing_text: Sequence[str], dataset_id: str | None,
 ) -> None:  # fmt: skip
     with h5py.File(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -79,6 +81,8 @@ def _inspect(
         if not {"obs", "var"} <= set(file):
             return
         obs, var = _frames(file, path, layer, found)
+        if obs is not None and dataset_id is not None and "dataset_id" not in obs:
+            obs = obs.assign(dataset_id=dataset_id)
         _names(found, obs, var, labels, gene_id, missing_text)
         place = matrix_path(file, layer)
         places = other_places(path, layer)
@@ -149,6 +153,8 @@ def _names(
     if obs is not None:
         names = pd.Series(obs.index.astype(str))
         found.findings += [*cell_findings(names), *label_findings(obs, labels, names, missing_text=missing_text)]
+        if taken := [x for x in reserved_columns(labels) if x in obs]:
+            found.findings.append(error(*reserved_problem([shown(x) for x in taken]), count=len(taken)))
         found.facts |= {"cells": len(obs), "obs columns": [str(c) for c in obs.columns]}
         found.facts["suggested labels"] = suggested_labels(obs, names)
         found.facts["classes"] = {c: class_counts(obs[c], missing_text) for c in labels if c in obs}

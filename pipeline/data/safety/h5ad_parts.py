@@ -20,6 +20,8 @@ from pipeline.data.safety.h5ad_structure import matrix_path, var_path
 from scldm.errors import InputError
 from scldm.text import shown
 
+UNREADABLE = "cannot be read and is left out"
+
 
 @dataclass(frozen=True)
 class H5adParts:
@@ -58,10 +60,12 @@ def open_parts(path: Path, layer: str | None) -> H5adParts:
             unreadable = _unreadable_columns(path, layer)
             if not any(unreadable.values()):
                 raise
+            links = folder / "readable" / path.name  # HDF5 may still hold the first file open
+            links.parent.mkdir()
             _link(path, layer, links, unreadable)
             adata = _open(links)
             for table, columns in unreadable.items():
-                notes += [f"{path.name}: column {shown(c)} of {table} cannot be read and is left out" for c in columns]
+                notes += [f"{path.name}: column {shown(c)} of {table} {UNREADABLE}" for c in columns]
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         line = (str(error).splitlines() or ["no message"])[0].replace(str(links), str(path))

@@ -29,7 +29,7 @@ from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.h5ad_parts import H5adParts, open_parts
 from pipeline.data.safety.h5ad_structure import layer_setting, matrix_path, structure_problems
-from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
+from pipeline.data.tables import CellTables, complete_obs, file_names, plain_id, spread
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids, taken
 from pipeline.data.validation.places import layer_names, other_places
 from scldm.data.label_type import LabelType
@@ -207,9 +207,7 @@ def _genes(var: pd.DataFrame, source: H5adSource) -> pd.DataFrame:
 def _obs(files: Sequence[_File], columns: dict[str, str]) -> pd.DataFrame:
     """Join obs of all files under Census names."""
     frames = []
-    stems = [f.path.stem for f in files]  # shards of several folders may be called the same
-    names = stems if len(set(stems)) == len(stems) else sample_names([f.path for f in files])
-    for f, name in zip(files, names, strict=True):
+    for f, name in zip(files, file_names([f.path for f in files]), strict=True):
         frame = f.adata.obs
         renamed = frame.drop(columns=[c for c in columns if c in frame and columns[c] != c])
         renamed = renamed.rename(columns={old: new for new, old in columns.items()})

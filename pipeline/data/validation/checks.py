@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.ingest import MISSING_TEXT
+from pipeline.data.safety.h5ad_parts import UNREADABLE
 from pipeline.data.tables import CellTables
 from pipeline.data.validation.counts import fractions_are, value_faults, value_text
 from pipeline.data.validation.names import MIN_CELLS, gene_findings, label_findings
@@ -46,6 +47,8 @@ def table_problems(
         problems.append(f"{len(obs)} cells are too few to split, train and score; at least {min_cells} are needed")
     names = obs.get("obs_id")
     problems += label_problems(obs, labels, drop_missing=drop_missing, names=names, missing_text=missing_text)
+    if any(label not in obs for label in labels):
+        problems += [note.removesuffix(".") for note in tables.notes if UNREADABLE in note]
     problems += [f.message for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
     if names is not None and (n := int(names[names.duplicated()].nunique())):
         tables.notes.append(f"{n} obs names occur more than once; cells are told apart by soma_joinid.")

@@ -23,24 +23,27 @@ _VIRUSES = {"ENSSASG"}  # SARS-CoV-2, whose genes CELLxGENE allows in addition t
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G)\d{6,}(\.\d+)?$")
 _ODD = re.compile(r"[<>&\"\x00-\x1f\x7f]")
 _TO_IDS = "name a var column of unique ids in ingest.source.gene_id"
+IDS_OF_SOMA = "leave them out with ingest.genes.value_filter, or write the experiment with unique ids"
 
 
-def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = ()) -> Iterator[Finding]:
+def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = (), *, remedy: str | None = None) -> Iterator[Finding]:
     """Check gene ids.
 
     Args:
         ids: Ids as in the file, one per gene.
         elsewhere: var columns that hold Ensembl ids.
+        remedy: For ids that are missing or repeated; None: that of an `.h5ad` file.
     """
     if not len(ids):
         yield error("there are no genes", "check that var is not empty")
         return
     plain = pd.Series([plain_id(x) for x in ids], dtype=object)
     if len(twice := plain[plain.duplicated()].unique()):
-        yield error(f"{len(twice)} gene ids occur more than once", f"{_TO_IDS}, or call adata.var_names_make_unique()",
+        yield error(f"{len(twice)} gene ids occur more than once",
+                    remedy or f"{_TO_IDS}, or call adata.var_names_make_unique()",
                     count=len(twice), first=twice)  # fmt: skip
     if n := int(plain.isin(["", "nan", "None"]).sum()):
-        yield error(f"{n} genes have no id", _TO_IDS, count=n)
+        yield error(f"{n} genes have no id", remedy or _TO_IDS, count=n)
     matches = [_ENSEMBL.match(str(x)) for x in ids]
     named = sum(m is not None for m in matches)
     kinds = Counter(m[1] for m in matches if m and m[1] not in _VIRUSES)
@@ -107,6 +110,10 @@ def label_findings(
             yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels{columns}")
             continue
         absent = np.flatnonzero(missing(obs[label], missing_text))
+        if len(absent) == len(obs) > 0:
+            yield error(f"no cell has a {label}", "name another label in ingest.labels", count=len(absent),
+                        first=names.iloc[absent[:FIRST]])  # fmt: skip
+            continue
         if len(absent) and not drop_missing:
             remedy = _remedy_of_missing(obs[label], missing_text)
             yield error(f"{len(absent)} of {len(obs)} cells have no {label}", remedy,

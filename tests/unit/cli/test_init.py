@@ -208,6 +208,28 @@ def test_several_files_are_one_collection(tmp_path):
     assert found["columns"]["cell_type"]["n_classes"] == 3
 
 
+def test_files_of_one_class_each_have_that_many_classes(tmp_path):
+    """Users save one file for each donor or treatment; each alone has nothing to tell apart."""
+    for name in ("PBS", "IL-2", "IL-15"):
+        cells(table(cytokine=name)).write_h5ad(tmp_path / f"{name}.h5ad")
+    found = seen(tmp_path)
+    column = found["columns"]["cytokine"]
+    assert [column[x] for x in ("n_classes", "smallest", "middle", "largest")] == [3, N, N, N]
+    assert "cytokine" in choose_labels(found["columns"], found["n_cells"]).columns
+    assert choose_labels(found["columns"], found["n_cells"], ["dataset_id"]).columns == ("dataset_id",)
+
+
+def test_genes_of_several_files_are_counted_once(tmp_path):
+    for name, genes in (("a", range(12)), ("b", range(6, 18))):
+        cells(genes=[f"ENSG{i:011d}" for i in genes]).write_h5ad(tmp_path / f"{name}.h5ad")
+    assert seen(tmp_path)["n_genes"] == 18
+
+
+def test_a_label_under_a_name_of_soma_is_refused_with_the_way_to_rename_it():
+    with pytest.raises(InputError, match=r"--label nnz: .*ingest.source.columns: {my_nnz: nnz}"):
+        choose_labels(obs_profile(table(nnz=["a", "b"] * (N // 2))), N, ["nnz"])
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 def test_the_command_writes_a_commented_program_and_says_what_it_chose(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from helpers.files.h5ad_cases import N, counts, save
 
 from pipeline.config.job import IngestConfig
 from pipeline.data.sources.open import open_source
+from scldm.data.class_names import class_names
 
 WHOLE = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"]
 
@@ -48,3 +49,11 @@ def test_a_column_without_any_value_is_stored_as_missing(tmp_path):
     save(tmp_path / "c.h5ad", empty=pd.Categorical([np.nan] * N, categories=[]))
     store, _ = stored(tmp_path)
     assert store.obs(["empty"])["empty"].isna().all()
+
+
+def test_16_bit_floats_keep_their_digits(tmp_path):
+    doses = np.resize(np.array([0.1, 0.3, np.nan], "float16"), N)
+    save(tmp_path / "c.h5ad", dose=doses)
+    store, _ = stored(tmp_path)
+    read = store.obs(["dose"])["dose"]
+    assert list(class_names(read)[:3]) == list(class_names(doses)[:3]) == ["0.1", "0.3", None]

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from helpers.files.corpus.tenx import write_h5
 from helpers.files.h5ad_cases import counts
 
 from pipeline.cli.init.inspect import inspect_source
@@ -103,6 +104,17 @@ def test_init_says_which_columns_only_some_files_have(tmp_path):
     warnings = "\n".join(inspect_source(Question(str(tmp_path)))["warnings"])
     assert "obs column 'cell_type' is in 1 of 2 files (first: not in b.h5ad)" in warnings
     assert "obs column 'celltype' is in 1 of 2 files (first: not in a.h5ad)" in warnings
+
+
+def test_files_and_outputs_of_cell_ranger_in_one_folder_are_told_apart(tmp_path):
+    """A job reads one kind: the cells of the other one would be counted and then left aside."""
+    file(tmp_path, "a", HUMAN)
+    write_h5(tmp_path / "b.h5", counts().astype(int), ids=HUMAN)
+    [*_, whole] = examine(Question(str(tmp_path)))
+    assert "1 of 2 are of another kind than the first" in whole.text()
+    assert "of another kind" in inspect_source(Question(str(tmp_path)))["errors"][0]
+    [one] = examine(Question(str(tmp_path / "*.h5ad")))
+    assert not one.errors
 
 
 def cells(n=N, genes=HUMAN, label="cell_type", values=("a", "b"), x=None):
