@@ -172,7 +172,7 @@ def _statistics(
     store, ids, train = source.store, obs["soma_joinid"].to_numpy(), split == "train"
     if not train.any():
         require_splits(config.split, split, obs)
-    whole = config.genes.vocabulary == "source" and not config.genes.min_cells and not config.genes.value_filter
+    whole = config.genes.vocabulary == "source" and not config.genes.min_cells and len(var) == store.shape[1]
     in_obs = {"raw_sum", "nnz"} <= set(obs) and whole
     if in_obs and len(obs) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)

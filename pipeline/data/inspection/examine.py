@@ -27,11 +27,11 @@ from pipeline.data.tables import file_names, sample_names
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids
 from pipeline.data.validation.cell_hashes import first_of_each
 from pipeline.data.validation.counts import LEAVE_OUT_COPIES, CountAudit
+from pipeline.data.validation.feature_types import genes_of_var
+from pipeline.data.validation.gene_names import READ_OF_SOMA, GeneNames, gene_findings
 from pipeline.data.validation.names import (
-    IDS_OF_SOMA,
     cell_findings,
     class_counts,
-    gene_findings,
     label_findings,
     size_findings,
     spelling_findings,
@@ -40,8 +40,6 @@ from pipeline.data.validation.names import (
 from pipeline.data.validation.obs_sums import sum_findings
 from scldm.errors import InputError
 from scldm.text import shown
-
-_IDS_OF_SOMA = "gene ids of an experiment are read from feature_id or var_id"
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,8 @@ def _tenx(uri: str, paths: Sequence[Path], q: Question) -> Examined:
     try:
         tables = read_10x(TenxSource(type="10x", path=uri, genome=q.genome, obs=q.obs))
         obs = tables.obs if q.obs is not None else tables.obs[["obs_id", "barcode", "dataset_id"]]
-        _tables(found, obs, tables.var["feature_id"], q, "obs_id")
+        _tables(found, obs, GeneNames(list(tables.var["feature_id"]), "10x"), q, "obs_id")
+        found.findings += tables.left_out
         if q.counts:
             audit = _audit(tables.obs["obs_id"], tables.var["feature_id"])
             row = 0
@@ -261,18 +260,22 @@ def _soma(q: Question) -> Examined:
         obs, var = store.obs(), store.var()
         name = next((c for c in ("obs_id", "soma_joinid") if c in obs), "soma_joinid")
         if q.gene_id is not None:
-            found.findings.append(error(f"--gene-id {shown(q.gene_id)}: {_IDS_OF_SOMA}", "leave it out"))
-        ids = next((var[c] for c in ("feature_id", "var_id") if c in var), None)
-        if ids is None:
+            found.findings.append(error(f"--gene-id {shown(q.gene_id)}: {READ_OF_SOMA}", "leave it out"))
+        features = genes_of_var(var, "var")
+        found.findings += features.findings()
+        var = var[features.kept].reset_index(drop=True)
+        column = next((c for c in ("feature_id", "var_id") if c in var), None)
+        if column is None:
             columns = ", ".join(shown(c) for c in var.columns)
-            found.findings.append(error(f"var has no feature_id (columns: {columns}): {_IDS_OF_SOMA}",
+            found.findings.append(error(f"var has no feature_id (columns: {columns}): {READ_OF_SOMA}",
                                         "write the experiment again with the ids in a column feature_id"))  # fmt: skip
-            ids = var["soma_joinid"].astype(str)
-        _tables(found, obs, ids, q, name)
+        ids = var[column or "soma_joinid"].astype(str)
+        _tables(found, obs, GeneNames(list(ids), "SOMA", column, var), q, name)
         if q.counts:
             audit = _soma_counts(store, obs, ids, name, var["soma_joinid"].to_numpy())
             _finish(found, audit)
-            found.findings += sum_findings(obs, n_expressed=audit.per_cell, library_size=audit.sums)
+            if not features.left_out:  # obs has the sums over all features
+                found.findings += sum_findings(obs, n_expressed=audit.per_cell, library_size=audit.sums)
     except InputError as problem:
         found.findings.append(_finding(problem, "give the address of an experiment"))
     except ValueError as problem:  # from pydantic: a setting
@@ -294,23 +297,23 @@ def _soma_counts(store: Any, obs: pd.DataFrame, ids: pd.Series, name: str, genes
 
 
 # ---- shared ------------------------------------------------------------------------------------------------------
-def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, name: str) -> None:
+def _tables(found: Examined, obs: pd.DataFrame, genes: GeneNames, q: Question, name: str) -> None:
     names = obs[name].astype(str)
-    found.gene_ids = [str(x) for x in ids]
+    found.gene_ids = [str(x) for x in genes.ids]
     shown_obs = obs.drop(columns=[name])
     found.facts |= {
         "cells": len(obs),
         "obs columns": list(shown_obs.columns),
         "suggested labels": suggested_labels(shown_obs, names),
         "classes": {c: class_counts(obs[c], q.missing_text) for c in q.labels if c in obs},
-        "genes": len(ids),
+        "genes": len(genes.ids),
     }
     if q.profile:
         found.facts["profile"] = {"obs": obs_profile(shown_obs)}
     found.findings += [
         *cell_findings(names),
         *label_findings(shown_obs, q.labels, names, missing_text=q.missing_text, renamed=found.kind != "SOMA"),
-        *gene_findings([str(x) for x in ids], remedy=IDS_OF_SOMA if found.kind == "SOMA" else None),
+        *gene_findings(genes),
     ]
 
 

@@ -32,9 +32,9 @@ import scipy.sparse as sp
 from pipeline.config.paths.cell_files import BARCODES, FEATURES, MATRIX, tenx_part
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.safety.matrix_market import LONGEST_LINE, ShapeError, read_matrix
+from pipeline.data.validation.feature_types import GENES
 
 CHUNK_ROWS = 4096
-GENES = "Gene Expression"
 LONGEST_TABLE = 1 << 30  # characters of barcodes.tsv and features.tsv
 
 

@@ -16,7 +16,8 @@ from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.safety.h5ad_parts import UNREADABLE
 from pipeline.data.tables import CellTables
 from pipeline.data.validation.counts import fractions_are, value_faults, value_text
-from pipeline.data.validation.names import MIN_CELLS, gene_findings, label_findings
+from pipeline.data.validation.gene_names import GeneNames, gene_findings
+from pipeline.data.validation.names import MIN_CELLS, label_findings
 from scldm.errors import InputError
 
 
@@ -49,7 +50,8 @@ def table_problems(
     problems += label_problems(obs, labels, drop_missing=drop_missing, names=names, missing_text=missing_text)
     if any(label not in obs for label in labels):
         problems += [note.removesuffix(".") for note in tables.notes if UNREADABLE in note]
-    problems += [f.message for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
+    of_genes = gene_findings(GeneNames(list(ids))) if tables.of_genes is None else tables.of_genes
+    problems += [f.message for f in of_genes if f.level == "error"]
     if names is not None and (n := int(names[names.duplicated()].nunique())):
         tables.notes.append(f"{n} obs names occur more than once; cells are told apart by soma_joinid.")
     return problems

@@ -12,7 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from helpers.files import faulty_counts, faulty_tables, faulty_tenx
-from helpers.files.faulty_experiments import experiment
+from helpers.files.faulty_experiments import described, experiment
 from helpers.files.h5ad_cases import G, N, counts, look, save, told
 from helpers.remedies.follow import Case, done, follows, ingest, message, named, other, pipeline_on, refused, setting
 from pipeline.config.io.loader import load_job
@@ -99,22 +99,35 @@ def a_local_experiment_needs_no_region(case: Case) -> None:
 
 # ---- names of genes ------------------------------------------------------------------------------------------------
 @follows(
-    "pipeline/data/validation/names.py: name a var column of unique ids in ingest.source.gene_id",
-    "pipeline/data/sources/h5ad.py: name a column of unique ids in ingest.source.gene_id",
+    "pipeline/data/validation/gene_names.py: name a var column of unique ids{} in ingest.source.gene_id",
+    "pipeline/data/validation/gene_names.py: in ingest.source.gene_id, or leave those genes out",
 )
 def ids_are_in_a_column(case: Case) -> None:
     path = faulty_tables.genes(["GAPDH", "GAPDH", *faulty_tables.SYMBOLS[2:]], ensembl=IDS)(case.folder)
     job = of_file(case, path)
     for said in (message(ingest, job), told(look(path))):
         assert ingest(job, f"{named(said, 'ingest.source.gene_id')}=ensembl")["n_genes"] == G
+    path = faulty_tables.genes(["", *faulty_tables.SYMBOLS[1:]], ensembl=IDS)(case.folder)
+    said = message(ingest, job)
+    assert "1 genes have no id" in said
+    assert ingest(job, f"{named(said, 'ingest.source.gene_id')}=ensembl")["n_genes"] == G
 
 
-@follows("pipeline/data/validation/names.py: : set ingest.source.gene_id: {}")
+@follows("pipeline/data/validation/gene_names.py: : set ingest.source.gene_id: {}")
 def symbols_stand_beside_ids(case: Case) -> None:
     path = faulty_tables.genes(faulty_tables.SYMBOLS, ensembl=IDS)(case.folder)
     said = told(look(path))
     assert ingest(of_file(case, path), setting(said, "ingest.source.gene_id"))["n_genes"] == G
     assert "Ensembl" not in told(look(path, gene_id=setting(said, "ingest.source.gene_id").partition("=")[2]))
+
+
+@follows("pipeline/data/validation/gene_names.py: leave them out with ingest.genes.value_filter")
+def ids_of_an_experiment_are_repeated(case: Case) -> None:
+    path = described(feature_id=[IDS[0], *IDS[:-1]])(case.folder)
+    job = of_experiment(case, path)
+    for said in (message(ingest, job), told(look(path))):
+        left_out = f"{named(said, 'ingest.genes.value_filter')}=feature_id != '{IDS[0]}'"
+        assert ingest(job, left_out)["n_genes"] == G - 2
 
 
 def two_files(folder: Path, other_ids: list[str], **var: Any) -> Path:

@@ -18,6 +18,7 @@ FOLLOWED_ELSEWHERE = {
     ),
     "pipeline/stages/evaluate.py: scldm run jobs/evaluate.yaml {}": "tests/unit/report/test_report.py",
     "pipeline/config/io/reference.py: # Settings": "tests/contracts/test_configuration_reference.py",
+    "scldm/api/scoring.py: name the layer of counts with layer=": "tests/unit/model/api/test_notebook_api.py",
     "scldm/api/model_card.py: cells = model.generate(n=100, seed=0)": "tests/unit/model/api/test_notebook_api.py",
 }
 

@@ -51,7 +51,7 @@ def test_all_problems_are_told_at_once_with_totals(tmp_path):
         "1 values are negative (first: cell c5, gene ENSG00000000001.4, value -1)",
         "2 values are not whole numbers (first: cell c7, gene ENSMUSG00000000002, value 0.5; cell c9",
         "1 values are above 16,777,216",
-        "1 gene ids occur more than once (first: ENSG00000000001); name a var column of unique ids",
+        "1 genes are there in several versions (first: ENSG00000000001.3 and ENSG00000000001.4); a version is stripped",
         "several organisms (2 human, 1 mouse) (first: ENSMUSG00000000002)",
         "2 gene ids have a version",
         "3 of 6 gene ids are no Ensembl ids (first: GAPDH; <b>; xxx",
