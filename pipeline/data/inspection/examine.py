@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.ingest import MISSING_TEXT
-from pipeline.config.paths.cell_files import is_tenx, prefix_advice
+from pipeline.config.paths.cell_files import is_h5ad, is_left_by_macos, is_tenx, left_by_macos, prefix_advice
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
@@ -70,7 +70,7 @@ def examine(question: Question) -> list[Examined]:
     if not paths:
         nothing = Examined(uri, "path")
         absent = f"there is no such file, folder or pattern (from {Path.cwd()})"
-        what = "no .h5ad, Cell Ranger output or SOMA experiment is in the folder" if Path(uri).is_dir() else absent
+        what = _without_cells(Path(uri).expanduser()) or absent
         known = other_format(Path(uri).expanduser())
         if advice := prefix_advice(Path(uri).expanduser()):
             what, _, remedy = advice.partition("; ")
@@ -83,7 +83,9 @@ def examine(question: Question) -> list[Examined]:
     if question.obs is not None and len(paths) > 1 and all(is_tenx(path) for path in paths):
         return [_tenx(uri, paths, question)]  # the table describes the cells of all outputs
     if len(paths) == 1:
-        return [_one(paths[0], question)]
+        one = _one(paths[0], question)
+        one.findings += _skipped(uri)
+        return [one]
     names = file_names(paths)
     found = [_one(path, question, name) for path, name in zip(paths, names, strict=True)]
     if question.gene_id is None:
@@ -93,7 +95,28 @@ def examine(question: Question) -> list[Examined]:
     for one in found:  # the number of cells counts for all files together
         alone = {f.what for f in size_findings(int(one.facts.get("cells", 0)))}
         one.findings[:] = [f for f in one.findings if f.what not in alone]
-    return [*found, _together(uri, found, question.labels)]
+    whole = _together(uri, found, question.labels)
+    whole.findings += _skipped(uri)
+    return [*found, whole]
+
+
+def _without_cells(path: Path) -> str | None:
+    """Return what is wrong with a folder without cells; None if the path is no folder."""
+    if not path.is_dir():
+        return None
+    names = sorted(shown(p.name) for p in path.iterdir())
+    holds = (", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "nothing"
+    return (
+        "this is a folder without cells: no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it holds "
+        f"{holds})"
+    )
+
+
+def _skipped(uri: str) -> Iterator[Finding]:
+    """Warn of files of a folder that are skipped by their names."""
+    if skipped := left_by_macos(uri):
+        yield warning(f"{len(skipped)} files are what macOS wrote beside other files", "they are skipped: delete them",
+                      count=len(skipped), first=[p.name for p in skipped])  # fmt: skip
 
 
 def is_experiment(path: Path) -> bool:
@@ -107,8 +130,8 @@ def _paths(uri: str) -> list[Path]:
     found: list[Path] = []
     for match in matches:
         if match.is_dir() and not is_tenx(match):
-            inside = sorted(p for p in match.iterdir() if p.suffix == ".h5ad" or is_tenx(p))
-            found += inside
+            inside = (p for p in match.iterdir() if is_h5ad(p) or is_tenx(p))
+            found += sorted(p for p in inside if not is_left_by_macos(p))
         else:
             found.append(match)
     return found

@@ -24,7 +24,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import H5adSource
-from pipeline.config.paths.cell_files import h5ad_files
+from pipeline.config.paths.cell_files import h5ad_files, left_by_macos
 from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.h5ad_parts import H5adParts, open_parts
@@ -77,7 +77,8 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     """
     paths = find_files(source.path)
     problems: list[str] = []
-    notes: list[str] = []
+    skipped = [path.name for path in left_by_macos(source.path)]
+    notes = [f"{', '.join(skipped)}: skipped, because macOS wrote it beside another file."] if skipped else []
     files = [f for path in paths if (f := _open(path, source, problems, notes)) is not None]
     if len(files) > 1:  # for a single file, validation reports it
         files = _named_alike(files, source, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,6 +98,19 @@ def features(*types: str, ids: Sequence[str] = IDS) -> Callable[[Path], Path]:
     return make
 
 
+def packed(*names: str, changed: bool) -> Callable[[Path], Path]:
+    """Three text files, some of them gzipped as well, with the same content or not."""
+
+    def make(folder: Path) -> Path:
+        out = texts(folder)
+        for name in names:
+            content = (out / name).read_bytes()
+            (out / f"{name}.gz").write_bytes(gzip.compress(content + b"\n" * changed))
+        return out
+
+    return make
+
+
 def a_pipe(folder: Path) -> Path:
     """A named pipe for a matrix: whoever opens it waits for ever."""
     out = texts(folder)
@@ -123,6 +137,13 @@ CASES = [
     case("D:tenx", features("Antibody Capture", "Antibody Capture", "", "Peaks"), "no-genes", NO_GENES),
     case("D:duplicate-gene-ids", features("Gene Expression", ids=[f"{IDS[0]}.1", f"{IDS[0]}.2", *IDS[2:]]), "10x",
          f"1 genes are there in several versions (first: {IDS[0]}.1 and {IDS[0]}.2)", "keep one version"),
+    case("D:tenx", packed("matrix.mtx", "features.tsv", "barcodes.tsv", changed=False), "twice"),
+    *(
+        case("D:tenx", packed(name, changed=True), f"two-{name}",
+             f"has {name} and {name}.gz, and their contents differ: which one is meant is not known",
+             "delete or rename the other one")
+        for name in ("matrix.mtx", "features.tsv", "barcodes.tsv")
+    ),
     case("D:label-mixed", with_table(["1", "one", "1.5", "True"]), "table", source=TABLE),
     case("D:label-missing", with_table(["a", "", "b", "b"]), "table", "10 of 40 cells have no cell_type",
          source=TABLE),

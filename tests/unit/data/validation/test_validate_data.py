@@ -235,4 +235,4 @@ def test_a_label_of_measurements_is_refused_and_a_long_list_of_classes_is_cut(tm
 
 def test_a_folder_without_cells_is_not_called_absent(tmp_path):
     [found] = examine(Question(str(tmp_path)))
-    assert found.errors[0].what == "no .h5ad, Cell Ranger output or SOMA experiment is in the folder"
+    assert "no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it holds nothing)" in found.errors[0].what
