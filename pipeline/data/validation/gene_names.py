@@ -68,7 +68,9 @@ class GeneNames:
         return f"name a var column of unique ids{hint} in ingest.source.gene_id, or leave those genes out"
 
     def where_ensembl(self) -> str:
-        """Return where Ensembl ids are instead, if they are anywhere in var."""
+        """Return where Ensembl ids are instead, if they are anywhere in var; nothing if most of the ids are some."""
+        if is_ensembl(self.ids):
+            return ""
         others = self.others()
         found = ensembl_columns(others)
         usable = [c for c in found if has_unique_ids(others[c])]

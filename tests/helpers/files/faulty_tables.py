@@ -105,7 +105,7 @@ GENES = [
     Case("D:symbols", genes(SYMBOLS, ensembl=[*IDS[:4], None, None]), also="ids-lacking-and-chosen",
          source={"gene_id": "ensembl"},
          says=("error: 2 genes have no id; var has no other column", "2 of 6 gene ids are no Ensembl ids (first: nan",
-               "models and files are matched by Ensembl id; var has none"),
+               "models and files are matched by Ensembl id"),
          refused=("2 genes have no id; var has no other column with an id for each gene, each once: leave those genes "
                   "out, or name them",)),
     Case("D:symbols", genes(SYMBOLS, ensembl=[*IDS[:5], f"{IDS[0]}.7"]), also="ids-repeated",
@@ -126,6 +126,18 @@ GENES = [
          says=(f"6 gene ids have a version (first: {IDS[0]}.0; {IDS[1]}.1; {IDS[2]}.2); it is stripped",)),
 ]  # fmt: skip
 
+
+def latin_1(folder: Path) -> Path:
+    """A label as bytes of another encoding, which anndata and pandas cannot read."""
+    path = save(folder / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        del file["obs/cell_type"]
+        file["obs/cell_type"] = np.array(["Müller".encode("latin-1"), b"T cell"] * (N // 2))
+    return path
+
+
+LATIN_1 = ("obs has no column 'cell_type'", "column cell_type of obs cannot be read and is left out (its text is not "
+           "UTF-8: decode it with the encoding it was written in, and write it again)")  # fmt: skip
 CELLS = [
     Case("D:duplicate-obs-names", names,
          says=("2 obs names occur more than once (first: c1; c2); cells are told apart by soma_joinid",),
@@ -155,6 +167,7 @@ LABELS = [
          refused=("cell_type holds 40 different measurements, not classes", "pandas.cut")),
     Case("D:label-types", broken_codes, also="codes-outside",
          says=("obs cannot be read",), refused=("cannot be read",)),
+    Case("D:label-types", latin_1, also="latin-1", says=LATIN_1, refused=LATIN_1),
 ]  # fmt: skip
 
 CASES = [*GENES, *CELLS, *LABELS]
