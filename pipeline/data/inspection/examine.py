@@ -107,7 +107,7 @@ def _without_cells(path: Path) -> str | None:
     names = sorted(shown(p.name) for p in path.iterdir())
     holds = (", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "nothing"
     return (
-        "this is a folder without cells: no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it holds "
+        "this folder holds no cells: no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it holds "
         f"{holds})"
     )
 

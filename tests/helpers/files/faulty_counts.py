@@ -165,8 +165,8 @@ def drawn_down(x: np.ndarray) -> Any:
 
 
 MADE = [
-    Case("D:normalised-counts", cells(rescaled), also="rounded", says=(SAME,), notes=(SAME,)),
-    Case("D:normalised-counts", cells(drawn_down), also="downsampled", says=(SAME,), notes=(SAME,)),
+    Case("D:non-integer", cells(rescaled), also="rounded", says=(SAME,), notes=(SAME,)),
+    Case("D:non-integer", cells(drawn_down), also="downsampled", says=(SAME,), notes=(SAME,)),
 ]  # fmt: skip
 
 EMPTY = [

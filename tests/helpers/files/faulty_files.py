@@ -270,7 +270,7 @@ PLACES = [
          says=("it has no obs and no var (it holds weights); name a file that adata.write_h5ad() wrote",),
          refused=("name a file that adata.write_h5ad() wrote",)),
     Case("D:directory-for-file", folder_named_like_a_file,
-         says=("this is a folder without cells: no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it "
+         says=("this folder holds no cells: no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it "
                "holds nothing); name .h5ad files, a folder of them",),
          refused=("the folder holds no .h5ad file; it has nothing",)),
     Case("D:directory-for-file", lambda folder: folder / "none.h5ad", also="absent",

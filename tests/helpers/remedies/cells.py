@@ -241,6 +241,16 @@ def cells_have_no_label(case: Case) -> None:
     assert sum(ingest(job, setting(message(ingest, job), "ingest.missing_label"))["n_cells"].values()) == 30
 
 
+@follows("pipeline/data/validation/names.py: name another label in ingest.labels")
+def no_cell_has_a_label(case: Case) -> None:
+    path = save(
+        case.folder / "a.h5ad", cell_type=pd.Categorical([None] * N, categories=["a"]), other=["a", "b"] * (N // 2)
+    )
+    job = of_file(case, path)
+    for said in (message(ingest, job), told(look(path, "cell_type"))):
+        assert ingest(job, f"{named(said, 'ingest.labels')}=[other]")["labels"] == ["other"]
+
+
 @follows("pipeline/data/validation/names.py: keeps texts as classes")
 def a_class_is_called_nan(case: Case) -> None:
     path = save(case.folder / "a.h5ad", cell_type=["a", "nan"] * 20)
