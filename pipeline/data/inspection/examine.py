@@ -132,7 +132,7 @@ def _paths(uri: str) -> list[Path]:
         if match.is_dir() and not is_tenx(match):
             inside = (p for p in match.iterdir() if is_h5ad(p) or is_tenx(p))
             found += sorted(p for p in inside if not is_left_by_macos(p))
-        else:
+        elif match == path or not is_left_by_macos(match):
             found.append(match)
     return found
 

@@ -233,6 +233,14 @@ def test_a_label_of_measurements_is_refused_and_a_long_list_of_classes_is_cut(tm
     assert "… and 10 more" in found.text()
 
 
+def test_a_pattern_skips_what_macos_left_and_a_path_does_not(tmp_path):
+    (tmp_path / "._a.h5ad").write_bytes(b"\x00\x05\x16\x07")
+    [found] = examine(Question(str(tmp_path / "._*")))
+    assert "no such file, folder or pattern" in told(found)
+    [found] = examine(Question(str(tmp_path / "._a.h5ad")))
+    assert "what macOS wrote beside a file" in told(found)
+
+
 def test_a_folder_without_cells_is_not_called_absent(tmp_path):
     [found] = examine(Question(str(tmp_path)))
     assert "no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it holds nothing)" in found.errors[0].what
