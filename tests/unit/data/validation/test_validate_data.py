@@ -17,11 +17,12 @@ from helpers.files.h5ad_cases import ROOT, SHARED, G, N, counts, look, real, sav
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.config.job import IngestConfig
+from pipeline.config.job import H5adSource, IngestConfig
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.inspection.sandbox import ask
 from pipeline.data.safety.count_matrix import PIECE
 from pipeline.data.soma.write import write_experiment
+from pipeline.data.sources.h5ad import read_h5ad
 from pipeline.data.sources.open import open_source
 from scldm.errors import InputError
 
@@ -233,12 +234,13 @@ def test_a_label_of_measurements_is_refused_and_a_long_list_of_classes_is_cut(tm
     assert "… and 10 more" in found.text()
 
 
-def test_a_pattern_skips_what_macos_left_and_a_path_does_not(tmp_path):
+@pytest.mark.parametrize("name", ["._*", "._a.h5ad"])
+def test_what_macos_left_is_called_that(name, tmp_path):
     (tmp_path / "._a.h5ad").write_bytes(b"\x00\x05\x16\x07")
-    [found] = examine(Question(str(tmp_path / "._*")))
-    assert "no such file, folder or pattern" in told(found)
-    [found] = examine(Question(str(tmp_path / "._a.h5ad")))
+    [found] = examine(Question(str(tmp_path / name)))
     assert "what macOS wrote beside a file" in told(found)
+    with pytest.raises(InputError, match="what macOS wrote beside a file"):
+        read_h5ad(H5adSource.model_validate({"type": "h5ad", "path": str(tmp_path / name)}))
 
 
 def test_a_folder_without_cells_is_not_called_absent(tmp_path):
