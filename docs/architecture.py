@@ -24,7 +24,7 @@ LEVELS = {
     },
     "scldm": {
         "errors": 0, "text": 0, "config": 0, "random": 0, "data": 1, "nn": 2, "flow": 2, "metrics": 2, "optim": 3,
-        "cells": 3, "checkpoints": 3, "generation": 4, "api": 5, "__init__": 6,
+        "cells": 3, "checkpoints": 4, "generation": 5, "api": 6, "__init__": 7,
     },
 }  # fmt: skip
 SAME_LEVEL = {("pipeline.workflow", "pipeline.stages")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,8 +83,7 @@ def _convert_all(found: list[Published], out: Path) -> None:
             convert_upstream(checkpoint, config, model)
             typer.echo(f"converted: {model}")
         except InputError as error:
-            problems.append(
-                f"{checkpoint}: {error}\n  with its missing parts: scldm convert {checkpoint} --config {config}"
-            )
+            command = shlex.join(["scldm", "convert", str(checkpoint), "--config", str(config), "--out", str(model)])
+            problems.append(f"{checkpoint}: {error}; add the options that it names to {command}")
     if problems:
         raise InputError("\n".join(["not converted:", *problems]))

@@ -71,8 +71,9 @@ class TenxSource(StrictModel):
     genome: str | None = None
     """Genome to read if an output holds several."""
     obs: BarcodeTable | None = None
-    """Table of cell metadata, .csv, .tsv or .parquet, with the columns `barcode`, `sample` if there are several
-    samples, and the labels. Cells that are not in the table have no labels."""
+    """Table of cell metadata, .csv, .tsv or .parquet, with the columns `barcode` (or barcodes in a first column or an
+    index without a name), `sample` if there are several samples, and the labels. Cells that are not in the table have
+    no labels."""
     columns: dict[str, str] = {}
     """Renamed columns of that table, new name -> name in the table."""
 
@@ -167,7 +168,8 @@ class GenesConfig(StrictModel):
 
     vocabulary: GeneVocabulary = "source"
     """source: the genes of the source. Otherwise a file that lists genes in order (.json, .txt, .csv, .tsv, .parquet,
-    .h5ad), or the folder of a model, to align the cells to that vocabulary."""
+    .h5ad; a text file may have a header such as gene_id), or the folder of a model, to align the cells to that
+    vocabulary."""
     match: Literal["id", "symbol"] = "id"
     """How genes of a vocabulary are found in the source: by id (the version in ENSG….12 is ignored), or by
     feature_name. A symbol that several genes of the source share matches none of them; a note says so."""
@@ -261,7 +263,8 @@ class IngestConfig(StrictModel):
     """obs columns that the flow is conditioned on."""
     cells: CellsConfig = CellsConfig()
     obs_filter: str | None = None
-    """SOMA value filter on obs, for what `cells` cannot say: "n_genes > 500 or tissue_general == 'lung'"."""
+    """SOMA value filter on obs, for what `cells` cannot say: "n_genes > 500 or tissue_general == 'lung'". A column
+    whose name holds a space is written attr('n genes')."""
     max_cells: PositiveInt | None = None
     """Maximum number of cells after filtering. They are taken from few storage tiles, but from at least 16, so that a
     part of a large store is fast to read and still mixed. Deterministic; null takes all cells. Files are always written

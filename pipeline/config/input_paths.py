@@ -26,6 +26,8 @@ from pipeline.core.digests import content_digest
 from scldm.api.folders import find_model, is_remote
 from scldm.errors import InputError
 
+VOCABULARY = "vocabulary.json"
+
 
 @dataclass(frozen=True)
 class InputContent:
@@ -154,7 +156,9 @@ class SomaExperiment(InputPath):
 def vocabulary_file(name: str) -> Path:
     """Return the file with the genes that `ingest.genes.vocabulary` names: a list of genes, or a model's."""
     path = Path(name).expanduser()
-    return find_model(name, "vae") / "vocabulary.json" if is_remote(name) or path.is_dir() else path
+    if path.is_dir() and (path / VOCABULARY).is_file():
+        return path / VOCABULARY
+    return find_model(name, "vae") / VOCABULARY if is_remote(name) or path.is_dir() else path
 
 
 def _no_content(path: Path) -> InputContent | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -21,6 +21,13 @@ from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
+from scldm.optim.config import LoraConfig
+
+
+def _one_way_to_keep_parts(start: Any) -> Any:
+    if start.lora is not None and start.freeze:
+        raise ValueError("lora keeps all weights that are taken over, and freeze says nothing more; leave one out")
+    return start
 
 
 class StartVaeConfig(StrictModel):
@@ -31,6 +38,14 @@ class StartVaeConfig(StrictModel):
 
     model: StartVae
     """Name of the model, from anywhere: runs/census, models:/census-vae@champion, a folder."""
+    freeze: list[str] = []
+    """Parts that are not trained, by the beginning of their parameters' names: encoder, decoder, gene_embedding."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters, and what is new, in place of all weights; they are merged at the end."""
+
+    @model_validator(mode="after")
+    def _keeps_parts_in_one_way(self) -> Self:
+        return _one_way_to_keep_parts(self)
 
 
 class StartFlowConfig(StrictModel):
@@ -41,6 +56,15 @@ class StartFlowConfig(StrictModel):
 
     model: StartFlow
     """Name of the model, from anywhere: runs/census, models:/census-flow@champion, a folder."""
+    freeze: list[str] = []
+    """Parts that are not trained, by the beginning of their parameters' names: blocks, input, time."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters, and what is new, in place of all weights; they are merged at the end."""
+
+    @model_validator(mode="after")
+    def _keeps_parts_in_one_way(self) -> Self:
+        return _one_way_to_keep_parts(self)
+
     parents: dict[str, dict[ClassName, ClassName]] = {}
     """Label -> new class -> class of the model whose embedding it starts at: {cell_type: {CD4 naive: CD4 T}}."""
 

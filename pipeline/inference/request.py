@@ -11,7 +11,8 @@ before anything is computed, and records it in the stage's folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from scldm.data.user_table import read_table
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 from scldm.generation.request import Request, RequestRow, Settings
-from scldm.generation.request_table import check_guidance, genes_to_write, read_rows
+from scldm.generation.request_table import check_columns, check_guidance, genes_to_write, read_rows
 
 if TYPE_CHECKING:
     from pipeline.data.ingest.dataset import IngestedDataset
@@ -46,24 +47,22 @@ def read_request(config: GenerateConfig, vocabulary: Vocabulary, compositions: M
         InputError: with all problems.
     """
     _require_one_selection(config)
-    if config.conditions is not None:
-        table, where = read_conditions(Path(config.conditions)), config.conditions
-    elif config.cells is not None:
-        table, where = pd.DataFrame(config.cells), "generate.cells"
+    if (given := _given_table(config)) is not None:
+        table, where = given.table, given.where
     elif config.per_label is not None:
         table, where = _per_label(config.per_label, vocabulary), "generate.per_label"
     elif config.like is not None:
         table, where = _scaled(compositions[config.like], config.n_cells), f"generate.like={config.like}"
     else:
         table, where = pd.DataFrame({"n_cells": [config.n_cells]}), "generate.n_cells"
-    problems = check_guidance(config.sampler.guidance, vocabulary)
+    problems = check_guidance(config.sampler.guidance, [x.name for x in vocabulary.labels])
     try:
         genes_to_write(config.genes, vocabulary)
     except InputError as error:
         problems.append(str(error))
     rows = read_rows(table, where, vocabulary, problems)
-    if not problems and (n_cells := sum(r["n_cells"] for r in rows)) > MAX_CELLS:
-        problems.append(f"{where} asks for {n_cells:,} cells; at most {MAX_CELLS:,} in one job")
+    if not problems:
+        problems += _too_many(where, sum(r["n_cells"] for r in rows))
     if problems:
         raise InputError("\n".join(problems))
     return Request(tuple(RequestRow(**row) for row in rows))
@@ -99,15 +98,31 @@ def recorded_request(folder: Path) -> Request | None:
     return request
 
 
-def check_choice(config: GenerateConfig) -> list[str]:
-    """Return the problems of a request that show without knowing the model."""
+def check_choice(config: GenerateConfig, labels: Sequence[str] | None = None) -> list[str]:
+    """Return the problems of a request that show without knowing the classes of the model.
+
+    Args:
+        labels: Labels that the model will have; None if they are not known.
+    """
     try:
         _require_one_selection(config)
-        if config.conditions is not None:
-            read_conditions(Path(config.conditions))
+        given = _given_table(config)
     except InputError as error:
         return [str(error)]
-    return []
+    problems: list[str] = []
+    if given is not None:
+        n_cells = check_columns(given.table, given.where, labels, problems).n_cells
+        if not problems and len(n_cells):
+            problems += _too_many(given.where, int(n_cells.sum()))
+    if labels is not None:
+        problems += check_guidance(config.sampler.guidance, labels)
+        names = config.per_label or {}
+        problems += [
+            f"generate.per_label: no label {name!r}; the model will know: {', '.join(labels) or 'none'}"
+            for name in names
+            if name not in labels
+        ]
+    return problems
 
 
 def n_shards(request: Request, shard_size: int) -> int:
@@ -116,6 +131,23 @@ def n_shards(request: Request, shard_size: int) -> int:
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _GivenTable:
+    table: pd.DataFrame
+    where: str  # for messages
+
+
+def _given_table(config: GenerateConfig) -> _GivenTable | None:
+    """Return the table that a config names or holds; None if it asks for cells in another way."""
+    if config.conditions is not None:
+        return _GivenTable(read_conditions(Path(config.conditions)), f"generate.conditions: {config.conditions}")
+    return None if config.cells is None else _GivenTable(pd.DataFrame(config.cells), "generate.cells")
+
+
+def _too_many(where: str, n_cells: int) -> list[str]:
+    return [] if n_cells <= MAX_CELLS else [f"{where} asks for {n_cells:,} cells; at most {MAX_CELLS:,} in one job"]
+
+
 def _require_one_selection(config: GenerateConfig) -> None:
     given = [k for k in ("conditions", "cells", "per_label", "like") if getattr(config, k) is not None]
     if len(given) > 1:
@@ -196,10 +228,28 @@ def notes_on(
             if given and level != condition_key(given):
                 fallback.append(f"{_text(given)} from {level}")
     notes = []
+    if config.conditions is not None and training is not None and not config.conditions.endswith(".parquet"):
+        notes += _notes_on_space(request, training, labels)
     if unseen:
         notes.append(f"No training cell has {_first(unseen)}: what the model says of them is composed, not learned.")
     if fallback:
         notes.append(f"Too few training cells for library sizes of their own: {_first(fallback)}.")
+    return notes
+
+
+def _notes_on_space(request: Request, training: pd.DataFrame, labels: list[str]) -> list[str]:
+    """Describe classes that a table file cannot tell apart, because white space around a field is no part of it."""
+    notes = []
+    for label in labels:
+        classes = {str(c) for c in training[label].dropna()}
+        used = {c for row in request.rows if (c := row.condition.get(label)) is not None}
+        for name in sorted(used):
+            others = sorted(c for c in classes - {name} if c.strip() == name.strip())
+            if others:
+                notes.append(
+                    f"{label} {name!r} was generated; the data also have {', '.join(map(repr, others))}, which differs "
+                    "only in white space around it: a table file cannot name both, generate.cells can."
+                )
     return notes
 
 

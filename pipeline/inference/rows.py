@@ -17,7 +17,7 @@ import pandas as pd
 
 from pipeline.config.apply import RealCellsConfig, ScoredGenesConfig
 from pipeline.config.ingest import MISSING_TEXT, GenesConfig, H5adSource, IngestConfig, TenxSource
-from pipeline.data.ingest.filters import check_values, value_filter
+from pipeline.data.ingest.filters import find_values, value_filter
 from pipeline.data.ingest.genes import ModelGenes, gene_lut, model_genes
 from pipeline.data.ingest.measured import presence_of_cells
 from pipeline.data.labels import label_names
@@ -131,8 +131,7 @@ def _cells(config: RealCellsConfig, source: OpenSource, vocabulary: Vocabulary, 
     ]
     if problems:
         raise InputError("\n".join(problems))
-    check_values(config.cells, source.store)
-    chosen = value_filter(config.cells.conditions(), config.obs_filter)
+    chosen = value_filter(find_values(config.cells, source.store), config.obs_filter)
     extra = ["obs_id", *(["dataset_id"] if presence or source.measured is not None else [])]
     wanted = dict.fromkeys([*config.keep_obs, *_names(vocabulary), *extra])
     cells = source.store.obs([c for c in wanted if c in available], chosen)

@@ -13,7 +13,6 @@ from pipeline.core.manifest import Manifest
 from pipeline.core.text import compact, duration, human
 from pipeline.planning import sizes
 from scldm.api.folders import find_model
-from scldm.errors import InputError
 
 
 def generation_lines(
@@ -22,17 +21,21 @@ def generation_lines(
     vae: TrainVaeConfig | None,
     resources: ResourcesConfig,
     before: Manifest | None,
+    *,
+    n_cells: int | None = None,
 ) -> tuple[list[str], int]:
     """Return lines of the plan, and bytes on disk (0 if they are not known).
 
     Args:
         before: The generation of this pipeline that finished last, whose rate gives the time.
+        n_cells: Of the resolved request; None if it is not known yet.
     """
     if config.model is not None:
         data = _facts_of(config.model)
-    n_cells = requested_cells(config, data)
     if n_cells is None:
-        return [f"generate: cells unknown until its table or data exists, {_actors(resources)}"], 0
+        n_cells = requested_cells(config, data)
+    if n_cells is None:
+        return [f"generate: cells unknown until ingest has run, {_actors(resources)}"], 0
     shards = max(1, -(-n_cells // config.shard_size))
     size = cell_bytes(config, data, vae)
     amount = f"{n_cells:,} cells in {shards:,} shards of at most {config.shard_size:,}"
@@ -52,17 +55,12 @@ def _facts_of(model: ModelNames) -> sizes.DataFacts:
 
 
 def requested_cells(config: GenerateConfig, data: sizes.DataFacts) -> int | None:
-    """Return the number of requested cells; None if the data or the table does not exist yet."""
+    """Return the number of cells that a checked config requests; None if the data that tell do not exist yet."""
     if config.conditions is None:
         return sizes.generated_cells(config, data)
     from pipeline.inference.request import read_conditions
 
-    try:
-        table = read_conditions(Path(config.conditions))
-    except InputError:  # run reports what is wrong with it
-        return None
-    counts = table.get("n_cells")
-    return None if counts is None else round(sum(float(n) for n in counts if str(n).replace(".", "", 1).isdigit()))
+    return sum(int(float(n)) for n in read_conditions(Path(config.conditions))["n_cells"])
 
 
 def cell_bytes(config: GenerateConfig, data: sizes.DataFacts, vae: TrainVaeConfig | None) -> float | None:

@@ -22,6 +22,7 @@ from pipeline.planning import sizes
 from pipeline.planning.generation import generation_lines
 from pipeline.planning.memory import stage_lines, state_bytes
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for
+from scldm.generation.request import Request
 
 UNKNOWN = "unknown"
 
@@ -59,6 +60,7 @@ def plan_data(resolved: ResolvedJob) -> dict[str, Any]:
 
 
 def _decisions(resolved: ResolvedJob) -> tuple[list[Decision], list[str]]:
+    request = resolved.check_known_data()  # so that a plan refuses what a run refuses
     decided = {s.stage: s for s in resolved.steps}
     lacking = [m.stage for m in resolved.missing]
     found = []
@@ -69,12 +71,16 @@ def _decisions(resolved: ResolvedJob) -> tuple[list[Decision], list[str]]:
             found.append(Decision(stage, "", f"needs {needs}", f"first: {first}"))
         else:
             found.append(Decision(stage, step.version, "done" if step.done else "will run", step.reason))
-    return found, _sizes(resolved, decided)
+    return found, _sizes(resolved, decided, request)
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------
-def _sizes(resolved: ResolvedJob, decided: dict[str, Step]) -> list[str]:
-    """Return one or more lines for each stage of the job that takes steps, memory or disk."""
+def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | None) -> list[str]:
+    """Return one or more lines for each stage of the job that takes steps, memory or disk.
+
+    Args:
+        request: Of generate; None if it is not known yet.
+    """
     job, folder, configs = resolved.job, resolved.folder, dict[str, Any](resolved.configs)
     data = sizes.data_facts(_manifest("ingest", decided, folder), configs.get("ingest"))
     vae = _config("train_vae", TrainVaeConfig, configs, decided, folder)
@@ -105,7 +111,8 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step]) -> list[str]:
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
     if "generate" in configs:
         before = newest_manifest(folder, "generate")
-        text, size = generation_lines(configs["generate"], data, vae, job.resources, before)
+        n = None if request is None else request.n_cells
+        text, size = generation_lines(configs["generate"], data, vae, job.resources, before, n_cells=n)
         lines += text
         disk += size
     lines += _gpu_hours(job, configs, vae, data, decided, folder)

@@ -22,9 +22,17 @@ from pipeline.config.job import IngestConfig
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.data.ingest.copies import Copies, copies_facts, find_copies, keep_together
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.data.ingest.filters import check_values, value_filter
+from pipeline.data.ingest.filters import find_values, value_filter
 from pipeline.data.ingest.genes import gene_lut, model_genes
-from pipeline.data.ingest.held_out import columns_of, counted, held_out_facts, hold_out, notes_on, read_combinations
+from pipeline.data.ingest.held_out import (
+    columns_of,
+    counted,
+    find_classes,
+    held_out_facts,
+    hold_out,
+    notes_on,
+    read_combinations,
+)
 from pipeline.data.ingest.measured import measured_genes, over_measured
 from pipeline.data.ingest.split import SPLITS, label_counts, require_splits, split_cells
 from pipeline.data.ingest.statistics import CountStatistics, count_statistics
@@ -50,11 +58,12 @@ SAMPLED_TILES = 50
 
 def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its facts."""
-    source = with_counts(open_source(config, context.folder, _columns(config)), config.source)
+    opened = open_source(config, context.folder, _columns(config), named_by=_named_by(config))
+    source = with_counts(opened, config.source)
     # Two tables with a row for each cell: what the source says, and what is computed here. They are never one, because
     # a source may have columns called split, library_size or n_expressed.
     obs = _eligible(config, source)
-    combinations = read_combinations(config.split.held_out)
+    combinations = find_classes(obs, read_combinations(config.split.held_out))
     census = config.source.type == "census"  # which says itself which cells it has twice: is_primary_data
     copies = Copies.none(len(obs)) if census else find_copies(source.store, obs, source.notes)
     split = split_cells(obs, config.split, tile=source.store.tile, copies=copies)
@@ -124,15 +133,20 @@ def _columns(config: IngestConfig) -> list[str]:
     return list(dict.fromkeys([*config.labels, *by, *columns_of(config.split.held_out)]))
 
 
+def _named_by(config: IngestConfig) -> dict[str, str]:
+    """Return the place that names a column which only held-out combinations need, for messages."""
+    return {c: where for c, where in columns_of(config.split.held_out).items() if c not in config.labels}
+
+
 def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
     """Return obs of the cells that pass the filter and have their labels; at most max_cells of them."""
     available, wanted = source.store.obs_columns(), _columns(config)
     if absent := [c for c in wanted if c not in available]:
         empty = pd.DataFrame(columns=available)
-        raise InputError("\n".join(label_problems(empty, absent, drop_missing=False, names=None)))
+        problems = label_problems(empty, absent, drop_missing=False, names=None, named_by=_named_by(config))
+        raise InputError("\n".join(problems))
     extra = [c for c in ("raw_sum", "nnz", *(["dataset_id"] if config.genes.presence else [])) if c in available]
-    check_values(config.cells, source.store)
-    chosen = value_filter(config.cells.conditions(), config.obs_filter)
+    chosen = value_filter(find_values(config.cells, source.store), config.obs_filter)
     source.facts["value_filter"] = chosen
     cells = source.store.obs([*wanted, *extra], chosen)
     if not len(cells):

@@ -6,10 +6,12 @@ from typing import Any
 
 from pipeline.config.context import StageContext
 from pipeline.config.job import TrainFlowConfig
-from pipeline.stages.training_spec import flow_spec
+from pipeline.stages.training_spec import flow_spec, log_start
 from pipeline.training.trainer import fit
 
 
 def run(config: TrainFlowConfig, context: StageContext) -> dict[str, Any]:
     """Train and return the facts: model (folder), steps, n_parameters, metrics, checkpoint."""
-    return fit(flow_spec(config, context), config.train, context.resources, "train_flow")
+    facts = fit(flow_spec(config, context), config.train, context.resources, "train_flow")
+    log_start("train_flow", facts)
+    return facts

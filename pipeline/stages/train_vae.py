@@ -9,7 +9,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import TrainVaeConfig
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.stages.model_card import model_card
-from pipeline.stages.training_spec import vae_spec
+from pipeline.stages.training_spec import log_start, vae_spec
 from pipeline.training.trainer import fit
 from scldm.api.folders import find_model
 from scldm.data.vocabulary import Vocabulary
@@ -25,7 +25,9 @@ def run(config: TrainVaeConfig, context: StageContext) -> dict[str, Any]:
     """
     if config.pretrained is not None:
         return use_pretrained(config, context)
-    return fit(vae_spec(config, context), config.train, context.resources, "train_vae")
+    facts = fit(vae_spec(config, context), config.train, context.resources, "train_vae")
+    log_start("train_vae", facts)
+    return facts
 
 
 def use_pretrained(config: TrainVaeConfig, context: StageContext) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,8 @@ from pipeline.core.faults import VARIABLE
 from pipeline.inference.models import model_on_every_node
 from pipeline.stages.model_card import model_card
 from pipeline.training.tasks.spec import FlowWorkerSpec, VaeWorkerSpec
+
+log = logging.getLogger(__name__)
 
 
 def vae_spec(config: TrainVaeConfig, context: StageContext) -> VaeWorkerSpec:
@@ -27,6 +31,16 @@ def flow_spec(config: TrainFlowConfig, context: StageContext) -> FlowWorkerSpec:
     card = model_card("flow", config, context.inputs)
     start = None if config.start_from is None else config.start_from.model
     return FlowWorkerSpec(config=config, card=card, **_common(context), start_from=_found(start, "flow", context))
+
+
+def log_start(stage: str, facts: Mapping[str, Any]) -> None:
+    """Log what a training took over from the model that it started from."""
+    if (start := facts.get("start_from")) is not None:
+        from scldm.checkpoints.start_from import Started
+
+        taken = Started(**{k: v for k, v in start.items() if k != "model"})
+        for line in (f"{stage} started from the weights of {start['model']}", *taken.lines()):
+            log.info("%s", line)
 
 
 def _found(name: str | None, kind: Literal["vae", "flow"], context: StageContext) -> Path | None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.apply import RealCellsConfig
 from pipeline.config.checks import feed_problems
 from pipeline.config.deepspeed import read_options
-from pipeline.config.job import GenerateConfig, JobBase, ResourcesConfig, TrainConfig, TrainVaeConfig, stage_configs
+from pipeline.config.job import (
+    GenerateConfig,
+    IngestConfig,
+    JobBase,
+    ResourcesConfig,
+    TrainConfig,
+    TrainVaeConfig,
+    stage_configs,
+)
 from pipeline.core.manifest import Manifest
 from scldm.errors import InputError
 from scldm.generation.request import Request
@@ -25,16 +33,20 @@ def check_settings(job: JobBase) -> None:
         InputError: Settings contradict each other; all problems are listed.
     """
     problems: list[str] = []
-    for stage, config in stage_configs(job).items():
+    configs = stage_configs(job)
+    for stage, config in configs.items():
         where = f"{stage}." if job.kind == "pipeline" else ""
         if (train := getattr(config, "train", None)) is not None:
             problems += feed_problems(train, job.resources, where)
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
             problems += _cautious_problems(train, job.resources, where)
+            problems += _adapter_problems(config, where)
         if isinstance(config, GenerateConfig):
             from pipeline.inference.request import check_choice
 
-            problems += check_choice(config) or _named_model_problems(config)
+            ingest = configs.get("ingest") if config.model is None else None  # which decides the model's labels
+            labels = ingest.labels if isinstance(ingest, IngestConfig) else None
+            problems += check_choice(config, labels) or _named_model_problems(config)
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 
@@ -75,6 +87,15 @@ def _cautious_problems(train: TrainConfig, resources: ResourcesConfig, where: st
             f"{where}train.optimizer.cautious (true) rescales under ZeRO by what a worker holds of all parameters, so "
             f"its steps depend on the number of workers, and resources.workers is {resources.workers}; set "
             f"{where}train.zero_stage=0, or a fixed number of workers"
+        )
+
+
+def _adapter_problems(config: Any, where: str) -> Iterator[str]:
+    start = getattr(config, "start_from", None)
+    if start is not None and start.lora is not None and config.train.zero_stage == 3:
+        yield (
+            f"{where}start_from.lora adds to weights that every worker holds, and ZeRO 3 cuts them up; adapters need "
+            f"little memory: set {where}train.zero_stage=2"
         )
 
 

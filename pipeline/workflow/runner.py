@@ -22,6 +22,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.input_paths import input_contents
 from pipeline.config.io.loader import resolved_yaml
 from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
+from pipeline.config.paths.working_folder import in_ray_package
 from pipeline.core.faults import fault_point
 from pipeline.core.lock import stage_lock
 from pipeline.core.logs import setup_logging
@@ -29,11 +30,10 @@ from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, wri
 from pipeline.stages.registry import stage_function
 from pipeline.tracking.tracker import DriverTracker, Tracking
 from pipeline.workflow.changes import changed_files
-from pipeline.workflow.folders import in_ray_package, output_root
+from pipeline.workflow.folders import output_root
 from pipeline.workflow.preflight import check_against_data
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for, resolve
 from scldm.errors import InputError
-from scldm.generation.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,6 @@ def run_job(job: JobBase, source_path: str | Path, overrides: Sequence[str] = ()
     resolved = resolve(job, source_path)
     resolved.require_inputs()
     run = JobRun(resolved, " ".join([str(source_path), *overrides]))
-    run.check_known_data()
     if in_ray_package(Path.cwd()):
         log.info("running in Ray's temporary copy of the code; output goes to %s", resolved.folder)
     for step in resolved.steps:
@@ -122,17 +121,7 @@ class JobRun:
         self.job, self.steps, self.todo, self.source = resolved.job, resolved.steps, resolved.todo, source
         self.manifests: dict[str, Manifest] = {}
         self.ran: list[str] = []
-        self.request: Request | None = None
-        self.data_checked = False
-
-    def check_known_data(self) -> None:
-        """Check what the job needs of data that were ingested before; data of this job are checked after ingest."""
-        ingest = next((s.inputs["ingest"] for s in self.steps if s.done is None and "ingest" in s.inputs), None)
-        if ingest is not None and ingest.is_finished:
-            self._check_data(ingest)
-
-    def _check_data(self, ingest: Manifest) -> None:
-        self.request, self.data_checked = check_against_data(self.todo, ingest), True
+        self.request = resolved.check_known_data()
 
     def run(self) -> None:
         """Run all stages in order."""
@@ -141,8 +130,8 @@ class JobRun:
                 with cluster.connect(self.job.resources, list(self.todo)):
                     for step in self.steps:
                         self.manifests[step.stage] = step.done or self._run_step(step, tracking)
-                        if step.stage == "ingest" and not self.data_checked:
-                            self._check_data(self.manifests["ingest"])
+                        if step.stage == "ingest" and step.done is None:
+                            self.request = check_against_data(self.todo, self.manifests["ingest"])
             finally:
                 setup_logging(stage=self.job.name)
 

@@ -17,9 +17,10 @@ from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
 from pipeline.workflow.changes import changed_since_0_1, check_experiment, reason_to_run, versions_of_0_1
 from pipeline.workflow.folders import pipeline_folder
-from pipeline.workflow.preflight import check_settings
+from pipeline.workflow.preflight import check_against_data, check_settings
 from scldm.config import StrictModel
 from scldm.errors import InputError
+from scldm.generation.request import Request
 
 READ_COUNTS = ("train_vae", "encode", "train_flow", "evaluate")  # stages that read the cells of ingest again
 
@@ -65,6 +66,30 @@ class ResolvedJob:
     def todo(self) -> dict[str, StrictModel]:
         """Return the settings of the stages that will run."""
         return {s.stage: s.config for s in self.steps if s.done is None}
+
+    def check_known_data(self) -> Request | None:
+        """Check what the job needs of data that were ingested before; data of this job are checked after ingest.
+
+        Returns:
+            The request of generate; None if generate does not run, or the data are not known.
+
+        Raises:
+            InputError: The data lack something.
+        """
+        waiting = {stage: c for stage, c in self.configs.items() if stage not in {s.stage for s in self.steps}}
+        ingest = next((s.inputs["ingest"] for s in self.steps if s.done is None and "ingest" in s.inputs), None)
+        if ingest is None and waiting:
+            ingest = self._ingest_of(waiting)
+        if ingest is None or not ingest.is_finished:
+            return None
+        return check_against_data({**self.todo, **waiting}, ingest)
+
+    def _ingest_of(self, waiting: Mapping[str, StrictModel]) -> Manifest | None:
+        """Return the ingest that stages would read which cannot be decided yet."""
+        own = next((s.as_input() for s in self.steps if s.stage == "ingest"), None)
+        read = {name for stage, config in waiting.items() for name in needs(stage, config)}
+        earlier = [s for s in STAGES if s in read and s not in self.configs]
+        return own or _find_earlier(self.job, self.folder, earlier).get("ingest")
 
     def require_inputs(self) -> None:
         """Raise InputError if inputs of the job do not exist; all of them are named."""

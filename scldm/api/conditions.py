@@ -33,7 +33,8 @@ def read_conditions(
     """
     problems = given.problems
     table = _table(given, conditions, n, vocabulary)
-    problems += [p.replace("generate.sampler.", "") for p in check_guidance(sampler.guidance, vocabulary)]
+    known = [x.name for x in vocabulary.labels]
+    problems += [p.replace("generate.sampler.", "") for p in check_guidance(sampler.guidance, known)]
     rows = [] if table is None else read_rows(table, "conditions", vocabulary, problems)
     kept = None
     try:

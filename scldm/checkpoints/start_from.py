@@ -9,18 +9,21 @@ Shape letters: g genes, k classes of a label (and the null class), d model width
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError
 from scldm.nn.dit import DiT, label_table_name
 from scldm.nn.vae import VAE
+from scldm.optim.config import LoraConfig
+from scldm.optim.lora import add_adapters
+from scldm.text import choices_hint
 
 EMBEDDINGS = ("gene_embedding", "decoder_embedding")  # (g, d)
 PER_GENE = (*EMBEDDINGS, "log_theta", "gene_bias")
@@ -37,6 +40,8 @@ class Started:
     dropped: list[str] = field(default_factory=list)  # its parameters that this network lacks
     genes: dict[str, int] = field(default_factory=dict)  # kept, new, dropped
     classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> kept, new, dropped, parents
+    frozen: list[str] = field(default_factory=list)  # parameters that are not trained
+    adapters: dict[str, int] = field(default_factory=dict)  # rank, and trained: numbers that are trained
 
     def lines(self) -> list[str]:
         """Return it in words."""
@@ -47,9 +52,11 @@ class Started:
             lines.append(
                 f"{label}: {n['kept']} classes kept, {_named(n['new'], 'new')}, {_named(n['dropped'], 'dropped')}"
             )
-        for what, names in (("new", self.new), ("dropped", self.dropped)):
+        for what, names in (("new", self.new), ("dropped", self.dropped), ("frozen", self.frozen)):
             if names:
                 lines.append(f"{what} parameters: {', '.join(names[:SHOWN])}" + (" …" if len(names) > SHOWN else ""))
+        if self.adapters:
+            lines.append("adapters of rank {rank}: {trained:,} numbers are trained".format(**self.adapters))
         return lines
 
     def facts(self) -> dict[str, Any]:
@@ -131,6 +138,47 @@ def start_flow(
         started.dropped.append(name)
     _require_known(started, allowed=("labels.",))
     return started
+
+
+def adapt(module: nn.Module, lora: LoraConfig, started: Started, *, seed: int) -> None:
+    """Give a network that was started adapters, and train nothing else but what is its own.
+
+    That is what the other network lacks, the values of genes (their embeddings only if some are new), and the classes.
+    """
+    own = (*PER_GENE, "labels.") if started.genes.get("new") else ("log_theta", "gene_bias", "labels.")
+    names = [n for n, _ in module.named_parameters() if n.startswith(own) or n in started.new]
+    trained = set(add_adapters(module, lora, seed=seed, also=names))
+    n_trained = sum(p.numel() for n, p in module.named_parameters() if n in trained)
+    started.adapters = {"rank": lora.rank, "trained": n_trained}
+
+
+def freeze(module: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Keep parameters from being trained, and return their names.
+
+    Args:
+        parts: Beginnings of names of parameters, whole between dots: `encoder`, `decoder.blocks.0`, `gene_embedding`.
+
+    Raises:
+        CheckpointError: A part has no parameter, or nothing would be left to train.
+    """
+    frozen: list[str] = []
+    own = dict(module.named_parameters())
+    for part in parts:
+        names = [n for n in own if n == part or n.startswith(f"{part}.")]
+        if not names:
+            raise CheckpointError(f"freeze: the network has no part {part!r} ({choices_hint(part, _parts(own))})")
+        frozen += names
+    if own and set(frozen) == set(own):
+        raise CheckpointError("freeze leaves nothing to train; to use a VAE as it is: model: NAME, train: false")
+    for name in frozen:
+        own[name].requires_grad_(False)
+    return sorted(set(frozen))
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """Return all beginnings of names that end at a dot, and the names themselves."""
+    found = {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
+    return sorted(found, key=lambda n: (n.count("."), n))
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ number to an object. Every place that compares labels therefore asks here for th
 from __future__ import annotations
 
 import datetime
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+_POINT = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,12})?")
 _DIGITS = 15  # that every float64 holds; one with more may be a float32 that was widened
 
 
@@ -87,6 +89,33 @@ def class_names(values: Iterable[Any]) -> np.ndarray:
 def widened(column: pd.Series) -> pd.Series:
     """Return 16-bit floats as 32-bit ones with the same digits: 0.1 stays 0.1, where a plain cast makes 0.099975586."""
     return column.astype(str).astype(np.float32)
+
+
+class ClassFinder:
+    """Finds the class that a name in a user's table or settings stands for.
+
+    It is the class of that name, or else the only class that differs from it in white space around it or in the
+    notation of a plain number: 1.0 stands for the class 1, and 1 for a class whose text is 1.0.
+    """
+
+    def __init__(self, classes: Iterable[str]) -> None:
+        self._classes = dict.fromkeys(classes)
+        self._alike: dict[str, list[str]] = defaultdict(list)
+        for name in self._classes:
+            self._alike[_written(name)].append(name)
+
+    def find(self, name: str) -> str | None:
+        """Return the class; None if no class fits, or several do."""
+        if name in self._classes:
+            return name
+        alike = self._alike.get(_written(name), [])
+        return alike[0] if len(alike) == 1 else None
+
+
+def _written(name: str) -> str:
+    """Return a name without white space around it; a plain number with the fewest digits. 007 and 1e5 may be names."""
+    name = name.strip()
+    return class_text(Decimal(name).normalize()) if _POINT.fullmatch(name) else name
 
 
 def near_duplicates(names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Reads tables that users write: conditions, held-out combinations, descriptions of cells.
 
 Fields of a text file stay text, and only an empty field is missing: donor 001 and a class called NA stay what they are.
-Nothing of a table is left aside: named levels of its index are columns, as after `value_counts()` or
-`groupby().size()`, and an index of unnamed texts is refused.
+`text_table.py` reads the files. Nothing of a table is left aside: named levels of its index are columns, as after
+`value_counts()` or `groupby().size()`, and an index of unnamed texts is refused.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from scldm.data.class_names import class_names
+from scldm.data.text_table import TextTableError, read_text_table
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
+from scldm.text import shown
 
 N_CELLS = "n_cells"
 COUNTED = ("count", "size")  # what pandas calls the column of `value_counts()` and `size()`
 ENDINGS = (".csv", ".tsv", ".parquet")
+JOINED = "joined"  # in the attrs of a table: fields that rows had with and without white space around them
+NAMELESS = ("", "Unnamed: 0")  # names of a column without one: in a file, and as pandas writes it again
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]+)?")  # not 007, not 1e5, not an id of 20 digits
 
 
@@ -26,11 +31,16 @@ class TableError(InputError, ValueError):
     """Raised for a table that cannot be read as a whole. The message says which, why, and what to change."""
 
 
-def read_table(path: Path, setting: str) -> pd.DataFrame:
+def read_table(path: Path, setting: str, *, first: str | None = None) -> pd.DataFrame:
     """Read a CSV, TSV or Parquet file.
 
     Args:
         setting: Setting that names the file, for messages.
+        first: Column that a first column or an index without a name is, unless the table has one of that name; None
+            refuses one, except row numbers.
+
+    Returns:
+        Its columns; `attrs["joined"]` lists the fields that only white space around them told apart.
 
     Raises:
         TableError: There is no such file, or not all of it can be read.
@@ -41,21 +51,60 @@ def read_table(path: Path, setting: str) -> pd.DataFrame:
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise TableError(f"{setting}: {path}: the ending is {ending!r}; known: {', '.join(ENDINGS)}")
+    where = f"{setting}: {path}"
     try:
-        if ending == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            separator = "\t" if ending == ".tsv" else ","
-            table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, na_values=[""])
-    except (ValueError, OSError, pd.errors.ParserError) as error:  # UnicodeDecodeError is a ValueError
+        table = pd.read_parquet(path) if ending == ".parquet" else _text(path)
+    except TextTableError as error:
+        raise TableError(f"{where} cannot be read: {error}") from error
+    except (ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TableError(
-            f"{setting}: {path} cannot be read: it is no readable CSV, TSV or Parquet table ({reason})"
-        ) from error
-    if ending != ".parquet" and not isinstance(table.index, pd.RangeIndex):
-        # pandas takes the first fields as an index, which moves all others by a column.
-        raise TableError(f"{setting}: {path}: rows have more fields than the header; name every column")
-    return whole_table(table, f"{setting}: {path}")
+        raise TableError(f"{where} cannot be read: it is no readable CSV, TSV or Parquet table ({reason})") from error
+    joined = table.attrs.get(JOINED, [])
+    table = whole_table(_named(table, where, first), where)
+    table.attrs[JOINED] = joined
+    return table
+
+
+def _text(path: Path) -> pd.DataFrame:
+    """Return the fields of a file as text; an empty one is missing."""
+    found = read_text_table(path)
+    columns = [
+        pd.Series([row[i] or np.nan for row in found.rows], dtype=object, name=name)
+        for i, name in enumerate(found.header)
+    ]
+    table = pd.concat(columns, axis=1)
+    table.attrs[JOINED] = found.joined
+    return table
+
+
+def _named(table: pd.DataFrame, where: str, first: str | None) -> pd.DataFrame:
+    """Return a table whose columns and whose index of texts all have a name; row numbers are left out."""
+    nameless = [i for i, name in enumerate(table.columns) if str(name) in NAMELESS]
+    empty = [i for i in nameless if i and table.iloc[:, i].isna().all()]
+    if others := [i + 1 for i in nameless if i and i not in empty]:
+        raise TableError(f"{where}: column {others[0]} has no name; name it in the header")
+    if 0 in nameless:
+        values = table.iloc[:, 0]
+        if _are_row_numbers(values):
+            empty.append(0)
+        elif first is None:
+            raise TableError(
+                f"{where}: the first column has no name (first value: {shown(values.iloc[0])!r}): name it, or write "
+                "the table without its index (pandas: to_csv(index=False); R: write.csv(row.names = FALSE))"
+            )
+        else:
+            table = table.set_index(table.columns[0]).rename_axis(None)
+            empty = [i - 1 for i in empty]
+    table = table.iloc[:, [i for i in range(table.shape[1]) if i not in empty]]
+    if first is None or table.index.nlevels > 1 or table.index.name or pd.api.types.is_integer_dtype(table.index):
+        return table
+    return table.reset_index(drop=True) if first in table else table.rename_axis(first)
+
+
+def _are_row_numbers(values: pd.Series) -> bool:
+    """Return whether a column counts the rows, from 0 as pandas or from 1 as R."""
+    texts, n = values.astype(str).tolist(), len(values)
+    return any(texts == [str(i + start) for i in range(n)] for start in (0, 1))
 
 
 def whole_table(table: pd.DataFrame | pd.Series, where: str, vocabulary: Vocabulary | None = None) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from scldm.data.class_names import class_name
+from scldm.data.class_names import ClassFinder, class_name
 from scldm.data.label_type import TEXT, LabelType
 from scldm.errors import InputError
 from scldm.text import did_you_mean
@@ -47,17 +47,30 @@ class LabelVocabulary:
     def _ids(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.classes)}
 
+    @cached_property
+    def _finder(self) -> ClassFinder:
+        return ClassFinder(self.classes)
+
     def encode(self, values: Iterable[Any]) -> np.ndarray:
-        """Return the ids of classes, int64, by the names of `class_name`; a missing value becomes the null class.
+        """Return the ids of classes, int64; a missing value becomes the null class.
+
+        A value is found by its `class_name`, or else as `ClassFinder` does.
 
         Raises:
             UnknownNameError: Some names are not classes of the label; the message names all of them.
         """
-        values = [class_name(v) for v in values]
-        unknown = sorted({str(v) for v in values if v is not None and v not in self._ids})
-        if unknown:
+        names = [class_name(v) for v in values]
+        ids: dict[str | None, int] = {None: self.null_id}
+        for name in {name for name in names if name is not None}:
+            if (found := self._finder.find(name)) is not None:
+                ids[name] = self._ids[found]
+        if unknown := sorted(str(name) for name in set(names) - ids.keys()):
             raise UnknownNameError("; ".join(self._explain(name) for name in unknown[:10]))
-        return np.array([self.null_id if v is None else self._ids[v] for v in values], dtype=np.int64)
+        return np.array([ids[name] for name in names], dtype=np.int64)
+
+    def knows(self, name: str) -> bool:
+        """Return whether a name stands for a class."""
+        return self._finder.find(name) is not None
 
     def decode(self, ids: Iterable[int]) -> list[str | None]:
         """Return the class names of ids; None for the null class."""

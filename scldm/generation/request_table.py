@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import pandas as pd
 
 from scldm.data.class_names import class_names
+from scldm.data.text_genes import read_text_genes
+from scldm.data.text_table import TextTableError
 from scldm.data.user_table import COUNTED, N_CELLS, TableError, whole_table
-from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.data.vocabulary import LabelVocabulary, UnknownNameError, Vocabulary
 from scldm.errors import InputError
 from scldm.text import did_you_mean
 
@@ -20,6 +24,7 @@ class RequestError(InputError, ValueError):
     """Raised for a request that the model cannot serve. The message lists all problems, one per line."""
 
 
+_GROUPED = re.compile(r"[0-9]+[ ',\u00a0\u202f][0-9 '.,\u00a0\u202f]*")  # 1,000 or 0,5 or 1 000
 GUIDANCE, LIBRARY_SIZE = "guidance", "library_size"
 
 
@@ -33,52 +38,96 @@ def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems:
         problems.append(str(error))
         return []
     labels = [c for c in table.columns if c in known]
-    scales = {c: _guided(c) for c in table.columns if c not in known and _guided(c) is not None}
-    settings = {N_CELLS, LIBRARY_SIZE, *scales}
-    if N_CELLS not in table.columns:
-        hint = next((f"; rename {c!r} to n_cells" for c in COUNTED if c in table.columns and c not in known), "")
-        problems.append(f"{where} has no column n_cells (it has: {', '.join(map(str, table.columns))}){hint}")
-    problems += [
-        f"{where}: the model knows no label {c!r}; it knows {', '.join(known) or 'none'}; leave that "
-        "column or index level out"
-        for c in table.columns
-        if c not in known and c not in settings
-    ]
-    problems += [
-        f"{where}: column {column} guides {label!r}, and the model knows no such label; it knows {', '.join(known)}"
-        for column, label in scales.items()
-        if label and label not in known
-    ]
-    names = {c: class_names(table[c]).tolist() for c in labels}
-    for label, values in names.items():
-        try:
-            vocabulary.label(label).encode(sorted({v for v in values if v is not None}))
-        except UnknownNameError as error:
-            problems.append(f"{where}: {error}")
-    counts = _numbers(table, N_CELLS, where, problems, whole=True)
-    sizes = _numbers(table, LIBRARY_SIZE, where, problems, above=0.0)
-    guidance = {label: _numbers(table, column, where, problems) for column, label in scales.items()}
+    numbers = check_columns(table, where, known, problems)
+    names = {c: _classes(table[c], vocabulary.label(c), where, problems) for c in labels}
     if len(problems) > before:
         return []
     return [
         {
             "condition": {label: names[label][i] for label in labels},
-            "n_cells": int(counts[i]),
-            "guidance": {label: float(w[i]) for label, w in guidance.items() if not np.isnan(w[i])},
-            "library_size": None if np.isnan(sizes[i]) else float(sizes[i]),
+            "n_cells": int(numbers.n_cells[i]),
+            "guidance": {label: float(w[i]) for label, w in numbers.guidance.items() if not np.isnan(w[i])},
+            "library_size": None if np.isnan(numbers.library_size[i]) else float(numbers.library_size[i]),
         }
         for i in range(len(table))
     ]
 
 
-def check_guidance(guidance: float | Mapping[str, float], vocabulary: Vocabulary) -> list[str]:
-    """Return the problems of the guidance in the settings."""
+@dataclass(frozen=True)
+class Numbers:
+    """The columns of a conditions table that hold numbers, float64; NaN if empty or absent."""
+
+    n_cells: np.ndarray
+    library_size: np.ndarray
+    guidance: dict[str, np.ndarray]  # by label, "" for all labels
+
+
+def check_columns(table: pd.DataFrame, where: str, known: Sequence[str] | None, problems: list[str]) -> Numbers:
+    """Read the numbers of a table, and add what is wrong with its columns to `problems`.
+
+    Args:
+        table: Without an index, see `whole_table`.
+        known: Labels of the model; None: they are not known yet, and every other column may be one.
+    """
+    columns = [str(c) for c in table.columns]
+    labels = [] if known is None else [c for c in columns if c in known]
+    scales = {c: label for c in columns if c not in labels and (label := _guided(c)) is not None}
+    settings = {N_CELLS, LIBRARY_SIZE, *scales}
+    if N_CELLS not in columns:
+        meant = [*(c for c in COUNTED if c in columns and c not in labels), *_alike(columns, N_CELLS)]
+        hint = f"; rename {meant[0]!r} to n_cells" if meant else ""
+        problems.append(f"{where} has no column n_cells (it has: {', '.join(columns)}){hint}")
+    if known is not None:
+        named = ", ".join(known) or "none"
+        problems += [
+            f"{where}: the model knows no label {c!r}{_meant(c, [*known, N_CELLS, LIBRARY_SIZE, GUIDANCE])}; it knows "
+            f"{named}; leave that column or index level out"
+            for c in columns
+            if c not in known and c not in settings
+        ]
+        problems += [
+            f"{where}: column {column} guides {label!r}, and the model knows no such label; it knows {named}"
+            for column, label in scales.items()
+            if label and label not in known
+        ]
+    return Numbers(
+        _numbers(table, N_CELLS, where, problems, whole=True),
+        _numbers(table, LIBRARY_SIZE, where, problems, above=0.0),
+        {label: _numbers(table, column, where, problems) for column, label in scales.items()},
+    )
+
+
+def _alike(columns: Sequence[str], name: str) -> list[str]:
+    return [c for c in columns if c.casefold().replace(" ", "_") == name]
+
+
+def _classes(column: pd.Series, label: LabelVocabulary, where: str, problems: list[str]) -> list[str | None]:
+    """Return the class of each row, as the model calls it; nothing after a problem."""
+    names = class_names(column)
+    try:
+        return label.decode(label.encode(names).tolist())
+    except UnknownNameError as error:
+        unknown = [i for i, name in enumerate(names) if name is not None and not label.knows(name)]
+        problems.append(f"{where}: {error}; row {unknown[0] + 1}" + (" is the first" if len(unknown) > 1 else ""))
+        return []
+
+
+def _meant(column: str, names: Sequence[str]) -> str:
+    hint = did_you_mean(str(column), names)
+    return f" ({hint})" if hint else ""
+
+
+def check_guidance(guidance: float | Mapping[str, float], known: Sequence[str]) -> list[str]:
+    """Return the problems of the guidance in the settings.
+
+    Args:
+        known: Labels of the model.
+    """
     if not isinstance(guidance, Mapping):
         return []
-    known = [x.name for x in vocabulary.labels]
-    named = ", ".join(known) or "none"
     problems = [
-        f"generate.sampler.guidance: the model knows no label {name!r}; it knows {named}"
+        f"generate.sampler.guidance: the model knows no label {name!r}{_meant(name, known)}; it knows "
+        f"{', '.join(known) or 'none'}"
         for name in guidance
         if name not in known
     ]
@@ -99,7 +148,8 @@ def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) ->
     """
     if genes is None:
         return None
-    requested = _lines(Path(genes)) if isinstance(genes, str) else list(genes)
+    known = {*vocabulary.feature_ids, *vocabulary.feature_names}
+    requested = _listed(Path(genes), known) if isinstance(genes, str) else list(genes)
     by_id = {name: i for i, name in enumerate(vocabulary.feature_ids)}
     by_name: dict[str, list[int]] = {}
     for i, name in enumerate(vocabulary.feature_names):
@@ -123,12 +173,15 @@ def genes_to_write(genes: Sequence[str] | str | None, vocabulary: Vocabulary) ->
     return np.array(sorted(ids_found), dtype=np.int64)
 
 
-def _lines(path: Path) -> list[str]:
+def _listed(path: Path, known: Collection[str]) -> list[str]:
     if not path.expanduser().is_file():
         raise RequestError(
             f"generate.genes: no file {path}; give a list of genes, or a text file with one on each line"
         )
-    return [line.strip() for line in path.expanduser().read_text().splitlines() if line.strip()]
+    try:
+        return read_text_genes(path.expanduser(), known).ids
+    except TextTableError as error:
+        raise RequestError(f"generate.genes: {path} cannot be read: {error}") from None
 
 
 def _guided(column: str) -> str | None:
@@ -158,6 +211,12 @@ def _numbers(
         kind = "whole numbers >= 0" if whole else "numbers" if above is None else f"numbers above {above:g}"
         problems.append(
             f"{where}: {column} must be {kind}; {int(bad.sum())} are not, the first in row {first + 1} "
-            f"({given.iloc[first]!r})"
+            f"({given.iloc[first]!r}){_plainly(given.iloc[first])}"
         )
     return values
+
+
+def _plainly(value: Any) -> str:
+    """Return how to write a number that has separators, or a decimal comma."""
+    grouped = isinstance(value, str) and _GROUPED.fullmatch(value)
+    return "; write it with digits only, and a point before decimals: 1000, 0.5" if grouped else ""

@@ -41,3 +41,17 @@ class EMAConfig(StrictModel):
     """Update once every so many optimizer steps."""
     start: int = Field(0, ge=0)
     """Before this step the average is a plain copy; after it the decay warms up as 1 - (1 + k)^(-2/3)."""
+
+
+class LoraConfig(StrictModel):
+    """Low-rank adapters on the linear layers of attention and SwiGLU; merged into the weights at the end."""
+
+    rank: PositiveInt = 8
+    """Rank of an adapter."""
+    alpha: PositiveFloat | None = None
+    """An adapter is scaled by alpha / rank; null: by 1."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank

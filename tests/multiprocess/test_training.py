@@ -150,3 +150,28 @@ def test_training_from_weights_goes_on_where_they_were(whole, ingested, tmp_path
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6, msg=name)
     scratch, started = losses_by_step(whole), losses_by_step(tmp_path)
     assert started["val/loss at 1"] < scratch["val/loss at 6"]
+
+
+def test_a_frozen_part_stays_as_it_was_and_the_rest_is_trained(whole, ingested, tmp_path):
+    spec = spec_of(tmp_path, ingested, max_steps=2, zero_stage=2)
+    spec["start_from"] = str(whole / "model")
+    spec["config"]["start_from"] = {"model": str(whole / "model"), "freeze": ["encoder", "gene_embedding"]}
+    train(spec)
+    before, after = (load_file(f / "model" / "model.safetensors") for f in (whole, tmp_path))
+    for name in before:
+        frozen = name.startswith("encoder.") or name == "gene_embedding"
+        assert torch.equal(before[name], after[name]) == frozen, name
+
+
+def test_adapters_are_merged_into_the_model_that_training_leaves(whole, ingested, tmp_path):
+    spec = spec_of(tmp_path, ingested, max_steps=3, zero_stage=1, theta_cells=0)
+    spec["start_from"] = str(whole / "model")
+    spec["config"]["start_from"] = {"model": str(whole / "model"), "lora": {"rank": 2}}
+    train(spec)
+    before, after = (load_file(f / "model" / "model.safetensors") for f in (whole, tmp_path))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("qkv" in name for name in changed)
+    assert not changed & {"gene_embedding", "encoder.to_latent.weight"}
+    for name in (n for n in changed if n.endswith("qkv.weight")):
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-6) <= 2

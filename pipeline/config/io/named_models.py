@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 from pipeline.config.io.yaml import KeyPath, dotted
 from pipeline.config.paths.expand import expand_path
+from pipeline.config.paths.working_folder import beside_outputs
 from scldm.api.folders import find_model
 from scldm.errors import InputError
 from scldm.nn.config import DiTConfig, VAEConfig
 
 Place = Callable[[KeyPath], str]
 Kind = Literal["vae", "flow"]
+NAMES = ("model", "vae", "flow", "pretrained", "start_from", "vocabulary")  # settings that may name a model
 WITH_FLOW = ("generate", "perturb")  # kinds of job that use a flow; log_likelihood does if `flow` is given
 
 
@@ -34,6 +36,7 @@ def write_out_named_models(data: dict[str, Any], place: Place) -> None:
         InputError: There is no such model, or its sizes are set to other values.
     """
     kind = data.get("kind")
+    _find_beside_outputs(data)
     sections: dict[str, tuple[KeyPath, Any]] = {
         stage: ((stage,), data.get(stage)) if kind == "pipeline" else ((), data if kind == stage else None)
         for stage in ("train_vae", "train_flow")
@@ -48,6 +51,15 @@ def write_out_named_models(data: dict[str, Any], place: Place) -> None:
     if isinstance(kind, str) and kind not in ("train_vae", "pipeline") and isinstance(name := data.get("model"), str):
         uses_flow = kind in WITH_FLOW or (kind == "log_likelihood" and data.get("flow") is not None)
         data["model"] = {"vae": name, "flow": name if uses_flow else None}
+
+
+def _find_beside_outputs(data: dict[str, Any]) -> None:
+    """Make relative names of models absolute where only the working folder has them, see `beside_outputs`."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            _find_beside_outputs(value)
+        elif key in NAMES and isinstance(value, str):
+            data[key] = beside_outputs(value)
 
 
 def _use_as_it_is(section: dict[str, Any], path: KeyPath, place: Place) -> None:

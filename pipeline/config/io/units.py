@@ -72,6 +72,7 @@ UNITS: dict[str, str] = {
     "n_latent_tokens": "tokens",
     "n_pcs": "components",
     "probes": "probes",
+    "rank": "dimensions",
     # shares, scales, weights
     **dict.fromkeys(
         (
@@ -95,6 +96,7 @@ UNITS: dict[str, str] = {
             "weight_decay",
             "seed",
             "zero_stage",
+            "alpha",
         ),
         "1",
     ),

@@ -7,9 +7,11 @@ names with `attr`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipeline.config.ingest import CellsConfig, Value
 from pipeline.data.soma.store import SomaStore
+from scldm.data.class_names import ClassFinder, class_text
 from scldm.errors import InputError
 from scldm.text import choices_hint
 
@@ -27,15 +29,17 @@ def value_filter(conditions: Mapping[str, Sequence[Value]], obs_filter: str | No
     return " and ".join(f"({p})" for p in parts) if len(parts) > 1 else next(iter(parts), None)
 
 
-def check_values(cells: CellsConfig, store: SomaStore) -> None:
-    """Check every column and value of a filter against the store, as far as its categories are known.
+def find_values(cells: CellsConfig, store: SomaStore) -> dict[str, list[Value]]:
+    """Return the conditions of a job with the values as the store holds them: 1 finds the text "1".
 
-    A misspelled value would silently select fewer cells.
+    A misspelled value would silently select fewer cells, so values are compared with the categories of a column, as
+    far as it has any.
 
     Raises:
         InputError: with everything that is wrong.
     """
-    problems = []
+    problems: list[str] = []
+    found = {}
     available = store.obs_columns()
     for column, values in cells.conditions().items():
         field = _field(cells, column)
@@ -44,15 +48,46 @@ def check_values(cells: CellsConfig, store: SomaStore) -> None:
             problems.append(f"{field}: obs has no column {column!r} ({choices_hint(column, available)}){hint}")
             continue
         known = store.categories(column)
+        where = f"{field}: obs column {column!r}"
         if known is None:
-            continue
-        for value in values:
-            if value not in known:
-                near = choices_hint(str(value), known[:2000], "it has")
-                near = near if len(near) < 400 else f"{near[:400]}…"
-                problems.append(f"{field}: obs column {column!r} has no value {value!r} ({near})")
+            found[column] = [_typed(v, store.kind(column), where, problems) for v in values]
+        else:
+            found[column] = _categories(values, known, where, problems)
     if problems:
         raise InputError("\n".join(problems))
+    return found
+
+
+def _categories(values: Sequence[Value], known: Sequence[Any], where: str, problems: list[str]) -> list[Value]:
+    """Return the categories that values stand for, by the names of classes; others become problems."""
+    held = {class_text(k): k for k in known}
+    finder = ClassFinder(held)
+    found = []
+    for value in values:
+        if (name := finder.find(class_text(value))) is not None:
+            found.append(held[name])
+            continue
+        near = choices_hint(class_text(value), list(held)[:2000], "it has")
+        near = near if len(near) < 400 else f"{near[:400]}…"
+        problems.append(f"{where} has no value {value!r} ({near})")
+    return found
+
+
+def _typed(value: Value, kind: str, where: str, problems: list[str]) -> Value:
+    """Return a value in the type of a column; one that has no such form becomes a problem."""
+    text = class_text(value)
+    if kind == "text":
+        return text
+    if kind == "boolean" and text in ("True", "False"):
+        return text == "True"
+    if kind == "number" and not isinstance(value, bool):
+        try:
+            return value if not isinstance(value, str) else float(value)
+        except ValueError:
+            pass
+    if kind in ("boolean", "number"):
+        problems.append(f"{where} holds {'numbers' if kind == 'number' else 'true and false'}, and {value!r} is none")
+    return value
 
 
 def _field(cells: CellsConfig, column: str) -> str:

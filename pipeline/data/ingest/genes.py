@@ -9,6 +9,7 @@ Shape letters: g genes of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from scldm.checkpoints.convert.gene_list import GeneList
 
 LACKING = -1
+FIRST = 5  # genes that a note names
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
     if config.vocabulary == "source":
         var = _checked(var, store)
         return ModelGenes(var, {"genes": {"vocabulary": "source"}}, notes)
-    wanted = read_vocabulary(config.vocabulary)
+    wanted = read_vocabulary(config.vocabulary, known={*var["feature_id"], *var["feature_name"]})
     keys = _keys(list(wanted.feature_ids if config.match == "id" else wanted.feature_names), config.match)
     found = _keys(list(var["feature_id" if config.match == "id" else "feature_name"]), config.match)
     clear = ~found.duplicated(keep=False)
@@ -72,17 +74,22 @@ def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
             "feature_name": names,
         }
     )
+    lacking = [wanted.feature_ids[i] for i in np.flatnonzero(~matched)[:FIRST]]
     counts = {"matched": n, "missing": missing, "extra": len(var) - n, "ambiguous": ambiguous}
     facts = {"genes": {"vocabulary": config.vocabulary, "match": config.match, **counts}}
-    return ModelGenes(table, facts, notes + _notes(config, len(table), counts))
+    return ModelGenes(table, facts, notes + _notes(config, len(table), counts, lacking))
 
 
-def read_vocabulary(path: str) -> GeneList:
-    """Read genes from a file, or from a model."""
+def read_vocabulary(path: str, known: Collection[str] = ()) -> GeneList:
+    """Read genes from a file, or from a model.
+
+    Args:
+        known: Genes of the source: what is one of them is no header of a list.
+    """
     from scldm.checkpoints.convert.gene_list import read_genes  # imports torch, which readers of counts do without
 
     try:
-        return read_genes(vocabulary_file(path))
+        return read_genes(vocabulary_file(path), known)
     except CheckpointError as error:
         raise InputError(f"ingest.genes.vocabulary: {error}; or set ingest.genes.vocabulary=source") from error
 
@@ -144,7 +151,7 @@ def _require_enough(
     )
 
 
-def _notes(config: GenesConfig, n_genes: int, counts: dict[str, int]) -> list[str]:
+def _notes(config: GenesConfig, n_genes: int, counts: dict[str, int], lacking: list[str]) -> list[str]:
     notes = [
         f"{counts['matched']} of {n_genes} genes of the vocabulary are in the source; {counts['extra']} genes of the "
         "source are not in the vocabulary, and their counts are left out."
@@ -159,5 +166,9 @@ def _notes(config: GenesConfig, n_genes: int, counts: dict[str, int]) -> list[st
             if config.presence
             else "taken as zeros, which ingest.genes.presence=true fixes"
         )
-        notes.append(f"{counts['missing']} genes of the vocabulary were not measured: they are {what}.")
+        more = f" and {counts['missing'] - len(lacking)} more" if counts["missing"] > len(lacking) else ""
+        notes.append(
+            f"{counts['missing']} genes of the vocabulary were not measured: they are {what}. The source lacks "
+            f"{', '.join(lacking)}{more}."
+        )
     return notes

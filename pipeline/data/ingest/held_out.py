@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pandas as pd
 
 from pipeline.config.job import HeldOutConfig
 from pipeline.data.loading.blocks import LABEL
-from scldm.data.class_names import class_name, class_text
+from scldm.data.class_names import ClassFinder, class_name, class_text
 from scldm.data.user_table import read_table
 from scldm.errors import InputError
 from scldm.text import choices_hint
@@ -50,9 +50,33 @@ def read_combinations(config: HeldOutConfig | None) -> list[Combination]:
     return found
 
 
-def columns_of(config: HeldOutConfig | None) -> list[str]:
-    """Return the obs columns that the combinations name."""
-    return list(dict.fromkeys(c for x in read_combinations(config) for c in x.classes))
+def columns_of(config: HeldOutConfig | None) -> dict[str, str]:
+    """Return the obs columns that the combinations name, each with the setting or table that names it first."""
+    places: dict[str, str] = {}
+    for x in read_combinations(config):
+        for column in x.classes:
+            places.setdefault(column, x.where)
+    return places
+
+
+def find_classes(cells: pd.DataFrame, combinations: list[Combination]) -> list[Combination]:
+    """Return the combinations with the classes as the data call them: 1.0 is the class 1.
+
+    Raises:
+        InputError: No cell has a class.
+    """
+    known = {c: [str(x) for x in cells[c].unique()] for c in {c for x in combinations for c in x.classes}}
+    finders = {c: ClassFinder(names) for c, names in known.items()}
+    problems, found = [], []
+    for x in combinations:
+        classes = {c: finders[c].find(name) for c, name in x.classes.items()}
+        for column in (c for c, name in classes.items() if name is None):
+            hint = choices_hint(x.classes[column], sorted(known[column])[:50], "there are")
+            problems.append(f"{x.where} ({_text(x.classes)}): no selected cell has {column} "
+                            f"{x.classes[column]!r} ({hint})")  # fmt: skip
+        found.append(replace(x, classes={c: name for c, name in classes.items() if name is not None}))
+    _raise_all(problems)
+    return found
 
 
 def hold_out(cells: pd.DataFrame, split: np.ndarray, combinations: list[Combination]) -> np.ndarray:
@@ -61,18 +85,24 @@ def hold_out(cells: pd.DataFrame, split: np.ndarray, combinations: list[Combinat
     Args:
         cells: Eligible cells, with the columns of the combinations, none missing.
         split: Split of each cell by its hash, (n,).
+        combinations: With classes as the data call them, see `find_classes`.
 
     Raises:
-        InputError: a class has no cell, a combination is held out twice, or none has cells.
+        InputError: A combination is held out twice, or none has cells.
     """
-    _check(cells, combinations)
+    _require_different(combinations)
     moved, any_cell = split.astype(object), False
     for side in SIDES:
         for _, which in _which(cells, [x for x in combinations if x.split == side]):
             moved[which >= 0] = side
             any_cell |= bool((which >= 0).any())
     if not any_cell:
-        raise InputError(f"ingest.split.held_out: none of the {len(combinations)} combinations has cells")
+        shown = [f"{_text(x.classes)} ({x.where})" for x in combinations[:SHOWN]]
+        more = [f"and {len(combinations) - SHOWN} more"] if len(combinations) > SHOWN else []
+        raise InputError(
+            f"ingest.split.held_out: none of the {len(combinations)} combinations has cells: "
+            f"{'; '.join([*shown, *more])}. There are cells of each of these classes, but not of them together"
+        )
     return moved.astype(str)
 
 
@@ -103,19 +133,18 @@ def _which(cells: pd.DataFrame, combinations: list[Combination]) -> Iterator[tup
         yield members, pd.Index(wanted).get_indexer(cell)
 
 
-def _check(cells: pd.DataFrame, combinations: list[Combination]) -> None:
-    known = {c: {str(x) for x in cells[c].unique()} for c in {c for x in combinations for c in x.classes}}
+def _require_different(combinations: list[Combination]) -> None:
     problems: list[str] = []
     sides: dict[tuple, Combination] = {}
     for x in combinations:
-        for column, name in x.classes.items():
-            if name not in known[column]:
-                hint = choices_hint(name, sorted(known[column])[:50], "there are")
-                problems.append(f"{x.where}: no selected cell has {column} {name!r} ({hint})")
         before = sides.setdefault(tuple(sorted(x.classes.items())), x)
         if before is not x:
             what = "for two splits" if before.split != x.split else "twice"
             problems.append(f"{x.where}: {_text(x.classes)} is held out {what}, first by {before.where}")
+    _raise_all(problems)
+
+
+def _raise_all(problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise InputError("\n".join([*problems[:SHOWN], *more]))
@@ -125,7 +154,7 @@ def _of_table(path: Path, split: str) -> list[Combination]:
     table = read_table(path, "ingest.split.held_out.table")
     found = []
     for i, row in enumerate(table.to_dict("records")):
-        where = f"{path.name}, row {i + 1}"
+        where = f"ingest.split.held_out.table: {path.name}, row {i + 1}"
         side = class_name(row.pop("split", split)) or split
         if side not in SIDES:
             raise InputError(f"{where}: split is {side!r}; it may be {' or '.join(SIDES)}")

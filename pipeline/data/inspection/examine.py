@@ -38,6 +38,7 @@ from pipeline.data.validation.names import (
     suggested_labels,
 )
 from pipeline.data.validation.obs_sums import sum_findings
+from scldm.data.user_table import TableError
 from scldm.errors import InputError
 from scldm.text import shown
 
@@ -239,6 +240,8 @@ def _tenx(uri: str, paths: Sequence[Path], q: Question) -> Examined:
                 audit.add(CountEntries(coo.row.astype(np.int64) + row, coo.col.astype(np.int64), coo.data))
                 row += chunk.shape[0]
             _finish(found, audit)
+    except TableError as problem:
+        found.findings.append(_finding(problem, "correct the table, and run this again"))
     except InputError as problem:
         found.findings.append(_finding(problem, "fix that, or copy or download the output again"))
     return found

@@ -9,11 +9,12 @@ assembled (`assemble.py`).
 from __future__ import annotations
 
 import json
+import keyword
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -121,6 +122,15 @@ class SomaStore:
             return None
         return frame.get_enumeration_values([column])[column].to_pylist()
 
+    def kind(self, column: str) -> Literal["text", "number", "boolean", "other"]:
+        """Return what an obs column that is not categorical holds."""
+        type_ = self._open("obs").schema.field(column).type
+        if pa.types.is_boolean(type_):
+            return "boolean"
+        if pa.types.is_integer(type_) or pa.types.is_floating(type_):
+            return "number"
+        return "text" if pa.types.is_string(type_) or pa.types.is_large_string(type_) else "other"
+
     def obs(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
         """Return the cells that pass a filter, ascending by soma_joinid; `columns` plus soma_joinid."""
         return self._table("obs", columns, value_filter, "ingest.obs_filter")
@@ -161,9 +171,12 @@ class SomaStore:
                 raise
             if not value_filter or NO_MEMORY in str(error):
                 raise self._damaged(part, error) from error
+            names = frame.schema.names
+            odd = next((c for c in names if not c.isidentifier() or keyword.iskeyword(c)), None)
+            quoted = "" if odd is None else f", and a column whose name is no plain word is written attr({odd!r})"
             raise InputError(
                 f"{name} {value_filter!r} cannot be applied ({str(error).splitlines()[0]}); it compares columns with "
-                f"values, as in \"cell_type == 'B'\"; columns: {', '.join(frame.schema.names)}"
+                f"values, as in \"cell_type == 'B'\"{quoted}; columns: {', '.join(names)}"
             ) from error
         return table.sort_values("soma_joinid", ignore_index=True)
 

@@ -24,7 +24,7 @@ from pipeline.data.soma.store import SomaStore
 from pipeline.data.soma.write import write_experiment
 from pipeline.data.sources.synthetic import synthetic_cells
 from pipeline.data.tables import CellTables
-from pipeline.data.validation.checks import MIN_CELLS, checked
+from pipeline.data.validation.checks import MIN_CELLS, checked, label_problems
 from scldm.data.label_type import LabelType
 from scldm.errors import InputError
 
@@ -44,13 +44,15 @@ class OpenSource:
 
 
 def open_source(
-    config: IngestConfig, folder: Path, columns: Sequence[str], *, min_cells: int = MIN_CELLS
-) -> OpenSource:
+    config: IngestConfig, folder: Path, columns: Sequence[str], *, min_cells: int = MIN_CELLS,
+    named_by: Mapping[str, str] = {},
+) -> OpenSource:  # fmt: skip
     """Open the experiment of a job; write it to `folder/soma` if the source is not in SOMA yet.
 
     Args:
         columns: obs columns that the job requires.
         min_cells: Smallest number of cells of a source that is not in SOMA yet.
+        named_by: Place that names a column which is no label, for messages.
     """
     source = config.source
     if isinstance(source, SomaSource):
@@ -58,9 +60,13 @@ def open_source(
         return OpenSource(store, source.uri, f"SOMA experiment {source.uri}")
     if isinstance(source, CensusSource):
         return _census(source)
-    tables, description = _tables(source, [*columns, *config.cells.conditions()])
+    tables, description = _tables(source, [*columns, *config.cells.conditions()], named_by)
     # A filter may remove cells without a label: they are checked again after it.
     lenient = config.missing_label == "drop" or bool(config.obs_filter or config.cells.conditions())
+    if absent := [c for c in named_by if c not in tables.obs]:  # no fault of the source
+        raise InputError(
+            "\n".join(label_problems(tables.obs, absent, drop_missing=True, names=None, named_by=named_by))
+        )
     chunks = checked(tables, columns, drop_missing=lenient, missing_text=config.missing_text, min_cells=min_cells)
     content = hashlib.sha256()
     store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
@@ -116,7 +122,9 @@ def _census(source: CensusSource) -> OpenSource:
     return opened
 
 
-def _tables(source: SyntheticSource | H5adSource | TenxSource, columns: Sequence[str]) -> tuple[CellTables, str]:
+def _tables(
+    source: SyntheticSource | H5adSource | TenxSource, columns: Sequence[str], named_by: Mapping[str, str]
+) -> tuple[CellTables, str]:
     """Read the cells of a source that is not in SOMA yet; return them with a description."""
     if isinstance(source, SyntheticSource):
         description = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
@@ -124,7 +132,7 @@ def _tables(source: SyntheticSource | H5adSource | TenxSource, columns: Sequence
     if isinstance(source, TenxSource):
         from pipeline.data.sources.tenx import read_10x
 
-        return read_10x(source, columns), f"10x {source.path}"
+        return read_10x(source, columns, named_by), f"10x {source.path}"
     from pipeline.data.sources.h5ad import read_h5ad
 
     return read_h5ad(source, columns), f"h5ad {source.path}"

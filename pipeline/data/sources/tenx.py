@@ -1,13 +1,13 @@
 """Reads cells from Cell Ranger outputs: joins samples into one table and matches their genes by id.
 
 A sample's name is the part of its path that differs from the others'. Labels and donors are not in such files: they
-come from a separate table (`ingest.source.obs`), joined by sample and barcode. `tenx_files.py` reads one output.
+come from a separate table (`ingest.source.obs`), which `tenx_obs.py` joins. `tenx_files.py` reads one output.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,11 @@ from pipeline.config.job import TenxSource
 from pipeline.config.paths.cell_files import is_tenx, prefix_advice
 from pipeline.data.presence import Presence
 from pipeline.data.sources.tenx_files import TenxError, TenxMatrix, open_tenx
+from pipeline.data.sources.tenx_obs import describe
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
 from pipeline.data.validation.feature_types import GeneFeatures, gene_features
 from pipeline.data.validation.gene_names import GeneNames, repeated_findings
-from scldm.data.class_names import class_names
-from scldm.data.user_table import read_table, with_numbers
 from scldm.errors import InputError
-from scldm.text import choices_hint
 
 WITHOUT_LABELS = ", or train without (ingest.labels=[] or [dataset_id], which is the sample)"
 
@@ -40,11 +38,12 @@ class _Sample:
     features: GeneFeatures
 
 
-def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
+def read_10x(source: TenxSource, needed: Sequence[str] = (), named_by: Mapping[str, str] = {}) -> CellTables:
     """Read tables and chunks of one or many outputs.
 
     Args:
         needed: obs columns that the job uses: never filled in, so that their absence is noticed.
+        named_by: Place that names a column which is no label, for messages.
     """
     paths = find_outputs(source)
     problems: list[str] = []
@@ -64,7 +63,7 @@ def read_10x(source: TenxSource, needed: Sequence[str] = ()) -> CellTables:
         if lacking := len(var) - len(s.genes):
             notes.append(f"{s.name} lacks {lacking} of {len(var)} genes.")
     notes.append("A 10x output has no feature_length; 0 is written.")
-    obs = complete_obs(_obs(samples, source, needed, notes), needed, notes)
+    obs = complete_obs(_obs(samples, source, needed, notes, named_by), needed, notes)
 
     def chunks() -> Iterator[sp.csr_matrix]:
         for s, place in zip(samples, columns, strict=True):
@@ -141,53 +140,24 @@ def _open(path: Path, name: str, source: TenxSource, notes: list[str]) -> _Sampl
 
 
 # ---- obs ---------------------------------------------------------------------------------------------------------
-def _obs(samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], notes: list[str]) -> pd.DataFrame:
+def _obs(
+    samples: Sequence[_Sample], source: TenxSource, needed: Sequence[str], notes: list[str],
+    named_by: Mapping[str, str],
+) -> pd.DataFrame:  # fmt: skip
     """Return one row per barcode, with the columns of the table that describes the cells."""
     barcodes = [b for s in samples for b in s.matrix.barcodes]
     names = [s.name for s in samples for _ in s.matrix.barcodes]
     ids = [f"{n}:{b}" for n, b in zip(names, barcodes, strict=True)] if len(samples) > 1 else barcodes
     obs = pd.DataFrame({"obs_id": ids, "barcode": barcodes, "dataset_id": names})
     if source.obs is not None:
-        return _described(obs, source, [s.name for s in samples], notes)
+        return describe(obs, source, [s.name for s in samples], notes)
     if source.columns:
         raise InputError("ingest.source.columns renames columns of ingest.source.obs, which is not set")
     if absent := [c for c in needed if c not in obs and c != "is_primary_data"]:
+        places = list(dict.fromkeys(named_by[c] for c in absent if c in named_by))
         raise InputError(
-            f"a 10x output holds no {', '.join(absent)}: give a table with barcode and {', '.join(absent)} in "
-            f"ingest.source.obs{WITHOUT_LABELS}"
+            "".join(f"{place}: " for place in places[:1])
+            + f"a 10x output holds no {', '.join(absent)}: give a table with barcode and {', '.join(absent)} in "
+            f"ingest.source.obs{'' if places else WITHOUT_LABELS}"
         )
     return obs
-
-
-def _described(obs: pd.DataFrame, source: TenxSource, samples: Sequence[str], notes: list[str]) -> pd.DataFrame:
-    """Join the table of `ingest.source.obs` to the cells."""
-    assert source.obs is not None
-    table = read_table(Path(source.obs), "ingest.source.obs")
-    for new, old in source.columns.items():
-        if old not in table:
-            hint = choices_hint(old, table.columns)
-            raise InputError(f"ingest.source.columns: {source.obs} has no column {old!r} ({hint})")
-        table = table.drop(columns=[new] if new != old and new in table else []).rename(columns={old: new})
-    keys = ["sample", "barcode"] if len(samples) > 1 else ["barcode"]
-    if absent := [k for k in keys if k not in table]:
-        hint = choices_hint(absent[0], table.columns)
-        raise InputError(f"ingest.source.obs: {source.obs} has no column {' and no column '.join(absent)} ({hint})")
-    table = with_numbers(table.drop(columns=keys)).assign(**{k: class_names(table[k]) for k in keys})
-    if n := int(table.duplicated(keys).sum()):
-        raise InputError(f"ingest.source.obs: {n} rows of {source.obs} have the {' and '.join(keys)} of another row")
-    if len(samples) > 1:
-        obs = obs.assign(sample=obs["dataset_id"])
-    table = table.drop(columns="obs_id", errors="ignore")
-    own = obs.drop(
-        columns=["dataset_id"] if "dataset_id" in table else []
-    )  # the table's own dataset_id takes precedence
-    joined = own.merge(table, on=keys, how="left", indicator="_found", validate="m:1")
-    found = int((joined.pop("_found") == "both").sum())
-    if not found:
-        raise InputError(
-            f"ingest.source.obs: no row of {source.obs} is about a cell of {source.path}; cells are like "
-            f"{dict(own[keys].iloc[0])}, rows like {dict(table[keys].iloc[0]) if len(table) else 'nothing'}"
-        )
-    unused = len(table) - found
-    notes.append(f"{found} of {len(obs)} cells are described by {source.obs}; {unused} of its rows are of no cell.")
-    return joined

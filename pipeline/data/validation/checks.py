@@ -6,7 +6,7 @@ chunk by chunk while they are written, so that a large file is read once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from scldm.errors import InputError
 
 def label_problems(
     obs: pd.DataFrame, labels: Sequence[str], *, drop_missing: bool, names: pd.Series | None,
-    missing_text: Sequence[str] = MISSING_TEXT,
+    missing_text: Sequence[str] = MISSING_TEXT, named_by: Mapping[str, str] = {},
 ) -> list[str]:  # fmt: skip
     """Return problems with the label columns of obs.
 
@@ -38,9 +38,10 @@ def label_problems(
         drop_missing: Whether cells without a label are left out later, and so are no problem.
         names: Names of the cells for examples; None uses the index of obs.
         missing_text: As `ingest.missing_text`.
+        named_by: Place that names a column which is no label, for messages.
     """
     names = names if names is not None else pd.Series(obs.index)
-    found = label_findings(obs, labels, names, missing_text=missing_text, drop_missing=drop_missing)
+    found = label_findings(obs, labels, names, missing_text=missing_text, drop_missing=drop_missing, named_by=named_by)
     return [f.message for f in found if f.level == "error"]
 
 

@@ -14,7 +14,7 @@ from pipeline.data.validation.odd_names import odd_findings
 from scldm.data.class_names import near_duplicates
 from scldm.text import choices_hint, shown
 
-MIN_CELLS = 20  # fewer cannot be split, trained on and scored
+MIN_CELLS = 30  # fewer may leave a split without cells, and cannot be trained on and scored
 MAX_CLASSES = 1000  # a label with more is probably a name or a measurement
 
 
@@ -35,7 +35,7 @@ def cell_findings(names: pd.Series) -> Iterator[Finding]:
 
 def label_findings(
     obs: pd.DataFrame, labels: Sequence[str], names: pd.Series, *, missing_text: Sequence[str] = MISSING_TEXT,
-    drop_missing: bool = False, renamed: bool = True,
+    drop_missing: bool = False, renamed: bool = True, named_by: Mapping[str, str] = {},
 ) -> Iterator[Finding]:  # fmt: skip
     """Check the requested label columns.
 
@@ -44,10 +44,17 @@ def label_findings(
         missing_text: As `ingest.missing_text`.
         drop_missing: Whether cells without a label are left out later, and so are no error.
         renamed: Whether the source has a setting that renames columns, `ingest.source.columns`.
+        named_by: Place that names a column which is no label, for messages.
     """
     for label in labels:
         if label not in obs:
             hint = choices_hint(label, [shown(c) for c in obs.columns])
+            if label in named_by:
+                yield error(
+                    f"{named_by[label]}: obs has no column {label!r} ({hint})",
+                    "name one that it has, or leave the column out",
+                )
+                continue
             columns = f", or map it with ingest.source.columns: {{{label}: <column of the file>}}" if renamed else ""
             yield error(f"obs has no column {label!r} ({hint})", f"name one in ingest.labels{columns}")
             continue

@@ -19,10 +19,11 @@ from pipeline.training.tasks.base import make_order, report_start, training_fact
 from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
 from pipeline.training.tasks.spec import FlowWorkerSpec
 from scldm.checkpoints.native import load_flow, load_vae, save_flow
-from scldm.checkpoints.start_from import start_flow
+from scldm.checkpoints.start_from import adapt, freeze, start_flow
 from scldm.errors import InputError
 from scldm.nn.dit import DiT
 from scldm.nn.flops import dit_flops
+from scldm.optim.lora import merged
 
 if TYPE_CHECKING:
     from pipeline.training.objectives.samples import FlowSamples
@@ -64,8 +65,10 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
     assert result.ema is not None
     if dist.get_rank() == 0:
         averaged = {**raw, **{k: v.float().cpu() for k, v in result.ema.state_dict().items()}}
+        lora = None if config.start_from is None else config.start_from.lora
         save_flow(
-            run.folder / "model", {"model": averaged, "raw": raw}, config=config.model, path=config.flow,
+            run.folder / "model", {"model": merged(averaged, lora), "raw": merged(raw, lora)},
+            config=config.model, path=config.flow,
             latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,
         )  # fmt: skip
     dist.barrier()
@@ -78,6 +81,9 @@ def _start_from(spec: FlowWorkerSpec, dit: DiT, data: IngestedDataset) -> dict[s
         return {}
     parents = spec.config.start_from.parents
     started = start_flow(dit, data.vocabulary, load_flow(spec.start_from), parents=parents)
+    started.frozen = freeze(dit, spec.config.start_from.freeze)
+    if (lora := spec.config.start_from.lora) is not None:
+        adapt(dit, lora, started, seed=spec.seed)
     return {"start_from": report_start(spec.start_from, started)}
 
 

@@ -19,11 +19,12 @@ from pipeline.training.state import Run
 from pipeline.training.tasks.base import make_order, report_start, training_facts
 from pipeline.training.tasks.spec import VaeWorkerSpec
 from scldm.checkpoints.native import load_vae, save_vae
-from scldm.checkpoints.start_from import start_vae
+from scldm.checkpoints.start_from import adapt, freeze, start_vae
 from scldm.errors import InputError
 from scldm.nn.dispersion import fit_theta
 from scldm.nn.flops import vae_flops
 from scldm.nn.vae import VAE
+from scldm.optim.lora import merged
 
 
 def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
@@ -60,8 +61,8 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
     fitted: dict[str, float] = {}
     if dist.get_rank() == 0:
         final = VAE(config.model, n_genes=n_genes)
-        final.load_state_dict(state)
-        if train.theta_cells and final.log_theta is not None:
+        final.load_state_dict(merged(state, None if config.start_from is None else config.start_from.lora))
+        if train.theta_cells and vae.log_theta is not None and vae.log_theta.requires_grad:
             fitted = fit_dispersions(final, objective, source, train, seed=spec.seed)
         save_vae(run.folder / "model", final, data.vocabulary, data.library_sizes, card=spec.card)
     dist.barrier()
@@ -73,9 +74,13 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
 
 def _start_from(spec: VaeWorkerSpec, vae: VAE, data: IngestedDataset) -> dict[str, Any]:
     """Give the VAE the weights that it starts from, if there are any; return what was taken over, as a fact."""
-    if spec.start_from is None:
+    if spec.start_from is None or spec.config.start_from is None:
         return {}
-    return {"start_from": report_start(spec.start_from, start_vae(vae, data.vocabulary, load_vae(spec.start_from)))}
+    started = start_vae(vae, data.vocabulary, load_vae(spec.start_from))
+    started.frozen = freeze(vae, spec.config.start_from.freeze)
+    if (lora := spec.config.start_from.lora) is not None:
+        adapt(vae, lora, started, seed=spec.seed)
+    return {"start_from": report_start(spec.start_from, started)}
 
 
 def _new_vae(spec: VaeWorkerSpec, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:

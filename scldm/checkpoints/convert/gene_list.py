@@ -5,10 +5,9 @@ The order in the file is kept, because it is the order of the ids. No counts are
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import h5py
 import pandas as pd
 
 from scldm.data.class_names import class_text
+from scldm.data.text_genes import read_text_genes
+from scldm.data.text_table import TextTableError
 from scldm.errors import CheckpointError
 
 IDS, NAMES = "feature_id", "feature_name"
@@ -36,16 +37,24 @@ class GeneList:
         return cls(ids, ids if names is None else tuple(map(str, names)))
 
 
-def read_genes(path: Path) -> GeneList:
+def read_genes(path: Path, known: Collection[str] = ()) -> GeneList:
     """Read genes from a `.json`, `.parquet`, `.h5ad`, `.csv`, `.tsv` or `.txt` file.
 
     A JSON file has the key `genes`, or is a model's vocabulary.json; a parquet file has a column `feature_id`; of an
     h5ad, var is read.
 
-    A text file has one gene per line; with a header line that holds `feature_id` it is a table.
+    A text file has one gene per line, or a header line with a name as `feature_id`, `gene_id` or `symbol`.
+
+    Args:
+        known: Genes of the data; the first line of a text file is then no header if it is one of them.
     """
+
+    def text_genes(path: Path) -> GeneList:
+        found = read_text_genes(path, known)
+        return GeneList.from_ids(found.ids, found.names)
+
     kinds = {".json": _json_genes, ".parquet": _parquet_genes, ".h5ad": _h5ad_genes}
-    kinds |= {".csv": _text_genes, ".tsv": _text_genes, ".txt": _text_genes}
+    kinds |= {".csv": text_genes, ".tsv": text_genes, ".txt": text_genes}
     genes = _read(path, kinds)
     if not genes.feature_ids:
         raise CheckpointError(f"{path} holds no genes")
@@ -84,6 +93,8 @@ def _read(path: Path, kinds: dict[str, Any]) -> Any:
         return kinds[path.suffix.lower()](path)
     except CheckpointError:
         raise
+    except TextTableError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
 
@@ -118,17 +129,6 @@ def _parquet_genes(path: Path) -> GeneList:
     if IDS not in table:
         raise CheckpointError(f"{path} has no column {IDS}; it has {', '.join(map(str, table.columns))}")
     return GeneList.from_ids(table[IDS], table.get(NAMES))
-
-
-def _text_genes(path: Path) -> GeneList:
-    with path.open(newline="", encoding="utf-8") as f:
-        rows = [row for row in csv.reader(f, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if row]
-    if rows and IDS in rows[0]:
-        columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0]) if name in (IDS, NAMES)}
-        return GeneList.from_ids(columns[IDS], columns.get(NAMES))
-    if any(len(row) != 1 for row in rows):
-        raise CheckpointError(f"{path} must have one gene per line, or a header line with {IDS}")
-    return GeneList.from_ids(row[0].strip() for row in rows)
 
 
 def _h5ad_genes(path: Path) -> GeneList:

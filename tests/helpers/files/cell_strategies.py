@@ -15,8 +15,8 @@ TYPES = st.sampled_from(["float32", "float64", "int32", "int64", "uint8", "uint1
 
 @st.composite
 def valid_cells(draw) -> ad.AnnData:
-    """At least 20 cells of raw counts, with a label of two classes or more."""
-    n, g = draw(st.integers(20, 60)), draw(st.integers(1, 12))
+    """At least 30 cells of raw counts, with a label of two classes or more."""
+    n, g = draw(st.integers(30, 60)), draw(st.integers(1, 12))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     x = rng.poisson(draw(st.floats(0.2, 3)), (n, g)) + np.eye(n, g, dtype=int)
     x[:, 0] += 1

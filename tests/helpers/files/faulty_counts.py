@@ -181,14 +181,14 @@ EMPTY = [
     Case("D:empty-genes", cells(empty_genes), also="left-out", config={"genes": {"min_cells": 1}}, takes=(40, 4),
          notes=("2 genes are expressed in fewer than 1",)),
     Case("D:zero-cells", cells(lambda x: sp.csr_matrix(x[:0])),
-         says=("0 cells are too few to split, train and score; at least 20 are needed",),
+         says=("0 cells are too few to split, train and score; at least 30 are needed",),
          refused=("0 cells are too few",)),
     Case("D:zero-cells", cells(lambda x: x[:, :0]), also="zero-genes",
          says=("there are no genes",), refused=("there are no genes",)),
     Case("D:one-cell", cells(lambda x: sp.csr_matrix(x[:1])),
-         says=("1 cells are too few to split, train and score; at least 20 are needed",
+         says=("1 cells are too few to split, train and score; at least 30 are needed",
                "1 classes of cell_type have one cell"),
-         refused=("1 cells are too few to split, train and score; at least 20 are needed",)),
+         refused=("1 cells are too few to split, train and score; at least 30 are needed",)),
 ]  # fmt: skip
 
 CASES = [*VALUES, *LAYOUTS, *MADE, *EMPTY]

@@ -406,6 +406,27 @@ def columns_of_a_table_that_is_not_named(case: Case) -> None:
 
 
 @follows(
+    "pipeline/data/sources/tenx_obs.py: holds such values: set ingest.source.columns",
+    "pipeline/data/sources/tenx_obs.py: holds such barcodes: set ingest.source.columns",
+)
+def another_column_holds_the_barcodes(case: Case) -> None:
+    path = faulty_tenx.with_table(["a", "b"])(case.folder)
+    table = case.folder / "cells.csv"
+    text = table.read_text()
+    job = of_tenx(case, path, obs=str(table))
+    for other_names in (text.replace("barcode", "cell", 1), _twice_named(text)):
+        table.write_text(other_names)
+        renamed = setting(message(ingest, job), "ingest.source.columns")
+        assert ingest(job, renamed)["label_counts"].keys() == {"cell_type"}
+
+
+def _twice_named(text: str) -> str:
+    """The table with barcodes in a column `cell`, and other names of the cells in a column `barcode`."""
+    header, *rows = text.replace("barcode", "cell", 1).splitlines()
+    return "\n".join([f"{header},barcode", *(f"{row},name {i}" for i, row in enumerate(rows))])
+
+
+@follows(
     "pipeline/data/sources/tenx.py: set ingest.source.genome to one of",
     "pipeline/data/sources/tenx.py: has no genome {} (ingest.source.genome)",
 )
@@ -420,3 +441,37 @@ def an_output_of_several_genomes(case: Case) -> None:
     assert ingest(job, labels, f"{name}={first}")["n_genes"] == 4
     wrong = message(ingest, job, labels, f"{name}=hg19")
     assert ingest(job, labels, f"{named(wrong, name)}=mm10", "ingest.split.validation=0")["n_genes"] == 2
+
+
+@follows("pipeline/data/validation/names.py: name another label in ingest.labels")
+def no_cell_has_a_value_of_the_label(case: Case) -> None:
+    path = save(case.folder / "a.h5ad", empty=pd.Categorical([None] * N, categories=["x"]))
+    job = of_file(case, path, labels=["empty"])
+    said = message(ingest, job)
+    assert ingest(job, f"{named(said, 'ingest.labels')}=[cell_type]")["label_counts"].keys() == {"cell_type"}
+
+
+@follows("pipeline/data/validation/names.py: leave them out with ingest.genes.value_filter, or write the experiment")
+def genes_of_an_experiment_occur_twice(case: Case) -> None:
+    from pipeline.data.soma.write import write_experiment
+
+    obs = pd.DataFrame({"obs_id": [f"c{i}" for i in range(N)], "cell_type": pd.Categorical(["a", "b"] * 20)})
+    ids = [f"ENSG{max(i, 1):011d}" for i in range(G)]
+    names = ["copy", *(f"g{i}" for i in range(1, G))]
+    var = pd.DataFrame({"feature_id": ids, "feature_name": names, "feature_length": 0})
+    write_experiment(case.folder / "soma", obs, var, [sp.csr_matrix(counts())], tile=16)
+    job = of_experiment(case, case.folder / "soma")
+    said = message(ingest, job)
+    left = ingest(job, f"""{named(said, "ingest.genes.value_filter")}=feature_name != 'copy'""")
+    assert left["n_genes"] == G - 1
+
+
+@follows("pipeline/cli/init/labels.py: --label {}: {}; {}")
+def init_is_asked_for_a_label_with_a_name_of_soma(case: Case) -> None:
+    case.read_here()
+    path = save(case.folder / "a.h5ad", soma_type=["x", "y"] * 20)
+    said = refused("init", path, "--label", "soma_type")
+    job = of_file(case, path, labels=["soma_type"])
+    columns = setting(said, "ingest.source.columns")
+    new = columns.partition("{")[2].partition(":")[0]
+    assert ingest(job, columns, f"ingest.labels=[{new}]")["label_counts"].keys() == {new}

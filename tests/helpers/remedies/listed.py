@@ -8,7 +8,14 @@ from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
     "pipeline/__main__.py: {}; run `make venv` in {}": "tests/unit/cli/test_cli.py",
-    "pipeline/tracking/mlflow_runs/runs.py: `mlflow experiments restore": "tests/unit/tracking/test_moved_folder.py",
+    "pipeline/tracking/mlflow_runs/client.py: mlflow experiments restore": "tests/unit/tracking/test_moved_folder.py",
+    "pipeline/config/paths/remote_models.py: {}: export MLFLOW_TRACKING_URI": (
+        "tests/unit/inference/test_remote_models.py"
+    ),
+    "pipeline/workflow/schedule.py: was made from the cells of another pipeline": "tests/unit/workflow/test_runner.py",
+    "pipeline/stages/train_vae.py: ingest them with the genes of the model": (
+        "tests/unit/inference/test_named_models.py"
+    ),
     "pipeline/tracking/mlflow_runs/client.py: `mlflow runs restore --run-id …`": (
         "tests/chaos/tracking/test_mlflow_outage.py"
     ),
@@ -17,6 +24,9 @@ FOLLOWED_ELSEWHERE = {
         "tests/chaos/tracking/test_mlflow_outage.py"
     ),
     "pipeline/stages/evaluate.py: scldm run jobs/evaluate.yaml {}": "tests/unit/report/test_report.py",
+    "pipeline/inference/request.py: a table file cannot name both, generate.cells can": (
+        "tests/unit/inference/test_request.py"
+    ),
     "pipeline/config/io/reference.py: # Settings": "tests/contracts/test_configuration_reference.py",
     "scldm/api/scoring.py: name the layer of counts with layer=": "tests/unit/model/api/test_notebook_api.py",
     "scldm/api/model_card.py: cells = model.generate(n=100, seed=0)": "tests/unit/model/api/test_notebook_api.py",
@@ -28,6 +38,9 @@ NOT_FOLLOWED = {
     ),
     "pipeline/cli/doctor/machine.py: make venv, or pip install -c {}": "installs packages from a registry",
     "pipeline/cli/doctor/network.py: start the server with --allowed-hosts": "needs a server behind a name",
+    "pipeline/config/paths/remote_models.py: {}: {} is not installed; pip install {}": (
+        "installs packages from a registry"
+    ),
     "pipeline/cli/doctor/report.py: a fault of scldm doctor; report it": "asks a person to write to us",
     "pipeline/data/inspection/sandbox.py: report this with the log: {}": "asks a person to write to us",
     "pipeline/cli/parity.py: run it in a clone of the repository": "needs an installation without a checkout",
@@ -67,11 +80,10 @@ NO_ADVICE = (
     "pipeline/cli/parity.py: known faults of upstream: --all",
     "pipeline/cluster/head.py: no head runs that `scldm cluster start` started",
     "pipeline/cluster/head.py: scldm cluster drain",
-    "pipeline/config/input_paths.py: which training leaves in model/ and `scldm convert` writes",
     "pipeline/data/ingest/measured.py: ingest.genes.presence masks nothing",
     "pipeline/data/sources/tenx_files.py: has no genome {} (ingest.source.genome)",
     "pipeline/data/soma/store.py: check ingest.source: uri, measurement and layer name an experiment",
-    "pipeline/inference/models.py: is not whole: model.safetensors",
+    "pipeline/config/paths/remote_models.py: was not registered by `scldm mlflow register`",
     "pipeline/stages/model_card.py: `model.safetensors` holds the averaged weights",
     "pipeline/stages/model_card.py: by name: `vocabulary.json`",
     "pipeline/tracking/mlflow_runs/client.py: it was deleted permanently, or this is the address of another server",

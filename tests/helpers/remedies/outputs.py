@@ -256,7 +256,6 @@ def shards_are_damaged(case: Case) -> None:
     "scldm/checkpoints/upstream/inputs.py: --size-factors-mu FILE --size-factors-sd FILE, or --no-size-factors",
     "scldm/checkpoints/upstream/settings.py: is missing: give it with --genes-seq-len",
     "scldm/checkpoints/native.py: or convert an upstream checkpoint with `scldm convert`",
-    "pipeline/inference/models.py: or what `scldm convert` writes",
 )
 def a_checkpoint_is_converted(case: Case) -> None:
     export = new_export(case.folder, case.patch)

@@ -19,7 +19,7 @@ NOT_INPUT_FILES = {
     # names and expressions
     "name", "kind", "experiment", "salt", "layer", "measurement", "gene_id", "gene_name", "genome", "columns", "labels",
     "obs_filter", "value_filter", "tissue", "assay", "organism", "where", "combinations", "keep_obs", "to", "control",
-    "cells", "per_label", "genes", "guidance", "missing_text", "parents",
+    "cells", "per_label", "genes", "guidance", "missing_text", "parents", "freeze",
 }  # fmt: skip
 
 

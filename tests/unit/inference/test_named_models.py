@@ -8,14 +8,21 @@ import shutil
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 import yaml
-from helpers.models.small_models import CELL_TYPES, DONORS, write_flow, write_vae
-from helpers.stages.generation_case import generate, hashes, write_inputs
+from helpers.models.small_models import CELL_TYPES, DONORS, GENES, library_sizes, write_flow, write_vae
+from helpers.stages.generation_case import NoTracker, generate, hashes, write_inputs
 
 import scldm
+from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
+from pipeline.config.job import ResourcesConfig, TrainVaeConfig
+from pipeline.core.manifest import Manifest
+from pipeline.stages import train_vae
 from pipeline.workflow.preflight import check_settings
 from scldm.api.folders import find_model
+from scldm.checkpoints.native import folder_digest, load_vae
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError, InputError
 
 SOURCE = {"type": "synthetic", "n_cells": 100, "n_genes": 50}
@@ -177,3 +184,50 @@ def test_settings_of_models_that_contradict_each_other_are_refused(pair, tmp_pat
     named = {k: str(pair) if v == "PAIR" else v for k, v in settings.items()}
     with pytest.raises(InputError, match=words):
         write_job(tmp_path, kind="train_vae", **named)
+
+
+def pretrained(pair, folder, genes):
+    """Run train_vae with a VAE as it is, on data of some genes; its folder and facts."""
+    ingest = folder / "ingest"
+    ingest.mkdir(parents=True)
+    Vocabulary(genes, genes, (LabelVocabulary("tissue", ("gut", "lung")),)).save(ingest / "vocabulary.json")
+    library_sizes().save(ingest / "library_size.json")
+    facts = {
+        "vocabulary": "vocabulary.json", "library_size": "library_size.json", "digest": "abc", "n_cells": {"train": 4},
+        "n_genes": len(genes), "labels": ["tissue"],
+    }  # fmt: skip
+    inputs = {"ingest": Manifest("ingest", "0", str(ingest), {}, {}, facts, seconds=0, finished_at=0)}
+    stage = folder / "train_vae"
+    stage.mkdir()
+    context = StageContext(stage, inputs, 0, ResourcesConfig(), NoTracker())
+    return stage, train_vae.run(TrainVaeConfig(pretrained=str(pair)), context)
+
+
+def test_a_pretrained_vae_keeps_its_weights_and_gets_the_labels_of_the_data(pair, tmp_path):
+    folder, facts = pretrained(pair, tmp_path / "own", GENES)
+    made, given = load_vae(folder / facts["model"]), load_vae(pair / "vae")
+    assert all(torch.equal(x, made.vae.state_dict()[k]) for k, x in given.vae.state_dict().items())
+    assert [x.name for x in made.vocabulary.labels] == ["tissue"]
+    assert facts["latent_shape"] == [3, 4]
+    assert facts["pretrained"] == {"name": str(pair), "digest": folder_digest(pair / "vae")}
+
+
+@pytest.mark.parametrize("genes", [GENES[::-1], GENES[1:], (*GENES[1:], "other")], ids=["order", "fewer", "other"])
+def test_data_with_other_genes_than_the_pretrained_model_are_refused_with_the_setting(pair, tmp_path, genes):
+    with pytest.raises(InputError) as refused:
+        pretrained(pair, tmp_path / "own", genes)
+    setting = str(refused.value).rpartition("ingest.")[2]
+    assert setting == f"genes.vocabulary={pair}"
+    job = write_job(tmp_path, kind="ingest", source=SOURCE)
+    key, value = setting.split("=")
+    assert load_job(tmp_path / "job.yaml", [f"{key}={value}"]).genes.vocabulary == str(pair) != job.genes.vocabulary
+
+
+def test_a_job_that_was_sent_with_its_code_finds_the_models_of_earlier_jobs(pair, tmp_path, monkeypatch):
+    package = tmp_path / "_ray_pkg_1a2b"
+    package.mkdir()
+    monkeypatch.chdir(package)
+    monkeypatch.setenv("SCLDM_HOME", str(tmp_path))
+    job = write_job(package, kind="generate", model="pair", n_cells=3)
+    assert job.model.vae == job.model.flow == str(pair)
+    assert write_job(package, kind="train_flow", start_from="pair/flow").start_from.model == str(pair / "flow")

@@ -11,12 +11,14 @@ from pipeline.inference.request import (
     REQUEST,
     check_choice,
     n_shards,
+    notes_on,
     read_request,
     record_request,
     recorded_request,
 )
 from pipeline.planning.generation import generation_lines
 from pipeline.planning.sizes import DataFacts
+from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import InputError
 from scldm.generation.request import Request, RequestRow
@@ -131,6 +133,11 @@ def test_genes_are_found_by_id_and_by_name_and_one_name_for_two_is_refused(tmp_p
     assert genes_to_write(["e3", "X"], vocabulary).tolist() == [0, 2]
     (tmp_path / "genes.txt").write_text("X\n\ne2\n")
     assert genes_to_write(str(tmp_path / "genes.txt"), vocabulary).tolist() == [0, 1]
+    (tmp_path / "excel.csv").write_text("\ufeffgene_id;symbol\r\ne3;Y\r\ne1;X\r\n")
+    assert genes_to_write(str(tmp_path / "excel.csv"), vocabulary).tolist() == [0, 2]
+    (tmp_path / "wide.txt").write_bytes("X\n".encode("utf-16"))
+    with pytest.raises(InputError, match=r"generate\.genes: .*wide\.txt cannot be read: its encoding is UTF-16"):
+        genes_to_write(str(tmp_path / "wide.txt"), vocabulary)
     with pytest.raises(InputError, match="Y is the name of 2 genes; give the id: e2, e3"):
         genes_to_write(["Y"], vocabulary)
     with pytest.raises(InputError, match="no file"):
@@ -205,3 +212,67 @@ def test_a_table_is_parsed_again_if_it_changes(tmp_path):
     assert request(**{"conditions": str(path)}).n_cells == 3
     path.write_text("cell_type,n_cells\nB,12\n")
     assert request(**{"conditions": str(path)}).n_cells == 12
+
+
+# ---- what users write ----------------------------------------------------------------------------------------------
+DOSES = Vocabulary(("g",), ("G",), (LabelVocabulary("dose", ("0.1", "1", "10")), LabelVocabulary("kind", ("1.0", "a"))))
+
+
+def refusal(**config) -> str:
+    with pytest.raises(InputError) as error:
+        read_request(GenerateConfig.model_validate(config), DOSES, {})
+    return str(error.value)
+
+
+def test_a_class_is_found_whatever_the_notation_of_its_number_and_the_space_around_it(tmp_path):
+    path = tmp_path / "conditions.csv"
+    path.write_text("dose, kind, n_cells\n1.0, a,1\n0.10,1,1\n10,,1\n")
+    rows = read_request(GenerateConfig(conditions=str(path)), DOSES, {}).rows
+    assert [dict(r.condition) for r in rows] == [
+        {"dose": "1", "kind": "a"},
+        {"dose": "0.1", "kind": "1.0"},
+        {"dose": "10", "kind": None},
+    ]
+    [row] = read_request(GenerateConfig(cells=[{"kind": 1.0, "n_cells": 1}]), DOSES, {}).rows
+    assert row.condition["kind"] == "1.0"
+
+
+def test_a_suggestion_has_the_value_of_the_number():
+    assert "dose has no class '1e1' (did you mean '10'?); row 1" in refusal(cells=[{"dose": "1e1", "n_cells": 1}])
+    assert "has no class '100' (known: 0.1, 1, 10)" in refusal(cells=[{"dose": "100", "n_cells": 1}])
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [("1,000", "1000, 0.5"), ("5.5", "in row 2 ('5.5')"), ("1 000", "1000, 0.5"), ("many", "in row 2 ('many')")],
+)
+def test_a_number_that_is_none_is_named_with_its_row_and_how_to_write_it(n, words):
+    said = refusal(cells=[{"dose": 1, "n_cells": 1}, {"dose": 1, "n_cells": n}])
+    assert words in said
+    assert ("digits only" in said) == (n[0] == "1")
+
+
+def test_names_of_columns_that_differ_by_case_are_suggested():
+    said = refusal(cells=[{"DOSE": 1, "N_Cells": 3}])
+    assert "knows no label 'DOSE' (did you mean 'dose'?)" in said
+    assert "knows no label 'N_Cells' (did you mean 'n_cells'?)" in said
+
+
+def test_classes_that_a_table_file_cannot_tell_apart_are_noted(tmp_path):
+    vocabulary = Vocabulary(("g",), ("G",), (LabelVocabulary("kind", ("T", "T ")),))
+    training = pd.DataFrame({"kind": ["T", "T "], "n_cells": [5, 5]})
+    path = tmp_path / "conditions.csv"
+    path.write_text("kind,n_cells\nT ,1\n")
+    inline = GenerateConfig(cells=[{"kind": "T ", "n_cells": 1}])
+    for config, name, noted in [(GenerateConfig(conditions=str(path)), "T", True), (inline, "T ", False)]:
+        found = read_request(config, vocabulary, {})
+        assert found.rows[0].condition["kind"] == name
+        notes = notes_on(found, training, LibrarySizes({}, "none"), config, counts=False)
+        assert any("the data also have 'T '" in n for n in notes) == noted
+
+
+def test_guidance_is_checked_with_the_labels_that_a_model_will_have():
+    config = GenerateConfig(n_cells=1, sampler={"guidance": {"cell_typ": 2.0}})
+    assert check_choice(config) == []
+    said = "\n".join(check_choice(config, ["cell_type"]))
+    assert "knows no label 'cell_typ' (did you mean 'cell_type'?)" in said

@@ -6,13 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig
 from pipeline.core.manifest import Manifest
+from pipeline.planning.plan import plan
 from pipeline.stages import ingest
 from pipeline.workflow.preflight import check_against_data, check_settings
+from pipeline.workflow.runner import run_job
+from pipeline.workflow.schedule import resolve
 from scldm.errors import InputError
 
 JOBS = Path(__file__).resolve().parents[3] / "jobs"
@@ -79,3 +83,62 @@ def test_a_class_that_was_never_measured_is_refused_as_soon_as_the_data_is_known
 def test_a_split_without_cells_is_said_before_training(ingested):
     with pytest.raises(InputError, match=r"raise ingest\.split\.test"):
         check_against_data({"evaluate": EvaluateConfig(split="test")}, ingested)
+
+
+# ---- plan refuses what run refuses -------------------------------------------------------------------------------
+INGEST = "kind: ingest\nname: demo\nsource: {type: synthetic, n_cells: 200, n_genes: 40}\nsplit: {test: 0}\n"
+WRONG = [
+    ("cell_type,cells\ntype 1,3\n", "has no column n_cells"),
+    ("cell_type,n_cells\ntype 1,5.5\n", "must be whole numbers >= 0; 1 are not, the first in row 1 ('5.5')"),
+    ('cell_type,n_cells\ntype 1,"1,000"\n', "('1,000'); write it with digits only"),
+    ("cell_type,n_cells\ntype 1,\n", "must be whole numbers >= 0"),
+    ("Cell_Type,n_cells\ntype 1,3\n", "no label 'Cell_Type' (did you mean 'cell_type'?)"),
+    ("cell_type,n_cells\nneuron,3\n", "has no class 'neuron'"),
+    ("x,cell_type,n_cells\na,type 1\n", "line 2 has 2 fields and the header 3"),
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    """A folder in which the job `demo` was ingested."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "ingest.yaml").write_text(f"{INGEST}output: {folder}/runs\n")
+    run_job(load_job(folder / "ingest.yaml", []), folder / "ingest.yaml")
+    return folder
+
+
+def planned(folder, table: str, **more) -> str:
+    (folder / "conditions.csv").write_text(table)
+    path = folder / "job.yaml"
+    job = {"kind": "generate", "name": "demo", "output": str(folder / "runs")}
+    path.write_text(yaml.safe_dump({**job, "conditions": str(folder / "conditions.csv"), **more}))
+    return plan(resolve(load_job(path, []), path))
+
+
+@pytest.mark.parametrize(("table", "words"), WRONG)
+def test_a_plan_resolves_the_request_of_a_known_ingest(pipeline_folder, table, words):
+    with pytest.raises(InputError) as error:
+        planned(pipeline_folder, table)
+    assert words in str(error.value)
+    assert "conditions.csv" in str(error.value)
+
+
+def test_a_plan_counts_the_cells_of_a_request(pipeline_folder):
+    said = planned(pipeline_folder, "\ufeffcell_type;n_cells\r\n;30\r\n;12.0\r\n")
+    assert "generate: 42 cells in 1 shards" in said
+    assert "needs train_vae" in said
+
+
+@pytest.mark.parametrize(("table", "words"), [w for w in WRONG if "no class" not in w[1]])
+def test_a_plan_of_all_stages_checks_what_needs_no_data(tmp_path, table, words):
+    (tmp_path / "conditions.csv").write_text(table)
+    wanted = [f"output={tmp_path}/runs", f"generate={{conditions: {tmp_path}/conditions.csv}}"]
+    with pytest.raises(InputError) as error:
+        plan(resolve(load_job(JOBS / "demo.yaml", wanted)))
+    assert words in str(error.value)
+    inline = [f"output={tmp_path}/runs", "generate={cells: [{cell_type: x, n_cells: 2.5}]}"]
+    with pytest.raises(InputError, match=r"generate.cells: n_cells must be whole"):
+        plan(resolve(load_job(JOBS / "demo.yaml", inline)))
+    unknown = [f"output={tmp_path}/runs", "generate={per_label: {tissue: 2}}"]
+    with pytest.raises(InputError, match=r"per_label: no label 'tissue'; the model will know: cell_type"):
+        plan(resolve(load_job(JOBS / "demo.yaml", unknown)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pipeline.core import faults
 from pipeline.core.lock import LOCK, stage_lock
 from pipeline.core.manifest import Manifest, newest_manifest, write_manifest
 from pipeline.tracking import tracker as tracking
-from pipeline.workflow import runner
+from pipeline.workflow import runner, schedule
 from pipeline.workflow.changes import versions_of_0_1
 from pipeline.workflow.folders import output_root, pipeline_folder
 from pipeline.workflow.schedule import resolve
@@ -78,7 +79,8 @@ def world(tmp_path, monkeypatch):
         yield
 
     monkeypatch.setattr(runner, "stage_function", stages.function)
-    monkeypatch.setattr(runner, "check_against_data", lambda *_: None)  # these stages make no data
+    for module in (runner, schedule):
+        monkeypatch.setattr(module, "check_against_data", lambda *_: None)  # these stages make no data
     monkeypatch.setattr(runner.cluster, "connect", connect)
     monkeypatch.setattr(runner, "Tracking", lambda *_: stages.tracking)
     return stages
@@ -122,7 +124,7 @@ def test_the_outputs_shown_are_those_of_the_job_and_not_the_newest(world):
         ("train_flow.train.max_steps=3", ["train_flow", "generate", "evaluate"]),
         ("encode.batch_size=3", ["encode", "train_flow", "generate", "evaluate"]),
         ("train_vae.train.max_steps=3", ["train_vae", "encode", "train_flow", "generate", "evaluate"]),
-        ("ingest.labels=[]", list(STAGES)),
+        ("ingest.max_cells=30", list(STAGES)),
         ("seed=5", list(STAGES)),
         ("resources.workers=4", []),
     ],
@@ -193,6 +195,19 @@ def test_inputs_name_a_folder_and_its_ancestors_follow(world):
         "train_vae": old.inputs["train_vae"],
         "train_flow": old.version,
     }
+
+
+def test_a_model_of_another_pipeline_does_not_bring_its_cells_along(world):
+    run()
+    vae = newest_manifest(Path("runs/demo"), "train_vae").folder
+    ingest = newest_manifest(Path("runs/demo"), "ingest").folder
+    text = "kind: encode\nname: mine\n"
+    with pytest.raises(InputError, match="and this job would read those, not the cells of mine") as refused:
+        run(f"inputs.train_vae={vae}", text=text)
+    assert not Path("runs/mine").exists()
+    named = re.search(r"inputs\.ingest=(\S+)", str(refused.value))
+    assert Path(named[1]).samefile(ingest)
+    assert run(f"inputs.train_vae={vae}", named[0], text=text) == ["encode"]
 
 
 def test_inputs_that_hold_nothing_or_something_else_are_refused(world):

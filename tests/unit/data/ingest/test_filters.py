@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 
 from pipeline.config.job import CellsConfig
-from pipeline.data.ingest.filters import check_values, value_filter
+from pipeline.data.ingest.filters import find_values, value_filter
 from pipeline.data.soma.write import write_experiment
 from scldm.errors import InputError
 
@@ -22,6 +22,9 @@ def store(tmp_path_factory):
             "class": [f"c{i % 3}" for i in range(n)],
             "two words": np.arange(n) % 4,
             "score": np.arange(n) / 2,
+            "batch": pd.Categorical([str(1 + i % 3) for i in range(n)]),
+            "doublet": pd.Categorical([str(i % 2 == 0) for i in range(n)]),
+            "dose": pd.Categorical([("0.1", "1.0", "10.0")[i % 3] for i in range(n)]),
             "is_primary_data": np.arange(n) % 5 == 0,
             "tissue_general": pd.Categorical(["lung", "blood", "gut"] * 20),
         }
@@ -34,8 +37,7 @@ def store(tmp_path_factory):
 
 def found(store, obs_filter=None, **conditions):
     config = CellsConfig.model_validate(conditions)
-    check_values(config, store)
-    return store.obs([], value_filter(config.conditions(), obs_filter))["soma_joinid"].tolist()
+    return store.obs([], value_filter(find_values(config, store), obs_filter))["soma_joinid"].tolist()
 
 
 @pytest.mark.parametrize("value", AWKWARD)
@@ -91,3 +93,32 @@ def test_unknown_values_and_columns_are_all_named(store):
 def test_conditions_that_contradict_or_say_nothing_are_refused(conditions, words):
     with pytest.raises(ValueError, match=words):
         CellsConfig.model_validate(conditions)
+
+
+def test_a_value_is_found_by_the_name_of_its_class_whatever_its_type(store):
+    assert found(store, where={"batch": [1, 2.0]}) == [i for i in range(60) if i % 3 < 2]
+    assert found(store, where={"doublet": False}) == list(range(1, 60, 2))
+    assert found(store, where={"dose": [1, "10"]}) == [i for i in range(60) if i % 3]
+    assert found(store, where={"two words": "3", "is_primary_data": "True"}) == [15, 35, 55]
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"batch": 4}, "'batch' has no value 4 (it has: 1, 2, 3)"),
+        ({"batch": True}, "'batch' has no value True"),
+        ({"doublet": "false"}, "has no value 'false' (did you mean 'False'?"),
+        ({"score": "high"}, "where.score: obs column 'score' holds numbers, and 'high' is none"),
+        ({"is_primary_data": 1}, "where.is_primary_data: obs column 'is_primary_data' holds true and false, and 1 is"),
+    ],
+)
+def test_a_value_that_a_column_cannot_hold_is_refused(store, where, words):
+    with pytest.raises(InputError) as error:
+        found(store, where=where)
+    assert words in str(error.value)
+
+
+def test_a_filter_on_a_column_with_a_space_says_how_to_write_it(store):
+    with pytest.raises(InputError, match="a column whose name is no plain word is written attr"):
+        found(store, "`two words` > 2")
+    assert found(store, "attr('two words') > 2") == list(range(3, 60, 4))

@@ -13,7 +13,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import GenesConfig, IngestConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.data.ingest.genes import LACKING, gene_lut, model_genes
+from pipeline.data.ingest.genes import LACKING, gene_lut, model_genes, read_vocabulary
 from pipeline.data.soma.write import write_experiment
 from pipeline.stages import ingest
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
@@ -102,7 +102,7 @@ def test_a_models_folder_is_a_vocabulary(store, tmp_path):
 def test_vocabularies_that_cannot_be_read_are_explained(store, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, words in [
-        (tmp_path / "empty", "vocabulary.json is missing"),
+        (tmp_path / "empty", "name a model folder, a finished stage or a pipeline|has no config.json"),
         (tmp_path / "nowhere.json", "does not exist"),
         (listed(tmp_path, ["A", "A"], "twice.txt"), "more than once"),
         (listed(tmp_path, ["A"], "genes.xlsx"), "ending '.xlsx'"),
@@ -165,3 +165,57 @@ def test_real_symbols_and_ids_find_the_same_genes(tmp_path):
     by_id = found(store, vocabulary=listed(tmp_path, [f"{x}.7" for x in clear["feature_id"]], "i.json"))
     assert by_symbol.table["soma_joinid"].equals(by_id.table["soma_joinid"])
     assert by_id.facts["genes"]["matched"] == len(clear) > 30_000
+
+
+# ---- lists that users write ------------------------------------------------------------------------------------------
+def written(folder, content: str | bytes, name: str = "genes.csv") -> str:
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "gene_id\nENSG00000000002\nENSG00000000005\n",
+        "\ufeffENSG00000000002\r\nENSG00000000005\r\n\r\n",
+        "\ufeffGene ID;Symbol\r\nENSG00000000002;MS4A1\r\nENSG00000000005;NKG7\r\n",
+        '"","gene_id","symbol"\n"1","ENSG00000000002","MS4A1"\n"2","ENSG00000000005","NKG7"\n',
+        ",gene_name\nENSG00000000002,MS4A1\nENSG00000000005,NKG7\n",
+        "n\tensembl_id\n3\tENSG00000000002\n4\tENSG00000000005\n",
+    ],
+    ids=["header", "bom", "excel", "r", "index", "tabs"],
+)
+@pytest.mark.parametrize("ending", ["csv", "txt", "tsv"])
+def test_a_list_of_genes_is_read_as_excel_and_r_write_it(store, tmp_path, content, ending):
+    genes = found(store, vocabulary=written(tmp_path, content, f"genes.{ending}"))
+    assert genes.table["feature_id"].tolist() == ["ENSG00000000002", "ENSG00000000005"]
+    assert genes.table["feature_name"].tolist() == ["MS4A1", "NKG7"]
+
+
+def test_a_header_of_symbols_is_no_gene_and_a_gene_of_the_source_is_no_header(store, tmp_path):
+    path = written(tmp_path, "symbol\nNKG7\nCD3E\n")
+    assert found(store, vocabulary=path, match="symbol").table["feature_id"].tolist() == ["NKG7", "CD3E"]
+    assert read_vocabulary(path).feature_ids == ("NKG7", "CD3E")
+    assert read_vocabulary(path, known={"symbol"}).feature_ids == ("symbol", "NKG7", "CD3E")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("gene_id\nENSG00000000002\n".encode("utf-16"), "its encoding is UTF-16"),
+        ("a;b\nENSG00000000002;x\n", "several columns (a, b): write one gene per line, or a header line"),
+        ("gene_id,symbol\nENSG00000000002\n", "a row has 1 fields and the header 2"),
+        ("gene_id,symbol\nENSG00000000002,x\n,y\n", "1 of 2 rows name no gene, the first is row 2"),
+    ],
+)
+def test_a_list_that_is_not_clear_is_refused_with_its_path(store, tmp_path, content, words):
+    with pytest.raises(InputError) as error:
+        found(store, vocabulary=written(tmp_path, content))
+    assert words in str(error.value)
+    assert "genes.csv cannot be read: " in str(error.value)
+
+
+def test_genes_that_the_source_lacks_are_named_in_the_note(store, tmp_path):
+    wanted = [*IDS[:2], *(f"ENSG0000000010{i}" for i in range(7))]
+    notes = found(store, vocabulary=listed(tmp_path, wanted), max_missing=0.9).notes
+    assert any("The source lacks ENSG00000000100, ENSG00000000101" in n and n.endswith("and 2 more.") for n in notes)

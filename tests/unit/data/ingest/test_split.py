@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import HeldOutConfig, IngestConfig, SplitConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.data.ingest.held_out import counted, hold_out, read_combinations
+from pipeline.data.ingest.held_out import counted, find_classes, hold_out, read_combinations
 from pipeline.data.ingest.split import SPLITS, split_cells
 from pipeline.data.ingest.subsample import subsample_cells
 from pipeline.stages import ingest
@@ -219,3 +220,69 @@ def test_which_cells_are_taken_says_nothing_about_their_side():
     places = subsample_cells(cells["soma_joinid"].to_numpy(), 8000, tile=2048)
     side = split_cells(cells, SplitConfig())[places]
     assert 0.08 < (side == "test").mean() < 0.12
+
+
+# ---- held-out combinations that users write --------------------------------------------------------------------------
+CELLS = pd.DataFrame({"cell_type": ["B", "NK", "B "], "dose": ["0.1", "1", "10"]}).astype("category")
+
+
+def combinations(tmp_path, text: str):
+    return read_combinations(SplitConfig(held_out={"table": written(tmp_path / "held.csv", text)}).held_out)
+
+
+def held_out_error(tmp_path, text: str) -> str:
+    with pytest.raises(InputError) as error:
+        hold_out(CELLS, np.full(3, "train"), find_classes(CELLS, combinations(tmp_path, text)))
+    return str(error.value)
+
+
+def test_held_out_classes_are_found_as_the_data_call_them(tmp_path):
+    table = combinations(tmp_path, "\ufeffcell_type;dose\r\nNK ; 1.0\r\n;0.10\r\n;;\r\n")
+    assert [x.classes for x in find_classes(CELLS, table)] == [{"cell_type": "NK", "dose": "1"}, {"dose": "0.1"}]
+    inline = read_combinations(SplitConfig(held_out={"combinations": [{"dose": [1.0, 10]}]}).held_out)
+    assert [x.classes["dose"] for x in find_classes(CELLS, inline)] == ["1", "10"]
+    texts = CELLS.assign(dose=["1", "1.0", "2.0"])
+    assert [x.classes["dose"] for x in find_classes(texts, combinations(tmp_path, "dose\n1.0\n2\n"))] == ["1.0", "2.0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cell_type,dose\nNK,1\nNK,1e1\n", ["row 2 (cell_type 'NK', dose '1e1')", "'1e1' (did you mean '10'?"]),
+        ("cell_type\nnk\n", ["row 1 (cell_type 'nk')", "did you mean 'NK'?"]),
+        ("cell_type,dose\nNK,10\n", ["none of the 1 combinations has cells: cell_type 'NK', dose '10' (", "row 1)"]),
+        ("dose\n1\n1.0\n", ["row 2: dose '1' is held out twice, first by ", "row 1"]),
+        ("dose,split\n1,Test\n", ["row 1: split is 'Test'"]),
+    ],
+)  # fmt: skip
+def test_errors_about_a_held_out_table_name_it_with_the_row(tmp_path, text, words):
+    said = held_out_error(tmp_path, text)
+    assert [w for w in ["ingest.split.held_out.table: held.csv, ", *words] if w not in said] == []
+
+
+def test_a_held_out_column_that_obs_lacks_is_a_fault_of_the_table(tmp_path):
+    table = written(tmp_path / "held.csv", "Cell_Type,donor\nB,d1\n")
+    with pytest.raises(InputError) as error:
+        run(tmp_path / "a", split={"held_out": {"table": table}})
+    said = str(error.value)
+    assert (
+        "ingest.split.held_out.table: held.csv, row 1: obs has no column 'Cell_Type' (did you mean 'cell_type'?" in said
+    )
+    assert said.endswith("; name one that it has, or leave the column out")
+    assert "ingest.source.columns" not in said
+    assert "ingest.labels" not in said
+    with pytest.raises(InputError, match=r"held_out\.combinations\[0\]: obs has no column 'donor'"):
+        run(tmp_path / "a", split={"held_out": {"combinations": [{"donor": "d1"}]}})
+
+
+def test_a_held_out_column_that_a_file_lacks_is_no_fault_of_the_file(tmp_path):
+    n = 40
+    cells = ad.AnnData(
+        np.random.default_rng(0).poisson(2, (n, 6)).astype(np.float32), obs=pd.DataFrame({"cell_type": ["a", "b"] * 20})
+    )
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    table = written(tmp_path / "held.csv", "cell_type,n_cells\na,3\n")
+    source = {"type": "h5ad", "path": str(tmp_path / "a.h5ad")}
+    said = r"^ingest\.split\.held_out\.table: held.csv, row 1: obs has no column 'n_cells'"
+    with pytest.raises(InputError, match=said):
+        run(tmp_path / "a", source=source, split={"held_out": {"table": table}})

@@ -231,6 +231,77 @@ def test_tables_that_do_not_fit_are_explained(two_samples, tmp_path):
         read_10x(source(path, obs=str(tmp_path / "nowhere.csv")))
 
 
+def problem(path, table: str, tmp_path, **more) -> str:
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(InputError) as error:
+        read_10x(source(path, obs=str(tmp_path / "t.csv"), **more))
+    return str(error.value)
+
+
+@pytest.fixture
+def one_sample(tmp_path):
+    write_folder(tmp_path / "S1", np.random.default_rng(0).poisson(2, (20, 3)), ["A", "B", "C"])
+    return tmp_path / "S1"
+
+
+def kinds(first: str = "", separator: str = ",") -> str:
+    return "".join(f"{separator.join(row)}\n" for row in [(first, "kind"), *((f"CELL{i}-1", "x") for i in range(20))])
+
+
+def test_barcodes_in_an_index_without_a_name_are_the_barcodes(one_sample, tmp_path):
+    (tmp_path / "t.csv").write_text(kinds())
+    (tmp_path / "excel.csv").write_text("\ufeff" + kinds("barcode", ";"))
+    names = pd.Index([f"CELL{i}-1" for i in range(20)])
+    pd.DataFrame({"kind": ["x"] * 20}, index=names).to_parquet(tmp_path / "t.parquet")
+    for name in ("t.csv", "excel.csv", "t.parquet"):
+        tables = read_10x(source(one_sample, obs=str(tmp_path / name)), ["kind"])
+        assert tables.obs["kind"].tolist() == ["x"] * 20
+
+
+def test_a_column_that_holds_the_barcodes_or_samples_is_named(one_sample, two_samples, tmp_path):
+    said = problem(one_sample, kinds("cell"), tmp_path)
+    assert said.endswith("cell holds such values: set ingest.source.columns: {barcode: cell}")
+    assert (
+        read_10x(source(one_sample, obs=str(tmp_path / "t.csv"), columns={"barcode": "cell"})).obs["kind"].notna().all()
+    )
+    assert problem(one_sample, "id,kind\nx,y\n", tmp_path).endswith(
+        "add a column barcode that holds barcodes as CELL0-1"
+    )
+    path = str(two_samples[0] / "*/outs/*")
+    said = problem(path, "barcode,run,kind\nCELL0-1,S2,x\n", tmp_path)
+    assert "no column sample (columns: barcode, run, kind), and there are 2 samples: S1, S2" in said
+    assert said.endswith("{sample: run}")
+    said = problem(path, kinds("barcode"), tmp_path)
+    assert said.endswith("2 samples: S1, S2; add a column sample that holds the name of each cell's sample")
+    said = problem(path, "barcode,sample,kind\nCELL0-1,one,x\n", tmp_path)
+    assert said.endswith("in the column sample write S1, S2")
+
+
+def test_a_column_of_held_out_combinations_is_no_reason_to_train_without_labels(one_sample):
+    where = "ingest.split.held_out.table: held.csv, row 1"
+    with pytest.raises(InputError, match=r"row 1: a 10x output holds no dose: .* in ingest\.source\.obs$"):
+        read_10x(source(one_sample), ["dose"], {"dose": where})
+
+
+def test_a_cell_that_is_described_twice_is_named_with_its_rows(one_sample, tmp_path):
+    said = problem(one_sample, "barcode,sample,kind\nCELL0-1,a,x\nCELL1-1,a,x\nCELL0-1,a,y\n", tmp_path)
+    assert "t.csv have the barcode of another row (first: barcode CELL0-1 in rows 1, 3, which differ in kind)" in said
+    assert said.endswith("keep one row for each cell, of the sample that is read")
+
+
+def test_spellings_that_differ_by_space_are_one_class_and_a_note_says_so(one_sample, tmp_path):
+    (tmp_path / "t.csv").write_text(kinds("barcode").replace("CELL0-1,x", "CELL0-1,x "))
+    tables = read_10x(source(one_sample, obs=str(tmp_path / "t.csv")), ["kind"])
+    assert set(tables.obs["kind"]) == {"x"}
+    assert any("spellings are joined of 'x'" in note for note in tables.notes)
+
+
+def test_a_fault_of_the_table_is_no_fault_of_the_output(one_sample, tmp_path):
+    (tmp_path / "t.csv").write_text("barcode,kind\nCELL0-1,x\nCELL0-1,x\n")
+    [found] = examine(Question(str(one_sample), obs=str(tmp_path / "t.csv")))
+    assert [f.remedy for f in found.errors] == ["keep one row for each cell"]
+
+
 # ---- damage ------------------------------------------------------------------------------------------------------
 def write_h5(path, **changed):
     csc = sp.csc_matrix(np.array([[1, 0, 2], [0, 3, 0]]))  # 2 features x 3 cells

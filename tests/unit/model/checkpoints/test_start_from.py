@@ -7,7 +7,7 @@ import torch
 from helpers.models.small_models import CELL_TYPES, DONORS, GENES, random_weights, write_flow, write_vae
 
 from scldm.checkpoints.native import load_flow, load_vae
-from scldm.checkpoints.start_from import start_flow, start_vae
+from scldm.checkpoints.start_from import freeze, start_flow, start_vae
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError
 from scldm.nn.dit import DiT
@@ -136,3 +136,24 @@ def test_a_new_label_changes_nothing_at_first(flow):
 def test_parents_that_are_not_there_are_refused(flow, parents, words):
     with pytest.raises(CheckpointError, match=words):
         start_flow(new_dit(flow.dit, CELL_TYPES, DONORS), names(GENES, CELL_TYPES, DONORS), flow, parents=parents)
+
+
+# ---- parts that are not trained ----------------------------------------------------------------------------------
+def test_parts_are_frozen_by_the_beginning_of_their_names(trained):
+    vae = new_vae(trained.vae, len(GENES))
+    names = freeze(vae, ["encoder", "gene_embedding"])
+    assert names == sorted(n for n, p in vae.named_parameters() if not p.requires_grad)
+    assert all(n.startswith("encoder.") or n == "gene_embedding" for n in names)
+    assert vae.log_theta.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (["encode"], "the network has no part 'encode' .*encoder"),
+        (["encoder", "decoder", "gene_embedding", "gene_bias", "log_theta"], "leaves nothing to train"),
+    ],
+)
+def test_parts_that_are_not_there_and_a_network_that_is_frozen_whole_are_refused(trained, parts, words):
+    with pytest.raises(CheckpointError, match=words):
+        freeze(new_vae(trained.vae, len(GENES)), parts)
