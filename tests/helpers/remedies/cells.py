@@ -12,7 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from helpers.files import faulty_counts, faulty_tables, faulty_tenx
-from helpers.files.faulty_experiments import described, experiment
+from helpers.files.faulty_experiments import experiment
 from helpers.files.h5ad_cases import G, N, counts, look, save, told
 from helpers.remedies.follow import Case, done, follows, ingest, message, named, other, pipeline_on, refused, setting
 from pipeline.config.io.loader import load_job
@@ -119,15 +119,6 @@ def symbols_stand_beside_ids(case: Case) -> None:
     said = told(look(path))
     assert ingest(of_file(case, path), setting(said, "ingest.source.gene_id"))["n_genes"] == G
     assert "Ensembl" not in told(look(path, gene_id=setting(said, "ingest.source.gene_id").partition("=")[2]))
-
-
-@follows("pipeline/data/validation/gene_names.py: leave them out with ingest.genes.value_filter")
-def ids_of_an_experiment_are_repeated(case: Case) -> None:
-    path = described(feature_id=[IDS[0], *IDS[:-1]])(case.folder)
-    job = of_experiment(case, path)
-    for said in (message(ingest, job), told(look(path))):
-        left_out = f"{named(said, 'ingest.genes.value_filter')}=feature_id != '{IDS[0]}'"
-        assert ingest(job, left_out)["n_genes"] == G - 2
 
 
 def two_files(folder: Path, other_ids: list[str], **var: Any) -> Path:
@@ -239,16 +230,6 @@ def cells_have_no_label(case: Case) -> None:
     path = save(case.folder / "a.h5ad", cell_type=["a", None, "b", "b"] * 10)
     job = of_file(case, path)
     assert sum(ingest(job, setting(message(ingest, job), "ingest.missing_label"))["n_cells"].values()) == 30
-
-
-@follows("pipeline/data/validation/names.py: name another label in ingest.labels")
-def no_cell_has_a_label(case: Case) -> None:
-    path = save(
-        case.folder / "a.h5ad", cell_type=pd.Categorical([None] * N, categories=["a"]), other=["a", "b"] * (N // 2)
-    )
-    job = of_file(case, path)
-    for said in (message(ingest, job), told(look(path, "cell_type"))):
-        assert ingest(job, f"{named(said, 'ingest.labels')}=[other]")["labels"] == ["other"]
 
 
 @follows("pipeline/data/validation/names.py: keeps texts as classes")
@@ -451,7 +432,9 @@ def no_cell_has_a_value_of_the_label(case: Case) -> None:
     assert ingest(job, f"{named(said, 'ingest.labels')}=[cell_type]")["label_counts"].keys() == {"cell_type"}
 
 
-@follows("pipeline/data/validation/names.py: leave them out with ingest.genes.value_filter, or write the experiment")
+@follows(
+    "pipeline/data/validation/gene_names.py: leave them out with ingest.genes.value_filter, or write the experiment"
+)
 def genes_of_an_experiment_occur_twice(case: Case) -> None:
     from pipeline.data.soma.write import write_experiment
 

@@ -74,7 +74,6 @@ NOT_FOLLOWED = {
 NO_ADVICE = (
     "pipeline/cluster/needs.py: with resources.{}={}) and there are {}",
     "pipeline/inference/rows.py: name one in ingest.labels, or map it",
-    "pipeline/cli/init/labels.py: --label {}: {}; {}",
     "pipeline/cli/init/render.py: {} GPUs (--gpus)",
     "pipeline/cli/init/summary.py: not read (--no-counts)",
     "pipeline/cli/parity.py: known faults of upstream: --all",
