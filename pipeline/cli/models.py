@@ -104,8 +104,10 @@ def export(
 
         if to is Target.huggingface:
             from scldm.api.model import load
+            from scldm.api.pretrained import write_pretrained
 
-            typer.echo(f"wrote {load(model, flow=flow).save_pretrained(out, force=force)}: README.md is its card")
+            written = write_pretrained(load(model, flow=flow), out.expanduser(), force=force)
+            typer.echo(f"wrote {written}: README.md is its card")
             return
         found = find_models(model)
         done = export_upstream(found.vae, flow or found.flow, out, force=force)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pipeline.data.findings import Finding
 from pipeline.data.presence import Presence
 from scldm.data.class_names import class_text, is_null, widened
 from scldm.data.label_type import LabelType
@@ -129,4 +130,6 @@ class CellTables:
     notes: list[str] = field(default_factory=list)  # for readers of the results
     other_counts: Callable[[], list[str]] = list  # other places in the file that hold counts, as config text
     types: Mapping[str, LabelType] = field(default_factory=dict)  # of obs columns, as they were before SOMA's types
+    of_genes: Sequence[Finding] | None = None  # about gene ids as the file has them; None: as var has them
+    left_out: Sequence[Finding] = ()  # about what is not read; `notes` has them too
     measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes

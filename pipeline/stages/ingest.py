@@ -43,6 +43,7 @@ from pipeline.data.loading.cache_writer import CacheInput, write_cache
 from pipeline.data.presence import GROUP, Presence
 from pipeline.data.sources.open import OpenSource, open_source, with_counts
 from pipeline.data.validation.checks import label_problems
+from pipeline.data.validation.counts import same_total_findings
 from pipeline.data.validation.names import class_counts, spelling_findings
 from pipeline.data.validation.obs_sums import sum_findings
 from scldm.data.label_type import LabelType
@@ -69,12 +70,16 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     if combinations:
         held_out = hold_out(obs, np.full(len(obs), ""), combinations)
         split = keep_together(np.where(held_out == "", split, held_out), copies, held_out != "")
+    if not (split == "train").any():
+        require_splits(config.split, split, obs, copies)
     cells = pd.DataFrame({"soma_joinid": obs["soma_joinid"], "split": split})
     genes = model_genes(config.genes, source.store)
     source.notes += genes.notes
     var = genes.table
     var, stats, seen = _statistics(config, source, obs, split, var)
     cells = cells.assign(library_size=stats.library_size, n_expressed=stats.n_expressed)
+    if config.source.type == "soma":  # other sources are checked while they are written
+        source.notes += [found.message for found in same_total_findings(stats.library_size)]
     if (presence := measured_genes(config, source, obs, var)) is not None:
         stats = over_measured(stats, presence, seen)
         cells[LABEL + GROUP] = presence.group
@@ -82,7 +87,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         source.notes.append(f"{empty} cells have no counts in the vocabulary and are left out.")
         obs, cells = (x[(cells["library_size"] > 0).to_numpy()].reset_index(drop=True) for x in (obs, cells))
     split = cells["split"].to_numpy()
-    require_splits(config.split, split, obs)
+    require_splits(config.split, split, obs, copies)
 
     vocabulary = _vocabulary(config, obs, var, source.types)
     if combinations:
@@ -184,9 +189,7 @@ def _statistics(
 ) -> tuple[pd.DataFrame, CountStatistics, np.ndarray]:
     """Return the genes that are kept, statistics over them, and which cells the gene statistics are from, bool (n,)."""
     store, ids, train = source.store, obs["soma_joinid"].to_numpy(), split == "train"
-    if not train.any():
-        require_splits(config.split, split, obs)
-    whole = config.genes.vocabulary == "source" and not config.genes.min_cells and not config.genes.value_filter
+    whole = config.genes.vocabulary == "source" and not config.genes.min_cells and len(var) == store.shape[1]
     in_obs = {"raw_sum", "nnz"} <= set(obs) and whole
     if in_obs and len(obs) > FULL_PASS_CELLS:
         some = _some_tiles(ids, train, store.tile)

@@ -126,7 +126,8 @@ class Model:
         """Encode cells: latents in obsm["X_scldm"], (b, m * e) float32. Deterministic.
 
         Args:
-            adata: Cells with raw counts; it is modified and returned. A view is copied first.
+            adata: Cells with raw counts, in memory or opened with backed="r"; it is modified and returned. A view is
+                copied first.
             layer: Layer of the counts; None: X.
             match: How the model's genes are found in var: by "id", or by "symbol".
             genes: var column of gene ids or symbols; None: the index, or feature_id (feature_name).
@@ -142,7 +143,7 @@ class Model:
         max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
         given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
-        out = adata.copy() if adata.is_view else adata
+        out = (adata.to_memory() if adata.isbacked else adata.copy()) if adata.is_view else adata
         with torch.inference_mode():
             parts = [flat(self.vae.vae.encode(batch)) for batch in tiles(self.vae, cells, out)]
         out.obsm[LATENTS] = joined(parts, self.latent_shape)
@@ -302,7 +303,7 @@ class Model:
         """
         from scldm.api.pretrained import write_pretrained
 
-        return write_pretrained(self, Path(folder).expanduser(), force=force)
+        return write_pretrained(self, Path(folder).expanduser(), force=force, in_python=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Model:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from scldm.api.folders import ModelFolders
 from scldm.checkpoints.native import LoadedVAE, folder_digest
-from scldm.data.align import AlignedCells, CellsError
+from scldm.data.align import AlignedCells
 from scldm.data.batch import CellBatch
+from scldm.data.cell_counts import CellsError
 from scldm.errors import CheckpointError
 from scldm.generation.cell_maker import tile_cells
 from scldm.generation.expression_draw import scale_of

@@ -21,13 +21,17 @@ INDEX = "model_index.json"
 FILES = ("model.safetensors", "raw.safetensors", "config.json", "vocabulary.json", "library_size.json", "README.md")
 
 
-def write_pretrained(model: DescribedModel, folder: Path, *, force: bool = False) -> Path:
+def write_pretrained(model: DescribedModel, folder: Path, *, force: bool = False, in_python: bool = False) -> Path:
     """Write the parts, the index and the card; return the folder.
+
+    Args:
+        force: Replace an earlier model.
+        in_python: Whether messages name arguments of `save_pretrained`, and not options of a command.
 
     Raises:
         CheckpointError: The folder holds something else, or an earlier model and `force` is not set.
     """
-    check_output(folder, force=force, is_earlier=lambda p: (p / INDEX).is_file())
+    check_output(folder, force=force, is_earlier=lambda p: (p / INDEX).is_file(), in_python=in_python)
     parts = {"vae": model.folders.vae} | ({} if model.folders.flow is None else {"flow": model.folders.flow})
     with atomic_folder(folder) as staging:
         for part, source in parts.items():

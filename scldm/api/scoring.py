@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsClassifier
 
 from scldm.api.arguments import Arguments
-from scldm.data.align import CellsError
+from scldm.data.cell_counts import CellsError, count_problem, layers_of, matrix_of
 from scldm.data.class_names import class_names
 from scldm.generation.expression_draw import is_log_normalised
 from scldm.metrics.distribution import distances, two_sample
@@ -52,15 +52,17 @@ def score(
     """Score generated cells against real ones. Returns one row per score: `generated`, `floor`, `better`, `title`.
 
     Args:
-        generated: Counts in X, over the genes of var_names.
-        real: Cells that the models were not trained on, with at least those genes, by var_names or `feature_id`.
+        generated: Counts in X, over the genes of var_names. What a Gaussian head draws is no counts, and is refused.
+        real: Counts of cells that the models were not trained on, with at least those genes, by var_names or
+            `feature_id`.
         label: obs column of both; adds how well a kNN trained on real cells recovers it.
         layer: Layer of the real counts; None: X.
         max_cells: Cells on each side, drawn by seed.
         n_pcs: Dimensions of the space; fewer for few cells or genes.
 
     Raises:
-        CellsError: Too few cells, genes that the real cells lack, or a label that one side lacks.
+        CellsError: Too few cells, values that are no counts, genes that the real cells lack, or a label that one side
+            lacks.
 
     >>> score(model.generate(n=60), real=adata).loc["w2", ["better", "title"]].tolist()
     ['lower', 'Wasserstein-2, exact']
@@ -74,12 +76,12 @@ def score(
     seed = given.seed(seed)
     given.raise_problems()
     _require(generated, real, label, layer)
+    known, every = _sides(generated, real, label, layer)
     rng = np.random.default_rng(seed)
-    known = _Side.from_anndata(real, label, layer, _gene_names(real).get_indexer(generated.var_names))
     order = rng.permutation(real.n_obs)
     n = min(real.n_obs // 3, max_cells)
     reference, held_out, others = (known[np.sort(order[k * n : (k + 1) * n])] for k in range(3))
-    made = _Side.from_anndata(generated, label)[np.sort(rng.permutation(generated.n_obs)[:n])]
+    made = every[np.sort(rng.permutation(generated.n_obs)[:n])]
     n_pcs = min(n_pcs, n - 1, generated.n_vars - 1)
     space = RealSpace.fit(reference.counts, n_top_genes=2000, n_pcs=n_pcs, seed=seed)
     scores = {
@@ -98,17 +100,33 @@ class _Side:
     counts: sp.csr_matrix  # (n, g)
     labels: np.ndarray | None  # (n,) class names
 
-    @classmethod
-    def from_anndata(
-        cls, adata: anndata.AnnData, label: str | None, layer: str | None = None, columns: np.ndarray | None = None
-    ) -> _Side:
-        """Take counts and class names from an AnnData, with genes in the order of `columns`."""
-        counts = expression.as_counts(adata.X if layer is None else adata.layers[layer])
-        names = None if label is None else class_names(adata.obs[label])
-        return cls(counts if columns is None else counts[:, columns], names)
-
     def __getitem__(self, rows: np.ndarray) -> _Side:
         return _Side(self.counts[rows], None if self.labels is None else self.labels[rows])
+
+
+def _sides(
+    generated: anndata.AnnData, real: anndata.AnnData, label: str | None, layer: str | None
+) -> tuple[_Side, _Side]:
+    """Return real and generated cells over the genes of the generated ones; both must hold counts."""
+    values = {
+        "real": matrix_of(real, layer, argument="real"),
+        "generated": matrix_of(generated, None, argument="generated"),
+    }
+    remedy = {
+        "real": f"name the layer of counts with layer= ({layers_of(real)})",
+        "generated": "give them as the model draws them, before they are normalised or log-transformed",
+    }
+    problems = [
+        f"{side}: {problem}; scores compare counts with counts: {remedy[side]}"
+        for side, adata in (("generated", generated), ("real", real))
+        if (problem := count_problem(values[side], adata))
+    ]
+    if problems:
+        raise CellsError("\n".join(problems))
+    names = [None if label is None else class_names(adata.obs[label]) for adata in (real, generated)]
+    columns = _gene_names(real).get_indexer(generated.var_names)
+    known = expression.as_counts(values["real"])[:, columns]
+    return _Side(known, names[0]), _Side(expression.as_counts(values["generated"]), names[1])
 
 
 def _scores(real: _Side, side: _Side, reference: _Side, space: RealSpace, *, seed: int) -> dict[str, float]:

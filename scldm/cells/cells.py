@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest, read_part, read_rows
-from scldm.data.class_names import class_name, class_names
+from scldm.data.class_names import class_name, class_names, is_null
 
 __all__ = ["CellShardsError", "Cells", "open_cells"]
 
@@ -147,24 +147,17 @@ class Cells:
         return self[self.mask(**conditions)]
 
     def mask(self, **conditions: Any) -> np.ndarray:
-        """Return which cells meet all conditions, bool (n,). An unknown column or class is a KeyError."""
+        """Return which cells meet all conditions, bool (n,).
+
+        Values are compared by the name of their class, as everywhere: 1, 1.0 and "1" are one class, and so are 0.1 and
+        float32(0.1). A column that obs lacks, and a value that it does not have, is a KeyError.
+        """
         chosen = np.ones(self.n_obs, bool)
         for column, wanted in conditions.items():
             if column not in self.obs:
                 raise KeyError(f"obs has no column {column!r}; it has {', '.join(map(str, self.obs.columns))}")
             values = list(wanted) if isinstance(wanted, (list, tuple, set, np.ndarray, pd.Index)) else [wanted]
-            own = self.obs[column]
-            categorical = isinstance(own.dtype, pd.CategoricalDtype)
-            if categorical or any(isinstance(v, str) for v in values):
-                # By name, as everywhere: 1, 1.0 and "1" are one class.
-                own = pd.Series(class_names(own), index=own.index, dtype=object)
-                known = class_names(self.obs[column].cat.categories) if categorical else own.dropna().unique()
-                unknown = [v for v in values if v is not None and class_name(v) not in known]
-                if unknown:
-                    raise KeyError(f"{column} has no class {unknown[0]!r}; it has {', '.join(known[:8])}")
-                values = [None if v is None else class_name(v) for v in values]
-            met = own.isin([v for v in values if v is not None]).to_numpy(bool)
-            chosen &= met | own.isna().to_numpy() if None in values else met
+            chosen &= _has_class(self.obs[column], values)
         return chosen
 
     def batches(self, size: int = 10_000, key: Any = slice(None)) -> Iterator[anndata.AnnData]:
@@ -208,6 +201,20 @@ class Cells:
 def _quoted(path: Path) -> str:
     """Return a path as a command line takes it."""
     return shlex.quote(str(path))
+
+
+def _has_class(column: pd.Series, values: Sequence[Any]) -> np.ndarray:
+    """Return which cells have one of some values, bool (n,); a null asks for the cells without a value."""
+    names = class_names(column)
+    categorical = isinstance(column.dtype, pd.CategoricalDtype)
+    known = class_names(column.cat.categories) if categorical else pd.unique(names[~pd.isna(names)])
+    wanted = [class_name(v) for v in values if not is_null(v)]
+    unknown = pd.Index(wanted).difference(pd.Index(known), sort=False)
+    if len(unknown):
+        has = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
+        raise KeyError(f"{column.name} has no class {unknown[0]!r}; it has {has or 'no value in any cell'}")
+    met = pd.Series(names).isin(wanted).to_numpy(bool)
+    return met | pd.isna(names) if len(wanted) < len(values) else met
 
 
 def _used(obs: pd.DataFrame) -> pd.DataFrame:

@@ -11,18 +11,23 @@ from pathlib import Path
 from scldm.errors import CheckpointError
 
 
-def check_output(out: Path, *, force: bool, is_earlier: Callable[[Path], bool]) -> None:
+def check_output(out: Path, *, force: bool, is_earlier: Callable[[Path], bool], in_python: bool = False) -> None:
     """Raise CheckpointError if writing to `out` would destroy other files, or an earlier output without `force`.
 
     Args:
         out: Folder to write.
         force: Replace an earlier output.
         is_earlier: Returns whether a folder is an earlier output.
+        in_python: Whether to name arguments of a method in messages, and not options of a command.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out.is_dir() and is_earlier(out)):
+        if in_python:
+            raise CheckpointError(f"{out} exists and was not written by save_pretrained: choose another folder")
         raise CheckpointError(f"{out} exists and was not written by this command: choose another --out")
+    if not force and in_python:
+        raise CheckpointError(f"{out} holds a saved model: choose another folder, or pass force=True to replace it")
     if not force:
         raise CheckpointError(
             f"{out} was written by this command before: choose another --out, or give --force to replace it"

@@ -22,17 +22,13 @@ import torch
 from torch import Tensor
 
 from scldm.data.batch import CellBatch
+from scldm.data.cell_counts import CellsError, count_problem, layers_of, matrix_of
 from scldm.data.class_names import class_names
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
-from scldm.errors import InputError
 
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 MATCH = {"id": "feature_id", "symbol": "feature_name"}
 Match = Literal["id", "symbol"]
-
-
-class CellsError(InputError, ValueError):
-    """Raised for cells that a model cannot take. The message says what is wrong, where, and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def align(
             f"({max_missing:g}) allows. By {match} the model has {', '.join(wanted[:3])} and the data "
             f"{', '.join(have[:3])}: check the organism, or try match={'symbol' if match == 'id' else 'id'!r} or genes="
         )
-    counts = _spread(_counts(adata, layer), target, vocabulary.n_genes)
+    counts = _spread(matrix_of(adata, layer), target, vocabulary.n_genes)
     _require_counts(counts, adata)
     return AlignedCells(counts, n_missing, int((target < 0).sum()))
 
@@ -130,17 +126,6 @@ def _keys(names: list[str] | tuple[str, ...], match: Match) -> pd.Series:
     return pd.Series([_VERSION.sub(r"\1", x) for x in names] if match == "id" else list(names), dtype=str)
 
 
-def _counts(adata: anndata.AnnData, layer: str | None) -> sp.csr_matrix:
-    if layer is not None and layer not in adata.layers:
-        raise CellsError(f"there is no layer {layer!r}; there are: {', '.join(adata.layers) or 'none'}")
-    x = adata.X if layer is None else adata.layers[layer]
-    if x is None:
-        raise CellsError(
-            f"adata.X is empty; name the layer of raw counts: {', '.join(adata.layers) or 'there is none'}"
-        )
-    return sp.csr_matrix(x)
-
-
 def _spread(counts: sp.csr_matrix, target: np.ndarray, n_genes: int) -> sp.csr_matrix:
     """Move columns to the genes of the model and drop stored zeros."""
     coo = counts.tocoo()
@@ -154,15 +139,10 @@ def _spread(counts: sp.csr_matrix, target: np.ndarray, n_genes: int) -> sp.csr_m
 
 
 def _require_counts(counts: sp.csr_matrix, adata: anndata.AnnData) -> None:
-    values = counts.data
-    bad = ~np.isfinite(values) | (values < 0) | (values != np.rint(values))
-    if bad.any():
-        k = int(np.argmax(bad))
-        cell = adata.obs_names[int(np.searchsorted(counts.indptr, k, side="right")) - 1]
+    if problem := count_problem(counts, adata):
         raise CellsError(
-            f"{int(bad.sum())} values are no raw counts, the first is {values[k]:g} in cell {cell}; the model takes "
-            "counts, not normalised or log-transformed values: name their layer "
-            f"({', '.join(adata.layers) or 'there is none'})"
+            f"{problem}; the model takes counts, not normalised or log-transformed values: name their layer "
+            f"({layers_of(adata)})"
         )
     empty = np.diff(counts.indptr) == 0
     if empty.any():

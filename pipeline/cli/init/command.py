@@ -203,7 +203,7 @@ def _name(source: str) -> str:
     last = [p for p in re.split(r"[/\\]", source.partition("*")[0]) if p] or ["cells"]
     if last[-1] in ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices") and len(last) > 1:
         last = [p for p in last if p not in ("outs", "filtered_feature_bc_matrix", "filtered_gene_bc_matrices")] or last
-    stem = re.sub(r"\.(h5ad|h5|soma)$", "", last[-1])
+    stem = re.sub(r"(?i)\.(h5ad|h5|soma)$", "", last[-1])
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "cells"
 
 

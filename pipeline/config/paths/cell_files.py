@@ -18,22 +18,49 @@ _WRITES = ("__fragments", "__commits", "__schema")  # folders of a TileDB array 
 
 # ---- h5ad --------------------------------------------------------------------------------------------------------
 def h5ad_files(path: str) -> list[Path]:
-    """Return the `.h5ad` files that a path, folder or glob pattern stands for, sorted."""
+    """Return the `.h5ad` files that a path, folder or glob pattern stands for, sorted; what macOS left is skipped."""
     p = Path(path).expanduser()
     if p.is_dir():
-        return sorted(p.glob("*.h5ad"))
-    return [p] if p.exists() else sorted(map(Path, glob.glob(str(p))))
+        return sorted(x for x in p.iterdir() if is_h5ad(x) and not is_left_by_macos(x))
+    if p.exists():
+        return [p]
+    return sorted(x for x in map(Path, glob.glob(str(p))) if not is_left_by_macos(x))
+
+
+def is_h5ad(path: Path) -> bool:
+    """Whether a path is named as an `.h5ad` file, in any case of letters."""
+    return path.suffix.lower() == ".h5ad"
+
+
+def is_left_by_macos(path: Path) -> bool:
+    """Whether a path is named as what macOS writes beside a file on a foreign disk or in an archive, `._cells.h5ad`."""
+    return path.name.startswith("._")
+
+
+def left_by_macos(path: str) -> list[Path]:
+    """Return the files in a folder that `h5ad_files` skips."""
+    p = Path(path).expanduser()
+    return sorted(x for x in p.iterdir() if is_h5ad(x) and is_left_by_macos(x)) if p.is_dir() else []
 
 
 # ---- 10x ---------------------------------------------------------------------------------------------------------
 def is_tenx(path: Path) -> bool:
     """Whether a path looks like an output: an .h5 file, or a folder with a matrix."""
-    return path.suffix in (".h5", ".hdf5") if path.is_file() else path.is_dir() and tenx_part(path, MATRIX) is not None
+    if path.is_file():
+        return path.suffix.lower() in (".h5", ".hdf5") and not is_left_by_macos(path)
+    return path.is_dir() and tenx_part(path, MATRIX) is not None
 
 
 def tenx_part(folder: Path, names: tuple[str, ...]) -> Path | None:
     """Return the file of a Cell Ranger folder that has one of the names, gzipped or not; None if there is none."""
     return next((p for n in names for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None)
+
+
+def tenx_pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """Return the files of a Cell Ranger folder that are there twice, unpacked and gzipped."""
+    names = [n for part in (MATRIX, FEATURES, BARCODES) for n in part]
+    pairs = ((folder / n, folder / f"{n}.gz") for n in names)
+    return [(plain, packed) for plain, packed in pairs if plain.is_file() and packed.is_file()]
 
 
 def tenx_outputs(path: str) -> list[Path]:

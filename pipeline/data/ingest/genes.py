@@ -20,7 +20,8 @@ from pipeline.config.input_paths import vocabulary_file
 from pipeline.config.job import GenesConfig
 from pipeline.data.soma.store import SomaStore
 from pipeline.data.tables import plain_id
-from pipeline.data.validation.names import IDS_OF_SOMA, gene_findings
+from pipeline.data.validation.feature_types import genes_of_var
+from pipeline.data.validation.gene_names import IDS_OF_SOMA, GeneNames, gene_findings
 from scldm.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
     Raises:
         InputError: the vocabulary cannot be read, too few of its genes are in the source, or a filter leaves none.
     """
-    var = _genes_of(store, config.value_filter)
+    var, notes = _genes_of(store, config.value_filter)
     if config.vocabulary == "source":
         var = _checked(var, store)
-        return ModelGenes(var, {"genes": {"vocabulary": "source"}}, [])
+        return ModelGenes(var, {"genes": {"vocabulary": "source"}}, notes)
     wanted = read_vocabulary(config.vocabulary, known={*var["feature_id"], *var["feature_name"]})
     keys = _keys(list(wanted.feature_ids if config.match == "id" else wanted.feature_names), config.match)
     found = _keys(list(var["feature_id" if config.match == "id" else "feature_name"]), config.match)
@@ -76,7 +77,7 @@ def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
     lacking = [wanted.feature_ids[i] for i in np.flatnonzero(~matched)[:FIRST]]
     counts = {"matched": n, "missing": missing, "extra": len(var) - n, "ambiguous": ambiguous}
     facts = {"genes": {"vocabulary": config.vocabulary, "match": config.match, **counts}}
-    return ModelGenes(table, facts, _notes(config, len(table), counts, lacking))
+    return ModelGenes(table, facts, notes + _notes(config, len(table), counts, lacking))
 
 
 def read_vocabulary(path: str, known: Collection[str] = ()) -> GeneList:
@@ -101,9 +102,11 @@ def gene_lut(table: pd.DataFrame, n_genes_source: int) -> np.ndarray:
     return lut
 
 
-def _genes_of(store: SomaStore, value_filter: str | None) -> pd.DataFrame:
-    """Return the genes of the source that pass the filter: soma_joinid, feature_id, feature_name."""
+def _genes_of(store: SomaStore, value_filter: str | None) -> tuple[pd.DataFrame, list[str]]:
+    """Return the genes of the source that pass the filter (soma_joinid, feature_id, feature_name), and notes."""
     var = store.var(value_filter=value_filter)
+    features = genes_of_var(var, store.uri)
+    var = var[features.kept].reset_index(drop=True)
     ids = next((c for c in ("feature_id", "var_id") if c in var), None)
     if ids is None:
         raise InputError(f"var of {store.uri} has no feature_id; columns: {', '.join(map(str, var.columns))}")
@@ -117,12 +120,12 @@ def _genes_of(store: SomaStore, value_filter: str | None) -> pd.DataFrame:
         raise InputError(
             f"{len(twice)} gene ids of {store.uri} occur more than once (first: {', '.join(twice[:3])}); {IDS_OF_SOMA}"
         )
-    return var
+    return var, [f"{found.message}." for found in features.findings()]
 
 
 def _checked(var: pd.DataFrame, store: SomaStore) -> pd.DataFrame:
     """Return the genes with plain ids, as those of files have; raise InputError for what validate-data refuses."""
-    errors = [f for f in gene_findings(list(var["feature_id"]), remedy=IDS_OF_SOMA) if f.level == "error"]
+    errors = [f for f in gene_findings(GeneNames(list(var["feature_id"]), "SOMA")) if f.level == "error"]
     if errors:
         raise InputError("\n".join([f"{store.uri} cannot be used:", *(f"  - {f.message}" for f in errors)]))
     return var.assign(feature_id=[plain_id(x) for x in var["feature_id"]])

@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from pipeline.config.job import SplitConfig
 from pipeline.data.ingest.copies import Copies
 from pipeline.data.ingest.subsample import mix
+from pipeline.data.validation.counts import LEAVE_OUT_COPIES, all_copies
 from scldm.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -58,13 +59,23 @@ def _joined(codes: np.ndarray, copies: Copies, n_groups: int) -> np.ndarray:
     return first[component][codes]
 
 
-def require_splits(config: SplitConfig, split: np.ndarray, obs: pd.DataFrame) -> None:
-    """Raise InputError if a requested split has no cells."""
+def require_splits(config: SplitConfig, split: np.ndarray, obs: pd.DataFrame, copies: Copies | None = None) -> None:
+    """Raise InputError if a requested split has no cells.
+
+    Args:
+        copies: Which cells have the same counts, if that is known.
+    """
     counts = dict(zip(*np.unique(split, return_counts=True), strict=True))
     requested = {"train": 1.0, "validation": config.validation, "test": config.test}
     if not counts.get("train", 0) and config.held_out is not None:
         raise InputError("ingest.split.held_out: the combinations hold out every cell; leave some to train on")
     if lacking := [s for s in SPLITS if requested[s] > 0 and not counts.get(s, 0)]:
+        n_different = len(obs) if copies is None else len(np.unique(copies.first))
+        if n_different < len(obs) and config.by in ("cell", "tile"):
+            raise InputError(
+                f"no cell fell into {' and '.join(lacking)}: {all_copies(len(obs), n_different)}; see how the cells "
+                f"were made: {LEAVE_OUT_COPIES}"
+            )
         groups = f" of {obs[config.by].nunique()} different {config.by}" if config.by not in ("cell", "tile") else ""
         held_out = [f"ingest.split.{s}" for s in lacking if s != "train"]
         shares = f"raise {' and '.join(held_out)}, or set 0" if held_out else "lower the shares of the other splits"

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.labels import label_names, measurements
-from pipeline.data.validation.names import ensembl_columns
+from pipeline.data.validation.gene_names import ensembl_columns, has_unique_ids, unique_columns
 
 Kind = Literal["classes", "yes or no", "whole numbers", "few numbers", "decimal numbers"]
 MAX_COMPARED = 400  # classes of a column that is compared with others
@@ -55,8 +55,8 @@ def var_profile(var: pd.DataFrame) -> dict[str, Any]:
     return {
         "index_is_ensembl": bool(ensembl_columns(index)),
         "index_is_unique": bool(var.index.is_unique),
-        "ensembl": [c for c in ensembl_columns(var) if _each_once(var[c])],
-        "unique": [c for c in texts if _each_once(var[c])],
+        "ensembl": [c for c in ensembl_columns(var) if has_unique_ids(var[c])],
+        "unique": unique_columns(var),
         "texts": texts,
     }
 
@@ -79,7 +79,3 @@ def _kind(values: pd.Series) -> Kind:
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether codes in the order of first appearance are one partition, with the same missing values."""
     return bool(np.array_equal(a, b))
-
-
-def _each_once(values: pd.Series) -> bool:
-    return bool(values.notna().all() and values.astype(str).is_unique)

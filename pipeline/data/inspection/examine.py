@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.ingest import MISSING_TEXT
-from pipeline.config.paths.cell_files import is_tenx, prefix_advice
+from pipeline.config.paths.cell_files import is_h5ad, is_left_by_macos, is_tenx, left_by_macos, prefix_advice
 from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile
@@ -27,11 +27,11 @@ from pipeline.data.tables import file_names, sample_names
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids
 from pipeline.data.validation.cell_hashes import first_of_each
 from pipeline.data.validation.counts import LEAVE_OUT_COPIES, CountAudit
+from pipeline.data.validation.feature_types import genes_of_var
+from pipeline.data.validation.gene_names import READ_OF_SOMA, GeneNames, gene_findings
 from pipeline.data.validation.names import (
-    IDS_OF_SOMA,
     cell_findings,
     class_counts,
-    gene_findings,
     label_findings,
     size_findings,
     spelling_findings,
@@ -41,8 +41,6 @@ from pipeline.data.validation.obs_sums import sum_findings
 from scldm.data.user_table import TableError
 from scldm.errors import InputError
 from scldm.text import shown
-
-_IDS_OF_SOMA = "gene ids of an experiment are read from feature_id or var_id"
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def examine(question: Question) -> list[Examined]:
     if not paths:
         nothing = Examined(uri, "path")
         absent = f"there is no such file, folder or pattern (from {Path.cwd()})"
-        what = "no .h5ad, Cell Ranger output or SOMA experiment is in the folder" if Path(uri).is_dir() else absent
+        what = _without_cells(Path(uri).expanduser()) or absent
         known = other_format(Path(uri).expanduser())
         if advice := prefix_advice(Path(uri).expanduser()):
             what, _, remedy = advice.partition("; ")
@@ -86,7 +84,9 @@ def examine(question: Question) -> list[Examined]:
     if question.obs is not None and len(paths) > 1 and all(is_tenx(path) for path in paths):
         return [_tenx(uri, paths, question)]  # the table describes the cells of all outputs
     if len(paths) == 1:
-        return [_one(paths[0], question)]
+        one = _one(paths[0], question)
+        one.findings += _skipped(uri)
+        return [one]
     names = file_names(paths)
     found = [_one(path, question, name) for path, name in zip(paths, names, strict=True)]
     if question.gene_id is None:
@@ -96,7 +96,28 @@ def examine(question: Question) -> list[Examined]:
     for one in found:  # the number of cells counts for all files together
         alone = {f.what for f in size_findings(int(one.facts.get("cells", 0)))}
         one.findings[:] = [f for f in one.findings if f.what not in alone]
-    return [*found, _together(uri, found, question.labels)]
+    whole = _together(uri, found, question.labels)
+    whole.findings += _skipped(uri)
+    return [*found, whole]
+
+
+def _without_cells(path: Path) -> str | None:
+    """Return what is wrong with a folder without cells; None if the path is no folder."""
+    if not path.is_dir():
+        return None
+    names = sorted(shown(p.name) for p in path.iterdir())
+    holds = (", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "nothing"
+    return (
+        "this folder holds no cells: no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it holds "
+        f"{holds})"
+    )
+
+
+def _skipped(uri: str) -> Iterator[Finding]:
+    """Warn of files of a folder that are skipped by their names."""
+    if skipped := left_by_macos(uri):
+        yield warning(f"{len(skipped)} files are what macOS wrote beside other files", "they are skipped: delete them",
+                      count=len(skipped), first=[p.name for p in skipped])  # fmt: skip
 
 
 def is_experiment(path: Path) -> bool:
@@ -110,9 +131,9 @@ def _paths(uri: str) -> list[Path]:
     found: list[Path] = []
     for match in matches:
         if match.is_dir() and not is_tenx(match):
-            inside = sorted(p for p in match.iterdir() if p.suffix == ".h5ad" or is_tenx(p))
-            found += inside
-        else:
+            inside = (p for p in match.iterdir() if is_h5ad(p) or is_tenx(p))
+            found += sorted(p for p in inside if not is_left_by_macos(p))
+        elif match == path or not is_left_by_macos(match):
             found.append(match)
     return found
 
@@ -209,7 +230,8 @@ def _tenx(uri: str, paths: Sequence[Path], q: Question) -> Examined:
     try:
         tables = read_10x(TenxSource(type="10x", path=uri, genome=q.genome, obs=q.obs))
         obs = tables.obs if q.obs is not None else tables.obs[["obs_id", "barcode", "dataset_id"]]
-        _tables(found, obs, tables.var["feature_id"], q, "obs_id")
+        _tables(found, obs, GeneNames(list(tables.var["feature_id"]), "10x"), q, "obs_id")
+        found.findings += tables.left_out
         if q.counts:
             audit = _audit(tables.obs["obs_id"], tables.var["feature_id"])
             row = 0
@@ -264,18 +286,22 @@ def _soma(q: Question) -> Examined:
         obs, var = store.obs(), store.var()
         name = next((c for c in ("obs_id", "soma_joinid") if c in obs), "soma_joinid")
         if q.gene_id is not None:
-            found.findings.append(error(f"--gene-id {shown(q.gene_id)}: {_IDS_OF_SOMA}", "leave it out"))
-        ids = next((var[c] for c in ("feature_id", "var_id") if c in var), None)
-        if ids is None:
+            found.findings.append(error(f"--gene-id {shown(q.gene_id)}: {READ_OF_SOMA}", "leave it out"))
+        features = genes_of_var(var, "var")
+        found.findings += features.findings()
+        var = var[features.kept].reset_index(drop=True)
+        column = next((c for c in ("feature_id", "var_id") if c in var), None)
+        if column is None:
             columns = ", ".join(shown(c) for c in var.columns)
-            found.findings.append(error(f"var has no feature_id (columns: {columns}): {_IDS_OF_SOMA}",
+            found.findings.append(error(f"var has no feature_id (columns: {columns}): {READ_OF_SOMA}",
                                         "write the experiment again with the ids in a column feature_id"))  # fmt: skip
-            ids = var["soma_joinid"].astype(str)
-        _tables(found, obs, ids, q, name)
+        ids = var[column or "soma_joinid"].astype(str)
+        _tables(found, obs, GeneNames(list(ids), "SOMA", column, var), q, name)
         if q.counts:
             audit = _soma_counts(store, obs, ids, name, var["soma_joinid"].to_numpy())
             _finish(found, audit)
-            found.findings += sum_findings(obs, n_expressed=audit.per_cell, library_size=audit.sums)
+            if not features.left_out:  # obs has the sums over all features
+                found.findings += sum_findings(obs, n_expressed=audit.per_cell, library_size=audit.sums)
     except InputError as problem:
         found.findings.append(_finding(problem, "give the address of an experiment"))
     except ValueError as problem:  # from pydantic: a setting
@@ -297,23 +323,23 @@ def _soma_counts(store: Any, obs: pd.DataFrame, ids: pd.Series, name: str, genes
 
 
 # ---- shared ------------------------------------------------------------------------------------------------------
-def _tables(found: Examined, obs: pd.DataFrame, ids: pd.Series, q: Question, name: str) -> None:
+def _tables(found: Examined, obs: pd.DataFrame, genes: GeneNames, q: Question, name: str) -> None:
     names = obs[name].astype(str)
-    found.gene_ids = [str(x) for x in ids]
+    found.gene_ids = [str(x) for x in genes.ids]
     shown_obs = obs.drop(columns=[name])
     found.facts |= {
         "cells": len(obs),
         "obs columns": list(shown_obs.columns),
         "suggested labels": suggested_labels(shown_obs, names),
         "classes": {c: class_counts(obs[c], q.missing_text) for c in q.labels if c in obs},
-        "genes": len(ids),
+        "genes": len(genes.ids),
     }
     if q.profile:
         found.facts["profile"] = {"obs": obs_profile(shown_obs)}
     found.findings += [
         *cell_findings(names),
         *label_findings(shown_obs, q.labels, names, missing_text=q.missing_text, renamed=found.kind != "SOMA"),
-        *gene_findings([str(x) for x in ids], remedy=IDS_OF_SOMA if found.kind == "SOMA" else None),
+        *gene_findings(genes),
     ]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.ingest import MISSING_TEXT
+from pipeline.data.entries import CountEntries
 from pipeline.data.findings import Examined, Finding, error, warning
 from pipeline.data.inspection.columns import obs_profile, var_profile
 from pipeline.data.safety.count_matrix import CountMatrix, find_matrix, pieces
@@ -26,11 +27,11 @@ from pipeline.data.safety.h5ad_structure import (
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.tables import reserved_columns, reserved_problem
 from pipeline.data.validation.counts import CountAudit
+from pipeline.data.validation.feature_types import genes_of_var
+from pipeline.data.validation.gene_names import GeneNames, gene_findings
 from pipeline.data.validation.names import (
     cell_findings,
     class_counts,
-    ensembl_columns,
-    gene_findings,
     label_findings,
     suggested_labels,
 )
@@ -83,6 +84,7 @@ def _inspect(
         obs, var = _frames(file, path, layer, found)
         if obs is not None and dataset_id is not None and "dataset_id" not in obs:
             obs = obs.assign(dataset_id=dataset_id)
+        var, genes = _genes(found, var)
         _names(found, obs, var, labels, gene_id, missing_text)
         place = matrix_path(file, layer)
         places = other_places(path, layer)
@@ -100,7 +102,7 @@ def _inspect(
             return  # reported with the structure
         found.facts["matrix"] = f"{place}, {matrix.kind}, {matrix.shape[0]:,} x {matrix.shape[1]:,}"
         if counts and not unsound:
-            _counts(found, matrix, place, obs, var, gene_id, places)
+            _counts(found, matrix, place, obs, var, gene_id, places, genes)
 
 
 # ---- obs and var -------------------------------------------------------------------------------------------------
@@ -146,6 +148,20 @@ def _decoded(values: np.ndarray) -> np.ndarray:
     return np.array([x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in values], dtype=object)
 
 
+def _genes(found: Examined, var: pd.DataFrame | None) -> tuple[pd.DataFrame | None, np.ndarray | None]:
+    """Return the features that are genes, and their positions; None: all features."""
+    if var is None:
+        return None, None
+    try:
+        features = genes_of_var(var, "the file")
+    except InputError as problem:
+        what, _, remedy = str(problem).rpartition("; ")
+        found.findings.append(error(what, remedy))
+        return var, None
+    found.findings += features.findings()
+    return var[features.kept], features.positions
+
+
 def _names(
     found: Examined, obs: pd.DataFrame | None, var: pd.DataFrame | None, labels: Sequence[str], gene_id: str | None,
     missing_text: Sequence[str],
@@ -166,15 +182,21 @@ def _names(
         else:
             ids = var.index if gene_id is None else var[gene_id]
             found.gene_ids, found.var = [str(x) for x in ids], var
-            found.findings += gene_findings([str(x) for x in ids], ensembl_columns(var))
+            found.findings += gene_findings(GeneNames(found.gene_ids, "h5ad", gene_id, var))
 
 
 # ---- counts ------------------------------------------------------------------------------------------------------
 def _counts(
     found: Examined, matrix: CountMatrix, place: str, obs: pd.DataFrame | None, var: pd.DataFrame | None,
-    gene_id: str | None, places: list[str],
+    gene_id: str | None, places: list[str], genes: np.ndarray | None,
 ) -> None:  # fmt: skip
-    n_cells, n_genes = matrix.shape
+    """Audit the counts.
+
+    Args:
+        var: The genes.
+        genes: Their columns in the matrix; None: all.
+    """
+    n_cells, n_genes = matrix.shape[0], matrix.shape[1] if genes is None else len(genes)
     ids: Sequence[object] = range(n_genes)
     if var is not None and len(var) == n_genes:
         ids = list(var.index if gene_id is None else var.get(gene_id, var.index))
@@ -186,7 +208,7 @@ def _counts(
     try:
         audit = CountAudit(n_cells, ids, where)
         for piece in pieces(matrix, found.findings, place):
-            audit.add(piece)
+            audit.add(piece if genes is None else _of_genes(piece, genes, matrix.shape[1]))
     except DAMAGE as problem:
         line = (str(problem).splitlines() or [""])[0][:160]
         what = f"{place} cannot be read to its end ({type(problem).__name__}: {shown(line)})"
@@ -195,6 +217,14 @@ def _counts(
     found.facts |= {"stored values": audit.stored, "largest value": audit.largest, "values are": audit.guess()}
     found.findings += audit.findings(places)
     found.cell_hashes = audit.hashes
+
+
+def _of_genes(piece: CountEntries, genes: np.ndarray, n_features: int) -> CountEntries:
+    """Return the entries of some columns, numbered by their position among these."""
+    place = np.full(n_features, -1, np.int64)
+    place[genes] = np.arange(len(genes))
+    at = place[piece.genes]
+    return CountEntries(piece.cells[at >= 0], at[at >= 0], piece.counts[at >= 0])
 
 
 def _elsewhere(places: list[str]) -> str:

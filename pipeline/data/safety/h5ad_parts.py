@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from scldm.errors import InputError
 from scldm.text import shown
 
 UNREADABLE = "cannot be read and is left out"
+NOT_UTF8 = " (its text is not UTF-8: decode it with the encoding it was written in, and write it again)"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def open_parts(path: Path, layer: str | None) -> H5adParts:
             _link(path, layer, links, unreadable)
             adata = _open(links)
             for table, columns in unreadable.items():
-                notes += [f"{path.name}: column {shown(c)} of {table} {UNREADABLE}" for c in columns]
+                notes += [f"{path.name}: column {shown(c)} of {table} {UNREADABLE}{why}" for c, why in columns.items()]
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         line = (str(error).splitlines() or ["no message"])[0].replace(str(links), str(path))
@@ -81,7 +83,7 @@ def _open(links: Path) -> Any:
     return anndata.read_h5ad(links, backed="r")
 
 
-def _link(path: Path, layer: str | None, links: Path, without: dict[str, list[str]]) -> None:
+def _link(path: Path, layer: str | None, links: Path, without: dict[str, dict[str, str]]) -> None:
     """Write the file of links.
 
     Args:
@@ -102,7 +104,7 @@ def _link(path: Path, layer: str | None, links: Path, without: dict[str, list[st
                 out[f"uns/{name}"] = h5py.ExternalLink(source, f"/uns/{name}")
 
 
-def _link_columns(table: h5py.Group, out: h5py.Group, source: str, without: list[str]) -> None:
+def _link_columns(table: h5py.Group, out: h5py.Group, source: str, without: Collection[str]) -> None:
     for name, value in table.attrs.items():
         out.attrs[name] = value
     out.attrs.create("column-order", [c for c in _columns(table) if c not in without], dtype=h5py.string_dtype())
@@ -110,20 +112,25 @@ def _link_columns(table: h5py.Group, out: h5py.Group, source: str, without: list
         out[name] = h5py.ExternalLink(source, f"{table.name}/{name}")
 
 
-def _unreadable_columns(path: Path, layer: str | None) -> dict[str, list[str]]:
-    """Return the columns of obs and var that anndata cannot read; the index is not one of them."""
+def _unreadable_columns(path: Path, layer: str | None) -> dict[str, dict[str, str]]:
+    """Return the columns of obs and var that anndata cannot read, and why; the index is not one of them."""
     import anndata
 
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     with h5py.File(path) as file:
         for name, place in (("obs", "obs"), ("var", var_path(file, layer))):
             table = file.get(place)
             for column in _columns(table) if isinstance(table, h5py.Group) else ():
                 try:
                     anndata.io.read_elem(table[column])
-                except Exception:  # any: as above
-                    found.setdefault(name, []).append(column)
+                except Exception as error:  # any: as above
+                    found.setdefault(name, {})[column] = NOT_UTF8 if _is_of_text(error) else ""
     return found
+
+
+def _is_of_text(error: BaseException) -> bool:
+    """Whether bytes could not be decoded; anndata and numpy wrap the error, or write it into their own."""
+    return isinstance(error, UnicodeDecodeError) or "codec can't decode" in str(error)
 
 
 def _columns(table: h5py.Group) -> list[str]:

@@ -10,6 +10,7 @@ import h5py
 
 from pipeline.data.findings import Finding, error
 from pipeline.data.safety.count_matrix import CountMatrix, find_matrix, layout_problems
+from pipeline.data.safety.formats import other_hdf5
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from scldm.text import shown
 
@@ -34,10 +35,15 @@ def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
         found = [f for f in unsafe(file) if f.level == "error"]
         if found:
             return found
+        if known := other_hdf5(file):
+            what, _, fix = known.partition(": ")
+            return [error(f"the file is {what}", fix)]
         if absent := [k for k in ("obs", "var") if k not in file]:
             holds = ", ".join(sorted(map(shown, file))[:6]) or "nothing"
-            return [error(f"the file is HDF5 but not .h5ad: it has no {' and no '.join(absent)} (it holds {holds})",
-                          "a Cell Ranger file is read with ingest.source: {type: 10x, …}")]  # fmt: skip
+            what = f"the file is HDF5 but not .h5ad: it has no {' and no '.join(absent)} (it holds {holds})"
+            if _is_cell_ranger(file):
+                return [error(what, "a Cell Ranger file is read with ingest.source: {type: 10x, …}")]
+            return [error(what, "name a file that adata.write_h5ad() wrote")]
         place, frames = matrix_path(file, layer), ("obs", var_path(file, layer))
         problems = [f for name in frames if name in file for f in _frame_problems(file[name], name)]
         matrix = find_matrix(file[place], place) if place in file else None
@@ -46,6 +52,11 @@ def _structure_problems(path: Path, layer: str | None) -> list[Finding]:
         if not problems:  # anndata itself opens a file whose tables are shorter than its matrix
             problems = _length_problems(file, frames, matrix, place)
         return [*problems, *layout_problems(matrix, place)]
+
+
+def _is_cell_ranger(file: h5py.File) -> bool:
+    groups = [group for group in file.values() if isinstance(group, h5py.Group)]
+    return "matrix" in file or any({"barcodes", "indptr"} <= set(group) for group in groups)
 
 
 def damage(problem: BaseException) -> Finding:

@@ -33,7 +33,9 @@ def open_problems(path: Path) -> list[Finding]:
     if not path.exists():
         return [error("there is no such file", "check the path")]
     if path.is_dir():
-        return [error("this is a folder", "name a file, or a pattern such as folder/*.h5ad")]
+        known = other_format(path)
+        what, _, fix = (known or "a folder, and not a file with cells").partition(": ")
+        return [error(f"this is {what}", fix or "name a file, or a pattern such as folder/*.h5ad")]
     if not h5py.is_hdf5(path):
         known = other_format(path)
         head = "empty" if not path.stat().st_size else "not an HDF5 file"

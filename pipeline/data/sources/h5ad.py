@@ -24,13 +24,15 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import H5adSource
-from pipeline.config.paths.cell_files import h5ad_files
+from pipeline.config.paths.cell_files import h5ad_files, left_by_macos
 from pipeline.data.presence import Presence
 from pipeline.data.safety.formats import other_format
 from pipeline.data.safety.h5ad_parts import H5adParts, open_parts
 from pipeline.data.safety.h5ad_structure import layer_setting, matrix_path, structure_problems
 from pipeline.data.tables import CellTables, complete_obs, file_names, plain_id, spread
 from pipeline.data.validation.agreement import FileTables, agreement_findings, columns_of_ids, taken
+from pipeline.data.validation.feature_types import GeneFeatures, genes_of_var
+from pipeline.data.validation.gene_names import GeneNames, gene_findings, repeated_findings
 from pipeline.data.validation.places import layer_names, other_places
 from scldm.data.label_type import LabelType
 from scldm.errors import InputError
@@ -44,6 +46,8 @@ CHUNK_VALUES = 1 << 24  # of a dense matrix
 class _File:
     parts: H5adParts
     genes: pd.DataFrame  # feature_id, feature_name, feature_length
+    features: GeneFeatures
+    gene_id: str | None  # var column of the ids; None: the index
 
     @property
     def path(self) -> Path:
@@ -54,6 +58,16 @@ class _File:
         """obs, genes and counts; X is on disk."""
         return self.parts.adata
 
+    @property
+    def var(self) -> pd.DataFrame:
+        """The features that are genes."""
+        return self.adata.var[self.features.kept]
+
+    def names(self) -> GeneNames:
+        """Return the gene ids as they are in the file."""
+        ids = self.var.index if self.gene_id is None else self.var[self.gene_id]
+        return GeneNames([str(x) for x in ids], "h5ad", self.gene_id, self.var)
+
 
 def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     """Read tables and chunks of one or many files.
@@ -63,7 +77,8 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     """
     paths = find_files(source.path)
     problems: list[str] = []
-    notes: list[str] = []
+    skipped = [path.name for path in left_by_macos(source.path)]
+    notes = [f"{', '.join(skipped)}: skipped, because macOS wrote it beside another file."] if skipped else []
     files = [f for path in paths if (f := _open(path, source, problems, notes)) is not None]
     if len(files) > 1:  # for a single file, validation reports it
         files = _named_alike(files, source, notes)
@@ -79,6 +94,8 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
     joined = _obs(files, source.columns)
     types = {c: LabelType.of(joined[c]) for c in needed if c in joined}
     obs = complete_obs(joined, needed, notes)
+    left_out = [finding for f in files for finding in f.features.findings()]
+    notes += [f"{f.path.name}: {finding.message}." for f in files for finding in f.features.findings()]
     if (var["feature_length"] == 0).all():
         notes.append("var has no feature_length; 0 is written.")
 
@@ -86,7 +103,8 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
         target = pd.Index(var["feature_id"])
         for f, rows in _matrices(files):
             columns = None if f.genes is var else target.get_indexer(f.genes["feature_id"])
-            for chunk in _chunks(rows):
+            for features in _chunks(rows):
+                chunk = features if f.features.positions is None else features[:, f.features.positions]
                 yield chunk if columns is None else spread(chunk, columns, len(target))
 
     where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {source.path}"
@@ -96,7 +114,8 @@ def read_h5ad(source: H5adSource, needed: Sequence[str] = ()) -> CellTables:
         places = [target.get_indexer(f.genes["feature_id"]) for f in files]
         measured = Presence.from_files([f.path.name for f in files], places, [f.adata.n_obs for f in files], len(var))
     other_counts = lambda: other_places(paths[0], source.layer)  # noqa: E731
-    return CellTables(obs, var, chunks, where, notes, other_counts, types, measured)
+    of_genes = list(gene_findings(files[0].names())) if len(files) == 1 else None
+    return CellTables(obs, var, chunks, where, notes, other_counts, types, of_genes, left_out, measured)
 
 
 def find_files(path: str) -> list[Path]:
@@ -131,7 +150,8 @@ def _open(path: Path, source: H5adSource, problems: list[str], notes: list[str])
             problems += unknown
             return None
         notes += [f"{note}." for note in parts.notes]
-        return _File(parts, _genes(parts.adata.var, source))
+        features = genes_of_var(parts.adata.var, str(path))
+        return _File(parts, _genes(parts.adata.var[features.kept], source), features, source.gene_id)
     except InputError as error:
         problems.append(str(error))
         return None
@@ -170,12 +190,12 @@ def _named_alike(files: Sequence[_File], source: H5adSource, notes: list[str]) -
     """Take the gene ids of some files from a column, if their index holds another kind of names than that of others."""
     if source.gene_id is not None:
         return list(files)
-    variables = {str(f.path): f.adata.var for f in files}
+    variables = {str(f.path): f.var for f in files}
     columns = columns_of_ids(variables)
     notes += [f"{taken(Path(path).name, column)}." for path, column in columns.items()]
     return [
-        replace(f, genes=_genes(variables[str(f.path)], source.model_copy(update={"gene_id": columns[str(f.path)]})))
-        if str(f.path) in columns
+        replace(f, genes=_genes(f.var, source.model_copy(update={"gene_id": column})), gene_id=column)
+        if (column := columns.get(str(f.path))) is not None
         else f
         for f in files
     ]
@@ -183,8 +203,7 @@ def _named_alike(files: Sequence[_File], source: H5adSource, notes: list[str]) -
 
 def _disagreements(files: Sequence[_File], columns: dict[str, str], needed: Sequence[str]) -> list[str]:
     """Return what keeps files from being read together."""
-    twice = [f for f in files if f.genes["feature_id"].duplicated().any()]
-    problems = [f"{f.path} has repeated gene ids; name a column of unique ids in ingest.source.gene_id" for f in twice]
+    problems = [f"{f.path}: {found.message}" for f in files for found in repeated_findings(f.names())]
     # "obs_id" and the Census's columns are filled in where a file lacks them.
     own = [c for c in needed if c not in ("obs_id", "dataset_id", "is_primary_data")]
     tables = [FileTables(f.path.name, list(f.genes["feature_id"]), [*f.adata.obs.columns, *columns]) for f in files]

@@ -18,9 +18,11 @@ import scipy.sparse as sp
 from pipeline.config.job import TenxSource
 from pipeline.config.paths.cell_files import is_tenx, prefix_advice
 from pipeline.data.presence import Presence
-from pipeline.data.sources.tenx_files import GENES, TenxError, TenxMatrix, open_tenx
+from pipeline.data.sources.tenx_files import TenxError, TenxMatrix, open_tenx
 from pipeline.data.sources.tenx_obs import describe
 from pipeline.data.tables import CellTables, complete_obs, plain_id, sample_names, spread
+from pipeline.data.validation.feature_types import GeneFeatures, gene_features
+from pipeline.data.validation.gene_names import GeneNames, repeated_findings
 from scldm.errors import InputError
 
 WITHOUT_LABELS = ", or train without (ingest.labels=[] or [dataset_id], which is the sample)"
@@ -33,6 +35,7 @@ class _Sample:
     matrix: TenxMatrix
     kept: np.ndarray  # positions of the features that are genes of the genome
     genes: pd.DataFrame  # feature_id, feature_name, feature_length of those
+    features: GeneFeatures
 
 
 def read_10x(source: TenxSource, needed: Sequence[str] = (), named_by: Mapping[str, str] = {}) -> CellTables:
@@ -73,7 +76,8 @@ def read_10x(source: TenxSource, needed: Sequence[str] = (), named_by: Mapping[s
     where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} outputs of {source.path}"
     sizes = [len(s.matrix.barcodes) for s in samples]
     measured = Presence.from_files([s.name for s in samples], columns, sizes, len(var))
-    return CellTables(obs, var, chunks, where, notes, measured=measured)
+    left_out = [found for s in samples for found in s.features.findings()]
+    return CellTables(obs, var, chunks, where, notes, left_out=left_out, measured=measured)
 
 
 # ---- samples -----------------------------------------------------------------------------------------------------
@@ -113,10 +117,12 @@ def _inside(path: Path, genome: str | None) -> list[Path]:
 def _open(path: Path, name: str, source: TenxSource, notes: list[str]) -> _Sample:
     matrix = open_tenx(path, source.genome)
     features = matrix.features
-    genes = features["type"] == GENES
-    if others := features["type"][~genes].value_counts().to_dict():
-        kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
-        notes.append(f"{name}: {kinds} features are left out; the model is of gene expression.")
+    try:
+        chosen = gene_features(features["type"], str(path))
+    except InputError as error:
+        raise TenxError(str(error)) from error
+    genes = pd.Series(chosen.kept.copy())
+    notes += [f"{name}: {found.message}." for found in chosen.findings()]
     genomes = sorted(set(features["genome"][genes]) - {""})
     if source.genome is None and len(genomes) > 1:
         raise TenxError(f"{path} holds {len(genomes)} genomes: set ingest.source.genome to one of {', '.join(genomes)}")
@@ -126,13 +132,11 @@ def _open(path: Path, name: str, source: TenxSource, notes: list[str]) -> _Sampl
                 f"{path} has no genome {source.genome!r} (ingest.source.genome); it has {', '.join(genomes)}"
             )
         genes &= features["genome"] == source.genome
-    if not genes.any():
-        raise TenxError(f"{path} has no {GENES} features")
+    if problems := [f.message for f in repeated_findings(GeneNames(list(features["id"][genes]), "10x"))]:
+        raise TenxError(f"{path}: {'; '.join(problems)}")
     ids = [plain_id(x) for x in features["id"][genes]]
-    if len(twice := pd.Series(ids)[pd.Series(ids).duplicated()].unique()):
-        raise TenxError(f"{path} has {len(twice)} gene ids more than once (first: {', '.join(twice[:3])})")
     table = pd.DataFrame({"feature_id": ids, "feature_name": list(features["name"][genes]), "feature_length": 0})
-    return _Sample(name, path, matrix, np.flatnonzero(genes), table)
+    return _Sample(name, path, matrix, np.flatnonzero(genes), table, chosen)
 
 
 # ---- obs ---------------------------------------------------------------------------------------------------------

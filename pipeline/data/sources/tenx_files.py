@@ -29,12 +29,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pipeline.config.paths.cell_files import BARCODES, FEATURES, MATRIX, tenx_part
+from pipeline.config.paths.cell_files import BARCODES, FEATURES, MATRIX, tenx_pairs, tenx_part
 from pipeline.data.safety.hdf5 import open_problems, unsafe
 from pipeline.data.safety.matrix_market import LONGEST_LINE, ShapeError, read_matrix
+from pipeline.data.validation.feature_types import GENES
 
 CHUNK_ROWS = 4096
-GENES = "Gene Expression"
+COMPARED = 1 << 22  # bytes at a time
 LONGEST_TABLE = 1 << 30  # characters of barcodes.tsv and features.tsv
 
 
@@ -83,6 +84,12 @@ def _open_folder(folder: Path) -> TenxMatrix:
     if lacking := [" or ".join(what) for what, file in found.items() if file is None]:
         has = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise TenxError(f"{folder} has no {' and no '.join(lacking)} (gzipped or not); it has {has}")
+    for plain, packed in tenx_pairs(folder):
+        if not _hold_the_same(plain, packed):
+            raise TenxError(
+                f"{folder} has {plain.name} and {packed.name}, and their contents differ: which one is meant is not "
+                "known; delete or rename the other one"
+            )
     matrix, features, barcodes = (found[what] for what in (MATRIX, FEATURES, BARCODES))
     assert matrix is not None
     assert features is not None
@@ -96,6 +103,17 @@ def _open_folder(folder: Path) -> TenxMatrix:
             yield cells[start : start + CHUNK_ROWS]
 
     return TenxMatrix(table, names, chunks)
+
+
+def _hold_the_same(plain: Path, packed: Path) -> bool:
+    """Return whether a gzipped file unpacks to another file."""
+    with plain.open("rb") as a, gzip.open(packed, "rb") as b:
+        while True:
+            one, other = a.read(COMPARED), b.read(COMPARED)
+            if one != other:
+                return False
+            if not one:
+                return True
 
 
 def _read_text(matrix: Path, shape: tuple[int, int]) -> Any:

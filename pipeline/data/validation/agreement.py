@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline.data.findings import Finding, error, warning
 from pipeline.data.tables import plain_id
-from pipeline.data.validation.names import ensembl_columns, gene_findings, is_ensembl
+from pipeline.data.validation.gene_names import GeneNames, ensembl_columns, gene_findings, has_unique_ids, is_ensembl
 from scldm.text import choices_hint, shown
 
 FEW_SHARED = 0.5  # of a file's genes
@@ -31,7 +31,7 @@ class FileTables:
 
 def ensembl_column(var: pd.DataFrame) -> str | None:
     """Return the only var column that holds an Ensembl id for each gene, each once; None if there are more or none."""
-    found = [c for c in ensembl_columns(var) if var[c].notna().all() and var[c].astype(str).is_unique]
+    found = [c for c in ensembl_columns(var) if has_unique_ids(var[c])]
     return found[0] if len(found) == 1 else None
 
 
@@ -89,7 +89,7 @@ def _gene_findings(files: Sequence[FileTables]) -> Iterator[Finding]:
                     "with the same kind of names", count=len(other), first=other)  # fmt: skip
         return
     union = sorted(set().union(*ids))
-    yield from (f for f in gene_findings(union) if f.level == "error")
+    yield from (f for f in gene_findings(GeneNames(union)) if f.level == "error")
     n_files = pd.Series([x for found in ids for x in found]).value_counts()
     shared = [len([x for x in found if n_files[x] > 1]) / max(1, len(found)) for found in ids]
     alone = [f.name for f, share in zip(files, shared, strict=True) if share == 0]

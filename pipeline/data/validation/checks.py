@@ -15,8 +15,16 @@ import scipy.sparse as sp
 from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.safety.h5ad_parts import UNREADABLE
 from pipeline.data.tables import CellTables
-from pipeline.data.validation.counts import fractions_are, value_faults, value_text
-from pipeline.data.validation.names import MIN_CELLS, gene_findings, label_findings
+from pipeline.data.validation.counts import (
+    TOO_LARGE,
+    fractions_are,
+    remedy_of,
+    same_total_findings,
+    value_faults,
+    value_text,
+)
+from pipeline.data.validation.gene_names import GeneNames, gene_findings
+from pipeline.data.validation.names import MIN_CELLS, label_findings
 from scldm.errors import InputError
 
 
@@ -50,7 +58,8 @@ def table_problems(
     problems += label_problems(obs, labels, drop_missing=drop_missing, names=names, missing_text=missing_text)
     if any(label not in obs for label in labels):
         problems += [note.removesuffix(".") for note in tables.notes if UNREADABLE in note]
-    problems += [f.message for f in gene_findings([str(x) for x in ids]) if f.level == "error"]
+    of_genes = gene_findings(GeneNames(list(ids))) if tables.of_genes is None else tables.of_genes
+    problems += [f.message for f in of_genes if f.level == "error"]
     if names is not None and (n := int(names[names.duplicated()].nunique())):
         tables.notes.append(f"{n} obs names occur more than once; cells are told apart by soma_joinid.")
     return problems
@@ -90,13 +99,15 @@ def checked(
 
 def _checked(tables: CellTables, problems: list[str]) -> Iterator[sp.csr_matrix]:
     n_cells = empty = 0
+    totals: list[np.ndarray] = []
     for chunk in tables.chunks():
         chunk = sp.csr_matrix(chunk)
         bad = count_problems(chunk, first_cell=n_cells, tables=tables)
         if bad or problems:
             raise not_usable(tables, problems + bad + (_remedy(tables, chunk) if bad else []))
         n_cells += chunk.shape[0]
-        empty += int((np.asarray(chunk.sum(1)).ravel() == 0).sum())
+        totals.append(np.asarray(chunk.sum(1)).ravel())
+        empty += int((totals[-1] == 0).sum())
         yield chunk
     if problems:
         raise not_usable(tables, problems)
@@ -104,6 +115,7 @@ def _checked(tables: CellTables, problems: list[str]) -> Iterator[sp.csr_matrix]
         raise not_usable(tables, ["no cell has a count"])
     if empty:
         tables.notes.append(f"{empty} of {n_cells} cells have no counts and are left out.")
+    tables.notes += [found.message for found in same_total_findings(np.concatenate(totals))]
 
 
 def not_usable(tables: CellTables, problems: Sequence[str]) -> InputError:
@@ -118,6 +130,8 @@ def _remedy(tables: CellTables, chunk: sp.csr_matrix) -> list[str]:
         return [f"raw counts are needed; this file has some elsewhere: set ingest.source.{' or '.join(places)}"]
     needed = "raw counts are needed, not normalised, log-transformed or scaled values; this file holds no other counts"
     values, totals = chunk.data, np.asarray(chunk.sum(1)).ravel()
+    if {what for what, bad in value_faults(values) if bad.any()} == {TOO_LARGE}:
+        return [remedy_of(TOO_LARGE, "")]
     if not np.isfinite(values).all() or (values < 0).any() or (values == np.rint(values)).all():
         return [needed]
     return [f"{needed}; these look like {fractions_are(values, float(values.max()), totals)}"]

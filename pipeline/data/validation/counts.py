@@ -17,11 +17,15 @@ from pipeline.data.validation.cell_hashes import MIN_GENES, CellHashes, first_of
 
 EXACT = 1 << 24  # float32 holds whole numbers exactly up to here
 NEARLY_WHOLE = 1e-3  # relative distance from a whole number that rounding errors explain
+SIDES = 3  # of a split: training, validation and test cells
 OUTLIER = 50  # times the median library size
 LEAVE_OUT_COPIES = (
     "to leave them out, leave out a file, or write is_primary_data: False into obs for them and set "
     "ingest.cells.is_primary_data: true"
 )
+SAME_TOTAL = 0.01  # coefficient of variation of library sizes, below which they were made the same
+FEWEST_TOTALS = 20  # cells, of which fewer may agree by chance
+TOO_LARGE = f"are above {EXACT:,}, more than 32-bit floats count exactly"
 RAW = "raw counts are needed, not normalised, log-transformed or scaled values"
 
 
@@ -31,7 +35,34 @@ def value_faults(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "are NaN or infinite", ~finite
     yield "are negative", values < 0
     yield "are not whole numbers", finite & (values != np.rint(values))
-    yield f"are above {EXACT:,}, more than 32-bit floats count exactly", finite & (values > EXACT)
+    yield TOO_LARGE, finite & (values > EXACT)
+
+
+def remedy_of(what: str, values_are: str) -> str:
+    """Return what to do about a kind of values that are no counts.
+
+    Args:
+        what: The kind, as of `value_faults`.
+        values_are: A guess of what all values are.
+    """
+    if what == TOO_LARGE:
+        return "no gene is counted so often in a cell, and such a number would be changed: see how the values were made"
+    looks = f"; these look like {values_are}" if "whole" in what or "negative" in what else ""
+    return f"{RAW}{looks}"
+
+
+def same_total_findings(totals: np.ndarray) -> Iterator[Finding]:
+    """Warn if cells sum to about the same number: real library sizes vary.
+
+    Args:
+        totals: Sums of the counts of cells.
+    """
+    totals = totals[totals > 0]
+    if len(totals) < FEWEST_TOTALS or not (middle := float(totals.mean())) or totals.std() >= SAME_TOTAL * middle:
+        return
+    yield warning(f"rescaled or downsampled to the same total (about {middle:,.0f} in every cell)",
+                  "are these raw counts? The totals of raw counts differ, and the model learns them as library sizes",
+                  count=len(totals))  # fmt: skip
 
 
 def value_text(value: float) -> str:
@@ -116,7 +147,11 @@ class CountAudit:
         if self.raw:
             return "raw counts"
         values = np.concatenate(self._fractions) if self._fractions else np.zeros(0)
-        return "scaled values" if (values < 0).any() else fractions_are(values, self.largest, self.sums)
+        if (values < 0).any():
+            return "scaled values"
+        if set(self._faults) == {TOO_LARGE}:
+            return f"whole numbers, {self._faults[TOO_LARGE]:,} of them too large for counts"
+        return fractions_are(values, self.largest, self.sums)
 
     def findings(self, places: list[str]) -> Iterator[Finding]:
         """Yield the problems.
@@ -126,9 +161,11 @@ class CountAudit:
         """
         elsewhere = f"; this file has counts elsewhere: set ingest.source.{' or '.join(places)}" if places else ""
         for what, n in self._faults.items():
-            looks = f"; these look like {self.guess()}" if "whole" in what or "negative" in what else ""
-            yield error(f"{n:,} values {what}", f"{RAW}{looks}{elsewhere}", count=n, first=self._first[what])
+            remedy = remedy_of(what, self.guess())
+            yield error(f"{n:,} values {what}", f"{remedy}{elsewhere}", count=n, first=self._first[what])
         yield from self._empty()
+        if self.raw:
+            yield from list(self._few_different()) or same_total_findings(self.sums)
         yield from copy_findings(self.hashes, lambda cell: self._where(cell, -1))
         middle = float(np.median(self.sums[self.sums > 0])) if (self.sums > 0).any() else 0.0
         large = np.flatnonzero(self.sums > OUTLIER * middle) if self.raw and middle else np.zeros(0, int)
@@ -136,6 +173,14 @@ class CountAudit:
             yield warning(f"{len(large)} cells have over {OUTLIER} times the median of {middle:,.0f} counts",
                           "doublets or sums of cells? leave them out", count=len(large),
                           first=[f"{self._where(int(c), -1)}: {self.sums[c]:,.0f}" for c in large[:FIRST]])  # fmt: skip
+
+    def _few_different(self) -> Iterator[Finding]:
+        """Warn if cells are copies of so few that no split has a cell for each of its sides."""
+        hashes = self._hashes.values[self.per_cell > 0]
+        n = len(np.unique(hashes, axis=0))
+        if 0 < n < SIDES <= len(hashes):
+            yield warning(all_copies(len(hashes), n), "ingest refuses to split them: see how the file was made",
+                        count=len(hashes))  # fmt: skip
 
     def _empty(self) -> Iterator[Finding]:
         cells, genes = np.flatnonzero(self.per_cell == 0), np.flatnonzero(self.per_gene == 0)
@@ -149,6 +194,14 @@ class CountAudit:
             first = [self._where(-1, int(g)) for g in genes[:FIRST]]
             yield warning(f"{len(genes)} of {self.shape[1]} genes are in no cell",
                           "ingest.genes.min_cells: 1 leaves them out", count=len(genes), first=first)  # fmt: skip
+
+
+def all_copies(n_cells: int, n_different: int) -> str:
+    """Say that cells are copies of few."""
+    plural = "one" if n_different == 1 else "ones"
+    return (
+        f"all {n_cells:,} cells are copies of {n_different:,} different {plural}, and copies share a side of the split"
+    )
 
 
 def copy_findings(hashes: np.ndarray, name: Callable[[int], str]) -> Iterator[Finding]:

@@ -1,9 +1,7 @@
-"""Checks names of genes and cells, and classes of labels."""
+"""Checks names of cells, and classes of labels."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -12,68 +10,12 @@ import pandas as pd
 from pipeline.config.ingest import MISSING_TEXT
 from pipeline.data.findings import FIRST, Finding, error, warning
 from pipeline.data.labels import label_names, like_missing, measurements, missing, spellings
-from pipeline.data.tables import plain_id
+from pipeline.data.validation.odd_names import odd_findings
 from scldm.data.class_names import near_duplicates
-from scldm.text import LONGEST, choices_hint, shown
+from scldm.text import choices_hint, shown
 
 MIN_CELLS = 30  # fewer may leave a split without cells, and cannot be trained on and scored
 MAX_CLASSES = 1000  # a label with more is probably a name or a measurement
-_ORGANISM = {"ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSMMUG": "macaque"}
-_VIRUSES = {"ENSSASG"}  # SARS-CoV-2, whose genes CELLxGENE allows in addition to the host's
-_ENSEMBL = re.compile(r"^(ENS[A-Z]*G)\d{6,}(\.\d+)?$")
-_ODD = re.compile(r"[<>&\"\x00-\x1f\x7f]")
-_TO_IDS = "name a var column of unique ids in ingest.source.gene_id"
-IDS_OF_SOMA = "leave them out with ingest.genes.value_filter, or write the experiment with unique ids"
-
-
-def gene_findings(ids: Sequence[str], elsewhere: Sequence[str] = (), *, remedy: str | None = None) -> Iterator[Finding]:
-    """Check gene ids.
-
-    Args:
-        ids: Ids as in the file, one per gene.
-        elsewhere: var columns that hold Ensembl ids.
-        remedy: For ids that are missing or repeated; None: that of an `.h5ad` file.
-    """
-    if not len(ids):
-        yield error("there are no genes", "check that var is not empty")
-        return
-    plain = pd.Series([plain_id(x) for x in ids], dtype=object)
-    if len(twice := plain[plain.duplicated()].unique()):
-        yield error(f"{len(twice)} gene ids occur more than once",
-                    remedy or f"{_TO_IDS}, or call adata.var_names_make_unique()",
-                    count=len(twice), first=twice)  # fmt: skip
-    if n := int(plain.isin(["", "nan", "None"]).sum()):
-        yield error(f"{n} genes have no id", remedy or _TO_IDS, count=n)
-    matches = [_ENSEMBL.match(str(x)) for x in ids]
-    named = sum(m is not None for m in matches)
-    kinds = Counter(m[1] for m in matches if m and m[1] not in _VIRUSES)
-    if named < len(ids):
-        other = [x for x, m in zip(ids, matches, strict=True) if not m]
-        what = "gene ids are numbers" if all(str(x).isdigit() for x in other) else "gene ids are no Ensembl ids"
-        place = f": set ingest.source.gene_id: {shown(elsewhere[0])}" if elsewhere else "; var has none"
-        yield warning(f"{len(other)} of {len(ids)} {what}", f"models and files are matched by Ensembl id{place}",
-                      count=len(other), first=other)  # fmt: skip
-    if len(kinds) > 1:
-        counts = ", ".join(f"{n} {_ORGANISM.get(k, k)}" for k, n in kinds.most_common())
-        most, n_most = kinds.most_common(1)[0]
-        others = [x for x, m in zip(ids, matches, strict=True) if m and m[1] not in (most, *_VIRUSES)]
-        yield error(f"genes are of several organisms ({counts})", "keep the genes and cells of one",
-                    count=sum(kinds.values()) - n_most, first=others)  # fmt: skip
-    if versions := [x for x, m in zip(ids, matches, strict=True) if m and m[2]]:
-        yield warning(f"{len(versions)} gene ids have a version", "it is stripped", count=len(versions), first=versions)
-    yield from _odd("gene ids", ids)
-
-
-def is_ensembl(ids: Sequence[str] | pd.Index) -> bool:
-    """Whether most names of genes are Ensembl ids."""
-    head = pd.Series(list(ids[:200])).astype(str)
-    return len(head) > 0 and bool(head.str.match(_ENSEMBL).mean() > 0.5)
-
-
-def ensembl_columns(var: pd.DataFrame) -> list[str]:
-    """Return the columns whose values are mostly Ensembl gene ids."""
-    head = {str(c): var[c].astype(str).head(200) for c in var.columns}
-    return [c for c, values in head.items() if len(values) and values.str.match(_ENSEMBL).mean() > 0.5]
 
 
 def size_findings(n_cells: int) -> Iterator[Finding]:
@@ -88,7 +30,7 @@ def cell_findings(names: pd.Series) -> Iterator[Finding]:
     if len(twice := names[names.duplicated()].unique()):
         yield warning(f"{len(twice)} obs names occur more than once", "cells are told apart by soma_joinid",
                       count=len(twice), first=twice)  # fmt: skip
-    yield from _odd("obs names", names)
+    yield from odd_findings("obs names", names)
 
 
 def label_findings(
@@ -140,7 +82,7 @@ def label_findings(
         if obs[label].dtype == object and len({type(x) for x in obs[label].dropna()}) > 1:
             yield warning(f"{label} mixes types", "they are compared as text")
         yield from spelling_findings(label, counts)
-        yield from _odd(f"classes of {label}", list(counts))
+        yield from odd_findings(f"classes of {label}", list(counts))
 
 
 def _remedy_of_missing(column: pd.Series, missing_text: Sequence[str]) -> str:
@@ -186,13 +128,3 @@ def suggested_labels(obs: pd.DataFrame, names: pd.Series) -> list[str]:
             continue
         found.append(str(column))
     return found
-
-
-def _odd(what: str, names: Sequence[str] | pd.Series) -> Iterator[Finding]:
-    texts = [str(x) for x in names]
-    if odd := [x for x in texts if _ODD.search(x)]:
-        yield warning(f"{len(odd)} {what} hold markup or control characters", "reports escape them; rename them",
-                      count=len(odd), first=odd)  # fmt: skip
-    if long := [x for x in texts if len(x) > 2 * LONGEST]:
-        yield warning(f"{len(long)} {what} are longer than {2 * LONGEST} characters", "they are cut in reports",
-                      count=len(long), first=long)  # fmt: skip

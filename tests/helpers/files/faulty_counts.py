@@ -14,6 +14,8 @@ import scipy.sparse as sp
 from helpers.files.fault_case import Case
 from helpers.files.h5ad_cases import G, N, counts, save
 
+TOO_LARGE = "no gene is counted so often in a cell, and such a number would be changed: see how the values were made"
+SAME = "rescaled or downsampled to the same total (about 10,000 in every cell); are these raw counts?"
 RAW = "raw counts are needed, not normalised, log-transformed or scaled values"
 
 
@@ -104,8 +106,8 @@ VALUES = [
          says=("1 values are NaN", "1 values are negative", "1 values are not whole numbers"),
          refused=("are NaN or infinite", "are negative", "are not whole numbers")),
     Case("D:above-2^24", put({(11, 3): 1 << 25}),
-         says=("1 values are above 16,777,216, more than 32-bit floats count exactly (first: cell c11", RAW),
-         refused=("1 values of 40 cells are above 16,777,216",)),
+         says=("1 values are above 16,777,216, more than 32-bit floats count exactly (first: cell c11", TOO_LARGE),
+         refused=("1 values of 40 cells are above 16,777,216", TOO_LARGE)),
     Case("D:above-2^24", put({(11, 3): 1 << 25}, lambda x: sp.csr_matrix(x.astype(np.int64))), also="int64",
          says=("1 values are above 16,777,216",), refused=("1 values of 40 cells are above 16,777,216",)),
     Case("D:library-size-outlier", cells(one_is_many),
@@ -152,6 +154,21 @@ def empty_genes(x: np.ndarray) -> Any:
     return sp.csr_matrix(x)
 
 
+def rescaled(x: np.ndarray) -> Any:
+    return sp.csr_matrix(np.rint(x / x.sum(1, keepdims=True) * 1e4).astype(np.float32))
+
+
+def drawn_down(x: np.ndarray) -> Any:
+    """Counts of which as many are kept in every cell."""
+    rng = np.random.default_rng(0)
+    return sp.csr_matrix(np.stack([rng.multinomial(10_000, row / row.sum()) for row in x]).astype(np.float32))
+
+
+MADE = [
+    Case("D:non-integer", cells(rescaled), also="rounded", says=(SAME,), notes=(SAME,)),
+    Case("D:non-integer", cells(drawn_down), also="downsampled", says=(SAME,), notes=(SAME,)),
+]  # fmt: skip
+
 EMPTY = [
     Case("D:empty-cells", cells(empty_cells), takes=(36, 6),
          says=("4 of 40 cells have no counts (first: cell c3; cell c12; cell c30); ingest leaves them out",),
@@ -174,4 +191,4 @@ EMPTY = [
          refused=("1 cells are too few to split, train and score; at least 30 are needed",)),
 ]  # fmt: skip
 
-CASES = [*VALUES, *LAYOUTS, *EMPTY]
+CASES = [*VALUES, *LAYOUTS, *MADE, *EMPTY]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,22 @@ def experiment(folder: Path) -> Path:
     var = pd.DataFrame({"feature_id": [f"ENSG{i:011d}" for i in range(G)], "feature_name": "x", "feature_length": 0})
     write_experiment(folder / "soma", obs, var, [sp.csr_matrix(counts())], tile=16)
     return folder / "soma"
+
+
+def described(**var: list[str | None]) -> Callable[[Path], Path]:
+    """An experiment with other columns of var, as tiledbsoma writes them for a user."""
+
+    def make(folder: Path) -> Path:
+        path = experiment(folder)
+        with tiledbsoma.open(str(path / "ms/RNA/var")) as frame:
+            table = frame.read().concat().to_pandas().drop(columns=["feature_id", "feature_name", "feature_length"])
+        shutil.rmtree(path / "ms/RNA/var")
+        table = pa.Table.from_pandas(table.assign(**var), preserve_index=False)
+        with tiledbsoma.DataFrame.create(str(path / "ms/RNA/var"), schema=table.schema, domain=[[0, G - 1]]) as frame:
+            frame.write(table)
+        return path
+
+    return make
 
 
 def without(*patterns: str) -> Callable[[Path], Path]:
@@ -58,14 +75,31 @@ def changed_counts(folder: Path) -> Path:
     return path
 
 
-def case(row: str, make: Callable[[Path], Path], also: str = "", **words: tuple[str, ...]) -> Case:
-    return Case(row, make, also=also, source={"type": "soma"}, **words)  # type: ignore[arg-type]
+def case(row: str, make: Callable[[Path], Path], also: str = "", **words: Any) -> Case:
+    return Case(row, make, also=also, source={"type": "soma"}, **words)
 
 
 DAMAGED = (f"{COUNTS} of the SOMA experiment", "is damaged: a file of it is missing or changed", AGAIN)
+IDS = [f"ENSG{i:011d}" for i in range(G)]
+SYMBOLS: list[str | None] = ["GAPDH", "ACTB", "CD3D", "CD3E", "MS4A1", "LYZ"]
+OTHERS = ["Antibody Capture", "Custom"]
+PROTEINS = (
+    "2 of 6 features are no genes (1 Antibody Capture, 1 Custom); they are left out: the model is of gene expression"
+)
+TWICE = ("more than once (first: ENSG00000000000)", "leave them out with ingest.genes.value_filter, or write")
 LOST = "24 of 40 cells have counts by obs (nnz) and none in X (first: cell 16; cell 17; cell 18)"
 CASES = [
     case("D:soma-sound", experiment),
+    case("D:symbols", described(feature_id=[*IDS[:4], "CD3", "CD4"], feature_types=[*["Gene Expression"] * 4, *OTHERS]),
+         "experiment", takes=(40, 4), says=(PROTEINS,), notes=(PROTEINS,)),
+    case("D:symbols", described(feature_id=IDS, feature_types=["Peaks"] * G), "experiment-without-genes",
+         says=("has no Gene Expression features, only others (6 Peaks); name a source with genes",),
+         refused=("has no Gene Expression features, only others (6 Peaks); name a source with genes",)),
+    case("D:symbols", described(feature_id=SYMBOLS, ensembl=IDS), "experiment-with-ids-elsewhere",
+         says=("var column ensembl holds them, but gene ids of an experiment are read from feature_id or var_id: write "
+               "the experiment again with these ids in a column feature_id",)),
+    case("D:duplicate-gene-ids", described(feature_id=[IDS[0], *IDS[:5]], mine=IDS), "experiment",
+         says=TWICE, refused=TWICE),
     case("D:soma-missing-fragment", without(f"{COUNTS}/__fragments/*"), says=DAMAGED, refused=DAMAGED),
     case("D:soma-missing-fragment", without(f"{COUNTS}/__fragments/*/a0.tdb"), "values", says=DAMAGED, refused=DAMAGED),
     case("D:soma-missing-fragment", without(f"{COUNTS}/__fragments/*", f"{COUNTS}/__commits/*"), "with-commit",

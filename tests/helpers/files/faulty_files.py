@@ -226,11 +226,52 @@ def zarr_without_chunk(folder: Path) -> Path:
     return store
 
 
+def left_by_macos(*names: str) -> Callable[[Path], Path]:
+    """A folder with cells under the first name, and with what macOS writes beside files under the others."""
+
+    def make(folder: Path) -> Path:
+        save(folder / "made.h5ad").rename(folder / names[0])
+        for name in names[1:]:
+            (folder / name).write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+        return folder
+
+    return make
+
+
+def hdf5(name: str, *places: str) -> Callable[[Path], Path]:
+    """An HDF5 file of another kind."""
+
+    def make(folder: Path) -> Path:
+        with h5py.File(folder / name, "w") as file:
+            for place in places:
+                file.create_group(place)
+        return folder / name
+
+    return make
+
+
+MACOS = ("what macOS wrote beside a file, without its content; name the file without the ._ before its name",)
 ZARR_SAYS = ("this is a Zarr store, which is not read", "anndata.read_zarr(path).write_h5ad(...) if you trust it")
 PLACES = [
     Case("D:path-spaces-unicode", spaces_and_unicode),
+    Case("D:path-spaces-unicode", left_by_macos("a.h5ad", "._a.h5ad"), also="macos",
+         says=("1 files are what macOS wrote beside other files (first: ._a.h5ad); they are skipped: delete them",),
+         notes=("._a.h5ad: skipped, because macOS wrote it beside another file.",)),
+    Case("D:path-spaces-unicode", left_by_macos("A.H5AD"), also="upper-case"),
+    Case("D:other-format", lambda folder: left_by_macos("a.h5ad", "._a.h5ad")(folder) / "._a.h5ad", also="macos",
+         says=MACOS, refused=MACOS),
+    Case("D:other-format", hdf5("a.loom", "matrix", "row_attrs", "col_attrs"), also="loom",
+         says=("the file is a Loom file; scanpy.read_loom(path).write_h5ad(...)",),
+         refused=("the file is a Loom file; scanpy.read_loom(path).write_h5ad(...)",)),
+    Case("D:other-format", hdf5("a.h5mu", "mod/rna/X", "obs", "var"), also="mudata",
+         says=("a MuData file of several assays; mudata.read_h5mu(path)['rna'].write_h5ad(...)",),
+         refused=("a MuData file of several assays; mudata.read_h5mu(path)['rna'].write_h5ad(...)",)),
+    Case("D:other-format", hdf5("a.h5ad", "weights"), also="hdf5",
+         says=("it has no obs and no var (it holds weights); name a file that adata.write_h5ad() wrote",),
+         refused=("name a file that adata.write_h5ad() wrote",)),
     Case("D:directory-for-file", folder_named_like_a_file,
-         says=("no .h5ad, Cell Ranger output or SOMA experiment is in the folder; name .h5ad files, a folder of them",),
+         says=("this folder holds no cells: no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it "
+               "holds nothing); name .h5ad files, a folder of them",),
          refused=("the folder holds no .h5ad file; it has nothing",)),
     Case("D:directory-for-file", lambda folder: folder / "none.h5ad", also="absent",
          says=("there is no such file, folder or pattern",),

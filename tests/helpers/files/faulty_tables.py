@@ -66,22 +66,57 @@ def broken_codes(folder: Path) -> Path:
 
 SYMBOLS = ["GAPDH", "ACTB", "CD3D", "CD3E", "MS4A1", "LYZ"]
 
+VERSIONS = (f"1 genes are there in several versions (first: {IDS[0]}.1 and {IDS[0]}.2)",
+            "so they are one gene: keep one version, or add their counts up")  # fmt: skip
+NO_GENES = ("(var column feature_types) has no Gene Expression features, only others (5 Antibody Capture, 1 without a "
+            "type); name a source with genes",)  # fmt: skip
+
+
+def proteins(folder: Path) -> Path:
+    types = [*["gene expression"] * 4, *["Antibody Capture"] * 2]
+    return genes([*IDS[:4], "CD3", "CD4"], feature_types=types)(folder)
+
+
 GENES = [
     Case("D:duplicate-gene-ids", genes(["GAPDH", "GAPDH", "ACTB", "ACTB", "LYZ", "LYZ"]),
          says=("3 gene ids occur more than once (first: GAPDH; ACTB; LYZ)",
-               "name a var column of unique ids in ingest.source.gene_id, or call adata.var_names_make_unique()"),
-         refused=("3 gene ids occur more than once (first: GAPDH; ACTB; LYZ)", "ingest.source.gene_id")),
+               "var has no other column with an id for each gene, each once: call adata.var_names_make_unique()"),
+         refused=("3 gene ids occur more than once (first: GAPDH; ACTB; LYZ)", "call adata.var_names_make_unique()")),
+    Case("D:duplicate-gene-ids", genes(["GAPDH", "GAPDH", *SYMBOLS[2:]], ensembl=IDS), also="in-a-column",
+         says=("name a var column of unique ids (ensembl) in ingest.source.gene_id, or call adata.var_names",),
+         refused=("name a var column of unique ids (ensembl) in ingest.source.gene_id",)),
+    Case("D:duplicate-gene-ids", genes(IDS, mine=["x", "x", *"abcd"]), also="of-a-column",
+         source={"gene_id": "mine"},
+         says=("1 gene ids occur more than once (first: x)", "each once: complete mine"),
+         refused=("1 gene ids occur more than once (first: x)", "each once: complete mine")),
     Case("D:duplicate-gene-ids", genes(["GAPDH", "GAPDH", *SYMBOLS[2:]], ensembl=IDS), also="mended",
          source={"gene_id": "ensembl"}),
     Case("D:duplicate-gene-ids", genes([f"{IDS[0]}.1", f"{IDS[0]}.2", *IDS[2:]]), also="by-version",
-         says=(f"1 gene ids occur more than once (first: {IDS[0]})",),
-         refused=(f"1 gene ids occur more than once (first: {IDS[0]})",)),
+         says=VERSIONS, refused=VERSIONS),
     Case("D:symbols", genes(SYMBOLS, ensembl=IDS),
          says=("6 of 6 gene ids are no Ensembl ids (first: GAPDH; ACTB; CD3D)",
                "models and files are matched by Ensembl id: set ingest.source.gene_id: ensembl")),
     Case("D:symbols", genes([*IDS[:4], "nan", ""]), also="no-id",
-         says=("2 genes have no id", "name a var column of unique ids in ingest.source.gene_id"),
+         says=("2 genes have no id; var has no other column with an id for each gene",),
          refused=("2 genes have no id",)),
+    Case("D:symbols", genes(SYMBOLS, ensembl=[*IDS[:4], None, None]), also="ids-lacking",
+         says=("6 of 6 gene ids are no Ensembl ids",
+               "var column ensembl holds them and cannot be used: 2 genes have no id in it")),
+    Case("D:symbols", genes(SYMBOLS, ensembl=[*IDS[:4], None, None]), also="ids-lacking-and-chosen",
+         source={"gene_id": "ensembl"},
+         says=("error: 2 genes have no id; var has no other column", "2 of 6 gene ids are no Ensembl ids (first: nan",
+               "models and files are matched by Ensembl id"),
+         refused=("2 genes have no id; var has no other column with an id for each gene, each once: leave those genes "
+                  "out, or name them",)),
+    Case("D:symbols", genes(SYMBOLS, ensembl=[*IDS[:5], f"{IDS[0]}.7"]), also="ids-repeated",
+         says=("ensembl holds them and cannot be used: 1 have the id of another gene",)),
+    Case("D:symbols", proteins,
+         also="proteins", takes=(40, 4),
+         says=("2 of 6 features are no genes (2 Antibody Capture); they are left out: the model is of gene",),
+         notes=("a.h5ad: 2 of 6 features are no genes (2 Antibody Capture); they are left out",)),
+    Case("D:symbols", genes(IDS, feature_types=["Antibody Capture"] * 5 + [None]), also="no-genes",
+         says=NO_GENES, refused=NO_GENES),
+    Case("D:symbols", genes(IDS, feature_types=["protein_coding", "lncRNA"] * 3), also="biotypes"),
     Case("D:symbols", genes([*IDS[:5], "ENSMUSG00000000001"]), also="two-organisms",
          says=("genes are of several organisms (5 human, 1 mouse) (first: ENSMUSG00000000001)",
                "keep the genes and cells of one"),
@@ -91,6 +126,18 @@ GENES = [
          says=(f"6 gene ids have a version (first: {IDS[0]}.0; {IDS[1]}.1; {IDS[2]}.2); it is stripped",)),
 ]  # fmt: skip
 
+
+def latin_1(folder: Path) -> Path:
+    """A label as bytes of another encoding, which anndata and pandas cannot read."""
+    path = save(folder / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        del file["obs/cell_type"]
+        file["obs/cell_type"] = np.array(["Müller".encode("latin-1"), b"T cell"] * (N // 2))
+    return path
+
+
+LATIN_1 = ("obs has no column 'cell_type'", "column cell_type of obs cannot be read and is left out (its text is not "
+           "UTF-8: decode it with the encoding it was written in, and write it again)")  # fmt: skip
 CELLS = [
     Case("D:duplicate-obs-names", names,
          says=("2 obs names occur more than once (first: c1; c2); cells are told apart by soma_joinid",),
@@ -120,6 +167,7 @@ LABELS = [
          refused=("cell_type holds 40 different measurements, not classes", "pandas.cut")),
     Case("D:label-types", broken_codes, also="codes-outside",
          says=("obs cannot be read",), refused=("cannot be read",)),
+    Case("D:label-types", latin_1, also="latin-1", says=LATIN_1, refused=LATIN_1),
 ]  # fmt: skip
 
 CASES = [*GENES, *CELLS, *LABELS]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,31 @@ def entries(text: str) -> Callable[[Path], Path]:
     return make
 
 
+def features(*types: str, ids: Sequence[str] = IDS) -> Callable[[Path], Path]:
+    """Three text files with features of other types; the last type is that of the rest."""
+
+    def make(folder: Path) -> Path:
+        all_types = [*types, *[types[-1]] * (G - len(types))]
+        lines = (f"{x}\t{x}\t{kind}\n" for x, kind in zip(ids, all_types, strict=True))
+        (texts(folder) / "features.tsv").write_text("".join(lines))
+        return folder / "sample1"
+
+    return make
+
+
+def packed(*names: str, changed: bool) -> Callable[[Path], Path]:
+    """Three text files, some of them gzipped as well, with the same content or not."""
+
+    def make(folder: Path) -> Path:
+        out = texts(folder)
+        for name in names:
+            content = (out / name).read_bytes()
+            (out / f"{name}.gz").write_bytes(gzip.compress(content + b"\n" * changed))
+        return out
+
+    return make
+
+
 def a_pipe(folder: Path) -> Path:
     """A named pipe for a matrix: whoever opens it waits for ever."""
     out = texts(folder)
@@ -98,10 +124,26 @@ def case(row: str, make: Callable[[Path], Path], also: str, *words: str, **more:
     return Case(row, make, also=also, **{"source": TENX, "labels": labels, "says": words, "refused": words, **more})
 
 
+PROTEINS = "3 of 6 features are no genes (2 Antibody Capture, 1 without a type); they are left out"
+NO_GENES = "has no Gene Expression features, only others (3 Peaks, 2 Antibody Capture, 1 without a type); name a source"
 ONE, HUGE = "integer general\n6 40 1\n", "integer general\n6 40 4000000000\n1 1 1\n"
 CASES = [
     case("D:tenx", file, "h5"),
     case("D:tenx", texts, "texts"),
+    case("D:tenx", features("gene expression"), "lower-case"),
+    case("D:tenx", features("GENE EXPRESSION", "Antibody Capture", "Antibody Capture", "", "Gene Expression"),
+         "proteins", says=(PROTEINS,), refused=(), notes=(PROTEINS,), takes=(40, 3),
+         config={"split": {"validation": 0.3}}),
+    case("D:tenx", features("Antibody Capture", "Antibody Capture", "", "Peaks"), "no-genes", NO_GENES),
+    case("D:duplicate-gene-ids", features("Gene Expression", ids=[f"{IDS[0]}.1", f"{IDS[0]}.2", *IDS[2:]]), "10x",
+         f"1 genes are there in several versions (first: {IDS[0]}.1 and {IDS[0]}.2)", "keep one version"),
+    case("D:tenx", packed("matrix.mtx", "features.tsv", "barcodes.tsv", changed=False), "twice"),
+    *(
+        case("D:tenx", packed(name, changed=True), f"two-{name}",
+             f"has {name} and {name}.gz, and their contents differ: which one is meant is not known",
+             "delete or rename the other one")
+        for name in ("matrix.mtx", "features.tsv", "barcodes.tsv")
+    ),
     case("D:label-mixed", with_table(["1", "one", "1.5", "True"]), "table", source=TABLE),
     case("D:label-missing", with_table(["a", "", "b", "b"]), "table", "10 of 40 cells have no cell_type",
          source=TABLE),

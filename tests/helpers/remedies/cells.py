@@ -99,17 +99,21 @@ def a_local_experiment_needs_no_region(case: Case) -> None:
 
 # ---- names of genes ------------------------------------------------------------------------------------------------
 @follows(
-    "pipeline/data/validation/names.py: name a var column of unique ids in ingest.source.gene_id",
-    "pipeline/data/sources/h5ad.py: name a column of unique ids in ingest.source.gene_id",
+    "pipeline/data/validation/gene_names.py: name a var column of unique ids{} in ingest.source.gene_id",
+    "pipeline/data/validation/gene_names.py: in ingest.source.gene_id, or leave those genes out",
 )
 def ids_are_in_a_column(case: Case) -> None:
     path = faulty_tables.genes(["GAPDH", "GAPDH", *faulty_tables.SYMBOLS[2:]], ensembl=IDS)(case.folder)
     job = of_file(case, path)
     for said in (message(ingest, job), told(look(path))):
         assert ingest(job, f"{named(said, 'ingest.source.gene_id')}=ensembl")["n_genes"] == G
+    path = faulty_tables.genes(["", *faulty_tables.SYMBOLS[1:]], ensembl=IDS)(case.folder)
+    said = message(ingest, job)
+    assert "1 genes have no id" in said
+    assert ingest(job, f"{named(said, 'ingest.source.gene_id')}=ensembl")["n_genes"] == G
 
 
-@follows("pipeline/data/validation/names.py: : set ingest.source.gene_id: {}")
+@follows("pipeline/data/validation/gene_names.py: : set ingest.source.gene_id: {}")
 def symbols_stand_beside_ids(case: Case) -> None:
     path = faulty_tables.genes(faulty_tables.SYMBOLS, ensembl=IDS)(case.folder)
     said = told(look(path))
@@ -428,7 +432,9 @@ def no_cell_has_a_value_of_the_label(case: Case) -> None:
     assert ingest(job, f"{named(said, 'ingest.labels')}=[cell_type]")["label_counts"].keys() == {"cell_type"}
 
 
-@follows("pipeline/data/validation/names.py: leave them out with ingest.genes.value_filter, or write the experiment")
+@follows(
+    "pipeline/data/validation/gene_names.py: leave them out with ingest.genes.value_filter, or write the experiment"
+)
 def genes_of_an_experiment_occur_twice(case: Case) -> None:
     from pipeline.data.soma.write import write_experiment
 

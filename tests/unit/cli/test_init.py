@@ -200,6 +200,26 @@ def test_repeated_symbols_are_no_obstacle_where_a_column_has_ids(tmp_path):
     assert "1 gene ids occur more than once" in said
 
 
+def test_a_column_of_ids_with_gaps_is_neither_taken_nor_advised(tmp_path):
+    adata = cells(genes=[f"gene{i}" for i in range(12)])
+    adata.var["ensembl"] = [None, *(f"ENSG{i:011d}" for i in range(1, 12))]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    found = seen(tmp_path / "a.h5ad")
+    assert found["gene_id"] is None
+    [said] = found["warnings"]
+    assert "var column ensembl holds them and cannot be used: 1 genes have no id in it" in said
+    assert "ingest.source.gene_id" not in said
+
+
+def test_features_that_are_no_genes_are_not_counted(tmp_path):
+    adata = cells()
+    adata.var["feature_types"] = ["Gene Expression"] * 9 + ["Antibody Capture"] * 3
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    found = seen(tmp_path / "a.h5ad")
+    assert found["n_genes"] == 9
+    assert "3 of 12 features are no genes (3 Antibody Capture)" in found["warnings"][0]
+
+
 def test_several_files_are_one_collection(tmp_path):
     for name in ("a", "b"):
         cells().write_h5ad(tmp_path / f"{name}.h5ad")

@@ -79,12 +79,47 @@ def test_masks_names_and_conditions_choose_cells(made):
     equal(cells.where(cell_type="B", donor=["d1"]), whole[chosen].copy())
 
 
-def test_a_condition_on_missing_values_keeps_the_other_conditions():
-    table = pd.DataFrame({"a": ["x", None, "y", None], "b": [1, 1, 1, 2]})
+def cells_with(**columns):
+    """Cells of which only obs is known."""
     cells = scldm.cells.cells.Cells.__new__(scldm.cells.cells.Cells)
-    cells.__dict__ |= {"obs": table, "_ends": np.array([0, 4])}
+    table = pd.DataFrame(columns)
+    cells.__dict__ |= {"obs": table, "_ends": np.array([0, len(table)])}
+    return cells
+
+
+def test_a_condition_on_missing_values_keeps_the_other_conditions():
+    cells = cells_with(a=["x", None, "y", None], b=[1, 1, 1, 2])
     assert cells.mask(a=None, b=1).tolist() == [False, True, False, False]
     assert cells.mask(a=["x", None], b=1).tolist() == [True, True, False, False]
+
+
+FLOATS = np.array([0.1, 1, 10, np.nan], np.float32)
+
+
+@pytest.mark.parametrize("value", [0.1, np.float32(0.1), np.float64(0.1), "0.1"], ids=lambda v: type(v).__name__)
+def test_numbers_are_compared_by_the_name_of_their_class(value):
+    cells = cells_with(dose=FLOATS, exact=FLOATS.astype(np.float64))
+    assert cells.mask(dose=value).tolist() == [True, False, False, False]
+    assert cells.mask(exact=value).tolist() == [True, False, False, False]
+    assert cells.mask(dose=[value, None]).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("dose", 0.2), ("n", 3), ("n", 1.5), ("treated", 1), ("treated", "true"), ("text", ""), ("nothing", 1)],
+)
+def test_a_value_that_no_cell_has_is_refused_in_every_kind_of_column(column, value):
+    table = {"dose": FLOATS, "n": [1, 2, 2, 2], "treated": [True, False, True, True], "text": list("abab")}
+    cells = cells_with(**table, nothing=[None] * 4)
+    with pytest.raises(KeyError, match=f"{column} has no class"):
+        cells.mask(**{column: value})
+
+
+def test_a_null_of_any_kind_asks_for_the_cells_without_a_value():
+    cells = cells_with(dose=FLOATS, text=["x", None, "y", None])
+    for null in (None, np.nan, pd.NA):
+        assert cells.mask(dose=null).tolist() == [False, False, False, True]
+        assert cells.mask(text=null).tolist() == [False, True, False, True]
 
 
 def test_repeated_positions_give_repeated_cells(made):

@@ -17,12 +17,13 @@ from pipeline.config.resources import ResourcesConfig
 from pipeline.data.entries import CountEntries
 from pipeline.data.ingest import copies as module
 from pipeline.data.ingest.copies import Copies, find_copies, keep_together
-from pipeline.data.ingest.split import split_cells
+from pipeline.data.ingest.split import require_splits, split_cells
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.soma.write import write_experiment
 from pipeline.data.validation.cell_hashes import COLUMNS, MIN_GENES, CellHashes, first_of_each
 from pipeline.stages import ingest
 from pipeline.tracking.tracker import NullTracker
+from scldm.errors import InputError
 
 N, G = 60, 40
 GENES = [f"ENSG{i:011d}" for i in range(G)]
@@ -221,3 +222,28 @@ def test_different_cells_and_empty_cells_are_no_copies(tmp_path):
     write(tmp_path / "a.h5ad", x)
     (found,) = examine(Question(str(tmp_path / "a.h5ad")))
     assert not any("earlier cell" in f.what for f in found.findings)
+
+
+# ---- copies of a few cells -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("n_different", "words"), [(1, "1 different one,"), (2, "2 different ones,")])
+def test_copies_of_so_few_cells_that_no_split_is_possible_are_refused_with_their_number(n_different, words, tmp_path):
+    write(tmp_path / "a.h5ad", np.tile(counts()[:n_different], (N // n_different, 1)))
+    [found] = examine(Question(str(tmp_path / "a.h5ad")))
+    assert [f.what for f in found.findings if "different" in f.what] == [
+        f"all 60 cells are copies of {words} and copies share a side of the split"
+    ]
+    config = IngestConfig.model_validate({"source": {"type": "h5ad", "path": str(tmp_path / "a.h5ad")}, "labels": []})
+    context = StageContext(tmp_path / "made", {}, 0, ResourcesConfig(), NullTracker())
+    with pytest.raises(
+        InputError, match=f"no cell fell into .*: all 60 cells are copies of {words} .* see how the cel"
+    ):
+        ingest.run(config, context)
+
+
+def test_a_few_more_different_cells_are_said_where_a_side_is_empty():
+    first = np.arange(N) % 5
+    obs = pd.DataFrame({"soma_joinid": np.arange(N)})
+    with pytest.raises(InputError, match="all 60 cells are copies of 5 different ones"):
+        require_splits(SplitConfig(), np.full(N, "train"), obs, Copies(first, first))
+    with pytest.raises(InputError, match=r"\(60 cells\); raise ingest.split.validation"):
+        require_splits(SplitConfig(), np.full(N, "train"), obs, Copies.none(N))

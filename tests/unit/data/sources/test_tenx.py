@@ -105,9 +105,9 @@ def test_a_folder_of_either_version_is_read_whole(path, n_cells, n_genes, left_o
     x = dense(tables)
     assert x.shape == (len(tables.obs), len(tables.var)) == (n_cells, n_genes)
     assert x.sum() > 0
-    notes = [n for n in tables.notes if "Antibody Capture features are left out" in n]
+    notes = [n for n in tables.notes if "they are left out: the model is of gene expression" in n]
     assert bool(notes) == bool(left_out)
-    assert all(f"{left_out} Antibody" in n for n in notes)
+    assert all(f"({left_out} Antibody Capture)" in n for n in notes)
 
 
 @real

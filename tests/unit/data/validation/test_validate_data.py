@@ -17,11 +17,12 @@ from helpers.files.h5ad_cases import ROOT, SHARED, G, N, counts, look, real, sav
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.config.job import IngestConfig
+from pipeline.config.job import H5adSource, IngestConfig
 from pipeline.data.inspection.examine import Question, examine
 from pipeline.data.inspection.sandbox import ask
 from pipeline.data.safety.count_matrix import PIECE
 from pipeline.data.soma.write import write_experiment
+from pipeline.data.sources.h5ad import read_h5ad
 from pipeline.data.sources.open import open_source
 from scldm.errors import InputError
 
@@ -51,7 +52,7 @@ def test_all_problems_are_told_at_once_with_totals(tmp_path):
         "1 values are negative (first: cell c5, gene ENSG00000000001.4, value -1)",
         "2 values are not whole numbers (first: cell c7, gene ENSMUSG00000000002, value 0.5; cell c9",
         "1 values are above 16,777,216",
-        "1 gene ids occur more than once (first: ENSG00000000001); name a var column of unique ids",
+        "1 genes are there in several versions (first: ENSG00000000001.3 and ENSG00000000001.4); a version is stripped",
         "several organisms (2 human, 1 mouse) (first: ENSMUSG00000000002)",
         "2 gene ids have a version",
         "3 of 6 gene ids are no Ensembl ids (first: GAPDH; <b>; xxx",
@@ -233,6 +234,15 @@ def test_a_label_of_measurements_is_refused_and_a_long_list_of_classes_is_cut(tm
     assert "… and 10 more" in found.text()
 
 
+@pytest.mark.parametrize("name", ["._*", "._a.h5ad"])
+def test_what_macos_left_is_called_that(name, tmp_path):
+    (tmp_path / "._a.h5ad").write_bytes(b"\x00\x05\x16\x07")
+    [found] = examine(Question(str(tmp_path / name)))
+    assert "what macOS wrote beside a file" in told(found)
+    with pytest.raises(InputError, match="what macOS wrote beside a file"):
+        read_h5ad(H5adSource.model_validate({"type": "h5ad", "path": str(tmp_path / name)}))
+
+
 def test_a_folder_without_cells_is_not_called_absent(tmp_path):
     [found] = examine(Question(str(tmp_path)))
-    assert found.errors[0].what == "no .h5ad, Cell Ranger output or SOMA experiment is in the folder"
+    assert "no .h5ad, Cell Ranger output or SOMA experiment is in the folder (it holds nothing)" in found.errors[0].what

@@ -17,7 +17,7 @@ from helpers.stages.cell_stages import models, real_cells, run_stage, write_cell
 from helpers.stages.generation_case import generate, write_inputs
 
 import scldm
-from scldm.data.align import CellsError
+from scldm.data.cell_counts import CellsError
 from scldm.errors import CheckpointError
 from scldm.generation.request_table import RequestError
 
@@ -263,11 +263,12 @@ def test_a_saved_model_generates_the_same_cells_and_has_a_card(model, tmp_path):
 def test_a_folder_of_other_files_is_never_replaced(model, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(CheckpointError, match="not written by this"):
+    with pytest.raises(CheckpointError, match="not written by save_pretrained: choose another folder"):
         model.save_pretrained(tmp_path / "mine", force=True)
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="--force"):
+    with pytest.raises(CheckpointError, match=r"another folder, or pass force=True") as error:
         model.save_pretrained(tmp_path / "other")
+    assert "--" not in str(error.value)
     model.save_pretrained(tmp_path / "other", force=True)
 
 
@@ -302,6 +303,61 @@ def test_scores_of_unlike_cells_are_refused(model):
     adata = real_cells()[:, 1:-2].copy()
     with pytest.raises(CellsError, match=r"lack 1 of 6 genes.*\n.*no column 'tissue'"):
         scldm.score(cells, real=adata, label="tissue")
+
+
+@pytest.mark.parametrize("side", ["generated", "real"])
+def test_values_that_are_no_counts_are_refused_on_both_sides_of_a_score(model, side):
+    cells = {"generated": model.generate(n=60), "real": real_cells()[:, 1:-1].copy()}
+    cells[side] = anndata.AnnData(sp.csr_matrix(cells[side].X).log1p(), obs=cells[side].obs, var=cells[side].var)
+    with pytest.raises(CellsError, match=rf"^{side}: \d+ values are no raw counts, the first is .* in cell") as error:
+        scldm.score(cells["generated"], real=cells["real"])
+    assert ("layer=" in str(error.value)) == (side == "real")
+
+
+def test_a_layer_of_real_counts_is_scored(model):
+    real = real_cells()
+    counts, logs = real.X.copy(), sp.csr_matrix(real.X).log1p()
+    real = anndata.AnnData(logs, obs=real.obs, var=real.var, layers={"umi": counts})
+    assert len(scldm.score(model.generate(n=60), real=real, layer="umi"))
+
+
+def test_cells_on_disk_give_the_results_of_cells_in_memory(model, tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad")
+    dense = anndata.read_h5ad(path)
+    dense.X = dense.X.toarray()
+    dense.write_h5ad(tmp_path / "dense.h5ad")
+    whole, made = anndata.read_h5ad(path), model.generate(n=60)
+    for place in (path, tmp_path / "dense.h5ad"):
+        backed = anndata.read_h5ad(place, backed="r")
+        np.testing.assert_array_equal(model.encode(backed).obsm["X_scldm"], model.encode(whole).obsm["X_scldm"])
+        np.testing.assert_array_equal(model.encode(backed[:9]).obsm["X_scldm"], whole.obsm["X_scldm"][:9])
+        np.testing.assert_array_equal(model.reconstruct(backed).X.toarray(), model.reconstruct(whole).X.toarray())
+        pd.testing.assert_frame_equal(model.log_likelihood(backed), model.log_likelihood(whole))
+        pd.testing.assert_frame_equal(scldm.score(made, real=backed), scldm.score(made, real=whole))
+
+
+def test_genes_in_another_order_and_classes_of_cells_give_the_same_scores(model):
+    real, made = real_cells(), model.generate(n=60)
+    kept = real.obs_names[real.obs["cell_type"].notna()] if "cell_type" in real.obs else real.obs_names
+    expected = scldm.score(made, real=real[kept].copy())
+    for other in (
+        real[kept].copy()[:, ::-1].copy(),
+        real[kept].copy()[:, ::-1],
+        real[kept],
+        real[kept][:, real.var_names],
+    ):
+        pd.testing.assert_frame_equal(scldm.score(made, real=other), expected)
+
+
+def test_a_view_that_anndata_cannot_read_is_refused_with_another_way(model):
+    real = real_cells()
+    view = real[np.arange(real.n_obs) >= 0][:, ::-1]  # a fault of scipy: rows by position, columns backwards
+    for name, call in (
+        ("real", lambda: scldm.score(model.generate(n=60), real=view)),
+        ("adata", lambda: model.encode(view)),
+    ):
+        with pytest.raises(CellsError, match=rf"^{name}: anndata cannot read .* one after the other"):
+            call()
 
 
 # ---- documents -----------------------------------------------------------------------------------------------------
