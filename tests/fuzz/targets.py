@@ -111,9 +111,9 @@ def sound_h5ad() -> bytes:
     import pandas as pd
     import scipy.sparse as sp
 
-    n, g = 24, 4
+    n, g = 36, 4
     x = sp.csr_matrix(np.random.default_rng(0).poisson(1, (n, g)).astype(np.float32) + np.eye(n, g, dtype=np.float32))
-    obs = pd.DataFrame({"cell_type": pd.Categorical(["a", "b"] * 12), "age": np.arange(n)})
+    obs = pd.DataFrame({"cell_type": pd.Categorical(["a", "b"] * 18), "age": np.arange(n)})
     obs.index = [f"c{i}" for i in range(n)]
     var = pd.DataFrame({"symbol": list("ABCD")}, index=[f"ENSG{i:011d}" for i in range(g)])
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def sound_10x() -> bytes:
     import h5py
     import numpy as np
 
-    n, g = 24, 4
+    n, g = 36, 4
     image = io.BytesIO()
     with h5py.File(image, "w") as f:
         m = f.create_group("matrix")
