@@ -6,6 +6,7 @@ pickled. The same folders are registered once: registering them again moves the 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -162,12 +163,12 @@ def _as_default_store(uri: str) -> Iterator[None]:
     """Make a store MLflow's own default: its registry looks there for the model that a version is made of."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    before = os.environ.get("MLFLOW_TRACKING_URI")  # where MLflow keeps the default, for its child processes too
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(before)  # None unsets it
 
 
 def _own_experiment(client: Any, models: ModelFolders) -> str:

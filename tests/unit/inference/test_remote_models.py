@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from urllib.parse import urlsplit
 
 import pytest
@@ -76,7 +77,9 @@ def test_a_registered_model_is_found_by_alias_and_by_number(pair, tmp_path, monk
         }  # fmt: skip
         (folder / "manifest.json").write_text(json.dumps(manifest))
     uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     registered = register(tmp_path / "runs" / "census", uri=uri, name="census", aliases=("champion",))
+    assert os.environ.get("MLFLOW_TRACKING_URI") is None, "MLflow's default is what it was"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     own = find_models(tmp_path / "runs" / "census")
     for name in ("models:/census@champion", f"models:/census/{registered.version}"):
