@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pipeline.data.sources.published import Published, PublishedFiles
 
 LICENCE = (
-    "These files are the work of upstream's authors (czi-ai/scldm, code under the MIT licence). The bucket states no "
-    "licence of its own for weights and data: read upstream's model cards before you pass them on."
+    "These files are the work of upstream's authors (czi-ai/scldm), under the licence that they state: read it there "
+    "before you pass files, or models made from them, on."
 )
 Groups = Annotated[
     list[str],

@@ -24,13 +24,24 @@ from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.optim.config import LoraConfig
 
 
-def _one_way_to_keep_parts(start: Any) -> Any:
-    if start.lora is not None and start.freeze:
-        raise ValueError("lora keeps all weights that are taken over, and freeze says nothing more; leave one out")
-    return start
+class StartConfig(StrictModel):
+    """Weights to start from, and which of them are trained."""
+
+    model: str
+    freeze: list[str] = []
+    """Parts that are not trained, by the beginning of their parameters' names: encoder or gene_embedding of a VAE,
+    blocks or input of a flow."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters, and what is new, in place of all weights; they are merged at the end."""
+
+    @model_validator(mode="after")
+    def _keeps_parts_in_one_way(self) -> Self:
+        if self.lora is not None and self.freeze:
+            raise ValueError("lora keeps all weights that are taken over, and freeze says nothing more; leave one out")
+        return self
 
 
-class StartVaeConfig(StrictModel):
+class StartVaeConfig(StartConfig):
     """The VAE to start from; a name alone stands for {model: NAME}.
 
     Genes are matched by id; new ones start at the mean of the others.
@@ -38,17 +49,9 @@ class StartVaeConfig(StrictModel):
 
     model: StartVae
     """Name of the model, from anywhere: runs/census, models:/census-vae@champion, a folder."""
-    freeze: list[str] = []
-    """Parts that are not trained, by the beginning of their parameters' names: encoder, decoder, gene_embedding."""
-    lora: LoraConfig | None = None
-    """Train low-rank adapters, and what is new, in place of all weights; they are merged at the end."""
-
-    @model_validator(mode="after")
-    def _keeps_parts_in_one_way(self) -> Self:
-        return _one_way_to_keep_parts(self)
 
 
-class StartFlowConfig(StrictModel):
+class StartFlowConfig(StartConfig):
     """The flow to start from; a name alone stands for {model: NAME}.
 
     Classes are matched by name; a new one starts at the null class, or at its parent.
@@ -56,15 +59,6 @@ class StartFlowConfig(StrictModel):
 
     model: StartFlow
     """Name of the model, from anywhere: runs/census, models:/census-flow@champion, a folder."""
-    freeze: list[str] = []
-    """Parts that are not trained, by the beginning of their parameters' names: blocks, input, time."""
-    lora: LoraConfig | None = None
-    """Train low-rank adapters, and what is new, in place of all weights; they are merged at the end."""
-
-    @model_validator(mode="after")
-    def _keeps_parts_in_one_way(self) -> Self:
-        return _one_way_to_keep_parts(self)
-
     parents: dict[str, dict[ClassName, ClassName]] = {}
     """Label -> new class -> class of the model whose embedding it starts at: {cell_type: {CD4 naive: CD4 T}}."""
 

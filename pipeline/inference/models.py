@@ -126,11 +126,7 @@ def load_models(
     if vae.vae.config.adaln:
         problems.append("model.vae has an adaLN decoder, which needs a condition, and this job has none")
     if flow is not None:
-        own = (vae.vae.config.n_latent_tokens, vae.vae.config.latent_width)
-        if own != (flow.n_latent_tokens, flow.latent_width):
-            problems.append(f"the VAE's latents are {own}, the flow's {(flow.n_latent_tokens, flow.latent_width)}")
-        if vae.vocabulary.digest != flow.vocabulary.digest:
-            problems.append("the VAE and the flow were trained with different vocabularies")
+        problems += _pair_problems(Path(models.vae), Path(str(models.flow)))
     if problems:
         raise InputError("\n".join(problems))
     return vae, flow

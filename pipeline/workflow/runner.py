@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.cluster import connect as cluster
 from pipeline.config.context import StageContext
-from pipeline.config.input_paths import input_contents
+from pipeline.config.input_paths import ModelName, input_contents, named_inputs
 from pipeline.config.io.loader import resolved_yaml
 from pipeline.config.job import REAL_CELL_STAGES, STAGES, JobBase
 from pipeline.config.paths.working_folder import in_ray_package
@@ -155,6 +155,7 @@ class JobRun:
                 output=output_root(self.job), checkpoints=self.job.checkpoints, request=self.request,
             )  # fmt: skip
             with _reported(step, tracker):
+                _require_same_models(step)
                 fault_point("stage.before_run")
                 facts = stage_function(step.stage)(step.config, context)
                 if step.stage == "ingest":
@@ -177,6 +178,21 @@ def _require_unchanged(step: Step) -> None:
                 f"{now.setting}: {now.value} changed while {step.stage} ran ({', '.join(files)}); run again when "
                 "nothing writes to it"
             )
+
+
+def _require_same_models(step: Step) -> None:
+    """Raise InputError if a model's name stands for another model than when the stage got its version.
+
+    `runs/census` is the newest flow there, and stages before this one may have taken hours.
+    """
+    for setting, value, mark, owner in named_inputs(step.config):
+        if isinstance(mark, ModelName) and mark.key in step.contents:
+            now = mark.content(setting, value, owner)
+            if now is not None and (files := changed_files(step.contents[mark.key].files, now.files)):
+                raise InputError(
+                    f"{setting}: {value} stands for another model than when this job began ({', '.join(files)}); run "
+                    "the same command again to use that one, or name a version"
+                )
 
 
 def _record_contents(steps: Sequence[Step]) -> None:

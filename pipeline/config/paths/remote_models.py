@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,8 +30,11 @@ MODEL_FILES = (".json", ".safetensors", ".md")
 MLMODEL = "MLmodel"
 
 
+@lru_cache
 def fetch(name: str) -> Path:
     """Return a folder of this machine with the model of a name; fetched if it is not there yet.
+
+    A process asks once for a name, so that a command uses one version of it from its plan to its end.
 
     Raises:
         CheckpointError: There is no such model, or its place cannot be reached.

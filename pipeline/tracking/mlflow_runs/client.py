@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def without_login(uri: str) -> str:
 
 def restore_command(uri: str, experiment_id: str) -> str:
     """Return the command that brings back a deleted experiment of a store."""
-    return f"MLFLOW_TRACKING_URI={without_login(uri)} mlflow experiments restore --experiment-id {experiment_id}"
+    store = shlex.quote(without_login(uri))
+    return f"MLFLOW_TRACKING_URI={store} mlflow experiments restore --experiment-id {experiment_id}"
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -11,11 +11,18 @@ from helpers.models.small_models import CELL_TYPES, write_flow, write_vae
 from helpers.servers.s3_server import REGION, moto_server, upload
 
 from pipeline.config.paths import remote_models
+from pipeline.inference.models import model_on_every_node
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.mlflow_runs.register import register
 from scldm.api.folders import find_model, find_models
 from scldm.checkpoints.native import folder_digest
 from scldm.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def another_command():
+    """A process asks once for a name."""
+    remote_models.fetch.cache_clear()
 
 
 @pytest.fixture
@@ -48,10 +55,18 @@ def test_a_model_in_a_bucket_is_fetched_once_and_again_when_it_changes(pair, tmp
         client = boto3.client("s3", endpoint_url=address, region_name=REGION, **keys)
         for path in (pair / "vae").iterdir():
             client.put_object(Bucket="models", Key=f"census/v1/vae/{path.name}", Body=path.read_bytes())
+        assert find_model(name, "vae") == found, "one version in one command"
+        remote_models.fetch.cache_clear()
         assert folder_digest(find_model(name, "vae")) == folder_digest(pair / "vae")
         assert len(cached(tmp_path)) == 2
+        shared = model_on_every_node(name, "vae", tmp_path / "runs")
+        assert shared.parent == tmp_path / "runs" / ".models"
+        assert folder_digest(shared) == folder_digest(pair / "vae")
+        assert model_on_every_node(name, "vae", tmp_path / "runs") == shared
+        assert len(list(shared.parent.iterdir())) == 1
         with pytest.raises(CheckpointError, match="holds no model"):
             find_model(f"s3://models/nothing?{options}", "vae")
+    remote_models.fetch.cache_clear()
     with pytest.raises(CheckpointError, match="cannot be fetched"):
         find_model(name, "vae")
 

@@ -67,6 +67,8 @@ def test_a_folder_that_stayed_is_not_touched(original, tmp_path):
 
 
 def test_a_deleted_experiment_is_restored_by_the_command_that_the_message_names(tmp_path):
+    tmp_path = tmp_path / "a folder"
+    tmp_path.mkdir()
     client = mlflow_client(f"sqlite:///{tmp_path / 'mlflow.db'}")
     made = experiment_id(client, "scldm/mine", tmp_path / "mlartifacts")
     client.delete_experiment(made)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.models.small_models import write_vae
 
 import pipeline.core.lock
 from pipeline.config.io.loader import load_job
@@ -363,6 +364,25 @@ def test_an_input_that_changes_while_ingest_runs_is_refused(world, tmp_path, mon
     assert run(text=text) == list(STAGES)
     manifest = newest_manifest(pipeline_folder(job(text)), "ingest")
     assert list(manifest.contents["source"]) == ["cells.h5ad"]
+
+
+def test_a_model_that_changes_before_its_stage_runs_is_refused(
+    world, tmp_path, monkeypatch
+):
+    write_vae(tmp_path / "model")
+    text = f"{LINE}train_vae: {{pretrained: {tmp_path / 'model'}}}\n"
+    stage_function = runner.stage_function
+
+    def changes(stage):
+        if stage == "ingest":
+            write_vae(tmp_path / "model", input="count_aware")
+        return stage_function(stage)
+
+    monkeypatch.setattr(runner, "stage_function", changes)
+    with pytest.raises(InputError, match=r"pretrained: .*model stands for another model than when this job began"):
+        run(text=text)
+    assert world.calls == ["ingest"]
+    assert run(text=text) == list(STAGES[1:])
 
 
 def test_the_content_of_its_input_is_added_to_a_result_of_0_1(world, tmp_path):
