@@ -366,9 +366,7 @@ def test_an_input_that_changes_while_ingest_runs_is_refused(world, tmp_path, mon
     assert list(manifest.contents["source"]) == ["cells.h5ad"]
 
 
-def test_a_model_that_changes_before_its_stage_runs_is_refused(
-    world, tmp_path, monkeypatch
-):
+def test_a_model_that_changes_before_its_stage_runs_is_refused(world, tmp_path, monkeypatch):
     write_vae(tmp_path / "model")
     text = f"{LINE}train_vae: {{pretrained: {tmp_path / 'model'}}}\n"
     stage_function = runner.stage_function
