@@ -78,6 +78,11 @@ class PublishedFiles:
         part = path.with_name(f"{path.name}.part")
         with _as_input_errors(self, file.key):
             etag = self._read_rest(file, part, progress)
+        if (size := part.stat().st_size) != file.size:
+            raise InputError(
+                f"{file.key} ended after {size:,} of {file.size:,} bytes; run the same command again, and it goes on "
+                "where it stopped"
+            )
         sha256 = _sha256(part)
         if re.fullmatch(r"[0-9a-f]{32}", etag) and (md5 := _digest(part, "md5")) != etag:
             part.unlink()

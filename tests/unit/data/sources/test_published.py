@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import boto3
 import pytest
@@ -91,6 +92,15 @@ def test_content_that_is_not_what_the_store_states_or_what_was_recorded_is_refus
     with pytest.raises(InputError, match=r"has MD5 0000.* and the store states"):
         files.download(file, tmp_path, lambda _: None)
     assert not (tmp_path / file.key).exists()
+
+
+def test_an_object_that_ends_too_early_is_no_file(files, tmp_path):
+    file = files.list(["datasets"])[1]
+    with pytest.raises(InputError, match="ended after 3 of 7 bytes; run the same command again"):
+        files.download(replace(file, size=7), tmp_path, lambda _: None)
+    assert not (tmp_path / file.key).exists()
+    assert files.download(file, tmp_path, lambda _: None), "what was read is gone on with"
+    assert (tmp_path / file.key).read_bytes() == b"few"
 
 
 def test_a_store_that_does_not_answer_is_named(tmp_path):
