@@ -117,7 +117,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     done = {(r["seed"], r["n"], r["way"]) for r in read(file)}
     for seed in range(args.seeds):
         sets = transfer_cells.read(args.data, name, seed)
-        source = pretrained(sets, args.out / name / f"source-{seed}", args.pretrain)
+        source = pretrained(sets, args.out / name / "source", args.pretrain)
         new = Judge(sets.target_held_out, sets.target, seed)
         old = Judge(sets.source_held_out, sets.source, seed)
         before = old.excess(source, seed)
@@ -182,8 +182,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--cells", type=int, nargs="+", default=list(N_CELLS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=40, help="of the processor, for each training")
-    parser.add_argument("--pretrain", type=float, default=400, help="the same, for the source's models")
+    parser.add_argument("--seconds", type=float, default=60, help="of the processor, for each training")
+    parser.add_argument("--pretrain", type=float, default=300, help="the same, for the source's models")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not args.data.is_dir():

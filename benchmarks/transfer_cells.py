@@ -50,7 +50,7 @@ class Sets:
 
 
 def read(folder: Path, name: str, seed: int) -> Sets:
-    """A pair of sets, split by a seed."""
+    """A pair of sets; the seed splits the target."""
     return PAIRS[name](folder, np.random.default_rng(seed))
 
 
@@ -120,8 +120,8 @@ def _rich(cells: Cells) -> Cells:
 
 
 def _split(genes: tuple[str, ...], source: Cells, target: Cells, rng: np.random.Generator) -> Sets:
-    """Hold out a tenth of the source, at most 1,000 cells, and a third of the target."""
-    order, target_order = rng.permutation(len(source)), rng.permutation(len(target))
+    """Hold out a tenth of the source, at most 1,000 cells, the same for all seeds, and a third of the target."""
+    order, target_order = np.random.default_rng(0).permutation(len(source)), rng.permutation(len(target))
     n, n_target = min(1_000, len(source) // 10), len(target) // 3
     return Sets(
         genes, source[order[n:]], source[order[:n]], target[target_order[n_target:]], target[target_order[:n_target]]

@@ -20,12 +20,12 @@ import scipy.sparse as sp
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.conditional import ClassTable, ConditionalSettings, Controls, class_averages, class_tables
 from scldm.metrics.distribution import distances, two_sample
+from scldm.metrics.distribution.memorisation import NearestTraining
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.genes import expression
 from scldm.metrics.genes.fold_change import cp10k
 from scldm.metrics.genes.gene_correlation import gene_correlation_scores
 from scldm.metrics.labels import LabelJudges
-from scldm.metrics.memorisation import NearestTraining
 from scldm.metrics.score import Score, checked
 from scldm.metrics.side import Side
 

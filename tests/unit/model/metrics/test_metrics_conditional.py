@@ -11,7 +11,7 @@ from scldm.metrics.conditional import class_averages
 from scldm.metrics.distribution import distances as d
 from scldm.metrics.genes.fold_change import cp10k, log_fold_change, recovery
 from scldm.metrics.genes.gene_correlation import correlation_agreement, correlation_matrix
-from scldm.metrics.memorisation import NearestTraining, distance_ratio, share_too_near
+from scldm.metrics.distribution.memorisation import NearestTraining, distance_ratio, share_too_near
 
 
 def with_days(n, seed, **changes):

@@ -1,0 +1,170 @@
+"""How `perturbation.py` predicts a combination that was not measured, and the trainings behind it.
+
+    noise        new cells from noise, under both labels
+    carried      control cells back to noise under their own labels, and forward under the new treatment
+    transport    control cells forward by a flow that starts at the latents of control cells
+    … in counts  the decoder's change from the cell's own latents to the moved ones, applied to the cell's counts:
+                 molecules are added, or lost one by one
+
+One VAE serves all; both flows have the same network, steps and labels. In training a label is dropped on its own, so
+that the field of a treatment exists without a context.
+
+Shape letters: n cells, b cells of a batch, m latent tokens, e latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from train_small import batches
+from transfer_cells import Cells
+from transfer_lines import FLOW_SIZES, Budget, chunks, encode, steps_of, train_vae
+
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+from scldm.data.library_size import LibrarySizes
+from scldm.data.vocabulary import LabelVocabulary, Vocabulary
+from scldm.flow.config import PathConfig, SamplerConfig
+from scldm.flow.objective import flow_loss
+from scldm.flow.path import sample_path
+from scldm.flow.sampler import sample_latents
+from scldm.generation.real_cells import draw_sparse, under_condition
+from scldm.metrics.perturbation.free_answers import Answer
+from scldm.metrics.perturbation.screen import Screen
+from scldm.nn.dit import DiT, drop_labels
+from scldm.optim.config import EMAConfig
+from scldm.optim.ema import EMA
+from scldm.random import generator
+
+CONTEXT, TREATMENT = "context", "treatment"
+RATE, BATCH = 3e-3, 128
+STREAM = 8  # of randomness
+STEPS = 14
+WAYS = ("noise", "carried", "transport", "carried in counts", "transport in counts")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The models of a training set."""
+
+    vae: LoadedVAE
+    noise: LoadedFlow
+    transport: LoadedFlow
+    seconds: tuple[float, float, float]
+
+
+def train(screen: Screen, genes: tuple[str, ...], *, vae_seconds: float, flow_seconds: float, seed: int) -> Trained:
+    """Train the VAE and both flows on the measured cells."""
+    order = torch.randperm(len(screen.context), generator=generator(seed, STREAM)).numpy()
+    screen = screen[order]
+    labels = tuple(
+        LabelVocabulary(name, tuple(sorted(set(values.tolist()))))
+        for name, values in ((CONTEXT, screen.context), (TREATMENT, screen.treatment))
+    )
+    vocabulary = Vocabulary(genes, genes, labels)
+    cells = Cells(sp.csr_matrix(screen.counts, dtype=np.float32), screen.context)
+    vae, _ = train_vae("scratch", cells, vocabulary, None, replay=None, seconds=vae_seconds, seed=seed)
+    z = encode(vae, cells)
+    flows = [train_flow(screen, z, vocabulary, seconds=flow_seconds, seed=seed, start=s) for s in ("noise", "control")]
+    return Trained(vae, flows[0], flows[1], (vae_seconds, flow_seconds, flow_seconds))
+
+
+def train_flow(
+    screen: Screen, z: Tensor, vocabulary: Vocabulary, *, seconds: float, seed: int, start: str
+) -> LoadedFlow:
+    """A flow on latents z (n, m, e), from noise or from control cells of the same context."""
+    shape, path = {"n_latent_tokens": z.shape[1], "latent_width": z.shape[2]}, PathConfig()
+    ids = {
+        name: torch.from_numpy(vocabulary.label(name).encode(values.tolist()))
+        for name, values in ((CONTEXT, screen.context), (TREATMENT, screen.treatment))
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dit = DiT(FLOW_SIZES, **shape, n_classes=vocabulary.n_classes)
+    ema, size = EMA(dit, EMAConfig()), min(BATCH, len(z))
+    sources = Coupling(screen, z, seed) if start == "control" else None
+    steps = steps_of(dit, Budget(seconds), RATE, batches(len(z), size, seed), after=ema.update)
+    for step, rows in enumerate(steps):
+        g, x1 = generator(seed, STREAM, step), z[rows]
+        t = torch.rand(len(x1), generator=g)
+        x0 = torch.randn(x1.shape, generator=g) if sources is None else sources.draw(rows, step)
+        known = drop_labels(
+            {k: v[rows] for k, v in ids.items()}, vocabulary.n_classes, p=FLOW_SIZES.label_dropout,
+            strategy="joint", joint_dropout="each", generator=g,
+        )  # fmt: skip
+        point = sample_path(x0, x1, t, path.path)
+        flow_loss(dit(point.x_t, t, known), point, t, path).mean().backward()
+    trained = DiT(FLOW_SIZES, **shape, n_classes=vocabulary.n_classes)
+    trained.load_state_dict(ema.shadow)
+    sizes = LibrarySizes.fit(np.asarray(screen.counts.sum(1)).ravel(), {})
+    return LoadedFlow(trained.eval().requires_grad_(False), path, vocabulary, sizes, z.shape[1], z.shape[2])
+
+
+class Coupling:
+    """Control cells of the same context for each cell, matched by optimal transport within a batch (CellFlow)."""
+
+    def __init__(self, screen: Screen, z: Tensor, seed: int):
+        self.z, self.seed, self.context = z, seed, screen.context
+        names = sorted(set(screen.context.tolist()))
+        self.controls = {c: torch.from_numpy(screen.members[c, screen.control]) for c in names}
+
+    def draw(self, rows: Tensor, step: int) -> Tensor:
+        """Return a control cell's latents for each cell of the batch, (b, m, e)."""
+        x0, g = torch.empty_like(self.z[rows]), generator(self.seed, STREAM + 1, step)
+        contexts = self.context[rows.numpy()]
+        for name in sorted(set(contexts.tolist())):
+            here = np.flatnonzero(contexts == name)
+            pool = self.controls[name]
+            drawn = self.z[pool[torch.randint(len(pool), (len(here),), generator=g)]]
+            cost = torch.cdist(self.z[rows[here]].flatten(1), drawn.flatten(1)) ** 2
+            own, other = linear_sum_assignment(cost.numpy())
+            x0[here[own]] = drawn[other]
+        return x0
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------
+@torch.inference_mode()
+def answers(trained: Trained, screen: Screen, context: str, treatment: str, seed: int) -> dict[str, Answer]:
+    """Return the cells that each way predicts from the context's control cells."""
+    control = Cells(sp.csr_matrix(screen.cells(context, screen.control), dtype=np.float32), np.array([]))
+    control = Cells(control.counts, np.repeat(context, control.counts.shape[0]))
+    vae, vocabulary = trained.vae, trained.noise.vocabulary
+    found: dict[str, list[sp.csr_matrix]] = {name: [] for name in WAYS}
+    for i, part in enumerate(chunks(control)):
+        z, n, ids = encode(vae, part), len(part), list(range(i * 128, i * 128 + len(part)))
+        own, target = (_conditions(vocabulary, context, t, n) for t in (screen.control, treatment))
+        sampler, size = SamplerConfig(steps=STEPS), torch.from_numpy(np.asarray(part.counts.sum(1)).ravel())
+        x0 = torch.randn(z.shape, generator=generator(seed, STREAM + 2, i))
+        latents = {
+            "noise": sample_latents(trained.noise.dit, x0, target, sampler, trained.noise.path),
+            "carried": under_condition(trained.noise, z, own=own, target=target, sampler=sampler),
+            "transport": sample_latents(trained.transport.dit, z, target, sampler, trained.transport.path),
+        }
+        before = vae.vae.decode_mu(z, size)
+        for name, moved in latents.items():
+            decoded = vae.vae.decode(moved, size)
+            found[name].append(draw_sparse(decoded, ids, seed=seed))
+            if name != "noise":
+                g = generator(seed, STREAM + 3, i, WAYS.index(name))
+                found[f"{name} in counts"].append(_changed(part.counts, before, decoded.mu, g))
+    return {name: Answer.of(sp.vstack(parts, format="csr")) for name, parts in found.items()}
+
+
+def _conditions(vocabulary: Vocabulary, context: str, treatment: str, n: int) -> Mapping[str, Tensor]:
+    return {
+        name: torch.from_numpy(vocabulary.label(name).encode([value] * n))
+        for name, value in ((CONTEXT, context), (TREATMENT, treatment))
+    }
+
+
+def _changed(counts: sp.csr_matrix, before: Tensor, after: Tensor, g: torch.Generator) -> sp.csr_matrix:
+    """Add a Poisson of what the mean of a gene gains, and keep each molecule with the ratio of means if it falls."""
+    x = torch.from_numpy(counts.toarray())
+    kept = torch.binomial(x, (after / before.clamp(min=1e-8)).clamp(max=1.0), generator=g)
+    added = torch.poisson((after - before).clamp(min=0), generator=g)
+    return sp.csr_matrix((kept + added).numpy())
