@@ -2,9 +2,8 @@
 
 Every combination of a screen (`perturbation_screens.py`) is held out once, models are trained on the rest, and each way
 of `perturbation_lines.py` and each free answer (`scldm.metrics.perturbation.free_answers`) predicts its cells from the
-context's control cells. Scores are those of `scldm.metrics.perturbation.measures`, against the held-out cells; energy
-and MMD in 30 components fitted on the measured cells of the screen. The floor is one half of the held-out cells against
-the other.
+context's control cells. Scores are those of `CombinationJudge`, energy and MMD in 30 components fitted on the cells that
+are trained on. The floor is one half of the held-out cells against the other.
 
     python benchmarks/perturbation.py --json benchmarks/results/perturbation.json
     python benchmarks/perturbation.py --only gbm --seeds 1 --seconds 5 5       # does it run at all
@@ -24,43 +23,20 @@ import numpy as np
 import perturbation_lines
 import perturbation_screens
 import torch
-from perturbation_screens import Study
 
 from scldm.metrics.distribution.projection import RealSpace
-from scldm.metrics.perturbation.free_answers import FREE_ANSWERS, Answer, free_answers
-from scldm.metrics.perturbation.measures import Change, distances, shift_scores
+from scldm.metrics.perturbation.combinations import CombinationJudge
+from scldm.metrics.perturbation.free_answers import FREE_ANSWERS, free_answers
 from scldm.metrics.perturbation.screen import Combination, Screen
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("delta_pearson", "energy", "pr_auc", "mae", "lfc_cosine", "lfc_slope")
-MOST = 600  # cells of a side in a distance
 
 
 def hold_out(screen: Screen, pairs: list[Combination]) -> Screen:
     """The screen without some combinations."""
     gone = np.concatenate([screen.members[pair] for pair in pairs])
     return screen[np.setdiff1d(np.arange(len(screen.context)), gone)]
-
-
-def score(study: Study, known: Screen, pair: Combination, found: dict[str, Answer], seed: int) -> dict[str, Any]:
-    """Scores of every answer for one combination, and of one half of its cells against the other."""
-    space = RealSpace.fit(known.counts, n_top_genes=2_000, n_pcs=30, seed=0)
-    real = study.screen.log[study.screen.members[pair]].toarray()
-    control = known.log[known.members[pair[0], known.control]].toarray()
-    change = Change.of(real, control)
-    rng = np.random.default_rng(seed)
-
-    def points(log: np.ndarray) -> np.ndarray:
-        rows = rng.permutation(len(log))[:MOST]
-        return (log[rows][:, space.genes] - space.mean) @ space.axes.T
-
-    scores = {
-        name: shift_scores(change, Change.of(answer.log, control)) | distances(points(real), points(answer.log))
-        for name, answer in found.items()
-    }
-    half = np.array_split(rng.permutation(len(real)), 2)
-    floor = shift_scores(Change.of(real[half[0]], control), Change.of(real[half[1]], control))
-    return scores | {"floor": floor | distances(points(real[half[0]]), points(real[half[1]]))}
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -77,11 +53,13 @@ def run(name: str, args: argparse.Namespace) -> None:
             trained = perturbation_lines.train(
                 known, study.genes, vae_seconds=args.seconds[0], flow_seconds=args.seconds[1], seed=seed
             )
+            space = RealSpace.fit(known.counts, n_top_genes=2_000, n_pcs=30, seed=0)
+            judge = CombinationJudge(known, {pair: study.screen.cells(*pair) for pair in fold}, space, seed=seed)
             for context, treatment in fold:
                 own = perturbation_lines.answers(trained, known, context, treatment, seed)
                 free = free_answers(known, context, treatment, np.random.default_rng(seed))
-                scores = score(study, known, (context, treatment), own | free, seed)
-                line = {"seed": seed, "context": context, "treatment": treatment, "scores": scores}
+                found = judge.score((context, treatment), own | free)
+                line = {"seed": seed, "context": context, "treatment": treatment, "scores": found.scores}
                 with file.open("a") as out:
                     out.write(json.dumps(line) + "\n")
             print(name, seed, len(fold), f"{time.process_time() - start:.0f} s", flush=True)

@@ -10,7 +10,7 @@ All are of log1p CP10k. The *shift* of cells is their mean minus the mean of the
                              ranked by the answer's p-values
     des                      share of these genes that the answer calls too; of an answer that calls more, those of
                              largest change count (Virtual Cell Challenge)
-    energy, mmd2             distances to the measured cells in `space`, and their floor
+    energy, mmd2             distances to the measured cells in a space, without bias: 0 on average for equal sets
 
 `ranks` compares an answer with all treatments (PerturBench's rank; the challenge's discrimination score).
 
@@ -26,7 +26,7 @@ import numpy as np
 from scipy.stats import false_discovery_control, mannwhitneyu, rankdata
 from sklearn.metrics import average_precision_score
 
-from scldm.metrics.distribution.distances import energy_distance, mmd2_median
+from scldm.metrics.distribution.distances import median_distance
 from scldm.metrics.genes.fold_change import log_fold_change, recovery
 
 FDR = 0.05
@@ -116,8 +116,45 @@ def _overlap(called: np.ndarray, answer: Change) -> float:
 
 
 def distances(real: np.ndarray, answer: np.ndarray) -> dict[str, float]:
-    """Return the distances of an answer's cells (n, p) to measured ones."""
-    return {"energy": energy_distance(real, answer), "mmd2": mmd2_median(real, answer)}
+    """Return the distances of an answer's cells (m, p) to measured ones (n, p), without bias (U-statistics).
+
+    The floor has half as many cells as an answer, and the usual V-statistics, which count the distance of a cell to
+    itself, would be larger for it. These are 0 on average for equal distributions, whatever the number of cells, and
+    so may be a little below.
+    """
+    d = _pairwise(real, answer)
+    sigma = median_distance(real)
+    return {"energy": -_discrepancy(d, len(real)), "mmd2": _discrepancy(np.exp(-(d**2) / (2 * sigma**2)), len(real))}
+
+
+def _pairwise(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the Euclidean distances among the points of x and y together, (n + m, n + m)."""
+    z = np.concatenate([x, y])
+    squares = (z**2).sum(1)
+    d = np.sqrt(np.maximum(squares[:, None] + squares - 2 * z @ z.T, 0))
+    np.fill_diagonal(d, 0)
+    return d
+
+
+def _discrepancy(k: np.ndarray, n: int) -> float:
+    """Return the mean of k within the first n points, plus that within the others, minus twice that across."""
+    means = []
+    for part in (k[:n, :n], k[n:, n:]):
+        means.append((part.sum() - np.trace(part)) / (len(part) * (len(part) - 1)))
+    return float(means[0] + means[1] - 2 * k[:n, n:].mean())
+
+
+def resampled_energies(x: np.ndarray, y: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return the energy distance of x (n, p) and y (m, p) under weights u (r, n) and v (r, m), (r,).
+
+    Weights are those of cells drawn with replacement. A cell that is drawn twice is at distance 0 from its copy, so
+    that the sums within a side are too small by 1 / n on average; that and the bias of `distances` are divided out.
+    """
+    d, n, m = _pairwise(x, y), len(x), len(y)
+    across = ((u @ d[:n, n:]) * v).sum(1)
+    inside = ((u @ d[:n, :n]) * u).sum(1) / (1 - 1 / n) ** 2
+    other = ((v @ d[n:, n:]) * v).sum(1) / (1 - 1 / m) ** 2
+    return 2 * across - inside - other
 
 
 def ranks(answer: np.ndarray, measured: Mapping[str, np.ndarray], own: str) -> dict[str, float]:

@@ -9,9 +9,9 @@ from scldm.metrics.baselines import shuffled
 from scldm.metrics.cell_set import CLASSES, CellSet, class_text
 from scldm.metrics.conditional import class_averages
 from scldm.metrics.distribution import distances as d
+from scldm.metrics.distribution.memorisation import NearestTraining, distance_ratio, share_too_near
 from scldm.metrics.genes.fold_change import cp10k, log_fold_change, recovery
 from scldm.metrics.genes.gene_correlation import correlation_agreement, correlation_matrix
-from scldm.metrics.distribution.memorisation import NearestTraining, distance_ratio, share_too_near
 
 
 def with_days(n, seed, **changes):
