@@ -2,8 +2,8 @@
 
 Every combination of a screen (`perturbation_screens.py`) is held out once, models are trained on the rest, and each way
 of `perturbation_lines.py` and each free answer (`scldm.metrics.perturbation.free_answers`) predicts its cells from the
-context's control cells. Scores are those of `CombinationJudge`, energy and MMD in 30 components fitted on the cells that
-are trained on. The floor is one half of the held-out cells against the other.
+context's control cells. Scores are those of `CombinationJudge`, energy and MMD in 30 components fitted on the cells
+that are trained on. The floor is one half of the held-out cells against the other.
 
     python benchmarks/perturbation.py --json benchmarks/results/perturbation.json
     python benchmarks/perturbation.py --only gbm --seeds 1 --seconds 5 5       # does it run at all
