@@ -47,7 +47,7 @@ NO_LABEL = "cells"  # name of the label of a model without labels
 
 
 def _vae_of_generated(inputs: Mapping[str, Manifest]) -> Path:
-    """Return the VAE of train_vae, or the one that was trained further with the flow."""
+    """Return the VAE that the cells were generated with: of train_vae, of a joint training, or one that was named."""
     generated = inputs["generate"]
     return generated.path("vae") if "vae" in generated.facts else inputs["train_vae"].path("model")
 
