@@ -164,16 +164,6 @@ class PipelineJob(JobBase):
             )
         return self
 
-    @model_validator(mode="after")
-    def _generates_counts(self) -> PipelineJob:
-        if self.train_vae.model.head == "gaussian":
-            raise ValueError(
-                "train_vae.model.head (gaussian) models log-normalised expression, and evaluate scores counts: set it "
-                "to nb_shared or nb_cell, or run the stages as jobs of their own (kind: train_vae, encode, train_flow, "
-                "generate)"
-            )
-        return self
-
 
 class IngestJob(JobBase, IngestConfig):
     kind: Literal["ingest"]

@@ -209,6 +209,14 @@ def settings_of(config: GenerateConfig) -> Settings:
     return Settings(config.sampler.guidance, config.library_size)
 
 
+def values_problems(config: GenerateConfig, request: Request) -> list[str]:
+    """Return what a request sets for counts, of a VAE with a Gaussian head, which draws none."""
+    from scldm.generation.expression_draw import expression_problems  # imports SciPy
+
+    found = expression_problems(request, settings_of(config), temperature=config.sampler.temperature)
+    return [f"generate: {problem}" for problem in found]
+
+
 def notes_on(
     request: Request, training: pd.DataFrame | None, sizes: LibrarySizes, config: GenerateConfig, *, counts: bool = True
 ) -> list[str]:

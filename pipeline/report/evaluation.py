@@ -1,4 +1,8 @@
-"""Evaluate generated cells against held-out real ones: scores, intervals, baselines and a verdict, all in memory."""
+"""Evaluate generated cells against held-out real ones: scores, intervals, baselines and a verdict, all in memory.
+
+If generated cells hold log1p CP10k values (a Gaussian head), everything is compared on that scale. Scores that only
+counts have are left out and named, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
 from scldm.metrics.cell_set import CellSet, class_text
-from scldm.metrics.compare import Compared, CompareSettings, Comparison
+from scldm.metrics.compare import ONLY_OF_COUNTS, Compared, CompareSettings, Comparison
 from scldm.metrics.conditional import ClassTable, ConditionalSettings
 from scldm.metrics.from_anndata import EvaluationError
 from scldm.metrics.genes import expression
@@ -43,9 +47,9 @@ class Decoded:
     """Held-out cells after encoding and decoding by the VAE."""
 
     rows: np.ndarray  # (n,) positions among the held-out cells
-    mu: np.ndarray  # (n, g) mean counts
-    nll: np.ndarray  # (n,) nats summed over genes
-    draws: sp.csr_matrix | None = None  # (n, g) counts drawn from the decoded distribution
+    mu: np.ndarray  # (n, g) mean counts; without draws, means of log1p CP10k
+    nll: np.ndarray | None = None  # (n,) nats summed over genes; None: a Gaussian head
+    draws: sp.csr_matrix | None = None  # (n, g) counts drawn from the decoded distribution; None: a Gaussian head
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Evaluation:
     notes: list[str]
     facts: dict[str, str]
     comparison: Comparison
+    left_out: dict[str, str]  # scores that cells without counts do not have -> the reason
 
     @property
     def rows(self) -> list[MetricRow]:
@@ -111,25 +116,28 @@ def evaluate(
     if taken:
         raise EvaluationError(f"extra candidates need names of their own; {', '.join(taken)} is taken")
     parts = select_cells(held_out, training, generated, extra, labels=labels, config=config, rng=rng)
+    counted = parts.generated.counted and all(cells.counted for cells in parts.extra.values())
     comparison = Comparison(
         parts.real, parts.reference, parts.space, compare_settings(config, parts.given), labels=parts.given,
         training_space=None if config.space_from == "training" else fit_space(parts.reference, config),
+        counted=counted,
     )  # fmt: skip
     pools = Pools.like(parts.reference, parts.real, labels)
     fitted = LabelBaseline.from_pools(parts.reference.counts, pools.members)
     candidates = {"generated": parts.generated, "floor": parts.floor, **_baselines(parts, pools, fitted, rng)}
     found = comparison.all_scores(candidates | dict(parts.extra))
     scores = _with_label_floor(found, comparison)
-    facts = _facts(parts, config)
+    facts = _facts(parts, config, counted=counted)
     if decoded is not None:
         _add_reconstruction(scores, facts, parts, decoded, (pools, fitted), config, rng)
     if streamed is not None:
         _add_streamed(scores, facts, parts, streamed)
+    left_out = _left_out_scores(counted, decoded, streamed)
     made = parts.generated
     chance = {n: _chance(made.labels[n]) for n in labels if f"label_accuracy.{n}" in scores["generated"]}
     return Evaluation(
         parts, scores.pop("generated"), scores.pop("floor"), scores, {k: v.classes for k, v in found.items()}, chance,
-        [*parts.notes, *_left_out(found["generated"])], facts, comparison,
+        [*parts.notes, *_scale_notes(left_out), *_left_out(found["generated"])], facts, comparison, left_out,
     )  # fmt: skip
 
 
@@ -189,13 +197,14 @@ def _add_reconstruction(
     """Add reconstruction scores of the VAE, and of the baselines' means and draws at each cell's own library size."""
     real = parts.real[decoded.rows]
     halves = Halves.draw(real.crossed(parts.given), config.resamples, np.random.default_rng((config.seed, HALVES)))
-    table = lambda mu, draws, nll=None: reconstruction_table(  # noqa: E731
-        real.counts, mu, halves, refits=config.refits, nll=nll, draws=draws
+    counted = decoded.draws is not None
+    table = lambda mu, draws, nll=None, counted=True: reconstruction_table(  # noqa: E731
+        real.counts, mu, halves, refits=config.refits, nll=nll, draws=draws, counted=counted
     )
     pools, fitted = baseline
     classes, sizes = pools.wanted[decoded.rows], expression.library_sizes(real.counts)
     means = fitted.mean(classes, sizes)
-    scores["generated"] |= checked(table(decoded.mu, decoded.draws, decoded.nll), "the VAE")
+    scores["generated"] |= checked(table(decoded.mu, decoded.draws, decoded.nll, counted), "the VAE")
     scores[POISSON] |= checked(table(means, fitted.poisson(classes, rng, sizes)), POISSON)
     scores[NB] |= checked(table(means, fitted.negative_binomial(classes, rng, sizes)), NB)
     facts["reconstruction"] = f"{real.n_cells:,} held-out cells; genes and cells without variance have no correlation"
@@ -211,13 +220,42 @@ def _add_streamed(
     train = [parts.reference, parts.floor]
     classes = np.concatenate([cells.crossed(parts.given) for cells in train])
     weights, _ = composition_weights(classes, real.crossed(parts.given))
-    chunks = (chunk for cells in train for chunk in expression.chunks(cells.counts))
+    counted = streamed.counted
+    chunks = (c for cells in train for c in (expression.chunks(cells.counts) if counted else cells.log_chunks()))
     scores["generated"] |= streamed_scores(*own, streamed)
-    scores["floor"] |= streamed_scores(*own, stream(chunks, weights))
+    scores["floor"] |= streamed_scores(*own, stream(chunks, weights, counted=counted))
     facts["streamed"] = (
         f"all {streamed.n_cells:,} generated cells, weighted to the held-out composition; floor: {len(weights):,} "
         "training cells, the same way"
     )
+
+
+def _left_out_scores(counted: bool, decoded: Decoded | None, streamed: StreamedCells | None) -> dict[str, str]:
+    """Return the scores that cells or a decoder without counts do not have, with the reasons."""
+    found = {} if counted else dict(ONLY_OF_COUNTS)
+    if streamed is not None and not streamed.counted:
+        kept = ("library_size_ks", "genes_per_cell_ks", "zero_fraction_difference", "gene_zero_fraction_r2")
+        found |= {f"streamed_{name}": ONLY_OF_COUNTS[name] for name in kept}
+    if decoded is not None and decoded.draws is None:
+        found["reconstruction_nll"] = "counts have no likelihood under a Gaussian head; reconstruction_mse is its loss"
+        of_draws = ("gene_pearson_draws", "cell_pearson_draws", "mse_draws", "zero_accuracy")
+        found |= {f"reconstruction_{name}": "a Gaussian head draws no counts" for name in of_draws}
+    return found
+
+
+def _scale_notes(left_out: Mapping[str, str]) -> list[str]:
+    """Return notes on the scale of the comparison and on the scores that are left out."""
+    if not left_out:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return [
+        "Cells hold log1p CP10k values of a Gaussian head: real cells and baselines are transformed to log1p CP10k, "
+        "and all are compared on that scale.",
+        f"Left out: {named}.",
+    ]
 
 
 def _left_out(generated: Compared) -> list[str]:
@@ -238,7 +276,7 @@ def _chance(values: np.ndarray) -> float:
     return float(np.unique(known, return_counts=True)[1].max() / len(known))
 
 
-def _facts(parts: EvaluationCells, config: EvaluateConfig) -> dict[str, str]:
+def _facts(parts: EvaluationCells, config: EvaluateConfig, *, counted: bool) -> dict[str, str]:
     points = min(parts.real.n_cells, parts.generated.n_cells, config.transport_cells)
     fitted_on = "held-out cells" if config.space_from == "held_out" else "training cells"
     rule = {"variance": "most variable (log1p CP10k)", "seurat_v3": "most variable (seurat_v3)"}[config.gene_rule]
@@ -258,7 +296,8 @@ def _facts(parts: EvaluationCells, config: EvaluateConfig) -> dict[str, str]:
         "intervals": (
             f"95 %, from {config.resamples} random halves of the cells ({config.refits} where a score is solved anew)"
         ),
-        "log fold changes": f"against {control or 'all other cells'}",
+        "log fold changes": f"against {control or 'all other cells'}" + ("" if counted else "; of mean log1p CP10k"),
+        **({} if counted else {"scale": "log1p CP10k: values of a Gaussian head, which draws no counts"}),
         "protocol": PROTOCOL_FACTS[config.protocol],
         "seed": str(config.seed),
     }

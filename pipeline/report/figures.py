@@ -92,11 +92,15 @@ def embedding(
 
 
 def gene_scatter(real: GeneMoments, generated: GeneMoments, agreement: Mapping[str, float]) -> bytes:
-    """Draw gene mean, variance (log1p CP10k) and zero fraction, real against generated; R² is for the identity line."""
+    """Draw gene mean, variance (log1p CP10k) and zero fraction, real against generated; R² is for the identity line.
+
+    Without an agreement of zero fractions there is no panel of them.
+    """
+    names = [n for n in ("mean", "variance", "zero_fraction") if f"gene_{n}_r2" in agreement]
     figure = Figure(figsize=(13, 4.3))
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, len(names))
     low = 1e-4
-    for ax, name in zip(axes, ("mean", "variance", "zero_fraction"), strict=True):
+    for ax, name in zip(axes, names, strict=True):
         x, y = getattr(real, name), getattr(generated, name)
         if name != "zero_fraction":
             x, y = np.clip(x, low, 10), np.clip(y, low, 10)

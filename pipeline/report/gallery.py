@@ -35,10 +35,9 @@ def gallery(
     """
     parts = evaluation.parts
     yield _embedding(parts, config)
-    real_genes, made_genes = (
-        expression.gene_moments(expression.chunks(c.counts)) for c in (parts.real, parts.generated)
-    )
-    agreement = expression.gene_statistics_agreement(real_genes, made_genes)
+    real_genes, made_genes = (expression.moments_of(c.log_chunks()) for c in (parts.real, parts.generated))
+    counted = parts.generated.counted
+    agreement = expression.gene_statistics_agreement(real_genes, made_genes, counted=counted)
     yield Picture(
         "genes",
         "Genes",
@@ -46,16 +45,21 @@ def gallery(
         "r² is squared Pearson.",
         figures.gene_scatter(real_genes, made_genes, agreement),
     )
-    real, generated = (
-        {"library size": expression.library_sizes(c.counts), "genes per cell": expression.genes_per_cell(c.counts)}
-        for c in (parts.real, parts.generated)
-    )
-    yield Picture("cells", "Cells", "Shares of cells, raw counts.", figures.cell_histograms(real, generated))
+    if counted:
+        yield _histograms(parts)
     yield from _heatmaps(evaluation)
     yield from _class_heatmaps(evaluation)
     if curves:
         caption = "Loss by optimizer step: training batches grey, validation red. Early high values are cut off."
         yield Picture("training", "Training", caption, figures.training_curves(curves))
+
+
+def _histograms(parts: EvaluationCells) -> Picture:
+    real, generated = (
+        {"library size": expression.library_sizes(c.counts), "genes per cell": expression.genes_per_cell(c.counts)}
+        for c in (parts.real, parts.generated)
+    )
+    return Picture("cells", "Cells", "Shares of cells, raw counts.", figures.cell_histograms(real, generated))
 
 
 def _embedding(parts: EvaluationCells, config: EvaluateConfig) -> Picture:
@@ -64,7 +68,7 @@ def _embedding(parts: EvaluationCells, config: EvaluateConfig) -> Picture:
     real = real[np.sort(rng.permutation(real.n_cells)[:EMBEDDED])]
     like = select_like(parts.all_generated.crossed(parts.given), real.crossed(parts.given), rng)
     made = parts.all_generated[like.indices]
-    x, y = parts.space.project(real.counts), parts.space.project(made.counts)
+    x, y = parts.space.place(real), parts.space.place(made)
     if config.umap:
         axis, how = "UMAP", "UMAP fitted on both kinds together, in the PCA space fitted on real training cells"
         x, y = figures.umap_coordinates(x, y, seed=config.seed)
@@ -80,7 +84,7 @@ def _embedding(parts: EvaluationCells, config: EvaluateConfig) -> Picture:
 def _heatmaps(evaluation: Evaluation) -> Iterator[Picture]:
     comparison = evaluation.comparison
     held_out, generated = (
-        comparison.judges.agreements(comparison.space.project(c.counts), c.labels)
+        comparison.judges.agreements(comparison.space.place(c), c.labels)
         for c in (evaluation.parts.real, evaluation.parts.generated)
     )
     for name in generated:

@@ -73,6 +73,7 @@ def write_tables(folder: Path, result: Evaluation) -> None:
         "baselines": list(result.baselines),
         "rows": rows,
         "classes": classes,
+        **({"left_out": result.left_out} if result.left_out else {}),
     }
     write_json_atomic(folder / "metrics.json", summary)
     _write_csv(folder / "metrics.csv", rows)

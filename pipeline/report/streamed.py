@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import scipy.sparse as sp
 
 from scldm.cells.cells import Cells
+from scldm.data.cell_counts import is_log_normalised
 from scldm.data.class_names import class_names
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.from_anndata import EvaluationError
@@ -36,9 +37,11 @@ def stream_generated(cells: Cells, real: CellSet, labels: Sequence[str]) -> tupl
             "split, or generate the conditions of this one (generate.like)"
         )
     weights, missing = composition_weights(classes, real.crossed(given))
-    return stream(_counts(cells), weights), missing
+    counted = not is_log_normalised(cells.uns)
+    batch = BATCH if counted else BATCH // 8  # every gene of a cell is stored
+    return stream(_values(cells, batch), weights, counted=counted), missing
 
 
-def _counts(cells: Cells) -> Iterator[sp.csr_matrix]:
-    for start in range(0, cells.n_obs, BATCH):
-        yield sp.csr_matrix(cells[start : start + BATCH].X)
+def _values(cells: Cells, batch: int) -> Iterator[sp.csr_matrix]:
+    for start in range(0, cells.n_obs, batch):
+        yield sp.csr_matrix(cells[start : start + batch].X)

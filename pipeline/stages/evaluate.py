@@ -1,7 +1,8 @@
 """Evaluate generated cells against held-out real ones; writes the report, metrics and figures.
 
 Reads the manifests of ingest, train_vae and generate. `pipeline.report.evaluation` computes the scores in memory from a
-sample of the generated cells; scores that need one pass only are computed over all of them (`report.streamed`).
+sample of the generated cells; scores that need one pass only are computed over all of them (`report.streamed`). Cells
+of a Gaussian head are compared on log1p CP10k, the scale of their values.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
 from scldm.errors import InputError
-from scldm.generation.expression_draw import is_log_normalised
 from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import class_text
 from scldm.metrics.from_anndata import cell_set
@@ -47,7 +47,7 @@ NO_LABEL = "cells"  # name of the label of a model without labels
 
 
 def _vae_of_generated(inputs: Mapping[str, Manifest]) -> Path:
-    """Return the VAE of train_vae, or the one that was trained further with the flow."""
+    """Return the VAE that the cells were generated with: of train_vae, of a joint training, or one that was named."""
     generated = inputs["generate"]
     return generated.path("vae") if "vae" in generated.facts else inputs["train_vae"].path("model")
 
@@ -68,6 +68,7 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
         "baseline": values[POISSON],
         "baselines": values,
         "verdict": result.verdict,
+        **({"left_out": result.left_out} if result.left_out else {}),
     }
 
 
@@ -122,11 +123,6 @@ def open_generated(manifest: Manifest, genes: pd.Index) -> Cells:
     cells = open_cells(manifest.folder)
     if not cells.n_obs:
         raise InputError(f"{manifest.folder} holds no generated cells")
-    if is_log_normalised(cells.uns):
-        raise InputError(
-            f"{manifest.folder} holds log1p CP10k values of a gaussian head, and evaluate scores counts; take a VAE "
-            "with head nb_shared or nb_cell, or compare the log-normalised values in a notebook (scldm.open_cells)"
-        )
     if not cells.var.index.equals(genes):
         raise InputError(
             f"{manifest.folder} holds {len(cells.var)} genes and the vocabulary has {len(genes)}: evaluate needs all "
@@ -147,9 +143,11 @@ def decode_cells(
 ) -> Decoded:
     """Encode and decode the first cells that have counts (held-out cells are in random order), and draw counts.
 
+    A Gaussian head has means of log1p CP10k, and neither a likelihood of counts nor draws of them.
+
     Args:
         measured: Genes that were measured in each cell, bool (n, g); all if None.
-        seed: Seed of the draws; a Gaussian head draws no counts.
+        seed: Seed of the draws.
     """
     counts = as_counts(cells.X)
     rows = np.flatnonzero(np.diff(counts.indptr))[:n_cells]
@@ -162,10 +160,12 @@ def decode_cells(
         z = loaded.vae.encode(batch)
         decoded = loaded.vae.decode(z, batch.library_size, measured=batch.measured)
         mu.append(decoded.mu.float().numpy())
-        nll.append(loaded.vae.nll(batch, z).double().numpy())
         if isinstance(decoded, CountDistribution):
+            nll.append(loaded.vae.nll(batch, z).double().numpy())
             draws.append(draw_sparse(decoded, chosen.tolist(), seed=seed))
-    return Decoded(rows, np.concatenate(mu), np.concatenate(nll), sp.vstack(draws, format="csr") if draws else None)
+    if not draws:
+        return Decoded(rows, np.concatenate(mu))
+    return Decoded(rows, np.concatenate(mu), np.concatenate(nll), sp.vstack(draws, format="csr"))
 
 
 def training_records(inputs: Mapping[str, Manifest]) -> dict[str, list[dict[str, float]]]:

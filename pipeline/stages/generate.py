@@ -36,12 +36,13 @@ from pipeline.inference.request import (
     recipe_of,
     record_request,
     resolve_request,
-    settings_of,
+    values_problems,
 )
+from scldm.data.cell_counts import SCALE
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
-from scldm.generation.expression_draw import SCALE, expression_problems, scale_of
+from scldm.generation.expression_draw import scale_of
 from scldm.generation.request import Request
 from scldm.generation.request_table import genes_to_write
 
@@ -146,10 +147,8 @@ def _spec(
     sizes = LibrarySizes.load(models.flow / "library_size.json")
     strategy = json.loads((models.flow / "config.json").read_text())["config"]["strategy"]
     counts = draws_counts(models.vae)
-    if not counts and (
-        found := expression_problems(request, settings_of(config), temperature=config.sampler.temperature)
-    ):
-        raise InputError("\n".join(f"generate: {problem}" for problem in found))
+    if not counts and (problems := values_problems(config, request)):
+        raise InputError("\n".join(problems))
     recipe_of(request, config, models.vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
     training = None if models.data is None else models.data.composition("train")
     provenance = {

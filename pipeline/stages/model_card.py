@@ -11,7 +11,7 @@ from scldm.api.model_card import plain_line
 from scldm.config import StrictModel
 
 _SUMMARY = {
-    "vae": "scLDM transformer VAE: a cell's gene counts to latent tokens and back (negative binomial).",
+    "vae": "scLDM transformer VAE: a cell's gene counts to latent tokens and back.",
     "flow": "scLDM flow-matching DiT on the latents of a VAE; `model.safetensors` holds the averaged weights.",
 }
 
@@ -26,6 +26,7 @@ def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -
         "Architecture: Palla et al., arXiv 2511.02986. Genes and classes by name: `vocabulary.json`.",
         "",
         f"* data: {plain_line(ingest.get('source', 'not stated'))} (digest {str(ingest.get('digest', ''))[:12]})",
+        *_likelihood(config),
         f"* cells: {ingest['n_cells']}; genes: {ingest['n_genes']}; labels: {labels}",
         *(f"* input {name}: {m.version}" for name, m in inputs.items()),
         "",
@@ -37,3 +38,10 @@ def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -
         "",
     ]
     return "\n".join(lines)
+
+
+def _likelihood(config: StrictModel) -> list[str]:
+    """Return what a VAE draws, by its head; nothing for a flow."""
+    head = getattr(getattr(config, "model", None), "head", None)
+    drawn = "log1p of counts per 10,000, Normal(mu, 1): no counts" if head == "gaussian" else "negative-binomial counts"
+    return [] if head is None else [f"* draws: {drawn}"]

@@ -47,6 +47,7 @@ def check_settings(job: JobBase) -> None:
             ingest = configs.get("ingest") if config.model is None else None  # which decides the model's labels
             labels = ingest.labels if isinstance(ingest, IngestConfig) else None
             problems += check_choice(config, labels) or _named_model_problems(config)
+            problems += _gaussian_problems(config, configs.get("train_vae"))
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 
@@ -59,18 +60,32 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
     """Return what the models that a job of generation names cannot do."""
     if config.model is None:
         return []
-    from pipeline.inference.models import check_folders, named_models
-    from pipeline.inference.request import read_request
+    from pipeline.inference.models import check_folders, draws_counts, named_models
+    from pipeline.inference.request import read_request, values_problems
     from scldm.data.vocabulary import Vocabulary
 
     try:
         named = named_models(config.model, weights=config.sampler.weights)
         check_folders(named)
         if config.like is None:  # else the composition is known when ingest is
-            read_request(config, Vocabulary.load(Path(str(named.flow)) / "vocabulary.json"), {})
+            request = read_request(config, Vocabulary.load(Path(str(named.flow)) / "vocabulary.json"), {})
+            return [] if draws_counts(named.vae) else values_problems(config, request)
     except InputError as error:
         return [str(error)]
     return []
+
+
+def _gaussian_problems(config: GenerateConfig, vae: Any, request: Request | None = None) -> list[str]:
+    """Return what a job of generation asks for that a Gaussian head of its own VAE cannot give.
+
+    Args:
+        request: The rows that are asked for; None if they are not known yet.
+    """
+    if config.model is not None or not isinstance(vae, TrainVaeConfig) or vae.model.head != "gaussian":
+        return []
+    from pipeline.inference.request import values_problems
+
+    return values_problems(config, request or Request(()))
 
 
 def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:
@@ -126,6 +141,8 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
         from pipeline.inference.request import resolve_request
 
         request = resolve_request(config, IngestedDataset.open(ingest))
+        if problems := _gaussian_problems(config, configs.get("train_vae"), request):
+            raise InputError("\n".join(problems))
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and (vae.train.genes_seen.n or 0) > ingest.facts["n_genes"]:
         raise InputError(

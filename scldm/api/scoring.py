@@ -2,22 +2,23 @@
 
 The **floor** is the score of real against real cells: no generator can be expected to do better. Real cells are divided
 into three parts by seed: one fits the space and trains the label classifier, one is the reference, one is the floor.
+
+What a Gaussian head draws, log1p CP10k values, is compared with real cells on that scale. It has no library sizes and
+no zeros, so the scores of these are left out: `attrs["left_out"]` of the table names them with the reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import anndata
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsClassifier
 
 from scldm.api.arguments import Arguments
-from scldm.data.cell_counts import CellsError, count_problem, layers_of, matrix_of
+from scldm.data.cell_counts import LOG1P_CP10K, CellsError, count_problem, is_log_normalised, layers_of, matrix_of
 from scldm.data.class_names import class_names
-from scldm.generation.expression_draw import is_log_normalised
+from scldm.metrics.cell_set import CellSet
+from scldm.metrics.compare import ONLY_OF_COUNTS
 from scldm.metrics.distribution import distances, two_sample
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.genes import expression
@@ -36,6 +37,7 @@ ABOUT = {  # which way is better, and what it is
     "zero_fraction_difference": ("lower", "zero fraction, absolute difference"),
     "label_accuracy": ("higher", "kNN trained on real cells recovers the label"),
 }
+LABEL = "label"  # name that the label has in sets of cells, whatever the column is called
 FEWEST = 60  # real cells; fewer leave thirds that say nothing
 
 
@@ -51,8 +53,12 @@ def score(
 ) -> pd.DataFrame:
     """Score generated cells against real ones. Returns one row per score: `generated`, `floor`, `better`, `title`.
 
+    The table's `attrs` hold `scale`, on which cells were compared (counts or log1p_cp10k), and `left_out`, scores that
+    do not exist there with the reason.
+
     Args:
-        generated: Counts in X, over the genes of var_names. What a Gaussian head draws is no counts, and is refused.
+        generated: Counts in X, over the genes of var_names; or the log1p CP10k values of a Gaussian head, if
+            uns["scldm"]["scale"] says so.
         real: Counts of cells that the models were not trained on, with at least those genes, by var_names or
             `feature_id`.
         label: obs column of both; adds how well a kNN trained on real cells recovers it.
@@ -85,29 +91,21 @@ def score(
     n_pcs = min(n_pcs, n - 1, generated.n_vars - 1)
     space = RealSpace.fit(reference.counts, n_top_genes=2000, n_pcs=n_pcs, seed=seed)
     scores = {
-        name: _scores(held_out, side, reference, space, seed=seed)
+        name: _scores(held_out, side, reference, space, seed=seed, counted=made.counted)
         for name, side in (("generated", made), ("floor", others))
     }
     table = pd.DataFrame(scores)
     about = [ABOUT[name] for name in table.index]
-    return table.assign(better=[better for better, _ in about], title=[title for _, title in about])
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One side of a comparison."""
-
-    counts: sp.csr_matrix  # (n, g)
-    labels: np.ndarray | None  # (n,) class names
-
-    def __getitem__(self, rows: np.ndarray) -> _Side:
-        return _Side(self.counts[rows], None if self.labels is None else self.labels[rows])
+    table = table.assign(better=[better for better, _ in about], title=[title for _, title in about])
+    table.attrs["scale"] = "counts" if made.counted else LOG1P_CP10K
+    table.attrs["left_out"] = {} if made.counted else {k: v for k, v in ONLY_OF_COUNTS.items() if k in ABOUT}
+    return table
 
 
 def _sides(
     generated: anndata.AnnData, real: anndata.AnnData, label: str | None, layer: str | None
-) -> tuple[_Side, _Side]:
-    """Return real and generated cells over the genes of the generated ones; both must hold counts."""
+) -> tuple[CellSet, CellSet]:
+    """Return real and generated cells over the genes of the generated ones; both must hold what they say."""
     values = {
         "real": matrix_of(real, layer, argument="real"),
         "generated": matrix_of(generated, None, argument="generated"),
@@ -119,23 +117,26 @@ def _sides(
     problems = [
         f"{side}: {problem}; scores compare counts with counts: {remedy[side]}"
         for side, adata in (("generated", generated), ("real", real))
-        if (problem := count_problem(values[side], adata))
+        if not (side == "generated" and is_log_normalised(adata.uns))
+        and (problem := count_problem(values[side], adata))
     ]
     if problems:
         raise CellsError("\n".join(problems))
-    names = [None if label is None else class_names(adata.obs[label]) for adata in (real, generated)]
+    names = [{} if label is None else {LABEL: class_names(adata.obs[label])} for adata in (real, generated)]
     columns = _gene_names(real).get_indexer(generated.var_names)
-    known = expression.as_counts(values["real"])[:, columns]
-    return _Side(known, names[0]), _Side(expression.as_counts(values["generated"]), names[1])
+    known = CellSet(expression.as_counts(values["real"])[:, columns], names[0])
+    if is_log_normalised(generated.uns):
+        return known, CellSet(expression.as_log_values(values["generated"]), names[1], counted=False)
+    return known, CellSet(expression.as_counts(values["generated"]), names[1])
 
 
-def _scores(real: _Side, side: _Side, reference: _Side, space: RealSpace, *, seed: int) -> dict[str, float]:
+def _scores(
+    real: CellSet, side: CellSet, reference: CellSet, space: RealSpace, *, seed: int, counted: bool
+) -> dict[str, float]:
     """Score one side against held-out real cells; the classifier is trained on the reference."""
-    x, y = space.project(real.counts), space.project(side.counts)
+    x, y = space.place(real), space.place(side)
     m = min(len(x), len(y))  # two-sample scores want equal numbers
     manifolds = two_sample.manifold_metrics(x[:m], y[:m])
-    sizes = [expression.library_sizes(s.counts) for s in (real, side)]
-    genes = [expression.genes_per_cell(s.counts) for s in (real, side)]
     found = {
         "w2": distances.wasserstein(x, y, power=2, max_points=1000, rng=np.random.default_rng(seed)),
         "mmd2": distances.mmd2_rbf(x, y),
@@ -145,24 +146,33 @@ def _scores(real: _Side, side: _Side, reference: _Side, space: RealSpace, *, see
         "precision": manifolds.precision,
         "recall": manifolds.recall,
         "coverage": manifolds.coverage,
+        **(_count_scores(real, side) if counted else {}),
+    }
+    if (labels := reference.labels.get(LABEL)) is not None:
+        known = np.array([x is not None for x in labels])
+        points = space.place(reference)[known]
+        judge = KNeighborsClassifier(min(15, len(points))).fit(points, labels[known].astype(str))
+        found["label_accuracy"] = float((judge.predict(y) == side.labels[LABEL]).mean())
+    return found
+
+
+def _count_scores(real: CellSet, side: CellSet) -> dict[str, float]:
+    sizes = [expression.library_sizes(s.counts) for s in (real, side)]
+    genes = [expression.genes_per_cell(s.counts) for s in (real, side)]
+    return {
         "library_size_ks": expression.ks_statistic(*sizes),
         "genes_per_cell_ks": expression.ks_statistic(*genes),
         "zero_fraction_difference": abs(expression.zero_fraction(side.counts) - expression.zero_fraction(real.counts)),
     }
-    if reference.labels is not None:
-        known = np.array([x is not None for x in reference.labels])
-        points = space.project(reference.counts)[known]
-        judge = KNeighborsClassifier(min(15, len(points))).fit(points, reference.labels[known].astype(str))
-        found["label_accuracy"] = float((judge.predict(y) == side.labels).mean())
-    return found
 
 
 def _require(generated: anndata.AnnData, real: anndata.AnnData, label: str | None, layer: str | None) -> None:
-    problems = [
-        f"{side} holds log1p CP10k values of a gaussian head (uns['scldm']['scale']), and scores need counts"
-        for side, adata in (("generated", generated), ("real", real))
-        if is_log_normalised(adata.uns)
-    ]
+    problems = []
+    if is_log_normalised(real.uns):
+        problems.append(
+            "real holds log1p CP10k values of a gaussian head (uns['scldm']['scale']), and real cells are needed with "
+            "their counts"
+        )
     if real.n_obs < FEWEST:
         problems.append(f"{real.n_obs} real cells are too few to deal to three parts; at least {FEWEST} are needed")
     if generated.n_obs < FEWEST // 3:

@@ -1,15 +1,22 @@
 """Read the counts of an AnnData and check that they are counts; it may be in memory, on disk (`backed="r"`) or a view.
 
+Cells that hold log1p CP10k values instead, drawn from a Gaussian head, say so in `uns["scldm"]["scale"]`.
+
 Shape letters: b cells, n genes of the data.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import anndata
 import numpy as np
 import scipy.sparse as sp
 
 from scldm.errors import InputError
+
+SCALE, LOG1P_CP10K = "scale", "log1p_cp10k"  # entry of uns["scldm"] of cells that hold no counts
 
 
 class CellsError(InputError, ValueError):
@@ -53,6 +60,12 @@ def count_problem(values: sp.csr_matrix, adata: anndata.AnnData) -> str | None:
     k = int(np.argmax(bad))
     cell = adata.obs_names[int(np.searchsorted(values.indptr, k, side="right")) - 1]
     return f"{int(bad.sum())} values are no raw counts, the first is {stored[k]:g} in cell {cell}"
+
+
+def is_log_normalised(uns: Mapping[str, Any]) -> bool:
+    """Return whether the provenance of cells (their uns) says that X holds log1p CP10k values."""
+    about = uns.get("scldm", {})
+    return isinstance(about, Mapping) and str(about.get(SCALE, "")) == LOG1P_CP10K
 
 
 def layers_of(adata: anndata.AnnData) -> str:

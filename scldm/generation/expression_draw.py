@@ -9,16 +9,14 @@ Shape letters: b cells, g genes, p genes that are drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse as sp
 
+from scldm.data.cell_counts import LOG1P_CP10K, SCALE
 from scldm.generation.counter_random import normals
 from scldm.generation.request import Request, Settings
-
-SCALE, LOG1P_CP10K = "scale", "log1p_cp10k"  # entry of uns["scldm"] of cells that hold no counts
 
 
 def draw_expression(
@@ -41,12 +39,6 @@ def draw_expression(
 def scale_of(head: str) -> dict[str, str]:
     """Return the entry of uns["scldm"] for cells drawn from a head; nothing for counts."""
     return {SCALE: LOG1P_CP10K} if head == "gaussian" else {}
-
-
-def is_log_normalised(uns: Mapping[str, Any]) -> bool:
-    """Return whether the provenance of cells (their uns) says that X holds log1p CP10k values."""
-    about = uns.get("scldm", {})
-    return isinstance(about, Mapping) and str(about.get(SCALE, "")) == LOG1P_CP10K
 
 
 def expression_problems(request: Request, settings: Settings, *, temperature: float) -> list[str]:

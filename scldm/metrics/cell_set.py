@@ -1,12 +1,19 @@
-"""Cell sets that metrics compare: counts over the vocabulary, and the class of each cell for every label."""
+"""Cell sets that metrics compare: counts over the vocabulary, and the class of each cell for every label.
+
+A model with a Gaussian head generates no counts but log1p CP10k values, one for each gene and some below zero. Such
+cells are compared with real cells on that scale. They have no library size, no zeros and no counts: asking for their
+counts is an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+
+from scldm.metrics.genes import expression
 
 LABELS = "+"  # joins the names of labels that are crossed
 CLASSES = "\x1f"  # joins the names of their classes; unlike a plus, no class name contains it
@@ -14,10 +21,11 @@ CLASSES = "\x1f"  # joins the names of their classes; unlike a plus, no class na
 
 @dataclass(frozen=True)
 class CellSet:
-    """Counts over the vocabulary and class names per label (None if a cell has no label)."""
+    """Values over the vocabulary and class names per label (None if a cell has no label)."""
 
-    counts: sp.csr_matrix  # (n, g)
+    values: sp.csr_matrix  # (n, g), counts or log1p CP10k
     labels: Mapping[str, np.ndarray]  # label -> (n,) of str or None
+    counted: bool = True  # whether the values are counts
 
     def __post_init__(self) -> None:
         for name, values in self.labels.items():
@@ -27,10 +35,27 @@ class CellSet:
     @property
     def n_cells(self) -> int:
         """Number of cells, n."""
-        return self.counts.shape[0]
+        return int(self.values.shape[0])
+
+    @property
+    def counts(self) -> sp.csr_matrix:
+        """Counts, (n, g). Raises ValueError if the cells have none."""
+        if not self.counted:
+            raise ValueError("these cells hold log1p CP10k values of a gaussian head, and no counts")
+        return self.values
+
+    @property
+    def log_values(self) -> sp.csr_matrix:
+        """Values as log1p CP10k, (n, g) CSR float64."""
+        return expression.log1p_cp10k(self.values) if self.counted else sp.csr_matrix(self.values, dtype=np.float64)
+
+    def log_chunks(self) -> Iterator[sp.csr_matrix]:
+        """Yield `log_values` in chunks of cells."""
+        rows = expression.CHUNK if self.counted else expression.CHUNK // 8  # every gene of a cell is stored
+        return (CellSet(part, {}, self.counted).log_values for part in expression.chunks(self.values, rows))
 
     def __getitem__(self, index: np.ndarray) -> CellSet:
-        return CellSet(self.counts[index], {k: v[index] for k, v in self.labels.items()})
+        return CellSet(self.values[index], {k: v[index] for k, v in self.labels.items()}, self.counted)
 
     def crossed(self, labels: Sequence[str]) -> np.ndarray:
         """Return the class names of several labels joined, (n,).

@@ -4,6 +4,9 @@ The same function scores generated cells, the floor and every baseline, on one h
 number of cells. **Floor**: held-out real cells against as many *training* real cells (which the space, the classifiers
 and the baselines have not seen); halves of a held-out set would be too small. No model should be expected to be nearer.
 
+If a candidate holds log1p CP10k values of a Gaussian head, all are compared on that scale (`counted` is False): real
+cells and baselines are transformed to it, and the scores of `ONLY_OF_COUNTS` do not exist.
+
 Every score has resamples (see `resampling`): resample k takes the same half of the real cells for every candidate.
 """
 
@@ -23,13 +26,21 @@ from scldm.metrics.distribution import distances, two_sample
 from scldm.metrics.distribution.memorisation import NearestTraining
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.genes import expression
-from scldm.metrics.genes.fold_change import cp10k
+from scldm.metrics.genes.fold_change import OF_COUNTS, OF_LOG_VALUES
 from scldm.metrics.genes.gene_correlation import gene_correlation_scores
 from scldm.metrics.labels import LabelJudges
 from scldm.metrics.score import Score, checked
 from scldm.metrics.side import Side
 
 REAL, OTHER = 0, 1  # random streams of halves
+_NO_ZEROS = "log1p CP10k values of a Gaussian head are hardly ever exactly zero"
+ONLY_OF_COUNTS = {  # score of a comparison of counts -> why a comparison on log1p CP10k has none
+    "library_size_ks": "every cell has been scaled to 10,000 counts",
+    "genes_per_cell_ks": _NO_ZEROS,
+    "zero_fraction_difference": _NO_ZEROS,
+    "gene_zero_fraction_r2": _NO_ZEROS,
+    "gene_zero_fraction_pearson2": _NO_ZEROS,
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Comparison:
         training_space: Space fitted on training cells, in which copies are searched. In a space fitted on the held-out
             cells, these lie farther out than others, and everything else would look copied. None if `space` itself is
             fitted on training cells.
+        counted: Whether all candidates hold counts.
         labels: Labels that all candidates have: halves are drawn within them, and scores computed within their classes.
     """
 
@@ -75,20 +87,22 @@ class Comparison:
         *,
         labels: Sequence[str] = (),
         training_space: RealSpace | None = None,
+        counted: bool = True,
     ):
-        self.training_space = training_space
+        self.training_space, self.counted = training_space, counted
+        self.changes = OF_COUNTS if counted else OF_LOG_VALUES
         self.space, self.settings, self.labels = space, settings, tuple(labels)
-        self.reference_points = space.project(reference.counts)
+        self.reference_points = space.place(reference)
         self.judges = LabelJudges(self.reference_points, reference.labels, n_neighbors=settings.n_neighbors)
         self.nearest = NearestTraining(self._among_training(reference, self.reference_points))
-        self.controls = Controls(reference, cp10k(reference.counts, space.genes))
+        self.controls = Controls(reference, self.changes.values(reference, space.genes), self.changes)
         self.real = self.side(real, REAL)
 
     def side(self, cells: CellSet, stream: int = OTHER) -> Side:
         """Project cells to the space and draw their halves."""
         s = self.settings
         return Side.create(
-            cells, self.space.project(cells.counts), cells.crossed(self.labels),
+            cells, self.space.place(cells), cells.crossed(self.labels),
             resamples=s.resamples, refits=s.refits, key=(s.seed, stream),
         )  # fmt: skip
 
@@ -115,11 +129,13 @@ class Comparison:
         """
         side = self.side(candidate)
         classes = class_tables(
-            self.real, side, labels=self.labels, cp10k=(self._changes, cp10k(candidate.counts, self.space.genes)),
+            self.real, side, labels=self.labels,
+            levels=(self._real_levels, self.changes.values(candidate, self.space.genes)),
             controls=self.controls, settings=self.settings.conditional,
         )  # fmt: skip
         scores = {
-            **expression_scores(self.real, side),
+            **expression_scores(self.real, side, counted=self.counted),
+            **(cell_scores(self.real, side) if self.counted else {}),
             **gene_correlation_scores(self.real, side),
             **self._distance_scores(side),
             **self._refitted_scores(side),
@@ -134,8 +150,8 @@ class Comparison:
 
     # ---- statistics of the real cells, computed once -------------------------------------------------------------
     @cached_property
-    def _changes(self) -> sp.csr_matrix:
-        return cp10k(self.real.cells.counts, self.space.genes)
+    def _real_levels(self) -> sp.csr_matrix:
+        return self.changes.values(self.real.cells, self.space.genes)
 
     @cached_property
     def _real_nearest(self) -> np.ndarray:
@@ -164,7 +180,7 @@ class Comparison:
         return self.nearest.distances(self._among_training(side.cells, side.points))
 
     def _among_training(self, cells: CellSet, points: np.ndarray) -> np.ndarray:
-        return points if self.training_space is None else self.training_space.project(cells.counts)
+        return points if self.training_space is None else self.training_space.place(cells)
 
     # ---- families of scores --------------------------------------------------------------------------------------
     def _distance_scores(self, candidate: Side) -> dict[str, Score]:
@@ -223,11 +239,15 @@ class Comparison:
         }
 
 
-def expression_scores(real: Side, candidate: Side) -> dict[str, Score]:
-    """Score genes in log1p CP10k, and library sizes and genes per cell of raw counts."""
-    value = expression.gene_statistics_agreement(real.moments, candidate.moments)
+def expression_scores(real: Side, candidate: Side, *, counted: bool = True) -> dict[str, Score]:
+    """Score genes in log1p CP10k.
+
+    Args:
+        counted: Whether the comparison is of counts; see `expression.gene_statistics_agreement`.
+    """
+    value = expression.gene_statistics_agreement(real.moments, candidate.moments, counted=counted)
     halves = [
-        expression.gene_statistics_agreement(a, b)
+        expression.gene_statistics_agreement(a, b, counted=counted)
         for a, b in zip(real.half_moments, candidate.half_moments, strict=True)
     ]
     titles = {"r2": "R² (identity line)", "pearson2": "squared Pearson"}
@@ -237,6 +257,12 @@ def expression_scores(real: Side, candidate: Side) -> dict[str, Score]:
         title = f"gene {statistic.replace('_', ' ')}, {titles[kind]}"
         replicates = np.array([value[name], *(h[name] for h in halves)])
         out[name] = _score(replicates, "higher", 1.0, "expression", title, (-np.inf, 1.0))
+    return out
+
+
+def cell_scores(real: Side, candidate: Side) -> dict[str, Score]:
+    """Score zeros, library sizes and genes per cell of raw counts."""
+    out = {}
     g = real.cells.counts.shape[1]
     a, b = (expression.genes_per_cell(s.cells.counts).astype(float) for s in (real, candidate))
     zeros = abs(real.weights @ a - candidate.weights @ b) / g

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 
 from scldm.metrics.cell_set import CLASSES, LABELS, CellSet, label_sets
 from scldm.metrics.distribution import distances
-from scldm.metrics.genes.fold_change import log_fold_change, recovery, weighted_sum
+from scldm.metrics.genes.fold_change import ChangeScale, recovery, weighted_sum
 from scldm.metrics.score import Score
 from scldm.metrics.side import Side
 
@@ -67,7 +67,7 @@ def class_tables(
     candidate: Side,
     *,
     labels: Sequence[str],
-    cp10k: tuple[sp.csr_matrix, sp.csr_matrix],
+    levels: tuple[sp.csr_matrix, sp.csr_matrix],
     controls: Controls,
     settings: ConditionalSettings,
 ) -> dict[str, ClassTable]:
@@ -77,7 +77,7 @@ def class_tables(
         real: Held-out real cells.
         candidate: Cells to score.
         labels: Labels that the cells of both sides have; `label_sets` gives the sets of classes.
-        cp10k: Counts per 10,000 of the space's genes, (n, h), of both sides.
+        levels: Values of the space's genes on the scale of the controls, (n, h), of both sides.
         controls: Source of the mean of control classes.
         settings: Settings of the scores.
     """
@@ -89,7 +89,7 @@ def class_tables(
         scored = [c for c, n in counts.items() if min(n) >= settings.min_cells]
         values = {c: _class_distances(real, candidate, own == c, other == c, settings.transport_cells) for c in scored}
         against = _against(crossed, scored, settings, controls)
-        for c, changes in _changes(cp10k, (real, candidate), (own, other), scored, against).items():
+        for c, changes in _changes(levels, (real, candidate), (own, other), scored, against, controls.scale).items():
             values[c] |= changes
         tables[name] = ClassTable(
             crossed,
@@ -157,20 +157,22 @@ class Controls:
     """Real training cells of control classes, shared by all candidates as the reference of fold changes."""
 
     cells: CellSet
-    cp10k: sp.csr_matrix  # (n, h)
+    levels: sp.csr_matrix  # (n, h)
+    scale: ChangeScale
 
     def mean(self, crossed: tuple[str, ...], name: str) -> np.ndarray | None:
-        """Return the mean counts per 10,000 of a class, (h,); None if no training cell has it."""
+        """Return the mean values of a class, (h,); None if no training cell has it."""
         rows = np.flatnonzero(self.cells.crossed(crossed) == name)
-        return np.asarray(self.cp10k[rows].mean(0)).ravel() if len(rows) else None
+        return np.asarray(self.levels[rows].mean(0)).ravel() if len(rows) else None
 
 
 def _changes(
-    cp10k: tuple[sp.csr_matrix, sp.csr_matrix],
+    levels: tuple[sp.csr_matrix, sp.csr_matrix],
     sides: tuple[Side, Side],
     keys: tuple[np.ndarray, np.ndarray],
     scored: Sequence[str],
     against: Mapping[str, np.ndarray | None] | None,
+    scale: ChangeScale,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return class -> lfc_pearson and lfc_slope, (1 + refits,); classes without a reference have none.
 
@@ -181,19 +183,18 @@ def _changes(
     if against is None and len(scored) < 2:
         return {}
     weights = [side.weights[: 1 + side.refits] for side in sides]
-    totals = [weighted_sum(x, np.arange(x.shape[0]), w) for x, w in zip(cp10k, weights, strict=True)]
+    totals = [weighted_sum(x, np.arange(x.shape[0]), w) for x, w in zip(levels, weights, strict=True)]
     out = {}
     for c in scored:
         control = None if against is None else against[c]
         if against is not None and control is None:
             continue
         lfc = []
-        for x, key, w, total in zip(cp10k, keys, weights, totals, strict=True):
+        for x, key, w, total in zip(levels, keys, weights, totals, strict=True):
             inside = weighted_sum(x, np.flatnonzero(key == c), w)
-            rest = np.maximum(total[0] - inside[0], 0) / (
-                total[1] - inside[1]
-            )  # rounding may leave a tiny negative value
-            lfc.append(log_fold_change(inside[0] / inside[1], rest if control is None else control))
+            rest = (total[0] - inside[0]) / (total[1] - inside[1])
+            rest = np.maximum(rest, scale.least)  # rounding may leave a tiny negative value
+            lfc.append(scale.change(inside[0] / inside[1], rest if control is None else control))
         pearson, slope = np.array([recovery(a, b) for a, b in zip(*lfc, strict=True)]).T
         out[c] = {"lfc_pearson": pearson, "lfc_slope": slope}
     return out

@@ -60,17 +60,17 @@ class Side:
     @cached_property
     def moments(self) -> GeneMoments:
         """Moments of the genes over all cells."""
-        return expression.gene_moments(expression.chunks(self.cells.counts))
+        return expression.moments_of(self.cells.log_chunks())
 
     @cached_property
     def half_moments(self) -> list[GeneMoments]:
         """Moments of the genes over each half, r of them."""
-        return expression.weighted_gene_moments(self.log_counts, self.weights[1:])
+        return expression.weighted_gene_moments(self.log_values, self.weights[1:])
 
     @cached_property
-    def log_counts(self) -> sp.csr_matrix:
-        """Counts as log1p CP10k, (n, g)."""
-        return expression.log1p_cp10k(self.cells.counts)
+    def log_values(self) -> sp.csr_matrix:
+        """Values as log1p CP10k, (n, g)."""
+        return self.cells.log_values
 
     def half(self, k: int) -> np.ndarray:
         """Return the points of half k, in the fixed order."""

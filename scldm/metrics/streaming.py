@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
+from scldm.metrics.cell_set import CellSet
 from scldm.metrics.genes import expression
 from scldm.metrics.genes.expression import GeneMoments
 from scldm.metrics.score import Score, checked
@@ -26,9 +27,10 @@ class StreamedCells:
     """Statistics of N cells: 3 numbers per gene, 3 per cell."""
 
     moments: GeneMoments  # log1p CP10k, weighted
-    library_size: np.ndarray  # (N,)
-    genes_per_cell: np.ndarray  # (N,)
+    library_size: np.ndarray  # (N,); empty if the cells hold no counts
+    genes_per_cell: np.ndarray  # (N,); likewise
     weights: np.ndarray  # (N,), sums to 1
+    counted: bool = True  # whether the cells hold counts
 
     @property
     def n_cells(self) -> int:
@@ -53,38 +55,48 @@ def composition_weights(classes: np.ndarray, wanted: np.ndarray) -> tuple[np.nda
     return per_class[codes] / total, sorted(set(share) - set(names))
 
 
-def stream(chunks: Iterable[sp.csr_matrix], weights: np.ndarray) -> StreamedCells:
-    """Compute statistics in one pass over chunks of counts (n, g), with weights (N,) in the order of the pass."""
+def stream(chunks: Iterable[sp.csr_matrix], weights: np.ndarray, *, counted: bool = True) -> StreamedCells:
+    """Compute statistics in one pass over chunks of values (n, g), with weights (N,) in the order of the pass.
+
+    Args:
+        counted: Whether the values are counts; if not, they are log1p CP10k.
+    """
     start = 0
     first: np.ndarray | None = None
     second = seen = np.zeros(0)
     sizes, genes = [], []
     for chunk in chunks:
-        counts = expression.as_counts(chunk)
-        own = weights[start : start + counts.shape[0]]
-        start += counts.shape[0]
-        if len(own) != counts.shape[0]:
+        values = expression.as_counts(chunk) if counted else expression.as_log_values(chunk)
+        own = weights[start : start + values.shape[0]]
+        start += values.shape[0]
+        if len(own) != values.shape[0]:
             raise ValueError(f"more cells than the {len(weights):,} weights")
-        x = expression.log1p_cp10k(counts)
+        x = CellSet(values, {}, counted).log_values
         per_entry = np.repeat(own, np.diff(x.indptr))
         if first is None:
             first, second, seen = np.zeros((3, x.shape[1]))
         first += np.bincount(x.indices, weights=x.data * per_entry, minlength=len(first))
         second += np.bincount(x.indices, weights=x.data**2 * per_entry, minlength=len(first))
         seen += np.bincount(x.indices, weights=per_entry, minlength=len(first))
-        sizes.append(expression.library_sizes(counts))
-        genes.append(np.diff(counts.indptr))
+        if counted:
+            sizes.append(expression.library_sizes(values))
+            genes.append(np.diff(values.indptr))
     if first is None or start != len(weights):
         raise ValueError(f"{start:,} cells came for {len(weights):,} weights")
     n = len(weights)
     moments = GeneMoments(n, first, np.maximum(second - first**2, 0) * n, (1 - seen) * n)
-    return StreamedCells(moments, np.concatenate(sizes), np.concatenate(genes).astype(np.int64), weights)
+    nothing = np.zeros(0)
+    library_size = np.concatenate(sizes) if counted else nothing
+    genes_per_cell = np.concatenate(genes).astype(np.int64) if counted else nothing
+    return StreamedCells(moments, library_size, genes_per_cell, weights, counted)
 
 
 def streamed_scores(
     real: GeneMoments, sizes: np.ndarray, genes: np.ndarray, candidate: StreamedCells
 ) -> dict[str, Score]:
     """Return `streamed_*`: gene statistics and KS of all candidate cells against the held-out real cells.
+
+    Candidates without counts have the gene means and variances only.
 
     There are no resamples: the candidate's cells are many, and the remaining chance variation is that of the held-out
     cells, which the floor shows. Definitions are in `expression`.
@@ -94,13 +106,15 @@ def streamed_scores(
         sizes, genes: Library size and genes per cell of the held-out cells, (n,).
         candidate: Statistics of the candidate's cells.
     """
-    agreement = expression.gene_statistics_agreement(real, candidate.moments)
+    agreement = expression.gene_statistics_agreement(real, candidate.moments, counted=candidate.counted)
     out = {}
-    for statistic in ("mean", "variance", "zero_fraction"):
+    for statistic in ("mean", "variance", "zero_fraction") if candidate.counted else ("mean", "variance"):
         title = f"gene {statistic.replace('_', ' ')}, R² (identity line)"
         out[f"streamed_gene_{statistic}_r2"] = Score(
             agreement[f"gene_{statistic}_r2"], "higher", 1.0, "streamed", title, bounds=(-np.inf, 1.0)
         )
+    if not candidate.counted:
+        return checked(out, "all generated cells")
     zeros = abs(float(candidate.moments.zero_fraction.mean()) - float(real.zero_fraction.mean()))
     out["streamed_zero_fraction_difference"] = Score(
         zeros, "lower", 0.0, "streamed", "zero fraction, absolute difference", bounds=(0.0, 1.0)

@@ -55,7 +55,8 @@ class VAEConfig(StrictModel):
     shared_embedding: bool = True
     """Whether the decoder's queries are the encoder's gene embeddings."""
     gene_bias: bool = True
-    """A logit per gene, started at the log of its share of the training counts. Upstream has none."""
+    """A logit per gene, started at the log of its share of the training counts. Upstream has none, nor has a Gaussian
+    head, for which the default is false."""
     adaln: bool = False
     """Whether a condition vector of the cell modulates the decoder's norms (a variant of upstream's)."""
     zero_positions: bool = False
@@ -72,6 +73,13 @@ class VAEConfig(StrictModel):
     """Set only for upstream's checkpoints: its unmasked pads fill every cell up to this many tokens."""
     decoder: DecoderConfig | None = None
     """Sizes of the decoder, if they differ from the encoder's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_a_gaussian_head(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("head") == "gaussian":
+            return {"gene_bias": False, **given}
+        return given
 
     @model_validator(mode="after")
     def _decoder_holds_differences_only(self) -> VAEConfig:

@@ -167,3 +167,25 @@ def test_the_report_is_one_file_with_its_pictures_inside(line):
     report = newest_manifest(folder, "evaluate").path("report").read_text()
     assert "data:image/png;base64" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+@pytest.mark.slow
+def test_a_gaussian_head_goes_through_the_whole_line(line):
+    """Trainings of a few steps: what matters here is that every stage takes what the one before it makes."""
+    file, folder, _ = line
+    few = [
+        f"{stage}.train={{max_steps: 3, validate_every: 3, checkpoint_every: 3}}"
+        for stage in ("train_vae", "train_flow")
+    ]
+    job = load_job(
+        file, ["train_vae.model.head=gaussian", "train_flow.train.sample_every=1", *few, "generate.n_cells=60"]
+    )
+    assert run_job(job, file).ran == list(STAGES[1:])
+    cells = anndata.concat(generated(folder), uns_merge="same")
+    assert cells.uns["scldm"]["scale"] == "log1p_cp10k"
+    assert (cells.X.toarray() < 0).any()
+    evaluated = newest_manifest(folder, "evaluate")
+    assert {"w2", "reconstruction_mse", "label_accuracy.cell_type"} <= evaluated.facts["metrics"].keys()
+    assert {"library_size_ks", "reconstruction_nll"} <= evaluated.facts["left_out"].keys()
+    assert not evaluated.facts["left_out"].keys() & evaluated.facts["metrics"].keys()
+    assert "log1p CP10k: values of a Gaussian head" in evaluated.path("report").read_text()

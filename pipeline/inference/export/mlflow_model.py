@@ -1,4 +1,7 @@
-"""The model that MLflow loads: conditions in, counts out. This file is stored with the model and run when it is loaded.
+"""The model that MLflow loads: conditions in, cells out. This file is stored with the model and run when it is loaded.
+
+A cell is a row of counts, or of log1p CP10k values if the VAE has a Gaussian head; the metadata of the model says which
+(`scldm.scale`).
 
 It holds no weights and no pickle: `load_context` reads the model folders (safetensors and JSON) in the same artifact.
 The code of `scldm` and `pipeline` is stored with the model too, so that only torch, numpy, pandas, scipy and pydantic
@@ -15,8 +18,11 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel
 
 
-class ConditionsToCounts(PythonModel):
-    """`predict(DataFrame of conditions) -> DataFrame of counts`, one row per cell, one column per gene."""
+class ConditionsToCells(PythonModel):
+    """`predict(DataFrame of conditions) -> DataFrame of values`, one row per cell, one column per gene.
+
+    The values are counts, int32; of a Gaussian head log1p CP10k, float32.
+    """
 
     def load_context(self, context: Any) -> None:
         from scldm.checkpoints.native import load_flow, load_vae
@@ -31,12 +37,13 @@ class ConditionsToCounts(PythonModel):
         Args:
             model_input: Columns: labels of the model, and optionally n_cells (default 1), guidance, library_size. An
                 empty label generates cells without that label.
-            params: seed (0), guidance (1), steps (14), temperature (1).
+            params: seed (0), guidance (1), steps (14), temperature (1). A Gaussian head takes no temperature but 1 and
+                no library_size.
         """
         import numpy as np
 
         from pipeline.config.stages import GenerateConfig
-        from pipeline.inference.request import recipe_of
+        from pipeline.inference.request import recipe_of, values_problems
         from scldm.data.user_table import whole_table
         from scldm.generation.cell_maker import CellMaker
         from scldm.generation.request import Request, RequestRow
@@ -55,12 +62,15 @@ class ConditionsToCounts(PythonModel):
         if problems:
             raise ValueError("\n".join(problems))
         request = Request(tuple(RequestRow(**row) for row in rows))
-        recipe = recipe_of(request, config, flow.vocabulary, flow.library_sizes, flow.dit.strategy)
+        counts = self.vae.vae.config.head != "gaussian"
+        if not counts and (problems := values_problems(config, request)):
+            raise ValueError("\n".join(problems))
+        recipe = recipe_of(request, config, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=counts)
         maker = CellMaker(self.vae, flow, recipe, sampler=config.sampler, seed=config.seed)
         parts = [cells.values.toarray() for cells in maker.cells(0, request.n_cells)]
         genes = list(flow.vocabulary.feature_ids)
-        counts = np.concatenate([np.zeros((0, len(genes)), np.int32), *parts])
-        return pd.DataFrame(counts, columns=genes)
+        nothing = np.zeros((0, len(genes)), np.int32 if counts else np.float32)
+        return pd.DataFrame(np.concatenate([nothing, *parts]), columns=genes)
 
 
-mlflow.models.set_model(ConditionsToCounts())
+mlflow.models.set_model(ConditionsToCells())

@@ -25,8 +25,8 @@ from pipeline.core.files import replaces
 from pipeline.data.soma.store import TILE
 from pipeline.data.soma.write import in_tile_order, write_frame, x_layout
 from scldm.cells.cells import Cells
+from scldm.data.cell_counts import is_log_normalised
 from scldm.errors import InputError
-from scldm.generation.expression_draw import is_log_normalised
 
 ROWS_PER_WRITE = 32 * TILE  # one TileDB fragment each: few, so that no consolidation is needed
 

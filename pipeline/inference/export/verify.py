@@ -15,8 +15,8 @@ from anndata.io import read_elem
 from pipeline.inference.export.requested import RequestUnknown, requested_cells
 from scldm.cells.cells import read_index
 from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest
+from scldm.data.cell_counts import is_log_normalised
 from scldm.data.class_names import class_names
-from scldm.generation.expression_draw import is_log_normalised
 
 VALUES = 1 << 22  # of a matrix, checked at a time
 FINITE = (

@@ -1,4 +1,6 @@
-"""Register a pipeline's models in MLflow: VAE and flow as one model with `predict(conditions) -> counts`.
+"""Register a pipeline's models in MLflow: VAE and flow as one model with `predict(conditions) -> cells`.
+
+The cells are counts, or log1p CP10k values if the VAE has a Gaussian head; metadata, tags and description say which.
 
 The model folders are copied as they are (safetensors and JSON) with a small file of code (`predictor`); nothing is
 pickled. The same folders are registered once: registering them again moves the alias and creates no second version.
@@ -6,6 +8,7 @@ pickled. The same folders are registered once: registering them again moves the 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,15 +20,22 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.mlflow_runs.runs import experiment_id
 from pipeline.tracking.provenance import read_ids
+from scldm.data.cell_counts import LOG1P_CP10K
+from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 from scldm.flow.config import SamplerConfig
 
 PACKAGES = ("mlflow", "torch", "numpy", "pandas", "scipy", "pydantic", "safetensors", "numba")
 DIGEST = "scldm.models_digest"
+SCALE = "scldm.scale"  # of the values that the model returns
+COUNTS = "counts"
+RETURNS = {COUNTS: "counts (int32)", LOG1P_CP10K: "log1p of counts per 10,000 (float32)"}
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -53,6 +63,17 @@ class ModelFolders:
     vae: Path
     flow: Path
     stage: Manifest  # train_flow
+
+    @property
+    def scale(self) -> str:
+        """Scale of the values that the models make: counts, or log1p_cp10k."""
+        head = json.loads((self.vae / "config.json").read_text())["config"].get("head")
+        return LOG1P_CP10K if head == "gaussian" else COUNTS
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes that a cell has."""
+        return Vocabulary.load(self.vae / "vocabulary.json").n_genes
 
     @property
     def pipeline(self) -> str:
@@ -120,10 +141,7 @@ def _digest(models: ModelFolders) -> str:
     try:  # a model that cannot be loaded must not be registered
         from scldm.generation.cell_maker import check_pair
 
-        vae = load_vae(models.vae)
-        check_pair(vae, load_flow(models.flow))
-        if vae.vae.config.head == "gaussian":
-            raise ValueError("the VAE has a gaussian head, and the registered model gives counts")
+        check_pair(load_vae(models.vae), load_flow(models.flow))
     except (CheckpointError, ValueError, OSError) as error:
         raise InputError(f"these models cannot be used and are not registered: {error}") from error
     return f"{folder_digest(models.vae)[:32]}-{folder_digest(models.flow)[:32]}"
@@ -137,7 +155,10 @@ def _version_of(client: Any, name: str, digest: str) -> str | None:
 def _create(client: Any, models: ModelFolders, name: str, run_id: str, digest: str) -> str:
     """Log a model with its files, and create a version of the registered model that points to it."""
     experiment = client.get_run(run_id).info.experiment_id if run_id else _own_experiment(client, models)
-    tags = {DIGEST: digest, "scldm.train_flow_version": models.stage.version, "scldm.output_uri": models.stage.folder}
+    tags = {
+        DIGEST: digest, SCALE: models.scale, "scldm.train_flow_version": models.stage.version,
+        "scldm.output_uri": models.stage.folder,
+    }  # fmt: skip
     logged = client.create_logged_model(
         experiment, name=name, source_run_id=run_id or None, tags=tags, model_type="scldm",
         params={"train_flow": models.stage.version, "train_vae": models.stage.inputs["train_vae"]},
@@ -151,10 +172,11 @@ def _create(client: Any, models: ModelFolders, name: str, run_id: str, digest: s
         raise
     client.finalize_logged_model(logged.model_id, "READY")
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description="scLDM: a table of conditions in, counts out.")
+        client.create_registered_model(name, description="scLDM: a table of conditions in, cells out.")
     version = client.create_model_version(
-        name, source=logged.artifact_location, run_id=run_id or None, model_id=logged.model_id, tags=tags
-    )
+        name, source=logged.artifact_location, run_id=run_id or None, model_id=logged.model_id, tags=tags,
+        description=f"A table of conditions in, {RETURNS[models.scale]} out.",
+    )  # fmt: skip
     return str(version.version)
 
 
@@ -198,20 +220,25 @@ def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run
         python_model=str(ROOT / "pipeline" / "inference" / "export" / "mlflow_model.py"),
         artifacts={"vae": str(models.vae), "flow": str(models.flow)},
         code_paths=[str(code / "scldm"), str(code / "pipeline")],
-        signature=signature(),
+        signature=signature(models.scale, models.n_genes),
+        metadata={SCALE: models.scale, "scldm.returns": RETURNS[models.scale]},
         pip_requirements=[f"{p}=={installed(p).partition('+')[0]}" for p in PACKAGES],
         mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
     )
 
 
-def signature() -> Any:
-    """Return the signature: settings of the sampler, and no columns.
+def signature(scale: str, n_genes: int) -> Any:
+    """Return the signature: settings of the sampler, no columns of the input, and the type of the cells.
 
     MLflow drops columns that a signature does not list before the model sees them, and refuses numbers and categories
     for text. The model reads its table itself: every part of it is read or refused by name.
+
+    Args:
+        scale: Of the values that the model returns: int32 counts, or float32 log1p_cp10k.
+        n_genes: Number of values of a cell.
     """
     from mlflow.models import ModelSignature
-    from mlflow.types import DataType, ParamSchema, ParamSpec
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
     defaults = SamplerConfig()
     params = [
@@ -219,4 +246,5 @@ def signature() -> Any:
         ParamSpec("steps", DataType.long, defaults.steps),
         ParamSpec("temperature", DataType.double, defaults.temperature),
     ]  # fmt: skip
-    return ModelSignature(inputs=None, outputs=None, params=ParamSchema(params))
+    cells = TensorSpec(np.dtype("int32" if scale == COUNTS else "float32"), (-1, n_genes))
+    return ModelSignature(inputs=None, outputs=Schema([cells]), params=ParamSchema(params))

@@ -2,7 +2,8 @@
 
 For every held-out cell of a small fixed set a cell is generated with its labels, its library size and noise of its own,
 by the averaged weights. So validations differ in the weights only, and a plot of the scores shows training and nothing
-else. The library sizes are the real ones, so they are not scored.
+else. The library sizes are the real ones, so they are not scored. The log1p CP10k values of a Gaussian head are
+compared with those of real cells.
 
 Only worker 0 does it and the others wait, so the set should be small. If the cells cannot be scored, that is logged and
 training goes on.
@@ -29,7 +30,7 @@ from scldm.metrics.compare import CompareSettings, Comparison
 from scldm.metrics.conditional import ConditionalSettings
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.from_anndata import cell_set
-from scldm.metrics.genes.expression import as_counts, library_sizes
+from scldm.metrics.genes.expression import as_counts, as_log_values, library_sizes
 from scldm.metrics.labels import labelled
 
 if TYPE_CHECKING:
@@ -66,13 +67,17 @@ class FlowSamples:
         space = RealSpace.fit(reference.counts, n_top_genes=N_TOP_GENES, n_pcs=pcs, seed=seed)
         conditional = ConditionalSettings(MIN_CLASS, transport_cells=512, average="cells", control={})
         settings = CompareSettings(N_NEIGHBORS, 512, seed, conditional, resamples=0, refits=0)
-        self.comparison = Comparison(self.real, reference, space, settings, labels=given)
+        self.comparison = Comparison(self.real, reference, space, settings, labels=given, counted=self._draws_counts)
         self.floor = self._scores(train[floor], "_floor")
         self.floor |= {
             f"gen_{k}_floor": s.value
             for k, s in self.comparison.real_label_scores().items()
             if k.startswith(KEPT_PER_LABEL)
         }
+
+    @property
+    def _draws_counts(self) -> bool:
+        return self.vae.vae.config.head != "gaussian"
 
     def scores(self, dit: nn.Module) -> dict[str, float]:
         """Return `gen_<metric>` and `gen_<metric>_floor`; nothing between two scorings."""
@@ -89,8 +94,6 @@ class FlowSamples:
 
     def _generate(self, dit: Any) -> CellSet:
         config = self.vae.vae.config
-        if config.head == "gaussian":
-            raise ValueError("the VAE has a gaussian head, which draws no counts, and these scores compare counts")
         flow = LoadedFlow(
             dit, self.path, self.vae.vocabulary, self.vae.library_sizes, config.n_latent_tokens, config.latent_width
         )
@@ -103,8 +106,10 @@ class FlowSamples:
             log_sd=np.zeros(len(size)),
         )
         maker = CellMaker(self.vae, flow, recipe, sampler=SamplerConfig(), seed=self.seed)
-        counts = sp.vstack([part.values for part in maker.cells(0, self.real.n_cells)], format="csr")
-        return CellSet(as_counts(counts), self.real.labels)
+        values = sp.vstack([part.values for part in maker.cells(0, self.real.n_cells)], format="csr")
+        if not self._draws_counts:
+            return CellSet(as_log_values(values), self.real.labels, counted=False)
+        return CellSet(as_counts(values), self.real.labels)
 
     def _scores(self, cells: CellSet, suffix: str = "") -> dict[str, float]:
         found = self.comparison.all_scores({"generated cells": cells})["generated cells"].scores

@@ -12,6 +12,7 @@ Shape letters: n cells, g genes of the vocabulary, h chosen genes, p coordinates
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ import numpy as np
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
+from scldm.metrics.cell_set import CellSet
 from scldm.metrics.genes.expression import as_counts, chunks, gene_moments, log1p_cp10k
 
 GeneRule = Literal["variance", "seurat_v3"]
@@ -59,10 +61,17 @@ class RealSpace:
         return cls(real_train.shape[1], genes, pca.mean_, pca.components_, pca.explained_variance_ratio_)
 
     def project(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Return the coordinates of cells, (n, p)."""
-        if counts.shape[1] != self.n_genes:
-            raise ValueError(f"the space was fitted on {self.n_genes} genes; got cells with {counts.shape[1]}")
-        parts = [(log1p_cp10k(part)[:, self.genes] @ self.axes.T) for part in chunks(sp.csr_matrix(counts))]
+        """Return the coordinates of cells of these counts, (n, p)."""
+        return self._coordinates(counts.shape[1], (log1p_cp10k(part) for part in chunks(sp.csr_matrix(counts))))
+
+    def place(self, cells: CellSet) -> np.ndarray:
+        """Return the coordinates of cells, (n, p), of counts or of log1p CP10k values."""
+        return self._coordinates(cells.values.shape[1], cells.log_chunks())
+
+    def _coordinates(self, n_genes: int, log_values: Iterable[sp.csr_matrix]) -> np.ndarray:
+        if n_genes != self.n_genes:
+            raise ValueError(f"the space was fitted on {self.n_genes} genes; got cells with {n_genes}")
+        parts = [part[:, self.genes] @ self.axes.T for part in log_values]
         return np.concatenate(parts) - self.axes @ self.mean
 
 

@@ -1,7 +1,8 @@
 """Gene-wise and cell-wise statistics of counts, exact and in one pass over chunks of cells.
 
 Everything takes CSR *counts* (cells, genes), integers stored in any dtype. The space called **log1p CP10k** is
-x = log(1 + 1e4 * count / library size of the cell), natural log; a cell without counts stays all zero.
+x = log(1 + 1e4 * count / library size of the cell), natural log; a cell without counts stays all zero. Moments and
+their agreement take values of log1p CP10k too, which a Gaussian head draws: of any sign, and hardly ever zero.
 
 Shape letters: n cells, g genes.
 """
@@ -29,6 +30,14 @@ def as_counts(x: sp.spmatrix | np.ndarray) -> sp.csr_matrix:
         raise ValueError(f"counts must be finite; {int((~np.isfinite(x.data)).sum())} entries are not")
     if len(x.data) and x.data.min() < 0:
         raise ValueError(f"counts must not be negative; the smallest is {x.data.min():g}")
+    return x
+
+
+def as_log_values(x: sp.spmatrix | np.ndarray) -> sp.csr_matrix:
+    """Return log1p CP10k values that a model drew, CSR float32; refuse infinite ones."""
+    x = sp.csr_matrix(x, dtype=np.float32)
+    if not np.isfinite(x.data).all():
+        raise ValueError(f"log1p CP10k values must be finite; {int((~np.isfinite(x.data)).sum())} entries are not")
     return x
 
 
@@ -95,9 +104,14 @@ class GeneMoments:
 
 def gene_moments(count_chunks: Iterable[sp.csr_matrix], *, log_normalise: bool = True) -> GeneMoments:
     """Return mean, variance and zeros of every gene over chunks of counts, by default in log1p CP10k."""
+    return moments_of(log1p_cp10k(chunk) if log_normalise else as_counts(chunk) for chunk in count_chunks)
+
+
+def moments_of(chunks: Iterable[sp.csr_matrix]) -> GeneMoments:
+    """Return mean, variance and zeros of every gene over chunks of values as they are."""
     total: GeneMoments | None = None
-    for chunk in count_chunks:
-        part = GeneMoments.from_chunk(log1p_cp10k(chunk) if log_normalise else as_counts(chunk))
+    for chunk in chunks:
+        part = GeneMoments.from_chunk(chunk)
         total = part if total is None else total.merge(part)
     if total is None:
         raise ValueError("no cells to take gene moments from")
@@ -130,15 +144,21 @@ def pearson_squared(real: np.ndarray, generated: np.ndarray) -> float:
     return float((a @ b) ** 2 / scale)
 
 
-def gene_statistics_agreement(real: GeneMoments, generated: GeneMoments) -> dict[str, float]:
+def gene_statistics_agreement(real: GeneMoments, generated: GeneMoments, *, counted: bool = True) -> dict[str, float]:
     """Return the agreement of gene means, variances and zero fractions over genes; higher is better, 1 at best.
 
     Keys `gene_{mean,variance,zero_fraction}_{r2,pearson2}`: r2 by `r2_identity`, pearson2 by `pearson_squared`. Over
     genes with a count in at least one cell of either set: genes silent in both would only inflate the agreement.
+
+    Args:
+        counted: Whether the generated values are counts. If not, they have no zeros: there is no agreement of zero
+            fractions, and the genes are those with a count in a real cell.
     """
-    seen = (real.n_zero < real.n_cells) | (generated.n_zero < generated.n_cells)
+    seen = real.n_zero < real.n_cells
+    if counted:
+        seen |= generated.n_zero < generated.n_cells
     out = {}
-    for name in ("mean", "variance", "zero_fraction"):
+    for name in ("mean", "variance", "zero_fraction") if counted else ("mean", "variance"):
         a, b = getattr(real, name)[seen], getattr(generated, name)[seen]
         out[f"gene_{name}_r2"] = r2_identity(a, b)
         out[f"gene_{name}_pearson2"] = pearson_squared(a, b)

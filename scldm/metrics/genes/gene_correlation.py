@@ -44,7 +44,7 @@ def correlation_agreement(real: np.ndarray, generated: np.ndarray) -> tuple[floa
 def gene_correlation_scores(real: Side, candidate: Side, top: int = TOP) -> dict[str, Score]:
     """Score correlations on log1p CP10k of the `top` genes of highest variance in the held-out real cells."""
     genes = np.sort(np.argsort(-real.moments.variance, kind="stable")[:top])
-    x, y = _dense(real.log_counts, genes), _dense(candidate.log_counts, genes)
+    x, y = _dense(real.log_values, genes), _dense(candidate.log_values, genes)
     value = correlation_agreement(x, y)
     halves = [
         correlation_agreement(x[real.halves.members(k)], y[candidate.halves.members(k)])

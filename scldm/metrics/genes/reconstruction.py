@@ -5,6 +5,8 @@ variance dropped). Draws carry sampling noise that no model can avoid, and a cor
 size. Ours are over all cells together, of means and, named `_draws`, of draws: the latter are nearest to the paper's
 table, but still not the same number.
 
+A Gaussian head's means are log1p CP10k already and are compared as they are; it draws no counts.
+
 Shape letters: n cells, g genes.
 """
 
@@ -81,7 +83,9 @@ def reconstruction_scores(counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray
     )
 
 
-def _in_log_space(counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _in_log_space(
+    counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray | None, *, counted: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Return log1p CP10k of counts and of means, (n, g) each; refuse shapes and values that do not match."""
     if mu.shape != counts.shape:
         raise ValueError(f"mu must have the shape of the counts, {counts.shape}; got {mu.shape}")
@@ -90,6 +94,8 @@ def _in_log_space(counts: sp.csr_matrix, mu: np.ndarray, nll: np.ndarray | None)
     if nll is not None and not np.isfinite(nll).all():
         raise ValueError(f"nll must be finite; {int((~np.isfinite(nll)).sum())} of {len(nll)} cells are not")
     real = log1p_cp10k(counts).toarray()
+    if not counted:
+        return real, mu.astype(np.float64)
     size = mu.sum(1, keepdims=True)
     decoded = np.log1p(mu.astype(np.float64) / np.where(size > 0, size, 1) * 1e4)
     return real, decoded
@@ -114,6 +120,7 @@ def reconstruction_table(
     refits: int,
     nll: np.ndarray | None = None,
     draws: sp.csr_matrix | None = None,
+    counted: bool = True,
 ) -> dict[str, Score]:
     """Return `reconstruction_*` scores with resamples over the cells.
 
@@ -126,8 +133,9 @@ def reconstruction_table(
             computed for the first `refits`.
         refits: Number of halves for per-gene correlations.
         draws: Counts drawn from the decoded distribution, (n, g).
+        counted: Whether mu is mean counts; if not, it is means of log1p CP10k.
     """
-    real, decoded = _in_log_space(counts, mu, nll)
+    real, decoded = _in_log_space(counts, mu, nll, counted=counted)
     out: dict[str, Score] = {}
     if nll is not None:
         title = "negative log-likelihood, nats per cell over all genes"

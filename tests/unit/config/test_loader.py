@@ -278,10 +278,12 @@ def test_a_stage_job_may_hold_earlier_stages(write):
     assert job.ingest is not None
 
 
-def test_heads_and_decoders_that_the_line_cannot_use_are_refused_before_anything_runs():
+def test_a_line_takes_a_gaussian_head_and_refuses_a_decoder_that_it_cannot_train():
     ingest = {"source": {"type": "synthetic"}}
     line = {"kind": "pipeline", "name": "x", "ingest": ingest, "generate": {"n_cells": 5}}
-    with pytest.raises(ValidationError, match=r"gaussian.*evaluate scores counts"):
-        PipelineJob.model_validate({**line, "train_vae": {"model": {"head": "gaussian", "gene_bias": False}}})
+    model = PipelineJob.model_validate({**line, "train_vae": {"model": {"head": "gaussian"}}}).train_vae.model
+    assert (model.head, model.gene_bias) == ("gaussian", False)
+    with pytest.raises(ValidationError, match=r"head gaussian has none: set it to false"):
+        PipelineJob.model_validate({**line, "train_vae": {"model": {"head": "gaussian", "gene_bias": True}}})
     with pytest.raises(ValidationError, match=r"adaln.*needs a condition vector"):
         PipelineJob.model_validate({**line, "train_vae": {"model": {"adaln": True}}})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.models.small_models import vocabulary, write_flow, write_vae
@@ -17,13 +19,19 @@ from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.inference.export.h5ad import export_h5ad
 from pipeline.inference.export.soma import export_soma
 from pipeline.inference.export.verify import verify
-from pipeline.stages.evaluate import open_generated
+from pipeline.stages.evaluate import decode_cells, open_generated, read_generated
 from scldm.checkpoints.convert.convert import convert_upstream
 from scldm.checkpoints.convert.export import export_upstream
+from scldm.checkpoints.native import load_vae
 from scldm.checkpoints.untrusted.reader import ForeignCheckpoint
 from scldm.checkpoints.upstream.inputs import InputFiles
+from scldm.data.cell_counts import is_log_normalised
 from scldm.errors import CheckpointError, InputError
-from scldm.generation.expression_draw import draw_expression, is_log_normalised
+from scldm.generation.expression_draw import draw_expression
+from scldm.metrics.from_anndata import cell_set
+from scldm.metrics.genes.expression import as_counts, log1p_cp10k
+from scldm.metrics.genes.reconstruction import reconstruction_table
+from scldm.metrics.resampling import Halves
 
 REQUEST = [{"cell_type": "T", "n_cells": 30}, {"cell_type": "NK", "donor": "d1", "n_cells": 15}]
 
@@ -97,11 +105,31 @@ def test_a_reconstruction_is_drawn_around_the_decoded_mean(model):
     assert abs(noise.std() - 1) < 0.2
 
 
-def test_counts_have_no_likelihood_and_values_no_scores(model):
+def test_counts_have_no_likelihood(model):
     with pytest.raises(CheckpointError, match="counts have no likelihood"):
         model.log_likelihood(real_cells())
-    with pytest.raises(InputError, match="generated holds log1p CP10k values"):
-        scldm.score(model.generate(n=70), real=real_cells())
+
+
+def test_values_are_scored_on_their_own_scale(model):
+    made, real = model.generate({"cell_type": "T"}, n=70, seed=1), real_cells()
+    found = scldm.score(made, real=real, label="cell_type")
+    assert found.attrs["scale"] == "log1p_cp10k"
+    assert set(found.attrs["left_out"]) == {"library_size_ks", "genes_per_cell_ks", "zero_fraction_difference"}
+    assert not set(found.attrs["left_out"]) & set(found.index)
+    assert {"w2", "auroc", "label_accuracy"} <= set(found.index)
+    assert np.isfinite(found[["generated", "floor"]].to_numpy(float)).all()
+    assert found.loc["w2", "generated"] > 1.5 * found.loc["w2", "floor"]  # weights are random
+    as_real = real[:, made.var_names].copy()
+    as_real.X = np.log1p(as_real.X.toarray() / as_real.X.toarray().sum(1, keepdims=True) * 1e4)
+    as_real.uns = made.uns
+    again = scldm.score(as_real, real=real, label="cell_type").loc["w2"]
+    assert again["generated"] < 1.2 * again["floor"]  # real cells over the model's genes, on that scale
+
+
+def test_real_cells_are_needed_with_their_counts(model):
+    made = model.generate(n=70)
+    with pytest.raises(InputError, match="real holds log1p CP10k values"):
+        scldm.score(made, real=made)
 
 
 def test_a_job_writes_what_the_notebook_makes(job):
@@ -122,9 +150,25 @@ def test_exports_keep_the_values_or_refuse(job, tmp_path):
         export_soma(cells, tmp_path / "soma")
 
 
-def test_evaluate_refuses_the_values_before_it_reads_them(job):
-    with pytest.raises(InputError, match="evaluate scores counts"):
-        open_generated(SimpleNamespace(folder=job / "out"), vocabulary().feature_ids)
+def test_evaluate_reads_the_values_and_their_scale(job):
+    cells = open_generated(SimpleNamespace(folder=job / "out"), pd.Index(vocabulary().feature_ids))
+    some = cell_set(read_generated(cells, max_cells=20, rng=np.random.default_rng(0)), ["cell_type"])
+    assert (some.n_cells, some.counted) == (20, False)
+    assert (some.values.data % 1 != 0).all()
+
+
+def test_a_vae_with_a_gaussian_head_decodes_to_means_without_likelihood(pair):
+    cells = real_cells()[:, list(vocabulary().feature_ids)].copy()
+    decoded = decode_cells(load_vae(Path(pair["vae"])), cells, n_cells=30)
+    assert decoded.mu.shape == (30, 6)
+    assert decoded.nll is None
+    assert decoded.draws is None
+    halves = Halves.draw(np.full(30, ""), 4, np.random.default_rng(0))
+    counts = as_counts(cells.X)[decoded.rows]
+    table = reconstruction_table(counts, decoded.mu, halves, refits=2, counted=False)
+    assert set(table) == {f"reconstruction_{k}" for k in ("gene_pearson", "cell_pearson", "mse")}
+    error = ((log1p_cp10k(counts).toarray() - decoded.mu) ** 2).mean()
+    assert table["reconstruction_mse"].value == pytest.approx(error)
 
 
 def test_a_job_refuses_a_library_size_before_any_shard(job, tmp_path):

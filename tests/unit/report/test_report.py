@@ -23,7 +23,7 @@ from pipeline.report.html import MAX_BYTES, Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
 from pipeline.report.rows import MetricRow
 from scldm.metrics.from_anndata import EvaluationError
-from scldm.metrics.genes.expression import chunks
+from scldm.metrics.genes.expression import chunks, log1p_cp10k
 from scldm.metrics.score import Score
 from scldm.metrics.streaming import stream
 
@@ -270,3 +270,54 @@ def test_umap_puts_both_kinds_into_one_map():
     a, b = figures.umap_coordinates(real, generated, seed=0)
     assert a.shape == b.shape == (60, 2)
     assert np.isfinite(a).all()
+
+
+# ---- cells of a Gaussian head --------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def on_log_scale():
+    """Cells of the real law with the noise of a Gaussian head."""
+    held_out, made = toy(60, 0), toy(150, 2)
+    values = log1p_cp10k(made.X).toarray()
+    made.X = (values + np.random.default_rng(0).standard_normal(values.shape)).astype(np.float32)
+    made.uns["scldm"] = {"scale": "log1p_cp10k"}
+    decoded = Decoded(np.arange(30), log1p_cp10k(held_out.X[:30]).toarray().astype(np.float32) + 0.5)
+    streamed = stream([sp.csr_matrix(made.X)], np.full(150, 1 / 150), counted=False)
+    return evaluate(
+        held_out=held_out, training=toy(240, 1), generated=made, labels=["kind"], config=CONFIG, decoded=decoded,
+        streamed=streamed,
+    )  # fmt: skip
+
+
+def test_all_candidates_are_compared_on_the_scale_of_the_generated_cells(on_log_scale, result):
+    rows = {row.name: row for row in on_log_scale.rows}
+    of_cells = [r for r in on_log_scale.rows if r.score.group not in ("reconstruction", "streamed")]
+    assert all(set(r.baselines) == set(BASELINES) for r in of_cells)
+    # Real cells are the same as in a comparison of counts, and so is their score; baselines are other draws.
+    for name in ("w2", "gene_mean_r2", "conditional_mmd2.kind", "gene_correlation_pearson"):
+        assert rows[name].floor.value == pytest.approx(result.floor[name].value, rel=1e-6)
+        assert rows[name].baselines[NB].value == pytest.approx(result.baselines[NB][name].value, rel=0.3)
+    assert rows["gene_variance_r2"].score.value < rows["gene_variance_r2"].baselines[NB].value  # the noise is seen
+    assert rows["reconstruction_mse"].score.value == pytest.approx(0.25, abs=1e-5)
+    assert rows["reconstruction_mse"].baselines[NB].value > 0
+    assert rows["streamed_gene_mean_r2"].floor.value > 0.9
+
+
+def test_scores_that_only_counts_have_are_left_out_by_name_with_the_reason(on_log_scale, result, tmp_path):
+    missing = set(result.generated) - set(on_log_scale.generated)
+    assert missing == set(on_log_scale.left_out)
+    assert {"library_size_ks", "reconstruction_nll", "reconstruction_zero_accuracy"} <= missing
+    scale, left_out = on_log_scale.notes[:2]
+    assert "log1p CP10k" in scale
+    assert all(name in left_out for name in missing)
+    assert "hardly ever exactly zero" in left_out
+    assert "log1p CP10k" in on_log_scale.facts["scale"]
+    assert result.left_out == {}
+    assert "scale" not in result.facts
+    write_tables(tmp_path, on_log_scale)
+    assert json.loads((tmp_path / "metrics.json").read_text())["left_out"] == on_log_scale.left_out
+
+
+def test_pictures_of_values_have_no_library_sizes(on_log_scale):
+    names = [picture.name for picture in gallery(on_log_scale, CONFIG, {})]
+    assert "genes" in names
+    assert "cells" not in names

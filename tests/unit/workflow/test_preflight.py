@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
-from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig
+from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig, TrainVaeConfig
 from pipeline.core.manifest import Manifest
 from pipeline.planning.plan import plan
 from pipeline.stages import ingest
@@ -142,3 +142,25 @@ def test_a_plan_of_all_stages_checks_what_needs_no_data(tmp_path, table, words):
     unknown = [f"output={tmp_path}/runs", "generate={per_label: {tissue: 2}}"]
     with pytest.raises(InputError, match=r"per_label: no label 'tissue'; the model will know: cell_type"):
         plan(resolve(load_job(JOBS / "demo.yaml", unknown)))
+
+
+GAUSSIAN = "train_vae.model.head=gaussian"
+
+
+def test_what_only_counts_have_is_refused_for_a_gaussian_head_before_anything_is_trained(ingested):
+    job = load_job(JOBS / "demo.yaml", [GAUSSIAN, "generate.library_size=500", "generate.sampler.temperature=0.5"])
+    with pytest.raises(InputError) as error:
+        check_settings(job)
+    assert "generate: library_size (500): the VAE has a gaussian head" in str(error.value)
+    assert "generate: temperature (0.5): the VAE has a gaussian head" in str(error.value)
+    check_settings(load_job(JOBS / "demo.yaml", [GAUSSIAN]))
+    check_settings(load_job(JOBS / "demo.yaml", ["generate.library_size=500"]))
+
+
+def test_a_library_size_in_a_table_is_refused_for_a_gaussian_head_once_the_data_are_known(ingested):
+    configs = {
+        "train_vae": TrainVaeConfig.model_validate({"model": {"head": "gaussian"}}),
+        "generate": GenerateConfig.model_validate({"cells": [{"n_cells": 3, "library_size": 500}]}),
+    }
+    with pytest.raises(InputError, match="library_size in row 1 of the conditions: the VAE has a gaussian head"):
+        check_against_data(configs, ingested)

@@ -45,6 +45,15 @@ def test_the_same_cells_are_scored_every_n_validations(models):
     assert first["gen_label_accuracy.cell_type_floor"] > 0.9
 
 
+def test_values_of_a_gaussian_head_are_compared_with_real_cells_on_their_scale(tmp_path):
+    vae = load_vae(write_vae(tmp_path / "vae", head="gaussian"))
+    models = vae, load_flow(write_flow(tmp_path / "flow"))
+    found = samples(models).scores(models[1].dit)
+    assert {"gen_w2", "gen_w2_floor", "gen_gene_mean_r2", "gen_label_accuracy.cell_type"} <= found.keys()
+    assert np.isfinite(list(found.values())).all()
+    assert found["gen_w2"] > 2 * found["gen_w2_floor"]
+
+
 def test_other_weights_give_other_scores(models):
     chosen, dit = samples(models, every=1), models[1].dit
     before = chosen.scores(dit)
