@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
 from scldm.metrics.baselines import Selection, select_like
-from scldm.metrics.cell_set import CellSet, class_text
+from scldm.metrics.cell_set import CellSet, class_text, joined
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.from_anndata import EvaluationError, cell_set
 
@@ -34,6 +34,8 @@ class EvaluationCells:
     given: tuple[str, ...]  # labels that every generated cell has
     notes: tuple[str, ...]
     space: RealSpace
+    rows: np.ndarray  # positions of `real` among the held-out cells
+    unseen: tuple[str, ...]  # held-out combinations of `given` that no training cell has
 
 
 def select_cells(
@@ -48,37 +50,71 @@ def select_cells(
 ) -> EvaluationCells:
     """Assign every cell its role. Classes with too few cells are named in the notes.
 
+    No training cell can be the floor of a combination that was held out whole: one half of its cells is, for the other
+    half.
+
     Arguments are those of `pipeline.report.evaluation.evaluate`.
     """
     _check(held_out, {"training": training, "generated": generated, **extra}, labels)
-    real, train, made = (cell_set(a, labels) for a in (held_out, training, generated))
+    everything, train, made = (cell_set(a, labels) for a in (held_out, training, generated))
     others = {name: cell_set(a, labels) for name, a in extra.items()}
     given = tuple(n for n in labels if all(isinstance(v, str) for v in made.labels[n]))
     notes = [
         f"Generated cells lack {n} in part or altogether: that label is not matched." for n in set(labels) - {*given}
     ]
     _check_extra(others, given)
+    unseen, rows, other_half = _halves_of_unseen(everything.crossed(given), train.crossed(given), rng)
+    real = everything[rows]
     wanted = real.crossed(given)
+    seen = wanted[~np.isin(wanted.astype(str), unseen)]
+    _check_training(train, len(seen))
     chosen, selections = {}, {}
-    for role, cells in {"generated": made, "training (floor)": train, **others}.items():
-        selection = select_like(cells.crossed(given), wanted, rng)
+    asked = {"generated": (made, wanted), "training (floor)": (train, seen)}
+    for role, (cells, like) in {**asked, **{name: (cells, wanted) for name, cells in others.items()}}.items():
+        selection = select_like(cells.crossed(given), like, rng)
         chosen[role], selections[role] = cells[selection.indices], selection
         notes += _missing_cells(role, selection)
-    _check_numbers(real, chosen)
+    notes += _unseen_note(unseen)
+    floor = joined(chosen.pop("training (floor)"), everything[other_half])
+    _check_numbers(real, {**chosen, "floor": floor})
     rest = np.setdiff1d(np.arange(train.n_cells), selections["training (floor)"].indices)
     reference = train[rest]
     space = fit_space(real if config.space_from == "held_out" else reference, config)
+    generated_like = chosen.pop("generated")
     return EvaluationCells(
-        real,
-        reference,
-        chosen.pop("training (floor)"),
-        chosen.pop("generated"),
-        made,
-        chosen,
-        given,
-        tuple(notes),
-        space,
+        real, reference, floor, generated_like, made, chosen, given, tuple(notes), space, rows, tuple(unseen)
     )
+
+
+def _halves_of_unseen(
+    held_out: np.ndarray, known: np.ndarray, rng: np.random.Generator
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return the classes that no training cell has, the rows to compare with, and those of the other halves.
+
+    Args:
+        held_out: Class of each held-out cell, (n,).
+        known: Class of each training cell.
+        rng: Draws the halves.
+    """
+    keys = held_out.astype(str)
+    unseen = sorted(set(keys) - set(known.astype(str)))
+    other: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    for name in unseen:
+        here = rng.permutation(np.flatnonzero(keys == name))
+        other.append(here[: len(here) // 2])
+    other_half = np.sort(np.concatenate(other))
+    return unseen, np.setdiff1d(np.arange(len(keys)), other_half), other_half
+
+
+def _unseen_note(unseen: Sequence[str]) -> list[str]:
+    if not unseen:
+        return []
+    named = ", ".join(class_text(name) for name in unseen[:MAX_NAMED])
+    more = f" and {len(unseen) - MAX_NAMED} more" if len(unseen) > MAX_NAMED else ""
+    return [
+        f"No training cell has {named}{more}: half of their held-out cells are the floor, generated cells are compared "
+        "with the other half."
+    ]
 
 
 def fit_space(cells: CellSet, config: EvaluateConfig) -> RealSpace:
@@ -107,10 +143,13 @@ def _check(held_out: AnnData, others: Mapping[str, AnnData], labels: Sequence[st
                 f"{name} cells must have the {held_out.n_vars} genes of the held-out cells in their order; got "
                 f"{adata.n_vars} genes"
             )
-    if others["training"].n_obs <= held_out.n_obs:
+
+
+def _check_training(train: CellSet, n_floor: int) -> None:
+    if train.n_cells <= n_floor:
         raise EvaluationError(
-            f"the floor takes as many training as held-out cells ({held_out.n_obs}) and leaves none to fit on: got "
-            f"{others['training'].n_obs} training cells"
+            f"the floor takes as many training as held-out cells ({n_floor}) and leaves none to fit on: got "
+            f"{train.n_cells} training cells"
         )
 
 

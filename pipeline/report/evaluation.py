@@ -15,13 +15,14 @@ from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
 from pipeline.report.cells import EvaluationCells, fit_space, select_cells
+from pipeline.report.combinations import Combinations, combination_notes, score_combinations
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
 from scldm.metrics.cell_set import CellSet, class_text
 from scldm.metrics.compare import ONLY_OF_COUNTS, Compared, CompareSettings, Comparison
 from scldm.metrics.conditional import ClassTable, ConditionalSettings
-from scldm.metrics.from_anndata import EvaluationError
+from scldm.metrics.from_anndata import EvaluationError, cell_set
 from scldm.metrics.genes import expression
 from scldm.metrics.genes.reconstruction import reconstruction_table
 from scldm.metrics.labels import labelled
@@ -66,6 +67,7 @@ class Evaluation:
     facts: dict[str, str]
     comparison: Comparison
     left_out: dict[str, str]  # scores that cells without counts do not have -> the reason
+    combinations: Combinations  # of labels, that no training cell has
 
     @property
     def rows(self) -> list[MetricRow]:
@@ -133,12 +135,27 @@ def evaluate(
     if streamed is not None:
         _add_streamed(scores, facts, parts, streamed)
     left_out = _left_out_scores(counted, decoded, streamed)
+    control = config.control or {}
+    combinations = score_combinations(
+        parts, cell_set(held_out, labels), cell_set(training, labels), control=control, genes=_gene_names(held_out),
+        seed=config.seed,
+    )  # fmt: skip
     made = parts.generated
+    notes = [
+        *parts.notes, *combination_notes(combinations, len(parts.unseen), control), *_scale_notes(left_out),
+        *_left_out(found["generated"]),
+    ]  # fmt: skip
     chance = {n: _chance(made.labels[n]) for n in labels if f"label_accuracy.{n}" in scores["generated"]}
     return Evaluation(
         parts, scores.pop("generated"), scores.pop("floor"), scores, {k: v.classes for k, v in found.items()}, chance,
-        [*parts.notes, *_scale_notes(left_out), *_left_out(found["generated"])], facts, comparison, left_out,
+        notes, facts, comparison, left_out, combinations,
     )  # fmt: skip
+
+
+def _gene_names(cells: AnnData) -> list[str]:
+    """Return the names of genes for readers: `feature_name` where var has it, else the ids."""
+    names = cells.var.get("feature_name", cells.var_names)
+    return [str(name) for name in names]
 
 
 def compare_settings(config: EvaluateConfig, given: Sequence[str]) -> CompareSettings:
@@ -195,6 +212,7 @@ def _add_reconstruction(
     rng: np.random.Generator,
 ) -> None:
     """Add reconstruction scores of the VAE, and of the baselines' means and draws at each cell's own library size."""
+    decoded = _of_rows(decoded, parts.rows)
     real = parts.real[decoded.rows]
     halves = Halves.draw(real.crossed(parts.given), config.resamples, np.random.default_rng((config.seed, HALVES)))
     counted = decoded.draws is not None
@@ -208,6 +226,17 @@ def _add_reconstruction(
     scores[POISSON] |= checked(table(means, fitted.poisson(classes, rng, sizes)), POISSON)
     scores[NB] |= checked(table(means, fitted.negative_binomial(classes, rng, sizes)), NB)
     facts["reconstruction"] = f"{real.n_cells:,} held-out cells; genes and cells without variance have no correlation"
+
+
+def _of_rows(decoded: Decoded, rows: np.ndarray) -> Decoded:
+    """Return the reconstructed cells that are among some rows of the held-out cells, with their places in these."""
+    kept = np.flatnonzero(np.isin(decoded.rows, rows))
+    return Decoded(
+        np.searchsorted(rows, decoded.rows[kept]),
+        decoded.mu[kept],
+        None if decoded.nll is None else decoded.nll[kept],
+        None if decoded.draws is None else decoded.draws[kept],
+    )
 
 
 def _add_streamed(

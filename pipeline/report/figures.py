@@ -117,6 +117,30 @@ def gene_scatter(real: GeneMoments, generated: GeneMoments, agreement: Mapping[s
     return _png(figure)
 
 
+def shift_scatter(real: np.ndarray, generated: np.ndarray, names: Sequence[str], named: np.ndarray) -> bytes:
+    """Draw the shift of each gene (mean log1p CP10k minus the control's), generated against measured.
+
+    Args:
+        real: Measured shift, (g,).
+        generated: Shift of the generated cells, (g,).
+        names: Names to write.
+        named: Positions of the genes that they belong to.
+    """
+    figure = Figure(figsize=(5.2, 5))
+    ax = figure.subplots()
+    reach = 1.05 * float(max(np.abs(real).max(), np.abs(generated).max(), 1e-3))
+    ax.scatter(real, generated, s=5, alpha=0.35, color=GENERATED, linewidths=0, rasterized=True)
+    ax.axline((0, 0), (1, 1), color="black", lw=0.8)
+    ax.axhline(0, color=UNLABELLED, lw=0.6)
+    ax.axvline(0, color=UNLABELLED, lw=0.6)
+    for name, i in zip(names, named, strict=True):
+        ax.annotate(name, (real[i], generated[i]), fontsize=7, xytext=(2, 2), textcoords="offset points")
+    ax.set(
+        xlim=(-reach, reach), ylim=(-reach, reach), xlabel="measured shift", ylabel="generated shift", aspect="equal"
+    )
+    return _png(figure)
+
+
 def cell_histograms(real: Mapping[str, np.ndarray], generated: Mapping[str, np.ndarray]) -> bytes:
     """Draw one panel per statistic of cells (library size, genes per cell), on a log axis of the real cells' range."""
     figure = Figure(figsize=(10, 3.6))

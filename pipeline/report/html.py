@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.report.bars import bar_svg, colors
+from pipeline.report.combinations import TITLES
 from pipeline.report.rows import MetricRow
 from scldm.metrics.score import Score
 
@@ -55,6 +56,7 @@ class ReportInputs:
     pictures: Sequence[Picture]
     provenance: Sequence[Mapping[str, Any]]  # one per stage: stage, version, config, …
     reproduce: str
+    combinations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # answer -> measure -> mean
 
 
 def render(inputs: ReportInputs) -> str:
@@ -75,7 +77,7 @@ def render(inputs: ReportInputs) -> str:
     groups = {title: _without_many_classes(rows) for title, rows in groups.items() if rows}
     hidden = len(inputs.rows) - sum(map(len, groups.values()))
     return environment.get_template("report.html.jinja").render(
-        inputs=inputs, groups=groups, palette=palette, hidden=hidden
+        inputs=inputs, groups=groups, palette=palette, hidden=hidden, titles=TITLES
     )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.core.files import write_json_atomic
+from pipeline.report.combinations import combination_means, combination_rows, write_combinations
 from pipeline.report.evaluation import NB, Evaluation
 from pipeline.report.html import number
 from pipeline.report.rows import MetricRow
@@ -63,7 +64,8 @@ def class_rows(result: Evaluation) -> list[dict[str, Any]]:
 
 
 def write_tables(folder: Path, result: Evaluation) -> None:
-    """Write metrics.json with everything, metrics.csv and classes.csv."""
+    """Write metrics.json with everything, metrics.csv and classes.csv; with combinations that no training cell has,
+    combinations.csv and combinations.html."""
     rows = [table_row(row, result.baselines) for row in result.rows]
     classes = class_rows(result)
     summary = {
@@ -74,10 +76,14 @@ def write_tables(folder: Path, result: Evaluation) -> None:
         "rows": rows,
         "classes": classes,
         **({"left_out": result.left_out} if result.left_out else {}),
+        **({"combinations": means} if (means := combination_means(result.combinations)) else {}),
     }
     write_json_atomic(folder / "metrics.json", summary)
     _write_csv(folder / "metrics.csv", rows)
     _write_csv(folder / "classes.csv", classes)
+    if result.combinations.scored:
+        _write_csv(folder / "combinations.csv", combination_rows(result.combinations))
+        write_combinations(folder / "combinations.html", result.combinations)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -27,6 +27,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
+from pipeline.report.combinations import combination_means
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
@@ -53,7 +54,7 @@ def _vae_of_generated(inputs: Mapping[str, Manifest]) -> Path:
 
 
 def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
-    """Evaluate, write report.html, metrics.json, metrics.csv, classes.csv and figures/*.png, and return the facts."""
+    """Evaluate, write the tables, report.html and figures/*.png, and return the facts."""
     result = _evaluated(config, context.inputs)
     pictures = list(gallery(result, config, training_records(context.inputs)))
     write_outputs(context.folder, result, pictures, inputs=context.inputs, config=config)
@@ -107,8 +108,12 @@ def _track(context: StageContext, result: Evaluation, pictures: Sequence[Picture
     widths = {k: s.half_width for k, s in result.generated.items()}
     tracker.metrics({f"eval_ci/{metric_key(k)}": v for k, v in widths.items() if v is not None}, step=0)
     tracker.metrics({f"eval_nb/{metric_key(k)}": s.value for k, s in result.baselines[NB].items()}, step=0)
-    for path in (context.folder / "report.html", context.folder / "metrics.json"):
-        tracker.artifact(path)
+    for answer, scores in combination_means(result.combinations).items():
+        values = {f"eval_combinations/{measure} {answer}": v for measure, v in scores.items()}
+        tracker.metrics(values, step=0)
+    for path in (context.folder / name for name in ("report.html", "metrics.json", "combinations.html")):
+        if path.is_file():
+            tracker.artifact(path)
     for picture in pictures:
         tracker.artifact(context.folder / "figures" / f"{picture.name}.png", folder="figures")
 
@@ -198,6 +203,7 @@ def write_outputs(
         pictures=pictures,
         provenance=[_provenance(m) for m in inputs.values()],
         reproduce=_reproduce(config, inputs),
+        combinations=combination_means(result.combinations),
     )
     write_report(folder / "report.html", report)
 

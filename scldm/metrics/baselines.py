@@ -160,7 +160,8 @@ def select_like(available: np.ndarray, wanted: np.ndarray, rng: np.random.Genera
         wanted: Class of each cell of the set to resemble.
         rng: Source of the draws.
     """
-    chosen, short = [], {}
+    chosen: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    short: dict[str, int] = {}
     names, numbers = np.unique(wanted.astype(str), return_counts=True)
     keys = available.astype(str)
     for name, number in zip(names.tolist(), numbers.tolist(), strict=True):

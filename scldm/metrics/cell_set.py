@@ -69,6 +69,14 @@ class CellSet:
         return np.array(keys, dtype=object)
 
 
+def joined(first: CellSet, second: CellSet) -> CellSet:
+    """Return the cells of both sets, which have the same labels and hold the same kind of values."""
+    if first.counted != second.counted:
+        raise ValueError("one set of cells holds counts, the other log1p CP10k values")
+    labels = {name: np.concatenate([values, second.labels[name]]) for name, values in first.labels.items()}
+    return CellSet(sp.vstack([first.values, second.values], format="csr"), labels, first.counted)
+
+
 def label_sets(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Return the labels to compare within: every label and, if there are several, the combination of all."""
     single: dict[str, tuple[str, ...]] = {name: (name,) for name in labels}

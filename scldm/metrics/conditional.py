@@ -192,9 +192,10 @@ def _changes(
         lfc = []
         for x, key, w, total in zip(levels, keys, weights, totals, strict=True):
             inside = weighted_sum(x, np.flatnonzero(key == c), w)
-            rest = (total[0] - inside[0]) / (total[1] - inside[1])
-            rest = np.maximum(rest, scale.least)  # rounding may leave a tiny negative value
-            lfc.append(scale.change(inside[0] / inside[1], rest if control is None else control))
+            base = control
+            if base is None:  # all other cells; rounding may leave a tiny negative value
+                base = np.maximum((total[0] - inside[0]) / (total[1] - inside[1]), scale.least)
+            lfc.append(scale.change(inside[0] / inside[1], base))
         pearson, slope = np.array([recovery(a, b) for a, b in zip(*lfc, strict=True)]).T
         out[c] = {"lfc_pearson": pearson, "lfc_slope": slope}
     return out

@@ -151,28 +151,37 @@ def reconstruction_table(
 def _against(
     real: np.ndarray, decoded: np.ndarray, halves: Halves, refits: int, suffix: str, basis: str
 ) -> dict[str, Score]:
-    by_gene = [correlations(real, decoded)[0].mean()]
-    by_gene += [correlations(real[rows], decoded[rows])[0].mean() for rows in map(halves.members, range(refits))]
+    by_gene = _gene_correlations(real, decoded, halves, refits)
     varies = (np.ptp(real, axis=1) > 0) & (np.ptp(decoded, axis=1) > 0)
-    by_cell, _ = correlations(real[varies].T, decoded[varies].T)
-    genes = Score(
-        float(by_gene[0]),
-        "higher",
-        1.0,
-        "reconstruction",
-        f"Pearson per gene, {basis}",
-        np.array(by_gene[1:]),
-        (-1.0, 1.0),
-    )
-    return {
-        f"reconstruction_gene_pearson{suffix}": genes,
-        f"reconstruction_cell_pearson{suffix}": _mean(
+    found = {}
+    if by_gene is not None:
+        found[f"reconstruction_gene_pearson{suffix}"] = Score(
+            float(by_gene[0]),
+            "higher",
+            1.0,
+            "reconstruction",
+            f"Pearson per gene, {basis}",
+            by_gene[1:],
+            (-1.0, 1.0),
+        )
+    if varies.any():
+        by_cell, _ = correlations(real[varies].T, decoded[varies].T)
+        found[f"reconstruction_cell_pearson{suffix}"] = _mean(
             by_cell, Halves(halves.chosen[:, varies]), "higher", f"Pearson per cell, {basis}", (-1.0, 1.0)
-        ),
-        f"reconstruction_mse{suffix}": _mean(
-            ((real - decoded) ** 2).mean(1), halves, "lower", f"MSE (log1p CP10k), {basis}", (0.0, np.inf)
-        ),
-    }
+        )
+    squares = ((real - decoded) ** 2).mean(1)
+    found[f"reconstruction_mse{suffix}"] = _mean(squares, halves, "lower", f"MSE (log1p CP10k), {basis}", (0.0, np.inf))
+    return found
+
+
+def _gene_correlations(real: np.ndarray, decoded: np.ndarray, halves: Halves, refits: int) -> np.ndarray | None:
+    """Return the mean correlation over genes of all cells and of halves, (1 + refits,).
+
+    None if no gene varies on both sides: cells of one class have one mean profile in a baseline that knows the class.
+    """
+    sets = [np.arange(len(real)), *map(halves.members, range(refits))]
+    each = [correlations(real[rows], decoded[rows])[0] for rows in sets]
+    return np.array([r.mean() for r in each]) if all(len(r) for r in each) else None
 
 
 def _mean(
