@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "pipeline/report/combinations.py: set evaluate.control={LABEL: CLASS}": "tests/unit/report/test_combinations.py",
     "pipeline/__main__.py: {}; run `make venv` in {}": "tests/unit/cli/test_cli.py",
     "pipeline/tracking/mlflow_runs/client.py: mlflow experiments restore": "tests/unit/tracking/test_moved_folder.py",
     "pipeline/config/paths/remote_models.py: {}: export MLFLOW_TRACKING_URI": (
