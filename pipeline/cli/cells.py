@@ -27,6 +27,7 @@ class Sink(StrEnum):
     zarr = "zarr"
     soma = "soma"
     h5ad = "h5ad"
+    cell_eval = "cell-eval"
 
 
 @cells_app.command()
@@ -88,10 +89,19 @@ def export(
     folder: Folder,
     out: OutFile,
     to: Annotated[
-        Sink, typer.Option("--to", help="zarr: a collection for annbatch; soma: an experiment; h5ad: one file.")
+        Sink,
+        typer.Option(
+            "--to",
+            help="zarr: a collection for annbatch; soma: an experiment; h5ad: one file; cell-eval: generated and "
+            "measured cells, as the tool of that name compares them.",
+        ),
     ],
     shuffle: Annotated[
         int | None, typer.Option(min=0, metavar="SEED", help="zarr only: shuffle the cells, for training.")
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL=CLASS", help="cell-eval only: the treatment's label and its control class."),
     ] = None,
 ) -> None:
     """Convert committed shards to another format. A killed export to zarr or soma resumes where it stopped.
@@ -103,7 +113,14 @@ def export(
 
         if shuffle is not None and to is not Sink.zarr:
             raise InputError(f"--shuffle works only with --to zarr; {to.value} keeps the order of the cells")
+        if control and to is not Sink.cell_eval:
+            raise InputError(f"--control works only with --to cell-eval; {to.value} writes the generated cells alone")
         cells = open_cells(folder)
+        if to is Sink.cell_eval:
+            from pipeline.inference.export.cell_eval import export_cell_eval
+
+            typer.echo(f"wrote {out}; to compare: {export_cell_eval(cells, out, control=_pairs(control or []))}")
+            return
         if to is Sink.h5ad:
             from pipeline.inference.export.h5ad import export_h5ad
 
@@ -117,3 +134,10 @@ def export(
 
             export_soma(cells, out)
         typer.echo(f"wrote {out}: {cells.n_obs:,} cells x {cells.n_vars:,} genes")
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    """Return label -> class of texts LABEL=CLASS."""
+    if bad := [text for text in texts if "=" not in text]:
+        raise InputError(f"--control takes LABEL=CLASS; got {', '.join(bad)}")
+    return {label: value for label, _, value in (text.partition("=") for text in texts)}

@@ -7,6 +7,10 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "pipeline/inference/export/cell_eval.py: --control LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",
+    "pipeline/inference/export/cell_eval.py: generate with generate.like=test": (
+        "tests/unit/inference/test_cell_eval.py"
+    ),
     "pipeline/report/combinations.py: set evaluate.control={LABEL: CLASS}": "tests/unit/report/test_combinations.py",
     "pipeline/__main__.py: {}; run `make venv` in {}": "tests/unit/cli/test_cli.py",
     "pipeline/tracking/mlflow_runs/client.py: mlflow experiments restore": "tests/unit/tracking/test_moved_folder.py",
