@@ -2,8 +2,8 @@
 
 A decoder that upstream builds with `use_adaln` takes a vector for each cell beside the latents: `decode(z, genes,
 library_size, condition)`, with condition (b, 1, d). Upstream defines no source of it: its VAE has no embedding of
-labels, its `forward`, which training uses, passes no condition, nor does its sampling, and every configuration that it
-published sets `use_adaln: false`. So nothing here makes such a vector from labels: it is the caller's, who knows what
+labels, its `forward`, which training uses, passes no condition, nor does its sampling, and the configuration in its
+repository sets `use_adaln: false`. So nothing here makes such a vector from labels: it is the caller's, who knows what
 the decoder was trained with.
 
 Shape letters: r rows of a request or cells, d width of the decoder.

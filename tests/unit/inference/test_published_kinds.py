@@ -34,7 +34,9 @@ from scldm.checkpoints.native import load_flow, load_vae
 from scldm.checkpoints.start_from import start_flow, start_vae
 from scldm.checkpoints.untrusted import child as untrusted_child
 from scldm.checkpoints.untrusted import reader as untrusted
+from scldm.data.batch import CellBatch
 from scldm.errors import InputError
+from scldm.metrics.distribution import two_sample
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 
@@ -60,6 +62,11 @@ PAIRS = {  # published pair -> recorded VAE and DiT
 FILES = {"ldm_last": "ldm", "ldm_compiled_keys": "ldm", "ldm_legacy_scg_vae_module": "ldm_legacy"}
 VAES = sorted({vae for vae, _ in PAIRS.values()} | set(CENSUS.values()))
 DITS = ("joint", "me_single", "me_single_nobias", "me_two")
+EVERY = [  # VAE with every flow; one flow each on every change, all of them with the slow tests
+    pytest.param(vae, dit, marks=() if (i + j) % len(DITS) == 0 else pytest.mark.slow)
+    for i, vae in enumerate(VAES)
+    for j, dit in enumerate(DITS)
+]
 FEW = {"umap": False, "n_pcs": 4, "n_top_genes": 40, "transport_cells": 20, "reconstruction_cells": 8, "resamples": 5,
        "refits": 5, "min_class_cells": 8, "n_neighbors": 5}  # fmt: skip
 TRACKER = SimpleNamespace(metrics=lambda *a, **k: None, artifact=lambda *a, **k: None)
@@ -79,6 +86,9 @@ def _here():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(untrusted, "_run", read)
+        # Seconds for each kind, and tested by themselves: pictures, and a score that fits thousands of regressions.
+        patch.setattr(evaluate, "gallery", lambda *_: ())
+        patch.setattr(two_sample, "classifier_auroc", lambda *_, **__: 0.5)
         yield
 
 
@@ -144,14 +154,18 @@ def made_by_a_job(folder: Path, model: Path, **settings: Any) -> Manifest:
     return read_manifest(folder)
 
 
-def check_scored(folder: Path, model: Path, cells: Manifest) -> None:
-    """From a converted model to a report: a job generates by name, a job scores."""
-    generated = made_by_a_job(folder / "generate", model, inputs={"ingest": cells}, like="test", n_cells=40)
+def scored(folder: Path, model: Path, cells: Manifest, **settings: Any) -> dict[str, Any]:
+    """The facts of an evaluation: a job generates by the model's name, a job scores."""
+    generated = made_by_a_job(folder / "generate", model, inputs={"ingest": cells}, like="test", n_cells=40, **settings)
     context = StageContext(folder / "evaluate", {"ingest": cells, "generate": generated}, 0, ResourcesConfig(), TRACKER)
-    facts = evaluate.run(EvaluateConfig(**FEW), context)
+    return evaluate.run(EvaluateConfig(**FEW), context)
+
+
+def check_scored(folder: Path, model: Path, cells: Manifest) -> None:
+    facts = scored(folder, model, cells)
     report = (folder / "evaluate" / "report.html").read_text()
     scores, labels = facts["metrics"], load_vae(model / "vae").vocabulary.labels
-    assert {"w2", "auroc", "reconstruction_mse", *(f"label_accuracy.{x.name}" for x in labels)} <= scores.keys()
+    assert {"w2", "energy", "reconstruction_mse", *(f"label_accuracy.{x.name}" for x in labels)} <= scores.keys()
     assert np.isfinite(list(scores.values())).all()
     if load_vae(model / "vae").vae.config.head == "gaussian":
         assert {"library_size_ks", "reconstruction_nll"} <= facts["left_out"].keys()
@@ -177,8 +191,7 @@ def test_a_checkpoint_that_upstream_wrote_is_converted_generates_in_a_job_and_is
     check_scored(tmp_path, model, ingested(model))
 
 
-@pytest.mark.parametrize("dit", DITS)
-@pytest.mark.parametrize("vae", VAES)
+@pytest.mark.parametrize(("vae", "dit"), EVERY)
 def test_a_job_and_a_notebook_make_the_same_cells_of_every_vae_with_every_flow(tmp_path, converted, vae, dit):
     model = converted(vae, dit)
     label = load_flow(model / "flow").vocabulary.labels[0]
@@ -235,6 +248,18 @@ def test_a_published_model_can_be_trained_on_from_its_weights(converted, kind):
     started = start_vae(vae, loaded.vocabulary, loaded)
     assert started.genes == {"kept": len(GENES), "new": 0, "dropped": 0}
     assert not started.new
+    batch = CellBatch.from_csr(sp.csr_matrix(cells_like(model, 16).X))
+    losses = []
+    for _ in range(2):  # a step downhill from there
+        loss = vae(batch).mean()
+        vae.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            norm = torch.stack([p.grad.square().sum() for p in vae.parameters() if p.grad is not None]).sum().sqrt()
+            for p in vae.parameters():
+                p.sub_(0.0 if p.grad is None else 1e-3 * p.grad / norm)
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
     if kind in PAIRS:
         flow = load_flow(model / "flow")
         sizes = {x.name: len(x.classes) for x in flow.vocabulary.labels}
@@ -243,3 +268,22 @@ def test_a_published_model_can_be_trained_on_from_its_weights(converted, kind):
         assert all(torch.equal(x, flow.dit.state_dict()[k]) for k, x in dit.state_dict().items())
     for label in loaded.vocabulary.labels:
         assert label.classes == tuple(classes_of(label.name, len(label.classes)))
+
+
+def test_an_adaln_decoder_does_what_needs_no_vectors_and_the_rest_with_given_ones(tmp_path, converted, ingested):
+    """No published checkpoint has one; the weights are recorded."""
+    model = converted("adaln_decode_nbshared", "me_single")
+    adata = cells_like(model, 12)
+    ours = scldm.load(model)
+    assert ours.encode(adata.copy()).obsm["X_scldm"].shape == (12, 128)
+    vectors = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    assert ours.reconstruct(adata, decoder_condition=vectors).shape == (12, len(GENES))
+    np.save(tmp_path / "vectors.npy", vectors)
+    facts = scored(tmp_path, model, ingested(model), decoder_condition=str(tmp_path / "vectors.npy"))
+    assert {"w2", "library_size_ks"} <= facts["metrics"].keys()
+    assert "reconstruction_mse" not in facts["metrics"]
+    assert "Left out: reconstruction scores" in (tmp_path / "evaluate" / "report.html").read_text()
+    done = export_upstream(model / "vae", model / "flow", tmp_path / "upstream")
+    back = convert_upstream(done.folder / "model.ckpt", done.folder / "config.yaml", tmp_path / "back")
+    for name, value in load_vae(model / "vae").vae.state_dict().items():
+        assert torch.equal(value, load_vae(back.vae).vae.state_dict()[name])
