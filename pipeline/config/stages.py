@@ -16,7 +16,7 @@ from pydantic import (
 
 from pipeline.config.apply import ModelNames
 from pipeline.config.ingest import ClassName
-from pipeline.config.input_paths import ConditionsTable, GeneFile, PretrainedVae, StartFlow, StartVae
+from pipeline.config.input_paths import ConditionsTable, GeneFile, PretrainedVae, StartFlow, StartVae, VectorFile
 from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
 from scldm.flow.config import PathConfig, SamplerConfig
@@ -195,6 +195,9 @@ class GenerateConfig(StrictModel):
     """Genes to write: ids or names, or a text file with one on each line. All genes are decoded either way, so the
     counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()
+    decoder_condition: VectorFile | None = None
+    """A .npy file with the condition vectors of an adaLN decoder: (d,) for all cells, or one for each row of the
+    request, (rows, d). Upstream defines no source of them; other decoders take none."""
     shard_size: int = Field(25_000, ge=1, le=250_000)
     """Cells per file."""
     batch_size: PositiveInt | None = None
@@ -212,7 +215,7 @@ class GenerateConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before this setting existed."""
-        return _without_unset(to_dict(self), ("model",))
+        return _without_unset(to_dict(self), ("model", "decoder_condition"))
 
 
 CFGEN: dict[str, Any] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ class GeneratorSpec:
     provenance: dict[str, Any]  # uns["scldm"] of every shard
     run: str  # identifies this run of the job, for counting attempts
     fault: str  # faults to arm, see `pipeline.core.faults`
+    decoder_condition: np.ndarray | None = None  # (r, d), vectors of an adaLN decoder for each row of the request
 
 
 class Generator:
@@ -83,6 +84,7 @@ class Generator:
         recipe = recipe_of(
             spec.request, self.config, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=self.draws_counts
         )
+        recipe = replace(recipe, decoder_condition=spec.decoder_condition)
         self.genes = np.arange(flow.vocabulary.n_genes) if spec.genes is None else spec.genes
         pool = ThreadPoolExecutor(spec.threads) if spec.threads > 1 else None
         self.maker = CellMaker(

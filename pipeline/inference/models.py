@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+    from scldm.nn.config import VAEConfig
 
 SHARED_MODELS = ".models"  # in the output folder
 
@@ -107,9 +108,12 @@ def model_problems(config: RealCellsConfig) -> list[str]:
 
 
 def load_models(
-    models: ModelPaths, device: torch.device, *, weights: str = "ema"
+    models: ModelPaths, device: torch.device, *, weights: str = "ema", decodes: bool = True
 ) -> tuple[LoadedVAE, LoadedFlow | None]:
     """Load the VAE, and the flow if there is one, to the device.
+
+    Args:
+        decodes: Whether the job decodes cells, which an adaLN decoder does under condition vectors only.
 
     Raises:
         InputError: the models do not belong together, or cannot do what the job needs.
@@ -123,8 +127,8 @@ def load_models(
     except CheckpointError as error:
         raise InputError(f"model: {error}") from error
     problems = []
-    if vae.vae.config.adaln:
-        problems.append("model.vae has an adaLN decoder, which needs a condition, and this job has none")
+    if decodes and vae.vae.config.adaln:
+        problems.append(_adaln_problem(vae.vae.config))
     if flow is not None:
         problems += _pair_problems(Path(models.vae), Path(str(models.flow)))
     if problems:
@@ -136,14 +140,28 @@ def check_folders(models: ModelPaths) -> None:
     """Check that a VAE and a flow belong together, by their small files.
 
     Raises:
-        InputError: Their latents or vocabularies differ, or nothing here can give what the decoder needs.
+        InputError: Their latents or vocabularies differ.
     """
     assert models.flow is not None
-    problems = _pair_problems(Path(models.vae), Path(models.flow))
-    if _config(models.vae).get("adaln"):
-        problems.append("model.vae has an adaLN decoder, which needs a condition, and this job has none")
-    if problems:
+    if problems := _pair_problems(Path(models.vae), Path(models.flow)):
         raise InputError("\n".join(problems))
+
+
+def _adaln_problem(config: VAEConfig) -> str:
+    from scldm.generation.decoder_condition import DecoderConditionError, refuse_adaln
+
+    try:
+        refuse_adaln(config, "this job")
+    except DecoderConditionError as error:
+        return f"model.vae: {error}"
+    raise AssertionError("only of an adaLN decoder")
+
+
+def vae_config(folder: str | Path) -> VAEConfig:
+    """Return the settings of the VAE in a model folder."""
+    from scldm.nn.config import VAEConfig
+
+    return VAEConfig.model_validate(_config(folder))
 
 
 def _pair_problems(vae: Path, flow: Path) -> list[str]:

@@ -32,6 +32,7 @@ from scldm.generation.request_table import check_columns, check_guidance, genes_
 if TYPE_CHECKING:
     from pipeline.data.ingest.dataset import IngestedDataset
     from scldm.generation.cell_maker import Recipe
+    from scldm.nn.config import VAEConfig
 
 MAX_CELLS = 10**9
 REQUEST = "request.json"  # in the folder of a generate stage
@@ -207,6 +208,21 @@ def recipe_of(
 
 def settings_of(config: GenerateConfig) -> Settings:
     return Settings(config.sampler.guidance, config.library_size)
+
+
+def vectors_of(config: GenerateConfig, request: Request, vae: VAEConfig) -> np.ndarray | None:
+    """Return the condition vectors of an adaLN decoder, one for each row, (r, d); None for other decoders.
+
+    Raises:
+        InputError: The decoder needs vectors and the job names none, or others than it takes.
+    """
+    from scldm.generation.decoder_condition import DecoderConditionError, decoder_vectors, read_vectors
+
+    try:
+        given = None if config.decoder_condition is None else read_vectors(config.decoder_condition)
+        return decoder_vectors(vae, given, len(request.rows), per="each row of the request")
+    except DecoderConditionError as error:
+        raise DecoderConditionError(f"generate: {error}") from error
 
 
 def values_problems(config: GenerateConfig, request: Request) -> list[str]:

@@ -21,7 +21,7 @@ class Embedder:
     synthetic = False
 
     def __init__(self, spec: ApplierSpec, device: torch.device):
-        self.vae, _ = load_models(spec.models, device)
+        self.vae, _ = load_models(spec.models, device, decodes=False)
         self.vocabulary = self.vae.vocabulary
 
     def __call__(self, tile: Tile) -> TileOutput:

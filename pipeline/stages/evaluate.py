@@ -88,11 +88,17 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
             obs[NO_LABEL] = "all"
     streamed, missing = stream_generated(cells, cell_set(held_out, labels), labels)
     known = ingested.measured_by(held_out.obs_names.astype(np.int64).to_numpy())
-    decoded = decode_cells(loaded, held_out, n_cells=config.reconstruction_cells, measured=known, seed=config.seed)
+    adaln = loaded.vae.config.adaln
+    decoded = (
+        None if adaln
+        else decode_cells(loaded, held_out, n_cells=config.reconstruction_cells, measured=known, seed=config.seed)
+    )  # fmt: skip
     result = evaluate(
         held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded,
         streamed=streamed,
     )  # fmt: skip
+    if adaln:
+        result.notes.append("Left out: reconstruction scores (an adaLN decoder needs condition vectors of real cells).")
     if missing:
         result.notes.append(
             f"{len(missing)} classes of held-out cells were not generated, the first is {class_text(missing[0])}."

@@ -27,7 +27,7 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.export.index import write_index
 from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
-from pipeline.inference.models import check_folders, draws_counts, latent_shape, named_models
+from pipeline.inference.models import check_folders, draws_counts, latent_shape, named_models, vae_config
 from pipeline.inference.progress import JobProgress, clear_hints
 from pipeline.inference.request import (
     n_shards,
@@ -37,11 +37,13 @@ from pipeline.inference.request import (
     record_request,
     resolve_request,
     values_problems,
+    vectors_of,
 )
 from scldm.data.cell_counts import SCALE
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
+from scldm.generation.decoder_condition import vectors_digest
 from scldm.generation.expression_draw import scale_of
 from scldm.generation.request import Request
 from scldm.generation.request_table import genes_to_write
@@ -150,6 +152,7 @@ def _spec(
     if not counts and (problems := values_problems(config, request)):
         raise InputError("\n".join(problems))
     recipe_of(request, config, models.vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
+    vectors = vectors_of(config, request, vae_config(models.vae))
     training = None if models.data is None else models.data.composition("train")
     provenance = {
         "schema_version": SCHEMA_VERSION,
@@ -164,6 +167,7 @@ def _spec(
         "latent_shape": list(models.latent_shape),
         "notes": notes_on(request, training, sizes, config, counts=counts),
         **scale_of("nb" if counts else "gaussian"),
+        **vectors_digest(vectors),
     }
     return GeneratorSpec(
         folder=folder,
@@ -172,6 +176,7 @@ def _spec(
         config=config,
         request=request,
         genes=genes_to_write(config.genes, models.vocabulary),
+        decoder_condition=vectors,
         latent_shape=models.latent_shape,
         threads=threads_per_worker(context.resources),
         prefix=hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8],

@@ -48,6 +48,7 @@ def check_settings(job: JobBase) -> None:
             labels = ingest.labels if isinstance(ingest, IngestConfig) else None
             problems += check_choice(config, labels) or _named_model_problems(config)
             problems += _gaussian_problems(config, configs.get("train_vae"))
+            problems += _decoder_condition_problems(config, configs.get("train_vae"))
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 
@@ -60,8 +61,8 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
     """Return what the models that a job of generation names cannot do."""
     if config.model is None:
         return []
-    from pipeline.inference.models import check_folders, draws_counts, named_models
-    from pipeline.inference.request import read_request, values_problems
+    from pipeline.inference.models import check_folders, draws_counts, named_models, vae_config
+    from pipeline.inference.request import read_request, values_problems, vectors_of
     from scldm.data.vocabulary import Vocabulary
 
     try:
@@ -69,6 +70,7 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
         check_folders(named)
         if config.like is None:  # else the composition is known when ingest is
             request = read_request(config, Vocabulary.load(Path(str(named.flow)) / "vocabulary.json"), {})
+            vectors_of(config, request, vae_config(named.vae))
             return [] if draws_counts(named.vae) else values_problems(config, request)
     except InputError as error:
         return [str(error)]
@@ -86,6 +88,12 @@ def _gaussian_problems(config: GenerateConfig, vae: Any, request: Request | None
     from pipeline.inference.request import values_problems
 
     return values_problems(config, request or Request(()))
+
+
+def _decoder_condition_problems(config: GenerateConfig, vae: Any) -> list[str]:
+    if config.model is not None or config.decoder_condition is None or not isinstance(vae, TrainVaeConfig):
+        return []
+    return ["generate: decoder_condition: the VAE's decoder takes none (adaln is false); leave it out"]
 
 
 def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +36,7 @@ from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
 from scldm.generation.cell_maker import CellMaker, check_pair
+from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln, vectors_digest
 from scldm.generation.expression_draw import expression_problems
 from scldm.generation.real_cells import draw_sparse, latent_log_prob
 from scldm.generation.recipe import generated_obs, recipe_of
@@ -75,8 +77,6 @@ def load(
     if flow is not None:
         found = ModelFolders(found.vae, Path(flow).expanduser())
     vae = load_vae(found.vae, device=device)
-    if vae.vae.config.adaln:
-        raise CheckpointError(f"{found.vae} has an adaLN decoder, whose condition nothing here gives; see scldm.nn.vae")
     pair = None if found.flow is None else load_flow(found.flow, weights=weights, device=device)
     if pair is not None:
         try:
@@ -151,7 +151,7 @@ class Model:
 
     def reconstruct(
         self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
-        max_missing: float = 0.2, mean: bool = False, seed: int = 0,
+        max_missing: float = 0.2, mean: bool = False, seed: int = 0, decoder_condition: Any = None,
     ) -> anndata.AnnData:  # fmt: skip
         """Encode and decode cells: counts drawn from the decoder's negative binomial in X, CSR int32.
 
@@ -159,6 +159,7 @@ class Model:
 
         Args:
             mean: Also store the means in layers["mean"], dense float32: b x g x 4 bytes.
+            decoder_condition: Condition vectors of an adaLN decoder, (d,) for all cells or (b, d).
             seed: Seed of the draw. Other arguments as in `encode`.
 
         >>> model.reconstruct(adata, seed=1).shape
@@ -169,11 +170,15 @@ class Model:
         mean, seed = given.flag("mean", mean), given.seed(seed)
         given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
+        vectors = decoder_vectors(self.vae.vae.config, decoder_condition, adata.n_obs, per="each cell")
         counts, latents, means = [], [], []
         for batch in tiles(self.vae, cells, adata):
+            condition = None if vectors is None else torch.from_numpy(vectors[batch.joinids.cpu().numpy()])
             with torch.inference_mode():
                 z = self.vae.vae.encode(batch)
-                out = self.vae.vae.decode(z, batch.library_size)
+                out = self.vae.vae.decode(
+                    z, batch.library_size, condition=None if condition is None else condition.to(self.device)
+                )
             counts.append(draw_sparse(out, batch.joinids.tolist(), seed=seed))
             latents.append(flat(z))
             if mean:
@@ -206,6 +211,7 @@ class Model:
         ['nll', 'nll_per_gene']
         """
         require_counts_head(self.vae, self.folders)
+        refuse_adaln(self.vae.vae.config, "log_likelihood")
         given = Arguments()
         max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
         flow, seed = given.flag("flow", flow), given.seed(seed)
@@ -235,6 +241,7 @@ class Model:
         self, conditions: Conditions = None, *, n: int | None = None, seed: int = 0,
         guidance: Mapping[str, float] | float | None = None, library_size: float | str = "statistics",
         genes: Sequence[str] | None = None, sampler: SamplerConfig | Mapping[str, Any] | None = None,
+        decoder_condition: Any = None,
     ) -> anndata.AnnData:  # fmt: skip
         """Generate cells under conditions.
 
@@ -248,6 +255,8 @@ class Model:
             library_size: "statistics": drawn from the training cells' statistics of the condition; or one number.
             genes: Ids or names of the genes to keep; the softmax runs over all genes either way.
             sampler: Settings, for example {"solver": "rk4", "steps": 20}.
+            decoder_condition: Condition vectors of an adaLN decoder, (d,) for all cells, or (r, d) for the rows of
+                conditions; other decoders take none.
 
         Returns:
             AnnData as a generate job writes it: X CSR int32, obs with the training categories, obsm["X_scldm"]. X of a
@@ -277,10 +286,14 @@ class Model:
         recipe = recipe_of(
             request, rules, self.vocabulary, self.flow.library_sizes, self.flow.dit.strategy, counts=not gaussian
         )
+        vectors = decoder_vectors(
+            self.vae.vae.config, decoder_condition, len(request.rows), per="each row of the conditions"
+        )
+        recipe = replace(recipe, decoder_condition=vectors)
         maker = CellMaker(self.vae, self.flow, recipe, sampler=settings, seed=seed, genes=kept)
         made = list(maker.cells(0, request.n_cells))
         about = {"kind": "generate", "seed": seed, "sampler": settings.model_dump_json(), "request": request.digest,
-                 "library_size": str(library_size), **digests(self.folders)}  # fmt: skip
+                 "library_size": str(library_size), **digests(self.folders), **vectors_digest(vectors)}  # fmt: skip
         prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         digits = len(str(max(1, request.n_cells - 1)))
         ids = np.arange(request.n_cells, dtype=np.int64)

@@ -26,6 +26,7 @@ from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.flow.config import SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.generation.counter_random import normals
+from scldm.generation.decoder_condition import decoder_vectors
 from scldm.generation.expression_draw import draw_expression
 from scldm.generation.nb_draw import draw_counts
 from scldm.nn.vae import CountDistribution
@@ -44,6 +45,7 @@ class Recipe:
     scale: Mapping[str, np.ndarray]  # label (or JOINT) -> guidance scale (r,)
     log_mean: np.ndarray  # (r,) of log(library size)
     log_sd: np.ndarray  # (r,); 0: the same library size for all cells of the row
+    decoder_condition: np.ndarray | None = None  # (r, d) of an adaLN decoder
 
     @property
     def n_cells(self) -> int:
@@ -121,6 +123,7 @@ class CellMaker:
         pool: ThreadPoolExecutor | None = None,
     ):
         check_pair(vae, flow)
+        decoder_vectors(vae.vae.config, recipe.decoder_condition, len(recipe.stops), per="each row of the request")
         self.vae, self.flow, self.recipe, self.sampler = vae, flow, recipe, sampler
         self.seed, self.genes, self.pool = seed, genes, pool
         self.device = next(vae.vae.parameters()).device
@@ -153,7 +156,10 @@ class CellMaker:
     def decode(self, ids: np.ndarray, z: Tensor, kept: slice) -> DecodedTile:
         """Decode a tile to means and dispersions; returns the cells of `kept`."""
         size = self.library_sizes(ids)
-        decoded = self.vae.vae.decode(z, torch.from_numpy(size).to(self.device))
+        condition = self.recipe.decoder_condition
+        if condition is not None:
+            condition = torch.from_numpy(condition[self.recipe.rows(ids)]).to(self.device)
+        decoded = self.vae.vae.decode(z, torch.from_numpy(size).to(self.device), condition=condition)
         mu, theta = decoded.mu[kept].cpu(), None
         if not torch.isfinite(mu).all():
             bad = ids[kept][~torch.isfinite(mu).all(1).numpy()].tolist()

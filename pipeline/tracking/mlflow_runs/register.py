@@ -140,8 +140,11 @@ def _digest(models: ModelFolders) -> str:
 
     try:  # a model that cannot be loaded must not be registered
         from scldm.generation.cell_maker import check_pair
+        from scldm.generation.decoder_condition import refuse_adaln
 
-        check_pair(load_vae(models.vae), load_flow(models.flow))
+        vae = load_vae(models.vae)
+        check_pair(vae, load_flow(models.flow))
+        refuse_adaln(vae.vae.config, "a registered model")
     except (CheckpointError, ValueError, OSError) as error:
         raise InputError(f"these models cannot be used and are not registered: {error}") from error
     return f"{folder_digest(models.vae)[:32]}-{folder_digest(models.flow)[:32]}"

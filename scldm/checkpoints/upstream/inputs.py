@@ -173,7 +173,7 @@ def _size_factors(
         by_id = saved.get("condition_strategy") != "joint"
         sources["size factors"] = SAVED
         return SizeFactors(*(named_factors(_table(t, SAVED), classes, by_id=by_id) for t in tables))
-    if settings.kind == "ldm":
+    if settings.kind == "ldm" and settings.vae.head != "gaussian":  # which draws no counts
         missing.append(
             "size factors (library sizes of generated cells): --size-factors-mu FILE --size-factors-sd FILE, or"
             " --no-size-factors for a model that draws none"
