@@ -33,12 +33,20 @@ class StartConfig(StrictModel):
     blocks or input of a flow."""
     lora: LoraConfig | None = None
     """Train low-rank adapters, and what is new, in place of all weights; they are merged at the end."""
+    old_learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Learning rate of all that is taken over, relative to that of what is new: new genes, new classes, another head,
+    adapters. Rows of one table may differ. Null: the same for all."""
 
     @model_validator(mode="after")
     def _keeps_parts_in_one_way(self) -> Self:
         if self.lora is not None and self.freeze:
             raise ValueError("lora keeps all weights that are taken over, and freeze says nothing more; leave one out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before this setting existed."""
+        return _without_unset(to_dict(self), ("old_learning_rate",))
 
 
 class StartVaeConfig(StartConfig):

@@ -151,7 +151,7 @@ def _spec(
     ):
         raise InputError("\n".join(f"generate: {problem}" for problem in found))
     recipe_of(request, config, models.vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
-    training = None if models.data is None else models.data.composition("train")
+    training = None if models.data is None else models.data.composition("train", replayed=True)
     provenance = {
         "schema_version": SCHEMA_VERSION,
         "vae": folder_digest(models.vae),

@@ -41,6 +41,10 @@ def check_settings(job: JobBase) -> None:
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
             problems += _cautious_problems(train, job.resources, where)
             problems += _adapter_problems(config, where)
+        if isinstance(config, IngestConfig) and config.replay is not None and config.replay.model is not None:
+            from pipeline.inference.replay import old_model_problems
+
+            problems += old_model_problems(config.replay.model)
         if isinstance(config, GenerateConfig):
             from pipeline.inference.request import check_choice
 

@@ -192,6 +192,19 @@ def adapters_and_zero_3(case: Case) -> None:
     done("validate", job, setting(refused("validate", job), "train.zero_stage"))
 
 
+@follows("pipeline/inference/replay.py: name real cells in ingest.replay.pipeline or ingest.replay.source")
+def old_cells_of_a_model_without_counts(case: Case) -> None:
+    from helpers.models.small_models import CELL_TYPES, write_flow, write_vae
+
+    write_vae(case.folder / "old/vae", head="gaussian")
+    write_flow(case.folder / "old/flow", CELL_TYPES)
+    job = pipeline(case, ingest={"source": SYNTHETIC, "replay": {"model": str(case.folder / "old")}})
+    said = refused("validate", job)
+    named(said, "ingest.replay.pipeline")
+    given = f"{named(said, 'ingest.replay.source')}={{type: synthetic, n_cells: 60, n_genes: 20, seed: 1}}"
+    done("validate", job, "ingest.replay.model=null", given)
+
+
 @follows(
     "pipeline/config/io/named_models.py: {}: {}: false uses a trained model as it is",
     "pipeline/config/io/named_models.py: {} names a trained model; to use it as it is",

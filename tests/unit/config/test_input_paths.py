@@ -69,6 +69,11 @@ def test_the_declared_inputs_are_these():
         "source.uri",
         "genes.vocabulary",
         "split.held_out.table",
+        "replay.pipeline",
+        "replay.model",
+        "replay.source.path",
+        "replay.source.obs",
+        "replay.source.uri",
     }
     assert declared(STAGE_CONFIGS["perturb"]) >= {"model.vae", "model.flow", "source.path", "source.obs"}
 
