@@ -28,6 +28,7 @@ from scldm.api.folders import find_model, is_remote
 from scldm.errors import InputError
 
 VOCABULARY = "vocabulary.json"
+LIBRARY_SIZE = "library_size.json"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,14 @@ class IngestedCells(InputPath):
         return InputContent(setting, value, {"ingest": f"{found.version} {found.facts.get('digest', '')}"})
 
 
+class LibrarySizeFile(InputPath):
+    """Statistics of library sizes, or cells that have some."""
+
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
+        path = library_size_file(value)
+        return InputContent(setting, value, {path.name: content_digest(path)}, names_count=False)
+
+
 class H5adFiles(InputPath):
     """`.h5ad` files: one, a folder or a glob pattern. With several, their names become data sets."""
 
@@ -181,13 +190,36 @@ def ingest_of(name: str) -> Manifest:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError
-    found = read_manifest(folder) or newest_manifest(folder, "ingest") or newest_manifest(folder.parent, folder.name)
-    if found is None or found.stage != "ingest":
-        raise InputError(
-            f"{name} is {'a stage ' + found.stage if found else 'no pipeline'}, and has no finished ingest; name the "
-            "folder of a pipeline (runs/census) or of its ingest"
-        )
+    if (found := find_ingest(folder)) is None:
+        raise InputError(f"{name} has no finished ingest; name the folder of a pipeline (runs/census) or of its ingest")
     return found
+
+
+def find_ingest(folder: Path) -> Manifest | None:
+    """Return the newest ingest of a pipeline or of the stage, or that of a version; None for another folder."""
+    found = read_manifest(folder) or newest_manifest(folder, "ingest") or newest_manifest(folder.parent, folder.name)
+    return found if found is not None and found.stage == "ingest" else None
+
+
+def library_size_file(name: str) -> Path:
+    """Return the file that generate.library_size.of names: an `.h5ad` file, or the statistics of an ingest or a model.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        InputError: Something else is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in (".json", ".h5ad"):
+            raise InputError(f"{name} is neither an .h5ad file of counts nor a library_size.json; name one of them")
+        return path
+    if not path.is_dir() and not is_remote(name):
+        raise FileNotFoundError
+    if (path / LIBRARY_SIZE).is_file():
+        return path / LIBRARY_SIZE
+    if (ingest := find_ingest(path)) is not None:
+        return Path(ingest.folder) / LIBRARY_SIZE
+    return find_model(name, "vae") / LIBRARY_SIZE
 
 
 def vocabulary_file(name: str) -> Path:
@@ -235,6 +267,9 @@ VaeName = Annotated[PathText, ModelName(_MODEL, "model.vae", "vae")]
 FlowName = Annotated[PathText, ModelName(_MODEL, "model.flow", "flow")]
 PretrainedVae = Annotated[PathText, ModelName(_MODEL, "pretrained.vae", "vae")]
 StartVae = Annotated[PathText, ModelName(_MODEL, "start_from.vae", "vae")]
+LibrarySizePlace = Annotated[
+    PathText, LibrarySizeFile("a pipeline, an ingest or a model, or an .h5ad file of counts", "library_size")
+]
 OldModels = Annotated[PathText, ModelPair(_MODEL, "replay.model")]
 OldCells = Annotated[PathText, IngestedCells("the folder of a pipeline with a finished ingest", "replay.pipeline")]
 StartFlow = Annotated[PathText, ModelName(_MODEL, "start_from.flow", "flow")]

@@ -18,6 +18,7 @@ from pipeline.config.job import (
     TrainVaeConfig,
     stage_configs,
 )
+from pipeline.config.stages import LibrarySizesOf
 from pipeline.core.manifest import Manifest
 from scldm.errors import InputError
 from scldm.generation.request import Request
@@ -51,6 +52,10 @@ def check_settings(job: JobBase) -> None:
             ingest = configs.get("ingest") if config.model is None else None  # which decides the model's labels
             labels = ingest.labels if isinstance(ingest, IngestConfig) else None
             problems += check_choice(config, labels) or _named_model_problems(config)
+            if isinstance(config.library_size, LibrarySizesOf) and config.model is None:
+                from pipeline.data.library_sizes import library_size_problems
+
+                problems += library_size_problems(config.library_size.of, None)
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 
@@ -63,18 +68,26 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
     """Return what the models that a job of generation names cannot do."""
     if config.model is None:
         return []
-    from pipeline.inference.models import check_folders, named_models
+    from pipeline.data.library_sizes import library_size_problems
+    from pipeline.inference.models import check_folders, draws_counts, named_models
     from pipeline.inference.request import read_request
     from scldm.data.vocabulary import Vocabulary
 
     try:
         named = named_models(config.model, weights=config.sampler.weights)
         check_folders(named)
+        vocabulary = Vocabulary.load(Path(str(named.flow)) / "vocabulary.json")
         if config.like is None:  # else the composition is known when ingest is
-            read_request(config, Vocabulary.load(Path(str(named.flow)) / "vocabulary.json"), {})
+            read_request(config, vocabulary, {})
     except InputError as error:
         return [str(error)]
-    return []
+    if not isinstance(config.library_size, LibrarySizesOf):
+        return []
+    if not draws_counts(named.vae):
+        return [
+            f"generate.library_size.of: {config.model.vae} has a gaussian head, which draws no counts; leave it out"
+        ]
+    return library_size_problems(config.library_size.of, vocabulary)
 
 
 def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:

@@ -60,7 +60,7 @@ def test_the_declared_inputs_are_these():
     def declared(model):
         return {path for path, annotation, metadata in text_settings(model) if mark_of(annotation, metadata)}
 
-    assert declared(GenerateConfig) == {"conditions", "genes", "model.vae", "model.flow"}
+    assert declared(GenerateConfig) == {"conditions", "genes", "model.vae", "model.flow", "library_size.of"}
     assert declared(TrainVaeConfig) == {"train.deepspeed", "pretrained", "start_from.model"}
     assert declared(TrainFlowConfig) == {"train.deepspeed", "start_from.model"}
     assert declared(IngestConfig) == {

@@ -264,7 +264,7 @@ def test_a_pipeline_is_named_by_its_folder_its_ingest_or_a_version(tmp_path, cen
     with pytest.raises(InputError, match="no such file; expected the folder of a pipeline"):
         content("runs/nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="is no pipeline, and has no finished ingest"):
+    with pytest.raises(InputError, match="empty has no finished ingest; name the folder of a pipeline"):
         content("empty")
 
 
