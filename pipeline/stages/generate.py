@@ -142,7 +142,7 @@ def _library_sizes(config: GenerateConfig, models: _Models) -> tuple[LibrarySize
     """Return the statistics that library sizes are drawn from, and in words where they are from."""
     if not isinstance(config.library_size, LibrarySizesOf):
         return LibrarySizes.load(models.flow / "library_size.json"), str(config.library_size)
-    from pipeline.data.library_sizes import read_library_sizes
+    from pipeline.data.sources.library_sizes import read_library_sizes
 
     place = config.library_size.of
     sizes = read_library_sizes(place, models.vocabulary)

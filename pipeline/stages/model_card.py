@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -26,6 +27,7 @@ def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -
         "Architecture: Palla et al., arXiv 2511.02986. Genes and classes by name: `vocabulary.json`.",
         "",
         f"* data: {plain_line(ingest.get('source', 'not stated'))} (digest {str(ingest.get('digest', ''))[:12]})",
+        *_old_cells(ingest),
         f"* cells: {ingest['n_cells']}; genes: {ingest['n_genes']}; labels: {labels}",
         *(f"* input {name}: {m.version}" for name, m in inputs.items()),
         "",
@@ -37,3 +39,10 @@ def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -
         "",
     ]
     return "\n".join(lines)
+
+
+def _old_cells(ingest: Mapping[str, Any]) -> list[str]:
+    """Return the line about old cells among the training cells, if there are any."""
+    if (replay := ingest.get("replay")) is None:
+        return []
+    return [f"* of the training cells, {replay['n_cells']} are old ones: {plain_line(replay['source'])}"]

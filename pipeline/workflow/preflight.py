@@ -53,7 +53,7 @@ def check_settings(job: JobBase) -> None:
             labels = ingest.labels if isinstance(ingest, IngestConfig) else None
             problems += check_choice(config, labels) or _named_model_problems(config)
             if isinstance(config.library_size, LibrarySizesOf) and config.model is None:
-                from pipeline.data.library_sizes import library_size_problems
+                from pipeline.data.sources.library_sizes import library_size_problems
 
                 problems += library_size_problems(config.library_size.of, None)
         if isinstance(config, RealCellsConfig):
@@ -68,7 +68,7 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
     """Return what the models that a job of generation names cannot do."""
     if config.model is None:
         return []
-    from pipeline.data.library_sizes import library_size_problems
+    from pipeline.data.sources.library_sizes import library_size_problems
     from pipeline.inference.models import check_folders, draws_counts, named_models
     from pipeline.inference.request import read_request
     from scldm.data.vocabulary import Vocabulary

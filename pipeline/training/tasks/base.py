@@ -49,7 +49,7 @@ def training_facts(result: TrainingResult, weights: str, module: nn.Module) -> d
         "exported": {"weights": weights, "step": result.exported_step},
         "checkpoint": str(Path("checkpoints") / result.checkpoint.name),
         "steps": result.steps,
-        **_parameters(module),
+        **parameter_facts(module),
         "metrics": result.metrics,
     }
     for callback in result.callbacks:
@@ -57,7 +57,7 @@ def training_facts(result: TrainingResult, weights: str, module: nn.Module) -> d
     return facts
 
 
-def _parameters(module: nn.Module) -> dict[str, int]:
+def parameter_facts(module: nn.Module) -> dict[str, int]:
     """Return n_parameters, of the network without adapters, and n_trained if something is not trained."""
     named = dict(module.named_parameters())
     trained = [p for p in named.values() if p.requires_grad]

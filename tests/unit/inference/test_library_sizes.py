@@ -15,7 +15,7 @@ from helpers.stages.generation_case import generate, write_inputs
 from pipeline.config.input_paths import input_contents
 from pipeline.config.job import GenerateConfig
 from pipeline.core.manifest import Manifest, write_manifest
-from pipeline.data.library_sizes import library_size_problems, read_library_sizes
+from pipeline.data.sources.library_sizes import library_size_problems, read_library_sizes
 from pipeline.workflow.preflight import check_settings
 from scldm.data.library_size import LibrarySizes
 from scldm.errors import InputError
