@@ -22,7 +22,7 @@ import pandas as pd
 from pipeline.config.ingest import ReplayConfig, Source
 from pipeline.config.job import CensusSource, IngestConfig
 from pipeline.core.manifest import Manifest
-from pipeline.data.ingest.copies import hashes_of
+from pipeline.data.ingest.copies import LARGE, hashes_of
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.filters import find_values, value_filter
 from pipeline.data.ingest.genes import LACKING, gene_lut, places_of
@@ -160,53 +160,55 @@ def replay(old: OldCells, new: NewCells, config: IngestConfig) -> Replayed:
     rows = np.flatnonzero(eligible)
     _require_some(len(rows))
     rows = rows[_drawn(old.cells["soma_joinid"].to_numpy()[rows], new.n_train, config.replay, store.tile)]
-    lut = gene_lut(pd.DataFrame({"soma_joinid": places}), store.shape[1])
     ids = old.cells["soma_joinid"].to_numpy()[rows]
+    lut = gene_lut(pd.DataFrame({"soma_joinid": places}), store.shape[1])
     stats, _ = count_statistics(store, ids, np.ones(len(ids), bool), lut, len(places))
-    copies = _copies_of_held_out(store, ids, places, new)
-    kept = (stats.library_size > 0) & ~copies
-    if n := int(copies.sum()):
-        notes.append(f"{n:,} old cells have exactly the counts of a held-out cell, and are not replayed.")
+    kept = (stats.library_size > 0) & ~_copies_of_held_out(store, ids, places, new, notes)
     if n := int((stats.library_size <= 0).sum()):
         notes.append(f"{n:,} old cells have no counts in the vocabulary, and are not replayed.")
     _require_some(int(kept.sum()))
-    presence = _presence(old, rows, places, config).of_cells(np.flatnonzero(kept))
-    rows, start = rows[kept], _after(new.store)
-    labels = pd.DataFrame(
-        {x: old.cells[x].to_numpy(object)[rows] if x in old.cells else np.full(len(rows), None) for x in config.labels}
+    start = _after(new.store)
+    counted = {"library_size": stats.library_size[kept], "n_expressed": stats.n_expressed[kept]}
+    return Replayed(
+        pd.DataFrame({"soma_joinid": ids[kept] + start, **counted}),
+        _labels(old, rows[kept], config.labels, notes),
+        places,
+        _presence(old, rows[kept], places, config, notes),
+        _facts(old, int(kept.sum()), new.n_train, config.replay.seed) | {"start": start},
+        stats.content,
+        notes,
     )
-    cells = pd.DataFrame(
-        {
-            "soma_joinid": ids[kept] + start,
-            "library_size": stats.library_size[kept],
-            "n_expressed": stats.n_expressed[kept],
-        }
-    )
-    lacking = int((places == LACKING).sum())
-    if lacking:
-        notes.append(f"{lacking} of {len(places)} genes were not measured in the old cells; they do not count there.")
+
+
+def _labels(old: OldCells, rows: np.ndarray, names: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    """Return the classes of the drawn cells; a label that they lack is None in all."""
+    lacking = np.full(len(rows), None)
+    labels = pd.DataFrame({x: old.cells[x].to_numpy(object)[rows] if x in old.cells else lacking for x in names})
     notes += [
         f"{int(labels[x].isna().sum()):,} old cells have no {x}: they are trained on without it."
-        for x in config.labels
+        for x in names
         if labels[x].isna().any()
     ]
-    facts = {
+    return labels
+
+
+def _facts(old: OldCells, n: int, n_train: int, seed: int) -> dict[str, Any]:
+    """Return how many cells are replayed, where they are from, and how they are read."""
+    store = old.opened.store
+    return {
         "source": old.opened.description,
-        "n_cells": len(rows),
-        "share": round(len(rows) / (len(rows) + new.n_train), 6),
-        "seed": config.replay.seed,
-        "genes_measured": len(places) - lacking,
+        "n_cells": n,
+        "share": round(n / (n + n_train), 6),
+        "seed": seed,
         "soma_uri": old.opened.uri,
         "tiledb_config": dict(store.tiledb_config),
         "measurement": store.measurement,
         "layer": store.layer,
         "seen_at": store.seen_at,
         "n_genes_source": store.shape[1],
-        "start": start,
         "genes": GENES,
         **{k: v for k, v in old.opened.facts.items() if k == "census_version"},
     }
-    return Replayed(cells, labels, places, presence, facts, stats.content, notes)
 
 
 def old_cells_beside(n_train: int, share: float) -> int:
@@ -256,23 +258,33 @@ def _require_genes(places: np.ndarray, genes: pd.DataFrame, old: OldCells, match
         )
 
 
-def _copies_of_held_out(store: SomaStore, ids: np.ndarray, places: np.ndarray, new: NewCells) -> np.ndarray:
+def _copies_of_held_out(
+    store: SomaStore, ids: np.ndarray, places: np.ndarray, new: NewCells, notes: list[str]
+) -> np.ndarray:
     """Return which old cells have the counts of a held-out cell in the genes that both stores have, bool (n,)."""
-    shared = (places != LACKING) & (new.genes["soma_joinid"].to_numpy() != LACKING)
-    luts = [
-        gene_lut(pd.DataFrame({"soma_joinid": np.where(shared, joinids, LACKING)}), s.shape[1])
-        for s, joinids in ((store, places), (new.store, new.genes["soma_joinid"].to_numpy()))
-    ]
+    none = np.zeros(len(ids), bool)
     if not len(new.held_out):
-        return np.zeros(len(ids), bool)
-    hashes, n_genes = hashes_of(store, ids, luts[0])
-    held_out, _ = hashes_of(new.store, new.held_out, luts[1])
+        return none
+    if len(new.held_out) > LARGE:
+        notes.append(f"Old cells were not compared with the {len(new.held_out):,} held-out cells: there are too many.")
+        return none
+    own = new.genes["soma_joinid"].to_numpy()
+    shared = (places != LACKING) & (own != LACKING)
+    (hashes, n_genes), (held_out, _) = (
+        hashes_of(s, cells, gene_lut(pd.DataFrame({"soma_joinid": np.where(shared, genes, LACKING)}), s.shape[1]))
+        for s, cells, genes in ((store, ids, places), (new.store, new.held_out, own))
+    )
     known = {tuple(h) for h in held_out.tolist()}
-    return np.array([tuple(h) in known for h in hashes.tolist()], bool) & (n_genes >= MIN_GENES)
+    copies = np.array([tuple(h) in known for h in hashes.tolist()], bool) & (n_genes >= MIN_GENES)
+    if n := int(copies.sum()):
+        notes.append(f"{n:,} old cells have exactly the counts of a held-out cell, and are not replayed.")
+    return copies
 
 
-def _presence(old: OldCells, rows: np.ndarray, places: np.ndarray, config: IngestConfig) -> Presence:
+def _presence(old: OldCells, rows: np.ndarray, places: np.ndarray, config: IngestConfig, notes: list[str]) -> Presence:
     """Return the genes of the vocabulary that the drawn cells measured; a gene that the store lacks was not."""
+    if lacking := int((places == LACKING).sum()):
+        notes.append(f"{lacking} of {len(places)} genes were not measured in the old cells; they do not count there.")
     if old.measured is not None:
         return old.measured.of_cells(rows).of_genes(places)
     cells = old.cells.iloc[rows]
