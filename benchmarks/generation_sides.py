@@ -122,7 +122,8 @@ def our_actor(pair: Pair, n_cells: int, sampler: SamplerConfig, shard_size: int 
     rows = (RequestRow({LABEL.name: c}, n) for c, n in zip(LABEL.classes, counts, strict=True))
     return Generator(GeneratorSpec(
         folder=folder, vae=pair.folder / "vae", flow=pair.folder / "flow", config=config, request=Request(tuple(rows)),
-        genes=None, threads=torch.get_num_threads(), latent_shape=(tokens, width), prefix="x", digits=9,
+        genes=None, threads=torch.get_num_threads(), latent_shape=(tokens, width),
+        library_sizes=LibrarySizes.load(pair.folder / "flow" / "library_size.json"), prefix="x", digits=9,
         provenance={"schema_version": 2}, run=str(time.time_ns()), fault="",
     ))  # fmt: skip
 

@@ -15,7 +15,16 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config.input_paths import BarcodeTable, GeneVocabulary, H5adPath, HeldOutTable, SomaUri, TenxPath
+from pipeline.config.input_paths import (
+    BarcodeTable,
+    GeneVocabulary,
+    H5adPath,
+    HeldOutTable,
+    OldCells,
+    OldModels,
+    SomaUri,
+    TenxPath,
+)
 from pipeline.config.paths.expand import PathText
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
@@ -254,6 +263,42 @@ class SplitConfig(StrictModel):
         return self
 
 
+class ReplayConfig(StrictModel):
+    """Old cells among the training cells, so that a model that is trained on does not forget them.
+
+    They are in no other split, and neither statistics nor `like: train` count them. Their classes are added to those of
+    the labels; a label that they lack is the null class.
+    """
+
+    pipeline: OldCells | None = None
+    """The pipeline that the model was trained in (runs/census), or its ingest: old cells are its training cells."""
+    source: Source | None = None
+    """Or: a source of old cells, as ingest.source. All of its cells may be taken, also those that another pipeline
+    holds out."""
+    model: OldModels | None = None
+    """Or: the old model, a VAE and a flow under one name (runs/census, models/census), which generates the old cells at
+    the composition of its training cells. It must have a count head."""
+    share: float = Field(0.2, gt=0, lt=1)
+    """Fraction of old cells among the training cells, and so of an epoch; in a step it varies as the share of a
+    class does."""
+    cells: CellsConfig = CellsConfig()
+    """Which cells of `source`, as ingest.cells."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the choice of old cells, or of the generated cells."""
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> ReplayConfig:
+        given = [name for name in ("pipeline", "source", "model") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "old cells come from one of pipeline (its training cells), source, or model (which generates them); "
+                f"got {' and '.join(given) or 'none'}"
+            )
+        if self.cells.conditions() and self.source is None:
+            raise ValueError("cells chooses cells of source, and old cells come from another place; leave it out")
+        return self
+
+
 class IngestConfig(StrictModel):
     """Vocabularies, split and statistics of a source; the counts stay in SOMA."""
 
@@ -276,6 +321,8 @@ class IngestConfig(StrictModel):
     text. [] keeps them as classes; add "None" or "NA" if these are no classes in your data."""
     genes: GenesConfig = GenesConfig()
     split: SplitConfig = SplitConfig()
+    replay: ReplayConfig | None = None
+    """Old cells that are trained on beside those of the source, for train_vae.start_from and train_flow.start_from."""
     cache: bool | PathText | None = None
     """A cache that all cells are written to once, as sparse shards, and that every epoch of every job reads, in the
     same order and with the same batches: true for <output>/cache, or a folder that every node sees. Worthwhile from the
@@ -302,8 +349,10 @@ class IngestConfig(StrictModel):
 
     @model_serializer(mode="wrap")
     def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `missing_text` if it is the default, so that the versions of folders of 0.1.0 stay theirs."""
+        """Leave out settings that 0.1.0 did not have and that are not set: the versions of its folders stay theirs."""
         settings = plain(self)
         if self.missing_text == MISSING_TEXT:
             settings.pop("missing_text", None)
+        if self.replay is None:
+            settings.pop("replay", None)
         return settings

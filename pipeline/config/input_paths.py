@@ -23,10 +23,12 @@ from pydantic import BaseModel
 from pipeline.config.paths.cell_files import h5ad_files, soma_writes, tenx_files, tenx_outputs
 from pipeline.config.paths.expand import PathText
 from pipeline.core.digests import content_digest
+from pipeline.core.manifest import Manifest, newest_manifest, read_manifest
 from scldm.api.folders import find_model, is_remote
 from scldm.errors import InputError
 
 VOCABULARY = "vocabulary.json"
+LIBRARY_SIZE = "library_size.json"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,31 @@ class ModelName(InputPath):
         return InputContent(setting, value, digests, version_0_1=before.hexdigest())
 
 
+class ModelPair(InputPath):
+    """A VAE and its flow under one name."""
+
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
+        kinds: tuple[Literal["vae", "flow"], ...] = ("vae", "flow")
+        parts = {k: ModelName(self.expected, self.key, k).content(setting, value, owner) for k in kinds}
+        return InputContent(setting, value, {f"{k}/{n}": d for k, c in parts.items() if c for n, d in c.files.items()})
+
+
+class IngestedCells(InputPath):
+    """A finished ingest: a pipeline's newest, the newest of a stage, or one version."""
+
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
+        found = ingest_of(value)
+        return InputContent(setting, value, {"ingest": f"{found.version} {found.facts.get('digest', '')}"})
+
+
+class LibrarySizeFile(InputPath):
+    """Statistics of library sizes, or cells that have some."""
+
+    def content(self, setting: str, value: str, owner: BaseModel) -> InputContent | None:
+        path = library_size_file(value)
+        return InputContent(setting, value, {path.name: content_digest(path)}, names_count=False)
+
+
 class H5adFiles(InputPath):
     """`.h5ad` files: one, a folder or a glob pattern. With several, their names become data sets."""
 
@@ -151,6 +178,48 @@ class SomaExperiment(InputPath):
         digests = {array: hashlib.sha256(text.encode()).hexdigest() for array, text in names.items()}
         changed_at = max(e.changed_at for entries in writes.values() for e in entries)
         return InputContent(setting, value, digests, changed_at=changed_at, known_to_0_1=False)
+
+
+def ingest_of(name: str) -> Manifest:
+    """Return the manifest of the ingest that a path names: a pipeline, its ingest, or one version of it.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        InputError: Something else is there.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError
+    if (found := find_ingest(folder)) is None:
+        raise InputError(f"{name} has no finished ingest; name the folder of a pipeline (runs/census) or of its ingest")
+    return found
+
+
+def find_ingest(folder: Path) -> Manifest | None:
+    """Return the newest ingest of a pipeline or of the stage, or that of a version; None for another folder."""
+    found = read_manifest(folder) or newest_manifest(folder, "ingest") or newest_manifest(folder.parent, folder.name)
+    return found if found is not None and found.stage == "ingest" else None
+
+
+def library_size_file(name: str) -> Path:
+    """Return the file that generate.library_size.of names: an `.h5ad` file, or the statistics of an ingest or a model.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        InputError: Something else is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in (".json", ".h5ad"):
+            raise InputError(f"{name} is neither an .h5ad file of counts nor a library_size.json; name one of them")
+        return path
+    if not path.is_dir() and not is_remote(name):
+        raise FileNotFoundError
+    if (path / LIBRARY_SIZE).is_file():
+        return path / LIBRARY_SIZE
+    if (ingest := find_ingest(path)) is not None:
+        return Path(ingest.folder) / LIBRARY_SIZE
+    return find_model(name, "vae") / LIBRARY_SIZE
 
 
 def vocabulary_file(name: str) -> Path:
@@ -199,6 +268,11 @@ VaeName = Annotated[PathText, ModelName(_MODEL, "model.vae", "vae")]
 FlowName = Annotated[PathText, ModelName(_MODEL, "model.flow", "flow")]
 PretrainedVae = Annotated[PathText, ModelName(_MODEL, "pretrained.vae", "vae")]
 StartVae = Annotated[PathText, ModelName(_MODEL, "start_from.vae", "vae")]
+LibrarySizePlace = Annotated[
+    PathText, LibrarySizeFile("a pipeline, an ingest or a model, or an .h5ad file of counts", "library_size")
+]
+OldModels = Annotated[PathText, ModelPair(_MODEL, "replay.model")]
+OldCells = Annotated[PathText, IngestedCells("the folder of a pipeline with a finished ingest", "replay.pipeline")]
 StartFlow = Annotated[PathText, ModelName(_MODEL, "start_from.flow", "flow")]
 
 
@@ -228,10 +302,15 @@ def input_contents(config: BaseModel, *, where: str = "") -> dict[str, InputCont
             problems.append(f"{where}{path}: {error}")
         else:
             if content is not None:
-                found[mark.key] = content
+                found[_key(mark, path)] = content
     if problems:
         raise InputError("\n".join(problems))
     return found
+
+
+def _key(mark: InputPath, path: str) -> str:
+    """Return the key of an input: old cells of ingest.replay may have a source beside that of the new cells."""
+    return path if path.startswith("replay.") else mark.key
 
 
 def settings_without_paths(config: BaseModel, contents: Mapping[str, InputContent]) -> dict[str, Any]:

@@ -16,7 +16,15 @@ from pydantic import (
 
 from pipeline.config.apply import ModelNames
 from pipeline.config.ingest import ClassName
-from pipeline.config.input_paths import ConditionsTable, GeneFile, PretrainedVae, StartFlow, StartVae, VectorFile
+from pipeline.config.input_paths import (
+    ConditionsTable,
+    GeneFile,
+    LibrarySizePlace,
+    PretrainedVae,
+    StartFlow,
+    StartVae,
+    VectorFile,
+)
 from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
 from scldm.flow.config import PathConfig, SamplerConfig
@@ -33,12 +41,20 @@ class StartConfig(StrictModel):
     blocks or input of a flow."""
     lora: LoraConfig | None = None
     """Train low-rank adapters, and what is new, in place of all weights; they are merged at the end."""
+    old_learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Learning rate of all that is taken over, relative to that of what is new: new genes, new classes, another head,
+    adapters. Rows of one table may differ. Null: the same for all."""
 
     @model_validator(mode="after")
     def _keeps_parts_in_one_way(self) -> Self:
         if self.lora is not None and self.freeze:
             raise ValueError("lora keeps all weights that are taken over, and freeze says nothing more; leave one out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before this setting existed."""
+        return _without_unset(to_dict(self), ("old_learning_rate",))
 
 
 class StartVaeConfig(StartConfig):
@@ -170,6 +186,14 @@ class TrainFlowConfig(StrictModel):
         return self
 
 
+class LibrarySizesOf(StrictModel):
+    """Statistics of library sizes of other cells than those that the model was trained on."""
+
+    of: LibrarySizePlace
+    """A pipeline or its ingest (runs/mine: its training cells), a model, or an .h5ad file whose X holds counts: all of
+    its cells, over the genes of the model; obs columns that are called as its labels give conditions."""
+
+
 class GenerateConfig(StrictModel):
     """Which cells are generated, and how."""
 
@@ -188,9 +212,10 @@ class GenerateConfig(StrictModel):
     """Cells with the label composition of this split: as many of each combination as it has."""
     n_cells: PositiveInt | None = None
     """With `like`: the total number of cells, at the same composition. Alone: the number of unconditional cells."""
-    library_size: Literal["statistics"] | PositiveFloat = "statistics"
+    library_size: Literal["statistics"] | PositiveFloat | LibrarySizesOf = "statistics"
     """Sum of counts of a generated cell: drawn from the statistics of the training cells with the same condition (its
-    combination of labels, else the label with most cells, else all cells), or one number for all cells."""
+    combination of labels, else the label with most cells, else all cells), or of other cells ({of: runs/mine}), or one
+    number for all cells."""
     genes: list[str] | GeneFile | None = None
     """Genes to write: ids or names, or a text file with one on each line. All genes are decoded either way, so the
     counts of a gene do not depend on which others are written."""

@@ -25,6 +25,7 @@ from pipeline.inference.cell_shards import CELLS, shard_name
 from pipeline.inference.progress import ShardProgress, count_attempt
 from pipeline.inference.request import recipe_of, settings_of
 from pipeline.inference.shard_writer import ShardFile
+from scldm.data.library_size import LibrarySizes
 from scldm.generation.recipe import generated_obs, genes_table
 from scldm.generation.request import Request
 
@@ -56,6 +57,7 @@ class GeneratorSpec:
     genes: np.ndarray | None  # ids of the genes to write, increasing; None: all
     latent_shape: tuple[int, int]  # tokens, width
     threads: int  # of torch, and for drawing counts
+    library_sizes: LibrarySizes
     prefix: str  # of obs names
     digits: int  # of the number in obs names
     provenance: dict[str, Any]  # uns["scldm"] of every shard
@@ -82,7 +84,7 @@ class Generator:
         self.vocabulary = flow.vocabulary
         self.draws_counts = vae.vae.config.head != "gaussian"
         recipe = recipe_of(
-            spec.request, self.config, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=self.draws_counts
+            spec.request, self.config, flow.vocabulary, spec.library_sizes, flow.dit.strategy, counts=self.draws_counts
         )
         recipe = replace(recipe, decoder_condition=spec.decoder_condition)
         self.genes = np.arange(flow.vocabulary.n_genes) if spec.genes is None else spec.genes

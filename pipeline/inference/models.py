@@ -14,6 +14,7 @@ from pipeline.config.context import StageContext
 from scldm.api.folders import Weights, find_model, is_remote
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
+from scldm.generation.pair import pair_problems
 
 if TYPE_CHECKING:
     import torch
@@ -165,13 +166,13 @@ def vae_config(folder: str | Path) -> VAEConfig:
 
 
 def _pair_problems(vae: Path, flow: Path) -> list[str]:
-    problems = []
-    about = json.loads((flow / "config.json").read_text())
-    if latent_shape(vae) != tuple(about["latent_shape"]):
-        problems.append(f"the VAE's latents are {latent_shape(vae)}, the flow's {tuple(about['latent_shape'])}")
-    if Vocabulary.load(vae / "vocabulary.json").digest != Vocabulary.load(flow / "vocabulary.json").digest:
-        problems.append("the VAE and the flow were trained with different vocabularies")
-    return problems
+    tokens, width = json.loads((flow / "config.json").read_text())["latent_shape"]
+    return pair_problems(
+        vae_latents=latent_shape(vae),
+        flow_latents=(int(tokens), int(width)),
+        vae=Vocabulary.load(vae / "vocabulary.json"),
+        flow=Vocabulary.load(flow / "vocabulary.json"),
+    )
 
 
 def latent_shape(folder: str | Path) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.job import GenerateConfig
+from pipeline.config.stages import LibrarySizesOf
 from pipeline.core.files import write_json_atomic
 from scldm.data.library_size import LibrarySizes, condition_key
 from scldm.data.user_table import read_table
@@ -207,7 +208,9 @@ def recipe_of(
 
 
 def settings_of(config: GenerateConfig) -> Settings:
-    return Settings(config.sampler.guidance, config.library_size)
+    """Return the defaults of rows. Statistics are those that the caller passes, whatever their place."""
+    size = config.library_size
+    return Settings(config.sampler.guidance, size if isinstance(size, float) else "statistics")
 
 
 def vectors_of(config: GenerateConfig, request: Request, vae: VAEConfig) -> np.ndarray | None:
@@ -229,7 +232,13 @@ def values_problems(config: GenerateConfig, request: Request) -> list[str]:
     """Return what a request sets for counts, of a VAE with a Gaussian head, which draws none."""
     from scldm.generation.expression_draw import expression_problems  # imports SciPy
 
-    found = expression_problems(request, settings_of(config), temperature=config.sampler.temperature)
+    size = config.library_size
+    found = expression_problems(
+        request,
+        settings_of(config),
+        temperature=config.sampler.temperature,
+        sizes_of=size.of if isinstance(size, LibrarySizesOf) else None,
+    )
     return [f"generate: {problem}" for problem in found]
 
 
@@ -247,7 +256,7 @@ def notes_on(
         given = {k: v for k, v in row.condition.items() if v is not None}
         if given and training is not None and not _seen(given, training, labels):
             unseen.append(_text(given))
-        if counts and row.library_size is None and isinstance(config.library_size, str):
+        if counts and row.library_size is None and not isinstance(config.library_size, float):
             level = sizes.of(row.condition).level
             if given and level != condition_key(given):
                 fallback.append(f"{_text(given)} from {level}")
@@ -257,7 +266,8 @@ def notes_on(
     if unseen:
         notes.append(f"No training cell has {_first(unseen)}: what the model says of them is composed, not learned.")
     if fallback:
-        notes.append(f"Too few training cells for library sizes of their own: {_first(fallback)}.")
+        cells = "cells" if isinstance(config.library_size, LibrarySizesOf) else "training cells"
+        notes.append(f"Too few {cells} for library sizes of their own: {_first(fallback)}.")
     return notes
 
 

@@ -55,6 +55,8 @@ def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFact
 
         whole = config.model_copy(update={"genes": config.genes.model_copy(update={"vocabulary": "source"})})
         return replace(data_facts(None, whole), n_genes=len(read_vocabulary(config.genes.vocabulary).feature_ids))
+    if config.replay is not None:
+        return _with_old_cells(data_facts(None, config.model_copy(update={"replay": None})), config.replay.share)
     split = config.split
     if source.type == "synthetic":
         sizes = {"cell_type": source.n_types, "donor_id": source.n_donors}
@@ -177,6 +179,14 @@ def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:
     if config.like is not None and data.n_cells is not None:
         return data.n_cells.get(config.like)
     return None
+
+
+def _with_old_cells(data: DataFacts, share: float) -> DataFacts:
+    """Add the old cells of ingest.replay, whose classes are not known."""
+    if data.n_cells is None:
+        return data
+    train = data.n_cells["train"] + round(share / (1 - share) * data.n_cells["train"])
+    return replace(data, n_cells={**data.n_cells, "train": train})
 
 
 def _by_split(n_cells: int | None, split: SplitConfig) -> dict[str, int] | None:

@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.config.context import StageContext
 from pipeline.config.job import GenerateConfig
 from pipeline.config.resources import threads_per_worker
+from pipeline.config.stages import LibrarySizesOf
 from pipeline.core.faults import VARIABLE, fault_point
 from pipeline.core.progress import ProgressReader
 from pipeline.core.shards import Record
@@ -140,27 +141,39 @@ def _request(config: GenerateConfig, context: StageContext, models: _Models) -> 
     return read_request(config, models.vocabulary, composition)
 
 
+def _library_sizes(config: GenerateConfig, models: _Models) -> tuple[LibrarySizes, str]:
+    """Return the statistics that library sizes are drawn from, and in words where they are from."""
+    if not isinstance(config.library_size, LibrarySizesOf):
+        return LibrarySizes.load(models.flow / "library_size.json"), str(config.library_size)
+    from pipeline.data.sources.library_sizes import read_library_sizes
+
+    place = config.library_size.of
+    sizes = read_library_sizes(place, models.vocabulary)
+    digest = hashlib.sha256(sizes.to_json().encode()).hexdigest()
+    return sizes, f"statistics of {place} (digest {digest[:12]})"
+
+
 def _spec(
     config: GenerateConfig, context: StageContext, request: Request, models: _Models, folder: Path
 ) -> GeneratorSpec:
     """Resolve the job to what an actor needs. Raises InputError for what the models cannot do."""
     from scldm.checkpoints.native import folder_digest
 
-    sizes = LibrarySizes.load(models.flow / "library_size.json")
+    sizes, sizes_from = _library_sizes(config, models)
     strategy = json.loads((models.flow / "config.json").read_text())["config"]["strategy"]
     counts = draws_counts(models.vae)
     if not counts and (problems := values_problems(config, request)):
         raise InputError("\n".join(problems))
     recipe_of(request, config, models.vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
     vectors = vectors_of(config, request, vae_config(models.vae))
-    training = None if models.data is None else models.data.composition("train")
+    training = None if models.data is None else models.data.composition("train", replayed=True)
     provenance = {
         "schema_version": SCHEMA_VERSION,
         "vae": folder_digest(models.vae),
         "flow": folder_digest(models.flow),
         "sampler": config.sampler.model_dump_json(),
         "seed": config.seed,
-        "library_size": str(config.library_size),
+        "library_size": sizes_from,
         "request": request.digest,
         "n_genes_decoded": models.vocabulary.n_genes,
         "data": models.data_digest,
@@ -179,6 +192,7 @@ def _spec(
         decoder_condition=vectors,
         latent_shape=models.latent_shape,
         threads=threads_per_worker(context.resources),
+        library_sizes=sizes,
         prefix=hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8],
         digits=len(str(max(1, request.n_cells - 1))),
         provenance=provenance,

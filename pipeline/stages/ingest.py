@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.context import StageContext
-from pipeline.config.job import IngestConfig
+from pipeline.config.ingest import ReplayConfig
+from pipeline.config.input_paths import ingest_of
+from pipeline.config.job import H5adSource, IngestConfig
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.data.ingest.copies import Copies, copies_facts, find_copies, keep_together
 from pipeline.data.ingest.dataset import IngestedDataset
@@ -34,6 +37,21 @@ from pipeline.data.ingest.held_out import (
     read_combinations,
 )
 from pipeline.data.ingest.measured import measured_genes, over_measured
+from pipeline.data.ingest.replay import (
+    FOLDER,
+    GENES,
+    REPLAYED,
+    SPARE_CELLS,
+    NewCells,
+    Replayed,
+    of_pipeline,
+    of_source,
+    old_cells_beside,
+    replay,
+    require_type,
+    with_old_cells,
+    with_old_sizes,
+)
 from pipeline.data.ingest.split import SPLITS, label_counts, require_splits, split_cells
 from pipeline.data.ingest.statistics import CountStatistics, count_statistics
 from pipeline.data.ingest.subsample import subsample_cells
@@ -89,13 +107,24 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     split = cells["split"].to_numpy()
     require_splits(config.split, split, obs, copies)
 
-    vocabulary = _vocabulary(config, obs, var, source.types)
+    replayed = _replayed(config, context, NewCells(
+        source.store, var, n_train=int((split == "train").sum()),
+        held_out=cells["soma_joinid"].to_numpy()[split != "train"], combinations=combinations,
+    ))  # fmt: skip
+    vocabulary = _vocabulary(config, obs, var, source.types, replayed)
     if combinations:
         table = counted(obs, combinations)
         source.facts |= held_out_facts(table, context.folder)
         source.notes += notes_on(table, obs, split, config.split.by)
-    facts = _write(context, obs, cells, var, vocabulary, stats, presence)
-    _note_unseen_classes(vocabulary, obs[split == "train"], source.notes)
+    facts = _write(context, obs, cells, var, vocabulary, stats, presence, replayed)
+    _note_unseen_classes(vocabulary, obs[split == "train"], source.notes, replayed)
+    largest, n_cells = cells[["library_size", "n_expressed"]].max(), {s: int((split == s).sum()) for s in SPLITS}
+    if replayed is not None:
+        largest = np.maximum(largest, replayed.cells[["library_size", "n_expressed"]].max())
+        n_cells["train"] += len(replayed.cells)
+        source.notes += replayed.notes
+        seen_at = replayed.facts["seen_at"] or round(time.time() * 1000)
+        source.facts["replay"] = replayed.facts | {"seen_at": seen_at}
     mean_expressed = float(cells.loc[split == "train", "n_expressed"].mean())
     facts = {
         **facts,
@@ -105,15 +134,15 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "layer": source.store.layer,
         "tile": source.store.tile,
         "seen_at": round(time.time() * 1000),
-        "count_type": "uint16" if cells["library_size"].max() < 1 << 16 else "float32",
+        "count_type": "uint16" if largest["library_size"] < 1 << 16 else "float32",
         "n_genes": vocabulary.n_genes,
         "n_genes_source": source.store.shape[1],
-        "n_cells": {side: int((split == side).sum()) for side in SPLITS},
+        "n_cells": n_cells,
         "labels": [x.name for x in vocabulary.labels],
         "n_classes": vocabulary.n_classes,
         "label_counts": label_counts(obs, split, config.labels),
         "mean_expressed_genes": mean_expressed,
-        "max_expressed_genes": int(cells["n_expressed"].max()),
+        "max_expressed_genes": int(largest["n_expressed"]),
         "zero_fraction": 1 - mean_expressed / vocabulary.n_genes,
         "gene_stats_cells": int(seen.sum()),
         "source": source.description,
@@ -122,7 +151,10 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         **copies_facts(copies),
         "notes": source.notes,
     }
-    return facts | _cache_facts(config, context, facts, content=source.content or stats.content)
+    content = source.content or stats.content
+    return facts | _cache_facts(
+        config, context, facts, content=content if replayed is None else f"{content} {replayed.content}"
+    )
 
 
 # ---- source ----------------------------------------------------------------------------------------------------------
@@ -183,6 +215,37 @@ def _with_labels(config: IngestConfig, source: OpenSource, cells: pd.DataFrame, 
     return cells
 
 
+# ---- old cells -------------------------------------------------------------------------------------------------------
+def _replayed(config: IngestConfig, context: StageContext, new: NewCells) -> Replayed | None:
+    """Return the old cells of the job; None if it replays none."""
+    if config.replay is None:
+        return None
+    columns = list(dict.fromkeys([*config.labels, *columns_of(config.split.held_out)]))
+    folder = context.folder / FOLDER
+    if config.replay.pipeline is not None:
+        old = of_pipeline(ingest_of(config.replay.pipeline), columns, context.folder, context.output)
+    elif config.replay.source is not None:
+        old = of_source(config.replay.source, config, columns, folder)
+    else:
+        source = H5adSource(type="h5ad", path=str(_generated(config.replay, context, new, folder)))
+        old = of_source(source, config, columns, folder)
+        old.opened.description = f"cells that {config.replay.model} generated"
+    return replay(old, new, config)
+
+
+def _generated(config: ReplayConfig, context: StageContext, new: NewCells, folder: Path) -> Path:
+    """Let the old model generate old cells, as a job of generation does; return their folder."""
+    from pipeline.inference.replay import request_old_cells  # torch and Ray, which other sources do without
+    from pipeline.stages.generate import run as generate
+
+    assert config.model is not None
+    folder.mkdir(exist_ok=True)
+    n = old_cells_beside(new.n_train, config.share)
+    request = request_old_cells(config.model, n + SPARE_CELLS, seed=config.seed)
+    facts = generate(request, replace(context, folder=folder, request=None))
+    return folder / facts["cells"]
+
+
 # ---- genes and statistics ----------------------------------------------------------------------------------------
 def _statistics(
     config: IngestConfig, source: OpenSource, obs: pd.DataFrame, split: np.ndarray, var: pd.DataFrame
@@ -232,15 +295,26 @@ def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:
 
 
 def _vocabulary(
-    config: IngestConfig, obs: pd.DataFrame, var: pd.DataFrame, types: Mapping[str, LabelType]
+    config: IngestConfig,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    types: Mapping[str, LabelType],
+    replayed: Replayed | None,
 ) -> Vocabulary:
-    labels = tuple(LabelVocabulary(x, tuple(sorted(obs[x].astype(str).unique())), types[x]) for x in config.labels)
+    classes = {x: set(obs[x].astype(str).unique()) for x in config.labels}
+    if replayed is not None:
+        require_type(replayed, types)
+        classes = {x: known | replayed.classes(x) for x, known in classes.items()}
+    labels = tuple(LabelVocabulary(x, tuple(sorted(classes[x])), types[x]) for x in config.labels)
     return Vocabulary(tuple(var["feature_id"]), tuple(var["feature_name"]), labels)
 
 
-def _note_unseen_classes(vocabulary: Vocabulary, seen: pd.DataFrame, notes: list[str]) -> None:
+def _note_unseen_classes(
+    vocabulary: Vocabulary, seen: pd.DataFrame, notes: list[str], replayed: Replayed | None
+) -> None:
     for label in vocabulary.labels:
-        if unseen := sorted(set(label.classes) - set(seen[label.name].astype(str).unique())):
+        old = set() if replayed is None else replayed.classes(label.name)
+        if unseen := sorted(set(label.classes) - old - set(seen[label.name].astype(str).unique())):
             notes.append(f"{label.name} has no training cells of {', '.join(unseen)}: it cannot be learned.")
 
 
@@ -252,6 +326,7 @@ def _write(
     vocabulary: Vocabulary,
     stats: CountStatistics,
     presence: Presence | None,
+    replayed: Replayed | None,
 ) -> dict[str, Any]:
     """Write the files of the stage; return the facts that name them."""
     folder = context.folder
@@ -260,6 +335,8 @@ def _write(
     vocabulary.save(folder / "vocabulary.json")
     of_train = {x.name: (x.classes, codes[x.name][train]) for x in vocabulary.labels}
     sizes = LibrarySizes.fit_codes(cells["library_size"].to_numpy()[train], of_train)
+    if replayed is not None:
+        sizes = with_old_sizes(sizes, vocabulary, replayed)
     sizes.save(folder / "library_size.json")
     pd.DataFrame(
         {
@@ -270,15 +347,19 @@ def _write(
             "fraction": stats.gene_cells / stats.n_train,
         }
     ).to_parquet(folder / "gene_stats.parquet", index=False)
+    if replayed is not None:
+        codes = {x.name: np.append(codes[x.name], x.encode(replayed.labels[x.name])) for x in vocabulary.labels}
+        cells, presence = with_old_cells(cells, presence, replayed)
+        pd.DataFrame({"soma_joinid": replayed.genes}).to_parquet(folder / GENES, index=False)
     split = pd.Categorical(cells["split"], categories=list(SPLITS))
     pd.DataFrame(
         {
             "soma_joinid": cells["soma_joinid"],
             "split": split,
-            **{LABEL + name: ids for name, ids in codes.items()},
+            **{LABEL + name: ids.astype(np.int32) for name, ids in codes.items()},
             "library_size": cells["library_size"].astype(np.float32),
             "n_expressed": cells["n_expressed"].astype(np.int32),
-            **{c: cells[c] for c in cells if c == LABEL + GROUP},
+            **{c: cells[c] for c in cells if c in (LABEL + GROUP, REPLAYED)},
         }
     ).to_parquet(folder / "cells.parquet", index=False)
     digest = hashlib.sha256(vocabulary.digest.encode())
@@ -287,6 +368,8 @@ def _write(
     if presence is not None:
         presence.save(folder / "presence.parquet")
         digest.update(np.packbits(presence.measured).tobytes() + cells[LABEL + GROUP].to_numpy(np.int32).tobytes())
+    if replayed is not None:
+        digest.update(replayed.content.encode())
     return {
         "vocabulary": "vocabulary.json",
         "library_size": "library_size.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -26,6 +27,7 @@ def model_card(kind: str, config: StrictModel, inputs: Mapping[str, Manifest]) -
         "Architecture: Palla et al., arXiv 2511.02986. Genes and classes by name: `vocabulary.json`.",
         "",
         f"* data: {plain_line(ingest.get('source', 'not stated'))} (digest {str(ingest.get('digest', ''))[:12]})",
+        *_old_cells(ingest),
         *_likelihood(config),
         f"* cells: {ingest['n_cells']}; genes: {ingest['n_genes']}; labels: {labels}",
         *(f"* input {name}: {m.version}" for name, m in inputs.items()),
@@ -45,3 +47,10 @@ def _likelihood(config: StrictModel) -> list[str]:
     head = getattr(getattr(config, "model", None), "head", None)
     drawn = "log1p of counts per 10,000, Normal(mu, 1): no counts" if head == "gaussian" else "negative-binomial counts"
     return [] if head is None else [f"* draws: {drawn}"]
+
+
+def _old_cells(ingest: Mapping[str, Any]) -> list[str]:
+    """Return the line about old cells among the training cells, if there are any."""
+    if (replay := ingest.get("replay")) is None:
+        return []
+    return [f"* of the training cells, {replay['n_cells']} are old ones: {plain_line(replay['source'])}"]

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 def run(config: TrainVaeConfig, context: StageContext) -> dict[str, Any]:
     """Train, or take a trained one, and return the facts.
 
-    Facts: model (folder), latent_shape, steps, n_parameters, metrics; of a training also checkpoint.
+    Facts: model (folder), latent_shape, steps, n_parameters, metrics; of a training also checkpoint, and n_trained if
+    not all parameters are trained.
     """
     if config.pretrained is not None:
         return use_pretrained(config, context)

@@ -91,6 +91,8 @@ def datasets(stage: str, config: Mapping[str, Any], ingest: Manifest, name: str)
     if not facts.get("digest"):
         return []
     source = {k: facts[k] for k in ("source", "soma_uri", "census_version", "value_filter") if facts.get(k)}
+    if replay := facts.get("replay"):
+        source["replay"] = {k: replay[k] for k in ("source", "n_cells", "share", "seed")}
     columns = [{"name": str(x), "type": "string", "required": True} for x in facts.get("labels", ())]
     return [
         {

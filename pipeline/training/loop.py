@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.config.job import TrainConfig
 from pipeline.core.faults import fault_point
@@ -90,11 +91,13 @@ def run_training(
     *,
     ema_config: EMAConfig | None = None,
     callbacks: Sequence[TrainingCallback] = (),
+    rates: Mapping[str, float | Tensor] | None = None,
 ) -> TrainingResult:
     """Train to max_steps, from the newest checkpoint that verifies or from the start. Collective.
 
     Args:
         callbacks: Policies besides the default ones; they run after them.
+        rates: Learning rates of parameters relative to that of a step, see `Engine`.
 
     Raises:
         Stopped: after a stop signal; everything up to that step is in a checkpoint.
@@ -103,7 +106,7 @@ def run_training(
     """
     micro, _ = micro_batching(config, dist.get_world_size())
     with explain_out_of_memory(config, micro, "between its steps"):
-        loop = TrainingLoop(objective, order, config, run, ema_config, callbacks)
+        loop = TrainingLoop(objective, order, config, run, ema_config, callbacks, rates)
         loop.resume()
         loop.run_steps(source)
         fault_point("training.before_export")
@@ -121,14 +124,16 @@ class TrainingLoop:
         run: Run,
         ema_config: EMAConfig | None,
         callbacks: Sequence[TrainingCallback] = (),
+        rates: Mapping[str, float | Tensor] | None = None,
     ):
         self.objective, self.order, self.config, self.run = objective, order, config, run
         self.world_size = dist.get_world_size()
         self.micro, self.accumulation = micro_batching(config, self.world_size)
         optimizer = adamw(objective.module, config.optimizer)
         self.engine = Engine(
-            objective.module, optimizer, config, micro_batch_size=self.micro, accumulation=self.accumulation
-        )
+            objective.module, optimizer, config, micro_batch_size=self.micro, accumulation=self.accumulation,
+            rates=rates,
+        )  # fmt: skip
         with self.engine.whole_parameters():
             self.ema = None if ema_config is None else EMA(self.engine.module, ema_config)
         self.checkpoints = CheckpointManager(

@@ -61,21 +61,24 @@ def _some(changes: Sequence[str]) -> str:
 
 
 def check_experiment(ingest: Manifest, command: str) -> None:
-    """Raise InputError if the experiment that an earlier ingest reads in place is not what it was.
+    """Raise InputError if an experiment that an earlier ingest reads in place is not what it was.
 
     Args:
         command: Runs ingest again.
     """
-    recorded = ingest.contents.get("source")
-    given = ingest.config.get("source", {})
-    if recorded is None or given.get("type") != "soma" or "cache" in ingest.facts:
-        return  # what is read are the cells that ingest wrote itself
-    content = input_contents(SomaSource.model_validate(given), where="ingest.source.").get("source")
-    if content is not None and (files := changed_files(recorded, content.files)):
-        raise InputError(
-            f"the experiment {content.value} is not what ingest {ingest.version} read ({_some(files)}), and its cells "
-            f"are read in place; run ingest again ({command}), or put the experiment back"
-        )
+    replay = ingest.config.get("replay") or {}
+    sources = {"source": ingest.config.get("source"), "replay.source.uri": replay.get("source")}
+    for key, given in sources.items():
+        recorded = ingest.contents.get(key)
+        if recorded is None or (given or {}).get("type") != "soma" or "cache" in ingest.facts:
+            continue  # what is read are the cells that ingest wrote itself
+        where = f"ingest.{key.removesuffix('.uri')}."
+        content = input_contents(SomaSource.model_validate(given), where=where).get("source")
+        if content is not None and (files := changed_files(recorded, content.files)):
+            raise InputError(
+                f"the experiment {content.value} is not what ingest {ingest.version} read ({_some(files)}), and its "
+                f"cells are read in place; run ingest again ({command}), or put the experiment back"
+            )
 
 
 # ---- version 0.1 -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pipeline.config.job import (
     TrainVaeConfig,
     stage_configs,
 )
+from pipeline.config.stages import LibrarySizesOf
 from pipeline.core.manifest import Manifest
 from scldm.errors import InputError
 from scldm.generation.request import Request
@@ -41,6 +42,10 @@ def check_settings(job: JobBase) -> None:
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
             problems += _cautious_problems(train, job.resources, where)
             problems += _adapter_problems(config, where)
+        if isinstance(config, IngestConfig) and config.replay is not None and config.replay.model is not None:
+            from pipeline.inference.replay import old_model_problems
+
+            problems += old_model_problems(config.replay.model)
         if isinstance(config, GenerateConfig):
             from pipeline.inference.request import check_choice
 
@@ -49,6 +54,10 @@ def check_settings(job: JobBase) -> None:
             problems += check_choice(config, labels) or _named_model_problems(config)
             problems += _gaussian_problems(config, configs.get("train_vae"))
             problems += _decoder_condition_problems(config, configs.get("train_vae"))
+            if isinstance(config.library_size, LibrarySizesOf) and config.model is None:
+                from pipeline.data.sources.library_sizes import library_size_problems
+
+                problems += library_size_problems(config.library_size.of, None)
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 
@@ -61,6 +70,7 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
     """Return what the models that a job of generation names cannot do."""
     if config.model is None:
         return []
+    from pipeline.data.sources.library_sizes import library_size_problems
     from pipeline.inference.models import check_folders, draws_counts, named_models, vae_config
     from pipeline.inference.request import read_request, values_problems, vectors_of
     from scldm.data.vocabulary import Vocabulary
@@ -68,13 +78,21 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
     try:
         named = named_models(config.model, weights=config.sampler.weights)
         check_folders(named)
+        vocabulary = Vocabulary.load(Path(str(named.flow)) / "vocabulary.json")
         if config.like is None:  # else the composition is known when ingest is
-            request = read_request(config, Vocabulary.load(Path(str(named.flow)) / "vocabulary.json"), {})
+            request = read_request(config, vocabulary, {})
             vectors_of(config, request, vae_config(named.vae))
-            return [] if draws_counts(named.vae) else values_problems(config, request)
+            if not draws_counts(named.vae):
+                return values_problems(config, request)
     except InputError as error:
         return [str(error)]
-    return []
+    if not isinstance(config.library_size, LibrarySizesOf):
+        return []
+    if not draws_counts(named.vae):
+        return [
+            f"generate.library_size.of: {config.model.vae} has a gaussian head, which draws no counts; leave it out"
+        ]
+    return library_size_problems(config.library_size.of, vocabulary)
 
 
 def _gaussian_problems(config: GenerateConfig, vae: Any, request: Request | None = None) -> list[str]:

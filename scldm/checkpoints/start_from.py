@@ -23,12 +23,14 @@ from scldm.nn.dit import DiT, label_table_name
 from scldm.nn.vae import VAE
 from scldm.optim.config import LoraConfig
 from scldm.optim.lora import add_adapters
+from scldm.optim.rates import old_row_factors
 from scldm.text import choices_hint
 
 EMBEDDINGS = ("gene_embedding", "decoder_embedding")  # (g, d)
 PER_GENE = (*EMBEDDINGS, "log_theta", "gene_bias")
 HEAD = ("decoder.head.", "log_theta", "gene_bias")  # differ between likelihoods
 SHOWN = 5
+ALL_ROWS = torch.tensor(True)
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Started:
     classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> kept, new, dropped, parents
     frozen: list[str] = field(default_factory=list)  # parameters that are not trained
     adapters: dict[str, int] = field(default_factory=dict)  # rank, and trained: numbers that are trained
+    old_learning_rate: float | None = None  # of what was taken over, relative to what is new; None: the same
+    old_rows: dict[str, Tensor] = field(default_factory=dict, repr=False)  # parameter -> rows taken over, () for all
 
     def lines(self) -> list[str]:
         """Return it in words."""
@@ -57,11 +61,14 @@ class Started:
                 lines.append(f"{what} parameters: {', '.join(names[:SHOWN])}" + (" …" if len(names) > SHOWN else ""))
         if self.adapters:
             lines.append("adapters of rank {rank}: {trained:,} numbers are trained".format(**self.adapters))
+        if self.old_learning_rate is not None:
+            lines.append(f"what was taken over is trained at {self.old_learning_rate:g} of the learning rate")
         return lines
 
     def facts(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return dict(vars(self))
+        left_out = {"old_rows", *(() if self.old_learning_rate is not None else ("old_learning_rate",))}
+        return {k: v for k, v in vars(self).items() if k not in left_out}
 
 
 def start_vae(vae: VAE, vocabulary: Vocabulary, source: LoadedVAE) -> Started:
@@ -94,8 +101,10 @@ def start_vae(vae: VAE, vocabulary: Vocabulary, source: LoadedVAE) -> Started:
             started.new.append(name)
         elif name in PER_GENE:
             started.parameters += _take_genes(name, tensor, old[name], places)
+            started.old_rows[name] = places >= 0
         else:
             started.parameters += _take(name, tensor, old[name])
+            started.old_rows[name] = ALL_ROWS
     started.dropped += [name for name in old if name not in state]
     _require_known(started, allowed=HEAD)
     return started
@@ -124,9 +133,12 @@ def start_flow(
         label = tables.get(name)
         if label is None and name in old:
             started.parameters += _take(name, tensor, old[name])
+            started.old_rows[name] = ALL_ROWS
         elif label is not None and label.name in known:
-            own = (parents or {}).get(label.name, {})
-            started.parameters += _take_classes(tensor, old[name], label, known[label.name], own, started)
+            own, before = (parents or {}).get(label.name, {}), known[label.name]
+            started.parameters += _take_classes(tensor, old[name], label, before, own, started)
+            kept = [c in set(before.classes) for c in label.classes]  # a class that starts at a parent is new
+            started.old_rows[name] = torch.tensor([*kept, True])  # the null class is old
         elif label is not None:
             tensor.zero_()  # so that the network does at first what it did without this label
             started.new.append(name)
@@ -150,6 +162,29 @@ def adapt(module: nn.Module, lora: LoraConfig, started: Started, *, seed: int) -
     trained = set(add_adapters(module, lora, seed=seed, also=names))
     n_trained = sum(p.numel() for n, p in module.named_parameters() if n in trained)
     started.adapters = {"rank": lora.rank, "trained": n_trained}
+
+
+def slow_down(module: nn.Module, factor: float | None, started: Started) -> dict[str, float | Tensor]:
+    """Return the learning rates of what was taken over and is trained, relative to what is new, by parameter.
+
+    Call it last, when it is decided what is trained: adapters are new.
+
+    Returns:
+        Parameter -> one number, or one for each row; empty without a factor.
+
+    Raises:
+        CheckpointError: Nothing that was taken over is trained.
+    """
+    if factor is None:
+        return {}
+    found = old_row_factors(module, started.old_rows, factor)
+    if not found:
+        raise CheckpointError(
+            f"start_from.old_learning_rate ({factor:g}) is that of what was taken over, and nothing of it is trained; "
+            "leave it out"
+        )
+    started.old_learning_rate = factor
+    return found
 
 
 def freeze(module: nn.Module, parts: Sequence[str]) -> list[str]:

@@ -29,6 +29,7 @@ from scldm.generation.counter_random import normals
 from scldm.generation.decoder_condition import decoder_vectors
 from scldm.generation.expression_draw import draw_expression
 from scldm.generation.nb_draw import draw_counts
+from scldm.generation.pair import pair_problems
 from scldm.nn.vae import CountDistribution
 
 LATENT, LIBRARY, COUNTS = 11, 12, 13  # streams of a cell's randomness
@@ -84,11 +85,14 @@ def check_pair(vae: LoadedVAE, flow: LoadedFlow) -> None:
     Raises:
         ValueError: Their latents or vocabularies differ.
     """
-    own = (vae.vae.config.n_latent_tokens, vae.vae.config.latent_width)
-    if own != (flow.n_latent_tokens, flow.latent_width):
-        raise ValueError(f"the VAE's latents are {own}, the flow's {(flow.n_latent_tokens, flow.latent_width)}")
-    if vae.vocabulary.digest != flow.vocabulary.digest:
-        raise ValueError("the VAE and the flow were trained with different vocabularies")
+    config = vae.vae.config
+    if problems := pair_problems(
+        vae_latents=(config.n_latent_tokens, config.latent_width),
+        flow_latents=(flow.n_latent_tokens, flow.latent_width),
+        vae=vae.vocabulary,
+        flow=flow.vocabulary,
+    ):
+        raise ValueError("; ".join(problems))
 
 
 def tile_cells(vae: LoadedVAE, device: torch.device) -> int:

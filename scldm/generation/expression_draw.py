@@ -41,12 +41,20 @@ def scale_of(head: str) -> dict[str, str]:
     return {SCALE: LOG1P_CP10K} if head == "gaussian" else {}
 
 
-def expression_problems(request: Request, settings: Settings, *, temperature: float) -> list[str]:
-    """Return the settings of a request that only counts have, and that a Gaussian head would ignore."""
+def expression_problems(
+    request: Request, settings: Settings, *, temperature: float, sizes_of: str | None = None
+) -> list[str]:
+    """Return the settings of a request that only counts have, and that a Gaussian head would ignore.
+
+    Args:
+        sizes_of: Place of other statistics of library sizes than the model's, if the request names one.
+    """
     why = "the VAE has a gaussian head, which draws log1p CP10k values and no counts: leave it out"
     problems = []
     if not isinstance(settings.library_size, str):
         problems.append(f"library_size ({settings.library_size:g}): {why}")
+    if sizes_of is not None:
+        problems.append(f"library_size of {sizes_of}: {why}")
     if rows := [i + 1 for i, row in enumerate(request.rows) if row.library_size is not None]:
         problems.append(f"library_size in row {rows[0]} of the conditions: {why}")
     if temperature != 1.0:

@@ -77,6 +77,11 @@ def merged(state: Mapping[str, Tensor], config: LoraConfig | None) -> dict[str, 
     return found
 
 
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter is of an adapter, and so is no parameter of the merged network."""
+    return _ADAPTER in name
+
+
 def _adapted(module: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of attention and SwiGLU, by name."""
     inside = {id(layer) for part in module.modules() if isinstance(part, SwiGLU) for layer in part.children()}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training.ranks import train
+from helpers.training.ranks import KILLED, run, train
 from helpers.training.small_job import STEPS, ingest_small, spec_of
 from safetensors.torch import load_file
 
@@ -175,3 +175,23 @@ def test_adapters_are_merged_into_the_model_that_training_leaves(whole, ingested
     assert not changed & {"gene_embedding", "encoder.to_latent.weight"}
     for name in (n for n in changed if n.endswith("qkv.weight")):
         assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-6) <= 2
+
+
+def test_a_killed_training_on_old_and_new_cells_resumes_with_the_same_cells_and_rates(whole, tmp_path):
+    old = {"type": "synthetic", "n_cells": 300, "n_genes": 60, "n_types": 5, "seed": 1}
+    (tmp_path / "ingest").mkdir()
+    mixed = ingest_small(tmp_path / "ingest", replay={"source": old, "share": 0.4})
+    start = {"model": str(whole / "model"), "old_learning_rate": 0.1}
+
+    def spec(name: str) -> dict:
+        found = spec_of(tmp_path / name, mixed, **KEEP)
+        found["start_from"], found["config"]["start_from"] = start["model"], start
+        return found
+
+    train(spec("straight"))
+    assert run(spec("killed"), fault="training.before_step:step=6:rank=1:kill")[1] == KILLED
+    assert newest(tmp_path / "killed" / "checkpoints")[0].position.step < STEPS
+    train(spec("killed"))
+    assert_same_model(tmp_path / "killed", tmp_path / "straight")
+    before, after = (load_file(f / "model" / "model.safetensors") for f in (whole, tmp_path / "straight"))
+    assert not torch.equal(before["gene_embedding"], after["gene_embedding"])

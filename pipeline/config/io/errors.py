@@ -225,8 +225,8 @@ def _suggest(path: KeyPath, model: Any, job: Any) -> str:
     section."""
     key, fields = str(path[-1]), list(model.model_fields) if model is not None else []
     named_so = dict.fromkeys(p for p in all_paths(job) if p.rpartition(".")[2] == key) if job else {}
-    # Another member of a union may have the key at this very place.
-    if elsewhere := [p for p in named_so if p != dotted(path)][:4]:
+    # Another member of a union may have the key at this very place. Old cells have a source like the new ones.
+    if elsewhere := [p for p in named_so if p.replace("replay.source.", "source.") != dotted(path)][:4]:
         return f" here; did you mean {' or '.join(f'`{p}`' for p in elsewhere)}?"
     return _hint(key, fields) or f"; allowed here: {', '.join(fields)}"
 

@@ -21,7 +21,16 @@ from scldm.nn.config import DiTConfig, VAEConfig
 
 Place = Callable[[KeyPath], str]
 Kind = Literal["vae", "flow"]
-NAMES = ("model", "vae", "flow", "pretrained", "start_from", "vocabulary")  # settings that may name a model
+NAMES = (
+    "model",
+    "vae",
+    "flow",
+    "pretrained",
+    "start_from",
+    "vocabulary",
+    "pipeline",
+    "of",
+)  # settings that may name a model
 WITH_FLOW = ("generate", "perturb")  # kinds of job that use a flow; log_likelihood does if `flow` is given
 
 

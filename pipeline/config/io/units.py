@@ -81,6 +81,7 @@ UNITS: dict[str, str] = {
             "max_missing",
             "label_dropout",
             "share",
+            "old_learning_rate",
             "warmup",
             "decay",
             "final_factor",

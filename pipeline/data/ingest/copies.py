@@ -68,7 +68,7 @@ def find_copies(store: SomaStore, cells: pd.DataFrame, notes: list[str]) -> Copi
         )
         return Copies.none(len(ids))
     else:
-        copies = Copies.of(*_read(store, ids))
+        copies = Copies.of(*hashes_of(store, ids))
     if copies.n:
         notes.append(_note(store, ids, copies))
     return copies
@@ -111,10 +111,14 @@ def _note(store: SomaStore, ids: np.ndarray, copies: Copies) -> str:
 
 
 # ---- experiments that do not record hashes -----------------------------------------------------------------------
-def _read(store: SomaStore, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Read all counts; return hashes (n, 2) and numbers of expressed genes (n,)."""
+def hashes_of(store: SomaStore, ids: np.ndarray, gene_lut: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Read the counts of cells; return hashes (n, 2) and numbers of expressed genes (n,).
+
+    Args:
+        gene_lut: As for `SomaStore.read_ragged`: cells of two stores are compared by the genes of one vocabulary.
+    """
     parallel = len(ids) >= LARGE // 2 and cluster_is_up()
-    found = list(each_in_order(_read_part, store, _parts(ids, store.tile), parallel=parallel))
+    found = list(each_in_order(_read_part, (store, gene_lut), _parts(ids, store.tile), parallel=parallel))
     return np.concatenate([h for h, _ in found]), np.concatenate([n for _, n in found])
 
 
@@ -122,8 +126,9 @@ def _parts(ids: np.ndarray, tile: int) -> Iterator[np.ndarray]:
     yield from np.split(ids, np.flatnonzero(np.diff(ids // (tile * TILES_PER_READ))) + 1)
 
 
-def _read_part(store: SomaStore, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows = store.read_ragged(ids)
+def _read_part(reading: tuple[SomaStore, np.ndarray | None], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    store, gene_lut = reading
+    rows = store.read_ragged(ids, gene_lut)
     sizes = np.diff(rows.indptr)
     hashes = CellHashes(len(ids))
     hashes.add(CountEntries(np.repeat(np.arange(len(ids)), sizes), rows.genes, rows.counts))

@@ -6,7 +6,7 @@ Paths in the facts are relative to the stage's folder; everything here that is s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import pandas as pd
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.genes import gene_lut
 from pipeline.data.ingest.split import SPLITS
-from pipeline.data.loading.blocks import LABEL, SomaBlocks, SomaReader
+from pipeline.data.loading.blocks import LABEL, JoinedReader, SomaBlocks, SomaReader
 from pipeline.data.loading.cache import CacheBlocks, cached
 from pipeline.data.presence import GROUP, read_measured
 from scldm.data.library_size import LibrarySizes
@@ -59,7 +59,8 @@ class IngestedDataset:
         """Table of all cells, ascending by soma_joinid.
 
         Columns: soma_joinid, split, a class id `label:<name>` per label, library_size and n_expressed over the
-        vocabulary; and, as one more label (`presence.GROUP`), the row of `measured`, if there is one.
+        vocabulary; as one more label (`presence.GROUP`), the row of `measured`, if there is one; and, if there are old
+        cells (ingest.replay), `replayed`. An old cell without a label has its null class.
         """
         return pd.read_parquet(self.folder / self.facts["cells"])
 
@@ -96,8 +97,27 @@ class IngestedDataset:
         return uri if "://" in uri or Path(uri).is_absolute() else str(self.folder / uri)
 
     @cached_property
-    def reader(self) -> SomaReader:
+    def reader(self) -> SomaReader | JoinedReader:
         """Reader of counts over the vocabulary."""
+        old = self.facts.get("replay")
+        if old is None:
+            return self._reader
+        places = pd.read_parquet(self.folder / old["genes"])
+        uri = old["soma_uri"]
+        second = replace(
+            self._reader,
+            uri=uri if "://" in uri or Path(uri).is_absolute() else str(self.folder / uri),
+            tiledb_config=dict(old["tiledb_config"]),
+            measurement=old["measurement"],
+            layer=old["layer"],
+            gene_lut=gene_lut(places, old["n_genes_source"]),
+            seen_at=int(old["seen_at"]),
+        )
+        return JoinedReader(self._reader, second, int(old["start"]))
+
+    @property
+    def _reader(self) -> SomaReader:
+        """Reader of the cells of the source."""
         places = self.gene_stats[["gene_joinid"]].rename(columns={"gene_joinid": "soma_joinid"})
         return SomaReader(
             uri=self.soma_uri,
@@ -112,7 +132,7 @@ class IngestedDataset:
         )
 
     def blocks(self, split: str) -> SomaBlocks | CacheBlocks:
-        """Return the cells of a split, read from the cache if ingest wrote one."""
+        """Return the cells of a split, with old ones, read from the cache if ingest wrote one."""
         source = self.streamed(split)
         if (cache := self.facts.get("cache")) is None:
             return source
@@ -120,15 +140,15 @@ class IngestedDataset:
         return cached(source, folder, self.cells["soma_joinid"].to_numpy(np.int64))
 
     def streamed(self, split: str) -> SomaBlocks:
-        """Return the cells of a split, read from SOMA."""
-        return self._blocks(self._cells_of(split))
+        """Return the cells of a split, with old ones, read from SOMA."""
+        return self._blocks(self.cells_of(split, replayed=True))
 
     def all_blocks(self) -> SomaBlocks:
         """Return the cells of all splits, read from SOMA."""
         return self._blocks(self.cells)
 
     def anndata(self, split: str, max_cells: int | None = None, seed: int = 0) -> anndata.AnnData:
-        """Load cells of a split: counts over the vocabulary (CSR), labels as categoricals.
+        """Load cells of a split, without old ones: counts over the vocabulary (CSR), labels as categoricals.
 
         Args:
             max_cells: Largest number of cells, drawn by seed; None loads all.
@@ -136,7 +156,7 @@ class IngestedDataset:
         import anndata
         import scipy.sparse as sp
 
-        cells = self._cells_of(split)
+        cells = self.cells_of(split)
         if max_cells is not None and len(cells) > max_cells:
             rng = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
             cells = cells.iloc[np.sort(rng.choice(len(cells), max_cells, replace=False))]
@@ -155,10 +175,16 @@ class IngestedDataset:
         )
         return anndata.AnnData(counts, obs=obs, var=var)
 
-    def composition(self, split: str) -> pd.DataFrame:
-        """Return the combinations of labels in a split: a column of class names per label, and n_cells."""
-        cells = self._cells_of(split)
-        names = {x.name: np.asarray(x.classes, dtype=object)[cells[LABEL + x.name]] for x in self.vocabulary.labels}
+    def composition(self, split: str, *, replayed: bool = False) -> pd.DataFrame:
+        """Return the combinations of labels in a split: a column of class names per label, and n_cells.
+
+        Args:
+            replayed: Whether old cells count too; those that lack a label never do.
+        """
+        cells = self.cells_of(split, replayed=replayed)
+        names = {
+            x.name: np.asarray([*x.classes, None], dtype=object)[cells[LABEL + x.name]] for x in self.vocabulary.labels
+        }
         table = pd.DataFrame(names, index=cells.index)
         if not names:
             return pd.DataFrame({"n_cells": [len(cells)]})
@@ -166,10 +192,18 @@ class IngestedDataset:
             table.value_counts(sort=False).rename("n_cells").reset_index().sort_values(list(names), ignore_index=True)
         )
 
-    def _cells_of(self, split: str) -> pd.DataFrame:
+    def cells_of(self, split: str, *, replayed: bool = False) -> pd.DataFrame:
+        """Return the rows of `cells` of a split.
+
+        Args:
+            replayed: Whether old cells are among them.
+        """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-        cells = self.cells[(self.cells["split"] == split).to_numpy()]
+        chosen = (self.cells["split"] == split).to_numpy()
+        if not replayed and "replayed" in self.cells:
+            chosen &= ~self.cells["replayed"].to_numpy()
+        cells = self.cells[chosen]
         if not len(cells):
             raise InputError(f"the {split} split has no cells; set ingest.split.{split} above 0 and ingest again")
         return cells

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -78,6 +78,21 @@ def model_genes(config: GenesConfig, store: SomaStore) -> ModelGenes:
     counts = {"matched": n, "missing": missing, "extra": len(var) - n, "ambiguous": ambiguous}
     facts = {"genes": {"vocabulary": config.vocabulary, "match": config.match, **counts}}
     return ModelGenes(table, facts, notes + _notes(config, len(table), counts, lacking))
+
+
+def places_of(store: SomaStore, genes: pd.DataFrame, match: Literal["id", "symbol"]) -> np.ndarray:
+    """Return the joinid of each gene of a vocabulary in another store, (g,); LACKING if it has none, or not one alone.
+
+    Args:
+        genes: feature_id and feature_name of the vocabulary.
+    """
+    var, _ = _genes_of(store, None)
+    column = "feature_id" if match == "id" else "feature_name"
+    keys, found = (_keys(list(x[column]), match) for x in (genes, var))
+    clear = ~found.duplicated(keep=False)
+    at = pd.Index(found[clear]).get_indexer(keys)
+    at[keys.duplicated(keep=False)] = -1
+    return np.where(at >= 0, var["soma_joinid"].to_numpy()[clear.to_numpy()][at], LACKING)
 
 
 def read_vocabulary(path: str, known: Collection[str] = ()) -> GeneList:

@@ -106,6 +106,20 @@ def hold_out(cells: pd.DataFrame, split: np.ndarray, combinations: list[Combinat
     return moved.astype(str)
 
 
+def in_combinations(cells: pd.DataFrame, combinations: list[Combination]) -> np.ndarray:
+    """Return which cells belong to a combination, bool (n,); one whose columns the cells lack holds none of them.
+
+    Args:
+        cells: Names of classes by obs column; None: no class.
+    """
+    found = np.zeros(len(cells), bool)
+    known = [x for x in combinations if set(x.classes) <= set(cells)]
+    named = cells[sorted({c for x in known for c in x.classes})].astype(object).fillna("")
+    for _, which in _which(named, known):
+        found |= which >= 0
+    return found
+
+
 def counted(cells: pd.DataFrame, combinations: list[Combination]) -> pd.DataFrame:
     """Return a table of the combinations: split, n_cells, and `label:<column>` for each obs column (empty: any)."""
     n_cells = np.zeros(len(combinations), np.int64)

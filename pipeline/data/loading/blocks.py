@@ -7,6 +7,7 @@ order of the requested ids.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,12 @@ class SomaReader:
     def row_bytes(self) -> int:
         return 32 + self.genes_per_cell * 6
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the counts that are read, beside the experiment and its cells; plain data."""
+        genes = hashlib.sha256(np.ascontiguousarray(self.gene_lut, np.int32).data).hexdigest()
+        return {"measurement": self.measurement, "layer": self.layer, "genes": genes}
+
     def read(self, rows: SomaRows) -> pa.Table:
         from pipeline.data.soma.assemble import CountsChanged
         from pipeline.data.soma.store import SomaStore
@@ -127,6 +134,50 @@ class SomaReader:
 
 
 @dataclass(frozen=True)
+class JoinedReader:
+    """Reads cells of two experiments as one: ids from `start` on are those of the second, moved by it."""
+
+    first: SomaReader
+    second: SomaReader
+    start: int
+
+    @property
+    def uri(self) -> str:
+        return self.first.uri
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.first.labels
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.first.schema
+
+    @property
+    def row_bytes(self) -> int:
+        return max(self.first.row_bytes, self.second.row_bytes)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self.first.identity, "second": self.second.identity, "start": self.start}
+
+    def read(self, rows: SomaRows) -> pa.Table:
+        of_second = rows.ids >= self.start
+        if not of_second.any():
+            return self.first.read(rows)
+        sides = [np.flatnonzero(~of_second), np.flatnonzero(of_second)]
+        parts = [
+            reader.read(SomaRows(rows.ids[at] - moved, {k: v[at] for k, v in rows.codes.items()}))
+            for reader, at, moved in zip((self.first, self.second), sides, (0, self.start), strict=True)
+            if len(at)
+        ]
+        back = pa.array(parts[-1]["soma_joinid"].to_numpy() + self.start)
+        parts[-1] = parts[-1].set_column(0, "soma_joinid", back).cast(self.schema)
+        order = np.argsort(np.concatenate(sides), kind="stable")
+        return pa.concat_tables(parts).combine_chunks().take(pa.array(order))
+
+
+@dataclass(frozen=True)
 class SomaRows:
     """Rows of one read."""
 
@@ -144,7 +195,7 @@ class SomaBlocks:
     ids: np.ndarray
     codes: Mapping[str, np.ndarray]  # label -> int32, one per id
     tile: int
-    reader: SomaReader
+    reader: SomaReader | JoinedReader
 
     def rows(self, ids: np.ndarray) -> SomaRows:
         at = positions(self.ids, ids)

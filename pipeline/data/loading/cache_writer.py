@@ -60,11 +60,9 @@ def cache_key(cells: CacheInput) -> str:
     reader = cells.source.reader
     content = {
         "format": FORMAT,
-        "measurement": reader.measurement,
-        "layer": reader.layer,
         "tile": cells.source.tile,
         "columns": [f"{f.name} {f.type}" for f in _cached_fields(reader.schema)],
-        "genes": _sha(reader.gene_lut.astype(np.int32)),
+        **reader.identity,
         "cells": _sha(cells.source.ids.astype(np.int64)),
         "library_size": _sha(cells.library_size.astype(np.float32)),
         **cells.identity,

@@ -64,7 +64,7 @@ class PublishedFiles:
         """Download a file to `folder/<key>`; return whether anything had to be read.
 
         Args:
-            progress: Called with the number of bytes that were read.
+            progress: Called with the number of bytes that are there more; first with those of an earlier download.
 
         Raises:
             InputError: The content is not what the store states, or what was recorded before.
@@ -73,6 +73,7 @@ class PublishedFiles:
         record = _read_record(folder)
         if path.is_file() and path.stat().st_size == file.size:
             _check(path, _sha256(path), record.get(file.key))
+            progress(file.size)
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
@@ -113,6 +114,8 @@ class PublishedFiles:
             known.write_text(etag)
         with store.open_input_file(place) as source, part.open("ab") as out:
             source.seek(out.tell())
+            if there := out.tell():
+                progress(there)
             while piece := source.read(PIECE):
                 out.write(piece)
                 progress(len(piece))

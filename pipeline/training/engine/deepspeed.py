@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from pipeline.config.deepspeed import deepspeed_options
 from pipeline.config.job import TrainConfig
-from pipeline.training.engine.partitions import base_optimizer, flats_of, weights_from_flats
+from pipeline.training.engine.partitions import Flat, base_optimizer, flats_of, weights_from_flats
 from pipeline.training.engine.state_files import Shards, shard_tensors
+from scldm.optim.rates import SlowedPart, piece_factor, slowed
 
 
 def _import_deepspeed() -> Any:
@@ -90,6 +91,7 @@ class Engine:
         config: The training run.
         micro_batch_size: This worker's micro batch size, in cells.
         accumulation: Micro batches in a step.
+        rates: Learning rates relative to that of a step, by parameter: one number, or one for each row. 1 for others.
     """
 
     def __init__(
@@ -100,16 +102,19 @@ class Engine:
         *,
         micro_batch_size: int,
         accumulation: int,
+        rates: Mapping[str, float | Tensor] | None = None,
     ):
         self._deepspeed = _import_deepspeed()
         self.stage = config.zero_stage
         self._fp32 = config.precision == "fp32"
         self._open, self._stepped = True, False
+        self._slowed: dict[int, list[SlowedPart]] | None = None  # by flat; known when DeepSpeed has made them
         self._norm: float | None = None  # only under stage 0 in fp32, where DeepSpeed computes it and does not keep it
         settings = deepspeed_options(
             config, n_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
             micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available(),
         )  # fmt: skip
+        self._rates = dict(rates or {})
         self._gate(optimizer)
         self._engine: Any = None  # during DeepSpeed's setup, where bf16 stage 0 would take a step of mere weight decay
         self._engine, self.optimizer, _, _ = self._deepspeed.initialize(
@@ -174,9 +179,32 @@ class Engine:
             if self._engine is None or not self._open or not self._finite():
                 return None
             self._stepped = True
-            return step(*args, **kwargs)
+            with slowed(self._slowed_parts(optimizer)):
+                return step(*args, **kwargs)
 
         optimizer.step = gated
+
+    def _slowed_parts(self, optimizer: torch.optim.Optimizer) -> list[SlowedPart]:
+        """Return the parts with a lower learning rate of what the optimizer updates now: under stage 3 one flat."""
+        if not self._rates:
+            return []
+        if self._slowed is None:
+            flats = flats_of(self.optimizer, self.module, rank=dist.get_rank())
+            self._slowed = {id(flat.tensor): list(self._parts_of(flat)) for flat in flats}
+        updated = (p for group in optimizer.param_groups for p in group["params"])
+        return [part for p in updated for part in self._slowed.get(id(p), ())]
+
+    def _parts_of(self, flat: Flat) -> Iterator[SlowedPart]:
+        parameters = dict(self.module.named_parameters())
+        values = flat.tensor.detach().view(-1)
+        for piece in flat.pieces:
+            if (factor := self._rates.get(piece.name)) is not None:
+                p = parameters[piece.name]
+                shape = getattr(p, "ds_shape", p.shape)
+                row = math.prod(shape[1:])
+                own = piece_factor(factor, row_size=row, start=piece.start, numel=piece.numel)
+                own = own.to(values) if isinstance(own, Tensor) else own
+                yield SlowedPart(values[piece.at : piece.at + piece.numel], own)
 
     def _finite(self) -> bool:
         norm = self._norm if self._norm is not None else getattr(self._engine.optimizer, "_global_grad_norm", None)

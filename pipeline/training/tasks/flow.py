@@ -15,11 +15,11 @@ from pipeline.training.loop import run_training
 from pipeline.training.objectives.flow import FlowDraws, FlowObjective
 from pipeline.training.objectives.vae import validation_tables
 from pipeline.training.state import Run
-from pipeline.training.tasks.base import make_order, report_start, training_facts
+from pipeline.training.tasks.base import Rates, make_order, report_start, training_facts
 from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
 from pipeline.training.tasks.spec import FlowWorkerSpec
 from scldm.checkpoints.native import load_flow, load_vae, save_flow
-from scldm.checkpoints.start_from import adapt, freeze, start_flow
+from scldm.checkpoints.start_from import adapt, freeze, slow_down, start_flow
 from scldm.errors import InputError
 from scldm.nn.dit import DiT
 from scldm.nn.flops import dit_flops
@@ -43,7 +43,7 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         dit = DiT(config.model, n_latent_tokens=m, latent_width=e, n_classes=n_classes)
-    started = _start_from(spec, dit, data)
+    started, rates = _start_from(spec, dit, data)
     source = latent_blocks(encoded, "train")
     order = make_order(source, train.feed, spec.seed)
     lanes = order.lanes_of(dist.get_rank(), dist.get_world_size())
@@ -60,7 +60,9 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
         samples=flow_samples(spec, data) if dist.get_rank() == 0 else None,
     )  # fmt: skip
     flops = dit_flops(config.model, n_latent_tokens=m, latent_width=e)
-    result = run_training(objective, source, order, train, replace(run, flops_per_cell=flops), ema_config=train.ema)
+    result = run_training(
+        objective, source, order, train, replace(run, flops_per_cell=flops), ema_config=train.ema, rates=rates
+    )
     raw = result.engine.export_state(result.checkpoint)
     assert result.ema is not None
     if dist.get_rank() == 0:
@@ -75,16 +77,21 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
     return training_facts(result, train.export, dit) | started
 
 
-def _start_from(spec: FlowWorkerSpec, dit: DiT, data: IngestedDataset) -> dict[str, Any]:
-    """Give the DiT the weights that it starts from, if there are any; return what was taken over, as a fact."""
+def _start_from(spec: FlowWorkerSpec, dit: DiT, data: IngestedDataset) -> tuple[dict[str, Any], Rates]:
+    """Give the DiT the weights that it starts from, if there are any.
+
+    Returns:
+        What was taken over, as a fact, and its learning rates.
+    """
     if spec.start_from is None or spec.config.start_from is None:
-        return {}
+        return {}, {}
     parents = spec.config.start_from.parents
     started = start_flow(dit, data.vocabulary, load_flow(spec.start_from), parents=parents)
     started.frozen = freeze(dit, spec.config.start_from.freeze)
     if (lora := spec.config.start_from.lora) is not None:
         adapt(dit, lora, started, seed=spec.seed)
-    return {"start_from": report_start(spec.start_from, started)}
+    rates = slow_down(dit, spec.config.start_from.old_learning_rate, started)
+    return {"start_from": report_start(spec.start_from, started)}, rates
 
 
 def latent_blocks(encoded: Manifest, split: str) -> IpcBlocks:

@@ -16,10 +16,10 @@ from pipeline.training.loop import run_training
 from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
 from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation_tables
 from pipeline.training.state import Run
-from pipeline.training.tasks.base import make_order, report_start, training_facts
+from pipeline.training.tasks.base import Rates, make_order, report_start, training_facts
 from pipeline.training.tasks.spec import VaeWorkerSpec
 from scldm.checkpoints.native import load_vae, save_vae
-from scldm.checkpoints.start_from import adapt, freeze, start_vae
+from scldm.checkpoints.start_from import adapt, freeze, slow_down, start_vae
 from scldm.errors import InputError
 from scldm.nn.dispersion import fit_theta
 from scldm.nn.flops import vae_flops
@@ -35,7 +35,7 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
     stats = pd.read_parquet(spec.inputs["ingest"].path("gene_stats"))
     mean_counts = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
     vae = _new_vae(spec, n_genes=n_genes, mean_counts=mean_counts)
-    started = _start_from(spec, vae, data)
+    started, rates = _start_from(spec, vae, data)
     source = data.blocks("train")
     objective = VaeObjective(
         vae,
@@ -56,7 +56,7 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
         expressed=float(data.facts["mean_expressed_genes"]),
     )  # fmt: skip
     order = make_order(source, train.feed, spec.seed)
-    result = run_training(objective, source, order, train, replace(run, flops_per_cell=flops))
+    result = run_training(objective, source, order, train, replace(run, flops_per_cell=flops), rates=rates)
     state = result.engine.export_state(result.checkpoint)
     fitted: dict[str, float] = {}
     if dist.get_rank() == 0:
@@ -72,15 +72,20 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
     return training_facts(result, train.export, vae) | facts | started
 
 
-def _start_from(spec: VaeWorkerSpec, vae: VAE, data: IngestedDataset) -> dict[str, Any]:
-    """Give the VAE the weights that it starts from, if there are any; return what was taken over, as a fact."""
+def _start_from(spec: VaeWorkerSpec, vae: VAE, data: IngestedDataset) -> tuple[dict[str, Any], Rates]:
+    """Give the VAE the weights that it starts from, if there are any.
+
+    Returns:
+        What was taken over, as a fact, and its learning rates.
+    """
     if spec.start_from is None or spec.config.start_from is None:
-        return {}
+        return {}, {}
     started = start_vae(vae, data.vocabulary, load_vae(spec.start_from))
     started.frozen = freeze(vae, spec.config.start_from.freeze)
     if (lora := spec.config.start_from.lora) is not None:
         adapt(vae, lora, started, seed=spec.seed)
-    return {"start_from": report_start(spec.start_from, started)}
+    rates = slow_down(vae, spec.config.start_from.old_learning_rate, started)
+    return {"start_from": report_start(spec.start_from, started)}, rates
 
 
 def _new_vae(spec: VaeWorkerSpec, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:

@@ -458,3 +458,36 @@ def init_is_asked_for_a_label_with_a_name_of_soma(case: Case) -> None:
     columns = setting(said, "ingest.source.columns")
     new = columns.partition("{")[2].partition(":")[0]
     assert ingest(job, columns, f"ingest.labels=[{new}]")["label_counts"].keys() == {new}
+
+
+@follows(
+    "pipeline/data/ingest/replay.py: has no cells under ingest.replay.cells; loosen it",
+    "pipeline/data/ingest/replay.py: set at most ingest.replay.share={}",
+    "pipeline/data/ingest/replay.py: cells, or set ingest.replay=null",
+    "pipeline/data/ingest/replay.py: or read one under another name (ingest.source.columns)",
+)
+def old_cells_do_not_fit(case: Case) -> None:
+    def file(name: str, doses: list[object]) -> dict[str, str]:
+        obs = pd.DataFrame(
+            {"cell_type": ["a", "b"] * 20, "dose": np.resize(doses, N)}, index=[f"{name}{i}" for i in range(N)]
+        )
+        cells = ad.AnnData(sp.csr_matrix(counts()), obs=obs, var=pd.DataFrame(index=IDS))
+        cells.write_h5ad(case.folder / f"{name}.h5ad")
+        return {"type": "h5ad", "path": str(case.folder / f"{name}.h5ad")}
+
+    new, old = file("new", [1.0, 2.0]), file("old", ["low", "high"])
+    where = {"where": {"cell_type": "a", "dose": "high"}}
+    job = pipeline_on(case, new, replay={"source": old, "cells": where, "share": 0.1})
+    said = message(ingest, job)
+    after = other(said, message(ingest, job, f"{named(said, 'ingest.replay.cells')}={{}}", "ingest.replay.share=0.9"))
+    other(after, message(ingest, job, "ingest.replay.cells={}", setting(after, "ingest.replay.share"), *BOTH_LABELS))
+    said = message(ingest, job, "ingest.replay.cells={}", "ingest.replay.share=0.2", *BOTH_LABELS)
+    columns = f"{named(said, 'ingest.source.columns')}={{amount: dose}}"
+    ingest(job, "ingest.replay.cells={}", "ingest.replay.share=0.2", columns, "ingest.labels=[cell_type, amount]")
+    job = pipeline_on(case, new, replay={"source": file("old", [1.0]), "share": 0.2})
+    held_out = "ingest.split.held_out.combinations=[{dose: 1.0}]"
+    said = message(ingest, job, held_out)
+    ingest(job, held_out, setting(said, "ingest.replay"))
+
+
+BOTH_LABELS = ["ingest.labels=[cell_type, dose]"]

@@ -192,6 +192,41 @@ def adapters_and_zero_3(case: Case) -> None:
     done("validate", job, setting(refused("validate", job), "train.zero_stage"))
 
 
+@follows("pipeline/inference/replay.py: name real cells in ingest.replay.pipeline or ingest.replay.source")
+def old_cells_of_a_model_without_counts(case: Case) -> None:
+    from helpers.models.small_models import CELL_TYPES, write_flow, write_vae
+
+    write_vae(case.folder / "old/vae", head="gaussian")
+    write_flow(case.folder / "old/flow", CELL_TYPES)
+    job = pipeline(case, ingest={"source": SYNTHETIC, "replay": {"model": str(case.folder / "old")}})
+    said = refused("validate", job)
+    named(said, "ingest.replay.pipeline")
+    given = f"{named(said, 'ingest.replay.source')}={{type: synthetic, n_cells: 60, n_genes: 20, seed: 1}}"
+    done("validate", job, "ingest.replay.model=null", given)
+
+
+@follows(
+    "pipeline/config/input_paths.py: is neither an .h5ad file of counts nor a library_size.json; name one of them",
+    "pipeline/data/sources/library_sizes.py: name other cells, or set generate.library_size to a number",
+)
+def library_sizes_of_what_has_none(case: Case) -> None:
+    from helpers.stages.cell_stages import models
+    from pipeline.config.input_paths import input_contents
+    from pipeline.config.job import GenerateConfig
+
+    own = models(case.once("models", models))
+    job = training(case, "generate", n_cells=3, model=own)
+    (case.folder / "sizes.csv").write_text("1")
+    config = GenerateConfig.model_validate({"n_cells": 3, "library_size": {"of": str(case.folder / "sizes.csv")}})
+    named(message(input_contents, config), "library_size.json")
+    path = case.folder / "library_size.json"
+    path.write_text('{"missing": "none are published"}')
+    given = f"library_size={{of: {path}}}"
+    done("validate", job, f"{named(refused('validate', job, given), 'generate.library_size').partition('.')[2]}=500")
+    path.write_text((Path(own["flow"]) / "library_size.json").read_text())
+    done("validate", job, given)
+
+
 @follows(
     "pipeline/config/io/named_models.py: {}: {}: false uses a trained model as it is",
     "pipeline/config/io/named_models.py: {} names a trained model; to use it as it is",

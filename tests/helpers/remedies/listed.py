@@ -77,6 +77,7 @@ NOT_FOLLOWED = {
 }
 
 NO_ADVICE = (
+    "scldm/checkpoints/upstream/inputs.py: none: library_size.json says so",
     "pipeline/cluster/needs.py: with resources.{}={}) and there are {}",
     "pipeline/inference/rows.py: name one in ingest.labels, or map it",
     "pipeline/cli/init/render.py: {} GPUs (--gpus)",

@@ -20,11 +20,11 @@ TRAIN = {
 MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_heads_cross": 2, "n_latent_tokens": 4, "latent_width": 4}
 
 
-def ingest_small(folder: Path, n_cells: int = 300) -> Manifest:
+def ingest_small(folder: Path, n_cells: int = 300, **settings: Any) -> Manifest:
     """Ingest made-up cells of 80 genes."""
     source = {"type": "synthetic", "n_cells": n_cells, "n_genes": 80, "n_types": 3}
     context = StageContext(folder, {}, 0, SimpleNamespace(), None)
-    facts = ingest.run(IngestConfig.model_validate({"source": source}), context)
+    facts = ingest.run(IngestConfig.model_validate({"source": source, **settings}), context)
     return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
 
 

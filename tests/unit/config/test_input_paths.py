@@ -60,7 +60,14 @@ def test_the_declared_inputs_are_these():
     def declared(model):
         return {path for path, annotation, metadata in text_settings(model) if mark_of(annotation, metadata)}
 
-    assert declared(GenerateConfig) == {"conditions", "decoder_condition", "genes", "model.vae", "model.flow"}
+    assert declared(GenerateConfig) == {
+        "conditions",
+        "decoder_condition",
+        "genes",
+        "model.vae",
+        "model.flow",
+        "library_size.of",
+    }
     assert declared(TrainVaeConfig) == {"train.deepspeed", "pretrained", "start_from.model"}
     assert declared(TrainFlowConfig) == {"train.deepspeed", "start_from.model"}
     assert declared(IngestConfig) == {
@@ -69,6 +76,11 @@ def test_the_declared_inputs_are_these():
         "source.uri",
         "genes.vocabulary",
         "split.held_out.table",
+        "replay.pipeline",
+        "replay.model",
+        "replay.source.path",
+        "replay.source.obs",
+        "replay.source.uri",
     }
     assert declared(STAGE_CONFIGS["perturb"]) >= {"model.vae", "model.flow", "source.path", "source.obs"}
 

@@ -189,6 +189,17 @@ def test_a_later_job_refuses_an_experiment_that_is_not_what_ingest_read():
         resolve(load_job("vae.yaml", []), "vae.yaml")
 
 
+def test_a_later_job_refuses_old_cells_that_are_not_what_ingest_read():
+    write_soma("old", seed=3)
+    finish(f"{ONE}\n  replay: {{source: {{type: soma, uri: old}}}}")
+    Path("vae.yaml").write_text("kind: train_vae\nname: demo\ntrain: {max_steps: 7}\n")
+    assert [s.done for s in resolve(load_job("vae.yaml", []), "vae.yaml").steps] == [None]
+    shutil.rmtree("old")
+    write_soma("old", seed=4)
+    with pytest.raises(InputError, match=r"the experiment old is not what ingest \w+ read .*run ingest again"):
+        resolve(load_job("vae.yaml", []), "vae.yaml")
+
+
 def test_another_part_of_an_experiment_is_not_the_input():
     finish(SOMA)
     shutil.copytree("soma/ms/RNA/X/raw", "soma/ms/RNA/X/normalised")

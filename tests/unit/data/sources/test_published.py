@@ -64,11 +64,14 @@ def test_an_interrupted_download_goes_on_where_it_stopped(files, tmp_path):
     rest: list[int] = []
     assert files.download(file, tmp_path, rest.append)
     assert (tmp_path / file.key).read_bytes() == CONTENT
-    assert sum(rest) == len(CONTENT) - sum(read)
+    assert rest[0] == sum(read), "the bar begins at what is there"
+    assert sum(rest[1:]) == len(CONTENT) - sum(read)
     assert sorted(p.name for p in (tmp_path / "datasets").iterdir()) == ["cells.h5ad"]
     recorded = json.loads((tmp_path / "downloads.json").read_text())
     assert recorded[file.key] == {"sha256": hashlib.sha256(CONTENT).hexdigest(), "size": len(CONTENT)}
-    assert not files.download(file, tmp_path, rest.append), "nothing is read twice"
+    whole: list[int] = []
+    assert not files.download(file, tmp_path, whole.append), "nothing is read twice"
+    assert whole == [len(CONTENT)]
 
 
 def test_the_rest_of_another_object_is_not_appended(files, tmp_path):

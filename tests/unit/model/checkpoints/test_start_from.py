@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers.models.small_models import CELL_TYPES, DONORS, GENES, random_weights, write_flow, write_vae
 
 from scldm.checkpoints.native import load_flow, load_vae
-from scldm.checkpoints.start_from import freeze, start_flow, start_vae
+from scldm.checkpoints.start_from import EMBEDDINGS, adapt, freeze, slow_down, start_flow, start_vae
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
+from scldm.optim.config import LoraConfig
+from scldm.optim.rates import SlowedPart, piece_factor, slowed
 
 
 def names(genes=GENES, *labels: LabelVocabulary) -> Vocabulary:
@@ -157,3 +161,84 @@ def test_parts_are_frozen_by_the_beginning_of_their_names(trained):
 def test_parts_that_are_not_there_and_a_network_that_is_frozen_whole_are_refused(trained, parts, words):
     with pytest.raises(CheckpointError, match=words):
         freeze(new_vae(trained.vae, len(GENES)), parts)
+
+
+# ---- learning rates ----------------------------------------------------------------------------------------------
+def adamw_by_hand(before, grad, rate, *, decay=0.1, steps=3):
+    """AdamW with a constant gradient and a rate for each element: the moments, corrected, are those of one gradient."""
+    p = before
+    for _ in range(steps):
+        p = p - rate * (decay * p + grad / (grad.abs() + 1e-8))
+    return p
+
+
+def train_slowly(module, rates, *, steps=3):
+    """Step by torch's AdamW; each parameter's gradient is all 0.5."""
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1, weight_decay=0.1)
+    parts = []
+    for name, factor in rates.items():
+        values = trained[name].detach().view(-1)
+        row = len(values) // len(trained[name])
+        parts.append(SlowedPart(values, piece_factor(factor, row_size=row, start=0, numel=len(values))))
+    for _ in range(steps):
+        for p in trained.values():
+            p.grad = torch.full_like(p, 0.5)
+        with slowed(parts):
+            optimizer.step()
+
+
+def test_old_rows_move_at_their_own_rate_and_new_ones_at_the_full_one(trained):
+    genes = ["g4", "other", "g1", "g0"]
+    vae = new_vae(trained.vae, 4)
+    started = start_vae(vae, names(genes), trained)
+    rates = slow_down(vae, 0.25, started)
+    before = {n: p.detach().clone() for n, p in vae.named_parameters()}
+    train_slowly(vae, rates)
+    rate = torch.tensor([0.025, 0.1, 0.025, 0.025])  # `other` is new
+    for name, p in vae.named_parameters():
+        own = rate if name in ("log_theta", "gene_bias") else rate[:, None] if name in EMBEDDINGS else 0.025
+        expected = adamw_by_hand(before[name], torch.full_like(p, 0.5), own)
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-6, msg=name)
+    assert started.facts()["old_learning_rate"] == 0.25
+    json.dumps(started.facts())
+
+
+def test_old_classes_and_the_null_class_are_old_and_a_class_that_starts_at_a_parent_is_new(flow):
+    types = LabelVocabulary("cell_type", ("B", "NKT", "T", "new"))
+    tissue = LabelVocabulary("tissue", ("gut", "lung"))
+    dit = new_dit(flow.dit, types, tissue)
+    started = start_flow(dit, names(GENES, types, tissue), flow, parents={"cell_type": {"NKT": "NK"}})
+    rates = slow_down(dit, 0.5, started)
+    assert rates["labels.label_cell_type.weight"].tolist() == [0.5, 1.0, 0.5, 1.0, 0.5]
+    assert "labels.label_tissue.weight" not in rates
+    assert rates["input.weight"] == 0.5
+    assert set(rates) == {n for n, _ in dit.named_parameters()} - {"labels.label_tissue.weight"}
+
+
+def test_another_head_is_new(trained):
+    vae = new_vae(trained.vae, len(GENES), head="nb_cell")
+    rates = slow_down(vae, 0.1, start_vae(vae, trained.vocabulary, trained))
+    assert not {"decoder.head.weight", "decoder.head.bias"} & set(rates)
+    assert rates["gene_embedding"] == 0.1
+
+
+def test_adapters_have_the_full_rate_and_what_is_frozen_has_none(trained):
+    vae = new_vae(trained.vae, len(GENES))
+    started = start_vae(vae, trained.vocabulary, trained)
+    adapt(vae, LoraConfig(rank=2), started, seed=0)
+    assert set(slow_down(vae, 0.1, started)) == {"log_theta", "gene_bias"}
+    other = new_vae(trained.vae, len(GENES))
+    started = start_vae(other, trained.vocabulary, trained)
+    freeze(other, ["encoder", "gene_embedding"])
+    assert not [n for n in slow_down(other, 0.1, started) if n.startswith("encoder.") or n == "gene_embedding"]
+
+
+def test_a_rate_for_nothing_that_is_trained_is_refused(flow):
+    tissue = LabelVocabulary("tissue", ("gut", "lung"))
+    dit = new_dit(flow.dit, tissue)
+    started = start_flow(dit, names(GENES, tissue), flow)
+    adapt(dit, LoraConfig(rank=2), started, seed=0)
+    with pytest.raises(CheckpointError, match=r"start_from.old_learning_rate \(0.1\).*nothing of it is trained"):
+        slow_down(dit, 0.1, started)
+    assert slow_down(dit, None, started) == {}
