@@ -46,8 +46,8 @@ from scldm.optim.lora import merged
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COUNTS = [[3, 0, 1, 0, 7, 2], [0, 5, 0, 1, 0, 40], [1, 1, 1, 1, 1, 1]]
-# Of a pipeline's output: pictures, packages of the machine and MLflow's own files say nothing about our formats.
-LEFT_OUT = ("figures", "mlflow.db", "mlartifacts", "packages.txt", ".lock", "env")
+# Of a pipeline's output: pictures, pages, what was meant for MLflow and what Ray keeps are read by nobody later.
+LEFT_OUT = ("figures", "report.html", "*.csv", "tracking*", ".mlflow*", "progress.json", "ray", "*.lock", ".lock")
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
