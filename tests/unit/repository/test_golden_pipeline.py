@@ -142,6 +142,6 @@ def test_what_a_newer_version_wrote_is_refused_with_the_remedy(golden, runs):
     for command in (("plan", golden / "pipeline.yaml", f"output={runs}"), ("runs", "list", runs / "tiny")):
         result = CliRunner().invoke(app, [str(word) for word in command])
         assert result.exit_code == 2
-        assert "newer version of scldm (format 2, this version reads 1); upgrade scldm" in result.output.replace("\n", " ")
+        assert "newer version of scldm (format 2, this version reads 1); upgrade scldm" in result.output
     with pytest.raises(CheckpointError, match="newer version"):
         scldm.load(vae)
