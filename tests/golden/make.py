@@ -11,8 +11,8 @@
                          shards of generated cells, an evaluation
     expected.json        what the models compute
 
-Of 0.1.0, `models/` is missing (it knew no such models), and `pipeline/` was made with that version's code. What is in a
-folder is never written again after a release: it is what that version wrote.
+Of 0.1.0, `models/` is missing (it knew no such models), and so is `pipeline/`. After a release nothing in a folder is
+written again: it is what that version wrote.
 """
 
 from __future__ import annotations
