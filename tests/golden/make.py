@@ -137,17 +137,14 @@ def write_run(root: Path) -> None:
 
 
 # ---- pipeline ----------------------------------------------------------------------------------------------------
-def write_pipeline(folder: Path, code: Path = ROOT) -> None:
-    """Run `pipeline.yaml` with the code of a version, and keep what later versions must open."""
+def write_pipeline(folder: Path) -> None:
+    """Run `pipeline.yaml`, and keep what later versions must open."""
     folder.mkdir(parents=True)
-    text = (HERE / "pipeline.yaml").read_text()
-    if not (code / "pipeline" / "config" / "io" / "renamed.py").is_file():
-        text = text.replace("kind: pipeline", "kind: line")  # its name in 0.1.0
-    (folder / "pipeline.yaml").write_text(text)
+    shutil.copyfile(HERE / "pipeline.yaml", folder / "pipeline.yaml")
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pipeline", "run", str(folder / "pipeline.yaml"), f"output={scratch}/runs"]
-        where = {**os.environ, "PYTHONPATH": str(code), "MLFLOW_TRACKING_URI": f"sqlite:///{scratch}/mlflow.db"}
-        subprocess.run(command, cwd=code, env=where, check=True)
+        where = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{scratch}/mlflow.db"}
+        subprocess.run(command, cwd=ROOT, env=where, check=True)
         left_out = shutil.ignore_patterns(*LEFT_OUT)
         shutil.copytree(f"{scratch}/runs/tiny", folder / "runs" / "tiny", ignore=left_out)
     (folder / "expected.json").write_text(json.dumps(generated(folder / "runs" / "tiny")))
