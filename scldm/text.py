@@ -60,3 +60,9 @@ def choices_hint(word: str, choices: Iterable[str], noun: str = "columns") -> st
     names = [str(c) for c in choices]
     meant = did_you_mean(word, names)
     return f"{meant}{' ' if meant else ''}{noun}: {', '.join(names) or 'none'}"
+
+
+def plain_line(text: object) -> str:
+    """Return one line without markup, which an untrusted name could contain."""
+    plain = "".join(c if c.isprintable() else " " for c in str(text))
+    return plain.replace("<", "&lt;").replace("`", "'")

@@ -19,6 +19,12 @@ Folder = Annotated[
     Path,
     typer.Argument(metavar="FOLDER", help="A pipeline (runs/demo) or a stage (runs/demo/train_flow/1a2b3c4d5e6f)."),
 ]
+ModelPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A pipeline (runs/demo), a stage, a folder with vae/ and flow/, a VAE, hf://… or s3://…."
+    ),
+]
 Uri = Annotated[
     str | None,
     typer.Option(
@@ -52,24 +58,26 @@ def sync(folder: Folder, uri: Uri = None) -> None:
 
 @mlflow_app.command()
 def register(
-    folder: Folder,
+    model: ModelPlace,
     name: Annotated[
-        str | None, typer.Option("--name", help="Of the registered model; default: scldm-PIPELINE.")
+        str | None, typer.Option("--name", help="Of the registered model; default: scldm-PIPELINE, or scldm-FOLDER.")
     ] = None,
     alias: Annotated[
         list[str] | None, typer.Option("--alias", help="Moves to this version, such as champion; may be given again.")
     ] = None,
     uri: Uri = None,
 ) -> None:
-    """Register the VAE and the flow of a pipeline as one model with predict(conditions) -> counts.
+    """Register any model with its card. VAE and flow predict cells from conditions, a VAE alone latents from counts.
 
     Example: `scldm mlflow register runs/demo --alias champion`
     """
     with reported():
         from pipeline.tracking.mlflow_runs.client import chosen_uri
         from pipeline.tracking.mlflow_runs.register import register as put
+        from scldm.api.folders import is_remote
 
-        made = put(folder, uri=chosen_uri(uri, folder), name=name, aliases=tuple(alias or ()))
+        near = None if is_remote(model) else Path(model)
+        made = put(model, uri=chosen_uri(uri, near), name=name, aliases=tuple(alias or ()))
         typer.echo(made.text())
 
 

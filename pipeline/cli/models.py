@@ -39,14 +39,15 @@ SeqLen = Annotated[
     int | None,
     typer.Option("--genes-seq-len", min=1, help="Tokens of a cell, pads included; default: the configuration's."),
 ]
-ModelFolder = Annotated[
-    Path,
+ModelPlace = Annotated[
+    str,  # a Path would change hf://
     typer.Argument(
-        metavar="MODEL_DIR", help="Folder with vae/ and flow/, a model folder, a finished stage, or a pipeline."
+        metavar="MODEL",
+        help="Folder with vae/ and flow/, a model folder, a stage, a pipeline, models:/…, hf://… or s3://….",
     ),
 ]
 FlowFolder = Annotated[
-    Path | None, typer.Option("--flow", metavar="DIR", help="Model folder of a flow, if it is not MODEL_DIR/flow.")
+    Path | None, typer.Option("--flow", metavar="DIR", help="Model folder of a flow, if MODEL does not have it.")
 ]
 
 
@@ -85,7 +86,7 @@ def convert(
 
 
 def export(
-    model: ModelFolder,
+    model: ModelPlace,
     to: Annotated[
         Target,
         typer.Option("--to", help="upstream: a checkpoint it loads. huggingface: a folder with a card, for a hub."),

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import write_json_atomic
-from scldm.errors import InputError
+from scldm.api.folders import STAGE_FORMAT, require_known_format
+from scldm.errors import CheckpointError, InputError
 
 MANIFEST = "manifest.json"
 
@@ -34,6 +35,7 @@ class Manifest:
     finished_at: float
     tracking: Mapping[str, str] = field(default_factory=dict)  # run ids
     contents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # input -> file -> digest; 0.1: empty
+    format: int = STAGE_FORMAT
 
     @classmethod
     def planned(cls, stage: str, version: str, folder: Path) -> Manifest:
@@ -66,14 +68,21 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest of a stage folder, or None if the stage has not finished there."""
+    """Return the manifest of a stage folder, or None if the stage has not finished there.
+
+    Raises:
+        InputError: It is damaged, or a newer version of scldm wrote it.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
         d = json.loads(path.read_text())
+        require_known_format(d, path)
         return Manifest(**{**d, "folder": str(folder)})
-    except (ValueError, TypeError) as error:
+    except CheckpointError:  # of a newer version, which is no damage
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete {folder} and run the stage again") from error
 
 

@@ -50,7 +50,7 @@ def use_pretrained(config: TrainVaeConfig, context: StageContext) -> dict[str, A
     _require_its_genes(config.pretrained, Vocabulary.load(folder / "vocabulary.json"), data.vocabulary)
     loaded = load_vae(folder)
     digest = folder_digest(folder)
-    card = model_card("vae", config, context.inputs)
+    card = model_card("vae", config, context.inputs, given=(config.pretrained, folder))
     save_vae(context.folder / "model", loaded.vae, data.vocabulary, data.library_sizes, card=card)
     log.info("the VAE %s is used as it is (digest %s)", config.pretrained, digest[:12])
     return {

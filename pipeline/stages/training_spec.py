@@ -21,16 +21,18 @@ log = logging.getLogger(__name__)
 
 def vae_spec(config: TrainVaeConfig, context: StageContext) -> VaeWorkerSpec:
     """Build the specification of a worker of train_vae."""
-    card = model_card("vae", config, context.inputs)
-    start = None if config.start_from is None else config.start_from.model
-    return VaeWorkerSpec(config=config, card=card, **_common(context), start_from=_found(start, "vae", context))
+    name = None if config.start_from is None else config.start_from.model
+    start = _found(name, "vae", context)
+    card = model_card("vae", config, context.inputs, given=_given(name, start))
+    return VaeWorkerSpec(config=config, card=card, **_common(context), start_from=start)
 
 
 def flow_spec(config: TrainFlowConfig, context: StageContext) -> FlowWorkerSpec:
     """Build the specification of a worker of train_flow."""
-    card = model_card("flow", config, context.inputs)
-    start = None if config.start_from is None else config.start_from.model
-    return FlowWorkerSpec(config=config, card=card, **_common(context), start_from=_found(start, "flow", context))
+    name = None if config.start_from is None else config.start_from.model
+    start = _found(name, "flow", context)
+    card = model_card("flow", config, context.inputs, given=_given(name, start))
+    return FlowWorkerSpec(config=config, card=card, **_common(context), start_from=start)
 
 
 def log_start(stage: str, facts: Mapping[str, Any]) -> None:
@@ -46,6 +48,10 @@ def log_start(stage: str, facts: Mapping[str, Any]) -> None:
 def _found(name: str | None, kind: Literal["vae", "flow"], context: StageContext) -> Path | None:
     """Return the folder of the model that training starts from: names are found here, not on every worker."""
     return None if name is None else model_on_every_node(name, kind, context.output)
+
+
+def _given(name: str | None, folder: Path | None) -> tuple[str, Path] | None:
+    return None if name is None or folder is None else (name, folder)
 
 
 def _common(context: StageContext) -> dict[str, Any]:

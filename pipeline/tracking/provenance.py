@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.manifest import Manifest, read_manifest
-from scldm.api.model_card import plain_line
 from scldm.errors import InputError
+from scldm.text import plain_line
 
 IDS = "tracking.json"
 MAX_FILES = 20  # that are listed with a data set

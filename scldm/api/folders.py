@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Literal
 from scldm.errors import CheckpointError
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
+STAGE_FORMAT = 1  # of a stage's manifest and of what it describes; a manifest without one, as of 0.1, has this one
 Weights = Literal["ema", "raw"]
 HUB_NAME = r"^[\w.-]+/[\w.-]+@[\w./-]+$"
 FETCHERS = "scldm.models"  # entry points: functions from a name to a folder of this machine
@@ -120,6 +122,7 @@ def _of_model(folder: Path) -> ModelFolders:
 def _of_stage(folder: Path, weights: Weights) -> ModelFolders:
     """Return the models of a finished stage: those that it trained or used."""
     manifest = _json(folder / MANIFEST)
+    require_known_format(manifest, folder / MANIFEST)
     stage, facts, inputs = manifest.get("stage"), manifest.get("facts", {}), manifest.get("inputs", {})
     if stage == "train_vae":
         return ModelFolders(_inside(folder, facts["model"]), None)
@@ -147,6 +150,16 @@ def _of_pipeline(folder: Path, weights: Weights) -> ModelFolders:
         f"{folder} has no config.json and no vae/, and no finished train_vae or train_flow (it holds {holds}); name a "
         "model folder, a folder with vae/ and flow/, a finished stage, or a pipeline (runs/demo)"
     )
+
+
+def require_known_format(manifest: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if a newer version of scldm wrote a stage's manifest."""
+    found = manifest.get("format", STAGE_FORMAT)
+    if not isinstance(found, int) or found > STAGE_FORMAT:
+        raise CheckpointError(
+            f"{path} was written by a newer version of scldm (format {found}, this version reads {STAGE_FORMAT}); "
+            "upgrade scldm, or take another output folder"
+        )
 
 
 def _stage_folder(folder: Path, stage: str, inputs: Any) -> Path:

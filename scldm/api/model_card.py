@@ -1,20 +1,26 @@
 """The model card of a published folder: README.md with the YAML header that Hugging Face reads.
 
-The card holds what is known from the models themselves. Licence, intended use and consent of donors are marked as not
-stated; the publisher adds them.
+The card holds what is recorded about the models: their data, genes, labels, settings, what they were started from, and
+scores with their floors. What is not recorded is said to be unknown. Licence, intended use and consent of donors are
+never recorded; the publisher adds them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from scldm.api.folders import ModelFolders
+from scldm.api.origin import RecordedScores, card_facts, recorded_scores
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.vocabulary import Vocabulary
+from scldm.metrics.score import KEY_PREFIXES, KEY_SCORES
 from scldm.nn.config import VAEConfig
+from scldm.text import plain_line
 
 MOST_CLASSES = 30  # of a label that are listed
+TRAINING_FACTS = ("data", "organism", "split", "weights", "licence of the data")  # that every reader looks for
 
 
 class DescribedModel(Protocol):
@@ -38,30 +44,22 @@ def model_card(model: DescribedModel, name: str) -> str:
     Args:
         name: Title, the name of the folder.
     """
-    return (
-        "\n".join([*_head(), f"# {plain_line(name)}", "", *_what(model), *_use(name), *_data(model), *_limits(model)])
-        + "\n"
-    )
+    sections = [
+        *_head(has_flow=model.flow is not None), f"# {plain_line(name)}", "", *_what(model), *_use(model, name),
+        *_genes_and_labels(model), *_training(model), *_scores(model), *_licence(), *_limits(model),
+    ]  # fmt: skip
+    return "\n".join(sections) + "\n"
 
 
-def _head() -> list[str]:
-    return [
-        "---",
-        "library_name: scldm",
-        "tags:",
-        "- single-cell",
-        "- rna-seq",
-        "- generative",
-        "- flow-matching",
-        "---",
-        "",
-    ]
+def _head(*, has_flow: bool) -> list[str]:
+    tags = ["single-cell", "rna-seq", *(["generative", "flow-matching"] if has_flow else [])]
+    return ["---", "library_name: scldm", "license: unknown", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
 
 
 def _what(model: DescribedModel) -> list[str]:
     vae, flow = model.vae.vae, model.flow
     m, e = model.latent_shape
-    lines = [
+    return [
         "A transformer VAE that turns the counts of a cell into a few latent tokens and back"
         + (", and a flow-matching transformer that makes such latents from noise." if flow else "."),
         "Architecture: Palla et al., arXiv 2511.02986; this implementation is independent of its authors' code.",
@@ -74,14 +72,9 @@ def _what(model: DescribedModel) -> list[str]:
         f"| | {model.vocabulary.n_genes:,} genes, head {vae.config.head}, input {vae.config.input} | "
         + (f"path {flow.path.path}, labels {flow.dit.strategy} |" if flow else "– |"),
         "",
-        f"Latents: {m} tokens x {e}. Genes by id and name: `vae/vocabulary.json`.",
+        f"Latents: {m} tokens x {e}.",
         "",
     ]
-    for label, classes in model.labels.items():
-        shown = ", ".join(plain_line(c) for c in classes[:MOST_CLASSES])
-        more = f", … ({len(classes):,} in all)" if len(classes) > MOST_CLASSES else ""
-        lines.append(f"* label `{plain_line(label)}`: {shown}{more}")
-    return [*lines, ""] if model.labels else lines
 
 
 def _sizes(config: VAEConfig) -> str:
@@ -90,9 +83,9 @@ def _sizes(config: VAEConfig) -> str:
     return f"{width}, {config.n_layers} + {decoder.n_layers}"
 
 
-def _use(name: str) -> list[str]:
+def _use(model: DescribedModel, name: str) -> list[str]:
     folder = plain_line(name)
-    return [
+    lines = [
         "## Use",
         "",
         "```python",
@@ -100,51 +93,100 @@ def _use(name: str) -> list[str]:
         "",
         f'model = scldm.Model.from_pretrained("{folder}")',
         'model.encode(adata)  # raw counts in; obsm["X_scldm"]',
-        "cells = model.generate(n=100, seed=0)  # conditions: {label: class}",
-        "```",
-        "",
     ]
+    if model.flow is not None:
+        lines.append("cells = model.generate(n=100, seed=0)  # conditions: {label: class}")
+    lines += ["```", ""]
+    if model.vae.vae.config.head == "gaussian":
+        lines += ["The head is Gaussian: cells that it makes hold log1p of counts per 10,000, and no counts.", ""]
+    return lines
 
 
-def _data(model: DescribedModel) -> list[str]:
-    """Return what the cards of VAE and flow state about their training."""
-    lines = ["## Training", ""]
-    for part, folder in (("VAE", model.folders.vae), ("flow", model.folders.flow)):
-        if folder is not None:
-            said = _bullets(folder / "README.md")
-            lines += [f"{part}:", "", *(said or ["* not stated by the card of this part"]), ""]
+# ---- data --------------------------------------------------------------------------------------------------------
+def _genes_and_labels(model: DescribedModel) -> list[str]:
+    ids = model.vocabulary.feature_ids
+    shown = ", ".join(plain_line(gene) for gene in ids[:3])
+    lines = ["## Genes and labels", "", f"{len(ids):,} genes by id ({shown}, …): `vae/vocabulary.json`.", ""]
+    if not model.labels:
+        lines.append("* labels: none")
+    for label, classes in model.labels.items():
+        listed = ", ".join(plain_line(c) for c in classes[:MOST_CLASSES])
+        more = f", … ({len(classes):,} in all)" if len(classes) > MOST_CLASSES else ""
+        lines.append(f"* label `{plain_line(label)}`: {listed}{more}")
     sizes = model.vae.library_sizes
-    lines.append(
-        f"Library sizes: none ({sizes.missing}); pass `library_size`." if sizes.missing is not None
-        else f"Library sizes: log-normal, {len(sizes.table):,} conditions."
-    )  # fmt: skip
+    none = f"none ({plain_line(sizes.missing)}); pass `library_size`"
+    known = f"log-normal, {len(sizes.table):,} conditions"
+    lines.append(f"* library sizes: {known if sizes.missing is None else none}")
     return [*lines, ""]
 
 
-def _limits(model: DescribedModel) -> list[str]:
+def _training(model: DescribedModel) -> list[str]:
+    """Return what the cards of VAE and flow state about their training, and what they do not state."""
+    lines = ["## Training", ""]
+    for part, folder in (("VAE", model.folders.vae), ("flow", model.folders.flow)):
+        if folder is not None:
+            lines += [f"{part}:", "", *_facts_of(folder), ""]
+    return lines
+
+
+def _facts_of(folder: Path) -> Iterator[str]:
+    facts = card_facts(folder)
+    yield from (f"* {fact}" for fact in facts)
+    if unknown := [name for name in TRAINING_FACTS if not any(f.startswith(f"{name}:") for f in facts)]:
+        yield f"* unknown, because nothing recorded it: {', '.join(unknown)}"
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------
+def _scores(model: DescribedModel) -> list[str]:
+    lines = ["## Scores", ""]
+    if model.flow is None:
+        return [*lines, "None: a VAE alone makes no cells to compare.", ""]
+    found = recorded_scores(model.folders)
+    if found is None:
+        return [*lines, "Unknown: there is no evaluation of cells of this flow beside the model.", ""]
+    return [*lines, *_table(found), ""]
+
+
+def _table(found: RecordedScores) -> Iterator[str]:
+    yield (
+        f"Generated cells against held-out real ones (split {plain_line(found.split)}, protocol "
+        f"{plain_line(found.protocol)}, evaluation {plain_line(found.version)}). The floor is the same score of real "
+        "cells against other real cells: a good model is near it."
+    )
+    yield from ("", "| score | generated | floor |", "|---|---|---|")
+    names = [k for k in KEY_SCORES if k in found.scores]
+    names += [k for k in found.scores if k.startswith(KEY_PREFIXES)]
+    for name in names:
+        floor = f"{found.floor[name]:.4g}" if name in found.floor else "unknown"
+        yield f"| {plain_line(name).replace('|', '/')} | {found.scores[name]:.4g} | {floor} |"
+    if found.verdict:
+        yield from ("", plain_line(found.verdict))
+
+
+# ---- the publisher's ---------------------------------------------------------------------------------------------
+def _licence() -> list[str]:
     return [
-        "## Limits",
+        "## Licence",
         "",
-        "* Generated cells are synthetic: mark them so wherever they are mixed with measured ones.",
-        "* A combination of labels that no training cell had is composed, not learned.",
-        "* It knows its own genes only; data are aligned to them by id, and genes that are absent count as zeros.",
-        "* Licence, intended use and the consent behind the training data are not stated by the models: whoever "
-        "publishes this folder adds them here.",
+        "Unknown: no model records one. Whoever publishes this folder states it here and in the head of this file "
+        "(`license:`), with the intended use and the consent behind the training data. The code of `scldm` is under "
+        "the MIT licence.",
+        "",
     ]
 
 
-def _bullets(card: Path) -> list[str]:
-    if not card.is_file():
-        return []
-    return [plain_line(line) for line in card.read_text(errors="replace").splitlines() if line.startswith("* ")]
+def _limits(model: DescribedModel) -> list[str]:
+    lines = ["## Limits", ""]
+    if model.flow is not None:
+        lines += [
+            "* Generated cells are synthetic: mark them so wherever they are mixed with measured ones.",
+            "* A combination of labels that no training cell had is composed, not learned.",
+        ]
+    lines.append("* It knows its own genes only; data are aligned to them by id, and genes that are absent count as "
+                 "zeros.")  # fmt: skip
+    return lines
 
 
 def _parameters(module: object) -> str:
     n = sum(p.numel() for p in module.parameters())  # type: ignore[attr-defined]
     return f"{n:,}"
-
-
-def plain_line(text: object) -> str:
-    """Return one line without markup, which an untrusted name could contain."""
-    plain = "".join(c if c.isprintable() else " " for c in str(text))
-    return plain.replace("<", "&lt;").replace("`", "'")

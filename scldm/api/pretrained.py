@@ -2,6 +2,7 @@
 
     README.md            the model card
     model_index.json     the list of parts
+    evaluation.json      scores and their floors, if there is an evaluation of the flow's cells
     vae/                 model.safetensors, config.json, vocabulary.json, library_size.json, README.md
     flow/                the same, and raw.safetensors, the weights before averaging
 
@@ -15,10 +16,11 @@ import shutil
 from pathlib import Path
 
 from scldm.api.model_card import DescribedModel, model_card
+from scldm.api.origin import CARD, EVALUATION, recorded_scores
 from scldm.checkpoints.output_folder import atomic_folder, check_output
 
 INDEX = "model_index.json"
-FILES = ("model.safetensors", "raw.safetensors", "config.json", "vocabulary.json", "library_size.json", "README.md")
+FILES = ("model.safetensors", "raw.safetensors", "config.json", "vocabulary.json", "library_size.json", CARD)
 
 
 def write_pretrained(model: DescribedModel, folder: Path, *, force: bool = False, in_python: bool = False) -> Path:
@@ -41,5 +43,7 @@ def write_pretrained(model: DescribedModel, folder: Path, *, force: bool = False
                     shutil.copyfile(source / name, staging / part / name)
         index = {"_class_name": "scldm.Model", "format": 1, **{part: part for part in parts}}
         (staging / INDEX).write_text(json.dumps(index, indent=1))
-        (staging / "README.md").write_text(model_card(model, folder.name))
+        if (scores := recorded_scores(model.folders)) is not None:
+            (staging / EVALUATION).write_text(scores.as_json())
+        (staging / CARD).write_text(model_card(model, folder.name))
     return folder

@@ -198,8 +198,14 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     about = json.loads(path.read_text())
     if not isinstance(about, dict):
         raise CheckpointError(f"{path} must hold a dictionary; it holds a {type(about).__name__}")
-    if about.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {about.get('format')}; this version reads {FORMAT}: upgrade scldm")
+    found = about.get("format")
+    if isinstance(found, int) and found > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by a newer version of scldm (format {found}, this version reads {FORMAT}); "
+            "upgrade scldm"
+        )
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}, and the only one so far is {FORMAT}: it is not ours")
     if about["kind"] != kind:
         raise CheckpointError(f"{folder} holds a {about['kind']}, not a {kind}")
     return about

@@ -21,6 +21,11 @@ Group = Literal[
     "reconstruction",
     "streamed",
 ]
+KEY_SCORES = (  # shown first, in this order
+    *("w2", "mmd2", "frechet", "energy", "auroc", "gene_mean_r2", "gene_variance_r2", "zero_fraction_difference"),
+    *("library_size_ks", "genes_per_cell_ks", "reconstruction_nll", "reconstruction_gene_pearson"),
+)
+KEY_PREFIXES = ("label_accuracy.",)
 Judgement = Literal["nearer", "farther", "not told apart"]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def graph():
     return architecture.import_graph(ROOT)
 
 
+@cache
 def libraries(path: Path, *, top_level_only: bool = False) -> set[str]:
     """First names of what a module imports, anywhere in it or where it is loaded."""
     tree = ast.parse(path.read_text())

@@ -158,10 +158,10 @@ def test_the_same_models_are_registered_once_and_the_alias_moves(registered, roo
     assert set(client.get_registered_model("scldm-demo").aliases) == {"champion", "candidate"}
 
 
-def test_a_pipeline_without_a_flow_is_refused(tmp_path, uri):
+def test_a_folder_without_a_model_is_refused(tmp_path, uri):
     result = CliRunner().invoke(app, ["mlflow", "register", str(tmp_path), "--uri", uri])
     assert result.exit_code == 2
-    assert "no finished train_flow" in result.output
+    assert "no finished train_vae or train_flow" in result.output
 
 
 def test_the_line_behind_a_registered_model_is_found_by_its_alias_and_by_its_run(registered, root, uri):

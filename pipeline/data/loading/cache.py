@@ -24,6 +24,7 @@ from pipeline.data.loading.blocks import LABEL, SomaBlocks, positions
 from scldm.errors import InputError
 
 BATCH_ROWS = 128
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,13 @@ def cached(source: SomaBlocks, folder: Path, all_ids: np.ndarray) -> CacheBlocks
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"the cache {folder} is missing or was never finished; {_remedy(folder)}")
-    files = tuple((s["file"], s["n_cells"]) for s in json.loads(path.read_text())["shards"])
+    manifest = json.loads(path.read_text())
+    if manifest.get("format", FORMAT) > FORMAT:
+        raise InputError(
+            f"the cache {folder} was written by a newer version of scldm (format {manifest['format']}, this version "
+            f"reads {FORMAT}); upgrade scldm"
+        )
+    files = tuple((s["file"], s["n_cells"]) for s in manifest["shards"])
     n_cells = sum(rows for _, rows in files)
     if n_cells != len(all_ids):
         raise InputError(f"the cache {folder} holds {n_cells} cells, its ingest {len(all_ids)}; {_remedy(folder)}")

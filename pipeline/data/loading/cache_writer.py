@@ -25,11 +25,10 @@ from pipeline.core.files import write_json_atomic
 from pipeline.core.manifest import MANIFEST
 from pipeline.core.shards import CommitPoints, Record, ShardStore
 from pipeline.data.loading.blocks import LABEL, SomaBlocks
-from pipeline.data.loading.cache import BATCH_ROWS
+from pipeline.data.loading.cache import BATCH_ROWS, FORMAT
 from pipeline.data.parallel import cluster_is_up, each_in_order
 from scldm.errors import InputError
 
-FORMAT = 1
 SHARD_ROWS = 8192  # four Census tiles: 43 MB on disk, 0.6 GB of memory for the process that writes it
 BYTES_PER_COUNT = 3.0  # measured on Census-like counts: 2.75 with lz4 and uint16
 SPARE_BYTES = 1 << 28  # free disk space that is left to others

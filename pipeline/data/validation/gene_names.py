@@ -84,6 +84,12 @@ class GeneNames:
         return "; var has none"
 
 
+def organism_of(ids: Sequence[str]) -> str | None:
+    """Return the organism that gene ids are of: all of them Ensembl ids of one that is known here; else None."""
+    kinds = {m[1] if (m := _ENSEMBL.match(str(x))) else "" for x in ids} - _VIRUSES
+    return _ORGANISM.get(kinds.pop()) if len(kinds) == 1 else None
+
+
 def gene_findings(names: GeneNames) -> Iterator[Finding]:
     """Check the gene ids of a source."""
     ids = [str(x) for x in names.ids]

@@ -14,12 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from pipeline.tracking.comparison.records import Measured, StageRecord
+from scldm.metrics.score import KEY_PREFIXES, KEY_SCORES
 
-KEY_METRICS = (
-    *("w2", "mmd2", "frechet", "energy", "auroc", "gene_mean_r2", "gene_variance_r2", "zero_fraction_difference"),
-    *("library_size_ks", "genes_per_cell_ks", "reconstruction_nll", "reconstruction_gene_pearson"),
-)
-KEY_PREFIXES = ("label_accuracy.",)
 TIE = 1e-9
 
 
@@ -86,7 +82,7 @@ def compare(sides: Sequence[ComparedRun], *, every: bool = False) -> RunComparis
     lineage = _side_by_side([s.lineage() for s in sides])
     scored = [_scores(s) for s in sides]
     names = list(dict.fromkeys(k for scores in scored for k in scores))
-    key = [k for k in KEY_METRICS if k in names] + [k for k in names if k.startswith(KEY_PREFIXES)]
+    key = [k for k in KEY_SCORES if k in names] + [k for k in names if k.startswith(KEY_PREFIXES)]
     training = [_training(s) for s in sides]
     return RunComparison(
         sides=[s.name for s in sides],

@@ -1,9 +1,11 @@
-"""Register a pipeline's models in MLflow: VAE and flow as one model with `predict(conditions) -> cells`.
+"""Register models in MLflow: VAE and flow as one model with `predict(conditions) -> cells`, a VAE alone as one with
+`predict(counts) -> latents`.
 
 The cells are counts, or log1p CP10k values if the VAE has a Gaussian head; metadata, tags and description say which.
 
-The model folders are copied as they are (safetensors and JSON) with a small file of code (`predictor`); nothing is
-pickled. The same folders are registered once: registering them again moves the alias and creates no second version.
+The model folders are copied as they are (safetensors and JSON) with a small file of code (`mlflow_model`) and the model
+card; nothing is pickled. The same folders are registered once: registering them again moves the alias and creates no
+second version.
 """
 
 from __future__ import annotations
@@ -18,24 +20,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core.manifest import Manifest, newest_manifest, read_manifest
+from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.mlflow_runs.runs import experiment_id
 from pipeline.tracking.provenance import read_ids
+from scldm.api.folders import ModelFolders, find_models, is_remote
 from scldm.data.cell_counts import LOG1P_CP10K
 from scldm.data.vocabulary import Vocabulary
-from scldm.errors import InputError
+from scldm.errors import CheckpointError, InputError
 from scldm.flow.config import SamplerConfig
 
-PACKAGES = ("mlflow", "torch", "numpy", "pandas", "scipy", "pydantic", "safetensors", "numba")
+if TYPE_CHECKING:
+    from scldm.api.model import Model
+
+PACKAGES = ("mlflow", "torch", "numpy", "pandas", "scipy", "pydantic", "safetensors", "numba", "anndata")
 DIGEST = "scldm.models_digest"
 SCALE = "scldm.scale"  # of the values that the model returns
-COUNTS = "counts"
-RETURNS = {COUNTS: "counts (int32)", LOG1P_CP10K: "log1p of counts per 10,000 (float32)"}
+COUNTS, LATENTS = "counts", "latents"
+RETURNS = {
+    COUNTS: "a table of conditions in, counts (int32) out",
+    LOG1P_CP10K: "a table of conditions in, log1p of counts per 10,000 (float32) out",
+    LATENTS: "counts in, latents out",
+}
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -57,58 +67,54 @@ class Registered:
 
 
 @dataclass(frozen=True)
-class ModelFolders:
-    """The model folders that are registered, and the stage that made them."""
+class NamedModels:
+    """What is registered: the models that a name stands for, and the stage that made them."""
 
-    vae: Path
-    flow: Path
-    stage: Manifest  # train_flow
-
-    @property
-    def scale(self) -> str:
-        """Scale of the values that the models make: counts, or log1p_cp10k."""
-        head = json.loads((self.vae / "config.json").read_text())["config"].get("head")
-        return LOG1P_CP10K if head == "gaussian" else COUNTS
+    name: str  # as it was given
+    folders: ModelFolders
+    stage: Manifest | None  # train_flow or train_vae; None: no stage is beside the models
+    title: str  # of the pipeline or the folder
 
     @property
-    def n_genes(self) -> int:
-        """Number of genes that a cell has."""
-        return Vocabulary.load(self.vae / "vocabulary.json").n_genes
-
-    @property
-    def pipeline(self) -> str:
-        """Name of the pipeline."""
-        return Path(self.stage.folder).parent.parent.name
+    def versions(self) -> dict[str, str]:
+        """Return stage -> version of what the models were made by, as far as it is recorded."""
+        if self.stage is None:
+            return {}
+        behind = {k: v for k, v in self.stage.inputs.items() if k == "train_vae"}
+        return {self.stage.stage: self.stage.version, **behind}
 
 
-def find_models(folder: Path) -> ModelFolders:
-    """Return the models of a pipeline's newest train_flow, or of the train_flow whose folder is given.
+def find(name: str) -> NamedModels:
+    """Return the models that a name stands for: a folder, a pair, a stage, a pipeline, or a place elsewhere.
 
     Raises:
-        InputError: There is none, or the VAE that it was trained on is missing.
+        CheckpointError: No model is there, or a required one is missing.
     """
-    folder = folder.absolute()
-    stage = read_manifest(folder) or newest_manifest(folder, "train_flow")
-    if stage is None or stage.stage != "train_flow":
-        found = "no finished train_flow" if stage is None else f"a {stage.stage}"
-        raise InputError(f"{folder} holds {found}; give a pipeline (runs/demo) or runs/demo/train_flow/<version>")
-    if (own := stage.facts.get("vae")) is not None:  # trained together with its VAE
-        return ModelFolders(Path(stage.folder) / own["ema"], stage.path("model"), stage)
-    location = Path(stage.folder).parent.parent / "train_vae" / stage.inputs["train_vae"]
-    vae = read_manifest(location)
-    if vae is None:
-        raise InputError(
-            f"the VAE that this flow was trained on is not in {location}; put it back there, or train the flow again"
-        )
-    return ModelFolders(vae.path("model"), stage.path("model"), stage)
+    folders = find_models(name)
+    made = folders.flow or folders.vae
+    stage = read_manifest(made.parent)
+    if stage is not None:
+        title = Path(stage.folder).absolute().parent.parent.name
+    else:
+        place = Path(name).absolute()
+        title = place.parent.name if place.name in ("vae", "flow") else place.name
+    return NamedModels(name, folders, stage, title)
 
 
-def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[str, ...] = ()) -> Registered:
+def scale_of(folders: ModelFolders) -> str:
+    """Return the scale of the values that the models return: counts, log1p_cp10k, or latents of a VAE alone."""
+    if folders.flow is None:
+        return LATENTS
+    head = json.loads((folders.vae / "config.json").read_text())["config"].get("head")
+    return LOG1P_CP10K if head == "gaussian" else COUNTS
+
+
+def register(folder: str | Path, *, uri: str, name: str | None = None, aliases: tuple[str, ...] = ()) -> Registered:
     """Copy the models to the store and register them.
 
     Args:
-        folder: A pipeline or a train_flow.
-        name: Name of the registered model; default: scldm-<pipeline>.
+        folder: Name of a model: a pipeline, a stage, a folder, or a place elsewhere.
+        name: Name of the registered model; default: scldm-<pipeline or folder>.
         aliases: Names that move to this version, such as champion.
 
     Raises:
@@ -116,17 +122,23 @@ def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[
     """
     from mlflow.exceptions import MlflowException
 
-    models = find_models(folder)
+    from scldm.api.model_card import model_card
+    from scldm.api.parts import digests
+
+    if name is None and is_remote(folder):
+        raise InputError(f"{folder} is no folder to name the registered model after; give --name")
+    models = find(str(folder))
+    model = _loaded(models)
     client = mlflow_client(uri)
-    model_name = name or f"scldm-{re.sub(r'[^A-Za-z0-9._-]', '-', models.pipeline)}"
-    ids = read_ids(Path(models.stage.folder))
+    model_name = name or f"scldm-{re.sub(r'[^A-Za-z0-9._-]', '-', models.title)}"
+    ids = {} if models.stage is None else read_ids(Path(models.stage.folder))
     run_id = str(ids.get("run_id", "")) if ids.get("uri") == uri else ""
-    digest = _digest(models)
+    digest = "-".join(d[:32] for d in digests(models.folders).values())
     try:
         with _as_default_store(uri):
             number, new = _version_of(client, model_name, digest), False
             if number is None:
-                number, new = _create(client, models, model_name, run_id, digest), True
+                number, new = _create(client, models, model_card(model, model_name), model_name, run_id, digest), True
             for alias in aliases:
                 client.set_registered_model_alias(model_name, alias, number)
     except MlflowException as error:
@@ -134,20 +146,18 @@ def register(folder: Path, *, uri: str, name: str | None = None, aliases: tuple[
     return Registered(model_name, number, aliases, run_id, new)
 
 
-def _digest(models: ModelFolders) -> str:
-    from scldm.checkpoints.native import folder_digest, load_flow, load_vae
-    from scldm.errors import CheckpointError
+def _loaded(models: NamedModels) -> Model:
+    """Load the models: what cannot be loaded must not be registered."""
+    from scldm.api.model import load
+    from scldm.generation.decoder_condition import refuse_adaln
 
-    try:  # a model that cannot be loaded must not be registered
-        from scldm.generation.cell_maker import check_pair
-        from scldm.generation.decoder_condition import refuse_adaln
-
-        vae = load_vae(models.vae)
-        check_pair(vae, load_flow(models.flow))
-        refuse_adaln(vae.vae.config, "a registered model")
+    try:
+        model = load(models.folders.vae, flow=models.folders.flow)
+        if model.flow is not None:
+            refuse_adaln(model.vae.vae.config, "a registered model")
+        return model
     except (CheckpointError, ValueError, OSError) as error:
         raise InputError(f"these models cannot be used and are not registered: {error}") from error
-    return f"{folder_digest(models.vae)[:32]}-{folder_digest(models.flow)[:32]}"
 
 
 def _version_of(client: Any, name: str, digest: str) -> str | None:
@@ -155,30 +165,31 @@ def _version_of(client: Any, name: str, digest: str) -> str | None:
     return next((str(v.version) for v in found if v.tags.get(DIGEST) == digest), None)
 
 
-def _create(client: Any, models: ModelFolders, name: str, run_id: str, digest: str) -> str:
+def _create(client: Any, models: NamedModels, card: str, name: str, run_id: str, digest: str) -> str:
     """Log a model with its files, and create a version of the registered model that points to it."""
     experiment = client.get_run(run_id).info.experiment_id if run_id else _own_experiment(client, models)
-    tags = {
-        DIGEST: digest, SCALE: models.scale, "scldm.train_flow_version": models.stage.version,
-        "scldm.output_uri": models.stage.folder,
-    }  # fmt: skip
+    made_by = {f"scldm.{stage}_version": version for stage, version in models.versions.items()}
+    scale, place = scale_of(models.folders), models.name if models.stage is None else models.stage.folder
+    tags = {DIGEST: digest, SCALE: scale, **made_by, "scldm.output_uri": place}
     logged = client.create_logged_model(
-        experiment, name=name, source_run_id=run_id or None, tags=tags, model_type="scldm",
-        params={"train_flow": models.stage.version, "train_vae": models.stage.inputs["train_vae"]},
+        experiment, name=name, source_run_id=run_id or None, tags=tags, model_type="scldm", params=models.versions,
     )  # fmt: skip
     try:
         with tempfile.TemporaryDirectory(prefix="scldm-model-") as scratch:
-            save(models, Path(scratch) / "model", model_id=logged.model_id, run_id=run_id or None)
-            client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
+            folder = Path(scratch) / "model"
+            save(models.folders, folder, model_id=logged.model_id, run_id=run_id or None)
+            (folder / "README.md").write_text(card)
+            client.log_model_artifacts(logged.model_id, str(folder))
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     client.finalize_logged_model(logged.model_id, "READY")
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description="scLDM: a table of conditions in, cells out.")
+        what = "counts in, latents out" if models.folders.flow is None else "a table of conditions in, cells out"
+        client.create_registered_model(name, description=f"scLDM: {what}. README.md of a version is its model card.")
     version = client.create_model_version(
         name, source=logged.artifact_location, run_id=run_id or None, model_id=logged.model_id, tags=tags,
-        description=f"A table of conditions in, {RETURNS[models.scale]} out.",
+        description=f"scLDM: {RETURNS[scale]}.",
     )  # fmt: skip
     return str(version.version)
 
@@ -196,11 +207,11 @@ def _as_default_store(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(before)  # None unsets it
 
 
-def _own_experiment(client: Any, models: ModelFolders) -> str:
+def _own_experiment(client: Any, models: NamedModels) -> str:
     """Return the pipeline's experiment, for models whose run this store does not have."""
     uri = str(client.tracking_uri)
     artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
-    return experiment_id(client, f"scldm/{models.pipeline}", artifacts)
+    return experiment_id(client, f"scldm/{models.title}", artifacts)
 
 
 def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run_id: str | None = None) -> None:
@@ -221,10 +232,10 @@ def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run
     mlflow.pyfunc.save_model(
         path=str(folder),
         python_model=str(ROOT / "pipeline" / "inference" / "export" / "mlflow_model.py"),
-        artifacts={"vae": str(models.vae), "flow": str(models.flow)},
+        artifacts={"vae": str(models.vae)} | ({} if models.flow is None else {"flow": str(models.flow)}),
         code_paths=[str(code / "scldm"), str(code / "pipeline")],
-        signature=signature(models.scale, models.n_genes),
-        metadata={SCALE: models.scale, "scldm.returns": RETURNS[models.scale]},
+        signature=signature(scale_of(models), Vocabulary.load(models.vae / "vocabulary.json").n_genes),
+        metadata={SCALE: scale_of(models), "scldm.returns": RETURNS[scale_of(models)]},
         pip_requirements=[f"{p}=={installed(p).partition('+')[0]}" for p in PACKAGES],
         mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
     )
@@ -237,12 +248,15 @@ def signature(scale: str, n_genes: int) -> Any:
     for text. The model reads its table itself: every part of it is read or refused by name.
 
     Args:
-        scale: Of the values that the model returns: int32 counts, or float32 log1p_cp10k.
+        scale: Of the values that the model returns: int32 counts, or float32 log1p_cp10k. None is returned for latents:
+            a VAE alone has no settings.
         n_genes: Number of values of a cell.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
+    if scale == LATENTS:
+        return None
     defaults = SamplerConfig()
     params = [
         ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, 1.0),

@@ -77,9 +77,9 @@ class ConversionReport:
 
     def card(self) -> str:
         """Return README.md of the model folders, with file names only: a path would reveal folders of this machine."""
-        lines = [f"# {self.title}", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in self.numbers.items()]
-        lines += [f"| {name} from | {_file_names(value)} |" for name, value in self.sources.items()]
+        lines = [f"# {self.title}", "", f"* weights: converted from upstream's {self.numbers['checkpoint']}"]
+        lines += [f"* {name}: {value}" for name, value in self.numbers.items()]
+        lines += [f"* {name} from: {_file_names(value)}" for name, value in self.sources.items()]
         for heading, items in (("Left behind", self.left_behind), ("Notes", self.notes)):
             if items:
                 lines += ["", f"## {heading}", "", *(f"- {item}" for item in items)]

@@ -33,6 +33,9 @@ FOLLOWED_ELSEWHERE = {
         "tests/unit/inference/test_request.py"
     ),
     "pipeline/config/io/reference.py: # Settings": "tests/contracts/test_configuration_reference.py",
+    "pipeline/tracking/mlflow_runs/register.py: to name the registered model after; give --name": (
+        "tests/unit/inference/test_model_cards.py"
+    ),
     "scldm/api/scoring.py: name the layer of counts with layer=": "tests/unit/model/api/test_notebook_api.py",
     "scldm/api/model_card.py: cells = model.generate(n=100, seed=0)": "tests/unit/model/api/test_notebook_api.py",
 }

@@ -41,7 +41,9 @@ def test_classes_and_labels_in_the_card_of_a_model_are_text(tmp_path):
 
 def test_the_card_of_a_stage_is_text():
     facts = {"source": f"h5ad {EVIL[0]}", "digest": "a", "n_cells": {"train": 1}, "n_genes": 2, "labels": list(EVIL)}
-    ingest = SimpleNamespace(facts=facts, version="v")
+    ingest = SimpleNamespace(
+        facts=facts, config={"source": {"organism": EVIL[1]}, "split": {"by": EVIL[2]}}, version="v"
+    )
     text = card_of_a_stage("vae", Settings(), {"ingest": ingest})  # type: ignore[dict-item]
     shows_no_markup(text)
     assert text.count("```") == 2

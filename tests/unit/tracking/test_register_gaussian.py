@@ -8,8 +8,8 @@ import pytest
 from helpers.models.small_models import write_flow, write_vae
 
 import scldm
-from pipeline.core.manifest import Manifest
-from pipeline.tracking.mlflow_runs.register import ModelFolders, save
+from pipeline.tracking.mlflow_runs.register import save
+from scldm.api.folders import ModelFolders
 
 ROWS = [{"cell_type": "T", "n_cells": 3}, {"cell_type": "NK", "n_cells": 2}]
 
@@ -20,8 +20,7 @@ ROWS = [{"cell_type": "T", "n_cells": 3}, {"cell_type": "NK", "n_cells": 2}]
 def test_what_a_registered_model_returns_is_in_its_metadata(tmp_path, head, scale, dtype):
     import mlflow
 
-    stage = Manifest("train_flow", "v", str(tmp_path / "demo" / "train_flow" / "v"), {}, {}, {}, 1.0, 1.0)
-    models = ModelFolders(write_vae(tmp_path / "vae", head=head), write_flow(tmp_path / "flow"), stage)
+    models = ModelFolders(write_vae(tmp_path / "vae", head=head), write_flow(tmp_path / "flow"))
     save(models, tmp_path / "saved" / "model")
     model = mlflow.pyfunc.load_model(str(tmp_path / "saved" / "model"))
     assert model.metadata.metadata["scldm.scale"] == scale
