@@ -254,6 +254,9 @@ def _of_files(setting: str, value: str, files: Sequence[Path], *, folders: Seque
 ConditionsTable = Annotated[PathText, InputFile("a CSV, TSV or Parquet table of labels and n_cells", "conditions")]
 GeneFile = Annotated[PathText, InputFile("a text file with one gene on each line, or a list of genes", "genes")]
 VectorFile = Annotated[PathText, InputFile("a .npy file of numbers, as numpy.save writes it", "decoder_condition")]
+GeneTable = Annotated[
+    PathText, InputFile("a table with a vector for each gene: CSV, TSV or Parquet", "gene_embeddings")
+]
 DeepSpeedFile = Annotated[PathText, InputFile("a JSON file of DeepSpeed options, or null", "deepspeed")]
 HeldOutTable = Annotated[PathText, InputFile("a CSV or Parquet table of combinations of labels", "held_out")]
 GeneVocabulary = Annotated[PathText, VocabularyFile("a file of genes, or the folder of a model", "vocabulary")]

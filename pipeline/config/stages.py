@@ -19,6 +19,7 @@ from pipeline.config.ingest import ClassName
 from pipeline.config.input_paths import (
     ConditionsTable,
     GeneFile,
+    GeneTable,
     LibrarySizePlace,
     PretrainedVae,
     StartFlow,
@@ -53,8 +54,8 @@ class StartConfig(StrictModel):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keep the versions of stages from before this setting existed."""
-        return _without_unset(to_dict(self), ("old_learning_rate",))
+        """Keep the versions of stages from before these settings existed."""
+        return _without_unset(to_dict(self), ("old_learning_rate", "gene_embeddings"))
 
 
 class StartVaeConfig(StartConfig):
@@ -65,6 +66,10 @@ class StartVaeConfig(StartConfig):
 
     model: StartVae
     """Name of the model, from anywhere: runs/census, models:/census-vae@champion, a folder."""
+    gene_embeddings: GeneTable | None = None
+    """A table with a vector for each gene, from any other model (ESM, GenePT): gene ids in the column feature_id or the
+    first one, all other columns numbers. New genes start where a regression on their vectors predicts; null, and genes
+    without a vector: at the mean."""
 
 
 class StartFlowConfig(StartConfig):

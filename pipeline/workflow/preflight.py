@@ -41,7 +41,7 @@ def check_settings(job: JobBase) -> None:
             problems += feed_problems(train, job.resources, where)
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
             problems += _cautious_problems(train, job.resources, where)
-            problems += _adapter_problems(config, where)
+            problems += [*_adapter_problems(config, where), *_gene_table_problems(config, where)]
         if isinstance(config, IngestConfig) and config.replay is not None and config.replay.model is not None:
             from pipeline.inference.replay import old_model_problems
 
@@ -138,6 +138,17 @@ def _adapter_problems(config: Any, where: str) -> Iterator[str]:
             f"{where}start_from.lora adds to weights that every worker holds, and ZeRO 3 cuts them up; adapters need "
             f"little memory: set {where}train.zero_stage=2"
         )
+
+
+def _gene_table_problems(config: Any, where: str) -> Iterator[str]:
+    table = getattr(getattr(config, "start_from", None), "gene_embeddings", None)
+    if table is not None:
+        from scldm.checkpoints.gene_vectors import read_gene_vectors
+
+        try:
+            read_gene_vectors(Path(table), f"{where}start_from.gene_embeddings")
+        except InputError as error:
+            yield str(error)
 
 
 def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str) -> Iterator[str]:

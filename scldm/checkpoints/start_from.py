@@ -2,7 +2,8 @@
 
 What has a gene or a class of its own (embeddings, gene biases, dispersions) is matched by name; all else must have the
 same shape. What has no counterpart is given the value at which the network does what the other one did, as far as that
-exists: a new gene the mean embedding, a new class the null class, a new label zeros.
+exists: a new gene the mean embedding (or the one that its vector predicts, `gene_vectors`), a new class the null class,
+a new label zeros.
 
 Shape letters: g genes, k classes of a label (and the null class), d model width.
 """
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scldm.checkpoints.gene_vectors import GeneVectors, predict_embeddings
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
-from scldm.errors import CheckpointError
+from scldm.errors import CheckpointError, InputError
 from scldm.nn.dit import DiT, label_table_name
 from scldm.nn.vae import VAE
 from scldm.optim.config import LoraConfig
@@ -42,6 +44,7 @@ class Started:
     dropped: list[str] = field(default_factory=list)  # its parameters that this network lacks
     genes: dict[str, int] = field(default_factory=dict)  # kept, new, dropped
     classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # label -> kept, new, dropped, parents
+    gene_vectors: dict[str, dict[str, float]] = field(default_factory=dict)  # table -> genes, explained: by vectors
     frozen: list[str] = field(default_factory=list)  # parameters that are not trained
     adapters: dict[str, int] = field(default_factory=dict)  # rank, and trained: numbers that are trained
     old_learning_rate: float | None = None  # of what was taken over, relative to what is new; None: the same
@@ -52,6 +55,11 @@ class Started:
         lines = [f"{self.parameters:,} numbers are taken over"]
         if self.genes:
             lines[0] += "; genes: {kept:,} kept, {new:,} new, {dropped:,} dropped".format(**self.genes)
+        for name, found in self.gene_vectors.items():
+            lines.append(
+                "{}: {genes:,} new genes start where their vector predicts ({explained:.0%} of the variance of known "
+                "genes, each left out in turn), the others at the mean".format(name, **found)
+            )
         for label, n in self.classes.items():
             lines.append(
                 f"{label}: {n['kept']} classes kept, {_named(n['new'], 'new')}, {_named(n['dropped'], 'dropped')}"
@@ -67,14 +75,22 @@ class Started:
 
     def facts(self) -> dict[str, Any]:
         """Return it as plain data."""
-        left_out = {"old_rows", *(() if self.old_learning_rate is not None else ("old_learning_rate",))}
-        return {k: v for k, v in vars(self).items() if k not in left_out}
+        unset = {k for k in ("old_learning_rate", "gene_vectors") if not getattr(self, k)}
+        return {k: v for k, v in vars(self).items() if k not in {"old_rows", *unset}}
 
 
-def start_vae(vae: VAE, vocabulary: Vocabulary, source: LoadedVAE) -> Started:
+def start_vae(
+    vae: VAE, vocabulary: Vocabulary, source: LoadedVAE, *, gene_vectors: GeneVectors | None = None
+) -> Started:
     """Give a new VAE the weights of another one, in place.
 
     The VAE was initialised for its own data (`VAE.start_at`), from which new genes take their bias.
+
+    Args:
+        vae: The VAE that starts.
+        vocabulary: Its genes.
+        source: The VAE whose weights it takes.
+        gene_vectors: Vectors of genes, which predict the embeddings of new ones; None: new genes start at the mean.
 
     Raises:
         CheckpointError: The sizes differ, or the two have no gene in common.
@@ -107,7 +123,33 @@ def start_vae(vae: VAE, vocabulary: Vocabulary, source: LoadedVAE) -> Started:
             started.old_rows[name] = ALL_ROWS
     started.dropped += [name for name in old if name not in state]
     _require_known(started, allowed=HEAD)
+    if gene_vectors is not None:
+        _predict_genes(state, vocabulary, source, places, gene_vectors, started)
     return started
+
+
+@torch.no_grad()
+def _predict_genes(
+    state: Mapping[str, Tensor],
+    vocabulary: Vocabulary,
+    source: LoadedVAE,
+    places: Tensor,
+    vectors: GeneVectors,
+    started: Started,
+) -> None:
+    """Set the embeddings of new genes that have a vector."""
+    rows = (places < 0).nonzero().squeeze(1)
+    ids = [vocabulary.feature_ids[i] for i in rows.tolist()]
+    if not ids:
+        raise CheckpointError("gene_embeddings: the model has every gene already; leave it out")
+    for name in (n for n in EMBEDDINGS if n in state):
+        table = source.vae.state_dict()[name].double().cpu().numpy()
+        try:
+            found = predict_embeddings(vectors, source.vocabulary.feature_ids, table, ids)
+        except InputError as error:
+            raise CheckpointError(f"gene_embeddings: {error}") from error
+        state[name][rows[torch.from_numpy(found.known)]] = torch.from_numpy(found.values).to(state[name])
+        started.gene_vectors[name] = {"genes": int(found.known.sum()), "explained": round(found.explained, 4)}
 
 
 def start_flow(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -18,6 +19,7 @@ from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation
 from pipeline.training.state import Run
 from pipeline.training.tasks.base import Rates, make_order, report_start, training_facts
 from pipeline.training.tasks.spec import VaeWorkerSpec
+from scldm.checkpoints.gene_vectors import read_gene_vectors
 from scldm.checkpoints.native import load_vae, save_vae
 from scldm.checkpoints.start_from import adapt, freeze, slow_down, start_vae
 from scldm.errors import InputError
@@ -80,7 +82,9 @@ def _start_from(spec: VaeWorkerSpec, vae: VAE, data: IngestedDataset) -> tuple[d
     """
     if spec.start_from is None or spec.config.start_from is None:
         return {}, {}
-    started = start_vae(vae, data.vocabulary, load_vae(spec.start_from))
+    table = spec.config.start_from.gene_embeddings
+    vectors = None if table is None else read_gene_vectors(Path(table), "train_vae.start_from.gene_embeddings")
+    started = start_vae(vae, data.vocabulary, load_vae(spec.start_from), gene_vectors=vectors)
     started.frozen = freeze(vae, spec.config.start_from.freeze)
     if (lora := spec.config.start_from.lora) is not None:
         adapt(vae, lora, started, seed=spec.seed)

@@ -68,7 +68,12 @@ def test_the_declared_inputs_are_these():
         "model.flow",
         "library_size.of",
     }
-    assert declared(TrainVaeConfig) == {"train.deepspeed", "pretrained", "start_from.model"}
+    assert declared(TrainVaeConfig) == {
+        "train.deepspeed",
+        "pretrained",
+        "start_from.model",
+        "start_from.gene_embeddings",
+    }
     assert declared(TrainFlowConfig) == {"train.deepspeed", "start_from.model"}
     assert declared(IngestConfig) == {
         "source.path",
