@@ -139,13 +139,16 @@ def _predict_genes(
 ) -> None:
     """Set the embeddings of new genes that have a vector."""
     rows = (places < 0).nonzero().squeeze(1)
-    ids = [vocabulary.feature_ids[i] for i in rows.tolist()]
+    hits = {by: sum(vectors.of(getattr(source.vocabulary, by))[0]) for by in ("feature_ids", "feature_names")}
+    by = "feature_names" if hits["feature_names"] > hits["feature_ids"] else "feature_ids"  # a table has one of both
+    known_ids, own = getattr(source.vocabulary, by), getattr(vocabulary, by)
+    ids = [own[i] for i in rows.tolist()]
     if not ids:
         raise CheckpointError("gene_embeddings: the model has every gene already; leave it out")
     for name in (n for n in EMBEDDINGS if n in state):
         table = source.vae.state_dict()[name].double().cpu().numpy()
         try:
-            found = predict_embeddings(vectors, source.vocabulary.feature_ids, table, ids)
+            found = predict_embeddings(vectors, known_ids, table, ids)
         except InputError as error:
             raise CheckpointError(f"gene_embeddings: {error}") from error
         state[name][rows[torch.from_numpy(found.known)]] = torch.from_numpy(found.values).to(state[name])

@@ -121,6 +121,20 @@ def test_a_vae_starts_new_genes_at_what_their_vectors_predict(trained: LoadedVAE
     assert any("2 new genes start where their vector predicts" in line for line in started.lines())
 
 
+def test_a_table_of_symbols_is_matched_by_name(trained: LoadedVAE) -> None:
+    vectors, _, _ = data()
+    named = LoadedVAE(
+        trained.vae, Vocabulary(tuple(f"ENSG{i:011d}" for i in range(40)), tuple(KNOWN)), trained.library_sizes
+    )
+    vae = VAE(trained.vae.config, n_genes=2)
+    vae.start_at(torch.ones(2))
+    ids = ("ENSG00000000003", "ENSG99999999999")
+    started = start_vae(vae, Vocabulary(ids, ("g3", "n0")), named, gene_vectors=vectors)
+    assert started.gene_vectors["gene_embedding"]["genes"] == 1
+    expected = predict_embeddings(vectors, KNOWN, trained.vae.gene_embedding.detach().double().numpy(), ["n0"])
+    np.testing.assert_allclose(vae.gene_embedding[1].detach().numpy(), expected.values[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_table_is_refused_where_no_gene_is_new(trained: LoadedVAE) -> None:
     vectors, _, _ = data()
     vae = VAE(trained.vae.config, n_genes=40)
