@@ -67,9 +67,9 @@ class StartVaeConfig(StartConfig):
     model: StartVae
     """Name of the model, from anywhere: runs/census, models:/census-vae@champion, a folder."""
     gene_embeddings: GeneTable | None = None
-    """A table with a vector for each gene, from another model (ESM, GenePT): ids or symbols in the column feature_id or the
-    first one, all other columns numbers. New genes start where a regression on their vectors predicts; null, and genes
-    without a vector: at the mean."""
+    """A table with a vector for each gene, from another model (ESM, GenePT): ids or symbols in the column feature_id or
+    the first one, all other columns numbers. New genes start where a regression on their vectors predicts; null, and
+    genes without a vector: at the mean."""
 
 
 class StartFlowConfig(StartConfig):
