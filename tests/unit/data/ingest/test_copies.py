@@ -105,7 +105,7 @@ def test_copies_are_found_in_an_experiment_that_records_no_hashes(tmp_path):
     recorded = find_copies(store, store.obs([]), [])
     with soma.DataFrame.open(f"{store.uri}/obs") as obs:
         frame = obs.read().concat().to_pandas()
-    read = module._read(store, frame["soma_joinid"].to_numpy())
+    read = module.hashes_of(store, frame["soma_joinid"].to_numpy())
     np.testing.assert_array_equal(read[0].view(np.int64), frame[list(COLUMNS)].to_numpy())
     np.testing.assert_array_equal(Copies.of(*read).first, recorded.first)
 
