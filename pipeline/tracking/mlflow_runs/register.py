@@ -20,8 +20,6 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.mlflow_runs.runs import experiment_id
@@ -240,6 +238,7 @@ def signature(scale: str, n_genes: int) -> Any:
         scale: Of the values that the model returns: int32 counts, or float32 log1p_cp10k.
         n_genes: Number of values of a cell.
     """
+    import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
