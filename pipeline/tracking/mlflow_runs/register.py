@@ -22,8 +22,6 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from pipeline.tracking.mlflow_runs.runs import experiment_id
@@ -252,6 +250,7 @@ def signature(scale: str, n_genes: int) -> Any:
             a VAE alone has no settings.
         n_genes: Number of values of a cell.
     """
+    import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 

@@ -17,8 +17,9 @@ import scldm
 from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import ResourcesConfig, TrainVaeConfig
-from pipeline.core.manifest import Manifest
+from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.stages import train_vae
+from pipeline.workflow import schedule
 from pipeline.workflow.preflight import check_settings
 from scldm.api.folders import find_model
 from scldm.checkpoints.native import folder_digest, load_vae
@@ -231,3 +232,31 @@ def test_a_job_that_was_sent_with_its_code_finds_the_models_of_earlier_jobs(pair
     job = write_job(package, kind="generate", model="pair", n_cells=3)
     assert job.model.vae == job.model.flow == str(pair)
     assert write_job(package, kind="train_flow", start_from="pair/flow").start_from.model == str(pair / "flow")
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------
+def finished(root, name, inputs):
+    folder = root / "runs" / "mine" / name / "a1"
+    folder.mkdir(parents=True)
+    write_manifest(Manifest(name, "a1", str(folder), {}, inputs, {"n_cells": {"test": 9}}, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("made_from", "read"),
+    [({}, ["generate", "ingest"]), ({"ingest": "a1"}, ["generate", "ingest"])],
+    ids=["a table", "like a split"],
+)
+def test_cells_of_named_models_are_scored_without_a_vae_of_the_pipeline(tmp_path, monkeypatch, made_from, read):
+    monkeypatch.setattr(schedule, "check_experiment", lambda *_: None)
+    finished(tmp_path, "ingest", {})
+    finished(tmp_path, "generate", made_from)
+    resolved = schedule.resolve(write_job(tmp_path, kind="evaluate"))
+    assert not resolved.missing
+    assert sorted(resolved.steps[0].inputs) == read
+
+
+def test_cells_of_the_pipelines_own_models_are_scored_with_its_vae(tmp_path):
+    finished(tmp_path, "ingest", {})
+    finished(tmp_path, "generate", {"ingest": "a1", "train_vae": "v1", "train_flow": "f1"})
+    resolved = schedule.resolve(write_job(tmp_path, kind="evaluate"))
+    assert [m.stage for m in resolved.missing] == ["train_vae"]

@@ -62,8 +62,9 @@ PAIRS = {  # published pair -> recorded VAE and DiT
 FILES = {"ldm_last": "ldm", "ldm_compiled_keys": "ldm", "ldm_legacy_scg_vae_module": "ldm_legacy"}
 VAES = sorted({vae for vae, _ in PAIRS.values()} | set(CENSUS.values()))
 DITS = ("joint", "me_single", "me_single_nobias", "me_two")
+OTHERS = (pytest.mark.slow, pytest.mark.integration)
 EVERY = [  # VAE with every flow; one flow each on every change, all of them with the slow tests
-    pytest.param(vae, dit, marks=() if (i + j) % len(DITS) == 0 else pytest.mark.slow)
+    pytest.param(vae, dit, marks=() if (i + j) % len(DITS) == 0 else OTHERS)
     for i, vae in enumerate(VAES)
     for j, dit in enumerate(DITS)
 ]
