@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,10 @@ def _likelihood(config: StrictModel) -> Iterator[str]:
 
 
 def _old_cells(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the line about old cells among the training cells, if there are any."""
+    """Yield the line about old cells among the training cells, if there are any; without folders, as `_source`."""
     if (replay := facts.get("replay")) is not None:
-        yield f"of the training cells, {replay['n_cells']} are old ones: {plain_line(replay['source'])}"
+        text = re.sub(r"(?<![\w./:])(?:~?/)(?:[^/\s(),]+/)+", "", str(replay["source"]))
+        yield f"of the training cells, {replay['n_cells']} are old ones: {plain_line(text)}"
 
 
 def _source(ingest: Manifest) -> str:

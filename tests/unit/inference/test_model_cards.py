@@ -270,3 +270,11 @@ def test_the_card_of_a_converted_checkpoint_names_its_file_and_what_it_does_not_
     card = card_of(converted(tmp_path, monkeypatch), tmp_path / "card")
     assert "* weights: converted from upstream's model.ckpt\n" in card
     assert "* unknown, because nothing recorded it: data, organism, split, licence of the data\n" in card
+
+
+def test_the_line_about_old_cells_reveals_no_folder():
+    from pipeline.stages.model_card import _old_cells
+
+    source = "training cells of /home/me/secret/runs/census/ingest/1a2b (h5ad /data/private/cells.h5ad)"
+    [line] = _old_cells({"replay": {"n_cells": 5, "source": source}})
+    assert line == "of the training cells, 5 are old ones: training cells of 1a2b (h5ad cells.h5ad)"
