@@ -144,7 +144,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
-def rows(name: str, results: list[dict[str, Any]]) -> list[Row]:
+def rows(results: list[dict[str, Any]], suffix: str) -> list[Row]:
+    """Rows of a pair of sets; the suffix names it if there are several."""
     by_key = {(r["seed"], r["n"], r["way"]): r for r in results}
     found = []
     for n in sorted({r["n"] for r in results}):
@@ -154,10 +155,10 @@ def rows(name: str, results: list[dict[str, Any]]) -> list[Row]:
                 for (s, k, w), r in by_key.items()
                 if (k, w) == (n, way) and (s, n, "scratch") in by_key
             ]
-            found += _row(f"{name}: {way.replace(' + ', '_')}.vs_scratch@{n}", pairs)
+            found += _row(f"{way.replace(' + ', '_')}.vs_scratch@{n}{suffix}", pairs)
         for way in FORGETFUL:
             pairs = [(r["old"], r["old_before"]) for (_, k, w), r in by_key.items() if (k, w) == (n, way)]
-            found += _row(f"{name}: forgetting, {way}@{n}", pairs)
+            found += _row(f"forgetting.{way.replace(' + ', '_')}@{n}{suffix}", pairs)
     return found
 
 
@@ -194,7 +195,12 @@ def main() -> None:
         run(name, args)
     found = {name: read(args.out / name / "results.jsonl") for name in names}
     more = {"seconds": args.seconds, "pretrain": args.pretrain, "vae": VAE_SIZES.model_dump(mode="json")}
-    report([row for name in names for row in rows(name, found[name])], args.json, **more, found=found)
+    report(
+        [row for name in names for row in rows(found[name], f" {name}" if len(names) > 1 else "")],
+        args.json,
+        **more,
+        found=found,
+    )
 
 
 if __name__ == "__main__":

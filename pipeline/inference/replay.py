@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config.apply import ModelNames
 from pipeline.config.job import GenerateConfig
 from pipeline.inference.models import check_folders, draws_counts, named_models
-from scldm.data.library_size import LibrarySizes
+from scldm.data.library_size import LibrarySizes, condition_key
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 
@@ -63,8 +63,18 @@ def _combinations(vocabulary: Vocabulary, sizes: LibrarySizes) -> list[tuple[dic
     ]
     if found:
         return found
-    first = labels[0]  # statistics of single labels, or none at all
-    return [({first.name: c}, 1) for c in first.classes]
+    # Statistics of single labels, or none at all: the label whose cells are counted best; the others stay open.
+    counted = {x.name: [_n_cells(sizes, x.name, c) for c in x.classes] for x in labels}
+    best = max(labels, key=lambda x: sum(counted[x.name]))
+    if not sum(counted[best.name]):
+        return [({best.name: c}, 1) for c in best.classes]
+    return [({best.name: c}, n) for c, n in zip(best.classes, counted[best.name], strict=True) if n]
+
+
+def _n_cells(sizes: LibrarySizes, label: str, name: str) -> int:
+    """Return the number of training cells of a class; 0 if it is not known."""
+    found = sizes.table.get(condition_key({label: name}))
+    return 0 if found is None or found.n_cells is None else found.n_cells
 
 
 def _shared(n: int, weights: Sequence[int]) -> list[int]:

@@ -45,7 +45,7 @@ from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 from scldm.generation.decoder_condition import vectors_digest
-from scldm.generation.expression_draw import scale_of
+from scldm.generation.expression_draw import expression_setting_problem, scale_of
 from scldm.generation.request import Request
 from scldm.generation.request_table import genes_to_write
 
@@ -162,6 +162,8 @@ def _spec(
     sizes, sizes_from = _library_sizes(config, models)
     strategy = json.loads((models.flow / "config.json").read_text())["config"]["strategy"]
     counts = draws_counts(models.vae)
+    if counts and (problem := expression_setting_problem(config.sampler.expression)):
+        raise InputError(f"generate: {problem}")
     if not counts and (problems := values_problems(config, request)):
         raise InputError("\n".join(problems))
     recipe_of(request, config, models.vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
@@ -179,7 +181,7 @@ def _spec(
         "data": models.data_digest,
         "latent_shape": list(models.latent_shape),
         "notes": notes_on(request, training, sizes, config, counts=counts),
-        **scale_of("nb" if counts else "gaussian"),
+        **scale_of("nb" if counts else "gaussian", config.sampler.expression),
         **vectors_digest(vectors),
     }
     return GeneratorSpec(

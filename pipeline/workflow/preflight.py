@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.apply import RealCellsConfig
 from pipeline.config.checks import feed_problems
 from pipeline.config.deepspeed import read_options
+from pipeline.config.input_paths import ingest_of
 from pipeline.config.job import (
     GenerateConfig,
     IngestConfig,
@@ -42,6 +43,15 @@ def check_settings(job: JobBase) -> None:
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
             problems += _cautious_problems(train, job.resources, where)
             problems += [*_adapter_problems(config, where), *_gene_table_problems(config, where)]
+        if isinstance(config, IngestConfig) and config.replay is not None and config.replay.pipeline is not None:
+            try:
+                ingest_of(config.replay.pipeline)
+            except FileNotFoundError:
+                problems.append(
+                    f"ingest.replay.pipeline: {config.replay.pipeline} is not there; name a pipeline's folder"
+                )
+            except InputError as error:
+                problems.append(f"ingest.replay.pipeline: {error}")
         if isinstance(config, IngestConfig) and config.replay is not None and config.replay.model is not None:
             from pipeline.inference.replay import old_model_problems
 
@@ -82,16 +92,14 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
         if config.like is None:  # else the composition is known when ingest is
             request = read_request(config, vocabulary, {})
             vectors_of(config, request, vae_config(named.vae))
-            if not draws_counts(named.vae):
-                return values_problems(config, request)
+        else:
+            request = Request(())
+        if not draws_counts(named.vae):
+            return values_problems(config, request)
     except InputError as error:
-        return [str(error)]
+        return [f"generate.model: {error}"]
     if not isinstance(config.library_size, LibrarySizesOf):
         return []
-    if not draws_counts(named.vae):
-        return [
-            f"generate.library_size.of: {config.model.vae} has a gaussian head, which draws no counts; leave it out"
-        ]
     return library_size_problems(config.library_size.of, vocabulary)
 
 
@@ -181,6 +189,16 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
         if problems := _gaussian_problems(config, configs.get("train_vae"), request):
             raise InputError("\n".join(problems))
     vae = configs.get("train_vae")
+    if isinstance(vae, TrainVaeConfig) and vae.start_from is not None:
+        from scldm.api.folders import find_model
+        from scldm.checkpoints.start_from import shared_genes
+        from scldm.data.vocabulary import Vocabulary
+
+        model = Vocabulary.load(find_model(vae.start_from.model, "vae") / "vocabulary.json")
+        try:
+            shared_genes(model, Vocabulary.load(ingest.path("vocabulary")))
+        except InputError as error:
+            raise InputError(f"train_vae.start_from.model: {vae.start_from.model}: {error}") from error
     if isinstance(vae, TrainVaeConfig) and (vae.train.genes_seen.n or 0) > ingest.facts["n_genes"]:
         raise InputError(
             f"train_vae: train.genes_seen.n ({vae.train.genes_seen.n}) is more than the "

@@ -37,7 +37,7 @@ from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
 from scldm.generation.cell_maker import CellMaker, check_pair
 from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln, vectors_digest
-from scldm.generation.expression_draw import expression_problems
+from scldm.generation.expression_draw import expression_problems, expression_setting_problem
 from scldm.generation.real_cells import draw_sparse, latent_log_prob
 from scldm.generation.recipe import generated_obs, recipe_of
 from scldm.generation.request import Settings
@@ -260,7 +260,8 @@ class Model:
 
         Returns:
             AnnData as a generate job writes it: X CSR int32, obs with the training categories, obsm["X_scldm"]. X of a
-            model with a Gaussian head holds log1p CP10k values, float32, and uns["scldm"]["scale"] says so.
+            model with a Gaussian head holds log1p CP10k values, float32, and uns["scldm"]["scale"] says so: their mean,
+            or with sampler={"expression": "draw"} Normal(mean, 1).
 
         Raises:
             RequestError: Arguments cannot be used, or labels, classes or genes are unknown; all are listed.
@@ -281,7 +282,10 @@ class Model:
         check_fits(request.n_cells, n_latent_numbers=self.flow.n_latent_tokens * self.flow.latent_width)
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"
-        if gaussian and (problems := expression_problems(request, rules, temperature=settings.temperature)):
+        problems = expression_problems(request, rules, temperature=settings.temperature) if gaussian else []
+        if not gaussian and (problem := expression_setting_problem(settings.expression)):
+            problems.append(problem)
+        if problems:
             raise RequestError("\n".join(problems))
         recipe = recipe_of(
             request, rules, self.vocabulary, self.flow.library_sizes, self.flow.dit.strategy, counts=not gaussian
@@ -301,7 +305,10 @@ class Model:
         obs = generated_obs(ids, names, recipe, request, rules, self.vocabulary)
         if not gaussian:
             obs["library_size"] = np.concatenate([np.zeros(0, np.float32), *(t.library_size for t in made)])
-        return made_cells(self.vae, [t.values for t in made], [t.latents for t in made], obs, about, kept)
+        return made_cells(
+            self.vae, [t.values for t in made], [t.latents for t in made], obs, about, kept,
+            expression=settings.expression,
+        )  # fmt: skip
 
     # ---- folders -------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:

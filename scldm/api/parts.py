@@ -71,16 +71,17 @@ def check_fits(n_cells: int, *, n_latent_numbers: int, memory: int | None = None
 
 def made_cells(
     vae: LoadedVAE, values: Sequence[sp.csr_matrix], latents: Sequence[np.ndarray], obs: pd.DataFrame,
-    about: Mapping[str, Any], genes: np.ndarray | None = None,
+    about: Mapping[str, Any], genes: np.ndarray | None = None, *, expression: str = "draw",
 ) -> anndata.AnnData:  # fmt: skip
     """Return cells that the model made as AnnData; adds total_counts and n_genes to obs if the model draws counts.
 
     Args:
         about: Provenance, for uns["scldm"].
         genes: Ids of the genes to keep; None: all.
+        expression: Of a Gaussian head: whether the values are the mean or a draw.
     """
     var = genes_table(vae.vocabulary, genes)
-    scale = scale_of(vae.vae.config.head)
+    scale = scale_of(vae.vae.config.head, expression)
     x = sp.vstack([sp.csr_matrix((0, len(var)), dtype=np.float32 if scale else np.int32), *values], format="csr")
     if not scale:
         obs["total_counts"] = np.asarray(x.sum(1)).ravel().astype(np.int64)

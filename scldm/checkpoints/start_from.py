@@ -32,6 +32,7 @@ EMBEDDINGS = ("gene_embedding", "decoder_embedding")  # (g, d)
 PER_GENE = (*EMBEDDINGS, "log_theta", "gene_bias")
 HEAD = ("decoder.head.", "log_theta", "gene_bias")  # differ between likelihoods
 SHOWN = 5
+MIN_SHARED = 0.1  # of the genes of the model or of the data, whichever are fewer
 ALL_ROWS = torch.tensor(True)
 
 
@@ -95,14 +96,8 @@ def start_vae(
     Raises:
         CheckpointError: The sizes differ, or the two have no gene in common.
     """
-    places = _positions(source.vocabulary.feature_ids, vocabulary.feature_ids)
+    places = shared_genes(source.vocabulary, vocabulary)
     n_kept = int((places >= 0).sum())
-    if not n_kept:
-        raise CheckpointError(
-            f"none of the {vocabulary.n_genes} genes is one of the model's {source.vocabulary.n_genes} (here "
-            f"{', '.join(vocabulary.feature_ids[:2])}, there {', '.join(source.vocabulary.feature_ids[:2])}): check "
-            "the organism and the kind of gene ids"
-        )
     started = Started(
         genes={
             "kept": n_kept,
@@ -153,6 +148,24 @@ def _predict_genes(
             raise CheckpointError(f"gene_embeddings: {error}") from error
         state[name][rows[torch.from_numpy(found.known)]] = torch.from_numpy(found.values).to(state[name])
         started.gene_vectors[name] = {"genes": int(found.known.sum()), "explained": round(found.explained, 4)}
+
+
+def shared_genes(model: Vocabulary, data: Vocabulary) -> Tensor:
+    """Return the position in the model of each gene of the data, (g,); -1 for those that it lacks.
+
+    Raises:
+        CheckpointError: They share less than MIN_SHARED of the smaller set: a start from such a model loads next to
+            nothing.
+    """
+    places = _positions(model.feature_ids, data.feature_ids)
+    n, fewer = int((places >= 0).sum()), min(model.n_genes, data.n_genes)
+    if n < MIN_SHARED * fewer:
+        raise CheckpointError(
+            f"{n or 'none'} of the {data.n_genes:,} genes {'are' if n > 1 else 'is'} among the model's "
+            f"{model.n_genes:,} (here {', '.join(data.feature_ids[:2])}, there {', '.join(model.feature_ids[:2])}); a "
+            f"start needs {MIN_SHARED:.0%} of the smaller set: check the organism and the kind of gene ids"
+        )
+    return places
 
 
 def start_flow(

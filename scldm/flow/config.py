@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from scldm.config import StrictModel
 
@@ -47,3 +47,10 @@ class SamplerConfig(StrictModel):
     temperature: PositiveFloat = 1.0
     """Of the draw of counts: Var = mu + temperature mu^2 / theta, same means. 1: the model's negative binomial; near 0:
     a Poisson."""
+    expression: Literal["mean", "draw"] = "mean"
+    """Of a Gaussian head, which alone has it: the mean of log1p CP10k, or a draw of Normal(mean, 1), as upstream's."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_default_expression(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before this setting existed."""
+        return {k: v for k, v in to_dict(self).items() if (k, v) != ("expression", "mean")}

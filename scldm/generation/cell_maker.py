@@ -27,7 +27,7 @@ from scldm.flow.config import SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.generation.counter_random import normals
 from scldm.generation.decoder_condition import decoder_vectors
-from scldm.generation.expression_draw import draw_expression
+from scldm.generation.expression_draw import draw_expression, stored_whole
 from scldm.generation.nb_draw import draw_counts
 from scldm.generation.pair import pair_problems
 from scldm.nn.vae import CountDistribution
@@ -177,7 +177,10 @@ class CellMaker:
     def drawn(self, tile: DecodedTile) -> GeneratedCells:
         """Draw the values of decoded cells: counts, or expression of a Gaussian head."""
         if tile.theta is None:
-            values = draw_expression(tile.mu, tile.cell_ids, seed=self.seed, stream=COUNTS, genes=self.genes)
+            if self.sampler.expression == "mean":
+                values = stored_whole(tile.mu if self.genes is None else tile.mu[:, self.genes])
+            else:
+                values = draw_expression(tile.mu, tile.cell_ids, seed=self.seed, stream=COUNTS, genes=self.genes)
             return GeneratedCells(tile.cell_ids, values, tile.latents, tile.library_size)
         counts = draw_counts(
             tile.mu, tile.theta, tile.cell_ids, seed=self.seed, stream=COUNTS, genes=self.genes, pool=self.pool

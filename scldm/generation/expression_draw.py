@@ -1,8 +1,9 @@
-"""Draw log-normalised expression from a Gaussian head: Normal(mu, 1) on log1p of counts per 10,000, as upstream does.
+"""Log-normalised expression from a Gaussian head: the mean of log1p of counts per 10,000, or Normal(mu, 1) as upstream
+draws it.
 
-A value is a function of (seed, stream, cell id, gene id, mu). Values are no counts: they are fractional, every gene has
-one, and those of unexpressed genes scatter around zero, below it too. Cells that hold such values say so in
-`uns["scldm"]["scale"]`, so that nothing that needs counts takes them for counts.
+A drawn value is a function of (seed, stream, cell id, gene id, mu). Values are no counts: they are fractional, every
+gene has one, and drawn ones of unexpressed genes scatter around zero, below it too. Cells that hold such values say so
+in `uns["scldm"]["scale"]`, so that nothing that needs counts takes them for counts.
 
 Shape letters: b cells, g genes, p genes that are drawn.
 """
@@ -18,6 +19,8 @@ from scldm.data.cell_counts import LOG1P_CP10K, SCALE
 from scldm.generation.counter_random import normals
 from scldm.generation.request import Request, Settings
 
+EXPRESSION = "expression"  # in uns["scldm"]: mean or draw
+
 
 def draw_expression(
     mu: np.ndarray, cell_ids: Sequence[int] | np.ndarray, *, seed: int, stream: int, genes: np.ndarray | None = None
@@ -30,15 +33,29 @@ def draw_expression(
         genes: Ids of the genes to draw, increasing; None: all.
     """
     values = mu.astype(np.float32) + normals(cell_ids, mu.shape[1], seed=seed, stream=stream)
-    if genes is not None:
-        values = values[:, genes]
+    return stored_whole(values if genes is None else values[:, genes])
+
+
+def stored_whole(values: np.ndarray) -> sp.csr_matrix:
+    """Return values (b, p) as CSR float32 with every value stored, zeros too."""
     b, p = values.shape
+    values = values.astype(np.float32, copy=False)
     return sp.csr_matrix((values.ravel(), np.tile(np.arange(p, dtype=np.int32), b), np.arange(b + 1) * p), shape=(b, p))
 
 
-def scale_of(head: str) -> dict[str, str]:
-    """Return the entry of uns["scldm"] for cells drawn from a head; nothing for counts."""
-    return {SCALE: LOG1P_CP10K} if head == "gaussian" else {}
+def scale_of(head: str, expression: str = "draw") -> dict[str, str]:
+    """Return the entries of uns["scldm"] for cells made by a head: the scale, and whether values are means or draws.
+
+    Nothing for counts.
+    """
+    return {SCALE: LOG1P_CP10K, EXPRESSION: expression} if head == "gaussian" else {}
+
+
+def expression_setting_problem(expression: str) -> str | None:
+    """Return what is wrong with sampler.expression where counts are drawn."""
+    if expression == "mean":
+        return None
+    return f"sampler.expression ({expression}): the VAE draws counts, and only a gaussian head has it; leave it out"
 
 
 def expression_problems(

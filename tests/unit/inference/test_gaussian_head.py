@@ -88,6 +88,25 @@ def test_a_notebook_generates_log_normalised_values(model):
     np.testing.assert_array_equal(few.X.toarray(), cells.X.toarray()[:, [1, 4]])
 
 
+def test_values_are_means_unless_a_draw_is_asked_for(model):
+    means, draws = (model.generate(REQUEST, seed=7, sampler={"expression": e}) for e in ("mean", "draw"))
+    np.testing.assert_array_equal(means.X.toarray(), model.generate(REQUEST, seed=7).X.toarray())
+    assert means.X.nnz == means.n_obs * means.n_vars
+    noise = draws.X.toarray() - means.X.toarray()
+    assert abs(noise.mean()) < 0.2
+    assert abs(noise.std() - 1) < 0.2
+    assert [x.uns["scldm"]["expression"] for x in (means, draws)] == ["mean", "draw"]
+
+
+def test_a_draw_of_expression_is_refused_where_counts_are_drawn(tmp_path):
+    counts = scldm.load(write_vae(tmp_path / "vae"), flow=write_flow(tmp_path / "flow"))
+    with pytest.raises(InputError, match=r"sampler.expression \(draw\): the VAE draws counts"):
+        counts.generate({"cell_type": "T"}, n=2, sampler={"expression": "draw"})
+    inputs = write_inputs(tmp_path / "in")
+    with pytest.raises(InputError, match=r"generate: sampler.expression \(draw\): the VAE draws counts"):
+        generate(tmp_path / "out", inputs, n_cells=4, sampler={"expression": "draw"})
+
+
 def test_settings_that_only_counts_have_are_refused_together(model):
     with pytest.raises(InputError) as error:
         model.generate({"cell_type": "T"}, n=2, library_size=5000, sampler={"temperature": 0.5})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.models.small_models import CELL_TYPES, DONORS, GENES, random_weights, write_flow, write_vae
 
-from scldm.checkpoints.native import load_flow, load_vae
+from scldm.checkpoints.native import LoadedVAE, load_flow, load_vae
 from scldm.checkpoints.start_from import EMBEDDINGS, adapt, freeze, slow_down, start_flow, start_vae
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError
@@ -70,7 +70,7 @@ def test_another_head_starts_new_and_all_else_is_taken_over(trained):
     [
         ({"d_model": 16}, GENES, r"gene_embedding is \(6, 16\) here and \(6, 8\) in the model.*leave the sizes"),
         ({"n_layers": 2}, GENES, "the networks differ in encoder.*leave the settings of `model` out"),
-        ({}, ["ENSG1", "ENSG2"], r"none of the 2 genes is one of the model's 6 \(here ENSG1, ENSG2, there g0, g1\)"),
+        ({}, ["ENSG1", "ENSG2"], r"none of the 2 genes is among the model's 6 \(here ENSG1, ENSG2, there g0, g1\)"),
     ],
     ids=["width", "layers", "genes"],
 )
@@ -242,3 +242,15 @@ def test_a_rate_for_nothing_that_is_trained_is_refused(flow):
     with pytest.raises(CheckpointError, match=r"start_from.old_learning_rate \(0.1\).*nothing of it is trained"):
         slow_down(dit, 0.1, started)
     assert slow_down(dit, None, started) == {}
+
+
+def test_a_start_that_would_load_next_to_nothing_is_refused(trained):
+    genes = ["g4", *(f"x{i}" for i in range(60))]
+    many = LoadedVAE(
+        VAE(trained.vae.config, n_genes=61), names(["g4", *(f"y{i}" for i in range(60))]), trained.library_sizes
+    )
+    with pytest.raises(CheckpointError, match=r"1 of the 61 genes is among the model's 61 .* a start needs 10%"):
+        start_vae(new_vae(trained.vae, 61), names(genes), many)
+    with pytest.raises(CheckpointError, match="none of the 2 genes is among the model's 6"):
+        start_vae(new_vae(trained.vae, 2), names(["a", "b"]), trained)
+    assert start_vae(new_vae(trained.vae, 61), names(genes), trained).genes["kept"] == 1  # of the model's 6
