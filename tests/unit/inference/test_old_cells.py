@@ -57,6 +57,11 @@ def test_a_model_that_does_not_state_numbers_of_cells_is_asked_for_all_alike(old
     assert asked(old, 9) == {("T",): 3, ("B",): 3, ("NK",): 3}
 
 
+def test_statistics_of_single_labels_give_the_shares_of_the_label_that_is_counted_best(old):
+    sized(old / "flow", T=30, B=10)
+    assert asked(old, 8) == {("T",): 6, ("B",): 2}
+
+
 def test_names_of_classes_may_hold_the_signs_between_them(tmp_path):
     odd = LabelVocabulary("cell_type", ("A", "A|donor=d1", "B=2"))
     write_vae(tmp_path / "vae", odd, DONORS)

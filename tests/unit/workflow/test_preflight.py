@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from helpers.models.small_models import write_vae
 
 from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
@@ -164,3 +165,22 @@ def test_a_library_size_in_a_table_is_refused_for_a_gaussian_head_once_the_data_
     }
     with pytest.raises(InputError, match="library_size in row 1 of the conditions: the VAE has a gaussian head"):
         check_against_data(configs, ingested)
+
+
+def test_a_start_from_a_model_of_other_genes_ends_before_any_worker_starts(ingested, tmp_path):
+    """Genes are known when ingest has finished: no training group is started for cells that the model does not know."""
+    foreign = write_vae(tmp_path / "vae")
+    config = TrainVaeConfig.model_validate({"start_from": {"model": str(foreign)}})
+    with pytest.raises(
+        InputError, match=r"train_vae.start_from.model: .*vae: none of the 40 genes is among the model's"
+    ):
+        check_against_data({"train_vae": config}, ingested)
+
+
+@pytest.mark.parametrize(("made", "words"), [(False, "is not there"), (True, "has no finished ingest")])
+def test_old_cells_of_a_place_that_has_none_are_refused_by_validate(tmp_path, made, words):
+    if made:
+        (tmp_path / "old" / "generate").mkdir(parents=True)
+    settings = f"ingest.replay={{pipeline: {tmp_path / 'old'}, share: 0.2}}"
+    with pytest.raises(InputError, match=f"ingest.replay.pipeline: .*{words}"):
+        check_settings(load_job(JOBS / "demo.yaml", [settings]))
