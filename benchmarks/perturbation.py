@@ -23,10 +23,11 @@ import numpy as np
 import perturbation_lines
 import perturbation_screens
 import torch
+from harness import Row, report
 
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.perturbation.combinations import CombinationJudge
-from scldm.metrics.perturbation.free_answers import FREE_ANSWERS, free_answers
+from scldm.metrics.perturbation.free_answers import FREE_ANSWERS, SHIFT, free_answers
 from scldm.metrics.perturbation.screen import Combination, Screen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +82,18 @@ def table(name: str, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rows(results: list[dict[str, Any]], suffix: str) -> list[Row]:
+    """Energy distance of every way beside the shift in log values, the free answer that is hardest to beat."""
+    found = []
+    for way in perturbation_lines.WAYS:
+        pairs = [(r["scores"][way]["energy"], r["scores"][SHIFT]["energy"]) for r in results]
+        ours, free = (float(np.mean(side)) for side in zip(*pairs, strict=True))
+        ratios = [b / a for a, b in pairs if a > 0]
+        name = f"perturbation.{way.replace(' ', '_')}.vs_shift{suffix}"
+        found.append(Row(name, ours, "energy distance", free, free / ours, len(pairs), (min(ratios), max(ratios))))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
@@ -93,9 +106,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = args.only or list(perturbation_screens.STUDIES)
+    found = {}
     for name in names:
         run(name, args)
-        print(table(name, read(args.out / name / "results.jsonl")))
+        found[name] = read(args.out / name / "results.jsonl")
+        print(table(name, found[name]))
+    suffix = {name: f" {name}" if len(names) > 1 else "" for name in names}
+    made = [row for name in names for row in rows(found[name], suffix[name])]
+    report(made, args.json, seconds=args.seconds, found=found)
 
 
 if __name__ == "__main__":
