@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import scipy.sparse as sp
 
 from pipeline.report.cells import EvaluationCells
 from pipeline.report.figures import shift_scatter
+from pipeline.report.html import page_environment
 from scldm.errors import InputError
 from scldm.metrics.cell_set import CLASSES, CellSet
 from scldm.metrics.distribution.projection import RealSpace
@@ -201,24 +201,26 @@ def combination_means(found: Combinations) -> dict[str, dict[str, float]]:
     return out if found.scored else {}
 
 
+def titled_means(found: Combinations) -> dict[str, dict[str, float]]:
+    """Return `combination_means` by the titles of measures."""
+    return {name: {TITLES[m]: v for m, v in means.items()} for name, means in combination_means(found).items()}
+
+
 def write_combinations(path: Path, found: Combinations) -> None:
     """Write the page: per combination the scores, the shift of genes predicted against measured, and the top genes."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     means = combination_means(found)
-    page = environment.get_template("combinations.html.jinja").render(
-        means=means,
-        best=_best(means),
-        combinations=[_shown(one, found.genes) for one in found.scored],
-        left_out=found.left_out,
-        titles=TITLES,
-        lower=LOWER,
-        answers=(GENERATED, *FREE_ANSWERS, FLOOR),
+    page = (
+        page_environment()
+        .get_template("combinations.html.jinja")
+        .render(
+            means=means,
+            best=_best(means),
+            combinations=[_shown(one, found.genes) for one in found.scored],
+            left_out=found.left_out,
+            titles=TITLES,
+            lower=LOWER,
+            answers=(GENERATED, *FREE_ANSWERS, FLOOR),
+        )
     )
     path.write_text(page)
 

@@ -13,7 +13,6 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.report.bars import bar_svg, colors
-from pipeline.report.combinations import TITLES
 from pipeline.report.rows import MetricRow
 from scldm.metrics.score import Score
 
@@ -56,18 +55,23 @@ class ReportInputs:
     pictures: Sequence[Picture]
     provenance: Sequence[Mapping[str, Any]]  # one per stage: stage, version, config, …
     reproduce: str
-    combinations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # answer -> measure -> mean
+    combinations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # answer -> title of a score
 
 
-def render(inputs: ReportInputs) -> str:
-    """Return the HTML."""
-    environment = jinja2.Environment(
+def page_environment() -> jinja2.Environment:
+    """Return what pages are made with: the templates of this folder, all text of data escaped."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render(inputs: ReportInputs) -> str:
+    """Return the HTML."""
+    environment = page_environment()
     palette = colors(list(inputs.baseline_names))
     environment.filters.update(
         number=number, width=width, base64=lambda b: base64.b64encode(b).decode(), pretty=_pretty,
@@ -77,7 +81,7 @@ def render(inputs: ReportInputs) -> str:
     groups = {title: _without_many_classes(rows) for title, rows in groups.items() if rows}
     hidden = len(inputs.rows) - sum(map(len, groups.values()))
     return environment.get_template("report.html.jinja").render(
-        inputs=inputs, groups=groups, palette=palette, hidden=hidden, titles=TITLES
+        inputs=inputs, groups=groups, palette=palette, hidden=hidden
     )
 
 

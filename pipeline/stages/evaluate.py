@@ -27,7 +27,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.report.combinations import combination_means
+from pipeline.report.combinations import combination_means, titled_means
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
@@ -209,7 +209,7 @@ def write_outputs(
         pictures=pictures,
         provenance=[_provenance(m) for m in inputs.values()],
         reproduce=_reproduce(config, inputs),
-        combinations=combination_means(result.combinations),
+        combinations=titled_means(result.combinations),
     )
     write_report(folder / "report.html", report)
 

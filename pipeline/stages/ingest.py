@@ -28,6 +28,7 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.ingest.filters import find_values, value_filter
 from pipeline.data.ingest.genes import gene_lut, model_genes
 from pipeline.data.ingest.held_out import (
+    Combination,
     columns_of,
     counted,
     find_classes,
@@ -81,15 +82,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     # Two tables with a row for each cell: what the source says, and what is computed here. They are never one, because
     # a source may have columns called split, library_size or n_expressed.
     obs = _eligible(config, source)
-    combinations = find_classes(obs, read_combinations(config.split.held_out))
-    census = config.source.type == "census"  # which says itself which cells it has twice: is_primary_data
-    copies = Copies.none(len(obs)) if census else find_copies(source.store, obs, source.notes)
-    split = split_cells(obs, config.split, tile=source.store.tile, copies=copies)
-    if combinations:
-        held_out = hold_out(obs, np.full(len(obs), ""), combinations)
-        split = keep_together(np.where(held_out == "", split, held_out), copies, held_out != "")
-    if not (split == "train").any():
-        require_splits(config.split, split, obs, copies)
+    split, combinations, copies = _split(config, source, obs)
     cells = pd.DataFrame({"soma_joinid": obs["soma_joinid"], "split": split})
     genes = model_genes(config.genes, source.store)
     source.notes += genes.notes
@@ -163,6 +156,20 @@ def _columns(config: IngestConfig) -> list[str]:
     by = [] if config.split.by in ("cell", "tile") else [config.split.by]
     # A cell of unknown class may belong to a held-out combination: their columns are required like labels.
     return list(dict.fromkeys([*config.labels, *by, *columns_of(config.split.held_out)]))
+
+
+def _split(config: IngestConfig, source: OpenSource, obs: pd.DataFrame) -> tuple[np.ndarray, list[Combination], Copies]:
+    """Return the split of each cell, the combinations that are held out whole, and the cells that are there twice."""
+    combinations = find_classes(obs, read_combinations(config.split.held_out))
+    census = config.source.type == "census"  # which says itself which cells it has twice: is_primary_data
+    copies = Copies.none(len(obs)) if census else find_copies(source.store, obs, source.notes)
+    split = split_cells(obs, config.split, tile=source.store.tile, copies=copies)
+    if combinations:
+        held_out = hold_out(obs, np.full(len(obs), ""), combinations)
+        split = keep_together(np.where(held_out == "", split, held_out), copies, held_out != "")
+    if not (split == "train").any():
+        require_splits(config.split, split, obs, copies)
+    return split, combinations, copies
 
 
 def _named_by(config: IngestConfig) -> dict[str, str]:

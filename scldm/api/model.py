@@ -40,7 +40,7 @@ from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln, ve
 from scldm.generation.expression_draw import expression_problems, expression_setting_problem
 from scldm.generation.real_cells import draw_sparse, latent_log_prob
 from scldm.generation.recipe import generated_obs, recipe_of
-from scldm.generation.request import Settings
+from scldm.generation.request import Request, Settings
 from scldm.generation.request_table import RequestError
 
 
@@ -282,11 +282,7 @@ class Model:
         check_fits(request.n_cells, n_latent_numbers=self.flow.n_latent_tokens * self.flow.latent_width)
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"
-        problems = expression_problems(request, rules, temperature=settings.temperature) if gaussian else []
-        if not gaussian and (problem := expression_setting_problem(settings.expression)):
-            problems.append(problem)
-        if problems:
-            raise RequestError("\n".join(problems))
+        _require_settings_of_head(request, rules, settings, gaussian=gaussian)
         recipe = recipe_of(
             request, rules, self.vocabulary, self.flow.library_sizes, self.flow.dit.strategy, counts=not gaussian
         )
@@ -329,6 +325,15 @@ class Model:
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
         """Load the model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded."""
         return load(folder, device=device)
+
+
+def _require_settings_of_head(request: Request, rules: Settings, settings: SamplerConfig, *, gaussian: bool) -> None:
+    """Raise RequestError for settings that the VAE's head would ignore."""
+    problems = expression_problems(request, rules, temperature=settings.temperature) if gaussian else []
+    if not gaussian and (problem := expression_setting_problem(settings.expression)):
+        problems.append(problem)
+    if problems:
+        raise RequestError("\n".join(problems))
 
 
 def _cells_arguments(given: Arguments, adata: Any, layer: Any, match: Any, genes: Any, max_missing: Any) -> float:
