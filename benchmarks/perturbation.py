@@ -57,10 +57,14 @@ def run(name: str, args: argparse.Namespace) -> None:
             space = RealSpace.fit(known.counts, n_top_genes=2_000, n_pcs=30, seed=0)
             judge = CombinationJudge(known, {pair: study.screen.cells(*pair) for pair in fold}, space, seed=seed)
             for context, treatment in fold:
-                own = perturbation_lines.answers(trained, known, context, treatment, seed)
                 free = free_answers(known, context, treatment, np.random.default_rng(seed))
+                own = perturbation_lines.answers(trained, known, context, treatment, free, seed)
                 found = judge.score((context, treatment), own | free)
-                line = {"seed": seed, "context": context, "treatment": treatment, "scores": found.scores}
+                line = {
+                    "seed": seed, "context": context, "treatment": treatment, "n_measured": found.n_measured,
+                    "scores": found.scores,
+                    "intervals": {k: {m: [i.low, i.high] for m, i in v.items()} for k, v in found.intervals.items()},
+                }  # fmt: skip
                 with file.open("a") as out:
                     out.write(json.dumps(line) + "\n")
             print(name, seed, len(fold), f"{time.process_time() - start:.0f} s", flush=True)
