@@ -26,9 +26,9 @@ from pipeline.config.input_paths import (
     StartVae,
     VectorFile,
 )
-from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
+from pipeline.config.train import FlowStartConfig, FlowTrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
-from scldm.flow.config import PathConfig, SamplerConfig
+from scldm.flow.config import ControlStart, PathConfig, SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.optim.config import LoraConfig
 
@@ -152,6 +152,8 @@ class TrainFlowConfig(StrictModel):
 
     model: DiTConfig = DiTConfig()
     flow: PathConfig = PathConfig()
+    start: FlowStartConfig | None = None
+    """Start at the latents of control cells beside noise. Null: from noise only."""
     train: FlowTrainConfig = FlowTrainConfig()
     vae: JointVaeConfig = JointVaeConfig()
     start_from: StartFlowConfig | None = None
@@ -161,7 +163,36 @@ class TrainFlowConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before these settings existed."""
-        return _without_unset(to_dict(self), ("start_from",))
+        return _without_unset(to_dict(self), ("start", "start_from"))
+
+    @property
+    def controls(self) -> ControlStart | None:
+        """What the flow is trained from beside noise, as its model records it."""
+        if self.start is None:
+            return None
+        [(label, control)] = self.start.control.items()
+        return ControlStart(label=label, control=control, share=self.start.share)
+
+    @model_validator(mode="after")
+    def _starts_at_controls_if_it_can(self) -> TrainFlowConfig:
+        if self.start is None:
+            return self
+        if self.vae.train:
+            raise ValueError(
+                "start takes the latents of control cells from the latent cache, and vae.train changes the latents in "
+                "every step; leave one of them out"
+            )
+        if self.flow.prediction != "velocity" or self.flow.path == "vp":
+            raise ValueError(
+                f"start needs a velocity on the path linear or gvp, which begins at the control cell; flow is "
+                f"{self.flow.prediction} on {self.flow.path}: set flow.prediction=velocity and flow.path=linear"
+            )
+        if self.start.share == 1 and self.train.sample_every is not None:
+            raise ValueError(
+                f"train.sample_every ({self.train.sample_every}) generates cells from noise, and with start.share (1) "
+                "none are trained from it; lower start.share, or leave train.sample_every out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _starts_alone(self) -> TrainFlowConfig:

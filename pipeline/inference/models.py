@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config.apply import ModelNames, PerturbConfig, RealCellsConfig
+from pipeline.config.apply import LogLikelihoodConfig, ModelNames, PerturbConfig, RealCellsConfig
 from pipeline.config.context import StageContext
 from scldm.api.folders import Weights, find_model, is_remote
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
+from scldm.flow.config import ControlStart
 from scldm.generation.pair import pair_problems
 
 if TYPE_CHECKING:
@@ -105,7 +106,41 @@ def model_problems(config: RealCellsConfig) -> list[str]:
             continue
         if kind == "vae" and isinstance(config, PerturbConfig):
             problems += _target_problems(config, Vocabulary.load(folder / "vocabulary.json"))
+        if kind == "flow" and isinstance(config, PerturbConfig):
+            problems += _start_problems(config, flow_start(folder), draws=_draws(config))
+        if kind == "flow" and isinstance(config, LogLikelihoodConfig):
+            problems += likelihood_problems(flow_start(folder))
     return problems
+
+
+def flow_start(folder: str | Path) -> ControlStart | None:
+    """Return what the flow in a model folder was trained from beside noise."""
+    about = json.loads((Path(folder) / "config.json").read_text()).get("start")
+    return None if about is None else ControlStart.model_validate(about)
+
+
+def likelihood_problems(start: ControlStart | None) -> list[str]:
+    """Return why latents have no likelihood under a flow."""
+    if start is None or start.share < 1:
+        return []
+    return [
+        "flow: the likelihood of latents is that of the noise they come from, and this flow was trained from control "
+        "cells only (train_flow.start.share=1); leave flow out, or train with a share below 1"
+    ]
+
+
+def _draws(config: PerturbConfig) -> bool:
+    """Return whether the VAE that a job names draws counts; True if there is none to ask, which is said elsewhere."""
+    try:
+        return config.model is None or draws_counts(find_model(config.model.vae, "vae"))
+    except InputError:
+        return True
+
+
+def _start_problems(config: PerturbConfig, start: ControlStart | None, *, draws: bool) -> list[str]:
+    from scldm.generation.perturbed import perturb_problems  # imports torch
+
+    return perturb_problems(config.to, config.start, start, counts=config.counts, draws_counts=draws)
 
 
 def load_models(
@@ -206,9 +241,12 @@ def check_likelihood(folder: str) -> None:
         )
 
 
-def check_target(config: PerturbConfig, vocabulary: Vocabulary) -> None:
-    """Raise InputError unless the model knows the requested labels and classes."""
-    if problems := _target_problems(config, vocabulary):
+def check_target(
+    config: PerturbConfig, vocabulary: Vocabulary, start: ControlStart | None, *, draws_counts: bool
+) -> None:
+    """Raise InputError unless the model knows the requested labels and classes, and can start where it should."""
+    problems = [*_target_problems(config, vocabulary), *_start_problems(config, start, draws=draws_counts)]
+    if problems:
         raise InputError("\n".join(problems))
 
 

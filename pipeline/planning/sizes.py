@@ -110,7 +110,15 @@ def dit_parameters(config: TrainFlowConfig, vae: TrainVaeConfig, data: DataFacts
 
     m, e = vae.model.n_latent_tokens, vae.model.latent_width
     with torch.device("meta"):
-        return _count(DiT(config.model, n_latent_tokens=m, latent_width=e, n_classes=dict(data.n_classes)))
+        return _count(
+            DiT(
+                config.model,
+                n_latent_tokens=m,
+                latent_width=e,
+                n_classes=dict(data.n_classes),
+                from_controls=config.start is not None,
+            )
+        )
 
 
 def _count(module: Any) -> int:

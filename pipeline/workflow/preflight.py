@@ -16,6 +16,7 @@ from pipeline.config.job import (
     JobBase,
     ResourcesConfig,
     TrainConfig,
+    TrainFlowConfig,
     TrainVaeConfig,
     stage_configs,
 )
@@ -188,6 +189,12 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
         request = resolve_request(config, IngestedDataset.open(ingest))
         if problems := _gaussian_problems(config, configs.get("train_vae"), request):
             raise InputError("\n".join(problems))
+    flow = configs.get("train_flow")
+    if isinstance(flow, TrainFlowConfig) and flow.start is not None:
+        from pipeline.data.ingest.controls import check_controls
+        from pipeline.data.ingest.dataset import IngestedDataset
+
+        check_controls(flow.start, IngestedDataset.open(ingest))
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and vae.start_from is not None:
         from scldm.api.folders import find_model

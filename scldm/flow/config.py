@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from scldm.config import StrictModel
 
@@ -26,6 +33,17 @@ class PathConfig(StrictModel):
         if self.prediction == "velocity" and self.weight != "none":
             raise ValueError(f"weight ({self.weight}) is for score and noise predictions; velocity allows only none")
         return self
+
+
+class ControlStart(StrictModel):
+    """What a flow was trained from beside noise, as its model folder records it."""
+
+    label: str
+    """The label of the treatment."""
+    control: str
+    """Its control class: cells start at the latents of control cells with the same other labels."""
+    share: float = Field(gt=0, le=1)
+    """Share of the training cells that started there; 1: none started at noise."""
 
 
 class SamplerConfig(StrictModel):
