@@ -256,6 +256,10 @@ class GenerateConfig(StrictModel):
     """Genes to write: ids or names, or a text file with one on each line. All genes are decoded either way, so the
     counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()
+    start: Literal["noise", "control"] = "noise"
+    """control: control cells with the same other labels are made from noise and carried to the labels of the row, by a
+    flow that was trained from control cells too (train_flow.start); guidance is that of the second way. Control cells
+    themselves, and rows without that label, are made from noise."""
     decoder_condition: VectorFile | None = None
     """A .npy file with the condition vectors of an adaLN decoder: (d,) for all cells, or one for each row of the
     request, (rows, d). Upstream defines no source of them; other decoders take none."""
@@ -276,7 +280,8 @@ class GenerateConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before this setting existed."""
-        return _without_unset(to_dict(self), ("model", "decoder_condition"))
+        values = _without_unset(to_dict(self), ("model", "decoder_condition"))
+        return {k: v for k, v in values.items() if (k, v) != ("start", "noise")}
 
 
 CFGEN: dict[str, Any] = {

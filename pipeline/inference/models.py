@@ -16,6 +16,7 @@ from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 from scldm.flow.config import ControlStart
 from scldm.generation.pair import pair_problems
+from scldm.generation.request_table import TOGETHER
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +108,7 @@ def model_problems(config: RealCellsConfig) -> list[str]:
         if kind == "vae" and isinstance(config, PerturbConfig):
             problems += _target_problems(config, Vocabulary.load(folder / "vocabulary.json"))
         if kind == "flow" and isinstance(config, PerturbConfig):
-            problems += _start_problems(config, flow_start(folder), draws=_draws(config))
+            problems += _flow_problems(config, folder, draws=_draws(config))
         if kind == "flow" and isinstance(config, LogLikelihoodConfig):
             problems += likelihood_problems(flow_start(folder))
     return problems
@@ -137,10 +138,23 @@ def _draws(config: PerturbConfig) -> bool:
         return True
 
 
-def _start_problems(config: PerturbConfig, start: ControlStart | None, *, draws: bool) -> list[str]:
-    from scldm.generation.perturbed import perturb_problems  # imports torch
+def _flow_problems(config: PerturbConfig, folder: str | Path, *, draws: bool) -> list[str]:
+    """Return what a perturbation needs of a flow that the one in a model folder does not have."""
+    from scldm.flow.guidance import guidance_terms  # imports torch
+    from scldm.generation.perturbed import perturb_problems
 
-    return perturb_problems(config.to, config.start, start, counts=config.counts, draws_counts=draws)
+    problems = perturb_problems(config.to, config.start, flow_start(folder), counts=config.counts, draws_counts=draws)
+    labels = [x.name for x in Vocabulary.load(Path(folder) / "vocabulary.json").labels]
+    if not isinstance(config.guidance, dict) or not (
+        TOGETHER in config.guidance or set(labels) <= set(config.guidance)
+    ):
+        return problems  # labels without a scale are named elsewhere
+    strategy = json.loads((Path(folder) / "config.json").read_text())["config"]["strategy"]
+    try:
+        guidance_terms(labels, config.guidance, strategy=strategy)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
 
 
 def load_models(
@@ -241,11 +255,9 @@ def check_likelihood(folder: str) -> None:
         )
 
 
-def check_target(
-    config: PerturbConfig, vocabulary: Vocabulary, start: ControlStart | None, *, draws_counts: bool
-) -> None:
+def check_target(config: PerturbConfig, vocabulary: Vocabulary, flow: str | Path, *, draws_counts: bool) -> None:
     """Raise InputError unless the model knows the requested labels and classes, and can start where it should."""
-    problems = [*_target_problems(config, vocabulary), *_start_problems(config, start, draws=draws_counts)]
+    problems = [*_target_problems(config, vocabulary), *_flow_problems(config, flow, draws=draws_counts)]
     if problems:
         raise InputError("\n".join(problems))
 
@@ -259,6 +271,8 @@ def _target_problems(config: PerturbConfig, vocabulary: Vocabulary) -> list[str]
             problems.append(f"to.{name}: {error}")
     if isinstance(config.guidance, dict):
         known = {x.name for x in vocabulary.labels}
-        problems += [f"guidance.{k}: the model knows no such label" for k in sorted(set(config.guidance) - known)]
-        problems += [f"guidance has no scale for the label {k}" for k in sorted(known - set(config.guidance))]
+        named = set(config.guidance) - {TOGETHER}
+        problems += [f"guidance.{k}: the model knows no such label" for k in sorted(named - known)]
+        if TOGETHER not in config.guidance:
+            problems += [f"guidance has no scale for the label {k}" for k in sorted(known - named)]
     return problems

@@ -66,7 +66,7 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
     models = locate_models(config, context)
     vocabulary = Vocabulary.load(Path(models.vae) / "vocabulary.json")
     start = flow_start(str(models.flow))
-    check_target(config, vocabulary, start, draws_counts=draws_counts(models.vae))
+    check_target(config, vocabulary, str(models.flow), draws_counts=draws_counts(models.vae))
     values: Values = "counts" if draws_counts(models.vae) else "log1p_cp10k"
     layout = OutputLayout(genes=True, values=values, obsm={"X_scldm": latent_width(models.vae)},
                           obs={f"to_{label}": object for label in config.to})  # fmt: skip

@@ -20,8 +20,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from scldm.flow.config import ControlStart
-from scldm.flow.guidance import Field
+from scldm.flow.config import ControlStart, PathConfig, SamplerConfig
+from scldm.flow.guidance import JOINT, Field, PerCell
+from scldm.flow.sampler import sample_latents
 
 MATCHED = 256  # cells that are matched together at most: time grows as the cube
 NOT_A_CONTROL = -1
@@ -133,17 +134,55 @@ class FromControls:
         return field
 
 
-def start_problem(start: ControlStart | None, wanted: Start) -> str | None:
+@torch.no_grad()
+def sample_through_controls(
+    dit: Any,
+    x0: Tensor,
+    conditions: Mapping[str, Tensor],
+    config: SamplerConfig,
+    path: PathConfig,
+    *,
+    label: str,
+    control: int,
+    scale: PerCell,
+) -> Tensor:
+    """Transport noise x0 (b, m, e) to latents (b, m, e) by way of control cells.
+
+    Control cells of the same other labels are made from the noise, without guidance, and carried to the labels. Cells
+    of the control class, and cells without that label, are made from the noise alone.
+
+    Args:
+        dit: A network with both fields.
+        conditions: Label -> class ids (b,).
+        config: Solver and steps, of both ways.
+        label: The label of the treatment.
+        control: Id of its control class.
+        scale: Guidance scales of each cell.
+    """
+    own = conditions[label]
+    carried = (own != control) & (own != dit.n_classes[label])
+    unguided = {k: float(k == JOINT or dit.strategy != "joint") for k in scale}
+    first = {k: torch.where(carried, torch.full_like(w, unguided[k]), w) for k, w in scale.items()}
+    controls = {**conditions, label: torch.where(carried, control, own)}
+    z = sample_latents(dit, x0, controls, config, path, scale=first)
+    if not carried.any():
+        return z
+    moved = sample_latents(FromControls(dit), z, conditions, config, path, scale=scale)
+    return torch.where(carried.view(-1, *[1] * (z.ndim - 1)), moved, z)
+
+
+def start_problem(start: ControlStart | None, wanted: Start, *, instead: Start = "latents") -> str | None:
     """Return why cells cannot be made from a start by a flow, and what to do; None if they can.
 
     Args:
         start: What the flow was trained from beside noise; None: from noise only.
         wanted: noise, latents (to noise and back), or control.
+        instead: What to take in the place of control.
     """
     if wanted == "control" and start is None:
         return (
             "start (control) needs a flow that was trained from control cells, and this one was trained from noise "
-            "only; set start=latents, or train a flow with train_flow.start={control: {LABEL: CLASS}}"
+            f"only; set start={instead}, or train a flow with train_flow.start={{control: {{LABEL: CLASS}}}}"
         )
     if wanted != "control" and start is not None and start.share == 1:
         return (
@@ -152,3 +191,8 @@ def start_problem(start: ControlStart | None, wanted: Start) -> str | None:
             "job with start=control, or train with a share below 1"
         )
     return None
+
+
+def generation_start_problem(start: ControlStart | None, wanted: Literal["noise", "control"]) -> str | None:
+    """Return why a flow cannot generate cells from a start; those that are carried are made from noise first."""
+    return start_problem(start, wanted, instead="noise") or start_problem(start, "noise")
