@@ -57,6 +57,7 @@ def run_batches(
     processor: Callable[[ApplierSpec, torch.device], TileProcessor],
     layout: OutputLayout,
     pool: Pool | None = None,
+    check: Callable[[pd.DataFrame], None] | None = None,
 ) -> dict[str, Any]:
     """Make all shards of a stage.
 
@@ -64,6 +65,7 @@ def run_batches(
         stage: Name of the stage.
         processor: Class that turns tiles of cells into output; built in every actor, so importable by name.
         pool: Makes the shards; Ray actors if None.
+        check: Raises InputError for rows that the stage cannot use, before anything is made.
 
     Returns:
         Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, n_empty, genes, notes.
@@ -75,6 +77,8 @@ def run_batches(
         )
     models = locate_models(config, context)
     rows = source_rows(config, context.folder, models)
+    if check is not None:
+        check(rows.table)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
     _remove_shards_of_other_input(context.folder, folder, rows.digest)

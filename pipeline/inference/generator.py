@@ -90,7 +90,14 @@ class Generator:
         self.genes = np.arange(flow.vocabulary.n_genes) if spec.genes is None else spec.genes
         pool = ThreadPoolExecutor(spec.threads) if spec.threads > 1 else None
         self.maker = CellMaker(
-            vae, flow, recipe, sampler=self.config.sampler, seed=self.config.seed, genes=spec.genes, pool=pool
+            vae,
+            flow,
+            recipe,
+            sampler=self.config.sampler,
+            seed=self.config.seed,
+            genes=spec.genes,
+            pool=pool,
+            start=self.config.start,
         )
         batch = self.config.batch_size
         self.max_pending = DEFAULT_PENDING if batch is None else max(1, -(-batch // self.maker.tile))

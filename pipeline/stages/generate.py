@@ -28,7 +28,7 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.export.index import write_index
 from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
-from pipeline.inference.models import check_folders, draws_counts, latent_shape, named_models, vae_config
+from pipeline.inference.models import check_folders, draws_counts, flow_start, latent_shape, named_models, vae_config
 from pipeline.inference.progress import JobProgress, clear_hints
 from pipeline.inference.request import (
     n_shards,
@@ -158,10 +158,13 @@ def _spec(
 ) -> GeneratorSpec:
     """Resolve the job to what an actor needs. Raises InputError for what the models cannot do."""
     from scldm.checkpoints.native import folder_digest
+    from scldm.flow.transport import generation_start_problem
 
     sizes, sizes_from = _library_sizes(config, models)
     strategy = json.loads((models.flow / "config.json").read_text())["config"]["strategy"]
     counts = draws_counts(models.vae)
+    if problem := generation_start_problem(flow_start(models.flow), config.start):
+        raise InputError(f"generate: {problem}")
     if counts and (problem := expression_setting_problem(config.sampler.expression)):
         raise InputError(f"generate: {problem}")
     if not counts and (problems := values_problems(config, request)):
@@ -183,6 +186,7 @@ def _spec(
         "notes": notes_on(request, training, sizes, config, counts=counts),
         **scale_of("nb" if counts else "gaussian", config.sampler.expression),
         **vectors_digest(vectors),
+        **({} if config.start == "noise" else {"start": config.start}),
     }
     return GeneratorSpec(
         folder=folder,

@@ -29,7 +29,7 @@ from torch import Tensor
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
-from scldm.flow.config import PathConfig
+from scldm.flow.config import ControlStart, PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
@@ -66,6 +66,7 @@ class LoadedFlow:
     library_sizes: LibrarySizes
     n_latent_tokens: int
     latent_width: int
+    start: ControlStart | None = None  # what it was trained from beside noise
 
 
 def save_vae(folder: Path, vae: VAE, vocabulary: Vocabulary, library_sizes: LibrarySizes, *, card: str) -> None:
@@ -84,6 +85,7 @@ def save_flow(
     vocabulary: Vocabulary,
     library_sizes: LibrarySizes,
     card: str,
+    start: ControlStart | None = None,
 ) -> None:
     """Write a trained flow as a model folder.
 
@@ -96,6 +98,7 @@ def save_flow(
         vocabulary: Genes and label classes.
         library_sizes: Statistics of library sizes.
         card: Text of README.md.
+        start: What it was trained from beside noise; None: from noise only.
     """
     about = {
         "kind": "flow",
@@ -103,6 +106,8 @@ def save_flow(
         "path": path.model_dump(mode="json"),
         "latent_shape": list(latent_shape),
     }
+    if start is not None:
+        about["start"] = start.model_dump(mode="json")
     _save(folder, weights, about, vocabulary, library_sizes, card)
 
 
@@ -139,10 +144,16 @@ def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device 
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
         m, e = about["latent_shape"]
         config = DiTConfig.model_validate(about["config"])
-        dit = DiT(config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes)
+        start = None if "start" not in about else ControlStart.model_validate(about["start"])
+        dit = DiT(
+            config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes, from_controls=start is not None
+        )
         _load_weights(dit, folder / file)
         sizes = LibrarySizes.load(folder / "library_size.json")
-        return LoadedFlow(_frozen(dit, device), PathConfig.model_validate(about["path"]), vocabulary, sizes, m, e)
+        path = PathConfig.model_validate(about["path"])
+        if start is not None:
+            vocabulary.label(start.label).encode([start.control])
+        return LoadedFlow(_frozen(dit, device), path, vocabulary, sizes, m, e, start)
 
 
 def folder_digest(folder: Path) -> str:

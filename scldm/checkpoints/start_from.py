@@ -31,6 +31,7 @@ from scldm.text import choices_hint
 EMBEDDINGS = ("gene_embedding", "decoder_embedding")  # (g, d)
 PER_GENE = (*EMBEDDINGS, "log_theta", "gene_bias")
 HEAD = ("decoder.head.", "log_theta", "gene_bias")  # differ between likelihoods
+FROM_CONTROLS = "from_controls"  # the vector of cells that start at control cells; zeros if the other flow has none
 SHOWN = 5
 MIN_SHARED = 0.1  # of the genes of the model or of the data, whichever are fewer
 ALL_ROWS = torch.tensor(True)
@@ -206,7 +207,7 @@ def start_flow(
         if name.startswith("labels."):  # what the null class of a label added for every cell without it
             state["time.down.bias"].add_(old[name][-1])
         started.dropped.append(name)
-    _require_known(started, allowed=("labels.",))
+    _require_known(started, allowed=("labels.", FROM_CONTROLS))
     return started
 
 
