@@ -95,7 +95,7 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
     )  # fmt: skip
     result = evaluate(
         held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded,
-        streamed=streamed,
+        streamed=streamed, truth=ingested.truth,
     )  # fmt: skip
     if adaln:
         result.notes.append("Left out: reconstruction scores (an adaLN decoder needs condition vectors of real cells).")

@@ -10,6 +10,7 @@ UNITS: dict[str, str] = {
     "n_cells": "cells",
     "n_genes": "genes",
     "n_types": "classes",
+    "n_treatments": "classes",
     "n_donors": "donors",
     "min_cells": "cells",
     "min_class_cells": "cells",
