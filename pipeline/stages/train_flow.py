@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.context import StageContext
 from pipeline.config.job import TrainFlowConfig
-from pipeline.stages.training_spec import flow_spec, log_start
+from pipeline.stages.training.spec import flow_spec, log_start
 from pipeline.training.trainer import fit
 
 

@@ -1,6 +1,6 @@
 """Measured combinations that are left out of a screen, to learn how wrong answers for unmeasured ones are.
 
-Shape letters: n cells.
+Shape letters: n cells, p coordinates.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from scldm.metrics.perturbation.measures import distances
 from scldm.metrics.perturbation.screen import MIN_CELLS, Combination, Screen
 
+FLOOR_CELLS = 100  # of each of two sets whose distance is the floor
+NEAREST = 0.05  # least distance over the floor: the distance without bias may be negative by chance
 FEWEST_CELLS = 20  # measured cells of a combination, and of its context's control, that an answer is scored with
 
 
@@ -71,3 +74,19 @@ def without(screen: Screen, pairs: Sequence[Combination]) -> Screen:
         return screen
     gone = np.concatenate([screen.members[pair] for pair in pairs])
     return screen[np.setdiff1d(np.arange(len(screen.context)), gone)]
+
+
+def energy_over_floor(real: np.ndarray, answer: np.ndarray) -> float:
+    """Return the energy distance of two sets of cells over that of two sets of FLOOR_CELLS measured cells.
+
+    1: as near as 100 other cells of the combination are on average. Both are expectations of the usual statistic
+    (Székely and Rizzo 2013) at 100 cells on each side, so that the value does not depend on how many were measured.
+
+    Args:
+        real: Measured cells, (n, p), at least two.
+        answer: Cells of the answer, (m, p), at least two.
+    """
+    squares = (real**2).sum(1)
+    d = np.sqrt(np.maximum(squares[:, None] + squares - 2 * real @ real.T, 0))
+    floor = 2 * (d.sum() - np.trace(d)) / (len(real) * (len(real) - 1)) / FLOOR_CELLS
+    return float(max((distances(real, answer)["energy"] + floor) / floor, NEAREST))

@@ -61,9 +61,9 @@ def train_flow(
     In training each label is dropped on its own, so that the field of a treatment exists without a context.
 
     Args:
-        dit: The network, with the weights to start from; it is trained in place.
-        z: Latents, (n, m, e).
-        ids: Label -> class ids, (n,).
+        dit: The network, with the weights to start from; it is trained in place, on its device.
+        z: Latents on the CPU, (n, m, e).
+        ids: Label -> class ids on the CPU, (n,).
         training: Steps, batch size, schedule.
         path: Path and prediction.
         label_dropout: Probability that a label is dropped.
@@ -76,18 +76,20 @@ def train_flow(
     parameters = [p for p in dit.parameters() if p.requires_grad]
     optimizer, average = adamw(dit, training.optimizer), EMA(dit, training.ema)
     rows_of_steps = batches(len(z), min(training.batch_size, len(z)), seed)
+    device = parameters[0].device
     dit.train()
     for step in range(training.steps):
         rows, g = next(rows_of_steps), generator(seed, DRAWS, step)
         for group in optimizer.param_groups:
             group["lr"] = training.optimizer.lr * learning_rate_factor(step, training.steps, training.optimizer)
         optimizer.zero_grad()
-        x1 = z[rows]
-        t, x0 = torch.rand(len(x1), generator=g), torch.randn(x1.shape, generator=g)
-        known = drop_labels(
+        x1 = z[rows].to(device)
+        t, x0 = (draw.to(device) for draw in (torch.rand(len(x1), generator=g), torch.randn(x1.shape, generator=g)))
+        dropped = drop_labels(
             {name: values[rows] for name, values in ids.items()}, dit.n_classes, p=label_dropout,
             strategy=dit.strategy, joint_dropout="each", generator=g,
         )  # fmt: skip
+        known = {name: values.to(device) for name, values in dropped.items()}
         point = sample_path(x0, x1, t, path.path)
         loss = flow_loss(dit(point.x_t, t, known), point, t, path).mean()
         if not torch.isfinite(loss):
