@@ -91,6 +91,8 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
         return ("ingest", "train_vae")  # it streams counts
     if isinstance(config, GenerateConfig) and config.model is not None:
         return ("ingest",) if config.like is not None else ()
+    if isinstance(config, PerturbConfig) and config.method == "shift":
+        return ("ingest",)
     if isinstance(config, RealCellsConfig):
         if config.model is not None:
             return ()

@@ -19,7 +19,7 @@ from pipeline.config.job import (
 from pipeline.core.manifest import Manifest, newest_manifest
 from pipeline.core.text import human, table
 from pipeline.planning import sizes
-from pipeline.planning.generation import generation_lines
+from pipeline.planning.generation import generation_lines, predicted_lines
 from pipeline.planning.memory import stage_lines, state_bytes
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for
 from scldm.generation.request import Request
@@ -113,7 +113,7 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         before = newest_manifest(folder, "generate")
         n = None if request is None else request.n_cells
         text, size = generation_lines(configs["generate"], data, vae, job.resources, before, n_cells=n)
-        lines += text
+        lines += [*text, *predicted_lines(folder, _manifest("ingest", decided, folder), request)]
         disk += size
     lines += _gpu_hours(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {human(disk)} in all"] if disk else lines

@@ -27,12 +27,13 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.report.combinations import combination_means, titled_means
+from pipeline.report.combinations import GENERATED, JOIN, combination_means, titled_means
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
 from pipeline.report.streamed import stream_generated
+from pipeline.stages.unseen.finished import believed, finished_predictions
 from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
@@ -99,11 +100,28 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
     )  # fmt: skip
     if adaln:
         result.notes.append("Left out: reconstruction scores (an adaLN decoder needs condition vectors of real cells).")
+    result.notes += _predicted_notes(result, inputs)
     if missing:
         result.notes.append(
             f"{len(missing)} classes of held-out cells were not generated, the first is {class_text(missing[0])}."
         )
     return result
+
+
+def _predicted_notes(result: Evaluation, inputs: Mapping[str, Manifest]) -> list[str]:
+    """Return what predict_error said of the combinations that are scored, beside what was found."""
+    pipeline = Path(inputs["ingest"].folder).parent.parent
+    found = finished_predictions(pipeline, inputs["ingest"])
+    if found is None:
+        return []
+    notes = []
+    for one in result.combinations.scored:
+        names = (one.context, one.treatment)
+        for row in found.rows.values():
+            if sorted(row[x] for x in found.labels) == sorted(part for name in names for part in name.split(JOIN)):
+                r = one.scores[GENERATED]["delta_pearson"]
+                notes.append(f"{JOIN.join(names)}: {believed(row)}. Found: {r:.2f} (predict_error {found.version}).")
+    return notes
 
 
 def _track(context: StageContext, result: Evaluation, pictures: Sequence[Picture]) -> None:

@@ -14,6 +14,7 @@ from pipeline.config.context import StageContext
 from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput, Values
 from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import check_target, draws_counts, latent_width, load_models, locate_models
+from pipeline.stages.unseen.shift import run_shift
 from scldm.data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Perturber:
 
 def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
     """Run the stage; returns the facts of `run_batches`."""
+    if config.method == "shift":
+        return run_shift(config, context, pool)
     models = locate_models(config, context)
     check_target(config, Vocabulary.load(Path(models.vae) / "vocabulary.json"))
     values: Values = "counts" if draws_counts(models.vae) else "log1p_cp10k"

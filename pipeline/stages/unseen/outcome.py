@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.stages.unseen.finished import BETTER, NO_BETTER
 from pipeline.stages.unseen.left_out import ANSWERS, MEASURES, OURS, Group, GroupResult
 from pipeline.stages.unseen.screen import TrainingScreen
 from pipeline.stages.unseen.ways import WAYS
@@ -25,8 +26,6 @@ from scldm.metrics.perturbation.leave_out import without
 from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, nearness
 from scldm.metrics.perturbation.screen import Combination, Screen
 
-BETTER = "better than the mean shift"
-NO_BETTER = "no better than the mean shift: use method: shift"
 MOST_Z = np.arctanh(0.999)
 RATIO = "log ratio to the shift in counts"
 PREDICTIONS, LEFT_OUT = "predicted_errors.csv", "left_out.csv"

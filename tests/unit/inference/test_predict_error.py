@@ -10,7 +10,7 @@ import pytest
 from helpers.stages.screen_case import CONTROL, HELD_OUT, predict_error, screen_inputs
 
 from pipeline.core.progress import ProgressWriter
-from pipeline.stages.unseen.outcome import BETTER, NO_BETTER
+from pipeline.stages.unseen.finished import BETTER, NO_BETTER
 from pipeline.stages.unseen.predict_error import read_predictions
 from scldm.errors import InputError
 
@@ -103,7 +103,7 @@ def test_cells_from_controls_can_be_asked_about_and_combinations_named(place):
     ("more", "message"),
     [
         ({"control": {"drug": "control"}}, "control.drug: "),
-        ({"control": {"treatment": "contrl"}}, "'contrl'.*did you mean control"),
+        ({"control": {"treatment": "contrl"}}, "'contrl'.*did you mean 'control'"),
         ({"control": {**CONTROL, "cell_type": "B cell"}}, "control names all labels"),
         (
             {"combinations": [{"treatment": "treatment 1"}]},
