@@ -96,10 +96,12 @@ class OutputLayout:
 class TileProcessor(Protocol):
     """A stage's own part of the actor: holds models and turns tiles into output."""
 
-    vae: LoadedVAE | None  # None: no network is used
     vocabulary: Vocabulary
     encodes: bool  # whether it reads a cell's genes
     synthetic: bool  # whether the model made the cells
+
+    @property
+    def vae(self) -> LoadedVAE | None: ...  # None: no network is used
 
     def __call__(self, tile: Tile) -> TileOutput: ...
 

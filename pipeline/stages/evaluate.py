@@ -100,7 +100,7 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
     )  # fmt: skip
     if adaln:
         result.notes.append("Left out: reconstruction scores (an adaLN decoder needs condition vectors of real cells).")
-    result.notes += _predicted_notes(result, inputs)
+    result.notes.extend(_predicted_notes(result, inputs))
     if missing:
         result.notes.append(
             f"{len(missing)} classes of held-out cells were not generated, the first is {class_text(missing[0])}."

@@ -60,7 +60,7 @@ def outcome(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[Se
     """
     known, asked = _left_out(cells, groups, results), _asked(cells, groups, results)
     best = _best_free(known)
-    own, targets = {}, {}
+    targets: dict[tuple[str, str], np.ndarray] = {}
     for answer in dict.fromkeys((OURS, best)):
         for j, measure in enumerate(MEASURES):
             targets[answer, measure] = known.errors[:, ANSWERS.index(answer), j]
@@ -88,7 +88,8 @@ def outcome(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[Se
 
 # ---- what the models are fitted to -------------------------------------------------------------------------------
 def _left_out(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[Sequence[GroupResult]]) -> LeftOut:
-    pairs, errors, features = [], [], []
+    pairs: list[Combination] = []
+    errors, features = [], []
     for i, group in enumerate(groups):
         if group.measured:
             scores = np.stack([of_seed[i].scores for of_seed in results])  # (s, k, a, 2)

@@ -35,6 +35,8 @@ from scldm.metrics.perturbation.shift import CountShift
 if TYPE_CHECKING:
     import torch
 
+    from scldm.checkpoints.native import LoadedVAE
+
 SHIFTS = "shifts.npz"  # in the folder of the stage
 MOST_CELLS = 50_000  # training cells that the shift is learned from, drawn by seed
 
@@ -42,7 +44,8 @@ MOST_CELLS = 50_000  # training cells that the shift is learned from, drawn by s
 class CountShifter:
     """Shifts the counts of tiles of cells."""
 
-    synthetic, encodes, vae = True, False, None
+    synthetic, encodes = True, False
+    vae: LoadedVAE | None = None  # no network is used
 
     def __init__(self, spec: ApplierSpec, device: torch.device):
         self.config, self.seed = cast(PerturbConfig, spec.config), spec.seed
@@ -113,7 +116,7 @@ class Learned:
         ) if classes else None  # fmt: skip
         for own, n in zip(classes, n_cells, strict=True):
             assert known is not None
-            pair, (_, target) = known.pair(own), known.pair({**own, **self.config.to})
+            pair, (_, target) = known.pair(own), known.pair({**own, **self._target})
             treated = {t for _, t in known.screen.members}
             where = f"source: {n} cells are {JOIN.join(pair)}"
             if pair[1] not in treated:
@@ -131,6 +134,10 @@ class Learned:
         if problems:
             raise InputError("\n".join(problems))
         self._write(keys, shifts)
+
+    @property
+    def _target(self) -> dict[str, str]:
+        return {name: value for name, value in self.config.to.items() if value is not None}
 
     def _write(self, keys: np.ndarray, shifts: Sequence[CountShift]) -> None:
         g = self.vocabulary.n_genes
