@@ -15,7 +15,7 @@ from scldm.metrics.perturbation.error_model import (
     coverage,
     left_out_predictions,
 )
-from scldm.metrics.perturbation.leave_out import askable, folds, unmeasured, without
+from scldm.metrics.perturbation.leave_out import askable, energy_over_floor, folds, unmeasured, without
 from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, nearness
 from scldm.metrics.perturbation.screen import Screen
 from scldm.metrics.perturbation.shift import CountShift
@@ -84,6 +84,31 @@ def test_disagreement_is_the_mean_distance_relative_to_the_strength():
     assert disagreement([a, b], np.log(2)) == pytest.approx(np.log(5 / 2))
     assert disagreement([a, b, c], 0.0) == pytest.approx(np.log(10 / 3))
     assert np.isnan(disagreement([a], 0.0))
+
+
+def test_other_cells_of_the_same_distribution_are_at_the_floor_whatever_their_number():
+    rng = np.random.default_rng(0)
+    for n in (30, 300):
+        found = [energy_over_floor(rng.normal(size=(n, 5)), rng.normal(size=(n, 5))) for _ in range(60)]
+        assert np.mean(found) == pytest.approx(1, abs=0.35)
+    far = [energy_over_floor(rng.normal(size=(n, 5)), rng.normal(1, 1, size=(n, 5))) for n in (50, 400)]
+    assert far[0] == pytest.approx(far[1], rel=0.4)
+    assert min(far) > 5
+
+
+def test_the_floor_is_what_the_usual_statistic_gives_at_100_cells():
+    rng = np.random.default_rng(0)
+    big = rng.normal(size=(600, 4))
+    usual = []
+    for _ in range(200):
+        x, y = rng.normal(size=(100, 4)), rng.normal(size=(100, 4))
+        d = [np.linalg.norm(a[:, None] - b[None], axis=-1).mean() for a, b in ((x, y), (x, x), (y, y))]
+        usual.append(2 * d[0] - d[1] - d[2])
+    moved = big + 0.5
+    ratio = energy_over_floor(big, moved)
+    d = [np.linalg.norm(a[:, None] - b[None], axis=-1).mean() for a, b in ((big, moved), (big, big), (moved, moved))]
+    energy = 2 * d[0] - d[1] - d[2]
+    assert ratio == pytest.approx(1 + energy / np.mean(usual), rel=0.1)
 
 
 # ---- the regression --------------------------------------------------------------------------------------------------
