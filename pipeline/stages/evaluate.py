@@ -114,14 +114,15 @@ def _predicted_notes(result: Evaluation, inputs: Mapping[str, Manifest]) -> list
     found = finished_predictions(pipeline, inputs["ingest"])
     if found is None:
         return []
-    notes = []
-    for one in result.combinations.scored:
-        names = (one.context, one.treatment)
-        for row in found.rows.values():
-            if sorted(row[x] for x in found.labels) == sorted(part for name in names for part in name.split(JOIN)):
-                r = one.scores[GENERATED]["delta_pearson"]
-                notes.append(f"{JOIN.join(names)}: {believed(row)}. Found: {r:.2f} (predict_error {found.version}).")
-    return notes
+    context = [x for x in found.labels if x not in found.treatment]
+    treatment = [x for x in found.labels if x in found.treatment]
+    said = {tuple(JOIN.join(row[x] for x in part) for part in (context, treatment)): row for row in found.rows.values()}
+    return [
+        f"{one.context}{JOIN}{one.treatment}: {believed(row)}. Found: {one.scores[GENERATED]['delta_pearson']:.2f} "
+        f"(predict_error {found.version})."
+        for one in result.combinations.scored
+        if (row := said.get((one.context, one.treatment))) is not None
+    ]
 
 
 def _track(context: StageContext, result: Evaluation, pictures: Sequence[Picture]) -> None:

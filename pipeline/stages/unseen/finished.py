@@ -24,6 +24,7 @@ class Predictions:
     version: str  # of the stage that made them
     page: Path
     labels: tuple[str, ...]
+    treatment: tuple[str, ...]  # those of the labels that are treatments
     rows: Mapping[Classes, Mapping[str, str]]  # as in predicted_errors.csv
 
     def of(self, condition: Mapping[str, str | None]) -> Mapping[str, str] | None:
@@ -47,7 +48,7 @@ def finished_predictions(pipeline: Path, ingest: Manifest | None, *, start: str 
     labels = tuple(found.facts["labels"])
     with found.path("predicted").open(newline="") as file:
         rows = {tuple(row[label] for label in labels): row for row in csv.DictReader(file)}
-    return Predictions(found.version, found.path("report"), labels, rows)
+    return Predictions(found.version, found.path("report"), labels, tuple(found.facts["control"]), rows)
 
 
 def believed(row: Mapping[str, str]) -> str:

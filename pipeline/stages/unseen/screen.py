@@ -34,11 +34,14 @@ class TrainingScreen:
     vocabulary: Vocabulary
     context: tuple[str, ...]  # labels
     treatment: tuple[str, ...]  # labels
+    contexts: Mapping[str, tuple[str, ...]]  # name of a context -> its classes
+    treatments: Mapping[str, tuple[str, ...]]  # name of a treatment -> its classes
 
     def classes(self, pair: Combination) -> dict[str, str]:
-        """Return the class of each label in a combination."""
-        named = zip((*self.context, *self.treatment), (*pair[0].split(JOIN), *pair[1].split(JOIN)), strict=True)
-        given = dict(named)
+        """Return the class of each label in a combination whose context and treatment are among the cells."""
+        given = dict(
+            zip((*self.context, *self.treatment), (*self.contexts[pair[0]], *self.treatments[pair[1]]), strict=True)
+        )
         return {label.name: given[label.name] for label in self.vocabulary.labels}
 
     def pair(self, classes: Mapping[str, str]) -> Combination:
@@ -65,15 +68,16 @@ def read_screen(ingest: Manifest, control: Mapping[str, str], *, max_cells: int 
     context = tuple(x for x in names if x not in control)
     cells = data.anndata("train", max_cells=max_cells, seed=seed)
     columns = {x: cells.obs[x].astype(str).to_numpy() for x in names}
-    joined = [np.array([JOIN.join(row) for row in zip(*(columns[x] for x in part), strict=True)])
-              for part in (context, treatment)]  # fmt: skip
+    rows = [list(zip(*(columns[x].tolist() for x in part), strict=True)) for part in (context, treatment)]
+    joined = [np.array([JOIN.join(row) for row in part]) for part in rows]
+    classes = [{JOIN.join(row): row for row in part} for part in rows]
     ids = {
         label.name: torch.from_numpy(label.encode(columns[label.name].tolist()).astype(np.int64))
         for label in data.vocabulary.labels
     }
     screen = Screen(sp.csr_matrix(cells.X), joined[0], joined[1], JOIN.join(control[x] for x in treatment))
     joinids = cells.obs_names.to_numpy().astype(np.int64)
-    return TrainingScreen(screen, joinids, ids, data.vocabulary, context, treatment)
+    return TrainingScreen(screen, joinids, ids, data.vocabulary, context, treatment, *classes)
 
 
 def _known_control(vocabulary: Vocabulary, control: Mapping[str, str]) -> dict[str, str]:

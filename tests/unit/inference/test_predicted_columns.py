@@ -40,7 +40,7 @@ def predictions(root, rows=PREDICTED, **facts):
         writer = csv.writer(file)
         writer.writerows([names, *[[*k, r, r - 0.1, r + 0.1, verdict] for k, (r, verdict) in rows.items()]])
     facts = {"predicted": "predicted_errors.csv", "report": "predicted_errors.html", "start": "noise", "data": "abc",
-             "labels": ["cell_type", "donor"], **facts}  # fmt: skip
+             "labels": ["cell_type", "donor"], "control": {"donor": "d0"}, **facts}  # fmt: skip
     write_manifest(Manifest("predict_error", "v", str(folder), {}, {}, facts, 1.0, 1.0))
 
 
