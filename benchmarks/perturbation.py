@@ -28,16 +28,10 @@ from harness import Row, report
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.perturbation.combinations import CombinationJudge
 from scldm.metrics.perturbation.free_answers import FREE_ANSWERS, SHIFT, free_answers
-from scldm.metrics.perturbation.screen import Combination, Screen
+from scldm.metrics.perturbation.leave_out import without
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("delta_pearson", "energy", "pr_auc", "mae", "lfc_cosine", "lfc_slope")
-
-
-def hold_out(screen: Screen, pairs: list[Combination]) -> Screen:
-    """The screen without some combinations."""
-    gone = np.concatenate([screen.members[pair] for pair in pairs])
-    return screen[np.setdiff1d(np.arange(len(screen.context)), gone)]
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -50,7 +44,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         for fold in study.folds(args.folds, np.random.default_rng(seed)):
             if all((seed, *pair) in done for pair in fold):
                 continue
-            start, known = time.process_time(), hold_out(study.screen, fold)
+            start, known = time.process_time(), without(study.screen, fold)
             trained = perturbation_lines.train(
                 known, study.genes, vae_seconds=args.seconds[0], flow_seconds=args.seconds[1], seed=seed
             )

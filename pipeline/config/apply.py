@@ -134,6 +134,9 @@ class PerturbConfig(UnknownLabelsConfig):
     to: dict[str, ClassName | None] = Field(min_length=1)
     """Labels that change and their new classes: {cytokine: IFN-beta}; null removes a label. Other labels stay as they
     are."""
+    method: Literal["flow", "shift"] = "flow"
+    """flow: by the models, as `start` says. shift: the mean change of the other contexts, learned from the training
+    cells of this pipeline's ingest and drawn as counts; uses no model. It is what anybody has for free."""
     start: Literal["latents", "noise", "control"] = "latents"
     """latents: integrate the flow backwards from the cell's latents, under its own labels and without guidance, to the
     noise that they correspond to, and forwards under the new labels. noise: forwards from new noise; only the labels
@@ -149,11 +152,23 @@ class PerturbConfig(UnknownLabelsConfig):
 
     @property
     def uses_flow(self) -> bool:
-        return True
+        return self.method == "flow"
 
     @property
     def uses_labels(self) -> bool:
         return True
+
+    @model_validator(mode="after")
+    def _a_shift_uses_no_model(self) -> PerturbConfig:
+        if self.method == "flow":
+            return self
+        of_models = ("model", "start", "counts", "flow", "guidance", "max_genes", "unknown_labels")
+        set_ = [x for x in of_models if getattr(self, x) != type(self).model_fields[x].default]
+        if set_:
+            raise ValueError(f"{', '.join(set_)} cannot be set with method: shift, which uses no model; leave it out")
+        if removed := [name for name, value in self.to.items() if value is None]:
+            raise ValueError(f"to.{removed[0]} is null, and method: shift needs a class to shift to; name one")
+        return self
 
     @model_validator(mode="after")
     def _reads_genes_if_it_limits_them(self) -> PerturbConfig:
@@ -171,9 +186,9 @@ class PerturbConfig(UnknownLabelsConfig):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_drawn_counts(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keep the versions of stages from before this setting existed."""
-        return {k: v for k, v in to_dict(self).items() if (k, v) != ("counts", "drawn")}
+    def _without_defaults(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before these settings existed."""
+        return {k: v for k, v in to_dict(self).items() if (k, v) not in (("method", "flow"), ("counts", "drawn"))}
 
 
 class FlowLikelihoodConfig(FlowConfig):

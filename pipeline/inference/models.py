@@ -255,9 +255,18 @@ def check_likelihood(folder: str) -> None:
         )
 
 
-def check_target(config: PerturbConfig, vocabulary: Vocabulary, flow: str | Path, *, draws_counts: bool) -> None:
-    """Raise InputError unless the model knows the requested labels and classes, and can start where it should."""
-    problems = [*_target_problems(config, vocabulary), *_flow_problems(config, flow, draws=draws_counts)]
+def check_target(
+    config: PerturbConfig, vocabulary: Vocabulary, flow: str | Path | None = None, *, draws_counts: bool = True
+) -> None:
+    """Raise InputError unless the model knows the requested labels and classes, and can start where it should.
+
+    Args:
+        flow: The flow; None if the method uses none.
+        draws_counts: Whether the VAE draws counts.
+    """
+    problems = _target_problems(config, vocabulary)
+    if flow is not None:
+        problems += _flow_problems(config, flow, draws=draws_counts)
     if problems:
         raise InputError("\n".join(problems))
 

@@ -13,6 +13,7 @@ from pipeline.core.manifest import Manifest
 from pipeline.core.text import compact, duration, human
 from pipeline.planning import sizes
 from scldm.api.folders import find_model
+from scldm.generation.request import Request
 
 Strategy = Literal["joint", "mutually_exclusive"]
 
@@ -68,6 +69,23 @@ def _evaluations(config: GenerateConfig, strategy: Strategy) -> str:
         f"{about}{evaluations} network evaluations a cell ({sampler.solver}, {outputs}{ways}); "
         "rows with guidance of their own take what theirs takes"
     )
+
+
+def predicted_lines(folder: Path, ingest: Manifest | None, request: Request | None) -> list[str]:
+    """Return a line with the verdicts of a finished predict_error on the combinations that are asked for.
+
+    Args:
+        folder: Of the pipeline.
+        ingest: The ingest that the job uses; None if it has not finished, and nothing is known of its cells.
+        request: Of generate; None if it is not known yet.
+    """
+    if ingest is None or request is None:
+        return []
+    from pipeline.stages.unseen.finished import finished_predictions, verdict_line
+
+    found = finished_predictions(folder, ingest)
+    line = None if found is None else verdict_line(found, [row.condition for row in request.rows])
+    return [] if line is None else [f"generate: {line}"]
 
 
 def _facts_of(model: ModelNames) -> sizes.DataFacts:

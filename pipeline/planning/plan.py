@@ -19,7 +19,7 @@ from pipeline.config.job import (
 from pipeline.core.manifest import Manifest, newest_manifest
 from pipeline.core.text import human, table
 from pipeline.planning import sizes
-from pipeline.planning.generation import Strategy, generation_lines
+from pipeline.planning.generation import Strategy, generation_lines, predicted_lines
 from pipeline.planning.memory import stage_lines, state_bytes
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for
 from scldm.generation.request import Request
@@ -118,8 +118,11 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         text, size = generation_lines(
             configs["generate"], data, vae, job.resources, before, n_cells=n, strategy=strategy
         )
-        lines += text
+        lines += [*text, *predicted_lines(folder, _manifest("ingest", decided, folder), request)]
         disk += size
+    if (asked := configs.get("predict_error")) is not None:
+        steps = f"{asked.seeds} x ({asked.base_steps:,} + at most {asked.folds + 1} x {asked.steps:,})"
+        lines.append(f"predict_error: {steps} steps of {asked.batch_size} cells, in one process")
     lines += _gpu_hours(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {human(disk)} in all"] if disk else lines
 

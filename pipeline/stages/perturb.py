@@ -25,6 +25,8 @@ from pipeline.inference.models import (
     load_models,
     locate_models,
 )
+from pipeline.inference.rows import SourceRows
+from pipeline.stages.unseen.shift import run_shift
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 
@@ -63,6 +65,8 @@ class Perturber:
 
 def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
     """Run the stage; returns the facts of `run_batches`."""
+    if config.method == "shift":
+        return run_shift(config, context, pool)
     models = locate_models(config, context)
     vocabulary = Vocabulary.load(Path(models.vae) / "vocabulary.json")
     start = flow_start(str(models.flow))
@@ -71,11 +75,11 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
     layout = OutputLayout(genes=True, values=values, obsm={"X_scldm": latent_width(models.vae)},
                           obs={f"to_{label}": object for label in config.to})  # fmt: skip
 
-    def check(rows: pd.DataFrame) -> None:
+    def prepare(rows: SourceRows) -> None:
         if config.start == "control" and start is not None:
-            _require_controls(rows, vocabulary, start)
+            _require_controls(rows.table, vocabulary, start)
 
-    return run_batches(config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool, check=check)
+    return run_batches(config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool, prepare=prepare)
 
 
 def _require_controls(rows: pd.DataFrame, vocabulary: Vocabulary, start: ControlStart) -> None:

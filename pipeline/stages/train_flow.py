@@ -9,7 +9,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import TrainFlowConfig
 from pipeline.data.ingest.controls import check_controls
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.stages.training_spec import flow_spec, log_start
+from pipeline.stages.training.spec import flow_spec, log_start
 from pipeline.training.trainer import fit
 
 log = logging.getLogger(__name__)
