@@ -80,7 +80,8 @@ def test_the_table_in_the_documentation_is_what_the_formula_gives():
         (1.0, "joint", "noise", 1), (0.0, "joint", "noise", 1), (2.0, "joint", "noise", 2),
         ({"*": 1.0, "drug": 0.5}, "joint", "noise", 3), ({"*": 0.0, "drug": 1.0}, "joint", "noise", 1),
         ({"*": 2.0, "drug": 0.5, "type": 3.0}, "joint", "noise", 4), ({"*": 1.0, "drug": 0.5}, "joint", "control", 4),
-        ({"type": 2.0, "drug": 2.0}, "joint", "noise", 2), ({"type": 2.0, "drug": 0.5}, "mutually_exclusive", "noise", 3),
+        ({"type": 2.0, "drug": 2.0}, "joint", "noise", 2),
+        ({"type": 2.0, "drug": 0.5}, "mutually_exclusive", "noise", 3),
     ],
 )  # fmt: skip
 def test_evaluations_follow_from_the_outputs_that_guidance_needs(guidance, strategy, start, outputs):

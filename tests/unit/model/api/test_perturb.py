@@ -86,7 +86,7 @@ def test_moved_cells_are_those_of_a_perturb_job_to_the_last_bit(model, folder, t
         ({"start": "controls"}, "start must be"),
         ({"start": "noise", "counts": "changed"}, "take counts='drawn'"),
         ({"start": "control", "to": {"cell_type": "NK"}}, "give it donor alone"),
-        ({"guidance": {"cell_type": 1.0, "donor": 2.0}}, "name that of all labels"),
+        ({"guidance": {"cell_type": 1.0, "donor": 2.0}}, "name that of all labels together"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(model, arguments, words):
