@@ -73,6 +73,7 @@ class Generator:
         import torch
 
         from scldm.checkpoints.native import load_flow, load_vae
+        from scldm.generation.asked_values import with_values
         from scldm.generation.cell_maker import CellMaker
 
         arm(spec.fault)
@@ -81,6 +82,7 @@ class Generator:
         self.spec, self.config, self.store = spec, spec.config, cell_shards(spec.folder)
         vae = load_vae(spec.vae, device=device)
         flow = load_flow(spec.flow, weights=self.config.sampler.weights, device=device)
+        flow = with_values(flow, (row.condition for row in spec.request.rows))
         self.vocabulary = flow.vocabulary
         self.draws_counts = vae.vae.config.head != "gaussian"
         recipe = recipe_of(

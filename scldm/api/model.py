@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from scldm.data.align import Match, align, class_ids
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
+from scldm.generation.asked_values import value_notes, with_values
 from scldm.generation.cell_maker import CellMaker, check_pair
 from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln, vectors_digest
 from scldm.generation.expression_draw import expression_problems, expression_setting_problem
@@ -248,7 +250,8 @@ class Model:
         Args:
             conditions: {label: class} for one condition; or a table (DataFrame, list of dictionaries) with label
                 columns, `n_cells` and, optionally, `guidance`, `guidance.<label>`, `library_size`. A label that is
-                absent or None is left open. None: unconditional cells.
+                absent or None is left open. None: unconditional cells. A label whose classes are values takes others
+                than those of the data; a warning says how far they are from them.
             n: Cells of each row, if the table has no `n_cells`.
             seed: A cell is a function of (models, sampler, seed, request, its position in the request).
             guidance: Scale w in v = v_null + w (v_cond - v_null); None: the sampler's.
@@ -280,25 +283,25 @@ class Model:
         settings = sampler_settings(given, sampler, guidance, loaded=self.weights)
         request, kept = read_conditions(given, conditions, n, settings, genes, self.vocabulary)
         check_fits(request.n_cells, n_latent_numbers=self.flow.n_latent_tokens * self.flow.latent_width)
+        flow = with_values(self.flow, (row.condition for row in request.rows))
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"
         _require_settings_of_head(request, rules, settings, gaussian=gaussian)
-        recipe = recipe_of(
-            request, rules, self.vocabulary, self.flow.library_sizes, self.flow.dit.strategy, counts=not gaussian
-        )
+        recipe = recipe_of(request, rules, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=not gaussian)
         vectors = decoder_vectors(
             self.vae.vae.config, decoder_condition, len(request.rows), per="each row of the conditions"
         )
         recipe = replace(recipe, decoder_condition=vectors)
-        maker = CellMaker(self.vae, self.flow, recipe, sampler=settings, seed=seed, genes=kept)
+        maker = CellMaker(self.vae, flow, recipe, sampler=settings, seed=seed, genes=kept)
         made = list(maker.cells(0, request.n_cells))
         about = {"kind": "generate", "seed": seed, "sampler": settings.model_dump_json(), "request": request.digest,
                  "library_size": str(library_size), **digests(self.folders), **vectors_digest(vectors)}  # fmt: skip
         prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+        about |= _told(value_notes(flow.vocabulary, (row.condition for row in request.rows)))
         digits = len(str(max(1, request.n_cells - 1)))
         ids = np.arange(request.n_cells, dtype=np.int64)
         names = [f"{prefix}-{i:0{digits}d}" for i in ids.tolist()]
-        obs = generated_obs(ids, names, recipe, request, rules, self.vocabulary)
+        obs = generated_obs(ids, names, recipe, request, rules, flow.vocabulary)
         if not gaussian:
             obs["library_size"] = np.concatenate([np.zeros(0, np.float32), *(t.library_size for t in made)])
         return made_cells(
@@ -334,6 +337,13 @@ def _require_settings_of_head(request: Request, rules: Settings, settings: Sampl
         problems.append(problem)
     if problems:
         raise RequestError("\n".join(problems))
+
+
+def _told(notes: list[str]) -> dict[str, list[str]]:
+    """Warn of notes on a request, and return them as an entry of uns["scldm"]; nothing without notes."""
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return {"notes": notes} if notes else {}
 
 
 def _cells_arguments(given: Arguments, adata: Any, layer: Any, match: Any, genes: Any, max_missing: Any) -> float:

@@ -3,6 +3,7 @@
     model.safetensors   weights (for a flow: the averaged ones; the raw ones in raw.safetensors)
     config.json         kind, choices and sizes needed to build the network again
     vocabulary.json     genes and label classes, by name
+    label_vectors.safetensors   of labels that are names with vectors
     library_size.json   log-normal statistics per condition
     README.md           the model card
 
@@ -31,7 +32,7 @@ from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
 from scldm.flow.config import PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.nn.dit import DiT
+from scldm.nn.dit import ClassFeatures, DiT
 from scldm.nn.vae import VAE
 
 FORMAT = 1
@@ -39,9 +40,11 @@ __all__ = [
     "CheckpointError",
     "LoadedFlow",
     "LoadedVAE",
+    "class_features",
     "folder_digest",
     "load_flow",
     "load_vae",
+    "new_dit",
     "save_flow",
     "save_vae",
 ]
@@ -139,10 +142,31 @@ def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device 
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
         m, e = about["latent_shape"]
         config = DiTConfig.model_validate(about["config"])
-        dit = DiT(config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes)
+        dit = new_dit(config, vocabulary, latent_shape=(m, e))
         _load_weights(dit, folder / file)
         sizes = LibrarySizes.load(folder / "library_size.json")
         return LoadedFlow(_frozen(dit, device), PathConfig.model_validate(about["path"]), vocabulary, sizes, m, e)
+
+
+def new_dit(config: DiTConfig, vocabulary: Vocabulary, *, latent_shape: tuple[int, int]) -> DiT:
+    """Return a network with new weights for the labels of a vocabulary, drawn from torch's global generator.
+
+    Args:
+        latent_shape: (m, e).
+    """
+    m, e = latent_shape
+    return DiT(
+        config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes, features=class_features(vocabulary)
+    )
+
+
+def class_features(vocabulary: Vocabulary) -> dict[str, ClassFeatures]:
+    """Return the features of classes, for labels whose classes are values."""
+    return {
+        x.name: ClassFeatures(torch.from_numpy(x.values.features(x.classes)), x.values.pooled)
+        for x in vocabulary.labels
+        if x.values is not None
+    }
 
 
 def folder_digest(folder: Path) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.tables import reserved_columns, reserved_problem
-from scldm.data.reserved_names import is_reserved
+from scldm.data.labels.reserved_names import is_reserved
 from scldm.errors import InputError
 from scldm.text import choices_hint, shown
 
