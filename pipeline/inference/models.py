@@ -212,11 +212,21 @@ def check_target(config: PerturbConfig, vocabulary: Vocabulary) -> None:
         raise InputError("\n".join(problems))
 
 
+def target_class(vocabulary: Vocabulary, name: str, value: str | None) -> str | None:
+    """Return the class that cells are moved to, which need not be one of the data; None: without that label.
+
+    Raises:
+        UnknownNameError: There is no such label or class.
+    """
+    label = vocabulary.label(name)
+    return None if value is None else label.asked(value)
+
+
 def _target_problems(config: PerturbConfig, vocabulary: Vocabulary) -> list[str]:
     problems = []
     for name, value in config.to.items():
         try:
-            vocabulary.label(name).encode([value])
+            target_class(vocabulary, name, value)
         except UnknownNameError as error:
             problems.append(f"to.{name}: {error}")
     if isinstance(config.guidance, dict):

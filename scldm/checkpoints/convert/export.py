@@ -67,6 +67,11 @@ def export_upstream(vae: Path, flow: Path | None, out: Path, *, force: bool = Fa
     values = upstream_vae_values(of_vae.vae.config)
     if averaged is not None:
         _check_pair(of_vae, averaged)
+        if kinds := [f"{label} is {x.summary()}" for label, x in averaged.vocabulary.values.items()]:
+            raise CheckpointError(
+                "upstream cannot represent this flow: it has tables of classes only, and "
+                f"{'; '.join(kinds)}. The VAE alone can be exported"
+            )
     with atomic_folder(out) as folder:
         notes = _write(folder, of_vae, averaged, raw, values)
         _check_reads_back(folder, of_vae, averaged)
