@@ -38,7 +38,6 @@ from pipeline.config.stages import (
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
-    PredictErrorConfig,
     TrainFlowConfig,
     TrainVaeConfig,
 )
@@ -58,7 +57,6 @@ __all__ = [
     "HeldOutConfig",
     "IngestConfig",
     "Job",
-    "PredictErrorConfig",
     "SomaSource",
     "Source",
     "SplitConfig",
@@ -73,7 +71,6 @@ __all__ = [
 
 STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
 REAL_CELL_STAGES = ("embed", "reconstruct", "perturb", "log_likelihood")  # jobs of their own, not part of a pipeline
-OWN_JOBS = (*REAL_CELL_STAGES, "predict_error")
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "train_vae": ("ingest",),
@@ -81,7 +78,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train_flow": ("ingest", "train_vae", "encode"),
     "generate": ("ingest", "train_vae", "train_flow"),
     "evaluate": ("ingest", "train_vae", "generate"),
-    "predict_error": ("ingest", "train_vae", "encode"),
 }
 
 
@@ -210,10 +206,6 @@ class LogLikelihoodJob(JobBase, LogLikelihoodConfig):
     kind: Literal["log_likelihood"]
 
 
-class PredictErrorJob(JobBase, PredictErrorConfig):
-    kind: Literal["predict_error"]
-
-
 Job = Annotated[
     PipelineJob
     | IngestJob
@@ -225,8 +217,7 @@ Job = Annotated[
     | EmbedJob
     | ReconstructJob
     | PerturbJob
-    | LogLikelihoodJob
-    | PredictErrorJob,
+    | LogLikelihoodJob,
     Field(discriminator="kind"),
 ]
 STAGE_CONFIGS: dict[str, type[StrictModel]] = {
@@ -240,7 +231,6 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
     "reconstruct": ReconstructConfig,
     "perturb": PerturbConfig,
     "log_likelihood": LogLikelihoodConfig,
-    "predict_error": PredictErrorConfig,
 }
 
 
@@ -252,7 +242,7 @@ def experiment_name(job: JobBase) -> str:
 def stage_configs(job: JobBase) -> dict[str, StrictModel]:
     """Return the settings of each stage of a job, in the order in which the stages run."""
     found: dict[str, StrictModel] = {}
-    for stage in (*STAGES, *OWN_JOBS):
+    for stage in (*STAGES, *REAL_CELL_STAGES):
         if stage == job.kind:
             config_type = STAGE_CONFIGS[stage]
             # The job was validated; its own settings are taken over as they are.

@@ -30,7 +30,7 @@ from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.optim.config import LoraConfig, OptimizerConfig
+from scldm.optim.config import LoraConfig
 
 
 class StartConfig(StrictModel):
@@ -320,49 +320,4 @@ class EvaluateConfig(StrictModel):
     def _refits_are_among_the_resamples(self) -> EvaluateConfig:
         if self.refits > self.resamples:
             raise ValueError(f"refits ({self.refits}) must not exceed resamples ({self.resamples})")
-        return self
-
-
-class PredictErrorConfig(StrictModel):
-    """How far to believe what is predicted for combinations that no training cell has.
-
-    Measured combinations are left out in turn, short trainings of a flow predict them, and what is learned from their
-    errors is applied to the combinations that were not measured.
-    """
-
-    control: dict[str, ClassName] = Field(min_length=1)
-    """Control class of each label that is a treatment: {cytokine: PBS}. The other labels are the context."""
-    combinations: list[dict[str, ClassName]] | None = None
-    """Combinations to predict the error for, each with a class for every label: [{cell_type: B cell, cytokine: IL-2}].
-    Null: all that no training cell has, whose context has control cells and whose treatment another context has."""
-    start: Literal["noise", "latents"] = "noise"
-    """Cells whose error is predicted: those of generate (noise), or those of perturb from measured controls
-    (latents)."""
-    folds: int = Field(5, ge=2)
-    """Groups in which measured combinations are left out. No treatment loses all its contexts. A training for each
-    group and seed."""
-    seeds: PositiveInt = 2
-    """Trainings of each group with seeds of their own; their disagreement tells how far to believe."""
-    base_steps: PositiveInt = 600
-    """Steps on the control cells, once for each seed."""
-    steps: PositiveInt = 400
-    """Steps on all cells but those left out, from there."""
-    batch_size: PositiveInt = 128
-    """Cells of a step."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
-    model: DiTConfig = DiTConfig(d_model=96)
-    """Sizes of the flow."""
-    sampler_steps: PositiveInt = 10
-    """Steps of the sampler, as generate.sampler.steps."""
-    cells: int = Field(200, ge=20)
-    """Cells that are predicted for a combination, from as many of its context's control cells, at most."""
-    max_cells: PositiveInt = 20_000
-    """Training cells that are read, drawn by seed."""
-
-    @model_validator(mode="after")
-    def _trains_with_labels_dropped(self) -> PredictErrorConfig:
-        if not self.model.label_dropout:
-            raise ValueError(
-                "model.label_dropout (0) leaves no field without labels, which guidance needs; set it above 0"
-            )
         return self
