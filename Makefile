@@ -1,4 +1,5 @@
 # make demo   set up, then the whole pipeline on made-up cells (H5AD=file.h5ad LABELS=cell_type for your own)
+# make perturbation-demo   the same on a made-up perturbation screen whose true effects are known
 # make test   set up, then every test that needs neither a GPU nor, marked slow, a machine of its own
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +30,7 @@ endif
 
 # Packages are compiled as they are installed: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would
 # compile all that it imports, a training worker's start two and a half times as long (benchmarks/worker_start.py).
-.PHONY: venv demo test lint ui docs wheel chaos soak fuzz audit quality clean
+.PHONY: venv demo perturbation-demo test lint ui docs wheel chaos soak fuzz audit quality clean
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +44,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: venv
 	$(BIN)/scldm run $(JOB) $(SETTINGS)
+
+perturbation-demo: venv
+	$(BIN)/scldm run jobs/perturbation_demo.yaml
 
 # Two sides at the same time: tests that start processes of their own, which wait as long as they compute, and all others.
 # The output of the former comes when both have ended. A side without any test (5), as with PYTEST_ARGS=FILE, is no failure.

@@ -28,16 +28,10 @@ from harness import Row, report
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.perturbation.combinations import CombinationJudge
 from scldm.metrics.perturbation.free_answers import FREE_ANSWERS, SHIFT, free_answers
-from scldm.metrics.perturbation.screen import Combination, Screen
+from scldm.metrics.perturbation.leave_out import without
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("delta_pearson", "energy", "pr_auc", "mae", "lfc_cosine", "lfc_slope")
-
-
-def hold_out(screen: Screen, pairs: list[Combination]) -> Screen:
-    """The screen without some combinations."""
-    gone = np.concatenate([screen.members[pair] for pair in pairs])
-    return screen[np.setdiff1d(np.arange(len(screen.context)), gone)]
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -50,17 +44,21 @@ def run(name: str, args: argparse.Namespace) -> None:
         for fold in study.folds(args.folds, np.random.default_rng(seed)):
             if all((seed, *pair) in done for pair in fold):
                 continue
-            start, known = time.process_time(), hold_out(study.screen, fold)
+            start, known = time.process_time(), without(study.screen, fold)
             trained = perturbation_lines.train(
                 known, study.genes, vae_seconds=args.seconds[0], flow_seconds=args.seconds[1], seed=seed
             )
             space = RealSpace.fit(known.counts, n_top_genes=2_000, n_pcs=30, seed=0)
             judge = CombinationJudge(known, {pair: study.screen.cells(*pair) for pair in fold}, space, seed=seed)
             for context, treatment in fold:
-                own = perturbation_lines.answers(trained, known, context, treatment, seed)
                 free = free_answers(known, context, treatment, np.random.default_rng(seed))
+                own = perturbation_lines.answers(trained, known, context, treatment, free, seed)
                 found = judge.score((context, treatment), own | free)
-                line = {"seed": seed, "context": context, "treatment": treatment, "scores": found.scores}
+                line = {
+                    "seed": seed, "context": context, "treatment": treatment, "n_measured": found.n_measured,
+                    "scores": found.scores,
+                    "intervals": {k: {m: [i.low, i.high] for m, i in v.items()} for k, v in found.intervals.items()},
+                }  # fmt: skip
                 with file.open("a") as out:
                     out.write(json.dumps(line) + "\n")
             print(name, seed, len(fold), f"{time.process_time() - start:.0f} s", flush=True)

@@ -5,6 +5,8 @@
     transport    control cells forward by a flow that starts at the latents of control cells
     … in counts  the decoder's change from the cell's own latents to the moved ones, applied to the cell's counts:
                  molecules are added, or lost one by one
+    pooled       carried in counts, with the mean that the flow, the mean shift of the other contexts and their mean
+                 ratio give on average
 
 One VAE serves all; both flows have the same network, steps and labels. In training a label is dropped on its own, so
 that the field of a treatment exists without a context.
@@ -33,8 +35,11 @@ from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path
 from scldm.flow.sampler import sample_latents
+from scldm.generation.matched_mean import draw_changed, matched_factors
 from scldm.generation.real_cells import draw_sparse, under_condition
+from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.metrics.perturbation.free_answers import Answer
+from scldm.metrics.perturbation.pooled import pooled_shift
 from scldm.metrics.perturbation.screen import Screen
 from scldm.nn.dit import DiT, drop_labels
 from scldm.optim.config import EMAConfig
@@ -45,7 +50,8 @@ CONTEXT, TREATMENT = "context", "treatment"
 RATE, BATCH = 3e-3, 128
 STREAM = 8  # of randomness
 STEPS = 14
-WAYS = ("noise", "carried", "transport", "carried in counts", "transport in counts")
+WAYS = ("noise", "carried", "transport", "carried in counts", "transport in counts", "pooled")
+MATCHED = 600  # cells that factors are fitted on
 
 
 @dataclass(frozen=True)
@@ -106,18 +112,21 @@ def train_flow(
 
 
 class Coupling:
-    """Control cells of the same context for each cell, matched by optimal transport within a batch (CellFlow)."""
+    """Control cells of the same context for each cell, matched by optimal transport within a batch (CellFlow).
+
+    Cells of a context without controls start from noise.
+    """
 
     def __init__(self, screen: Screen, z: Tensor, seed: int):
         self.z, self.seed, self.context = z, seed, screen.context
-        names = sorted(set(screen.context.tolist()))
-        self.controls = {c: torch.from_numpy(screen.members[c, screen.control]) for c in names}
+        self.controls = {c: torch.from_numpy(rows) for (c, t), rows in screen.members.items() if t == screen.control}
 
     def draw(self, rows: Tensor, step: int) -> Tensor:
         """Return a control cell's latents for each cell of the batch, (b, m, e)."""
-        x0, g = torch.empty_like(self.z[rows]), generator(self.seed, STREAM + 1, step)
+        g = generator(self.seed, STREAM + 1, step)
+        x0 = torch.randn(self.z[rows].shape, generator=g)
         contexts = self.context[rows.numpy()]
-        for name in sorted(set(contexts.tolist())):
+        for name in sorted(set(contexts.tolist()) & set(self.controls)):
             here = np.flatnonzero(contexts == name)
             pool = self.controls[name]
             drawn = self.z[pool[torch.randint(len(pool), (len(here),), generator=g)]]
@@ -128,16 +137,39 @@ class Coupling:
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------
+def answers(
+    trained: Trained, screen: Screen, context: str, treatment: str, free: Mapping[str, Answer], seed: int
+) -> dict[str, Answer]:
+    """Return the cells that each way predicts from the context's control cells.
+
+    Args:
+        free: The free answers, see `free_answers`.
+    """
+    counts = sp.csr_matrix(screen.cells(context, screen.control), dtype=np.float32)
+    found, means = _moved(trained, Cells(counts, np.repeat(context, counts.shape[0])), screen.control, treatment, seed)
+    rng = np.random.default_rng([seed, STREAM])
+    for name in ("carried", "transport"):
+        changed = draw_changed(counts.toarray(), means["own"], means[name], rng)
+        found[f"{name} in counts"] = sp.csr_matrix(changed)
+    own = log1p_cp10k(counts).mean(0)
+    shift = pooled_shift(free, np.asarray(log1p_cp10k(found["carried in counts"]).mean(0) - own).ravel())
+    some = rng.permutation(counts.shape[0])[:MATCHED]
+    factors = matched_factors(counts[some], means["own"][some], means["carried"][some], shift, rng)
+    found["pooled"] = sp.csr_matrix(draw_changed(counts.toarray(), means["own"], means["carried"] * factors, rng))
+    return {name: Answer.of(found[name]) for name in WAYS}
+
+
 @torch.inference_mode()
-def answers(trained: Trained, screen: Screen, context: str, treatment: str, seed: int) -> dict[str, Answer]:
-    """Return the cells that each way predicts from the context's control cells."""
-    control = Cells(sp.csr_matrix(screen.cells(context, screen.control), dtype=np.float32), np.array([]))
-    control = Cells(control.counts, np.repeat(context, control.counts.shape[0]))
-    vae, vocabulary = trained.vae, trained.noise.vocabulary
-    found: dict[str, list[sp.csr_matrix]] = {name: [] for name in WAYS}
+def _moved(
+    trained: Trained, control: Cells, control_class: str, treatment: str, seed: int
+) -> tuple[dict[str, sp.csr_matrix], dict[str, np.ndarray]]:
+    """Return cells drawn from the decoder, and its means for the own latents ("own") and the moved ones, (n, g)."""
+    vae, vocabulary, context = trained.vae, trained.noise.vocabulary, control.classes[0]
+    drawn: dict[str, list[sp.csr_matrix]] = {}
+    means: dict[str, list[Tensor]] = {}
     for i, part in enumerate(chunks(control)):
         z, n, ids = encode(vae, part), len(part), list(range(i * 128, i * 128 + len(part)))
-        own, target = (_conditions(vocabulary, context, t, n) for t in (screen.control, treatment))
+        own, target = (_conditions(vocabulary, context, t, n) for t in (control_class, treatment))
         sampler, size = SamplerConfig(steps=STEPS), torch.from_numpy(np.asarray(part.counts.sum(1)).ravel())
         x0 = torch.randn(z.shape, generator=generator(seed, STREAM + 2, i))
         latents = {
@@ -145,14 +177,15 @@ def answers(trained: Trained, screen: Screen, context: str, treatment: str, seed
             "carried": under_condition(trained.noise, z, own=own, target=target, sampler=sampler),
             "transport": sample_latents(trained.transport.dit, z, target, sampler, trained.transport.path),
         }
-        before = vae.vae.decode_mu(z, size)
+        means.setdefault("own", []).append(vae.vae.decode_mu(z, size))
         for name, moved in latents.items():
             decoded = vae.vae.decode(moved, size)
-            found[name].append(draw_sparse(decoded, ids, seed=seed))
-            if name != "noise":
-                g = generator(seed, STREAM + 3, i, WAYS.index(name))
-                found[f"{name} in counts"].append(_changed(part.counts, before, decoded.mu, g))
-    return {name: Answer.of(sp.vstack(parts, format="csr")) for name, parts in found.items()}
+            drawn.setdefault(name, []).append(draw_sparse(decoded, ids, seed=seed))
+            means.setdefault(name, []).append(decoded.mu)
+    return (
+        {name: sp.vstack(parts, format="csr") for name, parts in drawn.items()},
+        {name: torch.cat(parts).double().numpy() for name, parts in means.items()},
+    )
 
 
 def _conditions(vocabulary: Vocabulary, context: str, treatment: str, n: int) -> Mapping[str, Tensor]:
@@ -160,11 +193,3 @@ def _conditions(vocabulary: Vocabulary, context: str, treatment: str, n: int) ->
         name: torch.from_numpy(vocabulary.label(name).encode([value] * n))
         for name, value in ((CONTEXT, context), (TREATMENT, treatment))
     }
-
-
-def _changed(counts: sp.csr_matrix, before: Tensor, after: Tensor, g: torch.Generator) -> sp.csr_matrix:
-    """Add a Poisson of what the mean of a gene gains, and keep each molecule with the ratio of means if it falls."""
-    x = torch.from_numpy(counts.toarray())
-    kept = torch.binomial(x, (after / before.clamp(min=1e-8)).clamp(max=1.0), generator=g)
-    added = torch.poisson((after - before).clamp(min=0), generator=g)
-    return sp.csr_matrix((kept + added).numpy())

@@ -20,6 +20,7 @@ import anndata
 import numpy as np
 import scipy.sparse as sp
 
+from scldm.metrics.perturbation.leave_out import askable, folds
 from scldm.metrics.perturbation.screen import Combination, Screen
 
 MIN_CELLS = 25  # of a combination that is asked for
@@ -39,34 +40,11 @@ class Study:
     @property
     def combinations(self) -> list[Combination]:
         """Measured combinations that can be asked for: enough cells, a control, and another context with both."""
-        return [
-            pair
-            for pair, rows in self.screen.members.items()
-            if pair[1] != self.screen.control
-            and len(rows) >= MIN_CELLS
-            and len(self.screen.members.get((pair[0], self.screen.control), ())) >= MIN_CELLS
-            and self.screen.sources(*pair)
-        ]
+        return askable(self.screen, MIN_CELLS)
 
     def folds(self, most: int, rng: np.random.Generator) -> list[list[Combination]]:
-        """Return combinations to hold out together: no treatment loses more than one context of a fold.
-
-        Args:
-            most: Folds at most; with fewer than combinations of a treatment, its contexts are held out in one fold
-                together as long as half of them stay.
-        """
-        by_treatment: dict[str, list[Combination]] = {}
-        for pair in self.combinations:
-            by_treatment.setdefault(pair[1], []).append(pair)
-        found: list[list[Combination]] = []
-        for pairs in by_treatment.values():
-            order = [pairs[i] for i in rng.permutation(len(pairs))]
-            n = min(max(2, most), len(order))
-            for k, part in enumerate(np.array_split(np.arange(len(order)), n)):
-                while len(found) <= k:
-                    found.append([])
-                found[k] += [order[i] for i in part]
-        return found
+        """Return combinations to hold out together, at most `most` groups: no treatment loses all its contexts."""
+        return folds(self.combinations, most, rng)
 
 
 def read(folder: Path, name: str) -> Study:

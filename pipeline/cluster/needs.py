@@ -12,7 +12,7 @@ from pipeline.config.job import ResourcesConfig
 
 log = logging.getLogger(__name__)
 TRAINING = ("train_vae", "train_flow")
-IN_THE_DRIVER = ("ingest", "evaluate")  # stages without workers or actors
+IN_THE_DRIVER = ("ingest", "evaluate", "predict_error")  # stages without workers or actors
 FIRST_WORD = 10.0  # seconds until a job that waits says so
 EVERY = 60.0
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.config.ingest import CellsConfig, ClassName, Source
 from pipeline.config.input_paths import FlowName, VaeName
@@ -127,27 +134,61 @@ class PerturbConfig(UnknownLabelsConfig):
     to: dict[str, ClassName | None] = Field(min_length=1)
     """Labels that change and their new classes: {cytokine: IFN-beta}; null removes a label. Other labels stay as they
     are."""
-    start: Literal["latents", "noise"] = "latents"
+    method: Literal["flow", "shift"] = "flow"
+    """flow: by the models, as `start` says. shift: the mean change of the other contexts, learned from the training
+    cells of this pipeline's ingest and drawn as counts; uses no model. It is what anybody has for free."""
+    start: Literal["latents", "noise", "control"] = "latents"
     """latents: integrate the flow backwards from the cell's latents, under its own labels and without guidance, to the
     noise that they correspond to, and forwards under the new labels. noise: forwards from new noise; only the labels
-    and the library size of the cell are used."""
+    and the library size of the cell are used. control: forwards from the cell's latents, by a flow that was trained
+    from control cells (train_flow.start); the cells must be control cells, and `to` names their label alone."""
+    counts: Literal["drawn", "changed"] = "drawn"
+    """drawn: from the decoder's distribution under the new labels. changed: the cell's own counts, to which molecules
+    are added, or of which they are lost one by one, as the decoder's means change from the cell's latents to the new
+    ones; the library size follows."""
     flow: FlowConfig = FlowConfig()
     guidance: dict[str, float] | float = 1.0
     """Guidance of the forward integration, as generate.sampler.guidance."""
 
     @property
     def uses_flow(self) -> bool:
-        return True
+        return self.method == "flow"
 
     @property
     def uses_labels(self) -> bool:
         return True
 
     @model_validator(mode="after")
+    def _a_shift_uses_no_model(self) -> PerturbConfig:
+        if self.method == "flow":
+            return self
+        of_models = ("model", "start", "counts", "flow", "guidance", "max_genes", "unknown_labels")
+        set_ = [x for x in of_models if getattr(self, x) != type(self).model_fields[x].default]
+        if set_:
+            raise ValueError(f"{', '.join(set_)} cannot be set with method: shift, which uses no model; leave it out")
+        if removed := [name for name, value in self.to.items() if value is None]:
+            raise ValueError(f"to.{removed[0]} is null, and method: shift needs a class to shift to; name one")
+        return self
+
+    @model_validator(mode="after")
     def _reads_genes_if_it_limits_them(self) -> PerturbConfig:
         if self.start == "noise" and self.max_genes is not None:
             raise ValueError(f"max_genes ({self.max_genes}) is of the encoder, and start: noise encodes nothing")
         return self
+
+    @model_validator(mode="after")
+    def _changes_counts_of_encoded_cells(self) -> PerturbConfig:
+        if self.start == "noise" and self.counts == "changed":
+            raise ValueError(
+                "counts (changed) changes a cell's counts by what its latents change, and start (noise) uses none of "
+                "the cell's; set counts=drawn or start=latents"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before these settings existed."""
+        return {k: v for k, v in to_dict(self).items() if (k, v) not in (("method", "flow"), ("counts", "drawn"))}
 
 
 class FlowLikelihoodConfig(FlowConfig):

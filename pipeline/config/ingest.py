@@ -47,8 +47,16 @@ class SyntheticSource(StrictModel):
     """Classes of cell_type."""
     n_donors: PositiveInt = 4
     """Classes of donor_id."""
+    n_treatments: PositiveInt | None = None
+    """Classes of the column treatment besides "control". Their effects are known: cell types share a part of each, and
+    have a part of their own; evaluate shows them beside measured and generated cells. Null: no such column."""
     seed: int = Field(0, ge=0)
     """Seed of the synthetic cells; independent of the job's seed."""
+
+    @model_serializer(mode="wrap")
+    def _without_treatments(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before this setting existed."""
+        return {k: v for k, v in to_dict(self).items() if k != "n_treatments" or v is not None}
 
 
 class H5adSource(StrictModel):

@@ -38,6 +38,7 @@ from pipeline.config.stages import (
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
+    PredictErrorConfig,
     TrainFlowConfig,
     TrainVaeConfig,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "HeldOutConfig",
     "IngestConfig",
     "Job",
+    "PredictErrorConfig",
     "SomaSource",
     "Source",
     "SplitConfig",
@@ -71,6 +73,7 @@ __all__ = [
 
 STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
 REAL_CELL_STAGES = ("embed", "reconstruct", "perturb", "log_likelihood")  # jobs of their own, not part of a pipeline
+OWN_JOBS = (*REAL_CELL_STAGES, "predict_error")
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "train_vae": ("ingest",),
@@ -78,6 +81,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train_flow": ("ingest", "train_vae", "encode"),
     "generate": ("ingest", "train_vae", "train_flow"),
     "evaluate": ("ingest", "train_vae", "generate"),
+    "predict_error": ("ingest", "train_vae", "encode"),
 }
 
 
@@ -87,6 +91,8 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
         return ("ingest", "train_vae")  # it streams counts
     if isinstance(config, GenerateConfig) and config.model is not None:
         return ("ingest",) if config.like is not None else ()
+    if isinstance(config, PerturbConfig) and config.method == "shift":
+        return ("ingest",)
     if isinstance(config, RealCellsConfig):
         if config.model is not None:
             return ()
@@ -206,6 +212,10 @@ class LogLikelihoodJob(JobBase, LogLikelihoodConfig):
     kind: Literal["log_likelihood"]
 
 
+class PredictErrorJob(JobBase, PredictErrorConfig):
+    kind: Literal["predict_error"]
+
+
 Job = Annotated[
     PipelineJob
     | IngestJob
@@ -217,7 +227,8 @@ Job = Annotated[
     | EmbedJob
     | ReconstructJob
     | PerturbJob
-    | LogLikelihoodJob,
+    | LogLikelihoodJob
+    | PredictErrorJob,
     Field(discriminator="kind"),
 ]
 STAGE_CONFIGS: dict[str, type[StrictModel]] = {
@@ -231,6 +242,7 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
     "reconstruct": ReconstructConfig,
     "perturb": PerturbConfig,
     "log_likelihood": LogLikelihoodConfig,
+    "predict_error": PredictErrorConfig,
 }
 
 
@@ -242,7 +254,7 @@ def experiment_name(job: JobBase) -> str:
 def stage_configs(job: JobBase) -> dict[str, StrictModel]:
     """Return the settings of each stage of a job, in the order in which the stages run."""
     found: dict[str, StrictModel] = {}
-    for stage in (*STAGES, *REAL_CELL_STAGES):
+    for stage in (*STAGES, *OWN_JOBS):
         if stage == job.kind:
             config_type = STAGE_CONFIGS[stage]
             # The job was validated; its own settings are taken over as they are.

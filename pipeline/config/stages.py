@@ -26,11 +26,11 @@ from pipeline.config.input_paths import (
     StartVae,
     VectorFile,
 )
-from pipeline.config.train import FlowTrainConfig, VaeTrainConfig
+from pipeline.config.train import FlowStartConfig, FlowTrainConfig, VaeTrainConfig
 from scldm.config import StrictModel
-from scldm.flow.config import PathConfig, SamplerConfig
+from scldm.flow.config import ControlStart, PathConfig, SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.optim.config import LoraConfig
+from scldm.optim.config import LoraConfig, OptimizerConfig
 
 
 class StartConfig(StrictModel):
@@ -152,6 +152,8 @@ class TrainFlowConfig(StrictModel):
 
     model: DiTConfig = DiTConfig()
     flow: PathConfig = PathConfig()
+    start: FlowStartConfig | None = None
+    """Start at the latents of control cells beside noise. Null: from noise only."""
     train: FlowTrainConfig = FlowTrainConfig()
     vae: JointVaeConfig = JointVaeConfig()
     start_from: StartFlowConfig | None = None
@@ -161,7 +163,36 @@ class TrainFlowConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before these settings existed."""
-        return _without_unset(to_dict(self), ("start_from",))
+        return _without_unset(to_dict(self), ("start", "start_from"))
+
+    @property
+    def controls(self) -> ControlStart | None:
+        """What the flow is trained from beside noise, as its model records it."""
+        if self.start is None:
+            return None
+        [(label, control)] = self.start.control.items()
+        return ControlStart(label=label, control=control, share=self.start.share)
+
+    @model_validator(mode="after")
+    def _starts_at_controls_if_it_can(self) -> TrainFlowConfig:
+        if self.start is None:
+            return self
+        if self.vae.train:
+            raise ValueError(
+                "start takes the latents of control cells from the latent cache, and vae.train changes the latents in "
+                "every step; leave one of them out"
+            )
+        if self.flow.prediction != "velocity" or self.flow.path == "vp":
+            raise ValueError(
+                f"start needs a velocity on the path linear or gvp, which begins at the control cell; flow is "
+                f"{self.flow.prediction} on {self.flow.path}: set flow.prediction=velocity and flow.path=linear"
+            )
+        if self.start.share == 1 and self.train.sample_every is not None:
+            raise ValueError(
+                f"train.sample_every ({self.train.sample_every}) generates cells from noise, and with start.share (1) "
+                "none are trained from it; lower start.share, or leave train.sample_every out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _starts_alone(self) -> TrainFlowConfig:
@@ -225,6 +256,10 @@ class GenerateConfig(StrictModel):
     """Genes to write: ids or names, or a text file with one on each line. All genes are decoded either way, so the
     counts of a gene do not depend on which others are written."""
     sampler: SamplerConfig = SamplerConfig()
+    start: Literal["noise", "control"] = "noise"
+    """control: control cells with the same other labels are made from noise and carried to the labels of the row, by a
+    flow that was trained from control cells too (train_flow.start); guidance is that of the second way. Control cells
+    themselves, and rows without that label, are made from noise."""
     decoder_condition: VectorFile | None = None
     """A .npy file with the condition vectors of an adaLN decoder: (d,) for all cells, or one for each row of the
     request, (rows, d). Upstream defines no source of them; other decoders take none."""
@@ -245,7 +280,8 @@ class GenerateConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before this setting existed."""
-        return _without_unset(to_dict(self), ("model", "decoder_condition"))
+        values = _without_unset(to_dict(self), ("model", "decoder_condition"))
+        return {k: v for k, v in values.items() if (k, v) != ("start", "noise")}
 
 
 CFGEN: dict[str, Any] = {
@@ -320,4 +356,49 @@ class EvaluateConfig(StrictModel):
     def _refits_are_among_the_resamples(self) -> EvaluateConfig:
         if self.refits > self.resamples:
             raise ValueError(f"refits ({self.refits}) must not exceed resamples ({self.resamples})")
+        return self
+
+
+class PredictErrorConfig(StrictModel):
+    """How far to believe what is predicted for combinations that no training cell has.
+
+    Measured combinations are left out in turn, short trainings of a flow predict them, and what is learned from their
+    errors is applied to the combinations that were not measured.
+    """
+
+    control: dict[str, ClassName] = Field(min_length=1)
+    """Control class of each label that is a treatment: {cytokine: PBS}. The other labels are the context."""
+    combinations: list[dict[str, ClassName]] | None = None
+    """Combinations to predict the error for, each with a class for every label: [{cell_type: B cell, cytokine: IL-2}].
+    Null: all that no training cell has, whose context has control cells and whose treatment another context has."""
+    start: Literal["noise", "latents"] = "noise"
+    """Cells whose error is predicted: those of generate (noise), or those of perturb from measured controls
+    (latents)."""
+    folds: int = Field(5, ge=2)
+    """Groups in which measured combinations are left out. No treatment loses all its contexts. A training for each
+    group and seed."""
+    seeds: PositiveInt = 2
+    """Trainings of each group with seeds of their own; their disagreement tells how far to believe."""
+    base_steps: PositiveInt = 600
+    """Steps on the control cells, once for each seed."""
+    steps: PositiveInt = 400
+    """Steps on all cells but those left out, from there."""
+    batch_size: PositiveInt = 128
+    """Cells of a step."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
+    model: DiTConfig = DiTConfig(d_model=96)
+    """Sizes of the flow."""
+    sampler_steps: PositiveInt = 10
+    """Steps of the sampler, as generate.sampler.steps."""
+    cells: int = Field(200, ge=20)
+    """Cells that are predicted for a combination, from as many of its context's control cells, at most."""
+    max_cells: PositiveInt = 20_000
+    """Training cells that are read, drawn by seed."""
+
+    @model_validator(mode="after")
+    def _trains_with_labels_dropped(self) -> PredictErrorConfig:
+        if not self.model.label_dropout:
+            raise ValueError(
+                "model.label_dropout (0) leaves no field without labels, which guidance needs; set it above 0"
+            )
         return self

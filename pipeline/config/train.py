@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.config.ingest import ClassName
 from pipeline.config.input_paths import DeepSpeedFile
 from scldm.config import StrictModel
 from scldm.data.genes_seen import GenesSeenConfig
@@ -135,6 +136,22 @@ class VaeTrainConfig(TrainConfig):
                 "once for all epochs)"
             )
         return self
+
+
+class FlowStartConfig(StrictModel):
+    """Start the flow at control cells too: it then carries control cells to a treatment, beside making cells from
+    noise."""
+
+    control: dict[str, ClassName] = Field(min_length=1, max_length=1)
+    """The label of the treatment and its control class: {cytokine: PBS}. A cell starts at the latents of a control cell
+    with the same other labels, matched by optimal transport; a cell whose other labels no control cell has starts at
+    noise."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of the cells that start at control cells, drawn by seed; the others start at noise. 1: none start at noise,
+    and the flow can only carry control cells that the user gives (perturb with start: control)."""
+    cells_per_group: PositiveInt = 10_000
+    """Most control cells of a combination of the other labels, drawn by seed. Every worker holds their latents in
+    memory."""
 
 
 class FlowTrainConfig(TrainConfig):

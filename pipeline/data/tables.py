@@ -133,3 +133,4 @@ class CellTables:
     of_genes: Sequence[Finding] | None = None  # about gene ids as the file has them; None: as var has them
     left_out: Sequence[Finding] = ()  # about what is not read; `notes` has them too
     measured: Presence | None = None  # which genes each cell's file measured; None: all of them, all genes
+    truth: Callable[[], pd.DataFrame] | None = None  # what combinations of labels have on average, if it is known

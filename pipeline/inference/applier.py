@@ -96,10 +96,12 @@ class OutputLayout:
 class TileProcessor(Protocol):
     """A stage's own part of the actor: holds models and turns tiles into output."""
 
-    vae: LoadedVAE
     vocabulary: Vocabulary
     encodes: bool  # whether it reads a cell's genes
     synthetic: bool  # whether the model made the cells
+
+    @property
+    def vae(self) -> LoadedVAE | None: ...  # None: no network is used
 
     def __call__(self, tile: Tile) -> TileOutput: ...
 
@@ -130,7 +132,7 @@ class Applier:
     def __init__(self, spec: ApplierSpec):
         import torch
 
-        from scldm.generation.cell_maker import tile_cells
+        from scldm.generation.cell_maker import CPU_TILE, tile_cells
 
         arm(spec.fault)
         torch.set_num_threads(spec.threads)
@@ -139,7 +141,8 @@ class Applier:
         self.reader = spec.reader
         self.processor = spec.processor(spec, self.device)
         self.measured = None if spec.measured is None else torch.from_numpy(spec.measured).to(self.device)
-        self.tile = tile_cells(self.processor.vae, self.device)
+        vae = self.processor.vae
+        self.tile = CPU_TILE if vae is None else tile_cells(vae, self.device)
         self.read_rows = -(-spec.config.batch_size // self.tile) * self.tile  # whole tiles
 
     def __call__(self, shards: pa.Table) -> pa.Table:
@@ -218,6 +221,7 @@ class Applier:
 
     def _require_few_genes(self, seen: CellBatch, names: pa.ChunkedArray) -> None:
         """Refuse cells with more genes than a model of upstream takes."""
+        assert self.processor.vae is not None  # it encodes
         most = self.processor.vae.vae.config.genes_seq_len
         if most is None or int(seen.lengths.max()) <= most:
             return

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.applier import Applier, ApplierSpec, OutputLayout, TileProcessor, applied_shards
 from pipeline.inference.export.index import write_index
 from pipeline.inference.models import ModelPaths, locate_models
-from pipeline.inference.rows import source_rows
+from pipeline.inference.rows import SourceRows, source_rows
 from scldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ def run_batches(
     processor: Callable[[ApplierSpec, torch.device], TileProcessor],
     layout: OutputLayout,
     pool: Pool | None = None,
+    models: ModelPaths | None = None,
+    origin: Mapping[str, str] | None = None,
+    prepare: Callable[[SourceRows], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Make all shards of a stage.
 
@@ -64,6 +67,9 @@ def run_batches(
         stage: Name of the stage.
         processor: Class that turns tiles of cells into output; built in every actor, so importable by name.
         pool: Makes the shards; Ray actors if None.
+        models: Models, if they are not those that the job names or that its pipeline trained.
+        origin: What the cells are made by, for their provenance; None: the digests of the models.
+        prepare: Called with the selected rows before any shard is made.
 
     Returns:
         Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, n_empty, genes, notes.
@@ -73,16 +79,18 @@ def run_batches(
             f"{stage}.keep_obs: {', '.join(taken)}: the output has columns of its own with these names, which would "
             "replace yours; drop them from keep_obs, or rename them in the input"
         )
-    models = locate_models(config, context)
+    models = models or locate_models(config, context)
     rows = source_rows(config, context.folder, models)
+    prepare(rows)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
     _remove_shards_of_other_input(context.folder, folder, rows.digest)
     n_shards = _write_rows(context.folder / ROWS, rows.table, config.shard_size)
+    made_by = _provenance(stage, config, context, origin or _digests(models), rows.digest)
     spec = ApplierSpec(
         processor=processor, config=config, models=models, layout=layout, folder=folder, rows=context.folder / ROWS,
         reader=rows.reader, measured=rows.measured, obs_columns=rows.obs_columns, categories=rows.categories,
-        provenance=_provenance(stage, config, context, models, rows.digest) | layout.scale(), seed=context.seed,
+        provenance=made_by | layout.scale(), seed=context.seed,
         threads=threads_per_worker(context.resources), fault=os.environ.get(VARIABLE, ""),
     )  # fmt: skip
     for note in rows.source.notes:
@@ -142,16 +150,21 @@ def _remove_shards_of_other_input(root: Path, folder: Path, digest: str) -> None
 
 
 def _provenance(
-    stage: str, config: RealCellsConfig, context: StageContext, models: ModelPaths, digest: str
+    stage: str, config: RealCellsConfig, context: StageContext, origin: Mapping[str, str], digest: str
 ) -> dict[str, Any]:
-    from scldm.checkpoints.native import folder_digest
-
     about = {
         "schema_version": SCHEMA_VERSION,
         "kind": stage,
-        "vae": folder_digest(Path(models.vae)),
+        "vae": origin.get("vae"),
         "config": config.model_dump_json(),
         "seed": context.seed,
         "cells": digest,
     }
-    return about | ({} if models.flow is None else {"flow": folder_digest(Path(models.flow))})
+    return {k: v for k, v in about.items() if v is not None} | {k: v for k, v in origin.items() if k != "vae"}
+
+
+def _digests(models: ModelPaths) -> dict[str, str]:
+    from scldm.checkpoints.native import folder_digest
+
+    digests = {"vae": folder_digest(Path(models.vae))}
+    return digests | ({} if models.flow is None else {"flow": folder_digest(Path(models.flow))})

@@ -25,6 +25,7 @@ from pipeline.inference.cell_shards import CELLS, shard_name
 from pipeline.inference.progress import ShardProgress, count_attempt
 from pipeline.inference.request import recipe_of, settings_of
 from pipeline.inference.shard_writer import ShardFile
+from scldm.data.labels.reserved_names import PREDICTED_COLUMNS
 from scldm.data.library_size import LibrarySizes
 from scldm.generation.recipe import generated_obs, genes_table
 from scldm.generation.request import Request
@@ -64,6 +65,7 @@ class GeneratorSpec:
     run: str  # identifies this run of the job, for counting attempts
     fault: str  # faults to arm, see `pipeline.core.faults`
     decoder_condition: np.ndarray | None = None  # (r, d), vectors of an adaLN decoder for each row of the request
+    predicted: np.ndarray | None = None  # (r, 3), predicted correlation of shifts of each row, and its interval
 
 
 class Generator:
@@ -92,7 +94,14 @@ class Generator:
         self.genes = np.arange(flow.vocabulary.n_genes) if spec.genes is None else spec.genes
         pool = ThreadPoolExecutor(spec.threads) if spec.threads > 1 else None
         self.maker = CellMaker(
-            vae, flow, recipe, sampler=self.config.sampler, seed=self.config.seed, genes=spec.genes, pool=pool
+            vae,
+            flow,
+            recipe,
+            sampler=self.config.sampler,
+            seed=self.config.seed,
+            genes=spec.genes,
+            pool=pool,
+            start=self.config.start,
         )
         batch = self.config.batch_size
         self.max_pending = DEFAULT_PENDING if batch is None else max(1, -(-batch // self.maker.tile))
@@ -159,6 +168,9 @@ class Generator:
         settings = settings_of(self.config)
         obs = generated_obs(ids, names, self.maker.recipe, self.spec.request, settings, self.vocabulary)
         obs.insert(obs.columns.get_loc("gen_index"), "gen_shard", np.int32(shard))
+        if self.spec.predicted is not None:
+            of_cells = self.spec.predicted[self.maker.recipe.rows(ids)].astype(np.float32)
+            obs = obs.assign(**dict(zip(PREDICTED_COLUMNS, of_cells.T, strict=True)))
         if not self.draws_counts:
             return obs
         obs["library_size"] = library

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config.apply import ModelNames, PerturbConfig, RealCellsConfig
+from pipeline.config.apply import LogLikelihoodConfig, ModelNames, PerturbConfig, RealCellsConfig
 from pipeline.config.context import StageContext
 from scldm.api.folders import Weights, find_model, is_remote
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
+from scldm.flow.config import ControlStart
 from scldm.generation.pair import pair_problems
+from scldm.generation.request_table import TOGETHER
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +107,53 @@ def model_problems(config: RealCellsConfig) -> list[str]:
             continue
         if kind == "vae" and isinstance(config, PerturbConfig):
             problems += _target_problems(config, Vocabulary.load(folder / "vocabulary.json"))
+        if kind == "flow" and isinstance(config, PerturbConfig):
+            problems += _flow_problems(config, folder, draws=_draws(config))
+        if kind == "flow" and isinstance(config, LogLikelihoodConfig):
+            problems += likelihood_problems(flow_start(folder))
+    return problems
+
+
+def flow_start(folder: str | Path) -> ControlStart | None:
+    """Return what the flow in a model folder was trained from beside noise."""
+    about = json.loads((Path(folder) / "config.json").read_text()).get("start")
+    return None if about is None else ControlStart.model_validate(about)
+
+
+def likelihood_problems(start: ControlStart | None) -> list[str]:
+    """Return why latents have no likelihood under a flow."""
+    if start is None or start.share < 1:
+        return []
+    return [
+        "flow: the likelihood of latents is that of the noise they come from, and this flow was trained from control "
+        "cells only (train_flow.start.share=1); leave flow out, or train with a share below 1"
+    ]
+
+
+def _draws(config: PerturbConfig) -> bool:
+    """Return whether the VAE that a job names draws counts; True if there is none to ask, which is said elsewhere."""
+    try:
+        return config.model is None or draws_counts(find_model(config.model.vae, "vae"))
+    except InputError:
+        return True
+
+
+def _flow_problems(config: PerturbConfig, folder: str | Path, *, draws: bool) -> list[str]:
+    """Return what a perturbation needs of a flow that the one in a model folder does not have."""
+    from scldm.flow.guidance import guidance_terms  # imports torch
+    from scldm.generation.perturbed import perturb_problems
+
+    problems = perturb_problems(config.to, config.start, flow_start(folder), counts=config.counts, draws_counts=draws)
+    labels = [x.name for x in Vocabulary.load(Path(folder) / "vocabulary.json").labels]
+    if not isinstance(config.guidance, dict) or not (
+        TOGETHER in config.guidance or set(labels) <= set(config.guidance)
+    ):
+        return problems  # labels without a scale are named elsewhere
+    strategy = json.loads((Path(folder) / "config.json").read_text())["config"]["strategy"]
+    try:
+        guidance_terms(labels, config.guidance, strategy=strategy)
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 
@@ -206,31 +255,46 @@ def check_likelihood(folder: str) -> None:
         )
 
 
-def check_target(config: PerturbConfig, vocabulary: Vocabulary) -> None:
-    """Raise InputError unless the model knows the requested labels and classes."""
-    if problems := _target_problems(config, vocabulary):
+def check_target(
+    config: PerturbConfig, vocabulary: Vocabulary, flow: str | Path | None = None, *, draws_counts: bool = True
+) -> None:
+    """Raise InputError unless the model knows the requested labels and classes, and can start where it should.
+
+    Args:
+        flow: The flow; None if the method uses none.
+        draws_counts: Whether the VAE draws counts.
+    """
+    problems = _target_problems(config, vocabulary)
+    if flow is not None:
+        problems += _flow_problems(config, flow, draws=draws_counts)
+    if problems:
         raise InputError("\n".join(problems))
 
 
-def target_class(vocabulary: Vocabulary, name: str, value: str | None) -> str | None:
-    """Return the class that cells are moved to, which need not be one of the data; None: without that label.
+def target_classes(config: PerturbConfig, vocabulary: Vocabulary) -> dict[str, str | None]:
+    """Return the classes that cells are moved to, as the model calls them; they need not be classes of the data.
 
     Raises:
         UnknownNameError: There is no such label or class.
     """
-    label = vocabulary.label(name)
-    return None if value is None else label.asked(value)
+    return {k: None if v is None else vocabulary.label(k).asked(v) for k, v in config.to.items()}
 
 
 def _target_problems(config: PerturbConfig, vocabulary: Vocabulary) -> list[str]:
     problems = []
     for name, value in config.to.items():
         try:
-            target_class(vocabulary, name, value)
+            label = vocabulary.label(name)
+            if value is None or config.method == "shift":  # which is learned from cells
+                label.encode([value])
+            else:
+                label.asked(value)
         except UnknownNameError as error:
             problems.append(f"to.{name}: {error}")
     if isinstance(config.guidance, dict):
         known = {x.name for x in vocabulary.labels}
-        problems += [f"guidance.{k}: the model knows no such label" for k in sorted(set(config.guidance) - known)]
-        problems += [f"guidance has no scale for the label {k}" for k in sorted(known - set(config.guidance))]
+        named = set(config.guidance) - {TOGETHER}
+        problems += [f"guidance.{k}: the model knows no such label" for k in sorted(named - known)]
+        if TOGETHER not in config.guidance:
+            problems += [f"guidance has no scale for the label {k}" for k in sorted(known - named)]
     return problems

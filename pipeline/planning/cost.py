@@ -9,8 +9,9 @@ took 2.17 h on one A100, 4.5 % of the bf16 peak by the same arithmetic if those 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.planning import sizes
 from pipeline.training.throughput import PEAKS
@@ -18,6 +19,7 @@ from scldm.flow.config import SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.flops import TRAINING, dit_flops, encoder_flops, vae_flops
 
+Strategy = Literal["joint", "mutually_exclusive"]
 MFU = (0.05, 0.20)  # of the dense bf16 peak; lowest and highest assumed
 # Evaluations of the network in a step of a solver. dopri5 chooses its steps itself: `steps` of them is a guess.
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "adams": 1, "dopri5": 6}
@@ -80,16 +82,43 @@ def train_flow_flops(model: DiTConfig, *, cells: float, n_latent_tokens: int, la
     return TRAINING * cells * dit_flops(model, n_latent_tokens=n_latent_tokens, latent_width=latent_width)
 
 
-def generate_flops(flow: DiTConfig, vae: VAEConfig, sampler: SamplerConfig, *, cells: float, n_genes: int) -> float:
-    """Count the operations of generation: the solver's evaluations, and one decoding of all genes.
-
-    Guidance other than 0 or 1 evaluates the network twice.
-    """
-    plain = sampler.guidance in (0.0, 1.0)
-    once = sampler.steps * EVALUATIONS[sampler.solver] + STARTING.get(sampler.solver, 0)
-    evaluations = once * (1 if plain else 2)
+def generate_flops(
+    flow: DiTConfig,
+    vae: VAEConfig,
+    sampler: SamplerConfig,
+    *,
+    cells: float,
+    n_genes: int,
+    start: Literal["noise", "control"] = "noise",
+) -> float:
+    """Count the operations of generation: the solver's evaluations, and one decoding of all genes."""
+    evaluations = generation_evaluations(sampler, flow.strategy, start)
     step = dit_flops(flow, n_latent_tokens=vae.n_latent_tokens, latent_width=vae.latent_width)
     return cells * (evaluations * step + vae_flops(vae, n_genes=n_genes, expressed=0))
+
+
+def generation_evaluations(sampler: SamplerConfig, strategy: Strategy, start: Literal["noise", "control"]) -> int:
+    """Count the evaluations of the network that make a cell; of dopri5, which chooses its steps, a guess.
+
+    Guidance other than 0 or 1 takes two outputs, and one more for each label with a scale of its own. By way of
+    control cells there are two ways, of which the first is not guided.
+    """
+    once = sampler.steps * EVALUATIONS[sampler.solver] + STARTING.get(sampler.solver, 0)
+    return once * (network_outputs(sampler.guidance, strategy) + (1 if start == "control" else 0))
+
+
+def network_outputs(guidance: Mapping[str, float] | float, strategy: Strategy) -> int:
+    """Count the outputs of the network in an evaluation of the guided field of cells with all labels."""
+    if not isinstance(guidance, Mapping):
+        return 1 if guidance in (0.0, 1.0) else 2
+    from scldm.flow.guidance import JOINT, guidance_terms
+
+    # A label more than have a scale: then all labels together are not one of them.
+    labels = [*(x for x in guidance if x != JOINT), *([""] if JOINT in guidance else [])]
+    try:
+        return len(guidance_terms(labels, guidance, strategy=strategy))
+    except ValueError:  # rows may set others; generate refuses those that do not
+        return len(labels) + 1
 
 
 def stage_estimate(
@@ -119,7 +148,7 @@ def stage_estimate(
         n = sizes.generated_cells(config, data)
         if n is None:
             return None
-        flops = generate_flops(flow.model, vae.model, config.sampler, cells=n, n_genes=data.n_genes)
+        flops = generate_flops(flow.model, vae.model, config.sampler, cells=n, n_genes=data.n_genes, start=config.start)
     else:
         return None
     return estimate(flops, gpus)

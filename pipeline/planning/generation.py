@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config.apply import ModelNames
 from pipeline.config.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
@@ -13,6 +13,9 @@ from pipeline.core.manifest import Manifest
 from pipeline.core.text import compact, duration, human
 from pipeline.planning import sizes
 from scldm.api.folders import find_model
+from scldm.generation.request import Request
+
+Strategy = Literal["joint", "mutually_exclusive"]
 
 
 def generation_lines(
@@ -23,10 +26,12 @@ def generation_lines(
     before: Manifest | None,
     *,
     n_cells: int | None = None,
+    strategy: Strategy = "joint",
 ) -> tuple[list[str], int]:
     """Return lines of the plan, and bytes on disk (0 if they are not known).
 
     Args:
+        strategy: How the flow combines labels; that of a named model is read.
         before: The generation of this pipeline that finished last, whose rate gives the time.
         n_cells: Of the resolved request; None if it is not known yet.
     """
@@ -44,7 +49,43 @@ def generation_lines(
     if size is not None:
         lines[0] += f"; {human(size)} a cell before compression, {human(size * config.shard_size)} a shard"
     lines.append(f"generate: {_time(n_cells, config, before)}")
+    lines.append(f"generate: {_evaluations(config, strategy)}")
     return lines, total or 0
+
+
+def _evaluations(config: GenerateConfig, strategy: Strategy) -> str:
+    """Return how often the network is evaluated for a cell."""
+    from pipeline.planning.cost import generation_evaluations, network_outputs
+
+    if config.model is not None and config.model.flow is not None:
+        strategy = json.loads((find_model(config.model.flow, "flow") / "config.json").read_text())["config"]["strategy"]
+    sampler = config.sampler
+    n = network_outputs(sampler.guidance, strategy)
+    about = "about " if sampler.solver == "dopri5" else ""  # which chooses its steps
+    ways = ", by way of control cells" if config.start == "control" else ""
+    outputs = f"{n} outputs a step by guidance" if n > 1 else "one output a step"
+    evaluations = generation_evaluations(sampler, strategy, config.start)
+    return (
+        f"{about}{evaluations} network evaluations a cell ({sampler.solver}, {outputs}{ways}); "
+        "rows with guidance of their own take what theirs takes"
+    )
+
+
+def predicted_lines(folder: Path, ingest: Manifest | None, request: Request | None) -> list[str]:
+    """Return a line with the verdicts of a finished predict_error on the combinations that are asked for.
+
+    Args:
+        folder: Of the pipeline.
+        ingest: The ingest that the job uses; None if it has not finished, and nothing is known of its cells.
+        request: Of generate; None if it is not known yet.
+    """
+    if ingest is None or request is None:
+        return []
+    from pipeline.stages.unseen.finished import finished_predictions, verdict_line
+
+    found = finished_predictions(folder, ingest)
+    line = None if found is None else verdict_line(found, [row.condition for row in request.rows])
+    return [] if line is None else [f"generate: {line}"]
 
 
 def _facts_of(model: ModelNames) -> sizes.DataFacts:

@@ -19,7 +19,7 @@ from pipeline.config.job import (
 from pipeline.core.manifest import Manifest, newest_manifest
 from pipeline.core.text import human, table
 from pipeline.planning import sizes
-from pipeline.planning.generation import generation_lines
+from pipeline.planning.generation import Strategy, generation_lines, predicted_lines
 from pipeline.planning.memory import stage_lines, state_bytes
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for
 from scldm.generation.request import Request
@@ -109,13 +109,21 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
             n += sizes.vae_parameters(vae, data) or 0
             active += sizes.vae_step_bytes(sizes.joint_vae(flow, vae), data, job.resources.workers.max) or 0
         lines += _training("train_flow", n, flow.train, job, active)
+        lines += _controls(flow, vae, data)
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
     if "generate" in configs:
         before = newest_manifest(folder, "generate")
         n = None if request is None else request.n_cells
-        text, size = generation_lines(configs["generate"], data, vae, job.resources, before, n_cells=n)
-        lines += text
+        trained = _config("train_flow", TrainFlowConfig, configs, decided, folder)
+        strategy: Strategy = "joint" if trained is None else trained.model.strategy
+        text, size = generation_lines(
+            configs["generate"], data, vae, job.resources, before, n_cells=n, strategy=strategy
+        )
+        lines += [*text, *predicted_lines(folder, _manifest("ingest", decided, folder), request)]
         disk += size
+    if (asked := configs.get("predict_error")) is not None:
+        steps = f"{asked.seeds} x ({asked.base_steps:,} + at most {asked.folds + 1} x {asked.steps:,})"
+        lines.append(f"predict_error: {steps} steps of {asked.batch_size} cells, in one process")
     lines += _gpu_hours(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {human(disk)} in all"] if disk else lines
 
@@ -129,6 +137,19 @@ def _value_lines(data: sizes.DataFacts, ingest: Any) -> list[str]:
         said = ", ".join(f"{k} {v}" for k, v in given.model_dump(exclude={"type"}, exclude_defaults=True).items())
         lines.append(f"label {label}: {given.type}" + (f" ({said})" if said else ""))
     return lines
+
+
+def _controls(flow: TrainFlowConfig, vae: TrainVaeConfig | None, data: sizes.DataFacts) -> list[str]:
+    """Return a line on the control cells that a flow starts at."""
+    if flow.start is None:
+        return []
+    [(label, control)] = flow.start.control.items()
+    most = sizes.control_bytes(flow.start, vae, data)
+    held = "size unknown until ingest has run" if most is None else f"at most {human(most)} of latents in every worker"
+    return [
+        f"train_flow: {flow.start.share:.0%} of the cells start at control cells ({label} {control}); at most "
+        f"{flow.start.cells_per_group:,} of each combination of the other labels, {held}"
+    ]
 
 
 def _gpu_hours(

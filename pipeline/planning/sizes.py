@@ -5,6 +5,7 @@ A figure that rests on an assumption is marked `about`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.config.job import (
     TrainFlowConfig,
     TrainVaeConfig,
 )
+from pipeline.config.train import FlowStartConfig
 from pipeline.core.manifest import Manifest
 from pipeline.planning.memory import dit_activations, vae_activations
 
@@ -116,8 +118,26 @@ def dit_parameters(config: TrainFlowConfig, vae: TrainVaeConfig, data: DataFacts
             label: ClassFeatures(torch.empty(data.n_classes[label], about["n_features"]), about["type"] == "set")
             for label, about in data.values.items()
         }
-        n_classes = dict(data.n_classes)
-        return _count(DiT(config.model, n_latent_tokens=m, latent_width=e, n_classes=n_classes, features=features))
+        return _count(
+            DiT(
+                config.model,
+                n_latent_tokens=m,
+                latent_width=e,
+                n_classes=dict(data.n_classes),
+                features=features,
+                from_controls=config.start is not None,
+            )
+        )
+
+
+def control_bytes(start: FlowStartConfig, vae: TrainVaeConfig | None, data: DataFacts) -> int | None:
+    """Return the most bytes of control cells' latents that a worker holds; None if the data are not known."""
+    if vae is None or data.n_cells is None or data.n_classes is None:
+        return None
+    [label] = start.control
+    groups = math.prod(n for name, n in data.n_classes.items() if name != label)
+    most = min(groups * start.cells_per_group, data.n_cells.get("train", 0))
+    return most * vae.model.n_latent_tokens * vae.model.latent_width * 4
 
 
 def _count(module: Any) -> int:

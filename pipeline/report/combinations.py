@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.report.cells import EvaluationCells
@@ -24,7 +25,7 @@ from scldm.metrics.cell_set import CLASSES, CellSet
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.perturbation.combinations import FLOOR, MIN_CELLS, CombinationJudge, CombinationScores
 from scldm.metrics.perturbation.free_answers import FREE_ANSWERS, Answer, free_answers
-from scldm.metrics.perturbation.measures import LOWER
+from scldm.metrics.perturbation.measures import LOWER, pearson
 from scldm.metrics.perturbation.screen import Combination, Screen
 
 GENERATED = "generated"
@@ -56,6 +57,7 @@ class Combinations:
     scored: tuple[CombinationScores, ...]
     left_out: Mapping[str, str]  # combination -> the reason
     genes: tuple[str, ...]
+    true_shift: Mapping[Combination, np.ndarray] = field(default_factory=dict)  # (g,), of synthetic cells
 
 
 def score_combinations(
@@ -66,6 +68,7 @@ def score_combinations(
     control: Mapping[str, str],
     genes: Sequence[str],
     seed: int,
+    truth: Mapping[Combination, np.ndarray] | None = None,
 ) -> Combinations:
     """Score generated cells and every free answer for each combination that no training cell has.
 
@@ -76,6 +79,7 @@ def score_combinations(
         control: Label -> reference class; empty: nothing is scored.
         genes: Names of the genes.
         seed: Seed of subsamples and draws.
+        truth: True mean log1p CP10k of combinations of synthetic cells, (g,) each, see `true_means`.
     """
     treatment = [label for label in parts.given if label in control]
     context = [label for label in parts.given if label not in control]
@@ -91,7 +95,28 @@ def score_combinations(
     asked = {_pair(key, parts.given, treatment): key for key in parts.unseen}
     measured = {pair: held_out.counts[held_out.crossed(parts.given) == key] for pair, key in asked.items()}
     made = {pair: parts.all_generated[parts.all_generated.crossed(parts.given) == key] for pair, key in asked.items()}
-    return _scored(known, measured, made, parts.space, tuple(genes), seed)
+    found = _scored(known, measured, made, parts.space, tuple(genes), seed)
+    true = truth or {}
+    shifts = {pair: mean - true[pair[0], name] for pair, mean in true.items() if (pair[0], name) in true}
+    return replace(found, true_shift=shifts)
+
+
+def true_means(
+    truth: pd.DataFrame | None, given: Sequence[str], control: Mapping[str, str], genes: Sequence[str]
+) -> dict[Combination, np.ndarray]:
+    """Return the true mean log1p CP10k of each combination, (g,); {} if it is not known for these labels.
+
+    Args:
+        truth: What combinations of synthetic labels have on average, see `IngestedDataset.truth`.
+        given: Labels of the cells.
+        control: Label -> reference class; its labels are the treatment.
+        genes: Ids of the genes, (g,).
+    """
+    if truth is None or set(given) != {"cell_type", "treatment"} or set(control) != {"treatment"}:
+        return {}
+    table = truth.pivot(index=["cell_type", "treatment"], columns="feature_id", values="mean_log")
+    values = table.reindex(columns=list(genes)).to_numpy()
+    return {(str(c), str(t)): row for (c, t), row in zip(table.index, values, strict=True)}
 
 
 def _scored(
@@ -187,7 +212,22 @@ def combination_rows(found: Combinations) -> list[dict[str, Any]]:
                 interval = one.intervals[answer].get(measure)
                 low, high = (None, None) if interval is None else (interval.low, interval.high)
                 rows.append({**about, "answer": answer, "measure": measure, "value": value, "low": low, "high": high})
+        for answer, scores in true_scores(found, one).items():
+            for measure, value in scores.items():
+                rows.append({**about, "answer": answer, "measure": measure, "value": value, "low": None, "high": None})
     return rows
+
+
+def true_scores(found: Combinations, one: CombinationScores) -> dict[str, dict[str, float]]:
+    """Return answer (or "measured") -> how near its shift is to the true one; {} if that is not known."""
+    true = found.true_shift.get((one.context, one.treatment))
+    if true is None:
+        return {}
+    return {
+        name: {"true_delta_pearson": pearson(true, change.shift), "true_mae": float(np.abs(true - change.shift).mean())}
+        for name, change in one.changes.items()
+        if name != FLOOR
+    }
 
 
 def combination_means(found: Combinations) -> dict[str, dict[str, float]]:
@@ -215,7 +255,7 @@ def write_combinations(path: Path, found: Combinations) -> None:
         .render(
             means=means,
             best=_best(means),
-            combinations=[_shown(one, found.genes) for one in found.scored],
+            combinations=[_shown(one, found) for one in found.scored],
             left_out=found.left_out,
             titles=TITLES,
             lower=LOWER,
@@ -237,10 +277,14 @@ def _best(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return best
 
 
-def _shown(one: CombinationScores, genes: Sequence[str]) -> dict[str, Any]:
-    real, made = one.changes["measured"], one.changes[GENERATED]
+def _shown(one: CombinationScores, found: Combinations) -> dict[str, Any]:
+    real, made, genes = one.changes["measured"], one.changes[GENERATED], found.genes
+    true = found.true_shift.get((one.context, one.treatment))
     top = real.order[:TOP_GENES]
-    picture = shift_scatter(real.shift, made.shift, [genes[i] for i in top], top)
+    names = [genes[i] for i in top]
+    pictures = {"measured": shift_scatter(real.shift, made.shift, names, top)}
+    if true is not None:
+        pictures["true"] = shift_scatter(true, made.shift, names, top, against="true")
     return {
         "name": JOIN.join((one.context, one.treatment)),
         "about": f"{one.n_measured:,} measured cells, {one.n_control:,} control cells of {one.context}; "
@@ -248,6 +292,10 @@ def _shown(one: CombinationScores, genes: Sequence[str]) -> dict[str, Any]:
         "scores": one.scores,
         "intervals": one.intervals,
         "best": _best(one.scores),
-        "picture": base64.b64encode(picture).decode(),
-        "genes": [(genes[i], float(real.shift[i]), float(made.shift[i])) for i in top],
+        "pictures": {name: base64.b64encode(png).decode() for name, png in pictures.items()},
+        "true_scores": true_scores(found, one),
+        "genes": [
+            (genes[i], float(real.shift[i]), float(made.shift[i]), None if true is None else float(true[i]))
+            for i in top
+        ],
     }

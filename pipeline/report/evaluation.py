@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
 from pipeline.report.cells import EvaluationCells, fit_space, select_cells
-from pipeline.report.combinations import Combinations, combination_notes, score_combinations
+from pipeline.report.combinations import Combinations, combination_notes, score_combinations, true_means
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
@@ -94,6 +95,7 @@ def evaluate(
     decoded: Decoded | None = None,
     extra: Mapping[str, AnnData] | None = None,
     streamed: StreamedCells | None = None,
+    truth: pd.DataFrame | None = None,
 ) -> Evaluation:
     """Score generated cells against held-out real cells, and likewise the floor, baselines and other candidates.
 
@@ -106,6 +108,7 @@ def evaluate(
         decoded: Held-out cells that the VAE has reconstructed, if there is a VAE.
         extra: Cells of other models by name, same genes and labels; scored as the generated ones.
         streamed: Statistics of all generated cells, if `generated` is a sample of them.
+        truth: What combinations of synthetic labels have on average, see `IngestedDataset.truth`.
 
     Raises:
         EvaluationError: The inputs do not fit together.
@@ -138,7 +141,7 @@ def evaluate(
     control = config.control or {}
     combinations = score_combinations(
         parts, cell_set(held_out, labels), cell_set(training, labels), control=control, genes=_gene_names(held_out),
-        seed=config.seed,
+        seed=config.seed, truth=true_means(truth, parts.given, control, list(held_out.var_names)),
     )  # fmt: skip
     made = parts.generated
     notes = [

@@ -117,7 +117,9 @@ def gene_scatter(real: GeneMoments, generated: GeneMoments, agreement: Mapping[s
     return _png(figure)
 
 
-def shift_scatter(real: np.ndarray, generated: np.ndarray, names: Sequence[str], named: np.ndarray) -> bytes:
+def shift_scatter(
+    real: np.ndarray, generated: np.ndarray, names: Sequence[str], named: np.ndarray, *, against: str = "measured"
+) -> bytes:
     """Draw the shift of each gene (mean log1p CP10k minus the control's), generated against measured.
 
     Args:
@@ -125,6 +127,7 @@ def shift_scatter(real: np.ndarray, generated: np.ndarray, names: Sequence[str],
         generated: Shift of the generated cells, (g,).
         names: Names to write.
         named: Positions of the genes that they belong to.
+        against: What `real` is, for the axis.
     """
     figure = Figure(figsize=(5.2, 5))
     ax = figure.subplots()
@@ -136,7 +139,7 @@ def shift_scatter(real: np.ndarray, generated: np.ndarray, names: Sequence[str],
     for name, i in zip(names, named, strict=True):
         ax.annotate(name, (real[i], generated[i]), fontsize=7, xytext=(2, 2), textcoords="offset points")
     ax.set(
-        xlim=(-reach, reach), ylim=(-reach, reach), xlabel="measured shift", ylabel="generated shift", aspect="equal"
+        xlim=(-reach, reach), ylim=(-reach, reach), xlabel=f"{against} shift", ylabel="generated shift", aspect="equal"
     )
     return _png(figure)
 

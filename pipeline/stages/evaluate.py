@@ -27,12 +27,13 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.report.combinations import combination_means, titled_means
+from pipeline.report.combinations import GENERATED, JOIN, combination_means, titled_means
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
 from pipeline.report.streamed import stream_generated
+from pipeline.stages.unseen.finished import believed, finished_predictions
 from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
@@ -95,15 +96,33 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
     )  # fmt: skip
     result = evaluate(
         held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded,
-        streamed=streamed,
+        streamed=streamed, truth=ingested.truth,
     )  # fmt: skip
     if adaln:
         result.notes.append("Left out: reconstruction scores (an adaLN decoder needs condition vectors of real cells).")
+    result.notes.extend(_predicted_notes(result, inputs))
     if missing:
         result.notes.append(
             f"{len(missing)} classes of held-out cells were not generated, the first is {class_text(missing[0])}."
         )
     return result
+
+
+def _predicted_notes(result: Evaluation, inputs: Mapping[str, Manifest]) -> list[str]:
+    """Return what predict_error said of the combinations that are scored, beside what was found."""
+    pipeline = Path(inputs["ingest"].folder).parent.parent
+    found = finished_predictions(pipeline, inputs["ingest"])
+    if found is None:
+        return []
+    context = [x for x in found.labels if x not in found.treatment]
+    treatment = [x for x in found.labels if x in found.treatment]
+    said = {tuple(JOIN.join(row[x] for x in part) for part in (context, treatment)): row for row in found.rows.values()}
+    return [
+        f"{one.context}{JOIN}{one.treatment}: {believed(row)}. Found: {one.scores[GENERATED]['delta_pearson']:.2f} "
+        f"(predict_error {found.version})."
+        for one in result.combinations.scored
+        if (row := said.get((one.context, one.treatment))) is not None
+    ]
 
 
 def _track(context: StageContext, result: Evaluation, pictures: Sequence[Picture]) -> None:

@@ -13,22 +13,25 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.config.context import StageContext
 from pipeline.config.job import GenerateConfig
 from pipeline.config.resources import threads_per_worker
 from pipeline.config.stages import LibrarySizesOf
 from pipeline.core.faults import VARIABLE, fault_point
+from pipeline.core.files import write_json_atomic
 from pipeline.core.progress import ProgressReader
 from pipeline.core.shards import Record
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.export.index import write_index
 from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
-from pipeline.inference.models import check_folders, draws_counts, latent_shape, named_models, vae_config
+from pipeline.inference.models import check_folders, draws_counts, flow_start, latent_shape, named_models, vae_config
 from pipeline.inference.progress import JobProgress, clear_hints
 from pipeline.inference.request import (
     n_shards,
@@ -40,6 +43,7 @@ from pipeline.inference.request import (
     values_problems,
     vectors_of,
 )
+from pipeline.stages.unseen.finished import believed, finished_predictions
 from scldm.data.cell_counts import SCALE
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
@@ -49,6 +53,8 @@ from scldm.generation.expression_draw import expression_setting_problem, scale_o
 from scldm.generation.request import Request
 from scldm.generation.request_table import genes_to_write
 
+PREDICTED = "predicted_errors.json"  # what predict_error says of the request, if it was there at the first shard
+BELIEVED = ("delta_pearson", "delta_pearson_low", "delta_pearson_high")
 SCHEMA_VERSION = 2
 EXPRESSION_SCHEMA = 3  # X holds log1p CP10k values: earlier readers would take them for counts
 Pool = Callable[[list[int], GeneratorSpec, StageContext], Iterator[Record]]  # makes shards, yields their records
@@ -71,7 +77,7 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     record_request(context.folder, request)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
-    spec = _spec(config, context, request, models, folder)
+    spec = _with_predictions(_spec(config, context, request, models, folder), context, models)
     notes = spec.provenance["notes"]
     for note in notes:
         logger.info("generate: %s", note)
@@ -141,6 +147,33 @@ def _request(config: GenerateConfig, context: StageContext, models: _Models) -> 
     return read_request(config, models.vocabulary, composition)
 
 
+def _with_predictions(spec: GeneratorSpec, context: StageContext, models: _Models) -> GeneratorSpec:
+    """Return the spec with what a finished predict_error of the pipeline says of its combinations, if it covers them.
+
+    What was decided for the first shard is kept: a job that goes on must give all its shards the same columns.
+    """
+    kept = context.folder / PREDICTED
+    if models.data is None or (not kept.is_file() and cell_shards(spec.folder).committed()):
+        return spec
+    if not kept.is_file():
+        known = models.data.composition("train").drop(columns="n_cells").to_dict("records")
+        found = finished_predictions(context.folder.parent.parent, context.inputs["ingest"])
+        rows = [None if found is None else found.of(row.condition) for row in spec.request.rows]
+        unseen = [dict(row.condition) not in known and all(row.condition.values()) for row in spec.request.rows]
+        if found is None or not any(unseen) or any(r is None and u for r, u in zip(rows, unseen, strict=True)):
+            return spec
+        values = [[None if r is None else float(r[c]) for c in BELIEVED] for r in rows]
+        notes = [f"{' + '.join(map(str, row.condition.values()))}: {believed(r)} ({found.page.name})"
+                 for row, r in zip(spec.request.rows, rows, strict=True) if r is not None]  # fmt: skip
+        write_json_atomic(kept, {"version": found.version, "rows": values, "notes": notes})
+    told = json.loads(kept.read_text())
+    notes = [*spec.provenance["notes"], *told["notes"]]
+    provenance = {**spec.provenance, "notes": notes, "predict_error": told["version"]}
+    prefix = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8]
+    predicted = np.array(told["rows"], dtype=np.float64)  # None: NaN
+    return replace(spec, provenance=provenance, prefix=prefix, predicted=predicted)
+
+
 def _library_sizes(config: GenerateConfig, models: _Models) -> tuple[LibrarySizes, str]:
     """Return the statistics that library sizes are drawn from, and in words where they are from."""
     if not isinstance(config.library_size, LibrarySizesOf):
@@ -158,10 +191,13 @@ def _spec(
 ) -> GeneratorSpec:
     """Resolve the job to what an actor needs. Raises InputError for what the models cannot do."""
     from scldm.checkpoints.native import folder_digest
+    from scldm.flow.transport import generation_start_problem
 
     sizes, sizes_from = _library_sizes(config, models)
     strategy = json.loads((models.flow / "config.json").read_text())["config"]["strategy"]
     counts = draws_counts(models.vae)
+    if problem := generation_start_problem(flow_start(models.flow), config.start):
+        raise InputError(f"generate: {problem}")
     if counts and (problem := expression_setting_problem(config.sampler.expression)):
         raise InputError(f"generate: {problem}")
     if not counts and (problems := values_problems(config, request)):
@@ -184,6 +220,7 @@ def _spec(
         "notes": notes_on(request, training, sizes, config, counts=counts, vocabulary=vocabulary),
         **scale_of("nb" if counts else "gaussian", config.sampler.expression),
         **vectors_digest(vectors),
+        **({} if config.start == "noise" else {"start": config.start}),
     }
     return GeneratorSpec(
         folder=folder,

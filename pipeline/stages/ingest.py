@@ -85,6 +85,7 @@ from scldm.errors import InputError
 # Above this, library sizes come from obs if it has them, and gene statistics from a sample of storage tiles.
 FULL_PASS_CELLS = 200_000
 SAMPLED_TILES = 50
+TRUTH = "truth.parquet"
 
 
 def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         table = counted(obs, combinations)
         source.facts |= held_out_facts(table, context.folder)
         source.notes += notes_on(table, obs, split, config.split.by)
+    source.facts |= _truth_facts(source, context.folder)
     facts = _write(context, obs, cells, var, vocabulary, stats, presence, replayed)
     _note_unseen_classes(vocabulary, obs[split == "train"], source.notes, replayed)
     largest, n_cells = cells[["library_size", "n_expressed"]].max(), {s: int((split == s).sum()) for s in SPLITS}
@@ -339,6 +341,14 @@ def _vocabulary(
         LabelVocabulary(x, in_order(values.get(x), classes[x]), types[x], values.get(x)) for x in config.labels
     )
     return Vocabulary(tuple(var["feature_id"]), tuple(var["feature_name"]), labels)
+
+
+def _truth_facts(source: OpenSource, folder: Path) -> dict[str, str]:
+    """Write what the combinations of a synthetic source have on average; {} of a source that does not know it."""
+    if source.truth is None:
+        return {}
+    source.truth().to_parquet(folder / TRUTH, index=False)
+    return {"truth": TRUTH}
 
 
 def _note_unseen_classes(

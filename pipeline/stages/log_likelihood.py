@@ -14,7 +14,8 @@ from pipeline.config.apply import LogLikelihoodConfig
 from pipeline.config.context import StageContext
 from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
 from pipeline.inference.apply_job import Pool, run_batches
-from pipeline.inference.models import check_likelihood, load_models, locate_models
+from pipeline.inference.models import check_likelihood, flow_start, likelihood_problems, load_models, locate_models
+from scldm.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,10 @@ class Scorer:
 
 def run(config: LogLikelihoodConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
     """Run the stage; returns the facts of `run_batches`."""
-    check_likelihood(locate_models(config, context).vae)
+    models = locate_models(config, context)
+    check_likelihood(models.vae)
+    if models.flow is not None and (problems := likelihood_problems(flow_start(models.flow))):
+        raise InputError("\n".join(problems))
     columns = ("nll", "nll_per_gene", *(("flow_log_prob",) if config.flow is not None else ()))
     layout = OutputLayout(obs=dict.fromkeys(columns, np.float32))
     return run_batches(config, context, stage="log_likelihood", processor=Scorer, layout=layout, pool=pool)

@@ -85,6 +85,12 @@ def _log_likelihood() -> StageFunction:
     return run
 
 
+def _predict_error() -> StageFunction:
+    from pipeline.stages.unseen.predict_error import run
+
+    return run
+
+
 _LOADERS: dict[str, Callable[[], StageFunction]] = {
     "ingest": _ingest,
     "train_vae": _train_vae,
@@ -96,4 +102,5 @@ _LOADERS: dict[str, Callable[[], StageFunction]] = {
     "reconstruct": _reconstruct,
     "perturb": _perturb,
     "log_likelihood": _log_likelihood,
+    "predict_error": _predict_error,
 }

@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.config.context import StageContext
 from pipeline.config.job import TrainVaeConfig
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.stages.model_card import model_card
-from pipeline.stages.training_spec import log_start, vae_spec
+from pipeline.stages.training.model_card import model_card
+from pipeline.stages.training.spec import log_start, vae_spec
 from pipeline.training.trainer import fit
 from scldm.api.folders import find_model
 from scldm.data.vocabulary import Vocabulary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pipeline.config.job import REAL_CELL_STAGES, STAGES
+from pipeline.config.job import OWN_JOBS, STAGES
 from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.core.text import duration, table
 from scldm.errors import InputError
@@ -27,9 +27,7 @@ def finished_manifests(folder: Path) -> list[Manifest]:
     Raises:
         InputError: No stage has finished there.
     """
-    made = [
-        m for s in (*STAGES, *REAL_CELL_STAGES) for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None
-    ]
+    made = [m for s in (*STAGES, *OWN_JOBS) for d in (folder / s).glob("*/") if (m := read_manifest(d)) is not None]
     if not made:
         raise InputError(f"{folder} holds no finished stage. Give <output>/<name> of a job, for example runs/demo")
     return sorted(made, key=lambda m: m.finished_at)

@@ -16,6 +16,7 @@ from pipeline.config.job import (
     JobBase,
     ResourcesConfig,
     TrainConfig,
+    TrainFlowConfig,
     TrainVaeConfig,
     stage_configs,
 )
@@ -71,6 +72,7 @@ def check_settings(job: JobBase) -> None:
             problems += check_choice(config, labels) or _named_model_problems(config)
             problems += _gaussian_problems(config, configs.get("train_vae"))
             problems += _decoder_condition_problems(config, configs.get("train_vae"))
+            problems += _flow_problems(config, configs.get("train_flow"))
             if isinstance(config.library_size, LibrarySizesOf) and config.model is None:
                 from pipeline.data.sources.library_sizes import library_size_problems
 
@@ -88,14 +90,17 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
     if config.model is None:
         return []
     from pipeline.data.sources.library_sizes import library_size_problems
-    from pipeline.inference.models import check_folders, draws_counts, named_models, vae_config
+    from pipeline.inference.models import check_folders, draws_counts, flow_start, named_models, vae_config
     from pipeline.inference.request import read_request, values_problems, vectors_of
     from scldm.data.vocabulary import Vocabulary
+    from scldm.flow.transport import generation_start_problem
 
     try:
         named = named_models(config.model, weights=config.sampler.weights)
         check_folders(named)
         vocabulary = Vocabulary.load(Path(str(named.flow)) / "vocabulary.json")
+        if problem := generation_start_problem(flow_start(str(named.flow)), config.start):
+            raise InputError(problem)
         if config.like is None:  # else the composition is known when ingest is
             request = read_request(config, vocabulary, {})
             vectors_of(config, request, vae_config(named.vae))
@@ -127,6 +132,21 @@ def _decoder_condition_problems(config: GenerateConfig, vae: Any) -> list[str]:
     if config.model is not None or config.decoder_condition is None or not isinstance(vae, TrainVaeConfig):
         return []
     return ["generate: decoder_condition: the VAE's decoder takes none (adaln is false); leave it out"]
+
+
+def _flow_problems(config: GenerateConfig, flow: Any) -> list[str]:
+    """Return what a job of generation asks for that the flow which it trains will not have."""
+    if config.model is not None or not isinstance(flow, TrainFlowConfig):
+        return []
+    from scldm.flow.guidance import JOINT, ONE_AT_A_TIME
+    from scldm.flow.transport import generation_start_problem
+
+    problem = generation_start_problem(flow.controls, config.start)
+    problems = [] if problem is None else [f"generate: {problem}"]
+    scales = config.sampler.guidance
+    if isinstance(scales, Mapping) and JOINT in scales and flow.model.strategy != "joint":
+        problems.append(f"generate.sampler.guidance: {ONE_AT_A_TIME}")
+    return problems
 
 
 def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:
@@ -195,6 +215,12 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
         request = resolve_request(config, IngestedDataset.open(ingest))
         if problems := _gaussian_problems(config, configs.get("train_vae"), request):
             raise InputError("\n".join(problems))
+    flow = configs.get("train_flow")
+    if isinstance(flow, TrainFlowConfig) and flow.start is not None:
+        from pipeline.data.ingest.controls import check_controls
+        from pipeline.data.ingest.dataset import IngestedDataset
+
+        check_controls(flow.start, IngestedDataset.open(ingest))
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and vae.start_from is not None:
         from scldm.api.folders import find_model

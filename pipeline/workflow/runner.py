@@ -72,6 +72,8 @@ class JobResult:
         last = list(self.manifests)[-1]
         if last in REAL_CELL_STAGES:
             return [*lines, f"next              scldm cells head {shlex.quote(self.manifests[last].folder)}"]
+        if last not in STAGES:
+            return lines
         later = STAGES[STAGES.index(last) + 1 :]
         following = next((s for s in later if newest_manifest(self.resolved.folder, s) is None), None)
         if following is not None:

@@ -22,7 +22,13 @@ from scldm.config import StrictModel
 from scldm.errors import InputError
 from scldm.generation.request import Request
 
-READ_COUNTS = ("train_vae", "encode", "train_flow", "evaluate")  # stages that read the cells of ingest again
+READ_COUNTS = (
+    "train_vae",
+    "encode",
+    "train_flow",
+    "evaluate",
+    "predict_error",
+)  # stages that read the cells of ingest again
 
 
 @dataclass(frozen=True)

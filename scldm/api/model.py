@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import anndata
 import numpy as np
@@ -30,12 +29,13 @@ import torch
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import Conditions, library_size_argument, read_conditions, sampler_settings
 from scldm.api.folders import ModelFolders, Weights, find_models
-from scldm.api.parts import LATENTS, check_fits, digests, flat, joined, made_cells, require_counts_head, tiles
+from scldm.api.parts import LATENTS, check_fits, digests, flat, joined, made_cells, require_counts_head, tiles, told
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.data.align import Match, align, class_ids
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
+from scldm.flow.transport import generation_start_problem
 from scldm.generation.asked_values import value_notes, with_values
 from scldm.generation.cell_maker import CellMaker, check_pair
 from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln, vectors_digest
@@ -238,18 +238,64 @@ class Model:
             rows.append(pd.DataFrame({k: v.cpu().numpy() for k, v in found.items()}))
         return pd.concat(rows).set_axis(adata.obs_names)
 
+    def perturb(
+        self, adata: anndata.AnnData, to: Mapping[str, str | None], *, start: str = "latents", counts: str = "drawn",
+        guidance: Mapping[str, float] | float | None = None, seed: int = 0,
+        sampler: SamplerConfig | Mapping[str, Any] | None = None, unknown_labels: str = "error",
+        layer: str | None = None, match: Match = "id", genes: str | None = None, max_missing: float = 0.2,
+    ) -> anndata.AnnData:  # fmt: skip
+        """Predict cells under another condition, as a perturb job: bit for bit for the cells of one `.h5ad`.
+
+        Args:
+            to: Labels that change and their new classes; None: without the label.
+            start: "latents": by way of the noise that the cell's latents come from. "control": straight from the
+                latents of control cells, by a flow that was trained so. "noise": from new noise.
+            counts: "drawn": from the decoder's distribution. "changed": the cell's own counts, changed as the means.
+            guidance: Of the integration under the new labels; None: the sampler's.
+            sampler: Settings; None: {"solver": "midpoint", "steps": 20}.
+            unknown_labels: "error", or "none": use cells that lack a label without it.
+            seed: Seed of noise and counts. Other arguments as in `encode`.
+
+        Returns:
+            AnnData as a perturb job writes it: X CSR int32 counts, obsm["X_scldm"], and `to_<label>` in obs.
+
+        Raises:
+            RequestError: Arguments cannot be used; all are listed.
+            CellsError: The model cannot use the cells, or they are not the control cells that `start` needs.
+
+        >>> model.perturb(adata, {"cell_type": "NK"}, seed=1).obs["to_cell_type"].unique().tolist()
+        ['NK']
+        """
+        from scldm.api.perturb import UNKNOWN, own_classes, perturbed, read_perturbation
+
+        flow, given = self._require_flow("cells are moved by one"), Arguments()
+        max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
+        given.one_of("unknown_labels", unknown_labels, UNKNOWN)
+        how = read_perturbation(
+            given, to, start, counts, guidance, sampler, seed, vae=self.vae, flow=flow, weights=self.weights
+        )
+        cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
+        ids = own_classes(adata, self.vocabulary, how, flow, unknown_labels)
+        return perturbed(adata, cells, ids, how, vae=self.vae, flow=flow, folders=self.folders)
+
+    def _require_flow(self, why: str) -> LoadedFlow:
+        if self.flow is None:
+            raise CheckpointError(f"{self.folders.vae} has no flow, and {why}; scldm.load(vae, flow=folder)")
+        return self.flow
+
     # ---- generated cells -----------------------------------------------------------------------------------------
     def generate(
         self, conditions: Conditions = None, *, n: int | None = None, seed: int = 0,
         guidance: Mapping[str, float] | float | None = None, library_size: float | str = "statistics",
         genes: Sequence[str] | None = None, sampler: SamplerConfig | Mapping[str, Any] | None = None,
-        decoder_condition: Any = None,
+        decoder_condition: Any = None, start: Literal["noise", "control"] = "noise",
     ) -> anndata.AnnData:  # fmt: skip
         """Generate cells under conditions.
 
         Args:
             conditions: {label: class} for one condition; or a table (DataFrame, list of dictionaries) with label
-                columns, `n_cells` and, optionally, `guidance`, `guidance.<label>`, `library_size`. A label that is
+                columns, `n_cells` and, optionally, `guidance`, `guidance.<label>`, `guidance.*` (of joint labels
+                together, beside single ones), `library_size`. A label that is
                 absent or None is left open. None: unconditional cells. A label whose classes are values takes others
                 than those of the data; a warning says how far they are from them.
             n: Cells of each row, if the table has no `n_cells`.
@@ -260,6 +306,8 @@ class Model:
             sampler: Settings, for example {"solver": "rk4", "steps": 20}.
             decoder_condition: Condition vectors of an adaLN decoder, (d,) for all cells, or (r, d) for the rows of
                 conditions; other decoders take none.
+            start: "noise", or "control": control cells are made from noise and carried to the condition, by a flow that
+                was trained from control cells too.
 
         Returns:
             AnnData as a generate job writes it: X CSR int32, obs with the training categories, obsm["X_scldm"]. X of a
@@ -273,17 +321,16 @@ class Model:
         >>> cells.obs["cell_type"].tolist(), cells.shape
         (['B', 'B', 'B', 'B'], (4, 6))
         """
-        if self.flow is None:
-            raise CheckpointError(
-                f"{self.folders.vae} has no flow, and cells come from one; scldm.load(vae, flow=folder)"
-            )
-        given = Arguments()
+        flow, given = self._require_flow("cells come from one"), Arguments()
         seed = given.seed(seed)
+        given.one_of("start", start, ("noise", "control"))
+        if start in ("noise", "control") and (problem := generation_start_problem(flow.start, start)):
+            given.problems.append(problem)
         library_size = library_size_argument(given, library_size)
         settings = sampler_settings(given, sampler, guidance, loaded=self.weights)
         request, kept = read_conditions(given, conditions, n, settings, genes, self.vocabulary)
-        check_fits(request.n_cells, n_latent_numbers=self.flow.n_latent_tokens * self.flow.latent_width)
-        flow = with_values(self.flow, (row.condition for row in request.rows))
+        check_fits(request.n_cells, n_latent_numbers=flow.n_latent_tokens * flow.latent_width)
+        flow = with_values(flow, (row.condition for row in request.rows))
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"
         _require_settings_of_head(request, rules, settings, gaussian=gaussian)
@@ -292,12 +339,13 @@ class Model:
             self.vae.vae.config, decoder_condition, len(request.rows), per="each row of the conditions"
         )
         recipe = replace(recipe, decoder_condition=vectors)
-        maker = CellMaker(self.vae, flow, recipe, sampler=settings, seed=seed, genes=kept)
+        maker = CellMaker(self.vae, flow, recipe, sampler=settings, seed=seed, genes=kept, start=start)
         made = list(maker.cells(0, request.n_cells))
         about = {"kind": "generate", "seed": seed, "sampler": settings.model_dump_json(), "request": request.digest,
-                 "library_size": str(library_size), **digests(self.folders), **vectors_digest(vectors)}  # fmt: skip
+                 "library_size": str(library_size), **digests(self.folders), **vectors_digest(vectors),
+                 **({} if start == "noise" else {"start": start})}  # fmt: skip
         prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
-        about |= _told(value_notes(flow.vocabulary, (row.condition for row in request.rows)))
+        about |= told(value_notes(flow.vocabulary, (row.condition for row in request.rows)))
         digits = len(str(max(1, request.n_cells - 1)))
         ids = np.arange(request.n_cells, dtype=np.int64)
         names = [f"{prefix}-{i:0{digits}d}" for i in ids.tolist()]
@@ -337,13 +385,6 @@ def _require_settings_of_head(request: Request, rules: Settings, settings: Sampl
         problems.append(problem)
     if problems:
         raise RequestError("\n".join(problems))
-
-
-def _told(notes: list[str]) -> dict[str, list[str]]:
-    """Warn of notes on a request, and return them as an entry of uns["scldm"]; nothing without notes."""
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
-    return {"notes": notes} if notes else {}
 
 
 def _cells_arguments(given: Arguments, adata: Any, layer: Any, match: Any, genes: Any, max_missing: Any) -> float:

@@ -30,7 +30,7 @@ from torch import Tensor
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
-from scldm.flow.config import PathConfig
+from scldm.flow.config import ControlStart, PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import ClassFeatures, DiT
 from scldm.nn.vae import VAE
@@ -69,6 +69,7 @@ class LoadedFlow:
     library_sizes: LibrarySizes
     n_latent_tokens: int
     latent_width: int
+    start: ControlStart | None = None  # what it was trained from beside noise
 
 
 def save_vae(folder: Path, vae: VAE, vocabulary: Vocabulary, library_sizes: LibrarySizes, *, card: str) -> None:
@@ -87,6 +88,7 @@ def save_flow(
     vocabulary: Vocabulary,
     library_sizes: LibrarySizes,
     card: str,
+    start: ControlStart | None = None,
 ) -> None:
     """Write a trained flow as a model folder.
 
@@ -99,6 +101,7 @@ def save_flow(
         vocabulary: Genes and label classes.
         library_sizes: Statistics of library sizes.
         card: Text of README.md.
+        start: What it was trained from beside noise; None: from noise only.
     """
     about = {
         "kind": "flow",
@@ -106,6 +109,8 @@ def save_flow(
         "path": path.model_dump(mode="json"),
         "latent_shape": list(latent_shape),
     }
+    if start is not None:
+        about["start"] = start.model_dump(mode="json")
     _save(folder, weights, about, vocabulary, library_sizes, card)
 
 
@@ -142,22 +147,30 @@ def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device 
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
         m, e = about["latent_shape"]
         config = DiTConfig.model_validate(about["config"])
-        dit = new_dit(config, vocabulary, latent_shape=(m, e))
+        start = None if "start" not in about else ControlStart.model_validate(about["start"])
+        dit = new_dit(config, vocabulary, latent_shape=(m, e), from_controls=start is not None)
         _load_weights(dit, folder / file)
         sizes = LibrarySizes.load(folder / "library_size.json")
-        return LoadedFlow(_frozen(dit, device), PathConfig.model_validate(about["path"]), vocabulary, sizes, m, e)
+        path = PathConfig.model_validate(about["path"])
+        if start is not None:
+            vocabulary.label(start.label).encode([start.control])
+        return LoadedFlow(_frozen(dit, device), path, vocabulary, sizes, m, e, start)
 
 
-def new_dit(config: DiTConfig, vocabulary: Vocabulary, *, latent_shape: tuple[int, int]) -> DiT:
+def new_dit(
+    config: DiTConfig, vocabulary: Vocabulary, *, latent_shape: tuple[int, int], from_controls: bool = False
+) -> DiT:
     """Return a network with new weights for the labels of a vocabulary, drawn from torch's global generator.
 
     Args:
         latent_shape: (m, e).
+        from_controls: Whether it also has a field that starts at control cells.
     """
     m, e = latent_shape
     return DiT(
-        config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes, features=class_features(vocabulary)
-    )
+        config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes, features=class_features(vocabulary),
+        from_controls=from_controls,
+    )  # fmt: skip
 
 
 def class_features(vocabulary: Vocabulary) -> dict[str, ClassFeatures]:

@@ -33,6 +33,7 @@ EMBEDDINGS = ("gene_embedding", "decoder_embedding")  # (g, d)
 PER_GENE = (*EMBEDDINGS, "log_theta", "gene_bias")
 WORDS = {"number": "a number", "set": "a set", "vector": "names with vectors"}
 HEAD = ("decoder.head.", "log_theta", "gene_bias")  # differ between likelihoods
+FROM_CONTROLS = "from_controls"  # the vector of cells that start at control cells; zeros if the other flow has none
 SHOWN = 5
 MIN_SHARED = 0.1  # of the genes of the model or of the data, whichever are fewer
 ALL_ROWS = torch.tensor(True)
@@ -214,7 +215,7 @@ def start_flow(
         if (null := _null_row(name, old[name], source.vocabulary)) is not None:
             state["time.down.bias"].add_(null)  # what it added for every cell without the label
         started.dropped.append(name)
-    _require_known(started, allowed=("labels.",))
+    _require_known(started, allowed=("labels.", FROM_CONTROLS))
     return started
 
 

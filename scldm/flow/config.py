@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from scldm.config import StrictModel
 
@@ -28,6 +35,17 @@ class PathConfig(StrictModel):
         return self
 
 
+class ControlStart(StrictModel):
+    """What a flow was trained from beside noise, as its model folder records it."""
+
+    label: str
+    """The label of the treatment."""
+    control: str
+    """Its control class: cells start at the latents of control cells with the same other labels."""
+    share: float = Field(gt=0, le=1)
+    """Share of the training cells that started there; 1: none started at noise."""
+
+
 class SamplerConfig(StrictModel):
     """How latents are drawn from the trained flow."""
 
@@ -41,7 +59,10 @@ class SamplerConfig(StrictModel):
     atol: PositiveFloat = 1e-5
     """Absolute tolerance of dopri5."""
     guidance: dict[str, float] | float = 1.0
-    """Scale w in v = v_null + w (v_cond - v_null). One number, or one per label. 1 halves the cost of any other."""
+    """Scale w in v = v_null + w (v_cond - v_null). One number, or one per label. Joint labels have one scale, and may
+    have scales of their own beside it: {"*": 1, cytokine: 0.5} adds 0.5 (v_cytokine - v_null), where "*" is the scale
+    of all labels together (0: only the sum over single ones) and labels left out have 0. 1 halves the cost of any
+    other; each label with a scale costs one more evaluation."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of the DiT are used."""
     temperature: PositiveFloat = 1.0

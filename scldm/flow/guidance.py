@@ -2,11 +2,12 @@
 
     v = v_null + w (v_cond - v_null)
 
-joint: v_cond has all labels set, and one scale guides them together. mutually_exclusive: labels are set one at a time,
-v = v_null + sum_l w_l (v_l - v_null). Either way the result is a weighted sum of network outputs; those with weight 0
-are never computed (w = 1: only the conditional one, w = 0: only the null one), the rest are one batch. A scale may
-also be a number for each cell (`PerCell`); then each cell brings the outputs that it needs into the one batch, and a
-label that a cell does not have (its id is null) costs nothing.
+joint: v_cond has all labels set, and one scale guides them together; a label may have a scale of its own beside it,
+v = v_null + w (v_cond - v_null) + sum_l w_l (v_l - v_null), if w is named too, as JOINT. mutually_exclusive: labels are
+set one at a time, v = v_null + sum_l w_l (v_l - v_null). Either way the result is a weighted sum of network outputs;
+those with weight 0 are never computed (w = 1: only the conditional one, w = 0: only the null one), the rest are one
+batch. A scale may also be a number for each cell (`PerCell`); then each cell brings the outputs that it needs into the
+one batch, and a label that a cell does not have (its id is null) costs nothing.
 
 Guidance acts on predictions. A velocity is an affine function of a score or a noise and the weights add to 1, so that
 guiding the velocity is the same.
@@ -25,8 +26,15 @@ from scldm.flow.config import PathConfig
 from scldm.flow.objective import to_velocity
 
 Field = Callable[[Tensor, Tensor], Tensor]  # (x (b, ...), t (b,)) -> (b, ...)
-PerCell = Mapping[str, Tensor]  # label -> scale of each cell (b,); of joint conditions the label JOINT alone
-JOINT = "*"
+PerCell = Mapping[str, Tensor]  # label -> scale of each cell (b,); of joint conditions JOINT, and labels beside it
+JOINT = "*"  # stands for all labels together
+NAME_JOINT = (
+    "joint labels are guided together, by one scale; for scales of single labels beside it, name that of all labels "
+    f"too: {JOINT!r}, or the column guidance.{JOINT}"
+)
+ONE_AT_A_TIME = (
+    f"{JOINT!r} is the scale of all labels together, and this flow sets one label at a time; give each label a scale"
+)
 NEGLIGIBLE = 1e-12  # network outputs with weights up to this are not computed
 
 
@@ -66,19 +74,36 @@ def guidance_terms(
 
     Args:
         labels: Labels of the conditions.
-        scale: One scale, or one per label. For `joint` the scales of all labels must agree.
+        scale: One scale, or one per label. For `joint` either the scale of all labels together, {JOINT: w}, and any of
+            single labels beside it; or, without JOINT, one scale for each label, all equal, which is that of all
+            labels together.
         strategy: How labels are combined.
     """
-    scales = _scale_per_label(labels, scale)
     if strategy == "joint":
-        if len(set(scales.values())) > 1:
-            raise ValueError(f"guidance {scales}: joint conditions are guided together, by one scale")
-        terms = [Term(next(iter(scales.values())), tuple(labels))] if labels else []
+        terms = [Term(w, of) for of, w in _joint_weights(labels, scale).items()]
     else:
+        if isinstance(scale, Mapping) and JOINT in scale:
+            raise ValueError(f"guidance {dict(scale)}: {ONE_AT_A_TIME}")
+        scales = _scale_per_label(labels, scale)
         terms = [Term(scales[label], (label,)) for label in labels]
     null = Term(1.0 - sum(term.weight for term in terms), ())
     kept = tuple(term for term in (null, *terms) if abs(term.weight) > NEGLIGIBLE)
     return kept
+
+
+def _joint_weights(labels: Sequence[str], scale: float | Mapping[str, float]) -> dict[tuple[str, ...], float]:
+    """Return the weights of the outputs with all labels and with single ones."""
+    if not labels:
+        return {}
+    if not isinstance(scale, Mapping) or JOINT not in scale:
+        scales = _scale_per_label(labels, scale)
+        if len(set(scales.values())) > 1:
+            raise ValueError(f"guidance {scales}: {NAME_JOINT}")
+        return {tuple(labels): next(iter(scales.values()))}
+    weights = {tuple(labels): float(scale[JOINT])}
+    for label in labels:  # a single label is all labels
+        weights[label,] = weights.get((label,), 0.0) + float(scale.get(label, 0.0))
+    return weights
 
 
 def _scale_per_label(labels: Sequence[str], scale: float | Mapping[str, float]) -> dict[str, float]:
@@ -106,7 +131,7 @@ def guided_prediction(
         one_time: Whether all cells have the same t in every evaluation, as in a solver. A
             network that can (`at_one_time`) then shares the work that depends on time and labels alone.
     """
-    unknown = sorted((set(scale) if isinstance(scale, Mapping) else set()) - set(model.n_classes))
+    unknown = sorted((set(scale) if isinstance(scale, Mapping) else set()) - {JOINT} - set(model.n_classes))
     if unknown:
         raise ValueError(f"guidance: unknown labels {unknown}; the model knows {sorted(model.n_classes)}")
     terms = guidance_terms(list(conditions), scale, strategy=model.strategy)
@@ -152,11 +177,12 @@ def per_cell_prediction(
     Args:
         model: Network with its labels.
         conditions: Label to ids (b,); the null id if a cell has no such label.
-        scale: Scales of each label, (b,) each; {JOINT: (b,)} if labels are joint.
+        scale: Scales of each label, (b,) each; {JOINT: (b,)} if labels are joint, and any of single labels beside it.
         one_time: As in `guided_prediction`.
     """
-    expected = {JOINT} if model.strategy == "joint" else set(conditions)
-    if set(scale) != expected:
+    joint = model.strategy == "joint"
+    expected = {JOINT} if joint else set(conditions)
+    if set(scale) - (set(conditions) if joint else set()) != expected:
         raise ValueError(f"scales must be given for {sorted(expected)} ({model.strategy}); got {sorted(scale)}")
     parts = _cells_of_terms(conditions, scale, model)
     stacked = torch.cat([rows for _, rows, _ in parts])
@@ -191,8 +217,7 @@ def _cells_of_terms(
     """Return terms as (labels that are set, cells that need it, their weights); the weights of a cell add up to 1."""
     given = {label: ids != model.n_classes[label] for label, ids in conditions.items()}
     if model.strategy == "joint":
-        some = torch.stack(list(given.values())).any(0) if given else torch.zeros_like(scale[JOINT], dtype=torch.bool)
-        weights = [(tuple(conditions), torch.where(some, scale[JOINT].double(), 0.0))]
+        weights = _joint_weights_of_cells(given, scale)
     else:
         weights = [((label,), torch.where(given[label], scale[label].double(), 0.0)) for label in conditions]
     if not weights:
@@ -204,6 +229,24 @@ def _cells_of_terms(
         if len(rows):
             found.append((labels, rows, weight[rows]))
     return found
+
+
+def _joint_weights_of_cells(given: Mapping[str, Tensor], scale: PerCell) -> list[tuple[tuple[str, ...], Tensor]]:
+    """Return the weights of the outputs with all labels and with single ones, (b,) each.
+
+    Args:
+        given: Which cells have a label, bool (b,) each.
+    """
+    if not given:
+        return [((), torch.zeros_like(scale[JOINT], dtype=torch.float64))]
+    n_given = torch.stack(list(given.values())).sum(0)
+    together = torch.where(n_given > 0, scale[JOINT].double(), 0.0)
+    single = []
+    for label in (x for x in given if x in scale):
+        own = torch.where(given[label], scale[label].double(), 0.0)
+        together = together + torch.where(n_given == 1, own, 0.0)  # a cell's only label is all of its labels
+        single.append(((label,), torch.where(n_given == 1, 0.0, own)))
+    return [(tuple(given), together), *single]
 
 
 def guided_velocity(

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from scldm.checkpoints.native import LoadedFlow, class_features
 from scldm.data.vocabulary import Vocabulary
 
@@ -25,6 +28,15 @@ def with_values(flow: LoadedFlow, conditions: Conditions) -> LoadedFlow:
     if vocabulary is flow.vocabulary:
         return flow
     return replace(flow, vocabulary=vocabulary, dit=flow.dit.with_classes(class_features(vocabulary)))
+
+
+def with_null_ids(conditions: Mapping[str, Tensor], before: Vocabulary, now: Vocabulary) -> dict[str, Tensor]:
+    """Return class ids (b,) by label whose null ids are those of an extended vocabulary; other ids stay."""
+    moved = {}
+    for label, ids in conditions.items():
+        old, new = before.label(label).null_id, now.label(label).null_id
+        moved[label] = ids if old == new else torch.where(ids == old, new, ids)
+    return moved
 
 
 def value_notes(vocabulary: Vocabulary, conditions: Conditions) -> list[str]:

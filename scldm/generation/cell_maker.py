@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,6 +26,7 @@ from torch import Tensor
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.flow.config import SamplerConfig
 from scldm.flow.sampler import sample_latents
+from scldm.flow.transport import generation_start_problem, sample_through_controls
 from scldm.generation.counter_random import normals
 from scldm.generation.decoder_condition import decoder_vectors
 from scldm.generation.expression_draw import draw_expression, stored_whole
@@ -113,6 +115,10 @@ class CellMaker:
     Args:
         genes: Ids of the genes to write, increasing; None: all. The softmax runs over all genes either way.
         pool: Threads that draw counts.
+        start: control makes control cells from noise and carries them to their labels, by a flow with both fields.
+
+    Raises:
+        ValueError: VAE and flow do not belong together, or the flow has no such start.
     """
 
     def __init__(
@@ -125,11 +131,14 @@ class CellMaker:
         seed: int,
         genes: np.ndarray | None = None,
         pool: ThreadPoolExecutor | None = None,
+        start: Literal["noise", "control"] = "noise",
     ):
         check_pair(vae, flow)
+        if problem := generation_start_problem(flow.start, start):
+            raise ValueError(problem)
         decoder_vectors(vae.vae.config, recipe.decoder_condition, len(recipe.stops), per="each row of the request")
         self.vae, self.flow, self.recipe, self.sampler = vae, flow, recipe, sampler
-        self.seed, self.genes, self.pool = seed, genes, pool
+        self.seed, self.genes, self.pool, self.start = seed, genes, pool, start
         self.device = next(vae.vae.parameters()).device
         self.tile = tile_cells(vae, self.device)
 
@@ -154,6 +163,12 @@ class CellMaker:
         conditions = {k: torch.as_tensor(v[rows], device=self.device) for k, v in self.recipe.conditions.items()}
         scale = {k: torch.as_tensor(v[rows], device=self.device) for k, v in self.recipe.scale.items()}
         x0 = noise.to(self.device)
+        if self.start == "control" and self.flow.start is not None:
+            label = self.flow.start.label
+            [control] = self.flow.vocabulary.label(label).encode([self.flow.start.control]).tolist()
+            return sample_through_controls(
+                self.flow.dit, x0, conditions, self.sampler, self.flow.path, label=label, control=control, scale=scale
+            )
         return sample_latents(self.flow.dit, x0, conditions, self.sampler, self.flow.path, scale=scale or None)
 
     @torch.inference_mode()

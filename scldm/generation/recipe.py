@@ -12,10 +12,10 @@ import pandas as pd
 
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
-from scldm.flow.guidance import JOINT
+from scldm.flow.guidance import JOINT, NAME_JOINT, ONE_AT_A_TIME
 from scldm.generation.cell_maker import Recipe
 from scldm.generation.request import Request, RequestRow, Settings
-from scldm.generation.request_table import RequestError
+from scldm.generation.request_table import GUIDANCE, RequestError
 
 
 def recipe_of(
@@ -28,8 +28,8 @@ def recipe_of(
         counts: Whether counts are drawn; the expression of a Gaussian head has no library size.
 
     Raises:
-        RequestError: Guidance differs between labels of a model that guides them jointly; library sizes from
-            statistics that the model has not got.
+        RequestError: Guidance differs between labels of a model that guides them jointly, without a scale of all
+            labels together; library sizes from statistics that the model has not got.
     """
     rows = request.rows
     ids = {x.name: x.encode([r.condition.get(x.name) for r in rows]) for x in vocabulary.labels}
@@ -46,14 +46,16 @@ def recipe_of(
 
 
 def row_guidance(row: RequestRow, settings: Settings, labels: list[str]) -> dict[str, float]:
-    """Return the scale of every label in a row: the row's for the label, else the row's for all, else the settings'."""
-    default = settings.guidance
-    return {
-        label: row.guidance.get(
-            label, row.guidance.get("", default[label] if isinstance(default, Mapping) else default)
-        )
-        for label in labels
-    }
+    """Return the scale of every label in a row: the row's for the label, else the row's for all, else the settings'.
+
+    If the row, or else the settings, give a scale to all labels together (JOINT), it is among them, and a label that
+    nobody gives one has 0.
+    """
+    default = settings.guidance if isinstance(settings.guidance, Mapping) else dict.fromkeys(labels, settings.guidance)
+    if JOINT in row.guidance or (JOINT in default and "" not in row.guidance):
+        beside = default if JOINT in default else {}
+        return {x: row.guidance.get(x, beside.get(x, 0.0)) for x in (JOINT, *labels)}
+    return {label: row.guidance.get(label, row.guidance.get("", default.get(label, 0.0))) for label in labels}
 
 
 def _scales(
@@ -64,17 +66,35 @@ def _scales(
         return {}
     found = [row_guidance(r, settings, labels) for r in rows]
     if strategy != "joint":
+        if any(JOINT in w for w in found):
+            raise RequestError(f"generate: guidance: {ONE_AT_A_TIME}")
         return {label: np.array([w[label] for w in found], dtype=np.float64) for label in labels}
-    together = []
-    for i, (row, w) in enumerate(zip(rows, found, strict=True)):
-        given = {label: w[label] for label in labels if row.condition.get(label) is not None} or {"": 1.0}
-        if len(set(given.values())) > 1:
-            raise RequestError(
-                f"generate: row {i + 1} guides its labels by {given}, and this model was trained with joint labels: "
-                "they are guided together; give one scale (guidance), not one per label"
-            )
-        together.append(next(iter(given.values())))
-    return {JOINT: np.array(together, dtype=np.float64)}
+    scales = [_joint_scales(i, row, w, labels) for i, (row, w) in enumerate(zip(rows, found, strict=True))]
+    beside = [x for x in labels if any(w.get(x, 0.0) for w in scales)]
+    return {x: np.array([w.get(x, 0.0) for w in scales], dtype=np.float64) for x in (JOINT, *beside)}
+
+
+def _joint_scales(i: int, row: RequestRow, found: dict[str, float], labels: list[str]) -> dict[str, float]:
+    """Return the scale of all labels together, as JOINT, and those of single labels beside it.
+
+    Args:
+        i: Number of the row.
+        found: What `row_guidance` returns.
+    """
+    if JOINT in row.guidance and "" in row.guidance:
+        raise RequestError(
+            f"generate: row {i + 1} has {GUIDANCE} ({row.guidance['']:g}) and {GUIDANCE}.{JOINT} "
+            f"({row.guidance[JOINT]:g}), and both are the scale of all labels together; give one of them"
+        )
+    if JOINT in found:
+        return found
+    given = {label: found[label] for label in labels if row.condition.get(label) is not None} or {"": 1.0}
+    if len(set(given.values())) > 1:
+        raise RequestError(
+            f"generate: row {i + 1} guides its labels by {given}, and this model was trained with joint labels: "
+            f"{NAME_JOINT}"
+        )
+    return {JOINT: next(iter(given.values()))}
 
 
 def _library(row: RequestRow, settings: Settings, sizes: LibrarySizes) -> tuple[float, float]:
@@ -117,9 +137,11 @@ def generated_obs(
 def _guidance(request: Request, settings: Settings, labels: list[str]) -> dict[str, np.ndarray]:
     """Return columns of the request's rows: one scale, and one for each label if any row's differ."""
     scales = [row_guidance(r, settings, labels) for r in request.rows]
-    single = [next(iter(w.values())) if len(set(w.values())) == 1 else np.nan for w in scales]
+    single = [w.get(JOINT, next(iter(w.values())) if len(set(w.values())) == 1 else np.nan) for w in scales]
     columns = {"guidance_scale": np.array(single if labels else [1.0] * len(scales))}
-    if np.isnan(columns["guidance_scale"]).any():
+    if any(JOINT in w for w in scales):  # the scale of all labels together, and those of single labels beside it
+        columns |= {f"guidance_scale.{x}": np.array([w[x] if JOINT in w else 0.0 for w in scales]) for x in labels}
+    elif np.isnan(columns["guidance_scale"]).any():
         columns |= {f"guidance_scale.{x}": np.array([w[x] for w in scales]) for x in labels}
     return columns
 

@@ -19,7 +19,9 @@ class RequestRow:
 
     condition: Mapping[str, str | None]  # label -> class; None or absent: generated without the label
     n_cells: int
-    guidance: Mapping[str, float] = field(default_factory=dict)  # label, or "" for all -> scale, if the row sets it
+    guidance: Mapping[str, float] = field(
+        default_factory=dict
+    )  # label, "" for all, "*" for all together -> scale, if set
     library_size: float | None = None  # of all cells of the row; None: from the settings
 
 

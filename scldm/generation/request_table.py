@@ -27,6 +27,7 @@ class RequestError(InputError, ValueError):
 _GROUPED = re.compile(r"[0-9]+[ ',\u00a0\u202f][0-9 '.,\u00a0\u202f]*")  # 1,000 or 0,5 or 1 000
 MOST_NAMED = 10  # unknown classes in one message
 GUIDANCE, LIBRARY_SIZE = "guidance", "library_size"
+TOGETHER = "*"  # in the place of a label: the scale of all joint labels together, see `scldm.flow.guidance.JOINT`
 
 
 def read_rows(table: pd.DataFrame, where: str, vocabulary: Vocabulary, problems: list[str]) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ class Numbers:
 
     n_cells: np.ndarray
     library_size: np.ndarray
-    guidance: dict[str, np.ndarray]  # by label, "" for all labels
+    guidance: dict[str, np.ndarray]  # by label, "" for all labels, "*" for all together beside single ones
 
 
 def check_columns(table: pd.DataFrame, where: str, known: Sequence[str] | None, problems: list[str]) -> Numbers:
@@ -89,7 +90,7 @@ def check_columns(table: pd.DataFrame, where: str, known: Sequence[str] | None, 
         problems += [
             f"{where}: column {column} guides {label!r}, and the model knows no such label; it knows {named}"
             for column, label in scales.items()
-            if label and label not in known
+            if label not in ("", TOGETHER, *known)
         ]
     return Numbers(
         _numbers(table, N_CELLS, where, problems, whole=True),
@@ -140,8 +141,10 @@ def check_guidance(guidance: float | Mapping[str, float], known: Sequence[str]) 
         f"generate.sampler.guidance: the model knows no label {name!r}{_meant(name, known)}; it knows "
         f"{', '.join(known) or 'none'}"
         for name in guidance
-        if name not in known
+        if name not in (TOGETHER, *known)
     ]
+    if TOGETHER in guidance:
+        return problems  # a label that is left out has none of its own
     if missing := [name for name in known if name not in guidance]:
         problems.append(f"generate.sampler.guidance names no scale for {', '.join(missing)}; give each label one")
     return problems

@@ -8,6 +8,9 @@ and `mutually_exclusive` is which labels are set together (`drop_labels`, `scldm
 A class has a row of its own in a table, or, if the label's classes are values, an embedding that is computed from a row
 of features (`ValueEmbedding`, `PooledEmbedding`): then a class that no cell had can be embedded too.
 
+A network may hold two fields: one from noise, and one from the latents of control cells. A learned vector, added to the
+embedding of cells that start at controls, tells them apart.
+
 A block computes norm(x) * (1 + chunk 0) + chunk 1, the final layer norm(x) * (1 + chunk 1) + chunk 0. The two orders
 differ because upstream's checkpoints were trained so.
 """
@@ -212,15 +215,17 @@ class DiT(nn.Module):
         latent_width: int,
         n_classes: Mapping[str, int],
         features: Mapping[str, ClassFeatures] | None = None,
+        from_controls: bool = False,
     ) -> None:
-        """Build the network.
+        """Build the network with new weights.
 
         Args:
-            config: Its sizes.
+            config: Sizes and strategy.
             n_latent_tokens: m.
             latent_width: e.
             n_classes: Label to its number of classes.
             features: Label to the features of its classes, for labels whose classes are values; the others have tables.
+            from_controls: Whether it also has a field that starts at control cells.
         """
         super().__init__()
         if config.d_model % 2:
@@ -239,19 +244,36 @@ class DiT(nn.Module):
         )
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.n_layers))
         self.head = DiTHead(config, latent_width)
+        self.from_controls = nn.Parameter(torch.zeros(config.d_model)) if from_controls else None
         self._initialise()
 
-    def forward(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """Predict at x_t (b, m, e), time t (b,), with ids (b,) per label. Ids are not checked: see `validate_ids`."""
-        check_labels(conditions, self.n_classes)
-        return self._body(x_t, F.silu(self.time(t) + self._label_embedding(conditions)), None)
+    def forward(
+        self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor], from_control: Tensor | None = None
+    ) -> Tensor:
+        """Predict at x_t (b, m, e), time t (b,), with ids (b,) per label. Ids are not checked: see `validate_ids`.
 
-    def at_one_time(self, conditions: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        Args:
+            from_control: Which cells start at control cells, bool (b,); None: none.
+        """
+        check_labels(conditions, self.n_classes)
+        c = self.time(t) + self._label_embedding(conditions)  # (b, d)
+        if from_control is not None:
+            vector = self._control_vector()
+            c = c + from_control.to(vector.dtype).unsqueeze(1) * vector
+        return self._body(x_t, F.silu(c), None)
+
+    def at_one_time(
+        self, conditions: Mapping[str, Tensor], *, from_controls: bool = False
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the network with its conditions fixed, for a solver: a function of x_t (b, m, e) and of t (b,), all
         equal.
 
         Time and modulations are computed once per distinct combination of labels instead of once per cell, which is
         exact. Reads the conditions on the host, once.
+
+        Args:
+            conditions: Label to ids (b,).
+            from_controls: Whether all cells start at control cells.
         """
         check_labels(conditions, self.n_classes)
         if not conditions:
@@ -262,6 +284,8 @@ class DiT(nn.Module):
                 torch.stack([conditions[name] for name in names], dim=1), dim=0, return_inverse=True
             )
             labels = self._label_embedding(dict(zip(names, distinct.unbind(1), strict=True)))  # (u, d)
+        if from_controls:
+            labels = labels + self._control_vector()
         if len(labels) == 1:
             rows = None  # one modulation for all: it broadcasts
         return lambda x_t, t: self._body(x_t, F.silu(self.time(t[:1]) + labels), rows)
@@ -299,6 +323,11 @@ class DiT(nn.Module):
             table.set_classes(given.rows)
             other.n_classes[label] = len(given.rows)
         return other
+
+    def _control_vector(self) -> Tensor:
+        if self.from_controls is None:
+            raise ValueError("this network was trained from noise only: it has no field that starts at control cells")
+        return self.from_controls
 
     def _initialise(self) -> None:
         """Initialise linear layers by Xavier, tables and time by small normals, the gates and the head by zeros.

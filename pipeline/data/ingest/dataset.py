@@ -73,6 +73,15 @@ class IngestedDataset:
         return pd.read_parquet(self.folder / self.facts["gene_stats"])
 
     @cached_property
+    def truth(self) -> pd.DataFrame | None:
+        """What each combination of synthetic labels has on average; None if that is not known.
+
+        Columns: the labels, feature_id, share, mean_log; see `synthetic_treatments.combination_truth`.
+        """
+        path = self.facts.get("truth")
+        return None if path is None else pd.read_parquet(self.folder / path)
+
+    @cached_property
     def measured(self) -> np.ndarray | None:
         """Genes that each group of data sets measured, (p, g) bool; None: all. `cells` holds the group of a cell."""
         path = self.facts.get("presence")

@@ -7,12 +7,13 @@ Census are read where they are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.ingest import Source
@@ -41,6 +42,7 @@ class OpenSource:
     types: Mapping[str, LabelType] = field(default_factory=dict)  # of obs columns that the store holds in another type
     measured: Presence | None = None  # by cells of the store, genes of the store; None: ask the store
     content: str | None = None  # hash of all counts, if the store was written here
+    truth: Callable[[], pd.DataFrame] | None = None  # what combinations have on average, of synthetic cells
 
 
 def open_source(
@@ -75,7 +77,14 @@ def open_source(
     store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
     measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))
     return OpenSource(
-        store, "soma", description, tables.notes, types=tables.types, measured=measured, content=content.hexdigest()
+        store,
+        "soma",
+        description,
+        tables.notes,
+        types=tables.types,
+        measured=measured,
+        content=content.hexdigest(),
+        truth=tables.truth,
     )
 
 
@@ -130,7 +139,8 @@ def _tables(
 ) -> tuple[CellTables, str]:
     """Read the cells of a source that is not in SOMA yet; return them with a description."""
     if isinstance(source, SyntheticSource):
-        description = f"{source.n_cells} synthetic cells of {source.n_types} types, seed {source.seed}"
+        given = f" under {source.n_treatments} treatments and a control" if source.n_treatments else ""
+        description = f"{source.n_cells} synthetic cells of {source.n_types} types{given}, seed {source.seed}"
         return synthetic_cells(source), description
     if isinstance(source, TenxSource):
         from pipeline.data.sources.tenx import read_10x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +11,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.manifest import Manifest
+from pipeline.core.text import human
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import IpcBlocks
+from pipeline.data.loading.order import FeedOrder
 from pipeline.training.loop import run_training
+from pipeline.training.objectives.controls import ControlStarts, read_controls
 from pipeline.training.objectives.flow import FlowDraws, FlowObjective
 from pipeline.training.objectives.vae import validation_tables
 from pipeline.training.state import Run
@@ -28,6 +33,8 @@ from scldm.optim.lora import merged
 if TYPE_CHECKING:
     from pipeline.training.objectives.samples import FlowSamples
 
+log = logging.getLogger(__name__)
+
 
 def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
     """Train and export a flow, with the VAE if `vae.train` is set. Collective. Returns the stage's facts."""
@@ -42,7 +49,7 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
     n_classes = data.vocabulary.n_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        dit = new_dit(config.model, data.vocabulary, latent_shape=(m, e))
+        dit = new_dit(config.model, data.vocabulary, latent_shape=(m, e), from_controls=config.start is not None)
     started, rates = _start_from(spec, dit, data)
     source = latent_blocks(encoded, "train")
     order = make_order(source, train.feed, spec.seed)
@@ -51,7 +58,10 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
         dit,
         path=config.flow,
         n_classes=n_classes,
-        draws=FlowDraws(spec.seed, order, lanes, latent_shape=(m, e), n_labels=len(n_classes)),
+        draws=FlowDraws(
+            spec.seed, order, lanes, latent_shape=(m, e), n_labels=len(n_classes),
+            controls=_controls(spec, data, source, order, lanes, (m, e)),
+        ),
         label_dropout=config.model.label_dropout,
         validation=validation_tables(
             latent_blocks(encoded, "validation"), n_cells=train.validation_cells,
@@ -72,9 +82,28 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
             run.folder / "model", {"model": merged(averaged, lora), "raw": merged(raw, lora)},
             config=config.model, path=config.flow,
             latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,
+            start=config.controls,
         )  # fmt: skip
     dist.barrier()
     return training_facts(result, train.export, dit) | started
+
+
+def _controls(
+    spec: FlowWorkerSpec,
+    data: IngestedDataset,
+    source: IpcBlocks,
+    order: FeedOrder,
+    lanes: Sequence[int],
+    shape: tuple[int, int],
+) -> ControlStarts | None:
+    """Read the control cells that cells start at; None if all start at noise."""
+    if spec.config.start is None:
+        return None
+    cells = read_controls(source, spec.config.start, data.vocabulary, shape=shape, seed=spec.seed)
+    if dist.get_rank() == 0:
+        held = human(cells.latents.numel() * cells.latents.element_size())
+        log.info("%d control cells in %d groups: %s of latents", len(cells.latents), len(cells.rows), held)
+    return ControlStarts(cells, source, order, lanes, share=spec.config.start.share, seed=spec.seed)
 
 
 def _start_from(spec: FlowWorkerSpec, dit: DiT, data: IngestedDataset) -> tuple[dict[str, Any], Rates]:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from scldm.errors import InputError
 from scldm.metrics.baselines import LabelBaseline
 from scldm.metrics.genes.expression import as_counts, library_sizes, log1p_cp10k
 from scldm.metrics.perturbation.screen import Screen
+from scldm.metrics.perturbation.shift import PSEUDO, CountShift, shares
 
 CONTROL, SHIFT, COUNTS, NEAREST, NB, LINEAR = (
     "control",
@@ -37,7 +37,6 @@ CONTROL, SHIFT, COUNTS, NEAREST, NB, LINEAR = (
     "linear",
 )
 FREE_ANSWERS = (CONTROL, SHIFT, COUNTS, NEAREST, NB, LINEAR)
-PSEUDO = 1e-6  # share of a cell's counts that keeps a ratio of two means finite
 COMPONENTS, RIDGE = 3, 1.0  # of the linear model: components of the controls' profiles, and its penalty
 FARTHEST = 2.0  # standard deviations of a component: farther out the linear model does not extrapolate
 
@@ -70,45 +69,18 @@ def free_answers(screen: Screen, context: str, treatment: str, rng: np.random.Ge
     if (context, treatment) in screen.members:
         raise ValueError(f"{context} + {treatment} is among the measured cells: an answer would know the question")
     control = screen.cells(context, screen.control)
-    sources = screen.sources(context, treatment)
-    if not sources:
-        raise InputError(
-            f"{treatment!r} was measured beside {screen.control!r} in no context but {context!r}: nothing is known of "
-            "it for free"
-        )
+    change = CountShift.learn(screen, context, treatment)
+    sources = list(change.sources)
     log = log1p_cp10k(control).toarray()
     shifts = np.stack([screen.mean(c, treatment) - screen.mean(c, screen.control) for c in sources])
     return {
         CONTROL: Answer(log, control),
         SHIFT: Answer(np.maximum(log + shifts.mean(0), 0)),
-        COUNTS: Answer.of(_shift_in_counts(screen, control, sources, treatment, rng)),
+        COUNTS: Answer.of(change.apply(control, rng)),
         NEAREST: Answer.of(screen.cells(_nearest(screen, context, sources), treatment)),
         NB: Answer.of(_additive_nb(screen, control, sources, treatment, rng)),
         LINEAR: Answer(np.maximum(log + _linear(screen, context, sources, shifts), 0)),
     }
-
-
-def _shares(screen: Screen, context: str, treatment: str) -> np.ndarray:
-    """Return the share of each gene in the counts of a combination's mean cell, (g,)."""
-    counts = as_counts(screen.cells(context, treatment))
-    size = library_sizes(counts)
-    inverse = np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)
-    return (inverse @ counts) / len(size)
-
-
-def _shift_in_counts(
-    screen: Screen, control: sp.csr_matrix, sources: list[str], treatment: str, rng: np.random.Generator
-) -> sp.csr_matrix:
-    """Add Poisson molecules of genes that rise by a share of the cell; thin out those of genes that fall."""
-    pairs = [(_shares(screen, c, treatment), _shares(screen, c, screen.control)) for c in sources]
-    rise = np.mean([t - c for t, c in pairs], axis=0)
-    ratio = np.exp(np.mean([np.log((t + PSEUDO) / (c + PSEUDO)) for t, c in pairs], axis=0))
-    x = as_counts(control)
-    size = library_sizes(x)
-    kept = rng.binomial(x.data.astype(np.int64), np.where(rise > 0, 1.0, np.minimum(ratio, 1.0))[x.indices])
-    thinned = sp.csr_matrix((kept.astype(np.float64), x.indices, x.indptr), shape=x.shape)
-    added = sp.csr_matrix(rng.poisson(np.outer(size, np.maximum(rise, 0))).astype(np.float64))
-    return as_counts(thinned + added)
 
 
 def _nearest(screen: Screen, context: str, sources: list[str]) -> str:
@@ -124,8 +96,7 @@ def _additive_nb(
     base = LabelBaseline.fit(control, np.full(control.shape[0], "control"))
     own = base.table["control"]
     ratios = [
-        np.log((_shares(screen, c, treatment) + PSEUDO) / (_shares(screen, c, screen.control) + PSEUDO))
-        for c in sources
+        np.log((shares(screen, c, treatment) + PSEUDO) / (shares(screen, c, screen.control) + PSEUDO)) for c in sources
     ]
     profile = own.profile * np.exp(np.mean(ratios, axis=0))
     changed = LabelBaseline({"control": type(own)(own.library_size, profile / profile.sum(), own.theta), "": own})

@@ -11,7 +11,7 @@ from torch import nn
 from scldm.checkpoints.native import new_dit, save_flow, save_vae
 from scldm.data.library_size import LibrarySizes, LogNormal, condition_key
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
-from scldm.flow.config import PathConfig
+from scldm.flow.config import ControlStart, PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.vae import VAE
 
@@ -43,13 +43,17 @@ def write_vae(folder: Path, *labels: LabelVocabulary, **choices: Any) -> Path:
     return folder
 
 
-def write_flow(folder: Path, *labels: LabelVocabulary, path: PathConfig | None = None, **choices: Any) -> Path:
+def write_flow(
+    folder: Path, *labels: LabelVocabulary, path: PathConfig | None = None, start: ControlStart | None = None,
+    **choices: Any,
+) -> Path:  # fmt: skip
     """A flow's model folder, its averaged weights others than its raw ones; `choices` of the DiT's configuration."""
     names = vocabulary(*labels)
     config = DiTConfig(**{"d_model": 12, "n_layers": 1, "n_heads": 2} | choices)
     weights = {}
     for seed, which in enumerate(("model", "raw"), start=1):
-        dit = random_weights(new_dit(config, names, latent_shape=(3, 4)), seed)
+        dit = new_dit(config, names, latent_shape=(3, 4), from_controls=start is not None)
+        dit = random_weights(dit, seed)
         weights[which] = dit.state_dict()
         if config.label_dropout == 0:  # upstream has no null class then
             for name in (k for k in weights[which] if k.startswith("labels.")):
@@ -63,6 +67,7 @@ def write_flow(folder: Path, *labels: LabelVocabulary, path: PathConfig | None =
         vocabulary=names,
         library_sizes=library_sizes(*labels),
         card="a small model",
+        start=start,
     )
     return folder
 

@@ -255,6 +255,13 @@ def labels_that_are_not_judged(case: Case) -> None:
     done("validate", job, f"{named(said, 'unknown_labels')}=error")
 
 
+@follows("pipeline/config/apply.py: {} cannot be set with method: shift, which uses no model; leave it out")
+def a_shift_with_settings_of_models(case: Case) -> None:
+    job = training(case, "perturb", source=SYNTHETIC, to={"cell_type": "B cell"}, method="shift", start="noise")
+    said = refused("validate", job)
+    done("validate", job, f"{named(said, 'start')}=latents")
+
+
 @follows("pipeline/stages/reconstruct.py: set shard_size={} or less")
 def dense_means_are_too_large(case: Case) -> None:
     from helpers.stages.cell_stages import models

@@ -75,3 +75,13 @@ def test_what_cannot_be_asked_for_is_refused_before_a_cell_is_read(place, tmp_pa
     with pytest.raises(InputError) as error:
         perturbed(place, tmp_path / "out", {"dose": "high", "drugs": "A+Z", "gene": "Q"})
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["to.dose", "to.drugs", "to.gene"]
+
+
+def test_a_notebook_moves_cells_as_the_job_does_and_warns(place, tmp_path):
+    to = {"dose": 2.5, "gene": "D"}
+    made = perturbed(place, tmp_path / "out", to)
+    model = scldm.load(place / "vae", flow=place / "flow")
+    with pytest.warns(UserWarning, match="dose 2.5 uM has no training cells"):
+        own = model.perturb(anndata.read_h5ad(place / "cells.h5ad"), to, sampler={"solver": "midpoint", "steps": 2})
+    np.testing.assert_array_equal(own.X.toarray(), made.X.toarray())
+    assert own.obs["to_dose"].unique().tolist() == ["2.5"]

@@ -20,7 +20,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import ResourcesConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.stages import train_vae
-from pipeline.stages.training_spec import flow_spec, vae_spec
+from pipeline.stages.training.spec import flow_spec, vae_spec
 from scldm.data.vocabulary import Vocabulary
 
 ENSEMBL = tuple(f"ENSG{i:011d}" for i in range(6))
@@ -273,7 +273,7 @@ def test_the_card_of_a_converted_checkpoint_names_its_file_and_what_it_does_not_
 
 
 def test_the_line_about_old_cells_reveals_no_folder():
-    from pipeline.stages.model_card import _old_cells
+    from pipeline.stages.training.model_card import _old_cells
 
     source = "training cells of /home/me/secret/runs/census/ingest/1a2b (h5ad /data/private/cells.h5ad)"
     [line] = _old_cells({"replay": {"n_cells": 5, "source": source}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -21,8 +22,9 @@ from pipeline.planning.sizes import DataFacts
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import InputError
-from scldm.generation.request import Request, RequestRow
-from scldm.generation.request_table import genes_to_write
+from scldm.generation.recipe import generated_obs, recipe_of
+from scldm.generation.request import Request, RequestRow, Settings
+from scldm.generation.request_table import check_guidance, genes_to_write
 
 VOCABULARY = Vocabulary(
     ("g1", "g2"), ("A", "B"), (LabelVocabulary("cell_type", ("B", "NK")), LabelVocabulary("donor_id", ("d1", "d2")))
@@ -102,6 +104,60 @@ def test_rows_may_set_guidance_and_library_size(tmp_path):
     assert [dict(r.guidance) for r in rows] == [{"": 2.0}, {"donor_id": 0.5}]
     assert [r.library_size for r in rows] == [5000.0, None]
     assert Request.from_plain(request(conditions=str(path)).as_plain()).rows == rows
+
+
+def scales(rows, guidance=1.0, strategy="joint"):
+    """Scales of a request, by label, as the sampler takes them; and what obs says of them."""
+    asked = request(cells=[{"n_cells": 1, **row} for row in rows])
+    settings = Settings(guidance, 1000.0)
+    recipe = recipe_of(asked, settings, VOCABULARY, LibrarySizes({}, "not recorded"), strategy)
+    obs = generated_obs(np.arange(len(rows)), [str(i) for i in range(len(rows))], recipe, asked, settings, VOCABULARY)
+    shown = {k: v.tolist() for k, v in obs.items() if str(k).startswith("guidance")}
+    return {k: v.tolist() for k, v in recipe.scale.items()}, shown
+
+
+BOTH = {"cell_type": "B", "donor_id": "d1"}
+
+
+def test_rows_may_have_scales_of_single_labels_beside_that_of_all_together():
+    found, obs = scales([{**BOTH, "guidance.*": 2, "guidance.donor_id": 0.5}, {**BOTH, "guidance": 3}, BOTH])
+    assert found == {"*": [2, 3, 1], "donor_id": [0.5, 0, 0]}
+    assert obs == {
+        "guidance_scale": [2, 3, 1], "guidance_scale.cell_type": [0, 0, 0], "guidance_scale.donor_id": [0.5, 0, 0]
+    }  # fmt: skip
+
+
+def test_a_row_changes_single_scales_of_the_settings():
+    of_all = {"*": 2.0, "donor_id": 0.5}
+    rows = [BOTH, {**BOTH, "guidance.cell_type": 4}, {**BOTH, "guidance.*": 0}, {**BOTH, "guidance": 1}]
+    found, _ = scales(rows, of_all)
+    assert found == {"*": [2, 2, 0, 1], "cell_type": [0, 4, 0, 0], "donor_id": [0.5, 0.5, 0.5, 0]}
+
+
+def test_scales_of_all_labels_that_are_equal_are_the_one_scale_that_they_were():
+    assert scales([{**BOTH, "guidance.cell_type": 2, "guidance.donor_id": 2}])[0] == {"*": [2]}
+    assert scales([BOTH], {"cell_type": 2.0, "donor_id": 2.0})[0] == {"*": [2]}
+    assert scales([{"cell_type": "B", "guidance.cell_type": 2}])[0] == {"*": [2]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "guidance", "strategy", "words"),
+    [
+        ([{**BOTH, "guidance.donor_id": 2}], 1.0, "joint", r"row 1 guides .* too: '\*', or the column guidance\.\*"),
+        ([BOTH], {"cell_type": 1.0, "donor_id": 2.0}, "joint", "for scales of single labels beside it"),
+        ([{**BOTH, "guidance": 1, "guidance.*": 2}], 1.0, "joint", r"row 1 has guidance \(1\) and guidance\.\* \(2\)"),
+        ([{**BOTH, "guidance.*": 2}], 1.0, "mutually_exclusive", "sets one label at a time; give each label a scale"),
+    ],
+)
+def test_scales_that_could_be_read_in_two_ways_are_refused(rows, guidance, strategy, words):
+    with pytest.raises(InputError, match=words):
+        scales(rows, guidance, strategy)
+
+
+def test_a_label_that_is_left_out_beside_a_scale_of_all_together_has_none_of_its_own():
+    assert check_guidance({"*": 1.0, "donor_id": 2.0}, ["cell_type", "donor_id"]) == []
+    [problem] = check_guidance({"*": 1.0, "donor": 2.0}, ["cell_type", "donor_id"])
+    assert "knows no label 'donor'" in problem
 
 
 def test_a_parquet_table_with_numbers_for_classes_is_read(tmp_path):

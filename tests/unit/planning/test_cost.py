@@ -72,3 +72,18 @@ def test_the_table_in_the_documentation_is_what_the_formula_gives():
         runpy.run_path(str(ROOT / "docs" / "gpu_hours.py"))["paper_table"]()
         in (ROOT / "docs" / "operations.md").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("guidance", "strategy", "start", "outputs"),
+    [
+        (1.0, "joint", "noise", 1), (0.0, "joint", "noise", 1), (2.0, "joint", "noise", 2),
+        ({"*": 1.0, "drug": 0.5}, "joint", "noise", 3), ({"*": 0.0, "drug": 1.0}, "joint", "noise", 1),
+        ({"*": 2.0, "drug": 0.5, "type": 3.0}, "joint", "noise", 4), ({"*": 1.0, "drug": 0.5}, "joint", "control", 4),
+        ({"type": 2.0, "drug": 2.0}, "joint", "noise", 2),
+        ({"type": 2.0, "drug": 0.5}, "mutually_exclusive", "noise", 3),
+    ],
+)  # fmt: skip
+def test_evaluations_follow_from_the_outputs_that_guidance_needs(guidance, strategy, start, outputs):
+    sampler = SamplerConfig(solver="euler", steps=10, guidance=guidance)
+    assert cost.generation_evaluations(sampler, strategy, start) == 10 * outputs

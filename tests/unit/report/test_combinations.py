@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from pipeline.config.job import EvaluateConfig
-from pipeline.report.combinations import GENERATED, combination_means
+from pipeline.report.combinations import GENERATED, combination_means, true_scores
 from pipeline.report.evaluation import Decoded, Evaluation, evaluate
 from pipeline.report.outputs import write_tables
 from scldm.metrics.from_anndata import EvaluationError
@@ -100,6 +100,38 @@ def test_scores_are_written_to_a_table_and_a_page_that_escapes_names(result: Eva
     assert page.count("<img") == 1
     means = combination_means(result.combinations)
     assert means[GENERATED]["energy"] == pytest.approx(float(energy["value"]))
+
+
+def test_synthetic_cells_show_the_true_shift_beside_measured_and_generated(tmp_path: Path) -> None:
+    held_out, training, made = (drawn(pairs, n, seed) for pairs, n, seed in (([UNSEEN], CELLS, 1), (KNOWN, CELLS, 2),
+                                                                             ([UNSEEN], 60, 3)))  # fmt: skip
+    named = {"type": "cell_type", "drug": "treatment"}
+    for cells in (held_out, training, made):
+        cells.obs = cells.obs.rename(columns=named)
+    rows = []
+    for pair in ALL:
+        x = drawn([pair], 3_000, 4).X.toarray()
+        log = np.log1p(x / np.maximum(x.sum(1, keepdims=True), 1) * 1e4).mean(0)
+        rows += [{"cell_type": pair[0], "treatment": pair[1], "feature_id": f"g{i}", "mean_log": v} for i, v in
+                 enumerate(log)]  # fmt: skip
+    found = evaluate(
+        held_out=held_out, training=training, generated=made, labels=list(named.values()),
+        config=CONFIG.model_copy(update={"control": {"treatment": "ctrl"}}),
+        truth=pd.DataFrame(rows).sample(frac=1, random_state=0),
+    )  # fmt: skip
+    (one,) = found.combinations.scored
+    table = pd.DataFrame(rows).pivot(index=["cell_type", "treatment"], columns="feature_id", values="mean_log")
+    true = (table.loc[UNSEEN] - table.loc[EVIL, "ctrl"])[list(held_out.var_names)].to_numpy()
+    np.testing.assert_allclose(found.combinations.true_shift[UNSEEN], true)
+    scores = true_scores(found.combinations, one)
+    assert set(scores) == {"measured", GENERATED, *FREE_ANSWERS}
+    assert scores["measured"]["true_delta_pearson"] > 0.9
+    assert scores[GENERATED]["true_delta_pearson"] > scores[SHIFT]["true_delta_pearson"]
+    assert scores[CONTROL]["true_mae"] == pytest.approx(np.abs(true).mean())
+    write_tables(tmp_path, found)
+    assert "against the true shift" in (tmp_path / "combinations.html").read_text()
+    listed = {(r["answer"], r["measure"]) for r in csv.DictReader((tmp_path / "combinations.csv").open())}
+    assert ("measured", "true_delta_pearson") in listed
 
 
 def test_without_a_control_the_notes_say_how_to_name_it() -> None:

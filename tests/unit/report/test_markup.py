@@ -8,7 +8,7 @@ import pytest
 from helpers.models.small_models import write_vae
 
 import scldm
-from pipeline.stages.model_card import model_card as card_of_a_stage
+from pipeline.stages.training.model_card import model_card as card_of_a_stage
 from pipeline.tracking.provenance import note
 from scldm.api.model_card import model_card
 from scldm.config import StrictModel

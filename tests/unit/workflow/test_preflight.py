@@ -11,8 +11,10 @@ from helpers.models.small_models import write_vae
 
 from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
-from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig, TrainVaeConfig
+from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.core.manifest import Manifest
+from pipeline.data.ingest.controls import check_controls
+from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.planning.plan import plan
 from pipeline.stages import ingest
 from pipeline.workflow.preflight import check_against_data, check_settings
@@ -184,3 +186,53 @@ def test_old_cells_of_a_place_that_has_none_are_refused_by_validate(tmp_path, ma
     settings = f"ingest.replay={{pipeline: {tmp_path / 'old'}, share: 0.2}}"
     with pytest.raises(InputError, match=f"ingest.replay.pipeline: .*{words}"):
         check_settings(load_job(JOBS / "demo.yaml", [settings]))
+
+
+# ---- control cells that a flow starts at -------------------------------------------------------------------------
+CD4, CD8 = (f"CD{n}-positive, alpha-beta T cell" for n in (4, 8))
+
+
+def screen(folder: Path, drop: str | None = None) -> Manifest:
+    """Cells of two types and three donors; `drop` says of which no cell is kept, as a filter."""
+    config = IngestConfig.model_validate(
+        {
+            "source": {"type": "synthetic", "n_cells": 200, "n_genes": 40, "n_types": 2, "n_donors": 3},
+            "labels": ["cell_type", "donor_id"], "split": {"test": 0}, "obs_filter": drop,
+        }
+    )  # fmt: skip
+    facts = ingest.run(config, StageContext(folder, {}, 0, SimpleNamespace(), None))
+    return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
+
+
+def started(**control: str) -> TrainFlowConfig:
+    return TrainFlowConfig.model_validate({"start": {"control": control}})
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [
+        ({"drug": "none"}, "train_flow.start.control: no label 'drug'"),
+        ({"cell_type": "type 9"}, "cell_type has no class 'type 9'"),
+    ],
+)
+def test_controls_that_the_data_do_not_know_are_refused_when_the_data_are(tmp_path, control, words):
+    with pytest.raises(InputError, match=words):
+        check_against_data({"train_flow": started(**control)}, screen(tmp_path))
+
+
+def test_treated_cells_without_controls_start_at_noise_and_are_counted(tmp_path):
+    data = IngestedDataset.open(screen(tmp_path, f"cell_type != '{CD4}' or donor_id != 'donor 1'"))
+    treated = data.composition("train").query(f"cell_type == '{CD8}' and donor_id == 'donor 1'")["n_cells"].sum()
+    [note] = check_controls(started(cell_type=CD4).start, data)
+    assert note.startswith(f"{treated} training cells have no control cells (cell_type {CD4})")
+    assert f"donor_id donor 1 ({treated} cells)" in note
+    assert check_controls(started(cell_type=CD8).start, data) == []
+
+
+def test_controls_that_no_treated_cell_shares_its_other_labels_with_are_refused(tmp_path):
+    ingested = screen(
+        tmp_path,
+        f"(cell_type == '{CD4}' and donor_id == 'donor 1') or (cell_type == '{CD8}' and donor_id != 'donor 1')",
+    )
+    with pytest.raises(InputError, match="no combination of donor_id has both"):
+        check_against_data({"train_flow": started(cell_type=CD4)}, ingested)

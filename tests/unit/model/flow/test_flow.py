@@ -7,7 +7,7 @@ from helpers.models.upstream_fixtures import load_fixture
 from parity.kinds.transport import DIFFUSION_NAMES, PATH_NAMES
 
 from scldm.flow.config import PathConfig
-from scldm.flow.guidance import guidance_terms, guided_prediction, guided_velocity
+from scldm.flow.guidance import guidance_terms, guided_prediction, guided_velocity, per_cell_prediction
 from scldm.flow.objective import flow_loss, to_noise, to_score, to_velocity
 from scldm.flow.path import (
     PATHS,
@@ -178,6 +178,57 @@ def test_exclusive_labels_are_guided_one_at_a_time_each_by_its_scale():
     assert model.batch_sizes == [6]
     null, a, b = (model(X, T, conditions) for conditions in ({}, A, B))
     torch.testing.assert_close(guided, null + 1.5 * (a - null) + 3.0 * (b - null))
+
+
+def written_out(model, together, a, b):
+    null, both = model(X, T, {}), model(X, T, {**A, **B})
+    return null + together * (both - null) + a * (model(X, T, A) - null) + b * (model(X, T, B) - null)
+
+
+@pytest.mark.parametrize(
+    ("scale", "outputs"),
+    [
+        ({"*": 1.0, "a": 0.5, "b": 3.0}, 4), ({"*": 1.0, "a": 0.5}, 3), ({"*": 0.0, "a": 1.0}, 1),
+        ({"*": 0.0, "a": 0.5, "b": 0.5}, 2), ({"*": 1.0}, 1), ({"*": 0.0}, 1), ({"*": 2.0, "b": 0.0}, 2),
+    ],
+)  # fmt: skip
+def test_joint_labels_may_each_have_a_scale_beside_that_of_all_together(scale, outputs):
+    model = Spy("joint")
+    guided = guided_prediction(model, {**A, **B}, scale=scale)(X, T)
+    assert model.batch_sizes == [2 * outputs], "no output with weight 0 is computed"
+    terms = (scale.get(k, 0.0) for k in ("*", "a", "b"))
+    torch.testing.assert_close(guided, written_out(model, *terms))
+
+
+def test_scales_of_each_cell_give_what_the_same_scales_give_for_all():
+    scales = [{"*": 1.0, "a": 0.5, "b": 3.0}, {"*": 2.0, "a": 0.0, "b": -1.0}]
+    per_cell = {k: torch.tensor([w[k] for w in scales]) for k in scales[0]}
+    model = Spy("joint")
+    mixed = per_cell_prediction(model, {**A, **B}, per_cell)(X, T)
+    assert model.batch_sizes == [4 + 2], "the weights of the second cell add up to 1 without the null class"
+    for cell, scale in enumerate(scales):
+        torch.testing.assert_close(mixed[cell], guided_prediction(Spy("joint"), {**A, **B}, scale=scale)(X, T)[cell])
+
+
+def test_the_only_label_of_a_cell_is_all_of_its_labels():
+    null = Spy.n_classes
+    model, without_b = Spy("joint"), {**A, "b": torch.full((2,), null["b"])}
+    per_cell = {"*": torch.full((2,), 1.5), "a": torch.full((2,), 0.5), "b": torch.full((2,), 7.0)}
+    guided = per_cell_prediction(model, without_b, per_cell)(X, T)
+    assert model.batch_sizes == [4], "null and conditional"
+    torch.testing.assert_close(guided, guided_prediction(Spy("joint"), A, scale=2.0)(X, T))
+    torch.testing.assert_close(guided, guided_prediction(Spy("joint"), A, scale={"*": 1.5, "a": 0.5})(X, T))
+
+
+def test_equal_scales_without_one_of_all_together_are_that_scale():
+    both = {**A, **B}
+    equal = guided_prediction(Spy("joint"), both, scale={"a": 2.0, "b": 2.0})(X, T)
+    assert torch.equal(equal, guided_prediction(Spy("joint"), both, scale=2.0)(X, T))
+
+
+def test_exclusive_labels_have_no_scale_of_all_together():
+    with pytest.raises(ValueError, match="sets one label at a time"):
+        guided_prediction(Spy("mutually_exclusive"), {**A, **B}, scale={"*": 1.0, "a": 1.0, "b": 1.0})
 
 
 def test_without_conditions_there_is_nothing_to_guide():

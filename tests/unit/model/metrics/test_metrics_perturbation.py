@@ -24,6 +24,7 @@ from scldm.metrics.perturbation.measures import (
     shift_scores,
 )
 from scldm.metrics.perturbation.screen import Screen
+from scldm.metrics.perturbation.shift import shares
 
 GENES, CELLS = 60, 80
 CONTEXTS, TREATMENTS = ("a", "b", "c"), ("ctrl", "drug", "other")
@@ -98,7 +99,7 @@ def test_answers_in_counts_have_the_mean_that_their_formula_says(known: Screen, 
     answer = free_answers(known, "c", "drug", np.random.default_rng(0))[name]
     assert answer.counts is not None
     got = np.asarray(answer.counts.sum(0)).ravel() / CELLS
-    mean = {p: free._shares(known, *p) for p in [(c, t) for c in "abc" for t in ("ctrl", "drug") if c + t != "cdrug"]}
+    mean = {p: shares(known, *p) for p in [(c, t) for c in "abc" for t in ("ctrl", "drug") if c + t != "cdrug"]}
     control = known.cells("c", "ctrl")
     size = np.asarray(control.sum(1)).ravel().mean()
     ratio = np.exp(np.mean([np.log(mean[c, "drug"] / mean[c, "ctrl"]) for c in "ab"], axis=0))

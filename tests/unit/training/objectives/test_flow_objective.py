@@ -43,7 +43,7 @@ def test_noise_time_and_coins_are_a_function_of_seed_step_and_cell(step):
     one, two, four = (by_cell(step, w, micro) for w, micro in ((1, 8), (2, 3), (4, 1)))
     assert one.keys() == two.keys() == four.keys()
     for i in one:
-        for field in ("noise", "t", "coins"):
+        for field in ("x0", "t", "coins"):
             assert torch.equal(getattr(one[i], field), getattr(two[i], field))
             assert torch.equal(getattr(one[i], field), getattr(four[i], field))
     times = [float(d.t) for d in one.values()]
@@ -60,7 +60,7 @@ def test_validation_draws_belong_to_the_cell_however_it_is_batched():
     ids = torch.tensor([5, 90, 17])
     whole = draws(0, 1).for_validation(ids)
     single = draws(1, 2).for_validation(ids[1:2])
-    assert torch.equal(whole.rows(1, 1).noise, single.noise)
+    assert torch.equal(whole.rows(1, 1).x0, single.x0)
     assert torch.equal(whole.rows(1, 1).t, single.t)
 
 

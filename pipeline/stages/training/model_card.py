@@ -58,6 +58,7 @@ def _facts(config: StrictModel, inputs: Mapping[str, Manifest], given: tuple[str
     yield f"data: {plain_line(_source(ingest))} (digest {str(facts.get('digest', ''))[:12]})"
     yield from _old_cells(facts)
     yield from _likelihood(config)
+    yield from _start(config)
     yield f"cells: {facts['n_cells']}; genes: {facts['n_genes']}; labels: {labels}"
     for label, about in facts.get("label_values", {}).items():
         yield f"label {plain_line(label)}: {plain_line(about['summary'])}"
@@ -74,6 +75,16 @@ def _likelihood(config: StrictModel) -> Iterator[str]:
     if (head := getattr(getattr(config, "model", None), "head", None)) is not None:
         normal = "log1p of counts per 10,000, Normal(mu, 1): no counts"
         yield f"draws: {normal if head == 'gaussian' else 'negative-binomial counts'}"
+
+
+def _start(config: StrictModel) -> Iterator[str]:
+    """Yield what a flow starts at, if that is not noise alone."""
+    if (start := getattr(config, "controls", None)) is not None:
+        noise = "" if start.share == 1 else "noise, and at "
+        yield (
+            f"starts at: {noise}control cells ({plain_line(start.label)} {plain_line(start.control)}) with the same "
+            f"other labels, {start.share:g} of the training cells"
+        )
 
 
 def _old_cells(facts: Mapping[str, Any]) -> Iterator[str]:

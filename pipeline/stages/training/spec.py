@@ -13,7 +13,7 @@ from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
 from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE
 from pipeline.inference.models import model_on_every_node
-from pipeline.stages.model_card import model_card
+from pipeline.stages.training.model_card import model_card
 from pipeline.training.tasks.spec import FlowWorkerSpec, VaeWorkerSpec
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,184 @@
+"""From the errors of combinations that were left out to predicted errors of those that were not measured.
+
+The energy distance over the floor is regressed as its logarithm, the correlation of shifts by Fisher's z. The verdict
+compares our cells with the shift in counts, which anybody has for free: it regresses the logarithm of the ratio of both
+distances.
+
+Shape letters: k combinations, s seeds, a answers, p features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.stages.unseen.finished import BETTER, NO_BETTER
+from pipeline.stages.unseen.left_out import ANSWERS, MEASURES, OURS, Group, GroupResult
+from pipeline.stages.unseen.screen import TrainingScreen
+from pipeline.stages.unseen.ways import WAYS
+from scldm.metrics.perturbation.error_model import ErrorModel, Predicted, coverage, left_out_predictions
+from scldm.metrics.perturbation.free_answers import COUNTS, FREE_ANSWERS
+from scldm.metrics.perturbation.leave_out import without
+from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, nearness
+from scldm.metrics.perturbation.screen import Combination, Screen
+
+MOST_Z = np.arctanh(0.999)
+RATIO = "log ratio to the shift in counts"
+PREDICTIONS, LEFT_OUT = "predicted_errors.csv", "left_out.csv"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Combinations with known errors: mean over seeds of the transformed scores, and what is known near them."""
+
+    pairs: tuple[Combination, ...]
+    errors: np.ndarray  # (k, a, 2), transformed
+    features: np.ndarray  # (k, p)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The tables of the stage, and numbers for its manifest."""
+
+    predicted: pd.DataFrame  # a row for each combination that was asked for
+    left_out: pd.DataFrame  # a row for each measured combination and answer
+    facts: dict[str, Any]
+    notes: list[str]
+
+
+def outcome(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[Sequence[GroupResult]]) -> Outcome:
+    """Fit the error models and predict.
+
+    Args:
+        cells: Training cells.
+        groups: Groups that were left out, and one with what was not measured.
+        results: By seed and group.
+    """
+    known, asked = _left_out(cells, groups, results), _asked(cells, groups, results)
+    best = _best_free(known)
+    targets: dict[tuple[str, str], np.ndarray] = {}
+    for answer in dict.fromkeys((OURS, best)):
+        for j, measure in enumerate(MEASURES):
+            targets[answer, measure] = known.errors[:, ANSWERS.index(answer), j]
+    targets[OURS, RATIO] = known.errors[:, ANSWERS.index(OURS), 0] - known.errors[:, ANSWERS.index(COUNTS), 0]
+    own = {key: left_out_predictions(known.features, y) for key, y in targets.items()}
+    models = {key: ErrorModel.fit(known.features, y) for key, y in targets.items()}
+    predicted = {key: model.predict(asked.features) for key, model in models.items()} if asked.pairs else {}
+    calibrated = models[OURS, RATIO].calibrated
+    covered = {m: coverage(targets[OURS, m], own[OURS, m]) for m in MEASURES} if own[OURS, RATIO].calibrated else {}
+    ratio = own[OURS, RATIO].value
+    seen = np.isfinite(ratio)
+    right = float(((ratio < 0) == (targets[OURS, RATIO] < 0))[seen].mean()) if seen.any() else None
+    facts = {
+        "n_left_out": len(known.pairs), "n_predicted": len(asked.pairs), "best_free": best, "calibrated": calibrated,
+        "coverage_90": covered, "verdict_right": right,
+        "better_than_shift": float((targets[OURS, RATIO] < 0).mean()),
+    }  # fmt: skip
+    return Outcome(
+        _predicted_table(cells, asked.pairs, predicted, best, calibrated),
+        _left_out_table(cells, known, own),
+        facts,
+        _notes(known, calibrated),
+    )
+
+
+# ---- what the models are fitted to -------------------------------------------------------------------------------
+def _left_out(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[Sequence[GroupResult]]) -> LeftOut:
+    pairs: list[Combination] = []
+    errors, features = [], []
+    for i, group in enumerate(groups):
+        if group.measured:
+            scores = np.stack([of_seed[i].scores for of_seed in results])  # (s, k, a, 2)
+            z = np.clip(np.arctanh(np.clip(scores[..., 1], -1, 1)), -MOST_Z, MOST_Z)
+            errors.append(np.stack([np.log(scores[..., 0]), z], axis=-1).mean(0))
+            known = without(cells.screen, group.pairs)
+            features.append(_features(known, group, [of_seed[i] for of_seed in results]))
+            pairs += group.pairs
+    return LeftOut(tuple(pairs), np.concatenate(errors), np.concatenate(features))
+
+
+def _asked(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[Sequence[GroupResult]]) -> LeftOut:
+    (i, group), *_ = [(i, g) for i, g in enumerate(groups) if not g.measured] or [(0, Group("none", (), False))]
+    features = _features(cells.screen, group, [of_seed[i] for of_seed in results])
+    return LeftOut(group.pairs, np.zeros((len(group.pairs), len(ANSWERS), 2)), features)
+
+
+def _features(known: Screen, group: Group, results: Sequence[GroupResult]) -> np.ndarray:
+    """Return what is known near the combinations of a group, (k, p)."""
+    noise, latents, guided, shift = (WAYS.index(way) for way in WAYS)
+    found = []
+    for k, pair in enumerate(group.pairs):
+        numbers = nearness(known, *pair)
+        strength, means = numbers["strength"], [result.means[k] for result in results]  # (w, g) each
+        numbers["methods"] = float(np.mean([disagreement([m[noise], m[latents], m[shift]], strength) for m in means]))
+        numbers["seeds"] = disagreement([(m[noise] + m[latents]) / 2 for m in means], strength)
+        numbers["guidance"] = float(
+            np.mean([disagreement([(m[noise] + m[latents]) / 2, m[guided]], strength) for m in means])
+        )
+        found.append(as_features(numbers))
+    return np.array(found).reshape(len(group.pairs), len(FEATURES))
+
+
+def _best_free(known: LeftOut) -> str:
+    """Return the free answer that is nearest to the measured cells on average."""
+    means = {name: float(known.errors[:, ANSWERS.index(name), 0].mean()) for name in FREE_ANSWERS}
+    return min(means, key=means.__getitem__)
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+def _back(measure: str, values: np.ndarray) -> np.ndarray:
+    return np.tanh(values) if measure == "delta_pearson" else np.exp(values)
+
+
+def _predicted_table(
+    cells: TrainingScreen,
+    pairs: Sequence[Combination],
+    predicted: dict[tuple[str, str], Predicted],
+    best: str,
+    calibrated: bool,
+) -> pd.DataFrame:
+    columns: dict[str, Any] = {}
+    for label in cells.vocabulary.labels:
+        columns[label.name] = [cells.classes(pair)[label.name] for pair in pairs]
+    for measure in reversed(MEASURES):
+        for answer, prefix in ((OURS, ""), (best, "free_")):
+            found = predicted.get((answer, measure))
+            for part in ("value", "low", "high"):
+                name = f"{prefix}{measure}" + ("" if part == "value" else f"_{part}")
+                columns[name] = [] if found is None else _back(measure, getattr(found, part))
+    ratio = predicted.get((OURS, RATIO))
+    columns["free_answer"] = [best] * len(pairs)
+    columns["interval"] = ["90 %" if calibrated else "range of the errors"] * len(pairs)
+    columns["verdict"] = [] if ratio is None else [BETTER if v < 0 else NO_BETTER for v in ratio.value]
+    return pd.DataFrame(columns)
+
+
+def _left_out_table(cells: TrainingScreen, known: LeftOut, own: dict[tuple[str, str], Predicted]) -> pd.DataFrame:
+    rows = []
+    for k, pair in enumerate(known.pairs):
+        about = {**cells.classes(pair), "measured": len(cells.screen.members[pair])}
+        for a, answer in enumerate(ANSWERS):
+            row: dict[str, Any] = {**about, "answer": answer}
+            for j, measure in enumerate(MEASURES):
+                row[measure] = float(_back(measure, known.errors[k, a, j]))
+                found = own.get((answer, measure))
+                for part in ("value", "low", "high"):
+                    name = f"{measure}_predicted" + ("" if part == "value" else f"_{part}")
+                    row[name] = None if found is None else float(_back(measure, getattr(found, part)[k]))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _notes(known: LeftOut, calibrated: bool) -> list[str]:
+    n = len(known.pairs)
+    notes = [
+        f"Errors are those of short trainings, learned from {n} measured combinations that were left out in turn; the "
+        "flow that is trained longer may do better."
+    ]
+    if not calibrated:
+        notes.append(f"{n} combinations are too few for 90 % intervals: the range of their errors is given instead.")
+    return notes

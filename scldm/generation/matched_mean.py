@@ -1,0 +1,76 @@
+"""Move cells to another condition with a mean that is given: factors of the genes for `change_counts`.
+
+A flow says how each cell changes, other predictions only how the mean of all cells does, often with less error. So the
+flow's means after the change are multiplied by one factor per gene, for which the mean of log1p CP10k over the changed
+cells is the one that is asked for; what distinguishes the cells from each other stays the flow's.
+
+The mean of log1p of counts that are drawn has no closed form. It is found by steps of Newton's method on draws, whose
+noise is averaged out over the last steps (Robbins and Monro 1951, Polyak and Juditsky 1992).
+
+Shape letters: b cells, g genes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+
+STEPS, AVERAGED = 14, 6  # Newton steps, and how many of the last are averaged
+LARGEST = 6.0  # |log factor|; a gene that no control cell expresses has no better bound
+LARGEST_STEP = 1.5
+LEAST_SLOPE = 0.02  # of the mean of log1p CP10k in the log factor: below it, counts say nothing of the gene
+ROWS = 64  # cells that are dense at a time
+PER_CELL = 1e4
+
+
+def matched_factors(
+    counts: sp.csr_matrix, before: np.ndarray, after: np.ndarray, shift: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Return the factor of each gene's mean after the change, (g,), positive.
+
+    Args:
+        counts: Counts of cells before the change, (b, g); a few hundred cells are enough.
+        before: The decoder's means before the change, (b, g).
+        after: The decoder's means after it.
+        shift: What the mean of log1p CP10k has to change by, (g,). A shift that no factor reaches, such as below a mean
+            of 0, is reached as nearly as `LARGEST` allows.
+        rng: Source of the draws.
+
+    Raises:
+        ValueError: The shapes differ, or there are no cells.
+    """
+    if not counts.shape == before.shape == after.shape or shift.shape != counts.shape[1:] or not counts.shape[0]:
+        raise ValueError(
+            f"counts {counts.shape}, before {before.shape}, after {after.shape} and shift {shift.shape} do not fit"
+        )
+    counts = sp.csr_matrix(counts)
+    target = _mean_log(counts, before, before, rng)[0] + shift
+    log_factor, found = np.zeros(len(shift)), []
+    for step in range(STEPS):
+        mean, slope = _mean_log(counts, before, after * np.exp(log_factor), rng)
+        damping = 0.8 if step < STEPS - AVERAGED else 0.4
+        newton = damping * (target - mean) / np.maximum(slope, LEAST_SLOPE)
+        log_factor = np.clip(log_factor + np.clip(newton, -LARGEST_STEP, LARGEST_STEP), -LARGEST, LARGEST)
+        found.append(log_factor)
+    return np.exp(np.mean(found[-AVERAGED:], axis=0))
+
+
+def draw_changed(counts: np.ndarray, before: np.ndarray, after: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw counts (b, g) after a change of their means: the plain form of `changed_counts.change_counts`."""
+    ratio = np.minimum(np.divide(after, before, out=np.ones_like(after), where=before > 0), 1.0)
+    return rng.binomial(counts.astype(np.int64), ratio) + rng.poisson(np.maximum(after - before, 0))
+
+
+def _mean_log(
+    counts: sp.csr_matrix, before: np.ndarray, after: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean log1p CP10k of changed cells, and its slope in the log factor, both (g,)."""
+    mean, slope = np.zeros(counts.shape[1]), np.zeros(counts.shape[1])
+    for first in range(0, counts.shape[0], ROWS):
+        at = slice(first, first + ROWS)
+        drawn = draw_changed(counts[at].toarray(), before[at], after[at], rng).astype(np.float64)
+        scale = PER_CELL / np.maximum(drawn.sum(1, keepdims=True), 1)
+        level = after[at] * scale
+        mean += np.log1p(drawn * scale).sum(0)
+        slope += (level / (1 + level)).sum(0)
+    return mean / counts.shape[0], slope / counts.shape[0]

@@ -1,0 +1,129 @@
+"""How far to believe combinations that no training cell has: the stage, on a small synthetic screen."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.stages.screen_case import CONTROL, HELD_OUT, predict_error, screen_inputs
+
+from pipeline.core.progress import ProgressWriter
+from pipeline.stages.unseen.finished import BETTER, NO_BETTER
+from pipeline.stages.unseen.predict_error import read_predictions
+from scldm.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("screen")
+    return root, screen_inputs(root)
+
+
+@pytest.fixture(scope="module")
+def made(place):
+    return predict_error(*place)
+
+
+def facts_of(folder):
+    return json.loads((folder / "manifest.json").read_text())["facts"]
+
+
+def test_every_unmeasured_combination_has_a_row_with_intervals_and_a_verdict(made):
+    table = read_predictions(made / "predicted_errors.csv")
+    assert table[["cell_type", "treatment"]].to_dict("records") == [HELD_OUT]
+    row = table.iloc[0]
+    assert -1 <= row["delta_pearson_low"] <= row["delta_pearson"] <= row["delta_pearson_high"] <= 1
+    assert 0 < row["energy_over_floor_low"] <= row["energy_over_floor"] <= row["energy_over_floor_high"]
+    assert row["free_energy_over_floor"] > 0
+    assert row["verdict"] in (BETTER, NO_BETTER)
+    assert row["interval"] == "range of the errors"  # 7 measured combinations are too few for 90 %
+
+
+def test_an_untrained_model_is_told_to_be_no_better_than_the_shift(made):
+    table = read_predictions(made / "predicted_errors.csv")
+    assert table["verdict"].tolist() == [NO_BETTER]
+    assert facts_of(made)["better_than_shift"] < 0.5
+
+
+def test_left_out_combinations_list_all_answers_and_what_was_predicted_without_them(made):
+    table = pd.read_csv(made / "left_out.csv")
+    ours = table[table["answer"] == "generated"]
+    assert len(ours) == 7  # 4 types x 2 treatments, but the one that is held out
+    assert set(table["answer"]) >= {"generated", "shift", "shift in counts", "control", "nearest context"}
+    control = table[table["answer"] == "control"]
+    assert (control["delta_pearson"].abs() < 1e-6).all()
+    assert (ours["energy_over_floor_predicted_low"] <= ours["energy_over_floor_predicted"]).all()
+    facts = facts_of(made)
+    assert facts["n_left_out"] == 7
+    assert not facts["calibrated"]
+    assert any("too few for 90 % intervals" in note for note in facts["notes"])
+
+
+def test_the_page_names_every_combination_and_the_verdict(made):
+    page = (made / "predicted_errors.html").read_text()
+    assert "B cell" in page
+    assert "no better than the mean shift: use method: shift" in page
+
+
+def test_a_killed_job_goes_on_to_the_same_numbers(place, made, monkeypatch):
+    """It stops in the middle of a training; what was committed is kept."""
+    root, inputs = place
+    steps = []
+
+    def dies(self, step, total, **fields):
+        steps.append(step)
+        if step == 9:  # of 4 + 3 x 3 steps for each of two seeds: in the middle of the second group
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressWriter, "update", dies)
+        with pytest.raises(KeyboardInterrupt):
+            predict_error(root, inputs, version="killed")
+    results = root / "predict_error" / "killed" / "results"
+    before = {f.name: f.stat().st_mtime_ns for f in results.iterdir()}
+    assert set(before) == {"seed0-base.safetensors", "seed0-group0.npz"}
+    again = predict_error(root, inputs, version="killed")
+    assert {n: t for n, t in ((f.name, f.stat().st_mtime_ns) for f in results.iterdir()) if n in before} == before
+    for name in ("predicted_errors.csv", "left_out.csv"):
+        assert (again / name).read_text() == (made / name).read_text()
+
+
+def test_cells_from_controls_can_be_asked_about_and_combinations_named(place):
+    root, inputs = place
+    folder = predict_error(root, inputs, version="latents", start="latents", combinations=[HELD_OUT], seeds=1)
+    table = read_predictions(folder / "predicted_errors.csv")
+    assert len(table) == 1
+    assert facts_of(folder)["start"] == "latents"
+    assert np.isfinite(table["energy_over_floor"]).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"control": {"drug": "control"}}, "control.drug: "),
+        ({"control": {"treatment": "contrl"}}, "'contrl'.*did you mean 'control'"),
+        ({"control": {**CONTROL, "cell_type": "B cell"}}, "control names all labels"),
+        (
+            {"combinations": [{"treatment": "treatment 1"}]},
+            r"combinations\[0\] has no cell_type; give a class for each",
+        ),
+        ({"combinations": [{**HELD_OUT, "cell_type": "b cell"}]}, r"combinations\[0\].cell_type: .*B cell"),
+        ({"combinations": [{**HELD_OUT, "treatment": "control"}]}, "is the control itself"),
+        ({"combinations": [{**HELD_OUT, "treatment": "treatment 2"}]}, "was measured: .* training cells"),
+        ({"combinations": [HELD_OUT, HELD_OUT]}, "named twice"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused_before_anything_is_trained(place, more, message):
+    root, inputs = place
+    with pytest.raises(InputError, match=message):
+        predict_error(root, inputs, version="refused", **more)
+    assert not list((root / "predict_error" / "refused").iterdir())
+
+
+def test_a_screen_without_a_second_context_has_nothing_to_leave_out(tmp_path):
+    source = {"type": "synthetic", "n_cells": 200, "n_genes": 20, "n_types": 1, "n_treatments": 2, "n_donors": 1}
+    inputs = screen_inputs(tmp_path, source=source, split={"validation": 0.1, "test": 0.1})
+    with pytest.raises(InputError, match="no measured combination can be left out"):
+        predict_error(tmp_path, inputs)

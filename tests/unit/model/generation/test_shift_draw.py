@@ -1,0 +1,66 @@
+"""Counts after a shift: exact distributions, from counters of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from scldm.generation.counter_random import MASK, SHIFT, as_cells, key_of
+from scldm.generation.nb_draw import _poisson, _uniforms
+from scldm.generation.shift_draw import SHIFTED, shifted_counts
+
+ADDED = np.array([0.0, 0.01, 0.2, 0.0, 0.0])
+KEPT = np.array([1.0, 1.0, 1.0, 0.3, 0.0])
+COUNTS = sp.csr_matrix(np.array([[4, 0, 7, 30, 5], [0, 1, 0, 9, 0], [2, 0, 60, 1, 1]]))
+
+
+def plain(counts: np.ndarray, ids: np.ndarray, seed: int) -> np.ndarray:
+    """One molecule after the other, as the words say."""
+    found = counts.copy()
+    key, stream = key_of(seed), np.uint64(SHIFTED)
+    for row, cell in enumerate(as_cells(ids)):
+        low, high = cell & MASK, cell >> SHIFT
+        for gene in range(counts.shape[1]):
+            if ADDED[gene] > 0:
+                rate = ADDED[gene] * counts[row].sum()
+                found[row, gene] += int(_poisson(rate, np.uint64(gene), low, high, stream, 0, *key))
+            elif KEPT[gene] < 1:
+                drawn = [_uniforms(np.uint64(gene), low, high, stream, i // 2, *key)[i % 2]
+                         for i in range(counts[row, gene])]  # fmt: skip
+                found[row, gene] = sum(u < KEPT[gene] for u in drawn)
+    return found
+
+
+def test_counts_are_those_of_the_plain_draw():
+    ids = np.array([3, 2**40, 7])
+    np.testing.assert_array_equal(
+        shifted_counts(COUNTS, ADDED, KEPT, ids, seed=5).toarray(), plain(COUNTS.toarray(), ids, 5)
+    )
+
+
+def test_a_cell_does_not_depend_on_the_others():
+    ids = np.arange(300)
+    many = sp.csr_matrix(np.tile(COUNTS.toarray(), (100, 1)))
+    whole = shifted_counts(many, ADDED, KEPT, ids, seed=1).toarray()
+    some = np.array([299, 5, 150])
+    np.testing.assert_array_equal(shifted_counts(many[some], ADDED, KEPT, some, seed=1).toarray(), whole[some])
+    assert (shifted_counts(many, ADDED, KEPT, ids, seed=2).toarray() != whole).any()
+
+
+def test_means_and_variances_are_those_of_poisson_and_binomial_draws():
+    n = 6_000
+    cells = sp.csr_matrix(np.tile([4, 0, 7, 30, 5], (n, 1)))
+    drawn = shifted_counts(cells, ADDED, KEPT, np.arange(n), seed=0).toarray()
+    size = 46
+    np.testing.assert_allclose(drawn.mean(0), [4, 0.01 * size, 7 + 0.2 * size, 9, 0], rtol=0.05)
+    np.testing.assert_allclose(drawn.var(0), [0, 0.01 * size, 0.2 * size, 30 * 0.3 * 0.7, 0], rtol=0.1)
+
+
+def test_a_gene_cannot_gain_and_lose_molecules():
+    with pytest.raises(ValueError, match="not both"):
+        shifted_counts(COUNTS, np.full(5, 0.1), np.full(5, 0.5), np.arange(3), seed=0)
+
+
+def test_no_cells_give_no_cells():
+    assert shifted_counts(COUNTS[:0], ADDED, KEPT, np.arange(0), seed=0).shape == (0, 5)
