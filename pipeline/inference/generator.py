@@ -74,8 +74,8 @@ class Generator:
     def __init__(self, spec: GeneratorSpec):
         import torch
 
+        from scldm.checkpoints.asked_values import with_values
         from scldm.checkpoints.native import load_flow, load_vae
-        from scldm.generation.asked_values import with_values
         from scldm.generation.cell_maker import CellMaker
 
         arm(spec.fault)

@@ -267,7 +267,7 @@ def notes_on(
     if config.conditions is not None and training is not None and not config.conditions.endswith(".parquet"):
         notes += _notes_on_space(request, training, labels)
     if vocabulary is not None and vocabulary.values:
-        from scldm.generation.asked_values import value_notes  # imports torch
+        from scldm.checkpoints.asked_values import value_notes  # imports torch
 
         notes += value_notes(vocabulary, (row.condition for row in request.rows))
     if unseen:

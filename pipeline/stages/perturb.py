@@ -43,8 +43,8 @@ class Perturber:
     synthetic = True
 
     def __init__(self, spec: ApplierSpec, device: torch.device):
+        from scldm.checkpoints.asked_values import with_values
         from scldm.flow.config import SamplerConfig
-        from scldm.generation.asked_values import with_values
         from scldm.generation.perturbed import Perturbation
 
         config = cast(PerturbConfig, spec.config)
@@ -68,7 +68,7 @@ class Perturber:
 
 def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
     """Run the stage; returns the facts of `run_batches`."""
-    from scldm.generation.asked_values import value_notes  # imports torch
+    from scldm.checkpoints.asked_values import value_notes  # imports torch
 
     if config.method == "shift":
         return run_shift(config, context, pool)

@@ -30,13 +30,13 @@ from scldm.api.arguments import Arguments
 from scldm.api.conditions import Conditions, library_size_argument, read_conditions, sampler_settings
 from scldm.api.folders import ModelFolders, Weights, find_models
 from scldm.api.parts import LATENTS, check_fits, digests, flat, joined, made_cells, require_counts_head, tiles, told
+from scldm.checkpoints.asked_values import value_notes, with_values
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.data.align import Match, align, class_ids
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
 from scldm.flow.transport import generation_start_problem
-from scldm.generation.asked_values import value_notes, with_values
 from scldm.generation.cell_maker import CellMaker, check_pair
 from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln, vectors_digest
 from scldm.generation.expression_draw import expression_problems, expression_setting_problem

@@ -12,6 +12,7 @@ from scldm.api.arguments import Arguments
 from scldm.api.conditions import sampler_settings
 from scldm.api.folders import ModelFolders, Weights
 from scldm.api.parts import digests, flat, made_cells, tiles, told
+from scldm.checkpoints.asked_values import value_notes, with_values
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.align import AlignedCells, class_ids
 from scldm.data.cell_counts import CellsError
@@ -19,7 +20,6 @@ from scldm.data.class_names import class_name
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.flow.config import SamplerConfig
 from scldm.flow.guidance import guidance_terms
-from scldm.generation.asked_values import value_notes, with_values
 from scldm.generation.decoder_condition import refuse_adaln
 from scldm.generation.perturbed import Perturbation, not_controls, perturb_cells, perturb_problems
 from scldm.generation.request_table import RequestError, check_guidance

@@ -17,12 +17,12 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from scldm.checkpoints.asked_values import with_null_ids
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.batch import CellBatch
 from scldm.flow.config import ControlStart, SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.flow.transport import FromControls, Start, start_problem
-from scldm.generation.asked_values import with_null_ids
 from scldm.generation.changed_counts import change_counts
 from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
 from scldm.nn.vae import CountDistribution

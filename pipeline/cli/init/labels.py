@@ -112,7 +112,7 @@ def _as_number(column: str, p: Mapping[str, Any]) -> str:
     why = "it has fractions" if p["kind"] != "whole numbers" else "it has many values"
     if p["kind"] == "whole numbers" and set(_plain(column).split("_")) & {*MEASURED, *DOSES}:
         why = "so it is named"
-    return f"taken as a number{scale if 'scale' in settings else ''}: {why}; ingest.label_values=null makes it classes"
+    return f"taken as a number{scale if 'scale' in settings else ''}: {why}; ingest.label_values={{}} makes it classes"
 
 
 def donor_column(columns: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -73,7 +73,7 @@ def label_findings(
         if measured := measurements(obs[label]):
             yield error(f"{label} holds {len(measured):,} different measurements, not classes",
                         "cut it into ranges with pandas.cut, name another label, or make it a number with "
-                        f"ingest.label_values={{{label}: {{type: number}}}}",
+                        f"ingest.label_values.{label}.type=number",
                         count=len(measured), first=measured)  # fmt: skip
             continue
         counts = class_counts(obs[label], missing_text)

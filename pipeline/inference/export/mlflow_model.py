@@ -60,8 +60,8 @@ class ScldmModel(PythonModel):
 
         from pipeline.config.stages import GenerateConfig
         from pipeline.inference.request import recipe_of, values_problems
+        from scldm.checkpoints.asked_values import with_values
         from scldm.data.user_table import whole_table
-        from scldm.generation.asked_values import with_values
         from scldm.generation.cell_maker import CellMaker
         from scldm.generation.request import Request, RequestRow
         from scldm.generation.request_table import read_rows

@@ -61,7 +61,7 @@ def test_a_column_of_measurements_may_be_a_number(tmp_path):
     folder = tmp_path / "classes"
     folder.mkdir()
     plain = IngestConfig.model_validate({"source": {"type": "h5ad", "path": str(path)}, "labels": ["age"]})
-    with pytest.raises(InputError, match=r"make it a number with ingest.label_values=\{age: \{type: number\}\}"):
+    with pytest.raises(InputError, match=r"make it a number with ingest\.label_values\.age\.type=number"):
         ingest.run(plain, StageContext(folder, {}, 0, SimpleNamespace(), None))
 
 

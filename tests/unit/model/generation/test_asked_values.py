@@ -13,9 +13,9 @@ from helpers.models.small_models import CELL_TYPES, write_flow, write_vae
 from helpers.stages.generation_case import generate, write_inputs
 
 from scldm.api.model import load
+from scldm.checkpoints.asked_values import with_values
 from scldm.checkpoints.native import load_flow
 from scldm.errors import InputError
-from scldm.generation.asked_values import with_values
 
 LABELS = (CELL_TYPES, number(unit="uM"), sets(), vectors(zero=["ctrl"]))
 ROWS = [

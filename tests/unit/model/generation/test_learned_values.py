@@ -7,6 +7,7 @@ import torch
 from helpers.models.label_values import number
 from helpers.models.small_models import vocabulary
 
+from scldm.checkpoints.asked_values import with_values
 from scldm.checkpoints.native import LoadedFlow, new_dit
 from scldm.data.labels.values import Vectors
 from scldm.data.labels.vectors import NamedVectors, fit_vectors
@@ -16,7 +17,6 @@ from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path, training_interval
 from scldm.flow.sampler import sample_latents
-from scldm.generation.asked_values import with_values
 from scldm.nn.config import DiTConfig
 from scldm.random import generator
 
