@@ -24,11 +24,12 @@ from pipeline.config.input_paths import (
     OldModels,
     SomaUri,
     TenxPath,
+    VectorTable,
 )
 from pipeline.config.paths.expand import PathText
 from pipeline.config.s3 import S3Config
 from scldm.config import StrictModel
-from scldm.data.reserved_names import is_reserved
+from scldm.data.labels.reserved_names import is_reserved
 
 MISSING_TEXT = ("nan", "NaN", "<NA>")
 
@@ -307,6 +308,51 @@ class ReplayConfig(StrictModel):
         return self
 
 
+class NumberLabel(StrictModel):
+    """A label that is a number: a dose, a time, an age.
+
+    The network is given its value, so that others than those of the data can be generated, between them or beyond.
+    """
+
+    type: Literal["number"]
+    unit: str = ""
+    """Its unit, for notes, plan and model card: uM, h."""
+    scale: Literal["linear", "log"] = "linear"
+    """log: equal ratios are equal steps, as of doses; every value is then above 0."""
+    zero: list[ClassName] = []
+    """Values of the untreated control, which are no point on the scale: [0] of a dose on a log scale."""
+
+
+class SetLabel(StrictModel):
+    """A label that is a set, as several perturbations at once: A+B is B+A, and the embeddings of its members add up.
+
+    Any set of members that the data have can be generated.
+    """
+
+    type: Literal["set"]
+    separator: str = Field("+", min_length=1)
+    """Text between two members."""
+    zero: list[ClassName] = []
+    """Names of no perturbation: alone the untreated control, beside others nothing (A+ctrl is A)."""
+
+
+class VectorLabel(StrictModel):
+    """A label of names that have a vector each in a table of yours.
+
+    The network is given the vector, so that every name of the table can be generated, measured or not.
+    """
+
+    type: Literal["vector"]
+    embeddings: VectorTable
+    """A CSV, TSV or Parquet table: names in the column `name` or the first one, all other columns numbers (or one
+    column of lists). From anywhere: ESM, GenePT, Morgan fingerprints."""
+    zero: list[ClassName] = []
+    """Names of the untreated control, which need no vector: [non-targeting]."""
+
+
+LabelValue = Annotated[NumberLabel | SetLabel | VectorLabel, Field(discriminator="type")]
+
+
 class IngestConfig(StrictModel):
     """Vocabularies, split and statistics of a source; the counts stay in SOMA."""
 
@@ -314,6 +360,10 @@ class IngestConfig(StrictModel):
     """The source of cells; `type` says which kind."""
     labels: list[str] = ["cell_type"]
     """obs columns that the flow is conditioned on."""
+    label_values: dict[str, LabelValue] = {}
+    """Labels whose classes are values, so that a value that no cell had can be generated: numbers ({dose: {type:
+    number, unit: uM, scale: log}}), sets ({drugs: {type: set}}), or names with a vector each ({gene: {type: vector,
+    embeddings: genes.parquet, zero: [non-targeting]}}). The others are classes."""
     cells: CellsConfig = CellsConfig()
     obs_filter: str | None = None
     """SOMA value filter on obs, for what `cells` cannot say: "n_genes > 500 or tissue_general == 'lung'". A column
@@ -355,6 +405,19 @@ class IngestConfig(StrictModel):
             raise ValueError(f"{', '.join(twice)}: named twice; name each label once")
         return labels
 
+    @field_validator("label_values")
+    @classmethod
+    def _of_labels(cls, given: dict[str, LabelValue], info: ValidationInfo) -> dict[str, LabelValue]:
+        labels = info.data.get("labels", [])
+        if unknown := [x for x in given if x not in labels]:
+            raise ValueError(f"{', '.join(unknown)}: no label of this job ({', '.join(labels)}); name it in labels too")
+        for label, values in given.items():
+            if isinstance(values, SetLabel) and (joined := [z for z in values.zero if values.separator in z]):
+                raise ValueError(
+                    f"{label}.zero: {', '.join(joined)} holds the separator {values.separator!r}; name members"
+                )
+        return given
+
     @model_serializer(mode="wrap")
     def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out settings that 0.1.0 did not have and that are not set: the versions of its folders stay theirs."""
@@ -363,4 +426,6 @@ class IngestConfig(StrictModel):
             settings.pop("missing_text", None)
         if self.replay is None:
             settings.pop("replay", None)
+        if not self.label_values:
+            settings.pop("label_values", None)
         return settings

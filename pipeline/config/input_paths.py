@@ -257,6 +257,9 @@ VectorFile = Annotated[PathText, InputFile("a .npy file of numbers, as numpy.sav
 GeneTable = Annotated[
     PathText, InputFile("a table with a vector for each gene: CSV, TSV or Parquet", "gene_embeddings")
 ]
+VectorTable = Annotated[
+    PathText, InputFile("a table with a vector for each name: CSV, TSV or Parquet", "label_values.embeddings")
+]
 DeepSpeedFile = Annotated[PathText, InputFile("a JSON file of DeepSpeed options, or null", "deepspeed")]
 HeldOutTable = Annotated[PathText, InputFile("a CSV or Parquet table of combinations of labels", "held_out")]
 GeneVocabulary = Annotated[PathText, VocabularyFile("a file of genes, or the folder of a model", "vocabulary")]
@@ -312,8 +315,9 @@ def input_contents(config: BaseModel, *, where: str = "") -> dict[str, InputCont
 
 
 def _key(mark: InputPath, path: str) -> str:
-    """Return the key of an input: old cells of ingest.replay may have a source beside that of the new cells."""
-    return path if path.startswith("replay.") else mark.key
+    """Return the key of an input. Old cells of ingest.replay may have a source beside that of the new cells, and
+    several labels may have a table of vectors."""
+    return path if path.startswith(("replay.", "label_values.")) else mark.key
 
 
 def settings_without_paths(config: BaseModel, contents: Mapping[str, InputContent]) -> dict[str, Any]:
@@ -324,14 +328,19 @@ def settings_without_paths(config: BaseModel, contents: Mapping[str, InputConten
     settings = config.model_dump(mode="json")
     uses_names = "dataset_id" in json.dumps(settings)
     for content in contents.values():
-        *folders, name = content.setting.split(".")
-        place = settings
-        for folder in folders:
-            place = place[folder]
+        place, name = _place_of(settings, content.setting)
         place[name] = {"content": content.digest}
         if content.named_by_path and uses_names:
             place[name] |= {"path": content.value}
     return settings
+
+
+def _place_of(settings: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """Return the section that holds a setting, and the setting's name in it; a label in the path may hold points."""
+    while path not in settings:
+        key = max((k for k in settings if path.startswith(f"{k}.")), key=len)
+        settings, path = settings[key], path.removeprefix(f"{key}.")
+    return settings, path
 
 
 def named_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, InputPath, BaseModel]]:
@@ -341,6 +350,10 @@ def named_inputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str
         path = f"{prefix}{name}"
         if isinstance(value, BaseModel):
             yield from named_inputs(value, f"{path}.")
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                if isinstance(inner, BaseModel):
+                    yield from named_inputs(inner, f"{path}.{key}.")
         elif isinstance(value, str) and (mark := mark_of(field.annotation, field.metadata)) is not None:
             yield path, value, mark, config
 

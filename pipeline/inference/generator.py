@@ -25,8 +25,8 @@ from pipeline.inference.cell_shards import CELLS, shard_name
 from pipeline.inference.progress import ShardProgress, count_attempt
 from pipeline.inference.request import recipe_of, settings_of
 from pipeline.inference.shard_writer import ShardFile
+from scldm.data.labels.reserved_names import PREDICTED_COLUMNS
 from scldm.data.library_size import LibrarySizes
-from scldm.data.reserved_names import PREDICTED_COLUMNS
 from scldm.generation.recipe import generated_obs, genes_table
 from scldm.generation.request import Request
 
@@ -74,6 +74,7 @@ class Generator:
     def __init__(self, spec: GeneratorSpec):
         import torch
 
+        from scldm.checkpoints.asked_values import with_values
         from scldm.checkpoints.native import load_flow, load_vae
         from scldm.generation.cell_maker import CellMaker
 
@@ -83,6 +84,7 @@ class Generator:
         self.spec, self.config, self.store = spec, spec.config, cell_shards(spec.folder)
         vae = load_vae(spec.vae, device=device)
         flow = load_flow(spec.flow, weights=self.config.sampler.weights, device=device)
+        flow = with_values(flow, (row.condition for row in spec.request.rows))
         self.vocabulary = flow.vocabulary
         self.draws_counts = vae.vae.config.head != "gaussian"
         recipe = recipe_of(

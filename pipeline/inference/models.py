@@ -271,11 +271,24 @@ def check_target(
         raise InputError("\n".join(problems))
 
 
+def target_classes(config: PerturbConfig, vocabulary: Vocabulary) -> dict[str, str | None]:
+    """Return the classes that cells are moved to, as the model calls them; they need not be classes of the data.
+
+    Raises:
+        UnknownNameError: There is no such label or class.
+    """
+    return {k: None if v is None else vocabulary.label(k).asked(v) for k, v in config.to.items()}
+
+
 def _target_problems(config: PerturbConfig, vocabulary: Vocabulary) -> list[str]:
     problems = []
     for name, value in config.to.items():
         try:
-            vocabulary.label(name).encode([value])
+            label = vocabulary.label(name)
+            if value is None or config.method != "flow":  # which is learned from cells
+                label.encode([value])
+            else:
+                label.asked(value)
         except UnknownNameError as error:
             problems.append(f"to.{name}: {error}")
     if isinstance(config.guidance, dict):

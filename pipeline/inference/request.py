@@ -243,12 +243,15 @@ def values_problems(config: GenerateConfig, request: Request) -> list[str]:
 
 
 def notes_on(
-    request: Request, training: pd.DataFrame | None, sizes: LibrarySizes, config: GenerateConfig, *, counts: bool = True
-) -> list[str]:
-    """Describe what a reader of the cells should know: combinations without training cells, borrowed library sizes.
+    request: Request, training: pd.DataFrame | None, sizes: LibrarySizes, config: GenerateConfig, *,
+    counts: bool = True, vocabulary: Vocabulary | None = None,
+) -> list[str]:  # fmt: skip
+    """Describe what a reader of the cells should know: combinations and values without training cells, borrowed
+    library sizes.
 
     Args:
         training: Composition of the training cells; None if it is not known.
+        vocabulary: Of the model, whose labels may be values.
     """
     labels = [] if training is None else [c for c in training.columns if c != "n_cells"]
     unseen, fallback = [], []
@@ -263,6 +266,10 @@ def notes_on(
     notes = []
     if config.conditions is not None and training is not None and not config.conditions.endswith(".parquet"):
         notes += _notes_on_space(request, training, labels)
+    if vocabulary is not None and vocabulary.values:
+        from scldm.checkpoints.asked_values import value_notes  # imports torch
+
+        notes += value_notes(vocabulary, (row.condition for row in request.rows))
     if unseen:
         notes.append(f"No training cell has {_first(unseen)}: what the model says of them is composed, not learned.")
     if fallback:

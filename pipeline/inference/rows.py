@@ -190,7 +190,11 @@ def _codes(
 
 def _names_in(column: pd.Series, label: LabelVocabulary) -> np.ndarray:
     """Return the class of each cell; a text like "nan" is missing unless it is a class of the model."""
-    return label_names(column, [text for text in MISSING_TEXT if text not in label.classes])
+    names = label_names(column, [text for text in MISSING_TEXT if text not in label.classes])
+    if label.values is None:
+        return names
+    classes = {name: label.find(name) or name for name in pd.unique(names[~pd.isna(names)])}
+    return np.array([classes.get(name) for name in names], dtype=object)
 
 
 def _unknown_cells(

@@ -88,6 +88,7 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
     cells, genes = (f"{n:,}" if n is not None else UNKNOWN for n in (n_cells, data.n_genes))
     named = getattr(configs.get("generate"), "model", None) is not None  # no data are read
     lines = [] if named else [f"data: {cells} cells x {genes} genes ({data.source})"]
+    lines += [] if named else _value_lines(data, configs.get("ingest"))
     disk = 0
     if "train_vae" in configs and configs["train_vae"].pretrained is not None:
         lines.append(f"train_vae: {configs['train_vae'].pretrained} is used as it is; nothing is trained")
@@ -125,6 +126,17 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         lines.append(f"predict_error: {steps} steps of {asked.batch_size} cells, in one process")
     lines += _gpu_hours(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {human(disk)} in all"] if disk else lines
+
+
+def _value_lines(data: sizes.DataFacts, ingest: Any) -> list[str]:
+    """Return a line for each label whose classes are values: what was measured, or what the job says before ingest."""
+    if data.values:
+        return [f"label {label}: {about['summary']}" for label, about in data.values.items()]
+    lines = []
+    for label, given in getattr(ingest, "label_values", {}).items():
+        said = ", ".join(f"{k} {v}" for k, v in given.model_dump(exclude={"type"}, exclude_defaults=True).items())
+        lines.append(f"label {label}: {given.type}" + (f" ({said})" if said else ""))
+    return lines
 
 
 def _controls(flow: TrainFlowConfig, vae: TrainVaeConfig | None, data: sizes.DataFacts) -> list[str]:

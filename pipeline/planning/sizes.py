@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class DataFacts:
     n_classes: Mapping[str, int] | None = None
     expressed: float | None = None  # mean expressed genes of a cell
     source: str = "unknown until ingest has run"
+    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # label -> facts, if its classes are values
 
 
 def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFacts:
@@ -47,8 +48,9 @@ def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFact
     if ingest is not None and ingest.facts:
         f = ingest.facts
         return DataFacts(
-            f.get("n_cells"), f.get("n_genes"), f.get("n_classes"), f.get("mean_expressed_genes"), "manifest"
-        )
+            f.get("n_cells"), f.get("n_genes"), f.get("n_classes"), f.get("mean_expressed_genes"), "manifest",
+            f.get("label_values", {}),
+        )  # fmt: skip
     source = config.source if config is not None else None
     if config is None or source is None:
         return DataFacts()
@@ -108,16 +110,21 @@ def dit_parameters(config: TrainFlowConfig, vae: TrainVaeConfig, data: DataFacts
         return None
     import torch
 
-    from scldm.nn.dit import DiT
+    from scldm.nn.dit import ClassFeatures, DiT
 
     m, e = vae.model.n_latent_tokens, vae.model.latent_width
     with torch.device("meta"):
+        features = {
+            label: ClassFeatures(torch.empty(data.n_classes[label], about["n_features"]), about["type"] == "set")
+            for label, about in data.values.items()
+        }
         return _count(
             DiT(
                 config.model,
                 n_latent_tokens=m,
                 latent_width=e,
                 n_classes=dict(data.n_classes),
+                features=features,
                 from_controls=config.start is not None,
             )
         )

@@ -204,7 +204,8 @@ def _spec(
         raise InputError(f"generate: {problem}")
     if not counts and (problems := values_problems(config, request)):
         raise InputError("\n".join(problems))
-    recipe_of(request, config, models.vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
+    vocabulary = models.vocabulary.extended(row.condition for row in request.rows)
+    recipe_of(request, config, vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
     vectors = vectors_of(config, request, vae_config(models.vae))
     training = None if models.data is None else models.data.composition("train", replayed=True)
     provenance = {
@@ -218,7 +219,7 @@ def _spec(
         "n_genes_decoded": models.vocabulary.n_genes,
         "data": models.data_digest,
         "latent_shape": list(models.latent_shape),
-        "notes": notes_on(request, training, sizes, config, counts=counts),
+        "notes": notes_on(request, training, sizes, config, counts=counts, vocabulary=vocabulary),
         **scale_of("nb" if counts else "gaussian", config.sampler.expression),
         **vectors_digest(vectors),
         **({} if config.start == "noise" else {"start": config.start}),

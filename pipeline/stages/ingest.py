@@ -37,6 +37,17 @@ from pipeline.data.ingest.held_out import (
     notes_on,
     read_combinations,
 )
+from pipeline.data.ingest.label_values import (
+    canonical_column,
+    canonical_combinations,
+    fit_values,
+    has_training_cells,
+    in_order,
+    read_tables,
+    values_facts,
+    values_notes,
+    with_values,
+)
 from pipeline.data.ingest.measured import measured_genes, over_measured
 from pipeline.data.ingest.replay import (
     FOLDER,
@@ -66,6 +77,7 @@ from pipeline.data.validation.counts import same_total_findings
 from pipeline.data.validation.names import class_counts, spelling_findings
 from pipeline.data.validation.obs_sums import sum_findings
 from scldm.data.label_type import LabelType
+from scldm.data.labels.vectors import NamedVectors
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import InputError
@@ -78,11 +90,12 @@ TRUTH = "truth.parquet"
 
 def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its facts."""
+    tables = read_tables(config)
     opened = open_source(config, context.folder, _columns(config), named_by=_named_by(config))
     source = with_counts(opened, config.source)
     # Two tables with a row for each cell: what the source says, and what is computed here. They are never one, because
     # a source may have columns called split, library_size or n_expressed.
-    obs = _eligible(config, source)
+    obs = _eligible(config, source, tables)
     split, combinations, copies = _split(config, source, obs)
     cells = pd.DataFrame({"soma_joinid": obs["soma_joinid"], "split": split})
     genes = model_genes(config.genes, source.store)
@@ -105,7 +118,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         source.store, var, n_train=int((split == "train").sum()),
         held_out=cells["soma_joinid"].to_numpy()[split != "train"], combinations=combinations,
     ))  # fmt: skip
-    vocabulary = _vocabulary(config, obs, var, source.types, replayed)
+    vocabulary = _vocabulary(config, obs, split, var, source.types, replayed, tables)
     if combinations:
         table = counted(obs, combinations)
         source.facts |= held_out_facts(table, context.folder)
@@ -135,6 +148,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "n_cells": n_cells,
         "labels": [x.name for x in vocabulary.labels],
         "n_classes": vocabulary.n_classes,
+        **values_facts(vocabulary.values),
         "label_counts": label_counts(obs, split, config.labels),
         "mean_expressed_genes": mean_expressed,
         "max_expressed_genes": int(largest["n_expressed"]),
@@ -162,7 +176,8 @@ def _columns(config: IngestConfig) -> list[str]:
 
 def _split(config: IngestConfig, source: OpenSource, obs: pd.DataFrame) -> tuple[np.ndarray, list[Combination], Copies]:
     """Return the split of each cell, the combinations that are held out whole, and the cells that are there twice."""
-    combinations = find_classes(obs, read_combinations(config.split.held_out))
+    combinations = canonical_combinations(config, read_combinations(config.split.held_out))
+    combinations = find_classes(obs, combinations)
     census = config.source.type == "census"  # which says itself which cells it has twice: is_primary_data
     copies = Copies.none(len(obs)) if census else find_copies(source.store, obs, source.notes)
     split = split_cells(obs, config.split, tile=source.store.tile, copies=copies)
@@ -179,7 +194,7 @@ def _named_by(config: IngestConfig) -> dict[str, str]:
     return {c: where for c, where in columns_of(config.split.held_out).items() if c not in config.labels}
 
 
-def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
+def _eligible(config: IngestConfig, source: OpenSource, tables: Mapping[str, NamedVectors]) -> pd.DataFrame:
     """Return obs of the cells that pass the filter and have their labels; at most max_cells of them."""
     available, wanted = source.store.obs_columns(), _columns(config)
     if absent := [c for c in wanted if c not in available]:
@@ -198,10 +213,12 @@ def _eligible(config: IngestConfig, source: OpenSource) -> pd.DataFrame:
         )
     drop = config.missing_label == "drop"
     names = "soma_joinid " + cells["soma_joinid"].astype(str)
-    problems = label_problems(cells, wanted, drop_missing=drop, names=names, missing_text=config.missing_text)
+    problems = label_problems(
+        cells, wanted, drop_missing=drop, names=names, missing_text=config.missing_text, values=config.label_values
+    )
     if problems:
         raise InputError("\n".join(problems))
-    cells = _with_labels(config, source, cells, wanted)
+    cells = with_values(config, _with_labels(config, source, cells, wanted), tables)
     if config.max_cells is not None and len(cells) > config.max_cells:
         source.notes.append(f"{config.max_cells:,} of {len(cells):,} cells were taken: max_cells.")
         some = subsample_cells(cells["soma_joinid"].to_numpy(), config.max_cells, tile=source.store.tile)
@@ -218,10 +235,9 @@ def _with_labels(config: IngestConfig, source: OpenSource, cells: pd.DataFrame, 
             found = spellings(cells[column], config.missing_text)
             source.notes.append(f"{n} cells have no {column} and are left out ({found}).")
         cells = cells.assign(**{column: pd.Categorical(names)})[~no_label].reset_index(drop=True)
-    for column in wanted:
+    for column in (c for c in wanted if c not in config.label_values):
         source.notes += [f.message for f in spelling_findings(column, class_counts(cells[column], ()))]
-        cells[column] = cells[column].cat.remove_unused_categories()
-    return cells
+    return cells.assign(**{c: cells[c].cat.remove_unused_categories() for c in wanted})
 
 
 # ---- old cells -------------------------------------------------------------------------------------------------------
@@ -239,7 +255,8 @@ def _replayed(config: IngestConfig, context: StageContext, new: NewCells) -> Rep
         source = H5adSource(type="h5ad", path=str(_generated(config.replay, context, new, folder)))
         old = of_source(source, config, columns, folder)
         old.opened.description = f"cells that {config.replay.model} generated"
-    return replay(old, new, config)
+    found = replay(old, new, config)
+    return replace(found, labels=found.labels.apply(lambda names: canonical_column(config, str(names.name), names)))
 
 
 def _generated(config: ReplayConfig, context: StageContext, new: NewCells, folder: Path) -> Path:
@@ -306,15 +323,23 @@ def _some_tiles(ids: np.ndarray, train: np.ndarray, tile: int) -> np.ndarray:
 def _vocabulary(
     config: IngestConfig,
     obs: pd.DataFrame,
+    split: np.ndarray,
     var: pd.DataFrame,
     types: Mapping[str, LabelType],
     replayed: Replayed | None,
+    tables: Mapping[str, NamedVectors],
 ) -> Vocabulary:
     classes = {x: set(obs[x].astype(str).unique()) for x in config.labels}
     if replayed is not None:
         require_type(replayed, types)
         classes = {x: known | replayed.classes(x) for x, known in classes.items()}
-    labels = tuple(LabelVocabulary(x, tuple(sorted(classes[x])), types[x]) for x in config.labels)
+    trained = {x: has_training_cells(obs[x], split) for x in config.label_values}
+    if replayed is not None:
+        trained = {x: known | replayed.classes(x) for x, known in trained.items()}
+    values = fit_values(config, classes, trained, tables)
+    labels = tuple(
+        LabelVocabulary(x, in_order(values.get(x), classes[x]), types[x], values.get(x)) for x in config.labels
+    )
     return Vocabulary(tuple(var["feature_id"]), tuple(var["feature_name"]), labels)
 
 
@@ -331,7 +356,10 @@ def _note_unseen_classes(
 ) -> None:
     for label in vocabulary.labels:
         old = set() if replayed is None else replayed.classes(label.name)
-        if unseen := sorted(set(label.classes) - old - set(seen[label.name].astype(str).unique())):
+        unseen = sorted(set(label.classes) - old - set(seen[label.name].astype(str).unique()))
+        if label.values is not None:
+            notes += values_notes(label.values, label.name, unseen)
+        elif unseen:
             notes.append(f"{label.name} has no training cells of {', '.join(unseen)}: it cannot be learned.")
 
 

@@ -23,6 +23,7 @@ from pipeline.inference.models import (
     flow_start,
     latent_width,
     locate_models,
+    target_classes,
 )
 from pipeline.inference.rows import SourceRows
 from pipeline.stages.unseen.perturber import Perturber
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
     """Run the stage; returns the facts of `run_batches`."""
+    from scldm.checkpoints.asked_values import value_notes  # imports torch
+
     if config.method == "shift":
         return run_shift(config, context, pool)
     if config.method == "pooled":
@@ -53,7 +56,11 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
         if config.start == "control" and start is not None:
             _require_controls(rows.table, vocabulary, start)
 
-    return run_batches(config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool, prepare=prepare)
+    facts = run_batches(
+        config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool, prepare=prepare
+    )
+    notes = value_notes(vocabulary, [target_classes(config, vocabulary)])
+    return facts | {"notes": [*facts["notes"], *notes]}
 
 
 def _require_controls(rows: pd.DataFrame, vocabulary: Vocabulary, start: ControlStart) -> None:

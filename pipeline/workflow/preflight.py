@@ -44,6 +44,13 @@ def check_settings(job: JobBase) -> None:
             problems += [*_deepspeed_problems(train), *_decoder_problems(train, job.resources, where)]
             problems += _cautious_problems(train, job.resources, where)
             problems += [*_adapter_problems(config, where), *_gene_table_problems(config, where)]
+        if isinstance(config, IngestConfig) and config.label_values:
+            from pipeline.data.ingest.label_values import read_tables
+
+            try:
+                read_tables(config)
+            except InputError as error:
+                problems.append(str(error))
         if isinstance(config, IngestConfig) and config.replay is not None and config.replay.pipeline is not None:
             try:
                 ingest_of(config.replay.pipeline)

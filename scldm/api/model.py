@@ -29,7 +29,8 @@ import torch
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import Conditions, library_size_argument, read_conditions, sampler_settings
 from scldm.api.folders import ModelFolders, Weights, find_models
-from scldm.api.parts import LATENTS, check_fits, digests, flat, joined, made_cells, require_counts_head, tiles
+from scldm.api.parts import LATENTS, check_fits, digests, flat, joined, made_cells, require_counts_head, tiles, told
+from scldm.checkpoints.asked_values import value_notes, with_values
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.data.align import Match, align, class_ids
 from scldm.data.vocabulary import Vocabulary
@@ -295,7 +296,8 @@ class Model:
             conditions: {label: class} for one condition; or a table (DataFrame, list of dictionaries) with label
                 columns, `n_cells` and, optionally, `guidance`, `guidance.<label>`, `guidance.*` (of joint labels
                 together, beside single ones), `library_size`. A label that is
-                absent or None is left open. None: unconditional cells.
+                absent or None is left open. None: unconditional cells. A label whose classes are values takes others
+                than those of the data; a warning says how far they are from them.
             n: Cells of each row, if the table has no `n_cells`.
             seed: A cell is a function of (models, sampler, seed, request, its position in the request).
             guidance: Scale w in v = v_null + w (v_cond - v_null); None: the sampler's.
@@ -328,10 +330,11 @@ class Model:
         settings = sampler_settings(given, sampler, guidance, loaded=self.weights)
         request, kept = read_conditions(given, conditions, n, settings, genes, self.vocabulary)
         check_fits(request.n_cells, n_latent_numbers=flow.n_latent_tokens * flow.latent_width)
+        flow = with_values(flow, (row.condition for row in request.rows))
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"
         _require_settings_of_head(request, rules, settings, gaussian=gaussian)
-        recipe = recipe_of(request, rules, self.vocabulary, flow.library_sizes, flow.dit.strategy, counts=not gaussian)
+        recipe = recipe_of(request, rules, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=not gaussian)
         vectors = decoder_vectors(
             self.vae.vae.config, decoder_condition, len(request.rows), per="each row of the conditions"
         )
@@ -342,10 +345,11 @@ class Model:
                  "library_size": str(library_size), **digests(self.folders), **vectors_digest(vectors),
                  **({} if start == "noise" else {"start": start})}  # fmt: skip
         prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+        about |= told(value_notes(flow.vocabulary, (row.condition for row in request.rows)))
         digits = len(str(max(1, request.n_cells - 1)))
         ids = np.arange(request.n_cells, dtype=np.int64)
         names = [f"{prefix}-{i:0{digits}d}" for i in ids.tolist()]
-        obs = generated_obs(ids, names, recipe, request, rules, self.vocabulary)
+        obs = generated_obs(ids, names, recipe, request, rules, flow.vocabulary)
         if not gaussian:
             obs["library_size"] = np.concatenate([np.zeros(0, np.float32), *(t.library_size for t in made)])
         return made_cells(

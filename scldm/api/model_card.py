@@ -110,6 +110,9 @@ def _genes_and_labels(model: DescribedModel) -> list[str]:
     if not model.labels:
         lines.append("* labels: none")
     for label, classes in model.labels.items():
+        if (values := model.vocabulary.values.get(label)) is not None:
+            lines.append(f"* label `{plain_line(label)}`: {plain_line(values.summary())}")
+            continue
         listed = ", ".join(plain_line(c) for c in classes[:MOST_CLASSES])
         more = f", … ({len(classes):,} in all)" if len(classes) > MOST_CLASSES else ""
         lines.append(f"* label `{plain_line(label)}`: {listed}{more}")

@@ -6,6 +6,7 @@ Shape letters: b cells, m latent tokens, e latent width.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,13 @@ def made_cells(
     return anndata.AnnData(
         x, obs=obs, var=var, obsm={LATENTS: joined(latents, shape)}, uns={"scldm": {**about, **scale}}
     )
+
+
+def told(notes: list[str]) -> dict[str, list[str]]:
+    """Warn of notes on a request, and return them as an entry of uns["scldm"]; nothing without notes."""
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return {"notes": notes} if notes else {}
 
 
 def joined(parts: Sequence[np.ndarray], latent_shape: tuple[int, int]) -> np.ndarray:

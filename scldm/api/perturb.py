@@ -11,10 +11,12 @@ import numpy as np
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import sampler_settings
 from scldm.api.folders import ModelFolders, Weights
-from scldm.api.parts import digests, flat, made_cells, tiles
+from scldm.api.parts import digests, flat, made_cells, tiles, told
+from scldm.checkpoints.asked_values import value_notes, with_values
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.align import AlignedCells, class_ids
 from scldm.data.cell_counts import CellsError
+from scldm.data.class_names import class_name
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.flow.config import SamplerConfig
 from scldm.flow.guidance import guidance_terms
@@ -62,7 +64,7 @@ def _classes(given: Arguments, to: Any, vocabulary: Vocabulary) -> dict[str, str
     for name, value in to.items():
         try:
             label = vocabulary.label(str(name))
-            [found[label.name]] = label.decode(label.encode([value]).tolist())
+            found[label.name] = None if (own := class_name(value)) is None else label.asked(own)
         except UnknownNameError as error:
             given.problems.append(f"to[{name!r}]: {error}")
     return found
@@ -126,7 +128,7 @@ def perturbed(
         cells: The cells' counts over the genes of the model.
         ids: Their own class ids, by label.
     """
-    values, latents = [], []
+    values, latents, flow = [], [], with_values(flow, [perturbation.to])
     for batch in tiles(vae, cells, adata, ids):
         made, z = perturb_cells(vae, flow, batch, batch, perturbation)
         values.append(made)
@@ -139,6 +141,6 @@ def perturbed(
     about = {
         "kind": "perturb", "seed": perturbation.seed, "sampler": perturbation.sampler.model_dump_json(),
         "to": {k: "" if v is None else v for k, v in perturbation.to.items()}, "start": perturbation.start,
-        "counts": perturbation.counts, **digests(folders),
+        "counts": perturbation.counts, **digests(folders), **told(value_notes(flow.vocabulary, [perturbation.to])),
     }  # fmt: skip
     return made_cells(vae, values, latents, obs, about)

@@ -3,7 +3,8 @@
     README.md            the model card
     model_index.json     the list of parts
     evaluation.json      scores and their floors, if there is an evaluation of the flow's cells
-    vae/                 model.safetensors, config.json, vocabulary.json, library_size.json, README.md
+    vae/                 model.safetensors, config.json, vocabulary.json, library_size.json, README.md, and
+                         label_vectors.safetensors if a label is names with vectors
     flow/                the same, and raw.safetensors, the weights before averaging
 
 The parts are copied byte for byte, so their digests, and the cells that they generate, stay the same.
@@ -18,9 +19,18 @@ from pathlib import Path
 from scldm.api.model_card import DescribedModel, model_card
 from scldm.api.origin import CARD, EVALUATION, recorded_scores
 from scldm.checkpoints.output_folder import atomic_folder, check_output
+from scldm.data.labels.vectors import FILE as VECTORS
 
 INDEX = "model_index.json"
-FILES = ("model.safetensors", "raw.safetensors", "config.json", "vocabulary.json", "library_size.json", CARD)
+FILES = (
+    "model.safetensors",
+    "raw.safetensors",
+    "config.json",
+    "vocabulary.json",
+    VECTORS,
+    "library_size.json",
+    CARD,
+)
 
 
 def write_pretrained(model: DescribedModel, folder: Path, *, force: bool = False, in_python: bool = False) -> Path:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from scldm.data.user_table import read_table
+from scldm.data.labels.read_vectors import read_named_vectors
 from scldm.errors import InputError
 
 MIN_GENES = 10  # known genes with a vector; a regression on fewer says nothing
@@ -54,27 +53,8 @@ def read_gene_vectors(path: Path, setting: str) -> GeneVectors:
     Raises:
         InputError: It is no such table; all that is wrong with it is said.
     """
-    table = read_table(path, setting, first=ID)
-    if ID not in table and len(table.columns) and pd.to_numeric(table.iloc[:, 0], errors="coerce").isna().any():
-        table = table.rename(columns={table.columns[0]: ID})  # a column of numbers alone is no column of ids
-    if ID not in table:
-        raise InputError(f"{setting}: {path} has no gene ids: name their column {ID}, or make it the first one")
-    ids, columns = table[ID].astype(str), [c for c in table.columns if c != ID]
-    values = table[columns].apply(pd.to_numeric, errors="coerce")
-    problems = []
-    if not columns:
-        problems.append("it has no column of numbers beside the gene ids")
-    if twice := ids[ids.duplicated()].unique().tolist():
-        problems.append(f"{len(twice)} genes have several rows ({', '.join(twice[:SHOWN])})")
-    numbers = values.to_numpy(dtype=np.float64)
-    if (bad := ~np.isfinite(numbers)).any():
-        row, column = np.argwhere(bad)[0]
-        problems.append(
-            f"{int(bad.sum())} fields are no finite numbers, the first is column {columns[column]} of {ids.iloc[row]}"
-        )
-    if problems:
-        raise InputError(f"{setting}: {path}: " + "; ".join(problems))
-    return GeneVectors(tuple(ids), numbers)
+    found = read_named_vectors(path, setting, column=ID, ids="gene ids", things="genes")
+    return GeneVectors(found.names, found.values)
 
 
 def predict_embeddings(

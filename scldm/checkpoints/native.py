@@ -3,6 +3,7 @@
     model.safetensors   weights (for a flow: the averaged ones; the raw ones in raw.safetensors)
     config.json         kind, choices and sizes needed to build the network again
     vocabulary.json     genes and label classes, by name
+    label_vectors.safetensors   of labels that are names with vectors
     library_size.json   log-normal statistics per condition
     README.md           the model card
 
@@ -31,7 +32,7 @@ from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
 from scldm.flow.config import ControlStart, PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.nn.dit import DiT
+from scldm.nn.dit import ClassFeatures, DiT
 from scldm.nn.vae import VAE
 
 FORMAT = 1
@@ -39,9 +40,11 @@ __all__ = [
     "CheckpointError",
     "LoadedFlow",
     "LoadedVAE",
+    "class_features",
     "folder_digest",
     "load_flow",
     "load_vae",
+    "new_dit",
     "save_flow",
     "save_vae",
 ]
@@ -145,15 +148,38 @@ def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device 
         m, e = about["latent_shape"]
         config = DiTConfig.model_validate(about["config"])
         start = None if "start" not in about else ControlStart.model_validate(about["start"])
-        dit = DiT(
-            config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes, from_controls=start is not None
-        )
+        dit = new_dit(config, vocabulary, latent_shape=(m, e), from_controls=start is not None)
         _load_weights(dit, folder / file)
         sizes = LibrarySizes.load(folder / "library_size.json")
         path = PathConfig.model_validate(about["path"])
         if start is not None:
             vocabulary.label(start.label).encode([start.control])
         return LoadedFlow(_frozen(dit, device), path, vocabulary, sizes, m, e, start)
+
+
+def new_dit(
+    config: DiTConfig, vocabulary: Vocabulary, *, latent_shape: tuple[int, int], from_controls: bool = False
+) -> DiT:
+    """Return a network with new weights for the labels of a vocabulary, drawn from torch's global generator.
+
+    Args:
+        latent_shape: (m, e).
+        from_controls: Whether it also has a field that starts at control cells.
+    """
+    m, e = latent_shape
+    return DiT(
+        config, n_latent_tokens=m, latent_width=e, n_classes=vocabulary.n_classes, features=class_features(vocabulary),
+        from_controls=from_controls,
+    )  # fmt: skip
+
+
+def class_features(vocabulary: Vocabulary) -> dict[str, ClassFeatures]:
+    """Return the features of classes, for labels whose classes are values."""
+    return {
+        x.name: ClassFeatures(torch.from_numpy(x.values.features(x.classes)), x.values.pooled)
+        for x in vocabulary.labels
+        if x.values is not None
+    }
 
 
 def folder_digest(folder: Path) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scldm.checkpoints.gene_vectors import GeneVectors, predict_embeddings
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+from scldm.data.labels.values import Sets
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError, InputError
 from scldm.nn.dit import DiT, label_table_name
@@ -30,6 +31,7 @@ from scldm.text import choices_hint
 
 EMBEDDINGS = ("gene_embedding", "decoder_embedding")  # (g, d)
 PER_GENE = (*EMBEDDINGS, "log_theta", "gene_bias")
+WORDS = {"number": "a number", "set": "a set", "vector": "names with vectors"}
 HEAD = ("decoder.head.", "log_theta", "gene_bias")  # differ between likelihoods
 FROM_CONTROLS = "from_controls"  # the vector of cells that start at control cells; zeros if the other flow has none
 SHOWN = 5
@@ -178,18 +180,24 @@ def start_flow(
 ) -> Started:
     """Give a new DiT the weights of another one, in place.
 
+    The embedding of a label of values is taken over whole if its features mean the same, and that of sets by members.
+
     Args:
         parents: label -> new class -> class of the other model at whose embedding it starts.
 
     Raises:
-        CheckpointError: The sizes differ, or `parents` names a class that is not there.
+        CheckpointError: The sizes differ, `parents` names a class that is not there, or a label has another meaning.
     """
     started, state, old = Started(), dit.state_dict(), source.dit.state_dict()
     known = {x.name: x for x in source.vocabulary.labels}
-    tables = {f"labels.{label_table_name(x.name)}.weight": x for x in vocabulary.labels}
+    tables = {f"labels.{label_table_name(x.name)}.weight": x for x in vocabulary.labels if x.values is None}
     _check_parents(parents or {}, vocabulary, known)
+    _check_meanings(vocabulary, known)
+    started.new += _take_values(state, old, vocabulary, known, started)
     for name, tensor in state.items():
         label = tables.get(name)
+        if name in started.new or name in started.old_rows:
+            continue
         if label is None and name in old:
             started.parameters += _take(name, tensor, old[name])
             started.old_rows[name] = ALL_ROWS
@@ -204,8 +212,8 @@ def start_flow(
         else:
             started.new.append(name)
     for name in (x for x in old if x not in state):
-        if name.startswith("labels."):  # what the null class of a label added for every cell without it
-            state["time.down.bias"].add_(old[name][-1])
+        if (null := _null_row(name, old[name], source.vocabulary)) is not None:
+            state["time.down.bias"].add_(null)  # what it added for every cell without the label
         started.dropped.append(name)
     _require_known(started, allowed=("labels.", FROM_CONTROLS))
     return started
@@ -333,6 +341,93 @@ def _take_classes(
     return int((places >= 0).sum() + 1) * old.shape[1]
 
 
+# ---- labels of values --------------------------------------------------------------------------------------------
+def _check_meanings(vocabulary: Vocabulary, known: Mapping[str, LabelVocabulary]) -> None:
+    """Refuse labels whose features mean something else than in the model: their weights would be of other numbers."""
+    problems = []
+    for label in (x for x in vocabulary.labels if x.name in known):
+        ours, theirs = label.values, known[label.name].values
+        kinds = [WORDS[x.kind] if x is not None else "classes" for x in (ours, theirs)]
+        if kinds[0] != kinds[1]:
+            problems.append(f"label {label.name} is {kinds[0]} in the data and {kinds[1]} in the model; make both the "
+                            f"same (ingest.label_values), or give one another name")  # fmt: skip
+        elif isinstance(ours, Sets) and isinstance(theirs, Sets):
+            if bool(ours.zero) != bool(theirs.zero):
+                problems.append(f"label {label.name}: one of data and model names an untreated control (zero) and the "
+                                f"other none; name it in both, or in none")  # fmt: skip
+        elif ours is not None and theirs is not None and ours.meaning != theirs.meaning:
+            differ = [k for k, v in ours.meaning.items() if theirs.meaning.get(k) != v]
+            problems.append(
+                f"label {label.name}: {kinds[0]} of the data and of the model differ in {', '.join(differ)}, which "
+                f"follow from the training cells: its weights are of other numbers. The data have {ours.summary()}, "
+                f"the model has {theirs.summary()}; train on cells with the same values, or start without this label"
+            )
+    if problems:
+        raise CheckpointError("\n".join(problems))
+
+
+@torch.no_grad()
+def _take_values(
+    state: Mapping[str, Tensor], old: Mapping[str, Tensor], vocabulary: Vocabulary,
+    known: Mapping[str, LabelVocabulary], started: Started,
+) -> list[str]:  # fmt: skip
+    """Fill the embeddings of labels of values; return the parameters of labels that the model lacks.
+
+    These add nothing at first, so that the network does what it did without them.
+    """
+    new = []
+    for label in (x for x in vocabulary.labels if x.values is not None):
+        for name in (n for n in state if n.startswith(f"labels.{label_table_name(label.name)}.")):
+            before = known.get(label.name)
+            if before is None:
+                if not name.endswith((".up.weight", ".up.bias")):
+                    state[name].zero_()
+                new.append(name)
+            elif name.endswith(".members.weight"):
+                _take_members(name, state[name], old[name], label, before, started)
+            else:
+                started.parameters += _take(name, state[name], old[name])
+                started.old_rows[name] = ALL_ROWS
+    return new
+
+
+def _take_members(
+    name: str, tensor: Tensor, old: Tensor, label: LabelVocabulary, before: LabelVocabulary, started: Started
+) -> None:
+    """Fill the embeddings of a set's members, (d, f), by name; a new member adds nothing at first."""
+    if len(tensor) != len(old):
+        _take(name, tensor, old)  # raises
+    ours, theirs = _columns(label), _columns(before)
+    places = _positions(theirs, ours)
+    tensor.zero_()
+    tensor[:, places >= 0] = old[:, places[places >= 0]].to(tensor)
+    started.parameters += int((places >= 0).sum()) * len(tensor)
+    started.old_rows[name] = ALL_ROWS
+    started.classes[label.name] = {
+        "kept": int((places >= 0).sum()),
+        "new": [m for m in ours if m not in theirs],
+        "dropped": [m for m in theirs if m not in ours],
+        "parents": {},
+    }
+
+
+def _columns(label: LabelVocabulary) -> list[str]:
+    """Return the names of a set's features: its members, and what says that it is the control."""
+    assert isinstance(label.values, Sets)
+    return [*label.values.members, *(["zero"] if label.values.zero else [])]
+
+
+def _null_row(name: str, tensor: Tensor, vocabulary: Vocabulary) -> Tensor | None:
+    """Return the embedding (d,) of the null class, of a label's parameter that holds it; None of any other."""
+    for label in vocabulary.labels:
+        prefix = f"labels.{label_table_name(label.name)}"
+        if name == f"{prefix}.weight" and label.values is None:
+            return tensor[-1]
+        if name == f"{prefix}.null":
+            return tensor
+    return None
+
+
 def _check_parents(
     parents: Mapping[str, Mapping[str, str]], vocabulary: Vocabulary, known: Mapping[str, LabelVocabulary]
 ) -> None:
@@ -340,6 +435,9 @@ def _check_parents(
     for name, pairs in parents.items():
         if name not in known:
             problems.append(f"parents.{name}: the model has no label {name}; it has {', '.join(known) or 'none'}")
+            continue
+        if vocabulary.label(name).values is not None:
+            problems.append(f"parents.{name}: its classes are values, whose embeddings follow from them; leave it out")
             continue
         for new, parent in pairs.items():
             for what, label, value in (

@@ -17,6 +17,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from scldm.checkpoints.asked_values import with_null_ids
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.batch import CellBatch
 from scldm.flow.config import ControlStart, SamplerConfig
@@ -107,14 +108,16 @@ def move_cells(
     """Return the latents of cells under other labels, and what the decoder makes of them.
 
     Args:
-        cells: Cells with all counts and with their own class ids, on the device.
+        flow: Knows the classes of `perturbation`, see `asked_values.with_values`.
+        cells: Cells with all counts and with their own class ids of the VAE's vocabulary, on the device.
         seen: The same cells as the encoder sees them.
         perturbation: What is done to them.
     """
-    how, target = perturbation, dict(cells.conditions)
+    how, conditions = perturbation, with_null_ids(cells.conditions, vae.vocabulary, flow.vocabulary)
+    target = dict(conditions)
     for name, value in how.to.items():
-        new = int(vae.vocabulary.label(name).encode([value])[0])
-        target[name] = torch.full_like(cells.conditions[name], new)
+        new = int(flow.vocabulary.label(name).encode([value])[0])
+        target[name] = torch.full_like(conditions[name], new)
     own = None
     if how.start == "noise":
         noise = fresh_noise(flow, cells.joinids.tolist(), seed=how.seed).to(cells.library_size.device)
@@ -124,7 +127,7 @@ def move_cells(
         if how.start == "control":
             z = sample_latents(FromControls(flow.dit), own, target, how.sampler, flow.path)
         else:
-            z = under_condition(flow, own, own=cells.conditions, target=target, sampler=how.sampler)
+            z = under_condition(flow, own, own=conditions, target=target, sampler=how.sampler)
     return Moved(own, z, vae.vae.decode(z, cells.library_size))
 
 

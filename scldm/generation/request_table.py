@@ -25,6 +25,7 @@ class RequestError(InputError, ValueError):
 
 
 _GROUPED = re.compile(r"[0-9]+[ ',\u00a0\u202f][0-9 '.,\u00a0\u202f]*")  # 1,000 or 0,5 or 1 000
+MOST_NAMED = 10  # unknown classes in one message
 GUIDANCE, LIBRARY_SIZE = "guidance", "library_size"
 TOGETHER = "*"  # in the place of a label: the scale of all joint labels together, see `scldm.flow.guidance.JOINT`
 
@@ -103,14 +104,24 @@ def _alike(columns: Sequence[str], name: str) -> list[str]:
 
 
 def _classes(column: pd.Series, label: LabelVocabulary, where: str, problems: list[str]) -> list[str | None]:
-    """Return the class of each row, as the model calls it; nothing after a problem."""
+    """Return the class of each row, as the model calls it; nothing after a problem.
+
+    A class of a label whose classes are values need not be one of the data, see `LabelVocabulary.asked`.
+    """
     names = class_names(column)
-    try:
-        return label.decode(label.encode(names).tolist())
-    except UnknownNameError as error:
-        unknown = [i for i, name in enumerate(names) if name is not None and not label.knows(name)]
-        problems.append(f"{where}: {error}; row {unknown[0] + 1}" + (" is the first" if len(unknown) > 1 else ""))
-        return []
+    found: dict[str | None, str | None] = {None: None}
+    errors: dict[str, str] = {}
+    for name in sorted({name for name in names if name is not None}):
+        try:
+            found[name] = label.asked(name)
+        except UnknownNameError as error:
+            errors[name] = str(error)
+    if not errors:
+        return [found[name] for name in names]
+    unknown = [i for i, name in enumerate(names) if name in errors]
+    told = "; ".join([*errors.values()][:MOST_NAMED])
+    problems.append(f"{where}: {told}; row {unknown[0] + 1}" + (" is the first" if len(unknown) > 1 else ""))
+    return []
 
 
 def _meant(column: str, names: Sequence[str]) -> str:

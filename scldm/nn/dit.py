@@ -5,6 +5,9 @@ maps a label to ids (b,). Every label has a null class, id = n_classes; a label 
 of all labels, null or not, are added to the embedding of the time, for both strategies: what differs between `joint`
 and `mutually_exclusive` is which labels are set together (`drop_labels`, `scldm.flow.guidance`).
 
+A class has a row of its own in a table, or, if the label's classes are values, an embedding that is computed from a row
+of features (`ValueEmbedding`, `PooledEmbedding`): then a class that no cell had can be embedded too.
+
 A network may hold two fields: one from noise, and one from the latents of control cells. A learned vector, added to the
 embedding of cells that start at controls, tells them apart.
 
@@ -14,9 +17,12 @@ differ because upstream's checkpoints were trained so.
 
 from __future__ import annotations
 
+import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +34,7 @@ from scldm.nn.layers import SelfAttention, SwiGLU
 Strategy = Literal["joint", "mutually_exclusive"]
 JointDropout = Literal["all_then_each", "all", "each"]
 
+TABLE_STD = 0.02  # of the rows of a label's table at first
 N_FREQUENCIES = 256  # sines and cosines of the time embedding, fixed by upstream's checkpoints
 
 
@@ -71,6 +78,88 @@ class TimeEmbedding(nn.Module):
         """Embed times t (b,) as (b, d)."""
         frequencies = time_frequencies(t).to(self.up.weight.dtype)
         return self.down(F.silu(self.up(frequencies)))  # (b, d)
+
+
+@dataclass(frozen=True)
+class ClassFeatures:
+    """What the classes of a label mean, in numbers."""
+
+    rows: Tensor  # (n_classes, f) float32
+    pooled: bool = False  # whether the embedding is the sum of one vector for each feature, as of a set's members
+
+
+class FeatureEmbedding(nn.Module, ABC):
+    """Embeds the classes of a label by their features; the null class has a vector of its own.
+
+    Features are facts of the data and no weights: they are in no state dict, and stay in fp32.
+    """
+
+    features: Tensor  # (n_classes + 1, f); the last row, of the null class, is not used
+
+    def __init__(self, rows: Tensor, d_model: int):
+        super().__init__()
+        self.null = nn.Parameter(torch.zeros(d_model))
+        self.set_classes(rows)
+
+    def set_classes(self, rows: Tensor) -> None:
+        """Set the features of all classes, (n_classes, f)."""
+        self.features = torch.cat([rows.float(), rows.new_zeros(1, rows.shape[1]).float()]).to(self.null.device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embed class ids (b,) as (b, d)."""
+        embedded = self.embed(self.features[ids].to(self.null.dtype))
+        return torch.where((ids == len(self.features) - 1).unsqueeze(-1), self.null, embedded)
+
+    @abstractmethod
+    def embed(self, features: Tensor) -> Tensor:
+        """Embed features (b, f) as (b, d)."""
+
+    @abstractmethod
+    def initialise(self) -> None:
+        """Draw the weights, so that embeddings are as large as the rows of a table are at first."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.features = self.features.to(fn(self.features).device)  # the device, and never the precision
+        return self
+
+
+class ValueEmbedding(FeatureEmbedding):
+    """Two-layer MLP on the features: smooth in a number, and close for vectors that are close."""
+
+    def __init__(self, rows: Tensor, d_model: int):
+        super().__init__(rows, d_model)
+        self.up = nn.Linear(rows.shape[1], d_model)
+        self.down = nn.Linear(d_model, d_model)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Embed features (b, f) as (b, d)."""
+        return self.down(F.silu(self.up(features)))
+
+    def initialise(self) -> None:
+        """Draw the weights; features are about 1 in size, so that the hidden units are too."""
+        nn.init.normal_(self.null, std=TABLE_STD)
+        nn.init.normal_(self.up.weight, std=self.up.in_features**-0.5)
+        nn.init.normal_(self.down.weight, std=TABLE_STD / (0.6 * self.down.in_features**0.5))  # silu halves a normal
+        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.down.bias)
+
+
+class PooledEmbedding(FeatureEmbedding):
+    """Sum of the embeddings of a set's members, whatever their order."""
+
+    def __init__(self, rows: Tensor, d_model: int):
+        super().__init__(rows, d_model)
+        self.members = nn.Linear(rows.shape[1], d_model, bias=False)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Embed features (b, f) as (b, d)."""
+        return self.members(features)
+
+    def initialise(self) -> None:
+        """Draw a vector for each member."""
+        nn.init.normal_(self.null, std=TABLE_STD)
+        nn.init.normal_(self.members.weight, std=TABLE_STD)
 
 
 def _expand_to_cells(modulation: Tensor, rows: Tensor | None) -> Tensor:
@@ -125,6 +214,7 @@ class DiT(nn.Module):
         n_latent_tokens: int,
         latent_width: int,
         n_classes: Mapping[str, int],
+        features: Mapping[str, ClassFeatures] | None = None,
         from_controls: bool = False,
     ) -> None:
         """Build the network with new weights.
@@ -134,6 +224,7 @@ class DiT(nn.Module):
             n_latent_tokens: m.
             latent_width: e.
             n_classes: Label to its number of classes.
+            features: Label to the features of its classes, for labels whose classes are values; the others have tables.
             from_controls: Whether it also has a field that starts at control cells.
         """
         super().__init__()
@@ -146,7 +237,10 @@ class DiT(nn.Module):
         self.register_buffer("positions", sincos_positions(n_latent_tokens, config.d_model))
         self.time = TimeEmbedding(config.d_model)
         self.labels = nn.ModuleDict(
-            {label_table_name(label): nn.Embedding(n + 1, config.d_model) for label, n in self.n_classes.items()}
+            {
+                label_table_name(label): _label_module(n, config.d_model, (features or {}).get(label))
+                for label, n in self.n_classes.items()
+            }
         )
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.n_layers))
         self.head = DiTHead(config, latent_width)
@@ -208,8 +302,27 @@ class DiT(nn.Module):
         total = self.head.adaln.weight.new_zeros(self.config.d_model)
         for label, n in self.n_classes.items():
             table = self.labels[label_table_name(label)]
-            total = total + (table(conditions[label]) if label in conditions else table.weight[n])
+            if label in conditions:
+                total = total + table(conditions[label])
+            else:
+                total = total + (table.null if isinstance(table, FeatureEmbedding) else table.weight[n])
         return total
+
+    def with_classes(self, features: Mapping[str, ClassFeatures]) -> DiT:
+        """Return the network with other classes of labels that are values, sharing all its weights.
+
+        Args:
+            features: Label to the features of its classes; the null id becomes their number.
+        """
+        shared = {id(x): x for x in (*self.parameters(), *self.buffers())}
+        other = copy.deepcopy(self, shared)
+        for label, given in features.items():
+            table = other.labels[label_table_name(label)]
+            if not isinstance(table, FeatureEmbedding):
+                raise ValueError(f"label {label!r} has a table of classes, and its classes are no values")
+            table.set_classes(given.rows)
+            other.n_classes[label] = len(given.rows)
+        return other
 
     def _control_vector(self) -> Tensor:
         if self.from_controls is None:
@@ -227,11 +340,22 @@ class DiT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=TABLE_STD)
+        for table in self.labels.values():
+            if isinstance(table, FeatureEmbedding):
+                table.initialise()
         for linear in (self.time.up, self.time.down):
             nn.init.normal_(linear.weight, std=0.02)
         for linear in (*(block.adaln for block in self.blocks), self.head.adaln, self.head.linear):
             nn.init.zeros_(linear.weight)
+
+
+def _label_module(n: int, d_model: int, features: ClassFeatures | None) -> nn.Module:
+    if features is None:
+        return nn.Embedding(n + 1, d_model)
+    if len(features.rows) != n:
+        raise ValueError(f"features of {len(features.rows)} classes were given for a label of {n}")
+    return (PooledEmbedding if features.pooled else ValueEmbedding)(features.rows, d_model)
 
 
 def check_labels(conditions: Mapping[str, Tensor], n_classes: Mapping[str, int]) -> None:

@@ -18,7 +18,7 @@ from scldm.flow.config import PathConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path
 from scldm.nn.config import DiTConfig
-from scldm.nn.dit import DiT, drop_labels
+from scldm.nn.dit import ClassFeatures, DiT, drop_labels
 from scldm.optim.adamw import adamw
 from scldm.optim.config import EMAConfig, OptimizerConfig
 from scldm.optim.ema import EMA
@@ -38,11 +38,19 @@ class ShortTraining:
     ema: EMAConfig
 
 
-def new_dit(config: DiTConfig, *, latent_shape: tuple[int, int], n_classes: Mapping[str, int], seed: int) -> DiT:
+def new_dit(
+    config: DiTConfig,
+    *,
+    latent_shape: tuple[int, int],
+    n_classes: Mapping[str, int],
+    seed: int,
+    features: Mapping[str, ClassFeatures] | None = None,
+) -> DiT:
     """Return an untrained network; its weights are a function of the seed."""
+    m, e = latent_shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return DiT(config, n_latent_tokens=latent_shape[0], latent_width=latent_shape[1], n_classes=n_classes)
+        return DiT(config, n_latent_tokens=m, latent_width=e, n_classes=n_classes, features=features)
 
 
 def train_flow(

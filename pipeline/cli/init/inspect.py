@@ -160,9 +160,18 @@ def _columns(profiles: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "smallest": max(p["smallest"] for p in all_files),
             "largest": sum(p["largest"] for p in all_files),
         }
+        joined[column]["numbers"] = _joined_range([p["numbers"] for p in all_files])
         if all(p["only"] is not None for p in all_files):
             joined[column] |= _of_single_classes(all_files)
     return joined
+
+
+def _joined_range(ranges: list[Any]) -> Any:
+    """Return the range of a column of numbers over all files; None if it holds something else in one."""
+    if any(r is None for r in ranges):
+        return None
+    positive = [r[1] for r in ranges if r[1] is not None]
+    return [min(r[0] for r in ranges), min(positive, default=None), max(r[2] for r in ranges)]
 
 
 def _of_single_classes(profiles: list[dict[str, Any]]) -> dict[str, Any]:

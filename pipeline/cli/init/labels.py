@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.tables import reserved_columns, reserved_problem
-from scldm.data.reserved_names import is_reserved
+from scldm.data.labels.reserved_names import is_reserved
 from scldm.errors import InputError
 from scldm.text import choices_hint, shown
 
@@ -25,6 +25,11 @@ TREATED = ("perturbation", "cytokine", "treatment", "condition", "stimulation", 
            "target_gene", "gene", "guide", "genotype", "time_point", "timepoint", "disease",
            "tissue", "cell_line")  # fmt: skip
 DONORS = ("donor_id", "donor", "patient", "patient_id", "individual", "subject", "subject_id", "animal", "mouse_id")
+DOSES = ("dose", "doses", "concentration", "conc")
+MEASURED = ("time", "age", "day", "days", "hour", "hours", "week", "weeks", "minutes", "pseudotime", "timepoint")
+UNITS = ("uM", "nM", "mM", "pM", "ng", "ug", "mg", "hours", "hrs", "hr", "h", "days", "d", "weeks", "years", "min")
+MANY_VALUES = 10  # whole numbers of more different values are no classes
+WIDE = 100  # greatest over least positive dose of a log scale
 TECHNICAL = (*DONORS, "batch", "sample", "sample_id", "library", "library_id", "orig_ident", "dataset_id", "dataset",
              "run", "lane", "plate", "barcode", "assay", "replicate", "phase", "predicted_doublet")  # fmt: skip
 
@@ -43,6 +48,7 @@ class Labels:
     columns: tuple[str, ...]  # of obs, in the order of the job
     verdicts: tuple[Verdict, ...]  # of every column, in the order of obs
     drops: int  # cells at most that have no value of some label, and are left out
+    numbers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # column -> settings of ingest.label_values
 
     @property
     def reason(self) -> dict[str, str]:
@@ -69,11 +75,44 @@ def choose_labels(
     for column, profile in columns.items():
         if column in chosen:
             reason = f"asked for: {_sizes(profile)}" if requested else _sizes(profile)
+            reason += f"; {_as_number(column, profile)}" if is_number(column, profile) else ""
             verdicts.append(Verdict(column, True, reason))
         else:
             reason = unfit.get(column) or f"{_sizes(profile)}: usable; --label {_quoted(column)} takes it"
             verdicts.append(Verdict(column, False, reason))
-    return Labels(tuple(chosen), tuple(verdicts), sum(columns[c]["n_missing"] for c in chosen))
+    numbers = {c: number_settings(c, columns[c]) for c in chosen if is_number(c, columns[c])}
+    return Labels(tuple(chosen), tuple(verdicts), sum(columns[c]["n_missing"] for c in chosen), numbers)
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+def is_number(column: str, p: Mapping[str, Any]) -> bool:
+    """Return whether a label is taken as a number: it has fractions, is named like one, or has many whole values."""
+    if p["kind"] in ("few numbers", "decimal numbers"):
+        return True
+    if p["kind"] != "whole numbers" or _plain(column) in (*TYPES, *TECHNICAL):
+        return False
+    return bool(set(_plain(column).split("_")) & {*MEASURED, *DOSES}) or p["n_classes"] > MANY_VALUES
+
+
+def number_settings(column: str, p: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a number: a unit if the name ends in one, and a log scale for doses over a wide range."""
+    settings: dict[str, Any] = {"type": "number"}
+    if unit := next((u for u in UNITS if re.search(rf"[_ .(]{u}\)?$", column, re.IGNORECASE)), None):
+        settings["unit"] = unit
+    least, least_positive, greatest = p["numbers"] or (0.0, None, 0.0)
+    wide = least_positive is not None and least >= 0 and greatest >= WIDE * least_positive
+    if wide and set(_plain(column).split("_")) & set(DOSES):
+        settings |= {"scale": "log"} | ({"zero": [0]} if least == 0 else {})
+    return settings
+
+
+def _as_number(column: str, p: Mapping[str, Any]) -> str:
+    settings = number_settings(column, p)
+    scale = ", on a log scale, 0 as the untreated control" if "zero" in settings else ", on a log scale"
+    why = "it has fractions" if p["kind"] != "whole numbers" else "it has many values"
+    if p["kind"] == "whole numbers" and set(_plain(column).split("_")) & {*MEASURED, *DOSES}:
+        why = "so it is named"
+    return f"taken as a number{scale if 'scale' in settings else ''}: {why}; ingest.label_values={{}} makes it classes"
 
 
 def donor_column(columns: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -91,13 +130,14 @@ def _unfit(column: str, p: Mapping[str, Any], n_cells: int, renamed: bool) -> st
         rename = "; ingest.source.columns renames it" if renamed else ""
         return f"requests or generated cells have a column of this name{rename}"
     if p["kind"] == "decimal numbers":
-        return "decimal numbers: a measurement, not classes"
+        return f"decimal numbers: a measurement, not classes{add}, as a number"
     if p["n_classes"] < 2:
         return "no value in any cell" if not p["n_classes"] else "one value for all cells: nothing to tell apart"
     if p["kind"] == "whole numbers":
-        return f"whole numbers ({p['n_classes']:,} different): counts, or classes{add}"
+        as_one = ", as a number" if is_number(column, p) else ""
+        return f"whole numbers ({p['n_classes']:,} different): counts, or classes{add}{as_one}"
     if p["kind"] == "few numbers":
-        return f"numbers ({p['n_classes']:,} different): doses or days, or measurements{add}"
+        return f"numbers ({p['n_classes']:,} different): doses or days, or measurements{add}, as a number"
     if p["n_missing"] > MOST_MISSING * n_cells:
         return f"{p['n_missing']:,} of {n_cells:,} cells have no value{add}"
     if p["n_classes"] > MOST_CLASSES or p["middle"] < ENOUGH_CELLS:
@@ -124,8 +164,6 @@ def _request_problem(name: str, columns: Mapping[str, Mapping[str, Any]]) -> str
     if reserved_columns([name]):
         what, remedy = reserved_problem([shown(name)])
         return f"--label {shown(name)}: {what}; {remedy}"
-    if p["kind"] == "decimal numbers":
-        return f"--label {shown(name)}: decimal numbers, not classes; cut them into ranges with pandas.cut and save"
     if p["n_classes"] < 2:
         return f"--label {shown(name)}: {p['n_classes']} class; a label needs two or more"
     return None

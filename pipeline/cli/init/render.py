@@ -90,6 +90,9 @@ def _ingest(summary: SourceSummary, labels: Labels, choices: Choices, source: Ma
         lines.append(f"  # whole numbers are also at {shown(', '.join(summary.other_places), 100)}")
     lines += [f"  cells: {_flow(dict(cells))}"] if cells else []
     lines += _setting("  labels", list(choices.labels), _why_labels(labels))
+    names = dict(zip(labels.columns, choices.labels, strict=True))
+    if numbers := {names[c]: dict(given) for c, given in labels.numbers.items()}:
+        lines += _setting("  label_values", numbers, "numbers by value: others than those of the data can be generated")
     lines += [f"  # left out: {shown(v.column)}: {v.reason}" for v in labels.verdicts if not v.taken][:30]
     if choices.missing_label == "drop":
         lines += _setting("  missing_label", "drop", f"at most {labels.drops:,} cells have no value of a label")

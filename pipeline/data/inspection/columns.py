@@ -20,10 +20,11 @@ MAX_COLUMNS = 200  # of obs that are profiled; an untrusted table may have any n
 
 
 def obs_profile(obs: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Return for each column: kind, n_missing, n_classes, smallest, middle, largest, only, same_as.
+    """Return for each column: kind, n_missing, n_classes, smallest, middle, largest, only, same_as, numbers.
 
     smallest, middle and largest are numbers of cells of a class. `only` is the class of a column that has a single one,
-    else None. `same_as` names an earlier column with the same partition, or is None.
+    else None. `same_as` names an earlier column with the same partition, or is None. `numbers` holds the least, the
+    least positive and the greatest of a column of numbers, or is None.
     """
     found: dict[str, dict[str, Any]] = {}
     partitions: dict[str, np.ndarray] = {}
@@ -42,6 +43,7 @@ def obs_profile(obs: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "largest": int(sizes[-1]),
             "only": str(classes[0]) if len(classes) == 1 else None,
             "same_as": next((k for k, other in partitions.items() if _same(codes, other)), None),
+            "numbers": _range(values),
         }
         if 2 <= len(classes) <= MAX_COMPARED:
             partitions[str(column)] = codes
@@ -74,6 +76,18 @@ def _kind(values: pd.Series) -> Kind:
         return "decimal numbers"
     # A gap, or another file, makes whole numbers to floats.
     return "few numbers" if (values.dropna() % 1).any() else "whole numbers"
+
+
+def _range(values: pd.Series) -> tuple[float, float | None, float] | None:
+    """Return the least, the least positive and the greatest of numbers; None for anything else."""
+    if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+        return None
+    numbers = values.dropna().to_numpy(np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    if not len(numbers):
+        return None
+    positive = numbers[numbers > 0]
+    return float(numbers.min()), float(positive.min()) if len(positive) else None, float(numbers.max())
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -69,7 +69,10 @@ def open_source(
         raise InputError(
             "\n".join(label_problems(tables.obs, absent, drop_missing=True, names=None, named_by=named_by))
         )
-    chunks = checked(tables, columns, drop_missing=lenient, missing_text=config.missing_text, min_cells=min_cells)
+    chunks = checked(
+        tables, columns, drop_missing=lenient, missing_text=config.missing_text, min_cells=min_cells,
+        values=config.label_values,
+    )  # fmt: skip
     content = hashlib.sha256()
     store = write_experiment(folder / "soma", tables.obs, tables.var, _hashed(chunks, content))
     measured = tables.measured or Presence.everywhere(tables.where, n_cells=len(tables.obs), n_genes=len(tables.var))

@@ -6,7 +6,7 @@ chunk by chunk while they are written, so that a large file is read once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from scldm.errors import InputError
 
 def label_problems(
     obs: pd.DataFrame, labels: Sequence[str], *, drop_missing: bool, names: pd.Series | None,
-    missing_text: Sequence[str] = MISSING_TEXT, named_by: Mapping[str, str] = {},
+    missing_text: Sequence[str] = MISSING_TEXT, named_by: Mapping[str, str] = {}, values: Collection[str] = (),
 ) -> list[str]:  # fmt: skip
     """Return problems with the label columns of obs.
 
@@ -39,15 +39,18 @@ def label_problems(
         names: Names of the cells for examples; None uses the index of obs.
         missing_text: As `ingest.missing_text`.
         named_by: Place that names a column which is no label, for messages.
+        values: Labels whose classes are values, see `label_findings`.
     """
     names = names if names is not None else pd.Series(obs.index)
-    found = label_findings(obs, labels, names, missing_text=missing_text, drop_missing=drop_missing, named_by=named_by)
+    found = label_findings(
+        obs, labels, names, missing_text=missing_text, drop_missing=drop_missing, named_by=named_by, values=values
+    )
     return [f.message for f in found if f.level == "error"]
 
 
 def table_problems(
     tables: CellTables, labels: Sequence[str], *, drop_missing: bool, min_cells: int = MIN_CELLS,
-    missing_text: Sequence[str] = MISSING_TEXT,
+    missing_text: Sequence[str] = MISSING_TEXT, values: Collection[str] = (),
 ) -> list[str]:  # fmt: skip
     """Return problems with obs and var, before any count is read; notes are added to `tables`."""
     obs, ids = tables.obs, tables.var["feature_id"]
@@ -55,7 +58,9 @@ def table_problems(
     if len(obs) < min_cells:
         problems.append(f"{len(obs)} cells are too few to split, train and score; at least {min_cells} are needed")
     names = obs.get("obs_id")
-    problems += label_problems(obs, labels, drop_missing=drop_missing, names=names, missing_text=missing_text)
+    problems += label_problems(
+        obs, labels, drop_missing=drop_missing, names=names, missing_text=missing_text, values=values
+    )
     if any(label not in obs for label in labels):
         problems += [note.removesuffix(".") for note in tables.notes if UNREADABLE in note]
     of_genes = gene_findings(GeneNames(list(ids))) if tables.of_genes is None else tables.of_genes
@@ -83,7 +88,7 @@ def count_problems(chunk: sp.csr_matrix, *, first_cell: int, tables: CellTables)
 
 def checked(
     tables: CellTables, labels: Sequence[str], *, drop_missing: bool = False, min_cells: int = MIN_CELLS,
-    missing_text: Sequence[str] = MISSING_TEXT,
+    missing_text: Sequence[str] = MISSING_TEXT, values: Collection[str] = (),
 ) -> Iterator[sp.csr_matrix]:  # fmt: skip
     """Yield the chunks of a source, each checked.
 
@@ -91,7 +96,9 @@ def checked(
         InputError: a chunk does not hold counts, or (before any chunk) the tables have problems; with all problems
             found so far.
     """
-    problems = table_problems(tables, labels, drop_missing=drop_missing, min_cells=min_cells, missing_text=missing_text)
+    problems = table_problems(
+        tables, labels, drop_missing=drop_missing, min_cells=min_cells, missing_text=missing_text, values=values
+    )
     if problems and not (len(tables.obs) and len(tables.var)):
         raise not_usable(tables, problems)  # without cells or genes there are no chunks to check
     return _checked(tables, problems)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,7 @@ def cell_findings(names: pd.Series) -> Iterator[Finding]:
 
 def label_findings(
     obs: pd.DataFrame, labels: Sequence[str], names: pd.Series, *, missing_text: Sequence[str] = MISSING_TEXT,
-    drop_missing: bool = False, renamed: bool = True, named_by: Mapping[str, str] = {},
+    drop_missing: bool = False, renamed: bool = True, named_by: Mapping[str, str] = {}, values: Collection[str] = (),
 ) -> Iterator[Finding]:  # fmt: skip
     """Check the requested label columns.
 
@@ -45,6 +45,7 @@ def label_findings(
         drop_missing: Whether cells without a label are left out later, and so are no error.
         renamed: Whether the source has a setting that renames columns, `ingest.source.columns`.
         named_by: Place that names a column which is no label, for messages.
+        values: Labels whose classes are values (`ingest.label_values`), which may be many and alike.
     """
     for label in labels:
         if label not in obs:
@@ -67,10 +68,13 @@ def label_findings(
             remedy = _remedy_of_missing(obs[label], missing_text)
             yield error(f"{len(absent)} of {len(obs)} cells have no {label}", remedy,
                         count=len(absent), first=names.iloc[absent[:FIRST]])  # fmt: skip
-        if values := measurements(obs[label]):
-            yield error(f"{label} holds {len(values):,} different measurements, not classes",
-                        "cut it into ranges with pandas.cut, or name another label",
-                        count=len(values), first=values)  # fmt: skip
+        if label in values:
+            continue
+        if measured := measurements(obs[label]):
+            yield error(f"{label} holds {len(measured):,} different measurements, not classes",
+                        "cut it into ranges with pandas.cut, name another label, or make it a number with "
+                        f"ingest.label_values.{label}.type=number",
+                        count=len(measured), first=measured)  # fmt: skip
             continue
         counts = class_counts(obs[label], missing_text)
         if single := [c for c, n in counts.items() if n == 1]:

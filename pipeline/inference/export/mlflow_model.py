@@ -60,6 +60,7 @@ class ScldmModel(PythonModel):
 
         from pipeline.config.stages import GenerateConfig
         from pipeline.inference.request import recipe_of, values_problems
+        from scldm.checkpoints.asked_values import with_values
         from scldm.data.user_table import whole_table
         from scldm.generation.cell_maker import CellMaker
         from scldm.generation.request import Request, RequestRow
@@ -78,6 +79,7 @@ class ScldmModel(PythonModel):
             problems += values_problems(config, request)
         if problems:
             raise ValueError("\n".join(problems))
+        flow = with_values(flow, (row.condition for row in request.rows))
         recipe = recipe_of(request, config, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=counts)
         maker = CellMaker(self.model.vae, flow, recipe, sampler=config.sampler, seed=config.seed)
         parts = [cells.values.toarray() for cells in maker.cells(0, request.n_cells)]

@@ -60,6 +60,8 @@ def _facts(config: StrictModel, inputs: Mapping[str, Manifest], given: tuple[str
     yield from _likelihood(config)
     yield from _start(config)
     yield f"cells: {facts['n_cells']}; genes: {facts['n_genes']}; labels: {labels}"
+    for label, about in facts.get("label_values", {}).items():
+        yield f"label {plain_line(label)}: {plain_line(about['summary'])}"
     yield f"organism: {_organism(ingest)}"
     yield f"split: {_split(settings.get('split'))}"
     yield f"licence of the data: {_NOT_RECORDED}"

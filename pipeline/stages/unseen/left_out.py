@@ -22,7 +22,7 @@ from pipeline.core.files import replaces
 from pipeline.core.progress import ProgressWriter
 from pipeline.stages.unseen.screen import TrainingScreen
 from pipeline.stages.unseen.ways import WAYS, PredictedCells, Predictor
-from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE, class_features
 from scldm.flow.config import PathConfig
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.genes.expression import log1p_cp10k
@@ -30,7 +30,6 @@ from scldm.metrics.perturbation.free_answers import CONTROL, FREE_ANSWERS, free_
 from scldm.metrics.perturbation.leave_out import energy_over_floor, without
 from scldm.metrics.perturbation.measures import pearson
 from scldm.metrics.perturbation.screen import Combination, Screen
-from scldm.nn.dit import DiT
 from scldm.optim.config import EMAConfig
 from scldm.optim.short_flow import ShortTraining, new_dit, train_flow
 
@@ -117,7 +116,10 @@ class LeaveOut:
         self, start: Mapping[str, Tensor] | None, rows: np.ndarray, steps: int, *, seed: int
     ) -> dict[str, Tensor]:
         config, shape = self.config, (self.z.shape[1], self.z.shape[2])
-        dit = new_dit(config.model, latent_shape=shape, n_classes=self.cells.vocabulary.n_classes, seed=seed)
+        dit = new_dit(
+            config.model, latent_shape=shape, n_classes=self.cells.vocabulary.n_classes, seed=seed,
+            features=class_features(self.cells.vocabulary),
+        )  # fmt: skip
         if start is not None:
             dit.load_state_dict(dict(start))
         training = ShortTraining(steps, config.batch_size, config.optimizer, EMAConfig(decay=0.99))
@@ -134,8 +136,11 @@ class LeaveOut:
         gone = np.concatenate([members[pair] for pair in left_out]) if left_out else np.zeros(0, np.int64)
         rows = np.setdiff1d(np.arange(n), gone)
         state = self._trained(base, rows, self.config.steps, seed=FIXED + self.seed + number)
-        shape, n_classes = self.z.shape[1:], self.cells.vocabulary.n_classes
-        dit = DiT(self.config.model, n_latent_tokens=shape[0], latent_width=shape[1], n_classes=n_classes)
+        shape, vocabulary = self.z.shape[1:], self.cells.vocabulary
+        dit = new_dit(
+            self.config.model, latent_shape=(shape[0], shape[1]), n_classes=vocabulary.n_classes, seed=0,
+            features=class_features(vocabulary),
+        )  # fmt: skip
         dit.load_state_dict(state)
         frozen = dit.eval().requires_grad_(False).to(self.device)
         return LoadedFlow(frozen, self.path, self.cells.vocabulary, self.vae.library_sizes, shape[0], shape[1])

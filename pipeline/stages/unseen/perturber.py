@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.config.apply import PerturbConfig
 from pipeline.inference.applier import ApplierSpec, Tile, TileOutput
-from pipeline.inference.models import load_models
+from pipeline.inference.models import load_models, target_classes
 
 if TYPE_CHECKING:
     import torch
@@ -23,18 +23,20 @@ class Perturber:
     synthetic = True
 
     def __init__(self, spec: ApplierSpec, device: torch.device):
+        from scldm.checkpoints.asked_values import with_values
         from scldm.flow.config import SamplerConfig
         from scldm.generation.perturbed import Perturbation
 
         config = cast(PerturbConfig, spec.config)
         self.vae, flow = load_models(spec.models, device, weights=config.flow.weights)
         assert flow is not None  # the config requires one
-        self.flow = flow
+        to = target_classes(config, flow.vocabulary)
+        self.flow = with_values(flow, [to])
         self.encodes = config.start != "noise"
         self.vocabulary = self.vae.vocabulary
         sampler = SamplerConfig(**config.flow.model_dump(), guidance=config.guidance)
         counts = "changed" if config.method == "pooled" else config.counts
-        self.perturbation = Perturbation(config.to, config.start, counts, sampler, spec.seed)
+        self.perturbation = Perturbation(to, config.start, counts, sampler, spec.seed)
 
     def __call__(self, tile: Tile) -> TileOutput:
         from scldm.generation.perturbed import perturb_cells

@@ -109,7 +109,7 @@ class Fitted:
             self._write([], [], [])
             return
         known = read_target_screen(self.config, self.context, rows, self.vocabulary)
-        combinations = source_combinations(rows, known, target_of(self.config))
+        combinations = source_combinations(rows, known, target_of(self.config, self.vocabulary))
         if few := [c for c in combinations if len(c.rows) < MIN_CELLS]:
             named = "; ".join(f"{JOIN.join((c.context, c.control))}: {len(c.rows)}" for c in few)
             raise InputError(

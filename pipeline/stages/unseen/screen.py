@@ -20,6 +20,7 @@ from pipeline.config.context import StageContext
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import LABEL
+from pipeline.inference.models import target_classes
 from pipeline.inference.rows import SourceRows
 from pipeline.report.combinations import JOIN
 from pipeline.training.tasks.flow import latent_blocks
@@ -99,9 +100,9 @@ def read_target_screen(
     return read_screen(context.inputs["ingest"], own, max_cells=MOST_CELLS, seed=context.seed)
 
 
-def target_of(config: PerturbConfig) -> dict[str, str]:
-    """Return the classes of `to` that are classes."""
-    return {name: value for name, value in config.to.items() if value is not None}
+def target_of(config: PerturbConfig, vocabulary: Vocabulary) -> dict[str, str]:
+    """Return the classes of `to`, as the data call them, without labels that are removed."""
+    return {name: value for name, value in target_classes(config, vocabulary).items() if value is not None}
 
 
 @dataclass(frozen=True)

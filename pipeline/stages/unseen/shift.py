@@ -100,7 +100,7 @@ class Learned:
             return
         known = read_target_screen(self.config, self.context, rows, self.vocabulary)
         keys, shifts = [], []
-        for of in source_combinations(rows, known, target_of(self.config)):
+        for of in source_combinations(rows, known, target_of(self.config, self.vocabulary)):
             shifts.append(CountShift.learn(replace(known.screen, control=of.control), of.context, of.treatment))
             keys.append(of.key)
             self.sources[JOIN.join((of.context, of.control, "to", of.treatment))] = list(shifts[-1].sources)

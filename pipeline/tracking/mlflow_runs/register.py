@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PACKAGES = ("mlflow", "torch", "numpy", "pandas", "scipy", "pydantic", "safetensors", "numba", "anndata")
 DIGEST = "scldm.models_digest"
 SCALE = "scldm.scale"  # of the values that the model returns
+LABEL_VALUES = "scldm.label_values"  # label -> unit, scale and range, members, or number of names with vectors
 COUNTS, LATENTS = "counts", "latents"
 RETURNS = {
     COUNTS: "a table of conditions in, counts (int32) out",
@@ -223,6 +224,7 @@ def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run
     import mlflow.pyfunc
     from mlflow.models import Model
 
+    vocabulary = Vocabulary.load(models.vae / "vocabulary.json")
     code = folder.parent / "code"
     for package in ("scldm", "pipeline"):
         shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -232,11 +234,17 @@ def save(models: ModelFolders, folder: Path, *, model_id: str | None = None, run
         python_model=str(ROOT / "pipeline" / "inference" / "export" / "mlflow_model.py"),
         artifacts={"vae": str(models.vae)} | ({} if models.flow is None else {"flow": str(models.flow)}),
         code_paths=[str(code / "scldm"), str(code / "pipeline")],
-        signature=signature(scale_of(models), Vocabulary.load(models.vae / "vocabulary.json").n_genes),
-        metadata={SCALE: scale_of(models), "scldm.returns": RETURNS[scale_of(models)]},
+        signature=signature(scale_of(models), vocabulary.n_genes),
+        metadata={SCALE: scale_of(models), "scldm.returns": RETURNS[scale_of(models)], **_label_values(vocabulary)},
         pip_requirements=[f"{p}=={installed(p).partition('+')[0]}" for p in PACKAGES],
         mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
     )
+
+
+def _label_values(vocabulary: Vocabulary) -> dict[str, dict[str, str]]:
+    """Return what labels mean whose classes are values, as metadata; none if there are no such labels."""
+    found = {label: values.summary() for label, values in vocabulary.values.items()}
+    return {LABEL_VALUES: found} if found else {}
 
 
 def signature(scale: str, n_genes: int) -> Any:

@@ -23,7 +23,7 @@ from pipeline.training.state import Run
 from pipeline.training.tasks.base import Rates, make_order, report_start, training_facts
 from pipeline.training.tasks.joint import VAE_FOLDERS, train_joint
 from pipeline.training.tasks.spec import FlowWorkerSpec
-from scldm.checkpoints.native import load_flow, load_vae, save_flow
+from scldm.checkpoints.native import load_flow, load_vae, new_dit, save_flow
 from scldm.checkpoints.start_from import adapt, freeze, slow_down, start_flow
 from scldm.errors import InputError
 from scldm.nn.dit import DiT
@@ -49,9 +49,7 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
     n_classes = data.vocabulary.n_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        dit = DiT(
-            config.model, n_latent_tokens=m, latent_width=e, n_classes=n_classes, from_controls=config.start is not None
-        )
+        dit = new_dit(config.model, data.vocabulary, latent_shape=(m, e), from_controls=config.start is not None)
     started, rates = _start_from(spec, dit, data)
     source = latent_blocks(encoded, "train")
     order = make_order(source, train.feed, spec.seed)

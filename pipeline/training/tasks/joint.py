@@ -19,8 +19,7 @@ from pipeline.training.objectives.joint import Joint, JointObjective, part_of
 from pipeline.training.objectives.vae import VaeObjective, validation_tables
 from pipeline.training.state import Run
 from pipeline.training.tasks.base import make_order
-from scldm.checkpoints.native import load_vae, save_flow, save_vae
-from scldm.nn.dit import DiT
+from scldm.checkpoints.native import load_vae, new_dit, save_flow, save_vae
 from scldm.nn.vae import VAE
 
 # Folders of the two VAEs, next to the flow's: sampling with weights "ema" uses the first, with "raw" the second.
@@ -68,10 +67,8 @@ def _networks(config: TrainFlowConfig, inputs: Mapping[str, Manifest], data: Ing
         p.requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dit = DiT(
-            config.model, n_latent_tokens=vae.config.n_latent_tokens, latent_width=vae.config.latent_width,
-            n_classes=data.vocabulary.n_classes,
-        )  # fmt: skip
+        shape = (vae.config.n_latent_tokens, vae.config.latent_width)
+        dit = new_dit(config.model, data.vocabulary, latent_shape=shape)
     return Joint(vae, dit, path=config.flow)
 
 

@@ -72,6 +72,11 @@ def export_upstream(vae: Path, flow: Path | None, out: Path, *, force: bool = Fa
                 f"upstream cannot represent the flow {flow}: it was trained from control cells "
                 f"({averaged.start.label} {averaged.start.control}) too, and upstream's flows start at noise only"
             )
+        if kinds := [f"{label} is {x.summary()}" for label, x in averaged.vocabulary.values.items()]:
+            raise CheckpointError(
+                "upstream cannot represent this flow: it has tables of classes only, and "
+                f"{'; '.join(kinds)}. The VAE alone can be exported"
+            )
     with atomic_folder(out) as folder:
         notes = _write(folder, of_vae, averaged, raw, values)
         _check_reads_back(folder, of_vae, averaged)

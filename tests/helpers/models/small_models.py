@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from scldm.checkpoints.native import save_flow, save_vae
+from scldm.checkpoints.native import new_dit, save_flow, save_vae
 from scldm.data.library_size import LibrarySizes, LogNormal, condition_key
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.flow.config import ControlStart, PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 
 GENES = ("g0", "g1", "g2", "g3", "g4", "g5")
@@ -53,8 +52,8 @@ def write_flow(
     config = DiTConfig(**{"d_model": 12, "n_layers": 1, "n_heads": 2} | choices)
     weights = {}
     for seed, which in enumerate(("model", "raw"), start=1):
-        shape = {"n_latent_tokens": 3, "latent_width": 4, "n_classes": names.n_classes}
-        dit = random_weights(DiT(config, **shape, from_controls=start is not None), seed)
+        dit = new_dit(config, names, latent_shape=(3, 4), from_controls=start is not None)
+        dit = random_weights(dit, seed)
         weights[which] = dit.state_dict()
         if config.label_dropout == 0:  # upstream has no null class then
             for name in (k for k in weights[which] if k.startswith("labels.")):

@@ -290,6 +290,47 @@ def a_label_is_called_as_a_column_of_requests(case: Case) -> None:
     assert "ingest.source.columns" not in in_place  # columns of an experiment are read as they are called
 
 
+# ---- labels whose classes are values -------------------------------------------------------------------------------
+ALL_TRAIN = {"validation": 0, "test": 0}
+
+
+def of_dose(case: Case, dose: Any, **values: Any) -> Path:
+    path = save(case.folder / "a.h5ad", dose=dose)
+    return of_file(case, path, labels=["dose"], label_values={"dose": {"type": "number", **values}}, split=ALL_TRAIN)
+
+
+@follows("pipeline/data/ingest/label_values.py: is a number, and {} of its values are none")
+def a_number_holds_text(case: Case) -> None:
+    job = of_dose(case, ["vehicle", "1", "2", "3"] * 10)
+    said = message(ingest, job)
+    assert ingest(job, setting(said, "ingest.label_values.dose.zero"))["n_classes"] == {"dose": 4}
+    assert ingest(job, f"{named(said, 'ingest.label_values')}={{}}")["n_classes"] == {"dose": 4}
+
+
+@follows("pipeline/data/ingest/label_values.py: {}: {}; leave the label out of ingest.label_values: it is classes then")
+def a_number_has_one_value(case: Case) -> None:
+    job = of_dose(case, [1.0] * N)
+    said = message(ingest, job)
+    assert ingest(job, f"{named(said, 'ingest.label_values')}={{}}")["n_classes"] == {"dose": 1}
+
+
+@follows("pipeline/data/validation/names.py: or make it a number with ingest.label_values.{}.type=number")
+def a_label_holds_measurements(case: Case) -> None:
+    path = save(case.folder / "a.h5ad", age=np.linspace(0.5, 80, N))
+    job = of_file(case, path, labels=["age"], split=ALL_TRAIN)
+    assert ingest(job, setting(message(ingest, job), "ingest.label_values.age.type"))["n_classes"] == {"age": N}
+
+
+@follows("pipeline/cli/init/labels.py: taken as a number{}: {}; ingest.label_values={} makes it classes")
+def a_number_is_meant_as_classes(case: Case) -> None:
+    case.read_here()
+    path = save(case.folder / "a.h5ad", dose=[0.5, 1.0] * (N // 2))
+    said = done("init", path, "--label", "dose", "-o", case.folder / "mine.yaml")
+    job = case.folder / "mine.yaml"
+    assert "label_values" in ingest(job)
+    assert "label_values" not in ingest(job, setting(said, "ingest.label_values"))
+
+
 # ---- copies, filters, split ----------------------------------------------------------------------------------------
 @follows("pipeline/data/validation/counts.py: write is_primary_data: False into obs for them and set ingest.cells.")
 def cells_occur_twice(case: Case) -> None:

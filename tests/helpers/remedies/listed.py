@@ -7,6 +7,9 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "scldm/checkpoints/start_from.py: make both the same (ingest.label_values)": (
+        "tests/unit/model/checkpoints/test_start_from_values.py"
+    ),
     "pipeline/cli/cells.py: --control takes LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",
     "pipeline/cli/cells.py: --control works only with --to cell-eval": "tests/unit/inference/test_cell_eval.py",
     "pipeline/inference/export/cell_eval.py: --control LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",
@@ -115,6 +118,7 @@ NOT_FOLLOWED = {
 }
 
 NO_ADVICE = (
+    "pipeline/data/ingest/label_values.py: {}: old cells (ingest.replay) have {}: {}",
     "scldm/checkpoints/upstream/inputs.py: none: library_size.json says so",
     "pipeline/cluster/needs.py: with resources.{}={}) and there are {}",
     "pipeline/inference/rows.py: name one in ingest.labels, or map it",

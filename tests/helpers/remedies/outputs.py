@@ -86,7 +86,6 @@ def init_takes_no_tissue_of_a_file(case: Case) -> None:
     "pipeline/cli/init/labels.py: ; --label {} takes it all the same",
     "pipeline/cli/init/labels.py: usable; --label {} takes it",
     "pipeline/cli/init/labels.py: --label {}: obs has no such column",
-    "pipeline/cli/init/labels.py: --label {}: decimal numbers, not classes; cut them into ranges with pandas.cut",
     "pipeline/cli/init/labels.py: --label {}: {} class; a label needs two or more",
     "pipeline/cli/init/labels.py: ; ingest.source.columns renames it",
 )

@@ -102,7 +102,8 @@ def test_what_is_asked_for_is_taken_or_refused_all_at_once():
     assert labels_of(obs, "batch").columns == ("batch",)
     with pytest.raises(InputError) as error:
         labels_of(obs, "cel_type", "score", "assay")
-    for words in ("cel_type: obs has no such column (did you mean 'cell_type'?", "pandas.cut", "1 class"):
+    assert "score" not in str(error.value).replace("columns: cell_type, batch, score", "")  # a number
+    for words in ("cel_type: obs has no such column (did you mean 'cell_type'?", "1 class"):
         assert words in str(error.value)
 
 
@@ -111,6 +112,36 @@ def test_numbers_that_a_gap_made_floats_and_doses_are_classes_if_asked_for():
     assert labels_of(obs, "cluster", "dose").columns == ("cluster", "dose")
     assert "whole numbers (3 different)" in labels_of(obs).reason["cluster"]
     assert "doses or days" in labels_of(obs).reason["dose"]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "settings"),
+    [
+        ("score", np.linspace(0, 1, N), {"type": "number"}),
+        ("dose_uM", [0.0, 0.1, 1, 10] * 60, {"type": "number", "unit": "uM", "scale": "log", "zero": [0]}),
+        ("dose", [0.5, 1, 2] * 80, {"type": "number"}),
+        ("time_h", [0, 6, 24] * 80, {"type": "number", "unit": "h"}),
+        ("index", list(range(12)) * 20, {"type": "number"}),
+        ("cluster", list(range(12)) * 20, None),
+        ("cluster_id", [0.0, 1.0, None, 2.0] * 60, None),
+        ("stage", ["1", "2", "3"] * 80, None),
+    ],
+)
+def test_a_number_is_proposed_as_a_number_with_the_reason(column, values, settings):
+    found = labels_of(table(**{column: values}), column)
+    assert found.numbers == ({} if settings is None else {column: settings})
+    assert ("taken as a number" in found.reason[column]) == (settings is not None)
+
+
+def test_the_job_of_a_number_is_valid_and_says_so(tmp_path):
+    cells(table(**{"dose uM": [0.0, 0.1, 1, 10] * 60})).write_h5ad(tmp_path / "cells.h5ad")
+    made = init(tmp_path / "cells.h5ad", "--label", "cell_type", "--label", "dose uM", "-o", tmp_path / "job.yaml")
+    assert made.exit_code == 0, made.output
+    assert "taken as a number, on a log scale, 0 as the untreated control: it has fractions" in made.output
+    job = load_job(tmp_path / "job.yaml")
+    assert job.ingest.label_values["dose_uM"].model_dump() == {
+        "type": "number", "unit": "uM", "scale": "log", "zero": ["0"]
+    }  # fmt: skip
 
 
 def test_donors_are_held_out_whole_where_there_are_many():

@@ -19,7 +19,7 @@ NOT_INPUT_FILES = {
     # names and expressions
     "name", "kind", "experiment", "salt", "layer", "measurement", "gene_id", "gene_name", "genome", "columns", "labels",
     "obs_filter", "value_filter", "tissue", "assay", "organism", "where", "combinations", "keep_obs", "to", "control",
-    "cells", "per_label", "genes", "guidance", "missing_text", "parents", "freeze",
+    "cells", "per_label", "genes", "guidance", "missing_text", "parents", "freeze", "unit", "separator", "zero",
 }  # fmt: skip
 
 
@@ -81,6 +81,7 @@ def test_the_declared_inputs_are_these():
         "source.uri",
         "genes.vocabulary",
         "split.held_out.table",
+        "label_values.embeddings",
         "replay.pipeline",
         "replay.model",
         "replay.source.path",

@@ -14,7 +14,7 @@ from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.inference.request import read_request
 from pipeline.planning.generation import predicted_lines
 from pipeline.stages.unseen.finished import BETTER, NO_BETTER
-from scldm.data.reserved_names import PREDICTED_COLUMNS
+from scldm.data.labels.reserved_names import PREDICTED_COLUMNS
 from scldm.data.vocabulary import Vocabulary
 
 ASKED = [

@@ -16,7 +16,7 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.presence import GROUP
 from pipeline.data.tables import RESERVED
 from pipeline.stages import ingest
-from scldm.data.reserved_names import GENERATED_COLUMNS, REQUEST_COLUMNS
+from scldm.data.labels.reserved_names import GENERATED_COLUMNS, REQUEST_COLUMNS
 from scldm.errors import InputError
 
 N = 300

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models.label_values import number
 from helpers.models.small_models import CELL_TYPES, DONORS, GENES, library_sizes, vocabulary, write_flow, write_vae
 from helpers.models.upstream_fixtures import FOLDER
 from safetensors.torch import load_file, save_file
@@ -226,3 +227,14 @@ def test_the_state_dict_has_the_keys_and_shapes_of_upstreams_own(tmp_path, kind)
     if kind == "ldm":
         assert state["diffusion_model.class_embeddings.clusters.weight"].shape == (4, 12)  # and the null class
         assert state["ema_model.initted"].item() is True
+
+
+def test_a_flow_whose_labels_are_values_is_refused_and_its_vae_is_not(tmp_path):
+    labels = (CELL_TYPES, number(unit="uM"))
+    vae, flow = write_vae(tmp_path / "vae", *labels), write_flow(tmp_path / "flow", *labels)
+    with pytest.raises(
+        CheckpointError, match=r"tables of classes only, and dose is a number in uM, linear scale, 1 to 10"
+    ):
+        export_upstream(vae, flow, tmp_path / "upstream")
+    assert not (tmp_path / "upstream").exists()
+    assert export_upstream(vae, None, tmp_path / "upstream").files
