@@ -35,7 +35,7 @@ from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path
 from scldm.flow.sampler import sample_latents
-from scldm.generation.matched_mean import draw_changed, matched_factors
+from scldm.generation.draws.matched_mean import draw_changed, matched_factors
 from scldm.generation.real_cells import draw_sparse, under_condition
 from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.metrics.perturbation.free_answers import Answer

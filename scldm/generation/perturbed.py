@@ -23,7 +23,7 @@ from scldm.data.batch import CellBatch
 from scldm.flow.config import ControlStart, SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.flow.transport import FromControls, Start, start_problem
-from scldm.generation.changed_counts import change_counts
+from scldm.generation.draws.changed_counts import change_counts
 from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
 from scldm.nn.vae import CountDistribution, ExpressionDistribution
 

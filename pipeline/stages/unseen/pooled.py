@@ -2,8 +2,8 @@
 
 The flow says how each cell changes. The mean change of a gene is the average of three predictions: the flow's, the mean
 shift of the other contexts, and their mean ratio (`scldm.metrics.perturbation.pooled`). One factor per gene and context
-brings the cells there (`scldm.generation.matched_mean`). Factors are computed once, on some of the source's cells,
-before any shard is made.
+brings the cells there (`scldm.generation.draws.matched_mean`). Factors are computed once, on some of the source's
+cells, before any shard is made.
 
 Shape letters: b cells of a tile, n cells of a combination, g genes, k combinations.
 """
@@ -133,7 +133,7 @@ class Fitted:
         self, combination: SourceCombination, screen: Screen, mover: _Mover, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the factor of each gene, and the shift of the mean that it is for, both (g,)."""
-        from scldm.generation.matched_mean import draw_changed, matched_factors
+        from scldm.generation.draws.matched_mean import draw_changed, matched_factors
         from scldm.metrics.genes.expression import log1p_cp10k
 
         some = np.sort(rng.permutation(combination.rows)[:MOST_CELLS])

@@ -26,7 +26,7 @@ from pipeline.inference.rows import SourceRows
 from pipeline.report.combinations import JOIN
 from pipeline.stages.unseen.screen import read_target_screen, require_context, source_combinations, target_of
 from scldm.data.vocabulary import Vocabulary
-from scldm.generation.shift_draw import shifted_counts
+from scldm.generation.draws.shift_draw import shifted_counts
 from scldm.metrics.perturbation.shift import CountShift
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from scldm.errors import InputError
 from scldm.flow.config import ControlStart, SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.flow.transport import FromControls
-from scldm.generation.changed_counts import change_counts
+from scldm.generation.draws.changed_counts import change_counts
 from scldm.generation.perturbed import ADDED, KEPT
 
 START = ControlStart(label="donor", control="d1", share=0.5)

@@ -82,7 +82,7 @@ def test_cells_have_the_mean_shift_that_was_pooled(place, pooled):
     everything, _ = perturbed(place, "own", to={"treatment": "control"}, counts="changed")
     found, unpooled = (shift_of(x.X[mine], everything.X[mine]) for x in (cells, plain))
     assert np.corrcoef(found, asked)[0, 1] > 0.75  # one draw of about 200 cells of 60 counts
-    assert np.abs(found - asked).mean() < 0.6 * np.abs(unpooled - asked).mean()
+    assert np.abs(found - asked).mean() < 0.75 * np.abs(unpooled - asked).mean()
 
 
 def test_the_shift_is_the_average_of_three(place, pooled):
