@@ -27,10 +27,13 @@ from harness import Row, report
 
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.perturbation.combinations import CombinationJudge
-from scldm.metrics.perturbation.free_answers import FREE_ANSWERS, SHIFT, free_answers
+from scldm.metrics.perturbation.free_answers import COUNTS, FREE_ANSWERS, SHIFT, free_answers
 from scldm.metrics.perturbation.leave_out import without
+from scldm.metrics.perturbation.measures import LOWER
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = "pooled"
+EVEN, MOST_LOST = 0.5, 0.1  # shares of combinations: won by chance, and significantly worse at most
 SHOWN = ("delta_pearson", "energy", "pr_auc", "mae", "lfc_cosine", "lfc_slope")
 
 
@@ -47,13 +50,15 @@ def run(name: str, args: argparse.Namespace) -> None:
             start, known = time.process_time(), without(study.screen, fold)
             trained = perturbation_lines.train(known, study.genes, seconds=args.seconds, seed=seed)
             space = RealSpace.fit(known.counts, n_top_genes=2_000, n_pcs=30, seed=0)
+            weights = perturbation_lines.pool_weights(trained, known, seed)
             judge = CombinationJudge(known, {pair: study.screen.cells(*pair) for pair in fold}, space, seed=seed)
             for context, treatment in fold:
                 free = free_answers(known, context, treatment, np.random.default_rng(seed))
-                own = perturbation_lines.answers(trained, known, context, treatment, free, seed)
+                own = perturbation_lines.answers(trained, known, context, treatment, free, weights, seed)
                 found = judge.score((context, treatment), own | free)
                 line = {
                     "seed": seed, "context": context, "treatment": treatment, "n_measured": found.n_measured,
+                    "weights": weights.round(3).tolist(),
                     "scores": found.scores,
                     "intervals": {k: {m: [i.low, i.high] for m, i in v.items()} for k, v in found.intervals.items()},
                 }  # fmt: skip
@@ -79,15 +84,35 @@ def table(name: str, results: list[dict[str, Any]]) -> str:
 
 
 def rows(results: list[dict[str, Any]], suffix: str) -> list[Row]:
-    """Energy distance of every way beside the shift in log values, the free answer that is hardest to beat."""
+    """Return the rows of a screen: shares of combinations, and the energy distance of every way beside the shift's."""
     found = []
-    for way in perturbation_lines.WAYS:
+    for metric in ("energy", "delta_pearson", "mae", "pr_auc"):
+        sign = -1 if metric in LOWER else 1
+        for free in (SHIFT, COUNTS):
+            name, wins, losses = free.replace(" ", "_"), [], []
+            for r in results:
+                ours, theirs = (r["scores"][who].get(metric) for who in (OURS, free))
+                if ours is not None and theirs is not None:
+                    wins.append(sign * (ours - theirs) > 0)
+                if metric in r["intervals"][OURS]:
+                    mine, other = (sorted(sign * x for x in r["intervals"][who][metric]) for who in (OURS, free))
+                    losses.append(mine[1] < other[0])
+            found.append(_share(f"{metric}.win_share_vs_{name}{suffix}", wins, EVEN))
+            if losses:
+                found.append(_share(f"{metric}.loss_share_vs_{name}{suffix}", losses, MOST_LOST))
+    for way in [way for way in perturbation_lines.WAYS if way in results[0]["scores"]]:
         pairs = [(r["scores"][way]["energy"], r["scores"][SHIFT]["energy"]) for r in results]
         ours, free = (float(np.mean(side)) for side in zip(*pairs, strict=True))
         ratios = [b / a for a, b in pairs if a > 0]
         name = f"perturbation.{way.replace(' ', '_')}.vs_shift{suffix}"
         found.append(Row(name, ours, "energy distance", free, free / ours, len(pairs), (min(ratios), max(ratios))))
     return found
+
+
+def _share(name: str, of: list[bool], baseline: float) -> Row:
+    """A share of combinations beside what is asked of it; intervals by combinations are not given."""
+    share = float(np.mean(of))
+    return Row(name, share, "of combinations", baseline, share / baseline, len(of), (share, share))
 
 
 def main() -> None:
@@ -110,8 +135,10 @@ def main() -> None:
         run(name, args)
         found[name] = read(args.out / name / "results.jsonl")
         print(table(name, found[name]))
-    suffix = {name: f" {name}" if len(names) > 1 else "" for name in names}
-    made = [row for name in names for row in rows(found[name], suffix[name])]
+    suffix = {name: f" {name}" for name in names}
+    made = rows([r for name in names for r in found[name]], "")
+    if len(names) > 1:
+        made += [row for name in names for row in rows(found[name], suffix[name])]
     report(made, args.json, seconds=args.seconds, found=found)
 
 

@@ -5,8 +5,8 @@
     transport    control cells forward by a flow that starts at the latents of control cells
     … in counts  the decoder's change from the cell's own latents to the moved ones, applied to the cell's counts:
                  molecules are added, or lost one by one
-    pooled       carried in counts, with the mean that the flow, the mean shift of the other contexts and their mean
-                 ratio give on average
+    pooled       carried in counts, with the mean that the flow and three free answers give together, at weights that
+                 are learned from measured combinations
 
 One VAE serves all; both flows have the same network, steps and labels. In training a label is dropped on its own, so
 that the field of a treatment exists without a context.
@@ -38,8 +38,9 @@ from scldm.flow.sampler import sample_latents
 from scldm.generation.draws.matched_mean import draw_changed, matched_factors
 from scldm.generation.real_cells import draw_sparse, under_condition
 from scldm.metrics.genes.expression import log1p_cp10k
-from scldm.metrics.perturbation.free_answers import Answer
-from scldm.metrics.perturbation.pooled import pooled_shift
+from scldm.metrics.perturbation.free_answers import Answer, free_answers
+from scldm.metrics.perturbation.leave_out import askable, without
+from scldm.metrics.perturbation.pooled import LEFT_OUT_CELLS, MOST_LEFT_OUT, learn_weights, predicted_shifts
 from scldm.metrics.perturbation.screen import Screen
 from scldm.nn.dit import DiT, drop_labels
 from scldm.optim.config import EMAConfig
@@ -51,6 +52,7 @@ RATE, BATCH = 3e-3, 128
 STREAM = 8  # of randomness
 STEPS = 14
 WAYS = ("noise", "carried", "transport", "carried in counts", "transport in counts", "pooled")
+MOVES = ("noise", "carried", "transport")
 MATCHED = 600  # cells that factors are fitted on
 
 
@@ -117,23 +119,25 @@ def train_flow(
 
 
 class Coupling:
-    """Control cells of the same context for each cell, matched by optimal transport within a batch (CellFlow).
+    """Control cells of the same context for the cells of a combination, matched by optimal transport within a batch.
 
-    Cells of a context without controls start from noise.
+    Each treatment is matched on its own: matched together, each would only get the controls that resemble it. Cells of
+    a context without controls start from noise. The plain form of `scldm.flow.transport`, in batches.
     """
 
     def __init__(self, screen: Screen, z: Tensor, seed: int):
-        self.z, self.seed, self.context = z, seed, screen.context
+        self.z, self.seed, self.context, self.treatment = z, seed, screen.context, screen.treatment
         self.controls = {c: torch.from_numpy(rows) for (c, t), rows in screen.members.items() if t == screen.control}
 
     def draw(self, rows: Tensor, step: int) -> Tensor:
         """Return a control cell's latents for each cell of the batch, (b, m, e)."""
         g = generator(self.seed, STREAM + 1, step)
         x0 = torch.randn(self.z[rows].shape, generator=g)
-        contexts = self.context[rows.numpy()]
-        for name in sorted(set(contexts.tolist()) & set(self.controls)):
-            here = np.flatnonzero(contexts == name)
-            pool = self.controls[name]
+        contexts, treatments = self.context[rows.numpy()], self.treatment[rows.numpy()]
+        for context, treatment in sorted(set(zip(contexts.tolist(), treatments.tolist(), strict=True))):
+            if context not in self.controls:
+                continue
+            here, pool = np.flatnonzero((contexts == context) & (treatments == treatment)), self.controls[context]
             drawn = self.z[pool[torch.randint(len(pool), (len(here),), generator=g)]]
             cost = torch.cdist(self.z[rows[here]].flatten(1), drawn.flatten(1)) ** 2
             own, other = linear_sum_assignment(cost.numpy())
@@ -142,33 +146,53 @@ class Coupling:
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------
+def pool_weights(trained: Trained, screen: Screen, seed: int) -> np.ndarray:
+    """Return the weights of the pooled mean, (k,), from measured combinations that are left out of the free answers."""
+    rng = np.random.default_rng([seed, STREAM + 4])
+    pairs = askable(screen)
+    predicted, measured = [], []
+    for pair in [pairs[i] for i in rng.permutation(len(pairs))[:MOST_LEFT_OUT]]:
+        free = free_answers(without(screen, [pair]), *pair, rng)
+        rows = rng.permutation(screen.members[pair[0], screen.control])[:LEFT_OUT_CELLS]
+        found, _ = _moved(trained, _cells(screen[rows]), screen.control, pair[1], seed, ("carried",))
+        predicted.append(predicted_shifts(free, _shift(found["carried in counts"], screen.counts[rows])))
+        measured.append(screen.mean(*pair) - screen.mean(pair[0], screen.control))
+    return learn_weights(predicted, measured)
+
+
 def answers(
-    trained: Trained, screen: Screen, context: str, treatment: str, free: Mapping[str, Answer], seed: int
-) -> dict[str, Answer]:
+    trained: Trained, screen: Screen, context: str, treatment: str, free: Mapping[str, Answer], weights: np.ndarray,
+    seed: int,
+) -> dict[str, Answer]:  # fmt: skip
     """Return the cells that each way predicts from the context's control cells.
 
     Args:
         free: The free answers, see `free_answers`.
+        weights: Of the pooled mean, see `pool_weights`.
     """
-    counts = sp.csr_matrix(screen.cells(context, screen.control), dtype=np.float32)
-    found, means = _moved(trained, Cells(counts, np.repeat(context, counts.shape[0])), screen.control, treatment, seed)
-    rng = np.random.default_rng([seed, STREAM])
-    for name in [way for way in ("carried", "transport") if way in means]:
-        changed = draw_changed(counts.toarray(), means["own"], means[name], rng)
-        found[f"{name} in counts"] = sp.csr_matrix(changed)
-    own = log1p_cp10k(counts).mean(0)
-    shift = pooled_shift(free, np.asarray(log1p_cp10k(found["carried in counts"]).mean(0) - own).ravel())
+    control = _cells(screen[screen.members[context, screen.control]])
+    found, means = _moved(trained, control, screen.control, treatment, seed)
+    counts, rng = control.counts, np.random.default_rng([seed, STREAM])
+    shift = weights @ predicted_shifts(free, _shift(found["carried in counts"], counts))
     some = rng.permutation(counts.shape[0])[:MATCHED]
     factors = matched_factors(counts[some], means["own"][some], means["carried"][some], shift, rng)
     found["pooled"] = sp.csr_matrix(draw_changed(counts.toarray(), means["own"], means["carried"] * factors, rng))
     return {name: Answer.of(found[name]) for name in WAYS if name in found}
 
 
+def _cells(screen: Screen) -> Cells:
+    return Cells(sp.csr_matrix(screen.counts, dtype=np.float32), screen.context)
+
+
+def _shift(cells: sp.csr_matrix, control: sp.csr_matrix) -> np.ndarray:
+    return np.asarray(log1p_cp10k(cells).mean(0) - log1p_cp10k(sp.csr_matrix(control)).mean(0)).ravel()
+
+
 @torch.inference_mode()
 def _moved(
-    trained: Trained, control: Cells, control_class: str, treatment: str, seed: int
+    trained: Trained, control: Cells, control_class: str, treatment: str, seed: int, ways: Sequence[str] = MOVES
 ) -> tuple[dict[str, sp.csr_matrix], dict[str, np.ndarray]]:
-    """Return cells drawn from the decoder, and its means for the own latents ("own") and the moved ones, (n, g)."""
+    """Return cells drawn from the decoder, and the decoder's means for the own latents ("own") and the moved ones."""
     vae, vocabulary, context = trained.vae, trained.noise.vocabulary, control.classes[0]
     drawn: dict[str, list[sp.csr_matrix]] = {}
     means: dict[str, list[Tensor]] = {}
@@ -176,22 +200,27 @@ def _moved(
         z, n, ids = encode(vae, part), len(part), list(range(i * 128, i * 128 + len(part)))
         own, target = (_conditions(vocabulary, context, t, n) for t in (control_class, treatment))
         sampler, size = SamplerConfig(steps=STEPS), torch.from_numpy(np.asarray(part.counts.sum(1)).ravel())
-        x0 = torch.randn(z.shape, generator=generator(seed, STREAM + 2, i))
-        latents = {
-            "noise": sample_latents(trained.noise.dit, x0, target, sampler, trained.noise.path),
-            "carried": under_condition(trained.noise, z, own=own, target=target, sampler=sampler),
-        }
-        if trained.transport is not None:
-            latents["transport"] = sample_latents(trained.transport.dit, z, target, sampler, trained.transport.path)
         means.setdefault("own", []).append(vae.vae.decode_mu(z, size))
-        for name, moved in latents.items():
+        for name in ways:
+            if name == "noise":
+                x0 = torch.randn(z.shape, generator=generator(seed, STREAM + 2, i))
+                moved = sample_latents(trained.noise.dit, x0, target, sampler, trained.noise.path)
+            elif name == "carried":
+                moved = under_condition(trained.noise, z, own=own, target=target, sampler=sampler)
+            elif trained.transport is not None:
+                moved = sample_latents(trained.transport.dit, z, target, sampler, trained.transport.path)
+            else:
+                continue
             decoded = vae.vae.decode(moved, size)
             drawn.setdefault(name, []).append(draw_sparse(decoded, ids, seed=seed))
             means.setdefault(name, []).append(decoded.mu)
-    return (
-        {name: sp.vstack(parts, format="csr") for name, parts in drawn.items()},
-        {name: torch.cat(parts).double().numpy() for name, parts in means.items()},
-    )
+    cells = {name: sp.vstack(parts, format="csr") for name, parts in drawn.items()}
+    found = {name: torch.cat(parts).double().numpy() for name, parts in means.items()}
+    rng = np.random.default_rng([seed, STREAM + 3])
+    for name in [name for name in cells if name != "noise"]:
+        changed = draw_changed(control.counts.toarray(), found["own"], found[name], rng)
+        cells[f"{name} in counts"] = sp.csr_matrix(changed)
+    return cells, found
 
 
 def _conditions(vocabulary: Vocabulary, context: str, treatment: str, n: int) -> Mapping[str, Tensor]:
