@@ -24,6 +24,7 @@ from pipeline.data.loading.collate import to_latent_batch
 from pipeline.data.loading.order import FeedOrder
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
+from scldm.flow.config import ControlStart
 from scldm.flow.transport import NOT_A_CONTROL, ControlCells
 from scldm.random import generator
 
@@ -64,6 +65,12 @@ def read_controls(
         kept.append(own)
     batch = to_latent_batch(source.read(np.concatenate(kept)), names, shape=shape)
     return ControlCells.of(batch.latents, batch.conditions, label)
+
+
+def of_vocabulary(start: ControlStart, vocabulary: Vocabulary) -> ControlStart:
+    """Return a start with the control class as the data call it: 1.0 is the class 1."""
+    label = vocabulary.label(start.label)
+    return start.model_copy(update={"control": label.classes[int(label.encode([start.control])[0])]})
 
 
 def _rows_of(

@@ -16,7 +16,7 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import IpcBlocks
 from pipeline.data.loading.order import FeedOrder
 from pipeline.training.loop import run_training
-from pipeline.training.objectives.controls import ControlStarts, read_controls
+from pipeline.training.objectives.controls import ControlStarts, of_vocabulary, read_controls
 from pipeline.training.objectives.flow import FlowDraws, FlowObjective
 from pipeline.training.objectives.vae import validation_tables
 from pipeline.training.state import Run
@@ -82,7 +82,7 @@ def train_flow(spec: FlowWorkerSpec, run: Run) -> dict[str, Any]:
             run.folder / "model", {"model": merged(averaged, lora), "raw": merged(raw, lora)},
             config=config.model, path=config.flow,
             latent_shape=(m, e), vocabulary=data.vocabulary, library_sizes=data.library_sizes, card=spec.card,
-            start=config.controls,
+            start=None if config.controls is None else of_vocabulary(config.controls, data.vocabulary),
         )  # fmt: skip
     dist.barrier()
     return training_facts(result, train.export, dit) | started

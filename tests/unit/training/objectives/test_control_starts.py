@@ -12,10 +12,10 @@ from pipeline.config.train import FlowStartConfig
 from pipeline.data.loading.blocks import IpcBlocks
 from pipeline.data.loading.order import FeedOrder
 from pipeline.training.objectives.base import MicroBatchIndex
-from pipeline.training.objectives.controls import ControlStarts, read_controls
+from pipeline.training.objectives.controls import ControlStarts, of_vocabulary, read_controls
 from pipeline.training.objectives.flow import Draws, FlowBatch, FlowDraws, flow_losses
 from scldm.data.vocabulary import LabelVocabulary, UnknownNameError, Vocabulary
-from scldm.flow.config import PathConfig
+from scldm.flow.config import ControlStart, PathConfig
 from scldm.nn.config import DiTConfig
 from scldm.nn.dit import DiT
 
@@ -149,6 +149,12 @@ def test_a_group_with_many_controls_keeps_a_part_drawn_by_seed(source):
     assert torch.equal(few.latents, again.latents)
     whole = {tuple(x.flatten().tolist()) for x in read(source).latents}
     assert {tuple(x.flatten().tolist()) for x in few.latents} < whole
+
+
+def test_a_model_records_its_control_class_as_the_data_call_it():
+    doses = Vocabulary(("g",), ("G",), (LabelVocabulary("dose", ("0", "1")),))
+    start = TrainFlowConfig.model_validate({"start": {"control": {"dose": "0.0"}}}).controls
+    assert of_vocabulary(start, doses) == ControlStart(label="dose", control="0", share=0.5)
 
 
 def test_an_unknown_control_class_is_named(source):
