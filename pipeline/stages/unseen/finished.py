@@ -63,7 +63,7 @@ def verdict_line(found: Predictions, asked: Sequence[Mapping[str, str | None]]) 
     if not rows:
         return None
     better = sum(row["verdict"] == BETTER for row in rows)
-    line = f"{better} of {len(rows)} unmeasured combinations are predicted to be better than the mean shift"
+    line = f"cells of {better} of {len(rows)} unmeasured combinations are predicted to be better than the mean shift"
     if better < len(rows):
         worse = " + ".join(next(row for row in rows if row["verdict"] != BETTER)[x] for x in found.labels)
         line += (
