@@ -4,8 +4,8 @@
 
 Reads left_out.csv of finished predict_error stages. `believe.coverage_90` is the share of errors inside the intervals
 that were made without the combination, both measures and all screens together; 0.9 is meant.
-`believe.verdict_right` is the share of right verdicts against the shift in counts. Screens with too few combinations
-for 90 % intervals do not count. --quick reads the first folder alone.
+`believe.verdict_right` is the share of right verdicts against the shift in counts, beside that of the more frequent one
+said always. Screens with too few combinations for 90 % intervals do not count. --quick reads the first folder alone.
 """
 
 from __future__ import annotations
@@ -37,22 +37,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows, every, right, n_right = [], [], 0.0, 0
+    rows, every, right, majority = [], [], [], []
     for folder in args.folders[:1] if args.quick else args.folders:
         facts = json.loads((folder / "manifest.json").read_text())["facts"]
         if not facts["coverage_90"]:
             print(f"{folder}: {facts['n_left_out']} combinations are too few for 90 % intervals")
             continue
-        found = covered(folder)
+        found, n, better = covered(folder), facts["n_left_out"], facts["better_than_shift"]
         every += list(found.values())
-        right, n_right = right + facts["verdict_right"] * facts["n_left_out"], n_right + facts["n_left_out"]
+        right += [facts["verdict_right"]] * n
+        majority += [max(better, 1 - better)] * n
         name = folder.parent.parent.name
         rows += [_row(f"believe.coverage_90 {name} {m}", x, 0.9) for m, x in found.items()]
     if every:
         rows.insert(0, _row("believe.coverage_90", np.concatenate(every), 0.9))
-        rows.append(
-            Row("believe.verdict_right", right / n_right, "share", 0.5, 2 * right / n_right, n_right, (0.0, 2.0))
-        )
+        rows.append(_row("believe.verdict_right", np.array(right), float(np.mean(majority))))
     report(rows, args.json)
 
 

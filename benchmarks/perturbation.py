@@ -6,7 +6,7 @@ context's control cells. Scores are those of `CombinationJudge`, energy and MMD 
 that are trained on. The floor is one half of the held-out cells against the other.
 
     python benchmarks/perturbation.py --json benchmarks/results/perturbation.json
-    python benchmarks/perturbation.py --only gbm --seeds 1 --seconds 5 5       # does it run at all
+    python benchmarks/perturbation.py --only gbm --seeds 1 --seconds 5 5 5       # does it run at all
 
 What is there is not made again: results lie in --out, and a run that was stopped goes on.
 """
@@ -45,9 +45,7 @@ def run(name: str, args: argparse.Namespace) -> None:
             if all((seed, *pair) in done for pair in fold):
                 continue
             start, known = time.process_time(), without(study.screen, fold)
-            trained = perturbation_lines.train(
-                known, study.genes, vae_seconds=args.seconds[0], flow_seconds=args.seconds[1], seed=seed
-            )
+            trained = perturbation_lines.train(known, study.genes, seconds=args.seconds, seed=seed)
             space = RealSpace.fit(known.counts, n_top_genes=2_000, n_pcs=30, seed=0)
             judge = CombinationJudge(known, {pair: study.screen.cells(*pair) for pair in fold}, space, seed=seed)
             for context, treatment in fold:
@@ -99,7 +97,10 @@ def main() -> None:
     parser.add_argument("--only", choices=list(perturbation_screens.STUDIES), action="append")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, nargs=2, default=[60, 60], help="VAE and each flow, of the processor")
+    parser.add_argument(
+        "--seconds", type=float, nargs=3, default=[30, 40, 0], metavar=("VAE", "FLOW", "TRANSPORT"),
+        help="of the processor; 0 leaves transport out",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

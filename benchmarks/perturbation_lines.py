@@ -16,7 +16,7 @@ Shape letters: n cells, b cells of a batch, m latent tokens, e latent width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path
 from scldm.flow.sampler import sample_latents
-from scldm.generation.matched_mean import draw_changed, matched_factors
+from scldm.generation.draws.matched_mean import draw_changed, matched_factors
 from scldm.generation.real_cells import draw_sparse, under_condition
 from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.metrics.perturbation.free_answers import Answer
@@ -60,12 +60,15 @@ class Trained:
 
     vae: LoadedVAE
     noise: LoadedFlow
-    transport: LoadedFlow
-    seconds: tuple[float, float, float]
+    transport: LoadedFlow | None
 
 
-def train(screen: Screen, genes: tuple[str, ...], *, vae_seconds: float, flow_seconds: float, seed: int) -> Trained:
-    """Train the VAE and both flows on the measured cells."""
+def train(screen: Screen, genes: tuple[str, ...], *, seconds: Sequence[float], seed: int) -> Trained:
+    """Train the VAE and the flows on the measured cells.
+
+    Args:
+        seconds: Of the VAE, of the flow from noise, and of the one from control cells; 0: without it.
+    """
     order = torch.randperm(len(screen.context), generator=generator(seed, STREAM)).numpy()
     screen = screen[order]
     labels = tuple(
@@ -74,10 +77,12 @@ def train(screen: Screen, genes: tuple[str, ...], *, vae_seconds: float, flow_se
     )
     vocabulary = Vocabulary(genes, genes, labels)
     cells = Cells(sp.csr_matrix(screen.counts, dtype=np.float32), screen.context)
-    vae, _ = train_vae("scratch", cells, vocabulary, None, replay=None, seconds=vae_seconds, seed=seed)
+    vae, _ = train_vae("scratch", cells, vocabulary, None, replay=None, seconds=seconds[0], seed=seed)
     z = encode(vae, cells)
-    flows = [train_flow(screen, z, vocabulary, seconds=flow_seconds, seed=seed, start=s) for s in ("noise", "control")]
-    return Trained(vae, flows[0], flows[1], (vae_seconds, flow_seconds, flow_seconds))
+    noise = train_flow(screen, z, vocabulary, seconds=seconds[1], seed=seed, start="noise")
+    if not seconds[2]:
+        return Trained(vae, noise, None)
+    return Trained(vae, noise, train_flow(screen, z, vocabulary, seconds=seconds[2], seed=seed, start="control"))
 
 
 def train_flow(
@@ -148,7 +153,7 @@ def answers(
     counts = sp.csr_matrix(screen.cells(context, screen.control), dtype=np.float32)
     found, means = _moved(trained, Cells(counts, np.repeat(context, counts.shape[0])), screen.control, treatment, seed)
     rng = np.random.default_rng([seed, STREAM])
-    for name in ("carried", "transport"):
+    for name in [way for way in ("carried", "transport") if way in means]:
         changed = draw_changed(counts.toarray(), means["own"], means[name], rng)
         found[f"{name} in counts"] = sp.csr_matrix(changed)
     own = log1p_cp10k(counts).mean(0)
@@ -156,7 +161,7 @@ def answers(
     some = rng.permutation(counts.shape[0])[:MATCHED]
     factors = matched_factors(counts[some], means["own"][some], means["carried"][some], shift, rng)
     found["pooled"] = sp.csr_matrix(draw_changed(counts.toarray(), means["own"], means["carried"] * factors, rng))
-    return {name: Answer.of(found[name]) for name in WAYS}
+    return {name: Answer.of(found[name]) for name in WAYS if name in found}
 
 
 @torch.inference_mode()
@@ -175,8 +180,9 @@ def _moved(
         latents = {
             "noise": sample_latents(trained.noise.dit, x0, target, sampler, trained.noise.path),
             "carried": under_condition(trained.noise, z, own=own, target=target, sampler=sampler),
-            "transport": sample_latents(trained.transport.dit, z, target, sampler, trained.transport.path),
         }
+        if trained.transport is not None:
+            latents["transport"] = sample_latents(trained.transport.dit, z, target, sampler, trained.transport.path)
         means.setdefault("own", []).append(vae.vae.decode_mu(z, size))
         for name, moved in latents.items():
             decoded = vae.vae.decode(moved, size)

@@ -134,9 +134,11 @@ class PerturbConfig(UnknownLabelsConfig):
     to: dict[str, ClassName | None] = Field(min_length=1)
     """Labels that change and their new classes: {cytokine: IFN-beta}; null removes a label. Other labels stay as they
     are."""
-    method: Literal["flow", "shift"] = "flow"
+    method: Literal["flow", "pooled", "shift"] = "flow"
     """flow: by the models, as `start` says. shift: the mean change of the other contexts, learned from the training
-    cells of this pipeline's ingest and drawn as counts; uses no model. It is what anybody has for free."""
+    cells of this pipeline's ingest and drawn as counts; uses no model. It is what anybody has for free. pooled: each
+    cell changes as the flow says, in its own counts, and the mean change of a gene is the average of the flow's and of
+    those of the other contexts, in log values and in ratios; for combinations that no training cell has."""
     start: Literal["latents", "noise", "control"] = "latents"
     """latents: integrate the flow backwards from the cell's latents, under its own labels and without guidance, to the
     noise that they correspond to, and forwards under the new labels. noise: forwards from new noise; only the labels
@@ -152,7 +154,7 @@ class PerturbConfig(UnknownLabelsConfig):
 
     @property
     def uses_flow(self) -> bool:
-        return self.method == "flow"
+        return self.method != "shift"
 
     @property
     def uses_labels(self) -> bool:
@@ -164,10 +166,24 @@ class PerturbConfig(UnknownLabelsConfig):
             return self
         of_models = ("model", "start", "counts", "flow", "guidance", "max_genes", "unknown_labels")
         set_ = [x for x in of_models if getattr(self, x) != type(self).model_fields[x].default]
-        if set_:
+        if set_ and self.method == "shift":
             raise ValueError(f"{', '.join(set_)} cannot be set with method: shift, which uses no model; leave it out")
         if removed := [name for name, value in self.to.items() if value is None]:
-            raise ValueError(f"to.{removed[0]} is null, and method: shift needs a class to shift to; name one")
+            raise ValueError(f"to.{removed[0]} is null, and method: {self.method} needs a class to shift to; name one")
+        return self
+
+    @model_validator(mode="after")
+    def _pools_changes_of_labelled_cells(self) -> PerturbConfig:
+        if self.method != "pooled":
+            return self
+        if self.start == "noise":
+            raise ValueError(
+                "start (noise) uses none of a cell's counts, and method: pooled changes them; set start=latents"
+            )
+        if "counts" in self.model_fields_set and self.counts == "drawn":
+            raise ValueError("method: pooled changes a cell's own counts; leave counts (drawn) out")
+        if self.unknown_labels != "error":
+            raise ValueError("unknown_labels (none) uses cells without labels, and method: pooled needs theirs")
         return self
 
     @model_validator(mode="after")

@@ -91,8 +91,9 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
         return ("ingest", "train_vae")  # it streams counts
     if isinstance(config, GenerateConfig) and config.model is not None:
         return ("ingest",) if config.like is not None else ()
-    if isinstance(config, PerturbConfig) and config.method == "shift":
-        return ("ingest",)
+    if isinstance(config, PerturbConfig) and config.method != "flow":  # they learn from the training cells
+        models = ("train_vae", "train_flow") if config.uses_flow and config.model is None else ()
+        return ("ingest", *models)
     if isinstance(config, RealCellsConfig):
         if config.model is not None:
             return ()

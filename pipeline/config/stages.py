@@ -370,7 +370,10 @@ class PredictErrorConfig(StrictModel):
     """Control class of each label that is a treatment: {cytokine: PBS}. The other labels are the context."""
     combinations: list[dict[str, ClassName]] | None = None
     """Combinations to predict the error for, each with a class for every label: [{cell_type: B cell, cytokine: IL-2}].
-    Null: all that no training cell has, whose context has control cells and whose treatment another context has."""
+    Null, without `conditions`: all that no training cell has, whose context has control cells and whose treatment
+    another context has."""
+    conditions: ConditionsTable | None = None
+    """The same as a table, CSV, TSV or Parquet, such as that of generate.conditions: a column for each label."""
     start: Literal["noise", "latents"] = "noise"
     """Cells whose error is predicted: those of generate (noise), or those of perturb from measured controls
     (latents)."""
@@ -394,6 +397,12 @@ class PredictErrorConfig(StrictModel):
     """Cells that are predicted for a combination, from as many of its context's control cells, at most."""
     max_cells: PositiveInt = 20_000
     """Training cells that are read, drawn by seed."""
+
+    @model_validator(mode="after")
+    def _names_combinations_once(self) -> PredictErrorConfig:
+        if self.combinations is not None and self.conditions is not None:
+            raise ValueError("combinations and conditions both name combinations; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _trains_with_labels_dropped(self) -> PredictErrorConfig:

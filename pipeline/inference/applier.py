@@ -9,7 +9,7 @@ Shape letters: b cells of a tile, g genes of the model, p groups of data sets.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -57,6 +57,30 @@ class Tile:
     seen: CellBatch  # what the encoder is shown: at most max_genes of a cell
     ids: np.ndarray  # (b,) int64, seed of a cell's randomness
     conditions: dict[str, Tensor]  # label -> class ids (b,), on the device
+
+
+def tile_of(
+    table: pa.Table, labels: Sequence[str], *, max_genes: int | None, measured: Tensor | None, seed: int,
+    device: torch.device,
+) -> Tile:  # fmt: skip
+    """Return rows of a reader as cells on a device.
+
+    Args:
+        labels: Of the reader, that of the group of data sets too.
+        max_genes: Expressed genes of a cell that the encoder sees; None: all.
+        measured: Genes that each group of data sets measured, (p, g) bool, on the device; None: all.
+        seed: Seed of the genes that are seen.
+    """
+    from pipeline.data.loading.collate import measured_group, subsample_genes, to_cell_batch
+
+    batch = to_cell_batch(table, [n for n in labels if n != GROUP])
+    cells = batch.to(device)
+    # Drawn before the copy: the draw depends on the seed and the cell, not on the device.
+    seen = cells if max_genes is None else subsample_genes(batch, max_genes, seed=seed).to(device)
+    if measured is not None:
+        of_cells = measured[measured_group(table).to(device)]
+        cells, seen = replace(cells, measured=of_cells), replace(seen, measured=of_cells)
+    return Tile(cells, seen, table[JOINID].to_numpy(), dict(cells.conditions))
 
 
 @dataclass
@@ -202,18 +226,14 @@ class Applier:
         return keep
 
     def _apply(self, table: pa.Table, names: pa.ChunkedArray) -> TileOutput:
-        from pipeline.data.loading.collate import measured_group, subsample_genes, to_cell_batch
-
-        batch = to_cell_batch(table, [n for n in self.reader.labels if n != GROUP])
-        cells, max_genes = batch.to(self.device), self.spec.config.max_genes
-        # Drawn before the copy: the draw depends on the seed and the cell, not on the device.
-        seen = cells if max_genes is None else subsample_genes(batch, max_genes, seed=self.spec.seed).to(self.device)
+        tile = tile_of(
+            table, self.reader.labels, max_genes=self.spec.config.max_genes, measured=self.measured,
+            seed=self.spec.seed, device=self.device,
+        )  # fmt: skip
         if self.processor.encodes:
-            self._require_few_genes(seen, names)
-        if self.measured is not None:
-            measured = self.measured[measured_group(table).to(self.device)]
-            cells, seen = replace(cells, measured=measured), replace(seen, measured=measured)
-        output = self.processor(Tile(cells, seen, table[JOINID].to_numpy(), dict(cells.conditions)))
+            self._require_few_genes(tile.seen, names)
+        output = self.processor(tile)
+        cells = tile.cells
         output.obs = {"library_size": cells.library_size.cpu().numpy(), **output.obs}
         if self.spec.layout.values != "counts":
             output.obs["n_genes"] = cells.lengths.cpu().numpy().astype(np.int32)

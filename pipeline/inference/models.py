@@ -285,7 +285,7 @@ def _target_problems(config: PerturbConfig, vocabulary: Vocabulary) -> list[str]
     for name, value in config.to.items():
         try:
             label = vocabulary.label(name)
-            if value is None or config.method == "shift":  # which is learned from cells
+            if value is None or config.method != "flow":  # which is learned from cells
                 label.encode([value])
             else:
                 label.asked(value)

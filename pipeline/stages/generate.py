@@ -156,15 +156,17 @@ def _with_predictions(spec: GeneratorSpec, context: StageContext, models: _Model
     if models.data is None or (not kept.is_file() and cell_shards(spec.folder).committed()):
         return spec
     if not kept.is_file():
-        known = models.data.composition("train").drop(columns="n_cells").to_dict("records")
+        labels = [label.name for label in models.vocabulary.labels]
+        known = set(models.data.composition("train")[labels].itertuples(index=False, name=None))
         found = finished_predictions(context.folder.parent.parent, context.inputs["ingest"])
         rows = [None if found is None else found.of(row.condition) for row in spec.request.rows]
-        unseen = [dict(row.condition) not in known and all(row.condition.values()) for row in spec.request.rows]
+        classes = [tuple(row.condition.get(x) for x in labels) for row in spec.request.rows]
+        unseen = [all(of_row) and of_row not in known for of_row in classes]
         if found is None or not any(unseen) or any(r is None and u for r, u in zip(rows, unseen, strict=True)):
             return spec
         values = [[None if r is None else float(r[c]) for c in BELIEVED] for r in rows]
-        notes = [f"{' + '.join(map(str, row.condition.values()))}: {believed(r)} ({found.page.name})"
-                 for row, r in zip(spec.request.rows, rows, strict=True) if r is not None]  # fmt: skip
+        notes = [f"{' + '.join(map(str, of_row))}: {believed(r)} ({found.page.name})"
+                 for of_row, r in zip(classes, rows, strict=True) if r is not None]  # fmt: skip
         write_json_atomic(kept, {"version": found.version, "rows": values, "notes": notes})
     told = json.loads(kept.read_text())
     notes = [*spec.provenance["notes"], *told["notes"]]

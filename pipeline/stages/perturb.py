@@ -8,62 +8,32 @@ forwards. From noise, a new cell is made with its labels and library size.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from pipeline.config.apply import PerturbConfig
 from pipeline.config.context import StageContext
 from pipeline.data.loading.blocks import LABEL
-from pipeline.inference.applier import NAME, ApplierSpec, OutputLayout, Tile, TileOutput, Values
+from pipeline.inference.applier import NAME, OutputLayout, Values
 from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import (
     check_target,
     draws_counts,
     flow_start,
     latent_width,
-    load_models,
     locate_models,
     target_classes,
 )
 from pipeline.inference.rows import SourceRows
+from pipeline.stages.unseen.perturber import Perturber
+from pipeline.stages.unseen.pooled import run_pooled
 from pipeline.stages.unseen.shift import run_shift
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from scldm.flow.config import ControlStart
-
-
-class Perturber:
-    """Moves tiles of cells to another condition."""
-
-    synthetic = True
-
-    def __init__(self, spec: ApplierSpec, device: torch.device):
-        from scldm.checkpoints.asked_values import with_values
-        from scldm.flow.config import SamplerConfig
-        from scldm.generation.perturbed import Perturbation
-
-        config = cast(PerturbConfig, spec.config)
-        self.vae, flow = load_models(spec.models, device, weights=config.flow.weights)
-        assert flow is not None  # the config requires one
-        to = target_classes(config, flow.vocabulary)
-        self.flow = with_values(flow, [to])
-        self.encodes = config.start != "noise"
-        self.vocabulary = self.vae.vocabulary
-        sampler = SamplerConfig(**config.flow.model_dump(), guidance=config.guidance)
-        self.perturbation = Perturbation(to, config.start, config.counts, sampler, spec.seed)
-
-    def __call__(self, tile: Tile) -> TileOutput:
-        from scldm.generation.perturbed import perturb_cells
-
-        values, z = perturb_cells(self.vae, self.flow, tile.cells, tile.seen, self.perturbation)
-        # The input's own columns stay.
-        obs = {f"to_{k}": [v if v is not None else ""] * len(tile.ids) for k, v in self.perturbation.to.items()}
-        return TileOutput(values=values, obsm={"X_scldm": z.flatten(1).float().cpu().numpy()}, obs=obs)
 
 
 def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
@@ -72,6 +42,8 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
 
     if config.method == "shift":
         return run_shift(config, context, pool)
+    if config.method == "pooled":
+        return run_pooled(config, context, pool)
     models = locate_models(config, context)
     vocabulary = Vocabulary.load(Path(models.vae) / "vocabulary.json")
     start = flow_start(str(models.flow))

@@ -29,7 +29,7 @@ Field = Callable[[Tensor, Tensor], Tensor]  # (x (b, ...), t (b,)) -> (b, ...)
 PerCell = Mapping[str, Tensor]  # label -> scale of each cell (b,); of joint conditions JOINT, and labels beside it
 JOINT = "*"  # stands for all labels together
 NAME_JOINT = (
-    "joint labels are guided together, by one scale; for scales of single labels beside it, name that of all labels "
+    "they are guided together: give one scale; for scales of single labels beside it, name that of all labels together "
     f"too: {JOINT!r}, or the column guidance.{JOINT}"
 )
 ONE_AT_A_TIME = (
@@ -98,7 +98,7 @@ def _joint_weights(labels: Sequence[str], scale: float | Mapping[str, float]) ->
     if not isinstance(scale, Mapping) or JOINT not in scale:
         scales = _scale_per_label(labels, scale)
         if len(set(scales.values())) > 1:
-            raise ValueError(f"guidance {scales}: {NAME_JOINT}")
+            raise ValueError(f"guidance {scales}: this flow was trained with joint labels: {NAME_JOINT}")
         return {tuple(labels): next(iter(scales.values()))}
     weights = {tuple(labels): float(scale[JOINT])}
     for label in labels:  # a single label is all labels

@@ -23,9 +23,9 @@ from scldm.data.batch import CellBatch
 from scldm.flow.config import ControlStart, SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.flow.transport import FromControls, Start, start_problem
-from scldm.generation.changed_counts import change_counts
+from scldm.generation.draws.changed_counts import change_counts
 from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
-from scldm.nn.vae import CountDistribution
+from scldm.nn.vae import CountDistribution, ExpressionDistribution
 
 KEPT, ADDED = 24, 25  # streams of a cell's randomness, beside those of `real_cells`
 Counts = Literal["drawn", "changed"]
@@ -92,11 +92,20 @@ def not_controls(classes: Sequence[str | None], names: Sequence[str], start: Con
     )
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Cells under other labels, before their counts are drawn."""
+
+    own: Tensor | None  # latents of the cells, (b, m, e); None if they start at new noise
+    latents: Tensor  # under the new labels, (b, m, e)
+    decoded: CountDistribution | ExpressionDistribution  # of the latents
+
+
 @torch.inference_mode()
-def perturb_cells(
+def move_cells(
     vae: LoadedVAE, flow: LoadedFlow, cells: CellBatch, seen: CellBatch, perturbation: Perturbation
-) -> tuple[sp.csr_matrix, Tensor]:
-    """Return the values of cells under other labels, (b, g), and their latents, (b, m, e).
+) -> Moved:
+    """Return the latents of cells under other labels, and what the decoder makes of them.
 
     Args:
         flow: Knows the classes of `perturbation`, see `asked_values.with_values`.
@@ -109,9 +118,9 @@ def perturb_cells(
     for name, value in how.to.items():
         new = int(flow.vocabulary.label(name).encode([value])[0])
         target[name] = torch.full_like(conditions[name], new)
-    ids, own = cells.joinids.tolist(), None
+    own = None
     if how.start == "noise":
-        noise = fresh_noise(flow, ids, seed=how.seed).to(cells.library_size.device)
+        noise = fresh_noise(flow, cells.joinids.tolist(), seed=how.seed).to(cells.library_size.device)
         z = sample_latents(flow.dit, noise, target, how.sampler, flow.path)
     else:
         own = vae.vae.encode(seen)
@@ -119,14 +128,47 @@ def perturb_cells(
             z = sample_latents(FromControls(flow.dit), own, target, how.sampler, flow.path)
         else:
             z = under_condition(flow, own, own=conditions, target=target, sampler=how.sampler)
-    decoded = vae.vae.decode(z, cells.library_size)
-    if how.counts == "drawn" or own is None or not isinstance(decoded, CountDistribution):
-        return draw_sparse(decoded, ids, seed=how.seed), z
-    before = vae.vae.decode_mu(own, cells.library_size)
-    measured = cells.dense(decoded.mu.shape[1])
-    _require_finite(ids, before, decoded.mu)
-    values = [x.float().cpu().numpy() for x in (measured, before, decoded.mu)]
-    return change_counts(*values, ids, seed=how.seed, kept_stream=KEPT, added_stream=ADDED), z  # type: ignore[misc]
+    return Moved(own, z, vae.vae.decode(z, cells.library_size))
+
+
+@torch.inference_mode()
+def perturb_cells(
+    vae: LoadedVAE,
+    flow: LoadedFlow,
+    cells: CellBatch,
+    seen: CellBatch,
+    perturbation: Perturbation,
+    factors: np.ndarray | None = None,
+) -> tuple[sp.csr_matrix, Tensor]:
+    """Return the values of cells under other labels, (b, g), and their latents, (b, m, e).
+
+    Args:
+        cells: Cells with all counts and with their own class ids, on the device.
+        seen: The same cells as the encoder sees them.
+        perturbation: What is done to them.
+        factors: Of the decoder's means under the new labels, (b, g), where counts are changed; see `matched_mean`.
+    """
+    ids, moved = cells.joinids.tolist(), move_cells(vae, flow, cells, seen, perturbation)
+    if perturbation.counts == "drawn" or moved.own is None or not isinstance(moved.decoded, CountDistribution):
+        return draw_sparse(moved.decoded, ids, seed=perturbation.seed), moved.latents
+    counts, before, after = means_of_change(vae, cells, moved)
+    if factors is not None:
+        after = (after * factors).astype(np.float32)
+    changed = change_counts(counts, before, after, ids, seed=perturbation.seed, kept_stream=KEPT, added_stream=ADDED)
+    return changed, moved.latents
+
+
+@torch.inference_mode()
+def means_of_change(vae: LoadedVAE, cells: CellBatch, moved: Moved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return counts of cells and the decoder's means for their own and for the moved latents, (b, g) float32 each.
+
+    Raises:
+        FloatingPointError: Means are not finite; the cells are named.
+    """
+    assert moved.own is not None  # cells from noise have no latents of their own
+    before, after = vae.vae.decode_mu(moved.own, cells.library_size), moved.decoded.mu
+    _require_finite(cells.joinids.tolist(), before, after)
+    return tuple(x.float().cpu().numpy() for x in (cells.dense(after.shape[1]), before, after))
 
 
 def _require_finite(ids: Sequence[int], *means: Tensor) -> None:

@@ -30,6 +30,7 @@ UNITS: dict[str, str] = {
     "validation_cells": "cells",
     "transport_cells": "cells",
     "reconstruction_cells": "cells",
+    "cells_per_group": "cells",
     "n_neighbors": "cells",
     "max_genes": "genes",
     "genes_per_step": "genes",

@@ -26,12 +26,15 @@ from pipeline.stages.unseen.left_out import Group, LeaveOut
 from pipeline.stages.unseen.outcome import LEFT_OUT, PREDICTIONS, Outcome, outcome
 from pipeline.stages.unseen.screen import TrainingScreen, read_latents, read_screen, require_askable
 from scldm.checkpoints.native import load_vae
+from scldm.data.class_names import class_name
+from scldm.data.user_table import read_table
 from scldm.data.vocabulary import UnknownNameError
 from scldm.errors import InputError
 from scldm.metrics.perturbation.leave_out import askable, folds, unmeasured
 from scldm.metrics.perturbation.screen import MIN_CELLS, Combination
 
 PAGE = "predicted_errors.html"
+SHOWN = 10  # problems in one message
 logger = logging.getLogger(__name__)
 
 
@@ -98,11 +101,11 @@ def _asked(config: PredictErrorConfig, cells: TrainingScreen) -> list[Combinatio
     Raises:
         InputError: Some of those that the job names cannot be predicted; all are listed with the reason.
     """
-    if config.combinations is None:
+    given = _given(config, [label.name for label in cells.vocabulary.labels])
+    if given is None:
         return unmeasured(cells.screen)
     found, problems = [], []
-    for i, classes in enumerate(config.combinations):
-        where = f"combinations[{i}]"
+    for where, classes in given:
         wrong = _wrong_names(classes, cells, where)
         if not wrong:
             pair = cells.pair(classes)
@@ -112,8 +115,23 @@ def _asked(config: PredictErrorConfig, cells: TrainingScreen) -> list[Combinatio
             found.append(pair)
         problems += wrong
     if problems:
-        raise InputError("\n".join(problems))
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise InputError("\n".join([*problems[:SHOWN], *more]))
     return found
+
+
+def _given(config: PredictErrorConfig, labels: Sequence[str]) -> list[tuple[str, dict[str, str]]] | None:
+    """Return the combinations that the job names, each with its place for messages; None if it names none."""
+    if config.combinations is not None:
+        return [(f"combinations[{i}]", dict(classes)) for i, classes in enumerate(config.combinations)]
+    if config.conditions is None:
+        return None
+    table = read_table(Path(config.conditions).expanduser(), "conditions")
+    where = f"conditions: {Path(config.conditions).name}, row"
+    return [
+        (f"{where} {i + 1}", {x: name for x in labels if x in row and (name := class_name(row[x])) is not None})
+        for i, row in enumerate(table.to_dict("records"))
+    ]
 
 
 def _wrong_names(classes: dict[str, str], cells: TrainingScreen, where: str) -> list[str]:

@@ -8,20 +8,27 @@ Shape letters: n cells, m latent tokens, e latent width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from pipeline.config.apply import PerturbConfig
+from pipeline.config.context import StageContext
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.dataset import IngestedDataset
+from pipeline.data.loading.blocks import LABEL
+from pipeline.inference.models import target_classes
+from pipeline.inference.rows import SourceRows
 from pipeline.report.combinations import JOIN
 from pipeline.training.tasks.flow import latent_blocks
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
-from scldm.metrics.perturbation.screen import Combination, Screen
+from scldm.metrics.perturbation.screen import MIN_CELLS, Combination, Screen
+
+MOST_CELLS = 50_000  # training cells that a perturb job learns from, drawn by seed
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,77 @@ def read_screen(ingest: Manifest, control: Mapping[str, str], *, max_cells: int 
     screen = Screen(sp.csr_matrix(cells.X), joined[0], joined[1], JOIN.join(control[x] for x in treatment))
     joinids = cells.obs_names.to_numpy().astype(np.int64)
     return TrainingScreen(screen, joinids, ids, data.vocabulary, context, treatment, *classes)
+
+
+def read_target_screen(
+    config: PerturbConfig, context: StageContext, rows: SourceRows, vocabulary: Vocabulary
+) -> TrainingScreen:
+    """Read the training cells for a perturb job; the treatment is what `to` changes.
+
+    Args:
+        rows: The source of the job, with at least one cell.
+    """
+    labels = [vocabulary.label(name) for name in config.to]
+    own = {x.name: x.classes[rows.table[LABEL + x.name].iloc[0]] for x in labels}
+    return read_screen(context.inputs["ingest"], own, max_cells=MOST_CELLS, seed=context.seed)
+
+
+def target_of(config: PerturbConfig, vocabulary: Vocabulary) -> dict[str, str]:
+    """Return the classes of `to`, as the data call them, without labels that are removed."""
+    return {name: value for name, value in target_classes(config, vocabulary).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class SourceCombination:
+    """Cells of a source that have the same labels, and what they are to become."""
+
+    rows: np.ndarray  # positions in the source
+    key: np.ndarray  # class ids, in the order of the labels
+    context: str
+    control: str  # the treatment that the cells have
+    treatment: str  # the one that is asked for
+
+
+def source_combinations(rows: SourceRows, known: TrainingScreen, to: Mapping[str, str]) -> list[SourceCombination]:
+    """Return the combinations of the cells of a source.
+
+    Args:
+        rows: The source.
+        known: Training cells, from which a treatment's effect in other contexts is learned.
+        to: Label -> new class.
+
+    Raises:
+        InputError: The training cells say nothing of some of them; all are listed.
+    """
+    labels = known.vocabulary.labels
+    keys, which = np.unique(rows.table[[LABEL + x.name for x in labels]].to_numpy(), axis=0, return_inverse=True)
+    found, problems = [], []
+    treated = {t for _, t in known.screen.members}
+    for i, key in enumerate(keys):
+        own = {label.name: label.classes[k] for label, k in zip(labels, key, strict=True)}
+        (context, control), (_, treatment) = known.pair(own), known.pair({**own, **to})
+        at = np.flatnonzero(which == i)
+        where = f"source: {len(at)} cells are {JOIN.join((context, control))}"
+        if control not in treated:
+            problems.append(f"{where}, and no training cell is {control}, where the shift starts; leave them out")
+        elif not replace(known.screen, control=control).sources(context, treatment):
+            problems.append(
+                f"{where}; no other context has {MIN_CELLS} training cells of both {treatment} and {control}, so that "
+                "nothing is known of this shift"
+            )
+        found.append(SourceCombination(at, key, context, control, treatment))
+    if problems:
+        raise InputError("\n".join(problems))
+    return found
+
+
+def require_context(to: Mapping[str, object], vocabulary: Vocabulary, method: str) -> None:
+    """Raise InputError if all labels change: a method that learns from other contexts needs one that stays."""
+    if not [x for x in vocabulary.labels if x.name not in to]:
+        raise InputError(
+            f"to changes all labels of the data ({', '.join(to)}), and method: {method} learns from other contexts "
+            "with the same treatment; keep a label, such as the cell type, out of it"
+        )
 
 
 def _known_control(vocabulary: Vocabulary, control: Mapping[str, str]) -> dict[str, str]:

@@ -19,17 +19,14 @@ import scipy.sparse as sp
 from pipeline.config.apply import PerturbConfig
 from pipeline.config.context import StageContext
 from pipeline.core.files import replaces
-from pipeline.data.loading.blocks import LABEL
 from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
 from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import ModelPaths, check_target
 from pipeline.inference.rows import SourceRows
 from pipeline.report.combinations import JOIN
-from pipeline.stages.unseen.screen import read_screen
+from pipeline.stages.unseen.screen import read_target_screen, require_context, source_combinations, target_of
 from scldm.data.vocabulary import Vocabulary
-from scldm.errors import InputError
-from scldm.generation.shift_draw import shifted_counts
-from scldm.metrics.perturbation.screen import MIN_CELLS
+from scldm.generation.draws.shift_draw import shifted_counts
 from scldm.metrics.perturbation.shift import CountShift
 
 if TYPE_CHECKING:
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
     from scldm.checkpoints.native import LoadedVAE
 
 SHIFTS = "shifts.npz"  # in the folder of the stage
-MOST_CELLS = 50_000  # training cells that the shift is learned from, drawn by seed
 
 
 class CountShifter:
@@ -73,11 +69,7 @@ def run_shift(config: PerturbConfig, context: StageContext, pool: Pool | None = 
     ingest = context.inputs["ingest"]
     vocabulary = Vocabulary.load(ingest.path("vocabulary"))
     check_target(config, vocabulary)
-    if not [x for x in vocabulary.labels if x.name not in config.to]:
-        raise InputError(
-            f"to changes all labels of the data ({', '.join(config.to)}), and method: shift learns from other contexts "
-            "with the same treatment; keep a label, such as the cell type, out of it"
-        )
+    require_context(config.to, vocabulary, "shift")
     learned = Learned(config, context, vocabulary)
     layout = OutputLayout(genes=True, values="counts", obs={f"to_{label}": object for label in config.to})
     facts = run_batches(
@@ -103,46 +95,21 @@ class Learned:
         Raises:
             InputError: Some of them cannot be learned; all are listed.
         """
-        names = [label.name for label in self.vocabulary.labels]
-        codes = rows.table[[LABEL + x for x in names]].to_numpy()
-        keys, n_cells = np.unique(codes, axis=0, return_counts=True)
-        classes = [
-            {label.name: label.classes[i] for label, i in zip(self.vocabulary.labels, key, strict=True)} for key in keys
-        ]
-        shifts, problems = [], []
-        known = read_screen(
-            self.context.inputs["ingest"], {x: classes[0][x] for x in self.config.to}, max_cells=MOST_CELLS,
-            seed=self.context.seed,
-        ) if classes else None  # fmt: skip
-        for own, n in zip(classes, n_cells, strict=True):
-            assert known is not None
-            pair, (_, target) = known.pair(own), known.pair({**own, **self._target})
-            treated = {t for _, t in known.screen.members}
-            where = f"source: {n} cells are {JOIN.join(pair)}"
-            if pair[1] not in treated:
-                problems.append(f"{where}, and no training cell is {pair[1]}, where the shift starts; leave them out")
-                continue
-            screen = replace(known.screen, control=pair[1])
-            if not screen.sources(pair[0], target):
-                problems.append(
-                    f"{where}; no other context has {MIN_CELLS} training cells of both {target} and {pair[1]}, so that "
-                    "nothing is known of this shift"
-                )
-                continue
-            shifts.append(CountShift.learn(screen, pair[0], target))
-            self.sources[JOIN.join((*pair, "to", target))] = list(shifts[-1].sources)
-        if problems:
-            raise InputError("\n".join(problems))
+        if rows.table.empty:
+            self._write([], [])
+            return
+        known = read_target_screen(self.config, self.context, rows, self.vocabulary)
+        keys, shifts = [], []
+        for of in source_combinations(rows, known, target_of(self.config, self.vocabulary)):
+            shifts.append(CountShift.learn(replace(known.screen, control=of.control), of.context, of.treatment))
+            keys.append(of.key)
+            self.sources[JOIN.join((of.context, of.control, "to", of.treatment))] = list(shifts[-1].sources)
         self._write(keys, shifts)
 
-    @property
-    def _target(self) -> dict[str, str]:
-        return {name: value for name, value in self.config.to.items() if value is not None}
-
-    def _write(self, keys: np.ndarray, shifts: Sequence[CountShift]) -> None:
+    def _write(self, keys: Sequence[np.ndarray], shifts: Sequence[CountShift]) -> None:
         g = self.vocabulary.n_genes
         arrays: Mapping[str, np.ndarray] = {
-            "keys": keys,
+            "keys": np.array(keys, dtype=np.int64).reshape(len(keys), len(self.vocabulary.labels)),
             "added": np.array([s.added for s in shifts]).reshape(len(shifts), g),
             "kept": np.array([s.kept for s in shifts]).reshape(len(shifts), g),
         }

@@ -67,6 +67,11 @@ def export_upstream(vae: Path, flow: Path | None, out: Path, *, force: bool = Fa
     values = upstream_vae_values(of_vae.vae.config)
     if averaged is not None:
         _check_pair(of_vae, averaged)
+        if averaged.start is not None:
+            raise CheckpointError(
+                f"upstream cannot represent the flow {flow}: it was trained from control cells "
+                f"({averaged.start.label} {averaged.start.control}) too, and upstream's flows start at noise only"
+            )
         if kinds := [f"{label} is {x.summary()}" for label, x in averaged.vocabulary.values.items()]:
             raise CheckpointError(
                 "upstream cannot represent this flow: it has tables of classes only, and "

@@ -87,6 +87,21 @@ class Screen:
         others = sorted({c for c, t in n if t == treatment and c != context})
         return [c for c in others if min(n[c, treatment], n.get((c, self.control), 0)) >= MIN_CELLS]
 
+    def without(self, pair: Combination) -> Screen:
+        """Return the screen without the cells of a combination, which may have none."""
+        gone = self.members.get(pair, np.zeros(0, dtype=np.int64))
+        return self[np.setdiff1d(np.arange(len(self.context)), gone)]
+
+    def with_controls(self, context: str, counts: sp.csr_matrix) -> Screen:
+        """Return the screen with other control cells of a context, (k, g), in place of its own."""
+        others, k = self.without((context, self.control)), counts.shape[0]
+        return Screen(
+            sp.vstack([as_counts(others.counts), as_counts(counts)], format="csr"),
+            np.concatenate([others.context.astype(object), np.repeat(np.array([context], object), k)]),
+            np.concatenate([others.treatment.astype(object), np.repeat(np.array([self.control], object), k)]),
+            self.control,
+        )
+
     def _rows(self, context: str, treatment: str) -> np.ndarray:
         if (context, treatment) not in self.members:
             raise InputError(f"no cell of {context!r} was measured under {treatment!r}")

@@ -43,6 +43,39 @@ FOLLOWED_ELSEWHERE = {
     ),
     "scldm/api/scoring.py: name the layer of counts with layer=": "tests/unit/model/api/test_notebook_api.py",
     "scldm/api/model_card.py: cells = model.generate(n=100, seed=0)": "tests/unit/model/api/test_notebook_api.py",
+    "pipeline/config/apply.py: set counts=drawn or start=latents": "tests/unit/inference/test_perturb_controls.py",
+    "pipeline/config/stages.py: vae.train changes the latents in every step": (
+        "tests/unit/training/objectives/test_control_starts.py"
+    ),
+    "pipeline/config/stages.py: set flow.prediction=velocity and flow.path=linear": (
+        "tests/unit/training/objectives/test_control_starts.py"
+    ),
+    "pipeline/config/stages.py: lower start.share, or leave train.sample_every out": (
+        "tests/unit/training/objectives/test_control_starts.py"
+    ),
+    "pipeline/data/ingest/controls.py: name another class, lower the shares": "tests/unit/workflow/test_preflight.py",
+    "pipeline/data/ingest/controls.py: leave out the label that differs (ingest.labels)": (
+        "tests/unit/workflow/test_preflight.py"
+    ),
+    "pipeline/inference/models.py: leave flow out, or train with a share below 1": (
+        "tests/unit/inference/test_perturb_controls.py"
+    ),
+    "pipeline/stages/perturb.py: Select the control cells with cells.where={{}: {}}": (
+        "tests/unit/inference/test_perturb_controls.py"
+    ),
+    "scldm/api/perturb.py: take counts='drawn' or start='latents'": "tests/unit/model/api/test_perturb.py",
+    "scldm/api/perturb.py: unknown_labels='none'": "tests/unit/model/api/test_perturb.py",
+    "scldm/api/perturb.py: Select the control cells, or take start='latents'": "tests/unit/model/api/test_perturb.py",
+    "scldm/flow/transport.py: set start={}, or train a flow with train_flow.start": (
+        "tests/unit/inference/test_perturb_controls.py"
+    ),
+    "scldm/flow/transport.py: carry control cells in a perturb job with start=control": (
+        "tests/unit/inference/test_perturb_controls.py"
+    ),
+    "scldm/generation/perturbed.py: set counts=drawn": "tests/unit/inference/test_perturb_controls.py",
+    "scldm/generation/perturbed.py: give it {} alone, or set start=latents": (
+        "tests/unit/inference/test_perturb_controls.py"
+    ),
 }
 
 NOT_FOLLOWED = {
@@ -103,4 +136,5 @@ NO_ADVICE = (
     "pipeline/tracking/mlflow_runs/client.py: it was deleted permanently, or this is the address of another server",
     "pipeline/tracking/tracker.py: scldm mlflow sync cannot create the run",
     "scldm/nn/decoder.py: this decoder (adaln={})",
+    "scldm/api/scoring.py: scores compare counts with counts",
 )

@@ -137,7 +137,7 @@ def other_weights_are_asked_for(case: Case) -> None:
 
 @follows(
     "scldm/api/model.py: has no flow next to it; use scldm.load(vae, flow=folder)",
-    "scldm/api/model.py: has no flow, and cells come from one; scldm.load(vae, flow=folder)",
+    "scldm/api/model.py: has no flow, and {}; scldm.load(vae, flow=folder)",
 )
 def a_vae_has_no_flow_next_to_it(case: Case) -> None:
     own = folders(case)

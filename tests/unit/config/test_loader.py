@@ -195,7 +195,7 @@ def test_paths_do_not_name_union_members(write):
         'generate.sampler.guidance: got "much", expected a map (each value a number) or a number' in found[1] + found[2]
     )
     assert any("generate.cells[1]: got 5, expected a map" in e for e in found)
-    assert found[0].startswith("job.yaml:11: train_flow: got 3, expected a section with keys model, flow, train")
+    assert found[0].startswith("job.yaml:11: train_flow: got 3, expected a section with keys model, flow, start, train")
 
 
 def test_a_section_inside_its_own_kind_of_job_is_an_unknown_key(write):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models.small_models import CELL_TYPES, DONORS, write_flow, write_vae
-from helpers.stages.cell_stages import real_cells
+from helpers.stages.cell_stages import real_cells, run_stage
 from helpers.stages.real_cell_jobs import cells_and_models, equal, made
 
 from pipeline.config.apply import PerturbConfig
@@ -16,7 +16,7 @@ from scldm.errors import InputError
 from scldm.flow.config import ControlStart, SamplerConfig
 from scldm.flow.sampler import sample_latents
 from scldm.flow.transport import FromControls
-from scldm.generation.changed_counts import change_counts
+from scldm.generation.draws.changed_counts import change_counts
 from scldm.generation.perturbed import ADDED, KEPT
 
 START = ControlStart(label="donor", control="d1", share=0.5)
@@ -80,6 +80,28 @@ def test_what_is_read_at_once_changes_no_count(place, tmp_path, start):
 
 
 @pytest.mark.parametrize(
+    ("flow", "settings"),
+    [
+        ("noise", {**CARRIED, "start": "latents"}), ("alone", CARRIED), ("flow", CARRIED),
+        ("flow", {**CARRIED, "cells": {}, "start": "latents"}),
+        ("flow", {**CARRIED, "to": {"cell_type": "NK"}, "start": "latents"}),
+    ],
+)  # fmt: skip
+def test_what_a_refusal_proposes_works(place, tmp_path, flow, settings):
+    assert job(place, tmp_path, flow, **settings).n_obs > 0
+
+
+def test_latents_have_no_likelihood_under_a_flow_that_was_trained_from_controls_alone(place, tmp_path):
+    root, source, folders = place
+    pair = (root, source, {"vae": folders["vae"], "flow": folders["alone"]})
+    with pytest.raises(InputError, match="leave flow out, or train with a share below 1"):
+        made(pair, tmp_path, "log_likelihood")
+    source, vae = place[1], {"vae": folders["vae"]}
+    assert run_stage("log_likelihood", tmp_path / "plain", {"source": source, "model": vae})
+    made((root, source, {"vae": folders["vae"], "flow": folders["flow"]}), tmp_path, "log_likelihood", name="half")
+
+
+@pytest.mark.parametrize(
     ("flow", "settings", "words"),
     [
         ("noise", CARRIED, "set start=latents, or train a flow with train_flow.start="),
@@ -103,6 +125,8 @@ def test_new_noise_has_no_counts_to_change():
     source = {"type": "h5ad", "path": "x.h5ad"}
     with pytest.raises(ValueError, match="set counts=drawn or start=latents"):
         PerturbConfig.model_validate({"source": source, "to": {"a": "b"}, "start": "noise", "counts": "changed"})
+    for fix in ({"start": "noise", "counts": "drawn"}, {"start": "latents", "counts": "changed"}):
+        PerturbConfig.model_validate({"source": source, "to": {"a": "b"}, **fix})
     assert "counts" not in PerturbConfig.model_validate({"source": source, "to": {"a": "b"}}).model_dump()
 
 
@@ -111,3 +135,4 @@ def test_changed_counts_of_a_gaussian_head_are_refused(tmp_path):
     folders["vae"] = str(write_vae(root / "gaussian", CELL_TYPES, DONORS, head="gaussian", genes_seq_len=None))
     with pytest.raises(InputError, match=r"gaussian head.*set counts=drawn"):
         made((root, source, folders), tmp_path, "perturb", counts="changed")
+    made((root, source, folders), tmp_path, "perturb", name="drawn", counts="drawn")

@@ -99,6 +99,18 @@ def test_cells_from_controls_can_be_asked_about_and_combinations_named(place):
     assert np.isfinite(table["energy_over_floor"]).all()
 
 
+def test_a_table_of_conditions_names_combinations_too(place, tmp_path):
+    root, inputs = place
+    path = tmp_path / "conditions.csv"
+    path.write_text("cell_type,treatment,n_cells\nB cell,treatment 1,500\n")
+    folder = predict_error(root, inputs, version="table", conditions=str(path), seeds=1)
+    table = read_predictions(folder / "predicted_errors.csv")
+    assert table[["cell_type", "treatment"]].to_dict("records") == [HELD_OUT]
+    path.write_text("cell_type,treatment,n_cells\nB cell,treatment 1,500\nB cell,,500\n")
+    with pytest.raises(InputError, match=r"conditions\.csv, row 2 has no treatment"):
+        predict_error(root, inputs, version="table2", conditions=str(path))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -53,7 +53,7 @@ def test_cells_have_counts_the_new_class_and_their_own_labels(made):
 
 def test_means_are_those_of_the_free_answer(place, made):
     """Many draws of the same cells: the mean counts are those that `CountShift` expects."""
-    from scldm.generation.shift_draw import shifted_counts
+    from scldm.generation.draws.shift_draw import shifted_counts
 
     _, inputs = place
     known = read_screen(inputs["ingest"], {"treatment": "control"}, max_cells=None, seed=0)

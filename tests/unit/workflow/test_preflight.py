@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -192,16 +193,17 @@ def test_old_cells_of_a_place_that_has_none_are_refused_by_validate(tmp_path, ma
 CD4, CD8 = (f"CD{n}-positive, alpha-beta T cell" for n in (4, 8))
 
 
-def screen(folder: Path, drop: str | None = None) -> Manifest:
-    """Cells of two types and three donors; `drop` says of which no cell is kept, as a filter."""
+def screen(folder: Path, kept: str | None = None, labels: Any = ("cell_type", "donor_id"), **more: Any) -> Manifest:
+    """Cells of two types and three donors; `kept` says which, as a filter."""
     config = IngestConfig.model_validate(
         {
             "source": {"type": "synthetic", "n_cells": 200, "n_genes": 40, "n_types": 2, "n_donors": 3},
-            "labels": ["cell_type", "donor_id"], "split": {"test": 0}, "obs_filter": drop,
+            "labels": list(labels), "split": {"test": 0}, "obs_filter": kept, **more,
         }
     )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     facts = ingest.run(config, StageContext(folder, {}, 0, SimpleNamespace(), None))
-    return Manifest("ingest", "v", str(folder), {}, {}, facts, 0.0, 0.0)
+    return Manifest("ingest", "v", str(folder), {"filter": kept}, {}, facts, 0.0, 0.0)
 
 
 def started(**control: str) -> TrainFlowConfig:
@@ -236,3 +238,14 @@ def test_controls_that_no_treated_cell_shares_its_other_labels_with_are_refused(
     )
     with pytest.raises(InputError, match="no combination of donor_id has both"):
         check_against_data({"train_flow": started(cell_type=CD4)}, ingested)
+    check_against_data({"train_flow": TrainFlowConfig()}, ingested)
+    alone = screen(tmp_path / "alone", ingested.config["filter"], labels=["cell_type"])
+    check_against_data({"train_flow": started(cell_type=CD4)}, alone)
+
+
+def test_a_control_class_that_is_held_out_is_refused(tmp_path):
+    held_out = {"held_out": {"combinations": [{"cell_type": CD4}], "split": "validation"}}
+    ingested = screen(tmp_path, split={"test": 0, **held_out})
+    with pytest.raises(InputError, match=f"no training cell has cell_type '{CD4}'.*name another class"):
+        check_against_data({"train_flow": started(cell_type=CD4)}, ingested)
+    check_against_data({"train_flow": started(donor_id="donor 1")}, ingested)

@@ -86,7 +86,7 @@ def test_moved_cells_are_those_of_a_perturb_job_to_the_last_bit(model, folder, t
         ({"start": "controls"}, "start must be"),
         ({"start": "noise", "counts": "changed"}, "take counts='drawn'"),
         ({"start": "control", "to": {"cell_type": "NK"}}, "give it donor alone"),
-        ({"guidance": {"cell_type": 1.0, "donor": 2.0}}, "name that of all labels"),
+        ({"guidance": {"cell_type": 1.0, "donor": 2.0}}, "name that of all labels together"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(model, arguments, words):
@@ -94,12 +94,25 @@ def test_arguments_that_cannot_be_used_are_named(model, arguments, words):
         model.perturb(controls(), **{"to": {"donor": "d_2"}, **arguments})
 
 
+@pytest.mark.parametrize(
+    "fix", [{"start": "noise", "counts": "drawn"}, {"start": "latents", "counts": "changed"}, {"to": {"donor": "d_2"}}]
+)
+def test_what_a_refusal_proposes_works(model, fix):
+    assert model.perturb(controls(), **{"to": {"donor": "d_2"}, "start": "control", **fix}).n_obs
+
+
 def test_cells_that_are_no_controls_or_lack_a_label_are_named(model):
     with pytest.raises(CellsError, match=r"of 70 cells have another: 'd_2' \(\d+ cells"):
         model.perturb(real_cells(), {"donor": "d_2"}, start="control")
+    assert model.perturb(real_cells(), {"donor": "d_2"}, start="latents").n_obs == 70
     cells = real_cells()
     del cells.obs["cell_type"]
     with pytest.raises(CellsError, match=r"no column 'cell_type'.*unknown_labels='none'"):
+        model.perturb(cells, {"donor": "d_2"})
+    assert model.perturb(cells, {"donor": "d_2"}, unknown_labels="none").n_obs == 70
+    cells = real_cells()
+    cells.obs["donor"] = cells.obs["donor"].where(np.arange(70) > 2)
+    with pytest.raises(CellsError, match=r"3 cells have no donor .first: cell-\d+.*unknown_labels='none'"):
         model.perturb(cells, {"donor": "d_2"})
     assert model.perturb(cells, {"donor": "d_2"}, unknown_labels="none").n_obs == 70
 
@@ -152,6 +165,8 @@ def test_a_start_that_the_flow_was_not_trained_from_is_refused(folder, tmp_path,
     inputs = write_inputs(tmp_path, start={"noise": None, "alone": ALONE}[flow])
     with pytest.raises(InputError, match=words):
         generate(tmp_path / "job", inputs, n_cells=2, start=start)
+    if flow == "noise":
+        generate(tmp_path / "job", inputs, n_cells=2, start="noise")
 
 
 def test_a_job_that_trains_a_flow_is_refused_before_it_starts(tmp_path):

@@ -23,7 +23,7 @@ from scldm.checkpoints.upstream.sizes import library_sizes_from_upstream, size_f
 from scldm.data.library_size import LibrarySizes, LogNormal, condition_key
 from scldm.data.vocabulary import LabelVocabulary
 from scldm.errors import CheckpointError
-from scldm.flow.config import PathConfig
+from scldm.flow.config import ControlStart, PathConfig
 
 recorded = pytest.mark.skipif(not FOLDER.is_dir(), reason="upstream's recorded outputs are not beside this checkout")
 INPUTS = ("log1p", "log1pzero", "sqrt", "anscombe", "proj", "projconcat", "softbin")
@@ -109,6 +109,16 @@ def test_the_size_factors_are_tables_by_label_and_class(tmp_path):
     metadata = json.loads((done.folder / "metadata.json").read_text())
     assert metadata == {"genes": list(GENES), "labels": {"cell_type": ["T", "B", "NK"]}}
     assert any("numbers of cells are left out" in note for note in done.notes)
+
+
+def test_a_flow_that_starts_at_control_cells_is_refused_and_nothing_is_written(tmp_path):
+    start = ControlStart(label="cell_type", control="T", share=0.5)
+    vae, flow = write_vae(tmp_path / "vae"), write_flow(tmp_path / "flow", start=start)
+    with pytest.raises(
+        CheckpointError, match=r"control cells \(cell_type T\) too, and upstream's flows start at noise"
+    ):
+        export_upstream(vae, flow, tmp_path / "upstream")
+    assert not (tmp_path / "upstream").exists()
 
 
 def test_statistics_of_combinations_are_restored():

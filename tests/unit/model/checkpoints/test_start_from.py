@@ -12,6 +12,8 @@ from scldm.checkpoints.native import LoadedVAE, load_flow, load_vae
 from scldm.checkpoints.start_from import EMBEDDINGS, adapt, freeze, slow_down, start_flow, start_vae
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError
+from scldm.flow.config import ControlStart
+from scldm.flow.transport import FromControls
 from scldm.nn.dit import DiT
 from scldm.nn.vae import VAE
 from scldm.optim.config import LoraConfig
@@ -127,6 +129,43 @@ def test_a_new_label_changes_nothing_at_first(flow):
     for tissue_id in range(3):
         assert torch.allclose(prediction(dit, cell_type=2, donor=0, tissue=tissue_id), expected, atol=1e-6)
     assert started.new == ["labels.label_tissue.weight"]
+
+
+def dit_with_controls(like: DiT) -> DiT:
+    n_classes = {x.name: len(x.classes) for x in (CELL_TYPES, DONORS)}
+    dit = DiT(like.config, n_latent_tokens=3, latent_width=4, n_classes=n_classes, from_controls=True)
+    return random_weights(dit, seed=9)
+
+
+def from_controls(dit: DiT, **conditions: int) -> torch.Tensor:
+    """The prediction of the field that starts at control cells."""
+    return prediction(FromControls(dit), **conditions)
+
+
+def test_a_field_from_controls_is_taken_over_with_its_vector(tmp_path):
+    start = ControlStart(label="donor", control="d1", share=0.5)
+    parent = load_flow(write_flow(tmp_path / "flow", CELL_TYPES, DONORS, start=start))
+    dit = dit_with_controls(parent.dit)
+    started = start_flow(dit, names(GENES, CELL_TYPES, DONORS), parent)
+    assert torch.equal(from_controls(dit, cell_type=1, donor=1), from_controls(parent.dit, cell_type=1, donor=1))
+    assert started.new == started.dropped == []
+
+
+def test_a_flow_from_noise_gives_a_flow_from_controls_its_field(flow):
+    dit = dit_with_controls(flow.dit)
+    torch.nn.init.zeros_(dit.from_controls)  # as a new network has it
+    started = start_flow(dit, names(GENES, CELL_TYPES, DONORS), flow)
+    assert torch.equal(from_controls(dit, cell_type=1, donor=1), prediction(flow.dit, cell_type=1, donor=1))
+    assert started.new == ["from_controls"]
+
+
+def test_a_flow_from_controls_gives_a_flow_from_noise_its_field_from_noise(tmp_path):
+    start = ControlStart(label="donor", control="d1", share=0.5)
+    parent = load_flow(write_flow(tmp_path / "flow", CELL_TYPES, DONORS, start=start))
+    dit = new_dit(parent.dit, CELL_TYPES, DONORS)
+    started = start_flow(dit, names(GENES, CELL_TYPES, DONORS), parent)
+    assert torch.equal(prediction(dit, cell_type=1, donor=1), prediction(parent.dit, cell_type=1, donor=1))
+    assert "dropped parameters: from_controls" in started.lines()
 
 
 @pytest.mark.parametrize(

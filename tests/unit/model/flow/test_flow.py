@@ -237,7 +237,11 @@ def test_without_conditions_there_is_nothing_to_guide():
 
 @pytest.mark.parametrize(
     ("scale", "message"),
-    [({"a": 1.0, "b": 2.0}, "by one scale"), ({"a": 1.0}, r"no scale for the labels \['b'\]"), ({"c": 1.0}, "unknown")],
+    [
+        ({"a": 1.0, "b": 2.0}, "give one scale"),
+        ({"a": 1.0}, r"no scale for the labels \['b'\]"),
+        ({"c": 1.0}, "unknown"),
+    ],
 )
 def test_invalid_scales_are_refused(scale, message):
     with pytest.raises(ValueError, match=message):

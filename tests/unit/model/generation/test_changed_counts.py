@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scldm.generation.changed_counts import change_counts
 from scldm.generation.counter_random import philox
+from scldm.generation.draws.changed_counts import change_counts
 
 STREAMS = {"kept_stream": 24, "added_stream": 25}
 

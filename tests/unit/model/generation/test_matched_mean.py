@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scldm.generation.matched_mean import LARGEST, draw_changed, matched_factors
+from scldm.generation.draws.matched_mean import LARGEST, draw_changed, matched_factors
 from scldm.metrics.genes.expression import log1p_cp10k
 
 CELLS, GENES = 400, 60

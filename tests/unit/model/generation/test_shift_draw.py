@@ -7,8 +7,8 @@ import pytest
 import scipy.sparse as sp
 
 from scldm.generation.counter_random import MASK, SHIFT, as_cells, key_of
+from scldm.generation.draws.shift_draw import SHIFTED, shifted_counts
 from scldm.generation.nb_draw import _poisson, _uniforms
-from scldm.generation.shift_draw import SHIFTED, shifted_counts
 
 ADDED = np.array([0.0, 0.01, 0.2, 0.0, 0.0])
 KEPT = np.array([1.0, 1.0, 1.0, 0.3, 0.0])

@@ -167,21 +167,28 @@ def test_the_loss_trains_the_vector_of_the_cells_that_start_at_controls(source):
     assert dit.from_controls.grad.abs().sum() > 0
 
 
+CONTROL = {"control": {"drug": "none"}}
+
+
 @pytest.mark.parametrize(
-    ("section", "message"),
+    ("section", "message", "fix"),
     [
-        ({"start": {"control": {}}}, "at least 1"),
-        ({"start": {"control": {"drug": "none", "patient": "p0"}}}, "at most 1"),
-        ({"start": {"control": {"drug": "none"}, "share": 0}}, "greater than 0"),
-        ({"start": {"control": {"drug": "none"}}, "vae": {"train": True}}, "latent cache"),
-        ({"start": {"control": {"drug": "none"}}, "flow": {"prediction": "noise"}}, "flow.prediction=velocity"),
-        ({"start": {"control": {"drug": "none"}}, "flow": {"path": "vp"}}, "flow.path=linear"),
-        ({"start": {"control": {"drug": "none"}, "share": 1}, "train": {"sample_every": 1}}, "lower start.share"),
+        ({"start": {"control": {}}}, "at least 1", {"start": CONTROL}),
+        ({"start": {"control": {"drug": "none", "patient": "p0"}}}, "at most 1", {"start": CONTROL}),
+        ({"start": {**CONTROL, "share": 0}}, "greater than 0", {"start": {**CONTROL, "share": 1}}),
+        ({"start": CONTROL, "vae": {"train": True}}, "leave one of them out", {"vae": {}}),
+        ({"start": CONTROL, "flow": {"prediction": "noise"}}, "flow.prediction=velocity",
+         {"flow": {"prediction": "velocity", "path": "gvp"}}),
+        ({"start": CONTROL, "flow": {"path": "vp"}}, "flow.path=linear", {"flow": {"path": "linear"}}),
+        ({"start": {**CONTROL, "share": 1}, "train": {"sample_every": 1}}, "lower start.share", {"start": CONTROL}),
+        ({"start": {**CONTROL, "share": 1}, "train": {"sample_every": 1}}, "leave train.sample_every out",
+         {"train": {}}),
     ],
-)
-def test_settings_that_make_no_sense_together_are_refused(section, message):
+)  # fmt: skip
+def test_settings_that_make_no_sense_together_are_refused_and_the_advice_works(section, message, fix):
     with pytest.raises(ValueError, match=message):
         TrainFlowConfig.model_validate(section)
+    TrainFlowConfig.model_validate({**section, **fix})
 
 
 def test_a_flow_from_noise_keeps_the_settings_it_had_before():

@@ -57,8 +57,13 @@ def matched_factors(
 
 def draw_changed(counts: np.ndarray, before: np.ndarray, after: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw counts (b, g) after a change of their means: the plain form of `changed_counts.change_counts`."""
-    ratio = np.minimum(np.divide(after, before, out=np.ones_like(after), where=before > 0), 1.0)
-    return rng.binomial(counts.astype(np.int64), ratio) + rng.poisson(np.maximum(after - before, 0))
+    kept = rng.binomial(counts.astype(np.int64), kept_share(before, after))
+    return kept + rng.poisson(np.maximum(after - before, 0))
+
+
+def kept_share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Return the probability that a molecule stays, 1 where a mean rises, (b, g)."""
+    return np.minimum(np.divide(after, before, out=np.ones_like(after), where=before > 0), 1.0)
 
 
 def _mean_log(
@@ -68,9 +73,14 @@ def _mean_log(
     mean, slope = np.zeros(counts.shape[1]), np.zeros(counts.shape[1])
     for first in range(0, counts.shape[0], ROWS):
         at = slice(first, first + ROWS)
-        drawn = draw_changed(counts[at].toarray(), before[at], after[at], rng).astype(np.float64)
+        x = counts[at].toarray()
+        drawn = draw_changed(x, before[at], after[at], rng).astype(np.float64)
         scale = PER_CELL / np.maximum(drawn.sum(1, keepdims=True), 1)
-        level = after[at] * scale
-        mean += np.log1p(drawn * scale).sum(0)
-        slope += (level / (1 + level)).sum(0)
+        log = np.log1p(drawn * scale)
+        mean += log.sum(0)
+        # dE[f(y)] / d log r = r E[f(y + 1) - f(y)] for a Poisson of rate r, and nearly so for molecules that are kept.
+        # The larger of both rates is taken: where the decoder expects more than was measured, a step across "no change"
+        # meets the Poisson.
+        rate = np.maximum(after[at], x * kept_share(before[at], after[at]))
+        slope += (rate * (np.log1p((drawn + 1) * scale) - log)).sum(0)
     return mean / counts.shape[0], slope / counts.shape[0]

@@ -1,0 +1,194 @@
+"""`method: pooled` of perturb: cells that the flow carries, with a mean that other contexts have a say in.
+
+The flow says how each cell changes. The mean change of a gene is the average of three predictions: the flow's, the mean
+shift of the other contexts, and their mean ratio (`scldm.metrics.perturbation.pooled`). One factor per gene and context
+brings the cells there (`scldm.generation.draws.matched_mean`). Factors are computed once, on some of the source's
+cells, before any shard is made.
+
+Shape letters: b cells of a tile, n cells of a combination, g genes, k combinations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from pipeline.config.apply import PerturbConfig
+from pipeline.config.context import StageContext
+from pipeline.core.files import replaces
+from pipeline.data.loading.blocks import LABEL, SomaRows
+from pipeline.inference.applier import JOINID, ApplierSpec, OutputLayout, Tile, tile_of
+from pipeline.inference.apply_job import Pool, run_batches
+from pipeline.inference.models import ModelPaths, check_target, draws_counts, latent_width, locate_models
+from pipeline.inference.rows import SourceRows
+from pipeline.report.combinations import JOIN
+from pipeline.stages.unseen.perturber import Perturber
+from pipeline.stages.unseen.screen import (
+    SourceCombination,
+    read_target_screen,
+    require_context,
+    source_combinations,
+    target_of,
+)
+from scldm.data.vocabulary import Vocabulary
+from scldm.errors import InputError
+from scldm.metrics.perturbation.free_answers import free_answers
+from scldm.metrics.perturbation.pooled import pooled_shift
+from scldm.metrics.perturbation.screen import MIN_CELLS, Screen
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+FACTORS = "factors.npz"  # in the folder of the stage
+MOST_CELLS = 600  # of a combination that its factors are fitted on, drawn by seed
+
+
+class PooledPerturber(Perturber):
+    """Moves tiles of cells by the flow, with factors of the genes."""
+
+    def __init__(self, spec: ApplierSpec, device: torch.device):
+        super().__init__(spec, device)
+        with np.load(spec.rows.parent / FACTORS) as found:
+            self.keys, self.by_key = found["keys"], found["factors"]  # (k, labels), (k, g)
+
+    def factors(self, tile: Tile) -> np.ndarray:
+        """Return the factors of the combination of each cell, (b, g)."""
+        own = np.stack([tile.conditions[label.name].cpu().numpy() for label in self.vocabulary.labels], axis=1)
+        return self.by_key[(own[:, None] == self.keys[None]).all(2).argmax(1)]
+
+
+def run_pooled(config: PerturbConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
+    """Run the stage; returns the facts of `run_batches`, and the contexts that each mean was pooled from."""
+    models = locate_models(config, context)
+    vocabulary = Vocabulary.load(Path(models.vae) / "vocabulary.json")
+    check_target(config, vocabulary, str(models.flow), draws_counts=draws_counts(models.vae))
+    known = Vocabulary.load(context.inputs["ingest"].path("vocabulary"))
+    if (known.feature_ids, known.labels) != (vocabulary.feature_ids, vocabulary.labels):
+        raise InputError(
+            f"method: pooled learns from the training cells of {context.inputs['ingest'].folder}, and the model was "
+            "trained on other genes or classes; leave model out to use the models of the pipeline, or set method=flow"
+        )
+    require_context(config.to, vocabulary, "pooled")
+    layout = OutputLayout(
+        genes=True, values="counts", obsm={"X_scldm": latent_width(models.vae)},
+        obs={f"to_{label}": object for label in config.to},
+    )  # fmt: skip
+    fitted = Fitted(config, context, models, vocabulary)
+    facts = run_batches(
+        config, context, stage="perturb", processor=PooledPerturber, layout=layout, pool=pool, prepare=fitted
+    )
+    return facts | {"method": "pooled", "learned_from": fitted.sources}
+
+
+@dataclass
+class Fitted:
+    """Fits the factors of every combination that the cells of a source have, and writes them for the actors."""
+
+    config: PerturbConfig
+    context: StageContext
+    models: ModelPaths
+    vocabulary: Vocabulary
+    sources: dict[str, Sequence[str]] = field(default_factory=dict)  # combination -> contexts that it is learned from
+
+    def __call__(self, rows: SourceRows) -> None:
+        """Fit the factors.
+
+        Raises:
+            InputError: The training cells say nothing of some combinations, or a combination has too few cells; all
+                are listed.
+        """
+        if rows.table.empty:
+            self._write([], [], [])
+            return
+        known = read_target_screen(self.config, self.context, rows, self.vocabulary)
+        combinations = source_combinations(rows, known, target_of(self.config, self.vocabulary))
+        if few := [c for c in combinations if len(c.rows) < MIN_CELLS]:
+            named = "; ".join(f"{JOIN.join((c.context, c.control))}: {len(c.rows)}" for c in few)
+            raise InputError(
+                f"source: a mean needs at least {MIN_CELLS} cells of a combination, and some have fewer ({named}); "
+                "leave them out with cells, or set method=flow"
+            )
+        mover = _Mover(self.config, self.context, self.models, rows)
+        factors: list[np.ndarray] = []
+        shifts: list[np.ndarray] = []
+        for i, combination in enumerate(combinations):
+            screen = replace(known.screen, control=combination.control)
+            name = JOIN.join((combination.context, combination.control, "to", combination.treatment))
+            self.sources[name] = screen.sources(combination.context, combination.treatment)
+            rng = np.random.default_rng([self.context.seed, i])
+            for found, of in zip((factors, shifts), self._factors(combination, screen, mover, rng), strict=True):
+                found.append(of)
+            log.info("perturb: the mean of %s is pooled with that of %s", name, ", ".join(self.sources[name]))
+        self._write([c.key for c in combinations], factors, shifts)
+
+    def _factors(
+        self, combination: SourceCombination, screen: Screen, mover: _Mover, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the factor of each gene, and the shift of the mean that it is for, both (g,)."""
+        from scldm.generation.draws.matched_mean import draw_changed, matched_factors
+        from scldm.metrics.genes.expression import log1p_cp10k
+
+        some = np.sort(rng.permutation(combination.rows)[:MOST_CELLS])
+        counts, before, after = mover.means(some)
+        x = sp.csr_matrix(counts)
+        moved = sp.csr_matrix(draw_changed(counts, before, after, rng))
+        flow = np.asarray(log1p_cp10k(moved).mean(0) - log1p_cp10k(x).mean(0)).ravel()
+        asked = screen.with_controls(combination.context, x).without((combination.context, combination.treatment))
+        free = free_answers(asked, combination.context, combination.treatment, rng)
+        shift = pooled_shift(free, flow)
+        return matched_factors(x, before, after, shift, rng), shift
+
+    def _write(self, keys: Sequence[np.ndarray], factors: Sequence[np.ndarray], shifts: Sequence[np.ndarray]) -> None:
+        n, g = len(keys), self.vocabulary.n_genes
+        arrays: dict[str, np.ndarray] = {
+            "keys": np.array(keys, dtype=np.int64).reshape(n, len(self.vocabulary.labels)),
+            "factors": np.array(factors, dtype=np.float32).reshape(n, g),
+            "shift": np.array(shifts, dtype=np.float32).reshape(n, g),  # for readers; the cells follow from the factors
+        }
+        with replaces(self.context.folder / FACTORS) as tmp, tmp.open("wb") as out:
+            np.savez(out, **arrays)
+
+
+class _Mover:
+    """Applies the models to cells of a source, in this process."""
+
+    def __init__(self, config: PerturbConfig, context: StageContext, models: ModelPaths, rows: SourceRows):
+        import torch
+
+        self.rows, self.config, self.seed = rows, config, context.seed
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        spec = ApplierSpec(
+            processor=Perturber, config=config, models=models, layout=OutputLayout(), folder=context.folder,
+            rows=context.folder, reader=rows.reader, measured=rows.measured, obs_columns=[], categories={},
+            provenance={}, seed=context.seed, threads=1, fault="",
+        )  # fmt: skip
+        self.perturber = Perturber(spec, self.device)
+        self.measured = None if rows.measured is None else torch.from_numpy(rows.measured).to(self.device)
+
+    def means(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return counts of cells and the decoder's means before and after the change, (n, g) each."""
+        from scldm.generation.cell_maker import tile_cells
+        from scldm.generation.perturbed import means_of_change, move_cells
+
+        mover, size = self.perturber, tile_cells(self.perturber.vae, self.device)
+        parts = []
+        for first in range(0, len(positions), size):
+            chosen = self.rows.table.iloc[positions[first : first + size]]
+            codes = {x: chosen[LABEL + x].to_numpy().astype(np.int32) for x in self.rows.reader.labels}
+            read = self.rows.reader.read(SomaRows(chosen[JOINID].to_numpy().astype(np.int64), codes)).combine_chunks()
+            tile = tile_of(
+                read, self.rows.reader.labels, max_genes=self.config.max_genes, measured=self.measured,
+                seed=self.seed, device=self.device,
+            )  # fmt: skip
+            moved = move_cells(mover.vae, mover.flow, tile.cells, tile.seen, mover.perturbation)
+            parts.append(means_of_change(mover.vae, tile.cells, moved))
+        counts, before, after = (np.concatenate(x).astype(np.float64) for x in zip(*parts, strict=True))
+        return counts, before, after
