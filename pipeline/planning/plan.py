@@ -134,7 +134,8 @@ def _value_lines(data: sizes.DataFacts, ingest: Any) -> list[str]:
         return [f"label {label}: {about['summary']}" for label, about in data.values.items()]
     lines = []
     for label, given in getattr(ingest, "label_values", {}).items():
-        said = ", ".join(f"{k} {v}" for k, v in given.model_dump(exclude={"type"}, exclude_defaults=True).items())
+        settings = given.model_dump(exclude={"type"}, exclude_defaults=True)
+        said = ", ".join(f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in settings.items())
         lines.append(f"label {label}: {given.type}" + (f" ({said})" if said else ""))
     return lines
 

@@ -120,9 +120,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     ))  # fmt: skip
     vocabulary = _vocabulary(config, obs, split, var, source.types, replayed, tables)
     if combinations:
-        table = counted(obs, combinations)
-        source.facts |= held_out_facts(table, context.folder)
-        source.notes += notes_on(table, obs, split, config.split.by)
+        _record_held_out(config, source, obs, split, combinations, context.folder)
     source.facts |= _truth_facts(source, context.folder)
     facts = _write(context, obs, cells, var, vocabulary, stats, presence, replayed)
     _note_unseen_classes(vocabulary, obs[split == "train"], source.notes, replayed)
@@ -146,9 +144,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
         "n_genes": vocabulary.n_genes,
         "n_genes_source": source.store.shape[1],
         "n_cells": n_cells,
-        "labels": [x.name for x in vocabulary.labels],
-        "n_classes": vocabulary.n_classes,
-        **values_facts(vocabulary.values),
+        **_label_facts(vocabulary),
         "label_counts": label_counts(obs, split, config.labels),
         "mean_expressed_genes": mean_expressed,
         "max_expressed_genes": int(largest["n_expressed"]),
@@ -164,6 +160,21 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     return facts | _cache_facts(
         config, context, facts, content=content if replayed is None else f"{content} {replayed.content}"
     )
+
+
+def _record_held_out(
+    config: IngestConfig, source: OpenSource, obs: pd.DataFrame, split: np.ndarray, combinations: list[Combination],
+    folder: Path,
+) -> None:  # fmt: skip
+    """Add facts and notes about held-out combinations to those of the source."""
+    table = counted(obs, combinations)
+    source.facts |= held_out_facts(table, folder)
+    source.notes += notes_on(table, obs, split, config.split.by)
+
+
+def _label_facts(vocabulary: Vocabulary) -> dict[str, Any]:
+    names = [x.name for x in vocabulary.labels]
+    return {"labels": names, "n_classes": vocabulary.n_classes, **values_facts(vocabulary.values)}
 
 
 # ---- source ----------------------------------------------------------------------------------------------------------

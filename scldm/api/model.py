@@ -295,17 +295,15 @@ class Model:
         Args:
             conditions: {label: class} for one condition; or a table (DataFrame, list of dictionaries) with label
                 columns, `n_cells` and, optionally, `guidance`, `guidance.<label>`, `guidance.*` (of joint labels
-                together, beside single ones), `library_size`. A label that is
-                absent or None is left open. None: unconditional cells. A label whose classes are values takes others
-                than those of the data; a warning says how far they are from them.
+                together, beside single ones), `library_size`. A label that is absent or None is left open. A label
+                of values takes others than the data's, with a warning of how far they are. None: unconditional cells.
             n: Cells of each row, if the table has no `n_cells`.
             seed: A cell is a function of (models, sampler, seed, request, its position in the request).
             guidance: Scale w in v = v_null + w (v_cond - v_null); None: the sampler's.
             library_size: "statistics": drawn from the training cells' statistics of the condition; or one number.
             genes: Ids or names of the genes to keep; the softmax runs over all genes either way.
             sampler: Settings, for example {"solver": "rk4", "steps": 20}.
-            decoder_condition: Condition vectors of an adaLN decoder, (d,) for all cells, or (r, d) for the rows of
-                conditions; other decoders take none.
+            decoder_condition: Vectors of an adaLN decoder, (d,) for all cells or (r, d) for rows; others take none.
             start: "noise", or "control": control cells are made from noise and carried to the condition, by a flow that
                 was trained from control cells too.
 

@@ -122,9 +122,10 @@ class Number(LabelValues):
         classes = sorted(set(trained), key=lambda c: number_key(c, zero))
         values = [float(c) for c in classes if c not in zero]
         if len(set(values)) < 2:
+            beside = " beside those of the untreated control" if zero else ""
             raise ValueTextError(
-                f"the training cells have {len(set(values))} value of it ({', '.join(classes) or 'none'}"
-                f"{', of which zero is none' if zero else ''}), and a number needs two or more"
+                f"the training cells have {'one value' if values else 'no value'} of it{beside} "
+                f"({', '.join(classes) or 'none'}), and a number needs two or more"
             )
         scaled = np.log10(values) if scale == "log" else np.array(values)
         return cls(tuple(classes), float(scaled.mean()), float(scaled.std()), unit, scale, tuple(zero))

@@ -136,7 +136,8 @@ def save_tables(folder: Path, tables: Mapping[str, VectorTable]) -> None:
     """Write the features of labels into a folder; no file if there are none."""
     if not tables:
         return
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     parts = {f"vectors:{label}": np.ascontiguousarray(t.values) for label, t in tables.items()}
-    save_file({**parts, **{f"outside:{label}": t.outside for label, t in tables.items()}}, folder / FILE)
+    parts |= {f"outside:{label}": t.outside for label, t in tables.items()}
+    (folder / FILE).write_bytes(save(parts))  # with the permissions of the files beside it

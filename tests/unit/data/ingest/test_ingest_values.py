@@ -126,7 +126,7 @@ REFUSED = [
     (DOSES, {"type": "number", "scale": "log"}, r"1 values of dose have no logarithm: '0' \(10 cells\); .*=linear"),
     (["-1", "0", "1", "2"] * (N // 4), {"type": "number", "scale": "log"}, "2 values of dose have no logarithm"),
     (["0,5", "1", "2", "3"] * (N // 4), {"type": "number"}, r"'0,5' is no number \(write 0.5\)"),
-    (["1", "1", "1.0", "1"] * (N // 4), {"type": "number"}, r"the training cells have 1 value of it \(1\)"),
+    (["1", "1", "1.0", "1"] * (N // 4), {"type": "number"}, r"the training cells have one value of it \(1\)"),
     (["A++B", "A", "B", "+"] * (N // 4), {"type": "set"}, "2 classes of dose are no sets: "),
 ]  # fmt: skip
 
