@@ -28,7 +28,6 @@ from harness import Row, report
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.perturbation.combinations import CombinationJudge
 from scldm.metrics.perturbation.free_answers import COUNTS, FREE_ANSWERS, SHIFT, free_answers
-from scldm.metrics.perturbation.leave_out import without
 from scldm.metrics.perturbation.measures import LOWER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +46,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         for fold in study.folds(args.folds, np.random.default_rng(seed)):
             if all((seed, *pair) in done for pair in fold):
                 continue
-            start, known = time.process_time(), without(study.screen, fold)
+            start, known = time.process_time(), study.screen.without(fold)
             trained = perturbation_lines.train(known, study.genes, seconds=args.seconds, seed=seed)
             space = RealSpace.fit(known.counts, n_top_genes=2_000, n_pcs=30, seed=0)
             weights = perturbation_lines.pool_weights(trained, known, seed)

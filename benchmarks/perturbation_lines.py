@@ -39,7 +39,7 @@ from scldm.generation.draws.matched_mean import draw_changed, matched_factors
 from scldm.generation.real_cells import draw_sparse, under_condition
 from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.metrics.perturbation.free_answers import Answer, free_answers
-from scldm.metrics.perturbation.leave_out import askable, without
+from scldm.metrics.perturbation.leave_out import askable
 from scldm.metrics.perturbation.pooled import LEFT_OUT_CELLS, MOST_LEFT_OUT, learn_weights, predicted_shifts
 from scldm.metrics.perturbation.screen import Screen
 from scldm.nn.dit import DiT, drop_labels
@@ -152,7 +152,7 @@ def pool_weights(trained: Trained, screen: Screen, seed: int) -> np.ndarray:
     pairs = askable(screen)
     predicted, measured = [], []
     for pair in [pairs[i] for i in rng.permutation(len(pairs))[:MOST_LEFT_OUT]]:
-        free = free_answers(without(screen, [pair]), *pair, rng)
+        free = free_answers(screen.without([pair]), *pair, rng)
         rows = rng.permutation(screen.members[pair[0], screen.control])[:LEFT_OUT_CELLS]
         found, _ = _moved(trained, _cells(screen[rows]), screen.control, pair[1], seed, ("carried",))
         predicted.append(predicted_shifts(free, _shift(found["carried in counts"], screen.counts[rows])))

@@ -137,8 +137,9 @@ class PerturbConfig(UnknownLabelsConfig):
     method: Literal["flow", "pooled", "shift"] = "flow"
     """flow: by the models, as `start` says. shift: the mean change of the other contexts, learned from the training
     cells of this pipeline's ingest and drawn as counts; uses no model. It is what anybody has for free. pooled: each
-    cell changes as the flow says, in its own counts, and the mean change of a gene is the average of the flow's and of
-    those of the other contexts, in log values and in ratios; for combinations that no training cell has."""
+    cell changes as the flow says, in its own counts, and the mean change of a gene is a weighted average of the flow's
+    and of three that the other contexts give; weights are learned from measured combinations. For combinations that no
+    training cell has."""
     start: Literal["latents", "noise", "control"] = "latents"
     """latents: integrate the flow backwards from the cell's latents, under its own labels and without guidance, to the
     noise that they correspond to, and forwards under the new labels. noise: forwards from new noise; only the labels

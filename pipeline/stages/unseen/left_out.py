@@ -27,7 +27,7 @@ from scldm.flow.config import PathConfig
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.metrics.perturbation.free_answers import CONTROL, FREE_ANSWERS, free_answers
-from scldm.metrics.perturbation.leave_out import energy_over_floor, without
+from scldm.metrics.perturbation.leave_out import energy_over_floor
 from scldm.metrics.perturbation.measures import pearson
 from scldm.metrics.perturbation.screen import Combination, Screen
 from scldm.optim.config import EMAConfig
@@ -147,7 +147,7 @@ class LeaveOut:
 
     def _result(self, number: int, group: Group, base: Mapping[str, Tensor]) -> GroupResult:
         left_out = group.pairs if group.measured else ()
-        known = without(self.cells.screen, left_out)
+        known = self.cells.screen.without(left_out)
         config, seed = self.config, self.seed + number
         predict = Predictor(
             self.vae, self._flow(number, left_out, base), self.cells, self.z, config.start, config.sampler_steps,

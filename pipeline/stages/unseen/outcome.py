@@ -22,7 +22,6 @@ from pipeline.stages.unseen.screen import TrainingScreen
 from pipeline.stages.unseen.ways import WAYS
 from scldm.metrics.perturbation.error_model import ErrorModel, Predicted, coverage, left_out_predictions
 from scldm.metrics.perturbation.free_answers import COUNTS, FREE_ANSWERS
-from scldm.metrics.perturbation.leave_out import without
 from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, nearness
 from scldm.metrics.perturbation.screen import Combination, Screen
 
@@ -95,7 +94,7 @@ def _left_out(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[
             scores = np.stack([of_seed[i].scores for of_seed in results])  # (s, k, a, 2)
             z = np.clip(np.arctanh(np.clip(scores[..., 1], -1, 1)), -MOST_Z, MOST_Z)
             errors.append(np.stack([np.log(scores[..., 0]), z], axis=-1).mean(0))
-            known = without(cells.screen, group.pairs)
+            known = cells.screen.without(group.pairs)
             features.append(_features(known, group, [of_seed[i] for of_seed in results]))
             pairs += group.pairs
     return LeftOut(tuple(pairs), np.concatenate(errors), np.concatenate(features))

@@ -1,9 +1,9 @@
 """`method: pooled` of perturb: cells that the flow carries, with a mean that other contexts have a say in.
 
-The flow says how each cell changes. The mean change of a gene is the average of three predictions: the flow's, the mean
-shift of the other contexts, and their mean ratio (`scldm.metrics.perturbation.pooled`). One factor per gene and context
-brings the cells there (`scldm.generation.draws.matched_mean`). Factors are computed once, on some of the source's
-cells, before any shard is made.
+The flow says how each cell changes. The mean change of a gene is a weighted average of four predictions: the flow's,
+and three that the other contexts give for free (`scldm.metrics.perturbation.pooled`). One factor per gene and context
+brings the cells there (`scldm.generation.draws.matched_mean`). Weights are learned from measured combinations, and
+factors are fitted on some of the source's cells, once, before any shard is made.
 
 Shape letters: b cells of a tile, n cells of a combination, g genes, k combinations.
 """
@@ -31,6 +31,7 @@ from pipeline.report.combinations import JOIN
 from pipeline.stages.unseen.perturber import Perturber
 from pipeline.stages.unseen.screen import (
     SourceCombination,
+    TrainingScreen,
     read_target_screen,
     require_context,
     source_combinations,
@@ -39,15 +40,27 @@ from pipeline.stages.unseen.screen import (
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 from scldm.metrics.perturbation.free_answers import free_answers
-from scldm.metrics.perturbation.pooled import pooled_shift
-from scldm.metrics.perturbation.screen import MIN_CELLS, Screen
+from scldm.metrics.perturbation.leave_out import askable
+from scldm.metrics.perturbation.pooled import (
+    FLOW,
+    LEFT_OUT_CELLS,
+    MOST_LEFT_OUT,
+    POOLED,
+    learn_weights,
+    predicted_shifts,
+)
+from scldm.metrics.perturbation.screen import MIN_CELLS, Combination, Screen
 
 if TYPE_CHECKING:
     import torch
 
+    from scldm.data.batch import CellBatch
+    from scldm.generation.perturbed import Perturbation
+
 log = logging.getLogger(__name__)
 
 FACTORS = "factors.npz"  # in the folder of the stage
+LEFT_OUT = 10_000  # stream of the combinations that are left out, beside those of combinations that are asked for
 MOST_CELLS = 600  # of a combination that its factors are fitted on, drawn by seed
 
 
@@ -85,7 +98,8 @@ def run_pooled(config: PerturbConfig, context: StageContext, pool: Pool | None =
     facts = run_batches(
         config, context, stage="perturb", processor=PooledPerturber, layout=layout, pool=pool, prepare=fitted
     )
-    return facts | {"method": "pooled", "learned_from": fitted.sources}
+    weights = {c: dict(zip((*POOLED, FLOW), w.round(4).tolist(), strict=True)) for c, w in fitted.weights.items()}
+    return facts | {"method": "pooled", "learned_from": fitted.sources, "weights": weights}
 
 
 @dataclass
@@ -97,6 +111,7 @@ class Fitted:
     models: ModelPaths
     vocabulary: Vocabulary
     sources: dict[str, Sequence[str]] = field(default_factory=dict)  # combination -> contexts that it is learned from
+    weights: dict[str, np.ndarray] = field(default_factory=dict)  # control -> weights of the predictions, (k,)
 
     def __call__(self, rows: SourceRows) -> None:
         """Fit the factors.
@@ -117,6 +132,8 @@ class Fitted:
                 "leave them out with cells, or set method=flow"
             )
         mover = _Mover(self.config, self.context, self.models, rows)
+        controls = sorted({c.control for c in combinations})
+        self.weights = {name: self._weights(known, name, combinations, mover) for name in controls}
         factors: list[np.ndarray] = []
         shifts: list[np.ndarray] = []
         for i, combination in enumerate(combinations):
@@ -133,18 +150,34 @@ class Fitted:
         self, combination: SourceCombination, screen: Screen, mover: _Mover, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the factor of each gene, and the shift of the mean that it is for, both (g,)."""
-        from scldm.generation.draws.matched_mean import draw_changed, matched_factors
-        from scldm.metrics.genes.expression import log1p_cp10k
+        from scldm.generation.draws.matched_mean import matched_factors
 
         some = np.sort(rng.permutation(combination.rows)[:MOST_CELLS])
         counts, before, after = mover.means(some)
-        x = sp.csr_matrix(counts)
-        moved = sp.csr_matrix(draw_changed(counts, before, after, rng))
-        flow = np.asarray(log1p_cp10k(moved).mean(0) - log1p_cp10k(x).mean(0)).ravel()
-        asked = screen.with_controls(combination.context, x).without((combination.context, combination.treatment))
+        x, flow = sp.csr_matrix(counts), _flow_shift(counts, before, after, rng)
+        asked = screen.with_controls(combination.context, x).without([(combination.context, combination.treatment)])
         free = free_answers(asked, combination.context, combination.treatment, rng)
-        shift = pooled_shift(free, flow)
+        shift = self.weights[combination.control] @ predicted_shifts(free, flow)
         return matched_factors(x, before, after, shift, rng), shift
+
+    def _weights(
+        self, known: TrainingScreen, control: str, asked: Sequence[SourceCombination], mover: _Mover
+    ) -> np.ndarray:
+        """Return the weights of the predictions, (k,), from measured combinations of a control class."""
+        screen, rng = replace(known.screen, control=control), np.random.default_rng([self.context.seed, LEFT_OUT])
+        wanted = {(c.context, c.treatment) for c in asked}
+        pairs = [pair for pair in askable(screen) if pair not in wanted]
+        predicted, measured = [], []
+        for pair in [pairs[i] for i in rng.permutation(len(pairs))[:MOST_LEFT_OUT]]:
+            some = rng.permutation(screen.members[pair[0], control])[:LEFT_OUT_CELLS]
+            counts, before, after = mover.means_of_training(known, some, pair)
+            free = free_answers(screen.without([pair]), pair[0], pair[1], rng)
+            predicted.append(predicted_shifts(free, _flow_shift(counts, before, after, rng)))
+            measured.append(screen.mean(*pair) - screen.mean(pair[0], control))
+        weights = learn_weights(predicted, measured)
+        named = ", ".join(f"{name} {w:.2f}" for name, w in zip((*POOLED, FLOW), weights, strict=True))
+        log.info("perturb: weights of the pooled mean, from %d measured combinations: %s", len(measured), named)
+        return weights
 
     def _write(self, keys: Sequence[np.ndarray], factors: Sequence[np.ndarray], shifts: Sequence[np.ndarray]) -> None:
         n, g = len(keys), self.vocabulary.n_genes
@@ -157,11 +190,22 @@ class Fitted:
             np.savez(out, **arrays)
 
 
+def _flow_shift(counts: np.ndarray, before: np.ndarray, after: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return how the flow changes the mean log1p CP10k of cells, (g,)."""
+    from scldm.generation.draws.matched_mean import draw_changed
+    from scldm.metrics.genes.expression import log1p_cp10k
+
+    moved = sp.csr_matrix(draw_changed(counts, before, after, rng))
+    return np.asarray(log1p_cp10k(moved).mean(0) - log1p_cp10k(sp.csr_matrix(counts)).mean(0)).ravel()
+
+
 class _Mover:
-    """Applies the models to cells of a source, in this process."""
+    """Applies the models to cells, in this process."""
 
     def __init__(self, config: PerturbConfig, context: StageContext, models: ModelPaths, rows: SourceRows):
         import torch
+
+        from scldm.generation.cell_maker import tile_cells
 
         self.rows, self.config, self.seed = rows, config, context.seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,24 +215,62 @@ class _Mover:
             provenance={}, seed=context.seed, threads=1, fault="",
         )  # fmt: skip
         self.perturber = Perturber(spec, self.device)
+        self.tile = tile_cells(self.perturber.vae, self.device)
         self.measured = None if rows.measured is None else torch.from_numpy(rows.measured).to(self.device)
 
     def means(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return counts of cells and the decoder's means before and after the change, (n, g) each."""
-        from scldm.generation.cell_maker import tile_cells
-        from scldm.generation.perturbed import means_of_change, move_cells
+        """Return counts of cells and the decoder's means before and after the change, (n, g) each.
 
-        mover, size = self.perturber, tile_cells(self.perturber.vae, self.device)
+        Args:
+            positions: Of the cells in the source, (n,).
+        """
         parts = []
-        for first in range(0, len(positions), size):
-            chosen = self.rows.table.iloc[positions[first : first + size]]
+        for first in range(0, len(positions), self.tile):
+            chosen = self.rows.table.iloc[positions[first : first + self.tile]]
             codes = {x: chosen[LABEL + x].to_numpy().astype(np.int32) for x in self.rows.reader.labels}
             read = self.rows.reader.read(SomaRows(chosen[JOINID].to_numpy().astype(np.int64), codes)).combine_chunks()
             tile = tile_of(
                 read, self.rows.reader.labels, max_genes=self.config.max_genes, measured=self.measured,
                 seed=self.seed, device=self.device,
             )  # fmt: skip
-            moved = move_cells(mover.vae, mover.flow, tile.cells, tile.seen, mover.perturbation)
-            parts.append(means_of_change(mover.vae, tile.cells, moved))
-        counts, before, after = (np.concatenate(x).astype(np.float64) for x in zip(*parts, strict=True))
-        return counts, before, after
+            parts.append(self._means(tile.cells, tile.seen, self.perturber.perturbation))
+        return _joined(parts)
+
+    def means_of_training(
+        self, known: TrainingScreen, positions: np.ndarray, pair: Combination
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the same of training cells that become a measured combination.
+
+        Args:
+            known: The training cells.
+            positions: Of the cells among them, (n,).
+            pair: The combination, of the context that the cells have.
+        """
+        from scldm.data.batch import CellBatch
+
+        classes = known.classes(pair)
+        to = replace(self.perturber.perturbation, to={label: classes[label] for label in known.treatment})
+        parts = []
+        for first in range(0, len(positions), self.tile):
+            at = positions[first : first + self.tile]
+            conditions = {name: ids[at] for name, ids in known.ids.items()}
+            counts = sp.csr_matrix(known.screen.counts[at], dtype=np.float32)
+            cells = CellBatch.from_csr(counts, conditions=conditions).to(self.device)
+            seen = cells
+            if self.config.max_genes is not None:
+                from pipeline.data.loading.collate import subsample_genes
+
+                seen = subsample_genes(cells, self.config.max_genes, seed=self.seed)
+            parts.append(self._means(cells, seen, to))
+        return _joined(parts)
+
+    def _means(self, cells: CellBatch, seen: CellBatch, perturbation: Perturbation) -> tuple[np.ndarray, ...]:
+        from scldm.generation.perturbed import means_of_change, move_cells
+
+        vae, flow = self.perturber.vae, self.perturber.flow
+        return means_of_change(vae, cells, move_cells(vae, flow, cells, seen, perturbation))
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    counts, before, after = (np.concatenate(x).astype(np.float64) for x in zip(*parts, strict=True))
+    return counts, before, after

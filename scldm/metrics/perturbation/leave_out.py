@@ -68,14 +68,6 @@ def folds(pairs: Sequence[Combination], most: int, rng: np.random.Generator) -> 
     return found
 
 
-def without(screen: Screen, pairs: Sequence[Combination]) -> Screen:
-    """Return the screen without the cells of some combinations."""
-    if not pairs:
-        return screen
-    gone = np.concatenate([screen.members[pair] for pair in pairs])
-    return screen[np.setdiff1d(np.arange(len(screen.context)), gone)]
-
-
 def energy_over_floor(real: np.ndarray, answer: np.ndarray) -> float:
     """Return the energy distance of two sets of cells over that of two sets of FLOOR_CELLS measured cells.
 

@@ -8,7 +8,7 @@ Shape letters: n cells, g genes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,14 +87,15 @@ class Screen:
         others = sorted({c for c, t in n if t == treatment and c != context})
         return [c for c in others if min(n[c, treatment], n.get((c, self.control), 0)) >= MIN_CELLS]
 
-    def without(self, pair: Combination) -> Screen:
-        """Return the screen without the cells of a combination, which may have none."""
-        gone = self.members.get(pair, np.zeros(0, dtype=np.int64))
-        return self[np.setdiff1d(np.arange(len(self.context)), gone)]
+    def without(self, pairs: Iterable[Combination]) -> Screen:
+        """Return the screen without the cells of some combinations, which may have none."""
+        none = np.zeros(0, dtype=np.int64)
+        gone = np.concatenate([none, *(self.members.get(pair, none) for pair in pairs)])
+        return self[np.setdiff1d(np.arange(len(self.context)), gone)] if len(gone) else self
 
     def with_controls(self, context: str, counts: sp.csr_matrix) -> Screen:
         """Return the screen with other control cells of a context, (k, g), in place of its own."""
-        others, k = self.without((context, self.control)), counts.shape[0]
+        others, k = self.without([(context, self.control)]), counts.shape[0]
         return Screen(
             sp.vstack([as_counts(others.counts), as_counts(counts)], format="csr"),
             np.concatenate([others.context.astype(object), np.repeat(np.array([context], object), k)]),

@@ -255,6 +255,12 @@ def labels_that_are_not_judged(case: Case) -> None:
     done("validate", job, f"{named(said, 'unknown_labels')}=error")
 
 
+@follows("pipeline/config/apply.py: and method: pooled changes them; set start=latents")
+def pooled_cells_from_noise(case: Case) -> None:
+    job = training(case, "perturb", source=SYNTHETIC, to={"cell_type": "B cell"}, method="pooled", start="noise")
+    done("validate", job, setting(refused("validate", job), "start"))
+
+
 @follows("pipeline/config/apply.py: {} cannot be set with method: shift, which uses no model; leave it out")
 def a_shift_with_settings_of_models(case: Case) -> None:
     job = training(case, "perturb", source=SYNTHETIC, to={"cell_type": "B cell"}, method="shift", start="noise")

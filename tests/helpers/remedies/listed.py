@@ -10,6 +10,12 @@ FOLLOWED_ELSEWHERE = {
     "scldm/checkpoints/start_from.py: make both the same (ingest.label_values)": (
         "tests/unit/model/checkpoints/test_start_from_values.py"
     ),
+    "pipeline/stages/unseen/pooled.py: leave model out to use the models of the pipeline": (
+        "tests/unit/inference/test_pooled_cells.py"
+    ),
+    "pipeline/stages/unseen/pooled.py: leave them out with cells, or set method=flow": (
+        "tests/unit/inference/test_pooled_cells.py"
+    ),
     "pipeline/cli/cells.py: --control takes LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",
     "pipeline/cli/cells.py: --control works only with --to cell-eval": "tests/unit/inference/test_cell_eval.py",
     "pipeline/inference/export/cell_eval.py: --control LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",

@@ -31,6 +31,7 @@ from scldm.nn.vae import VAE
 CONTROLS = {"where": {"treatment": "control"}}
 TARGET = {"treatment": "treatment 1"}
 MANY = {**SOURCE, "n_cells": 4000}  # means of few cells are mostly chance
+FEW = {**SOURCE, "n_cells": 30}
 GIVEN = {"source": MANY, "cells": CONTROLS, "to": TARGET, "shard_size": 64, "flow": {"steps": 2}}
 
 
@@ -85,13 +86,18 @@ def test_cells_have_the_mean_shift_that_was_pooled(place, pooled):
     assert np.abs(found - asked).mean() < 0.75 * np.abs(unpooled - asked).mean()
 
 
-def test_the_shift_is_the_average_of_three(place, pooled):
+def test_the_shift_is_the_weighted_average_of_all_predictions(place, pooled):
+    _, facts = pooled
+    (weights,) = facts["weights"].values()
+    assert set(weights) == {"shift", "additive NB", "linear", "flow"}
+    assert weights["flow"] < 0.3, "models that say that nothing changes have little weight"
     _, inputs = place
     known = read_screen(inputs["ingest"], {"treatment": "control"}, max_cells=None, seed=0).screen
     drawn = [free_answers(known, "B cell", "treatment 1", np.random.default_rng(seed)) for seed in range(5)]
     base = drawn[0]["control"].log.mean(0)
-    free = [np.mean([x[name].log.mean(0) for x in drawn], axis=0) - base for name in ("shift", "additive NB")]
-    assert np.corrcoef(np.sum(free, axis=0) / 3, pooled_shift_of(place, "B cell"))[0, 1] > 0.8
+    free = {name: np.mean([x[name].log.mean(0) for x in drawn], axis=0) - base for name in drawn[0]}
+    expected = np.sum([weights[name] * free[name] for name in ("shift", "additive NB", "linear")], axis=0)
+    assert np.corrcoef(expected, pooled_shift_of(place, "B cell"))[0, 1] > 0.8
 
 
 def pooled_shift_of(place, cell_type):
@@ -139,4 +145,16 @@ def test_settings_that_pooling_would_ignore_are_refused(more, message):
 
 def test_a_combination_with_too_few_cells_for_a_mean_is_named(place):
     with pytest.raises(InputError, match=r"at least 5 cells of a combination, and some have fewer .*: \d"):
-        perturbed(place, "few", method="pooled", source={**SOURCE, "n_cells": 30})
+        perturbed(place, "few", method="pooled", source=FEW)
+    cells, _ = perturbed(place, "few flow", method="flow", source=FEW)
+    assert cells.n_obs
+
+
+def test_a_model_of_other_classes_than_the_training_cells_is_refused(place, tmp_path):
+    _, inputs = place
+    vae, flow = (str(inputs[stage].path("model")) for stage in ("train_vae", "train_flow"))
+    other = screen_inputs(tmp_path, source={**SOURCE, "n_treatments": 3})
+    with pytest.raises(InputError, match="the model was trained on other genes or classes; leave model out"):
+        perturbed((tmp_path, other), "other", method="pooled", model={"vae": vae, "flow": flow})
+    cells, _ = perturbed((tmp_path, other), "flow", method="flow", model={"vae": vae, "flow": flow})
+    assert cells.n_obs

@@ -15,7 +15,7 @@ from scldm.metrics.perturbation.error_model import (
     coverage,
     left_out_predictions,
 )
-from scldm.metrics.perturbation.leave_out import askable, energy_over_floor, folds, unmeasured, without
+from scldm.metrics.perturbation.leave_out import askable, energy_over_floor, folds, unmeasured
 from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, nearness
 from scldm.metrics.perturbation.screen import Screen
 from scldm.metrics.perturbation.shift import CountShift
@@ -46,7 +46,7 @@ def test_folds_hold_every_combination_once_and_never_leave_a_treatment_without_a
             found = folds(pairs, most, np.random.default_rng(seed))
             assert sorted(p for fold in found for p in fold) == sorted(pairs)
             for fold in found:
-                known = without(screen, fold)
+                known = screen.without(fold)
                 assert not set(fold) & set(known.members)
                 assert all(known.sources(*pair) for pair in fold)
 
@@ -68,7 +68,7 @@ def test_unmeasured_combinations_have_controls_and_a_context_to_learn_from():
 # ---- what is known near ----------------------------------------------------------------------------------------------
 def test_nearness_is_the_same_whatever_the_cells_of_the_combination_are():
     first, second = screen_of(FULL), screen_of({**FULL, ("a", "x"): 7}, seed=0)
-    known = [without(s, [("a", "x")]) for s in (first, second)]
+    known = [s.without([("a", "x")]) for s in (first, second)]
     rows = [s.context != "zzz" for s in known]
     assert all(r.all() for r in rows)
     numbers = nearness(known[0], "a", "x")
