@@ -89,6 +89,8 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
     """Return the stages that a stage with these settings reads."""
     if stage == "train_flow" and config.vae.train:
         return ("ingest", "train_vae")  # it streams counts
+    if isinstance(config, EvaluateConfig) and config.cells != "generate":
+        return ("ingest", "train_vae", config.cells)
     if isinstance(config, GenerateConfig) and config.model is not None:
         return ("ingest",) if config.like is not None else ()
     if isinstance(config, PerturbConfig) and config.method != "flow":  # they learn from the training cells

@@ -301,6 +301,9 @@ class EvaluateConfig(StrictModel):
     """Named settings. cfgen: as CFGen was evaluated (2,000 genes by seurat_v3, log1p CP10k, 30 components fitted on the
     compared real cells, classes weighted equally). paper: the scLDM paper's protocol is not published; this is the
     nearest published one, cfgen's. A setting that a protocol owns can only be set to the protocol's value."""
+    cells: Literal["generate", "perturb"] = "generate"
+    """Cells that are scored: those of generate, or real cells that perturb moved, under the labels that they were moved
+    to."""
     split: Literal["validation", "test"] = "test"
     """Held-out cells that generated cells are compared with."""
     n_pcs: PositiveInt = 30
@@ -337,6 +340,11 @@ class EvaluateConfig(StrictModel):
     """Whether pictures show a UMAP; false shows the first two principal components, which is faster."""
     seed: int = Field(0, ge=0)
     """Seed of the drawn cells, the classifiers and the pictures."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before this setting existed."""
+        return {k: v for k, v in to_dict(self).items() if (k, v) != ("cells", "generate")}
 
     @model_validator(mode="before")
     @classmethod

@@ -45,13 +45,13 @@ from scldm.metrics.genes.expression import as_counts
 from scldm.nn.vae import CountDistribution
 
 VAE_BATCH = 64  # cells
+TO = "to_"  # prefix of the columns of perturb
 NO_LABEL = "cells"  # name of the label of a model without labels
 
 
-def _vae_of_generated(inputs: Mapping[str, Manifest]) -> Path:
-    """Return the VAE that the cells were generated with: of train_vae, of a joint training, or one that was named."""
-    generated = inputs["generate"]
-    return generated.path("vae") if "vae" in generated.facts else inputs["train_vae"].path("model")
+def _vae_of(cells: Manifest, inputs: Mapping[str, Manifest]) -> Path:
+    """Return the VAE that the cells were made with: of train_vae, of a joint training, or one that was named."""
+    return cells.path("vae") if "vae" in cells.facts else inputs["train_vae"].path("model")
 
 
 def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
@@ -79,9 +79,12 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
     ingested = IngestedDataset.open(inputs["ingest"])
     held_out = ingested.anndata(config.split, max_cells=config.max_cells, seed=config.seed)
     training = ingested.anndata("train", max_cells=config.max_cells + held_out.n_obs, seed=config.seed)
-    cells = open_generated(inputs["generate"], held_out.var_names)
+    made = inputs[config.cells]
+    cells = open_generated(made, held_out.var_names)
+    if config.cells == "perturb":
+        cells.obs = under_new_labels(cells.obs)
     generated = read_generated(cells, max_cells=config.max_cells, rng=np.random.default_rng(config.seed))
-    loaded = load_vae(_vae_of_generated(inputs))
+    loaded = load_vae(_vae_of(made, inputs))
     labels = [label.name for label in loaded.vocabulary.labels]
     if not labels:  # a model without conditions: the baselines are fitted to all cells together
         labels = [NO_LABEL]
@@ -159,6 +162,15 @@ def open_generated(manifest: Manifest, genes: pd.Index) -> Cells:
             "of them, in order; generate without generate.genes"
         )
     return cells
+
+
+def under_new_labels(obs: pd.DataFrame) -> pd.DataFrame:
+    """Return obs of perturbed cells with the labels that they were moved to in place of their own.
+
+    A label that was removed is missing.
+    """
+    moved = {c.removeprefix(TO): obs[c].astype(str).replace("", None) for c in obs if str(c).startswith(TO)}
+    return obs.assign(**{label: column.astype("category") for label, column in moved.items()})
 
 
 def read_generated(cells: Cells, *, max_cells: int, rng: np.random.Generator) -> AnnData:

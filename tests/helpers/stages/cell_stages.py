@@ -20,7 +20,7 @@ from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.data.soma.write import write_experiment
 from pipeline.inference.applier import Applier, ApplierSpec
 
-TRACKER = SimpleNamespace(metrics=lambda values, step: None)
+TRACKER = SimpleNamespace(metrics=lambda values, step: None, artifact=lambda path, folder=None: None)
 
 
 def models(folder: Path, **choices: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -13,8 +14,10 @@ from pydantic import ValidationError
 
 import scldm
 from pipeline.config.job import STAGE_CONFIGS, needs
-from pipeline.core.manifest import Manifest, write_manifest
+from pipeline.core.manifest import Manifest, read_manifest, write_manifest
 from pipeline.data.ingest.dataset import IngestedDataset
+from pipeline.stages.evaluate import run as evaluate
+from pipeline.stages.evaluate import under_new_labels
 from pipeline.stages.perturb import run
 from pipeline.stages.unseen.pooled import FACTORS
 from pipeline.stages.unseen.screen import read_screen
@@ -158,3 +161,34 @@ def test_a_model_of_other_classes_than_the_training_cells_is_refused(place, tmp_
         perturbed((tmp_path, other), "other", method="pooled", model={"vae": vae, "flow": flow})
     cells, _ = perturbed((tmp_path, other), "flow", method="flow", model={"vae": vae, "flow": flow})
     assert cells.n_obs
+
+
+def test_moved_cells_are_scored_as_the_combination_that_they_became(place):
+    """evaluate with cells: perturb, on the combination that no training cell has."""
+    root, inputs = place
+    where = {"where": {"treatment": "control", "cell_type": "B cell"}}
+    perturbed(place, "held_out", method="pooled", cells=where)
+    moved = read_manifest(root / "perturb" / "held_out")
+    config = STAGE_CONFIGS["evaluate"].model_validate(
+        {"cells": "perturb", "control": {"treatment": "control"}, "umap": False, "resamples": 5, "refits": 5,
+         "n_pcs": 5, "reconstruction_cells": 16}
+    )  # fmt: skip
+    assert needs("evaluate", config) == ("ingest", "train_vae", "perturb")
+    assert "cells" not in STAGE_CONFIGS["evaluate"]().model_dump()
+    at = folder(root, "evaluate")
+    facts = evaluate(
+        config, context(at, {"ingest": inputs["ingest"], "train_vae": inputs["train_vae"], "perturb": moved})
+    )
+    table = pd.read_csv(at / "combinations.csv")
+    assert set(table["context"]) == {"B cell"}
+    assert set(table["treatment"]) == {"treatment 1"}
+    assert {"generated", "shift", "floor"} <= set(table["answer"])
+    assert facts["report"] == "report.html"
+
+
+def test_labels_that_perturb_removed_are_missing():
+    obs = pd.DataFrame({"cell_type": ["B", "T"], "drug": ["x", "x"], "to_drug": ["y", ""], "to_cell_type": ["T", "T"]})
+    found = under_new_labels(obs)
+    assert found["cell_type"].tolist() == ["T", "T"]
+    assert found["drug"].isna().tolist() == [False, True]
+    assert found["drug"][0] == "y"
