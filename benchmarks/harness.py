@@ -1,8 +1,8 @@
 """What every benchmark here shares: alternate two sides, take medians, say where it ran, write the JSON.
 
 A row: `value` is ours, `baseline` the other side, both in `unit`; `ratio` is ours over the baseline where larger is
-better (for memory: ours over the baseline, smaller is better); `n` pairs were run; `spread` holds the lowest and the
-highest ratio of a pair.
+better (for memory: ours over the baseline, smaller is better), none where a side may be 0 or below; `n` pairs were run;
+`spread` holds the lowest and the highest ratio of a pair.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Row:
     value: float
     unit: str
     baseline: float
-    ratio: float
+    ratio: float | None
     n: int
-    spread: tuple[float, float]
+    spread: tuple[float, float] | None
 
 
 def alternate(
@@ -80,6 +80,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = ["| row | ours | plain | unit | ratio | lowest – highest | n |", "|---|---|---|---|---|---|---|"]
     for r in rows:
-        spread = f"{r.spread[0]:.2f} – {r.spread[1]:.2f}"
-        lines.append(f"| {r.name} | {r.value:.4g} | {r.baseline:.4g} | {r.unit} | {r.ratio:.2f} | {spread} | {r.n} |")
+        ratio = "–" if r.ratio is None else f"{r.ratio:.2f}"
+        spread = "–" if r.spread is None else f"{r.spread[0]:.2f} – {r.spread[1]:.2f}"
+        lines.append(f"| {r.name} | {r.value:.4g} | {r.baseline:.4g} | {r.unit} | {ratio} | {spread} | {r.n} |")
     return "\n".join(lines)

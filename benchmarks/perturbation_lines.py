@@ -28,7 +28,7 @@ from train_small import batches
 from transfer_cells import Cells
 from transfer_lines import FLOW_SIZES, Budget, chunks, encode, steps_of, train_vae
 
-from scldm.checkpoints.native import LoadedFlow, LoadedVAE
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE, class_features
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.flow.config import PathConfig, SamplerConfig
@@ -98,7 +98,7 @@ def train_flow(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dit = DiT(FLOW_SIZES, **shape, n_classes=vocabulary.n_classes)
+        dit = DiT(FLOW_SIZES, **shape, n_classes=vocabulary.n_classes, features=class_features(vocabulary))
     ema, size = EMA(dit, EMAConfig()), min(BATCH, len(z))
     sources = Coupling(screen, z, seed) if start == "control" else None
     steps = steps_of(dit, Budget(seconds), RATE, batches(len(z), size, seed), after=ema.update)
@@ -112,7 +112,7 @@ def train_flow(
         )  # fmt: skip
         point = sample_path(x0, x1, t, path.path)
         flow_loss(dit(point.x_t, t, known), point, t, path).mean().backward()
-    trained = DiT(FLOW_SIZES, **shape, n_classes=vocabulary.n_classes)
+    trained = DiT(FLOW_SIZES, **shape, n_classes=vocabulary.n_classes, features=class_features(vocabulary))
     trained.load_state_dict(ema.shadow)
     sizes = LibrarySizes.fit(np.asarray(screen.counts.sum(1)).ravel(), {})
     return LoadedFlow(trained.eval().requires_grad_(False), path, vocabulary, sizes, z.shape[1], z.shape[2])
@@ -154,8 +154,8 @@ def pool_weights(trained: Trained, screen: Screen, seed: int) -> np.ndarray:
     for pair in [pairs[i] for i in rng.permutation(len(pairs))[:MOST_LEFT_OUT]]:
         free = free_answers(screen.without([pair]), *pair, rng)
         rows = rng.permutation(screen.members[pair[0], screen.control])[:LEFT_OUT_CELLS]
-        found, _ = _moved(trained, _cells(screen[rows]), screen.control, pair[1], seed, ("carried",))
-        predicted.append(predicted_shifts(free, _shift(found["carried in counts"], screen.counts[rows])))
+        found, _ = moved(trained, cells_of(screen[rows]), screen.control, pair[1], seed, ("carried",))
+        predicted.append(predicted_shifts(free, shift_of(found["carried in counts"], screen.counts[rows])))
         measured.append(screen.mean(*pair) - screen.mean(pair[0], screen.control))
     return learn_weights(predicted, measured)
 
@@ -170,26 +170,26 @@ def answers(
         free: The free answers, see `free_answers`.
         weights: Of the pooled mean, see `pool_weights`.
     """
-    control = _cells(screen[screen.members[context, screen.control]])
-    found, means = _moved(trained, control, screen.control, treatment, seed)
+    control = cells_of(screen[screen.members[context, screen.control]])
+    found, means = moved(trained, control, screen.control, treatment, seed)
     counts, rng = control.counts, np.random.default_rng([seed, STREAM])
-    shift = weights @ predicted_shifts(free, _shift(found["carried in counts"], counts))
+    shift = weights @ predicted_shifts(free, shift_of(found["carried in counts"], counts))
     some = rng.permutation(counts.shape[0])[:MATCHED]
     factors = matched_factors(counts[some], means["own"][some], means["carried"][some], shift, rng)
     found["pooled"] = sp.csr_matrix(draw_changed(counts.toarray(), means["own"], means["carried"] * factors, rng))
     return {name: Answer.of(found[name]) for name in WAYS if name in found}
 
 
-def _cells(screen: Screen) -> Cells:
+def cells_of(screen: Screen) -> Cells:
     return Cells(sp.csr_matrix(screen.counts, dtype=np.float32), screen.context)
 
 
-def _shift(cells: sp.csr_matrix, control: sp.csr_matrix) -> np.ndarray:
+def shift_of(cells: sp.csr_matrix, control: sp.csr_matrix) -> np.ndarray:
     return np.asarray(log1p_cp10k(cells).mean(0) - log1p_cp10k(sp.csr_matrix(control)).mean(0)).ravel()
 
 
 @torch.inference_mode()
-def _moved(
+def moved(
     trained: Trained, control: Cells, control_class: str, treatment: str, seed: int, ways: Sequence[str] = MOVES
 ) -> tuple[dict[str, sp.csr_matrix], dict[str, np.ndarray]]:
     """Return cells drawn from the decoder, and the decoder's means for the own latents ("own") and the moved ones."""
