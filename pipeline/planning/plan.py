@@ -119,7 +119,9 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         text, size = generation_lines(
             configs["generate"], data, vae, job.resources, before, n_cells=n, strategy=strategy
         )
-        lines += [*text, *predicted_lines(folder, _manifest("ingest", decided, folder), request)]
+        lines += text
+        if configs["generate"].model is None and configs["generate"].start == "noise":  # as what was predicted
+            lines += predicted_lines(folder, _manifest("ingest", decided, folder), request)
         disk += size
     if (asked := configs.get("predict_error")) is not None:
         steps = f"{asked.seeds} x ({asked.base_steps:,} + at most {asked.folds + 1} x {asked.steps:,})"

@@ -37,6 +37,7 @@ from pipeline.stages.unseen.finished import believed, finished_predictions
 from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
+from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
 from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import class_text
@@ -85,6 +86,7 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
         cells.obs = under_new_labels(cells.obs)
     generated = read_generated(cells, max_cells=config.max_cells, rng=np.random.default_rng(config.seed))
     loaded = load_vae(_vae_of(made, inputs))
+    config = with_known_control(config, loaded.vocabulary)
     labels = [label.name for label in loaded.vocabulary.labels]
     if not labels:  # a model without conditions: the baselines are fitted to all cells together
         labels = [NO_LABEL]
@@ -111,8 +113,28 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
     return result
 
 
+def with_known_control(config: EvaluateConfig, vocabulary: Vocabulary) -> EvaluateConfig:
+    """Return the settings with control classes as the data call them: B+A is A+B in a label of sets.
+
+    Raises:
+        InputError: A label has no such class. Labels that the model lacks are left to `evaluate`.
+    """
+    labels, found, problems = {x.name: x for x in vocabulary.labels}, dict(config.control or {}), []
+    for name in found.keys() & labels.keys():
+        try:
+            found[name] = labels[name].classes[int(labels[name].encode([found[name]])[0])]
+        except UnknownNameError as error:
+            problems.append(f"evaluate.control.{name}: {error}")
+    if problems:
+        raise InputError("\n".join(sorted(problems)))
+    return config.model_copy(update={"control": found}) if found else config
+
+
 def _predicted_notes(result: Evaluation, inputs: Mapping[str, Manifest]) -> list[str]:
     """Return what predict_error said of the combinations that are scored, beside what was found."""
+    how = inputs["generate"].config
+    if how.get("model") is not None or how.get("start", "noise") != "noise":
+        return []  # predictions are of cells from noise, by the flow of this pipeline
     pipeline = Path(inputs["ingest"].folder).parent.parent
     found = finished_predictions(pipeline, inputs["ingest"])
     if found is None:

@@ -77,7 +77,7 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     record_request(context.folder, request)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
-    spec = _with_predictions(_spec(config, context, request, models, folder), context, models)
+    spec = _with_predictions(config, _spec(config, context, request, models, folder), context, models)
     notes = spec.provenance["notes"]
     for note in notes:
         logger.info("generate: %s", note)
@@ -147,13 +147,16 @@ def _request(config: GenerateConfig, context: StageContext, models: _Models) -> 
     return read_request(config, models.vocabulary, composition)
 
 
-def _with_predictions(spec: GeneratorSpec, context: StageContext, models: _Models) -> GeneratorSpec:
+def _with_predictions(
+    config: GenerateConfig, spec: GeneratorSpec, context: StageContext, models: _Models
+) -> GeneratorSpec:
     """Return the spec with what a finished predict_error of the pipeline says of its combinations, if it covers them.
 
-    What was decided for the first shard is kept: a job that goes on must give all its shards the same columns.
+    Predictions are of cells from noise. What was decided for the first shard is kept: a job that goes on must give all
+    its shards the same columns.
     """
     kept = context.folder / PREDICTED
-    if models.data is None or (not kept.is_file() and cell_shards(spec.folder).committed()):
+    if config.start != "noise" or models.data is None or (not kept.is_file() and cell_shards(spec.folder).committed()):
         return spec
     if not kept.is_file():
         labels = [label.name for label in models.vocabulary.labels]

@@ -134,12 +134,7 @@ def run(config: IngestConfig, context: StageContext) -> dict[str, Any]:
     mean_expressed = float(cells.loc[split == "train", "n_expressed"].mean())
     facts = {
         **facts,
-        "soma_uri": source.uri,
-        "tiledb_config": dict(source.store.tiledb_config),
-        "measurement": source.store.measurement,
-        "layer": source.store.layer,
-        "tile": source.store.tile,
-        "seen_at": round(time.time() * 1000),
+        **_store_facts(source),
         "count_type": "uint16" if largest["library_size"] < 1 << 16 else "float32",
         "n_genes": vocabulary.n_genes,
         "n_genes_source": source.store.shape[1],
@@ -170,6 +165,14 @@ def _record_held_out(
     table = counted(obs, combinations)
     source.facts |= held_out_facts(table, folder)
     source.notes += notes_on(table, obs, split, config.split.by)
+
+
+def _store_facts(source: OpenSource) -> dict[str, Any]:
+    store = source.store
+    return {
+        "soma_uri": source.uri, "tiledb_config": dict(store.tiledb_config), "measurement": store.measurement,
+        "layer": store.layer, "tile": store.tile, "seen_at": round(time.time() * 1000),
+    }  # fmt: skip
 
 
 def _label_facts(vocabulary: Vocabulary) -> dict[str, Any]:

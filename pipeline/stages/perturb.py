@@ -42,20 +42,20 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
 
     if config.method == "shift":
         return run_shift(config, context, pool)
-    if config.method == "pooled":
-        return run_pooled(config, context, pool)
     models = locate_models(config, context)
     vocabulary = Vocabulary.load(Path(models.vae) / "vocabulary.json")
     start = flow_start(str(models.flow))
-    check_target(config, vocabulary, str(models.flow), draws_counts=draws_counts(models.vae))
-    values: Values = "counts" if draws_counts(models.vae) else "log1p_cp10k"
-    layout = OutputLayout(genes=True, values=values, obsm={"X_scldm": latent_width(models.vae)},
-                          obs={f"to_{label}": object for label in config.to})  # fmt: skip
 
     def prepare(rows: SourceRows) -> None:
         if config.start == "control" and start is not None:
             _require_controls(rows.table, vocabulary, start)
 
+    if config.method == "pooled":
+        return run_pooled(config, context, pool, check=prepare)
+    check_target(config, vocabulary, str(models.flow), draws_counts=draws_counts(models.vae))
+    values: Values = "counts" if draws_counts(models.vae) else "log1p_cp10k"
+    layout = OutputLayout(genes=True, values=values, obsm={"X_scldm": latent_width(models.vae)},
+                          obs={f"to_{label}": object for label in config.to})  # fmt: skip
     facts = run_batches(
         config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool, prepare=prepare
     )

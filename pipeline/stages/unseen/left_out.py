@@ -37,6 +37,7 @@ OURS = "generated"
 ANSWERS = (OURS, *FREE_ANSWERS)
 MEASURES = ("energy_over_floor", "delta_pearson")
 FIXED = 1 << 20  # added to the seed of fine-tuning, so that its order is not that of the base
+SCORED = 2  # stream of the cells of a side that are scored
 N_PCS, N_TOP_GENES, MOST_CELLS = 30, 2_000, 500  # of the space, and cells of a side in distances
 
 
@@ -175,7 +176,8 @@ class LeaveOut:
             free = free_answers(known, *pair, np.random.default_rng(seed))
             control = free[CONTROL].log.mean(0)
             logs = {OURS: log1p_cp10k(found.counts).toarray()} | {name: x.log for name, x in free.items()}
-            points = {name: _points(space, log) for name, log in ({"measured": real} | logs).items()}
+            rng = np.random.default_rng([seed, SCORED])
+            points = {name: _points(space, log, rng) for name, log in ({"measured": real} | logs).items()}
             return np.array(
                 [
                     (
@@ -194,8 +196,10 @@ class LeaveOut:
             np.savez(out, means=result.means, scores=result.scores)
 
 
-def _points(space: RealSpace, log: np.ndarray) -> np.ndarray:
-    return (log[:MOST_CELLS, space.genes] - space.mean) @ space.axes.T
+def _points(space: RealSpace, log: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the coordinates of at most MOST_CELLS cells, drawn by rng: cells are in the order of their file."""
+    rows = slice(None) if len(log) <= MOST_CELLS else np.sort(rng.choice(len(log), MOST_CELLS, replace=False))
+    return (log[rows][:, space.genes] - space.mean) @ space.axes.T
 
 
 def _read(file: Path) -> GroupResult:

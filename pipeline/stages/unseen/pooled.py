@@ -11,7 +11,7 @@ Shape letters: b cells of a tile, n cells of a combination, g genes, k combinati
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,8 +78,14 @@ class PooledPerturber(Perturber):
         return self.by_key[(own[:, None] == self.keys[None]).all(2).argmax(1)]
 
 
-def run_pooled(config: PerturbConfig, context: StageContext, pool: Pool | None = None) -> dict[str, Any]:
-    """Run the stage; returns the facts of `run_batches`, and the contexts that each mean was pooled from."""
+def run_pooled(
+    config: PerturbConfig, context: StageContext, pool: Pool | None = None, *, check: Callable[[SourceRows], None]
+) -> dict[str, Any]:
+    """Run the stage; returns the facts of `run_batches`, and the contexts that each mean was pooled from.
+
+    Args:
+        check: Refuses cells that cannot start where the job says.
+    """
     models = locate_models(config, context)
     vocabulary = Vocabulary.load(Path(models.vae) / "vocabulary.json")
     check_target(config, vocabulary, str(models.flow), draws_counts=draws_counts(models.vae))
@@ -94,7 +100,7 @@ def run_pooled(config: PerturbConfig, context: StageContext, pool: Pool | None =
         genes=True, values="counts", obsm={"X_scldm": latent_width(models.vae)},
         obs={f"to_{label}": object for label in config.to},
     )  # fmt: skip
-    fitted = Fitted(config, context, models, vocabulary)
+    fitted = Fitted(config, context, models, vocabulary, check)
     facts = run_batches(
         config, context, stage="perturb", processor=PooledPerturber, layout=layout, pool=pool, prepare=fitted
     )
@@ -110,6 +116,7 @@ class Fitted:
     context: StageContext
     models: ModelPaths
     vocabulary: Vocabulary
+    check: Callable[[SourceRows], None]
     sources: dict[str, Sequence[str]] = field(default_factory=dict)  # combination -> contexts that it is learned from
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # control -> weights of the predictions, (k,)
 
@@ -120,6 +127,7 @@ class Fitted:
             InputError: The training cells say nothing of some combinations, or a combination has too few cells; all
                 are listed.
         """
+        self.check(rows)
         if rows.table.empty:
             self._write([], [], [])
             return

@@ -24,7 +24,7 @@ from pipeline.inference.models import draws_counts
 from pipeline.report.predicted_errors import write_predicted_errors
 from pipeline.stages.unseen.left_out import Group, LeaveOut
 from pipeline.stages.unseen.outcome import LEFT_OUT, PREDICTIONS, Outcome, outcome
-from pipeline.stages.unseen.screen import TrainingScreen, read_latents, read_screen, require_askable
+from pipeline.stages.unseen.screen import TrainingScreen, class_of, read_latents, read_screen, require_askable
 from scldm.checkpoints.native import load_vae
 from scldm.data.class_names import class_name
 from scldm.data.user_table import read_table
@@ -106,9 +106,9 @@ def _asked(config: PredictErrorConfig, cells: TrainingScreen) -> list[Combinatio
         return unmeasured(cells.screen)
     found, problems = [], []
     for where, classes in given:
-        wrong = _wrong_names(classes, cells, where)
+        own, wrong = _as_in_the_data(classes, cells, where)
         if not wrong:
-            pair = cells.pair(classes)
+            pair = cells.pair(own)
             wrong = [f"{where}: {problem}" for problem in _unpredictable(pair, cells)]
             if pair in found:
                 wrong = [f"{where}: {' + '.join(pair)} is named twice; name it once"]
@@ -134,16 +134,18 @@ def _given(config: PredictErrorConfig, labels: Sequence[str]) -> list[tuple[str,
     ]
 
 
-def _wrong_names(classes: dict[str, str], cells: TrainingScreen, where: str) -> list[str]:
+def _as_in_the_data(classes: dict[str, str], cells: TrainingScreen, where: str) -> tuple[dict[str, str], list[str]]:
+    """Return classes as the data call them, and what is wrong with them."""
     names = [label.name for label in cells.vocabulary.labels]
     problems = [f"{where} has no {name}; give a class for each label: {', '.join(names)}"
                 for name in names if name not in classes]  # fmt: skip
+    own: dict[str, str] = {}
     for name, value in classes.items():
         try:
-            cells.vocabulary.label(name).encode([value])
+            own[name] = class_of(cells.vocabulary, name, value)
         except UnknownNameError as error:
             problems.append(f"{where}.{name}: {error}")
-    return problems
+    return own, problems
 
 
 def _unpredictable(pair: Combination, cells: TrainingScreen) -> Sequence[str]:

@@ -159,10 +159,11 @@ def require_context(to: Mapping[str, object], vocabulary: Vocabulary, method: st
 
 
 def _known_control(vocabulary: Vocabulary, control: Mapping[str, str]) -> dict[str, str]:
-    problems = []
+    """Return the control classes as the data call them: B+A is A+B in a label of sets."""
+    problems, found = [], {}
     for name, value in control.items():
         try:
-            vocabulary.label(name).encode([value])
+            found[name] = class_of(vocabulary, name, value)
         except UnknownNameError as error:
             problems.append(f"control.{name}: {error}")
     left = [label.name for label in vocabulary.labels if label.name not in control]
@@ -173,7 +174,17 @@ def _known_control(vocabulary: Vocabulary, control: Mapping[str, str]) -> dict[s
         )
     if problems:
         raise InputError("\n".join(problems))
-    return dict(control)
+    return found
+
+
+def class_of(vocabulary: Vocabulary, label: str, name: str) -> str:
+    """Return the class of the data that a name stands for: 1e1 is 10 in a label of numbers.
+
+    Raises:
+        UnknownNameError: There is no such label or class.
+    """
+    own = vocabulary.label(label)
+    return own.classes[int(own.encode([name])[0])]
 
 
 def read_latents(encode: Manifest, joinids: np.ndarray) -> Tensor:

@@ -46,6 +46,7 @@ class CountShifter:
     def __init__(self, spec: ApplierSpec, device: torch.device):
         self.config, self.seed = cast(PerturbConfig, spec.config), spec.seed
         self.vocabulary = Vocabulary.load(Path(spec.models.vae) / "vocabulary.json")
+        self.to = target_of(self.config, self.vocabulary)
         with np.load(spec.rows.parent / SHIFTS) as found:
             self.keys, self.added, self.kept = found["keys"], found["added"], found["kept"]
 
@@ -60,7 +61,7 @@ class CountShifter:
                 parts.append(shifted_counts(x[rows], added, kept, tile.ids[rows], seed=self.seed))
                 order.append(rows)
         values = sp.vstack(parts, format="csr")[np.argsort(np.concatenate(order), kind="stable")]
-        obs = {f"to_{name}": [value] * len(tile.ids) for name, value in self.config.to.items()}
+        obs = {f"to_{name}": [value] * len(tile.ids) for name, value in self.to.items()}
         return TileOutput(values=values, obs=obs)
 
 

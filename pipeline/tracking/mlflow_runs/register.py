@@ -148,12 +148,15 @@ def register(folder: str | Path, *, uri: str, name: str | None = None, aliases: 
 def _loaded(models: NamedModels) -> Model:
     """Load the models: what cannot be loaded must not be registered."""
     from scldm.api.model import load
+    from scldm.flow.transport import start_problem
     from scldm.generation.decoder_condition import refuse_adaln
 
     try:
         model = load(models.folders.vae, flow=models.folders.flow)
         if model.flow is not None:
             refuse_adaln(model.vae.vae.config, "a registered model")
+            if problem := start_problem(model.flow.start, "noise"):
+                raise ValueError(f"a registered model generates cells from noise: {problem}")
         return model
     except (CheckpointError, ValueError, OSError) as error:
         raise InputError(f"these models cannot be used and are not registered: {error}") from error

@@ -10,10 +10,12 @@ import yaml
 from helpers.models.label_values import number, sets, vectors
 from helpers.models.small_models import CELL_TYPES, write_flow, write_vae
 
-from pipeline.tracking.mlflow_runs.register import save
+from pipeline.tracking.mlflow_runs.register import register, save
 from scldm.api.folders import ModelFolders
 from scldm.api.model import Model, load
 from scldm.api.model_card import model_card
+from scldm.errors import InputError
+from scldm.flow.config import ControlStart
 
 LABELS = (CELL_TYPES, number(unit="uM", scale="log"), sets(), vectors(zero=["ctrl"]))
 SUMMARIES = {
@@ -55,3 +57,13 @@ def test_a_registered_model_says_what_labels_are_and_takes_their_values(folders,
         made = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(table, params={"seed": 2})
         own = load(folders.vae, flow=folders.flow).generate(table, seed=2)
     assert (made.to_numpy() == own.X.toarray()).all()
+
+
+def test_a_flow_that_was_trained_from_controls_alone_is_not_registered(tmp_path):
+    start = ControlStart(label="cell_type", control="T", share=1.0)
+    write_vae(tmp_path / "pair" / "vae", CELL_TYPES)
+    write_flow(tmp_path / "pair" / "flow", CELL_TYPES, start=start)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with pytest.raises(InputError, match=r"not registered: .*from noise.* or train with a share below 1"):
+        register(tmp_path / "pair", uri=uri)
+    assert not (tmp_path / "mlflow.db").exists()

@@ -24,7 +24,7 @@ from pipeline.stages.unseen.screen import read_screen
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
-from scldm.flow.config import PathConfig
+from scldm.flow.config import ControlStart, PathConfig
 from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.metrics.perturbation.free_answers import free_answers
 from scldm.nn.config import DiTConfig
@@ -192,3 +192,21 @@ def test_labels_that_perturb_removed_are_missing():
     assert found["cell_type"].tolist() == ["T", "T"]
     assert found["drug"].isna().tolist() == [False, True]
     assert found["drug"][0] == "y"
+
+
+def test_cells_that_are_no_controls_are_not_carried_from_controls(place):
+    root, inputs = place
+    data = IngestedDataset.open(inputs["ingest"])
+    config, shape = DiTConfig(d_model=12, n_layers=1, n_heads=2), {"n_latent_tokens": 3, "latent_width": 4}
+    dit = random_weights(DiT(config, **shape, n_classes=data.vocabulary.n_classes, from_controls=True), 1)
+    save_flow(
+        folder(root, "train_flow", "transport") / "model", {"model": dit.state_dict(), "raw": dit.state_dict()},
+        config=config, path=PathConfig(), latent_shape=(3, 4), vocabulary=data.vocabulary,
+        library_sizes=data.library_sizes, card="untrained",
+        start=ControlStart(label="treatment", control="control", share=0.5),
+    )  # fmt: skip
+    at = str(folder(root, "train_flow", "transport"))
+    flow = Manifest("train_flow", "transport", at, {}, {}, {"model": "model"}, 1.0, 1.0)
+    with pytest.raises(InputError, match=r"carries cells whose treatment is 'control', and .* have another"):
+        perturbed((root, inputs | {"train_flow": flow}), "treated", method="pooled", start="control", cells={})
+    assert not list((root / "perturb" / "treated").glob("cells/part-*"))

@@ -11,8 +11,10 @@ from helpers.stages.screen_case import CONTROL, HELD_OUT, predict_error, screen_
 
 from pipeline.core.progress import ProgressWriter
 from pipeline.stages.unseen.finished import BETTER, NO_BETTER
+from pipeline.stages.unseen.left_out import MOST_CELLS, _points
 from pipeline.stages.unseen.predict_error import read_predictions
 from scldm.errors import InputError
+from scldm.metrics.distribution.projection import RealSpace
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +141,24 @@ def test_a_screen_without_a_second_context_has_nothing_to_leave_out(tmp_path):
     inputs = screen_inputs(tmp_path, source=source, split={"validation": 0.1, "test": 0.1})
     with pytest.raises(InputError, match="no measured combination can be left out"):
         predict_error(tmp_path, inputs)
+
+
+def test_classes_are_named_in_any_way_that_a_label_of_values_allows(tmp_path):
+    values = {"treatment": {"type": "set", "separator": " "}}  # "treatment 1" is "1 treatment"
+    inputs = screen_inputs(tmp_path, label_values=values)
+    named = predict_error(tmp_path, inputs, seeds=1, control={"treatment": "control control"}, combinations=[HELD_OUT])
+    every = predict_error(tmp_path, inputs, version="every", seeds=1)
+    assert read_predictions(named / "predicted_errors.csv")["treatment"].tolist() == ["1 treatment"]
+    assert (named / "predicted_errors.csv").read_text() == (every / "predicted_errors.csv").read_text()
+    asked = {**HELD_OUT, "treatment": "treatment 2"}
+    with pytest.raises(InputError, match=r"B cell . 2 treatment was measured"):
+        predict_error(tmp_path, inputs, version="measured", combinations=[asked])
+
+
+def test_cells_that_are_scored_are_drawn_from_the_whole_combination():
+    log = np.arange(2 * MOST_CELLS, dtype=float)[:, None]
+    space = RealSpace(1, np.array([0]), np.zeros(1), np.eye(1), np.ones(1))
+    found = _points(space, log, np.random.default_rng(0)).ravel()
+    assert len(set(found)) == MOST_CELLS
+    assert (found >= MOST_CELLS).mean() == pytest.approx(0.5, abs=0.1)
+    assert (_points(space, log[:9], np.random.default_rng(0)) == log[:9]).all()

@@ -16,6 +16,7 @@ from pipeline.planning.generation import predicted_lines
 from pipeline.stages.unseen.finished import BETTER, NO_BETTER
 from scldm.data.labels.reserved_names import PREDICTED_COLUMNS
 from scldm.data.vocabulary import Vocabulary
+from scldm.flow.config import ControlStart
 
 ASKED = [
     {"cell_type": "T", "donor": "d1", "n_cells": 10},  # was measured
@@ -92,3 +93,11 @@ def test_a_plan_has_one_line_with_the_verdicts(inputs, tmp_path):
     (line,) = predicted_lines(tmp_path, inputs["ingest"], request)
     assert "1 of 2 unmeasured combinations are predicted to be better than the mean shift" in line
     assert "(B + d_2) perturb has method: shift" in line
+
+
+def test_cells_by_way_of_control_cells_do_not_carry_what_is_predicted_of_cells_from_noise(tmp_path):
+    inputs = write_inputs(tmp_path / "models", start=ControlStart(label="donor", control="d1", share=0.5))
+    predictions(tmp_path)
+    obs, facts = obs_of(tmp_path, inputs, start="control")
+    assert not set(PREDICTED_COLUMNS) & set(obs)
+    assert not any("predicted correlation" in note for note in facts["notes"])

@@ -108,3 +108,9 @@ def test_settings_of_models_are_refused(more, message):
 def test_a_target_that_changes_every_label_is_refused(place):
     with pytest.raises(InputError, match="to changes all labels"):
         shifted(place, "all", to={"treatment": "treatment 1", "cell_type": "B cell"})
+
+
+def test_the_new_class_is_written_as_the_data_call_it(tmp_path):
+    inputs = screen_inputs(tmp_path, label_values={"treatment": {"type": "set", "separator": " "}})
+    cells, _ = shifted((tmp_path, {"ingest": inputs["ingest"]}), "set")
+    assert (cells.obs["to_treatment"] == "1 treatment").all()

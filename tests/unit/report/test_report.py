@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
+from helpers.models.label_values import sets
+from helpers.models.small_models import CELL_TYPES, vocabulary
 from rich.console import Console
 
 from pipeline.config.io.loader import load_job
@@ -22,6 +24,7 @@ from pipeline.report.gallery import gallery
 from pipeline.report.html import MAX_BYTES, Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
 from pipeline.report.rows import MetricRow
+from scldm.errors import InputError
 from scldm.metrics.from_anndata import EvaluationError
 from scldm.metrics.genes.expression import chunks, log1p_cp10k
 from scldm.metrics.score import Score
@@ -321,3 +324,15 @@ def test_pictures_of_values_have_no_library_sizes(on_log_scale):
     names = [picture.name for picture in gallery(on_log_scale, CONFIG, {})]
     assert "genes" in names
     assert "cells" not in names
+
+
+def test_a_control_is_found_by_its_value_and_a_class_that_is_none_is_refused():
+    from pipeline.stages.evaluate import with_known_control
+
+    names = vocabulary(CELL_TYPES, sets(classes=("A", "A+B", "ctrl"), zero=["ctrl"]))
+    assert with_known_control(EvaluateConfig(control={"drugs": "B+A"}), names).control == {"drugs": "A+B"}
+    assert with_known_control(CONFIG, names) == CONFIG
+    with pytest.raises(InputError, match=r"evaluate\.control\.cell_type: .*'b'.*\n.*evaluate\.control\.drugs: .*ctrol"):
+        with_known_control(EvaluateConfig(control={"drugs": "ctrol", "cell_type": "b"}), names)
+    other = EvaluateConfig(control={"donor": "d1"})  # a label that the model lacks: `evaluate` says so
+    assert with_known_control(other, names) == other

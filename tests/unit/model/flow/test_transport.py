@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.models.label_values import number, sets
 
 from scldm.flow.config import ControlStart, PathConfig, SamplerConfig
 from scldm.flow.sampler import sample_latents
@@ -116,3 +117,15 @@ def test_a_start_that_was_not_trained_is_refused_with_the_way_out():
     assert "train_flow.start" in str(start_problem(None, "control"))
     for wanted in ("noise", "latents"):
         assert "start=control" in str(start_problem(alone, wanted))
+
+
+def test_cells_whose_other_labels_have_equal_values_start_at_the_same_controls():
+    """3.0 and 3 are one dose, and B+A is A+B: texts of one value have one id."""
+    dose, drugs = number(), sets(zero=["none"], classes=("A", "A+B", "B", "none"))
+    codes = lambda label, *names: torch.from_numpy(label.encode(names))  # noqa: E731
+    given = {"drugs": codes(drugs, "A+B", "A+B", "A"), "dose": codes(dose, "3", "3.0", "3"), "drug": ids(0, 0, 0)}
+    controls = ControlCells.of(latents(3), given, "drug")
+    asked = {"drugs": codes(drugs, "B+A", "none+A", "B"), "dose": codes(dose, "3e0", "03", "3"), "drug": ids(1, 1, 1)}
+    found = controls.match(latents(3, 1), asked, torch.ones(3, dtype=torch.bool), generator(0, 1)).tolist()
+    assert found[0] in (0, 1)
+    assert found[1:] == [2, -1]
