@@ -248,4 +248,47 @@ def test_a_control_class_that_is_held_out_is_refused(tmp_path):
     ingested = screen(tmp_path, split={"test": 0, **held_out})
     with pytest.raises(InputError, match=f"no training cell has cell_type '{CD4}'.*name another class"):
         check_against_data({"train_flow": started(cell_type=CD4)}, ingested)
-    check_against_data({"train_flow": started(donor_id="donor 1")}, ingested)
+
+
+def test_a_class_that_held_out_combinations_leave_without_training_cells_is_refused_before_training(tmp_path):
+    held_out = {"held_out": {"combinations": [{"cell_type": CD4}], "split": "validation"}}
+    ingested = screen(tmp_path, split={"test": 0, **held_out})
+    with pytest.raises(InputError, match=f"leaves no training cells to cell_type '{CD4}'.*hold fewer"):
+        check_against_data({"train_flow": TrainFlowConfig()}, ingested)
+    check_against_data({"train_vae": TrainVaeConfig()}, ingested)  # a VAE has no labels
+    fewer = {"held_out": {"combinations": [{"cell_type": CD4, "donor_id": ["donor 1", "donor 2"]}]}}
+    check_against_data({"train_flow": TrainFlowConfig()}, screen(tmp_path / "fewer", split={"test": 0, **fewer}))
+
+
+def test_held_out_combinations_without_control_cells_are_refused_before_training(tmp_path):
+    """A report of shifts cannot say anything of them; those that have control cells pass."""
+    where = {"cell_type": [CD4, CD8], "donor_id": "donor 1"}
+    ingested = screen(tmp_path, split={"validation": 0.1, "test": 0.1, "held_out": {"combinations": [where]}})
+    flow = TrainFlowConfig.model_validate({"start_from": {"model": "old"}})  # it may know donor 1
+    compared = {"train_flow": flow, "evaluate": EvaluateConfig(control={"cell_type": CD4})}
+    words = f"no training cells of the control .cell_type {CD4}. with the same donor_id.*{CD8}, donor_id donor 1. Hold"
+    with pytest.raises(InputError, match=words):
+        check_against_data(compared, ingested)
+    check_against_data({"evaluate": compared["evaluate"]}, ingested)  # nothing is trained: the report names them
+    only_one = {"held_out": {"combinations": [where | {"cell_type": CD8}]}}
+    with_controls = screen(tmp_path / "one", split={"validation": 0.1, "test": 0.1, **only_one})
+    check_against_data({**compared, "train_flow": TrainFlowConfig()}, with_controls)
+
+
+def test_a_control_of_evaluate_that_the_data_do_not_know_is_refused_when_the_data_are(tmp_path):
+    ingested = screen(tmp_path, split={"validation": 0.1, "test": 0.1})
+    config = EvaluateConfig(control={"drug": "none", "cell_type": "type 9"})
+    with pytest.raises(InputError) as error:
+        check_against_data({"evaluate": config}, ingested)
+    assert "evaluate.control.drug: no label 'drug'" in str(error.value)
+    assert "evaluate.control.cell_type: cell_type has no class 'type 9'" in str(error.value)
+
+
+def test_control_labels_that_the_job_does_not_ingest_are_refused_before_anything_runs():
+    wrong = ["train_flow.start={control: {cell_typ: B}}", "evaluate.control={drug: none}"]
+    with pytest.raises(InputError) as error:
+        check_settings(load_job(JOBS / "demo.yaml", wrong))
+    assert "train_flow.start.control: ingest.labels has no label 'cell_typ' (did you mean 'cell_type'?" in str(
+        error.value
+    )
+    assert "evaluate.control: ingest.labels has no label 'drug' (there are: " in str(error.value)
