@@ -28,7 +28,9 @@ from scldm.generation.request import Request
 from scldm.text import choices_hint
 
 if TYPE_CHECKING:
+    from pipeline.config.stages import StartFlowConfig
     from scldm.config import StrictModel
+    from scldm.data.vocabulary import Vocabulary
 
 
 def check_settings(job: JobBase) -> None:
@@ -235,7 +237,7 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
         request = resolve_request(config, IngestedDataset.open(ingest))
         if problems := _gaussian_problems(config, configs.get("train_vae"), request):
             raise InputError("\n".join(problems))
-    _check_held_out(configs, ingest)
+    _check_labels(configs, ingest)
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and vae.start_from is not None:
         from scldm.api.folders import find_model
@@ -261,7 +263,7 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
     return request
 
 
-def _check_held_out(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
+def _check_labels(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
     """Check what the training cells lack that the flow and the report need."""
     from pipeline.data.ingest.controls import check_compared_controls, check_controls, known_classes
     from pipeline.data.ingest.dataset import IngestedDataset
@@ -274,7 +276,21 @@ def _check_held_out(configs: Mapping[str, StrictModel], ingest: Manifest) -> Non
             check_controls(flow.start, data)
         if flow.start_from is None:  # else the model that it starts from may know a class
             check_trained_classes(data)
+        else:
+            _check_old_labels(flow.start_from, data.vocabulary)
     if isinstance(evaluate, EvaluateConfig) and evaluate.control is not None:
         known_classes(evaluate.control, data)
         if isinstance(flow, TrainFlowConfig):
             check_compared_controls(evaluate.control, data)
+
+
+def _check_old_labels(start_from: StartFlowConfig, vocabulary: Vocabulary) -> None:
+    from scldm.api.folders import find_model
+    from scldm.checkpoints.start_from import check_labels
+    from scldm.data.vocabulary import Vocabulary
+
+    old = Vocabulary.load(find_model(start_from.model, "flow") / "vocabulary.json")
+    try:
+        check_labels(vocabulary, old, start_from.parents)
+    except InputError as error:
+        raise InputError(f"train_flow.start_from.model: {start_from.model}: {error}") from error
