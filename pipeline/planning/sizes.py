@@ -41,6 +41,7 @@ class DataFacts:
     expressed: float | None = None  # mean expressed genes of a cell
     source: str = "unknown until ingest has run"
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # label -> facts, if its classes are values
+    moved_to: tuple[str, ...] = ()  # splits with held-out combinations, whose cells are counted by ingest
 
 
 def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFacts:
@@ -65,7 +66,10 @@ def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFact
     if source.type == "synthetic":
         sizes = {"cell_type": source.n_types, "donor_id": source.n_donors}
         classes = {label: sizes.get(label, ASSUMED_CLASSES) for label in config.labels}
-        return DataFacts(_by_split(source.n_cells, split), source.n_genes, classes, None, "synthetic source")
+        return DataFacts(
+            _by_split(source.n_cells, split), source.n_genes, classes, None, "synthetic source",
+            moved_to=_held_out_splits(split),
+        )  # fmt: skip
     if source.type == "h5ad" and Path(source.path).expanduser().is_file():
         n_cells, n_genes = _h5ad_shape(Path(source.path).expanduser(), raw=source.layer == "raw")
         return DataFacts(
@@ -74,6 +78,7 @@ def data_facts(ingest: Manifest | None, config: IngestConfig | None) -> DataFact
             dict.fromkeys(config.labels, ASSUMED_CLASSES),
             None,
             "file header",
+            moved_to=_held_out_splits(split),
         )
     return DataFacts()
 
@@ -203,7 +208,7 @@ def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:
         return sum(n * classes[label] for label, n in config.per_label.items() if label in classes) or None
     if config.n_cells is not None:
         return config.n_cells
-    if config.like is not None and data.n_cells is not None:
+    if config.like is not None and data.n_cells is not None and config.like not in data.moved_to:
         return data.n_cells.get(config.like)
     return None
 
@@ -214,6 +219,13 @@ def _with_old_cells(data: DataFacts, share: float) -> DataFacts:
         return data
     train = data.n_cells["train"] + round(share / (1 - share) * data.n_cells["train"])
     return replace(data, n_cells={**data.n_cells, "train": train})
+
+
+def _held_out_splits(split: SplitConfig) -> tuple[str, ...]:
+    """Return the splits that held-out combinations may be moved to."""
+    if split.held_out is None:
+        return ()
+    return ("validation", "test") if split.held_out.table is not None else (split.held_out.split,)
 
 
 def _by_split(n_cells: int | None, split: SplitConfig) -> dict[str, int] | None:

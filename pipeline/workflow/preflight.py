@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from pipeline.config.checks import feed_problems
 from pipeline.config.deepspeed import read_options
 from pipeline.config.input_paths import ingest_of
 from pipeline.config.job import (
+    EvaluateConfig,
     GenerateConfig,
     IngestConfig,
     JobBase,
@@ -24,9 +25,12 @@ from pipeline.config.stages import LibrarySizesOf
 from pipeline.core.manifest import Manifest
 from scldm.errors import InputError
 from scldm.generation.request import Request
+from scldm.text import choices_hint
 
 if TYPE_CHECKING:
+    from pipeline.config.stages import StartFlowConfig
     from scldm.config import StrictModel
+    from scldm.data.vocabulary import Vocabulary
 
 
 def check_settings(job: JobBase) -> None:
@@ -77,12 +81,30 @@ def check_settings(job: JobBase) -> None:
                 from pipeline.data.sources.library_sizes import library_size_problems
 
                 problems += library_size_problems(config.library_size.of, None)
+        problems += _control_problems(config, configs.get("ingest"))
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 
             problems += model_problems(config)
     if problems:
         raise InputError("\n".join(problems))
+
+
+def _control_problems(config: StrictModel, ingest: StrictModel | None) -> list[str]:
+    """Return the labels of control cells that the ingest of the same job does not have."""
+    if not isinstance(ingest, IngestConfig):
+        return []
+    named: dict[str, Iterable[str]] = {}
+    if isinstance(config, TrainFlowConfig) and config.start is not None:
+        named["train_flow.start.control"] = config.start.control
+    if isinstance(config, EvaluateConfig) and config.control is not None:
+        named["evaluate.control"] = config.control
+    return [
+        f"{where}: ingest.labels has no label {name!r} ({choices_hint(name, ingest.labels, 'there are')})"
+        for where, names in named.items()
+        for name in names
+        if name not in ingest.labels
+    ]
 
 
 def _named_model_problems(config: GenerateConfig) -> list[str]:
@@ -215,12 +237,7 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
         request = resolve_request(config, IngestedDataset.open(ingest))
         if problems := _gaussian_problems(config, configs.get("train_vae"), request):
             raise InputError("\n".join(problems))
-    flow = configs.get("train_flow")
-    if isinstance(flow, TrainFlowConfig) and flow.start is not None:
-        from pipeline.data.ingest.controls import check_controls
-        from pipeline.data.ingest.dataset import IngestedDataset
-
-        check_controls(flow.start, IngestedDataset.open(ingest))
+    _check_labels(configs, ingest)
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and vae.start_from is not None:
         from scldm.api.folders import find_model
@@ -244,3 +261,36 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
                 f"raise ingest.split.{split} or give the source more cells"
             )
     return request
+
+
+def _check_labels(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
+    """Check what the training cells lack that the flow and the report need."""
+    from pipeline.data.ingest.controls import check_compared_controls, check_controls, known_classes
+    from pipeline.data.ingest.dataset import IngestedDataset
+    from pipeline.data.ingest.held_out import check_trained_classes
+
+    data = IngestedDataset.open(ingest)
+    flow, evaluate = configs.get("train_flow"), configs.get("evaluate")
+    if isinstance(flow, TrainFlowConfig):
+        if flow.start is not None:
+            check_controls(flow.start, data)
+        if flow.start_from is None:  # else the model that it starts from may know a class
+            check_trained_classes(data)
+        else:
+            _check_old_labels(flow.start_from, data.vocabulary)
+    if isinstance(evaluate, EvaluateConfig) and evaluate.control is not None:
+        known_classes(evaluate.control, data)
+        if isinstance(flow, TrainFlowConfig):
+            check_compared_controls(evaluate.control, data)
+
+
+def _check_old_labels(start_from: StartFlowConfig, vocabulary: Vocabulary) -> None:
+    from scldm.api.folders import find_model
+    from scldm.checkpoints.start_from import check_labels
+    from scldm.data.vocabulary import Vocabulary
+
+    old = Vocabulary.load(find_model(start_from.model, "flow") / "vocabulary.json")
+    try:
+        check_labels(vocabulary, old, start_from.parents)
+    except InputError as error:
+        raise InputError(f"train_flow.start_from.model: {start_from.model}: {error}") from error

@@ -191,8 +191,7 @@ def start_flow(
     started, state, old = Started(), dit.state_dict(), source.dit.state_dict()
     known = {x.name: x for x in source.vocabulary.labels}
     tables = {f"labels.{label_table_name(x.name)}.weight": x for x in vocabulary.labels if x.values is None}
-    _check_parents(parents or {}, vocabulary, known)
-    _check_meanings(vocabulary, known)
+    check_labels(vocabulary, source.vocabulary, parents)
     started.new += _take_values(state, old, vocabulary, known, started)
     for name, tensor in state.items():
         label = tables.get(name)
@@ -217,6 +216,22 @@ def start_flow(
         started.dropped.append(name)
     _require_known(started, allowed=("labels.", FROM_CONTROLS))
     return started
+
+
+def check_labels(
+    vocabulary: Vocabulary, source: Vocabulary, parents: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Check that a flow for one vocabulary can take over the labels of a flow of another one.
+
+    Args:
+        parents: As of `start_flow`.
+
+    Raises:
+        CheckpointError: `parents` names a class that is not there, or a label has another meaning.
+    """
+    known = {x.name: x for x in source.labels}
+    _check_parents(parents or {}, vocabulary, known)
+    _check_meanings(vocabulary, known)
 
 
 def adapt(module: nn.Module, lora: LoraConfig, started: Started, *, seed: int) -> None:

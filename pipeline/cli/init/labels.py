@@ -111,7 +111,7 @@ def _as_number(column: str, p: Mapping[str, Any]) -> str:
     scale = ", on a log scale, 0 as the untreated control" if "zero" in settings else ", on a log scale"
     why = "it has fractions" if p["kind"] != "whole numbers" else "it has many values"
     if p["kind"] == "whole numbers" and set(_plain(column).split("_")) & {*MEASURED, *DOSES}:
-        why = "so it is named"
+        why = "its name is of one"
     return f"taken as a number{scale if 'scale' in settings else ''}: {why}; ingest.label_values={{}} makes it classes"
 
 

@@ -1,14 +1,18 @@
-"""Checks the control cells that a flow is to start at, before anything is trained."""
+"""Checks the control cells that a flow starts at, and those that a report compares with, before anything is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pipeline.config.train import FlowStartConfig
 from pipeline.data.ingest.dataset import IngestedDataset
+from pipeline.data.ingest.held_out import held_out_groups
 from scldm.data.vocabulary import UnknownNameError
 from scldm.errors import InputError
 
 SHOWN = 5  # combinations in a note
 WHERE = "train_flow.start.control"
+COMPARED = "evaluate.control"
 
 
 def check_controls(config: FlowStartConfig, data: IngestedDataset) -> list[str]:
@@ -53,6 +57,56 @@ def check_controls(config: FlowStartConfig, data: IngestedDataset) -> list[str]:
         f"{int(count.sum()):,} training cells have no control cells ({name} {control}) with the same other labels, and "
         f"start at noise: {first}{more}."
     ]
+
+
+def check_compared_controls(control: Mapping[str, str], data: IngestedDataset) -> None:
+    """Check that every combination that was held out for the test has control cells to be compared with.
+
+    Args:
+        control: Label -> control class, `evaluate.control`.
+
+    Raises:
+        InputError: There is no such label or class, or the contexts of some combinations have no training cell of the
+            control; all are listed.
+    """
+    control = known_classes(control, data)
+    labels = [x.name for x in data.vocabulary.labels]
+    context = [x for x in labels if x not in control]
+    known = data.composition("train", replayed=True)
+    for name, value in control.items():
+        known = known[known[name] == value]
+    with_controls = set(map(tuple, known[context].to_numpy().tolist()))
+    lacking = []
+    for group in held_out_groups(data, "test"):
+        own = tuple(group[x] for x in context)
+        if any(group[name] != value for name, value in control.items()) and own not in with_controls:
+            lacking.append(_text(labels, tuple(group[x] for x in labels)))
+    if lacking:
+        more = f"; and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+        raise InputError(
+            f"{COMPARED}: held-out combinations have no training cells of the control "
+            f"({_text(list(control), tuple(control.values()))}) with the same {' and '.join(context)}, so no shift can "
+            f"be compared: {'; '.join(lacking[:SHOWN])}{more}. Hold other combinations out, give the source such "
+            f"control cells, or leave {COMPARED} out"
+        )
+
+
+def known_classes(control: Mapping[str, str], data: IngestedDataset) -> dict[str, str]:
+    """Return the classes of `evaluate.control` as the data call them.
+
+    Raises:
+        InputError: There is no such label or class; all are listed.
+    """
+    problems, found = [], {}
+    for name, value in control.items():
+        try:
+            label = data.vocabulary.label(name)
+            found[name] = label.classes[int(label.encode([value])[0])]
+        except UnknownNameError as error:
+            problems.append(f"{COMPARED}.{name}: {error}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return found
 
 
 def _text(others: list[str], group: object) -> str:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,9 @@ from scldm.data.class_names import ClassFinder, class_name, class_text
 from scldm.data.user_table import read_table
 from scldm.errors import InputError
 from scldm.text import choices_hint
+
+if TYPE_CHECKING:
+    from pipeline.data.ingest.dataset import IngestedDataset
 
 SIDES = ("validation", "test")  # a cell of combinations of both is in the last
 SHOWN = 10  # problems in one message
@@ -127,6 +130,56 @@ def counted(cells: pd.DataFrame, combinations: list[Combination]) -> pd.DataFram
         n_cells[members] = np.bincount(which[which >= 0], minlength=len(members))
     classes = pd.DataFrame([{LABEL + k: v for k, v in x.classes.items()} for x in combinations])
     return pd.concat([pd.DataFrame({"split": [x.split for x in combinations], "n_cells": n_cells}), classes], axis=1)
+
+
+def held_out_groups(data: IngestedDataset, split: str) -> list[dict[str, str]]:
+    """Return the classes of all labels, of each group of cells of a split that a held-out combination moved there.
+
+    Combinations that name another obs column than the labels are not looked up.
+    """
+    table = _table_of(data)
+    table = table[table["split"] == split]
+    groups = data.composition(split)
+    found = []
+    for group in groups.drop(columns="n_cells").to_dict("records"):
+        for row in table.drop(columns=["split", "n_cells"]).to_dict("records"):
+            named = {str(c).removeprefix(LABEL): v for c, v in row.items() if isinstance(v, str)}
+            if named and all(group.get(c) == v for c, v in named.items()):
+                found.append({str(c): str(v) for c, v in group.items()})
+                break
+    return found
+
+
+def check_trained_classes(data: IngestedDataset) -> None:
+    """Check that held-out combinations leave training cells to every class that they name.
+
+    Labels with values (numbers, sets, vectors) are known beyond their classes and are not checked.
+
+    Raises:
+        InputError: A class that a combination names has no training cell; all are listed.
+    """
+    table = _table_of(data)
+    trained = data.composition("train", replayed=True)
+    problems = []
+    for label in data.vocabulary.labels:
+        if label.values is not None or LABEL + label.name not in table:
+            continue
+        named = table.loc[table["n_cells"] > 0, LABEL + label.name]
+        known = set(trained[label.name].astype(str))
+        if lost := sorted({x for x in named if isinstance(x, str)} - known):
+            problems.append(
+                f"ingest.split.held_out leaves no training cells to {label.name} {', '.join(map(repr, lost))}, so the "
+                f"flow cannot learn what that means; hold fewer of its combinations out, or leave {label.name} out of "
+                "ingest.labels"
+            )
+    _raise_all(problems)
+
+
+def _table_of(data: IngestedDataset) -> pd.DataFrame:
+    facts = data.facts.get("held_out")
+    if facts is None:
+        return pd.DataFrame({"split": [], "n_cells": []})
+    return pd.read_parquet(data.folder / facts["table"])
 
 
 def _which(cells: pd.DataFrame, combinations: list[Combination]) -> Iterator[tuple[list[int], np.ndarray]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.models.small_models import write_vae
+from helpers.models.label_values import number
+from helpers.models.small_models import write_flow, write_vae
 
 from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
@@ -17,10 +18,12 @@ from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.controls import check_controls
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.planning.plan import plan
+from pipeline.planning.sizes import data_facts, generated_cells
 from pipeline.stages import ingest
 from pipeline.workflow.preflight import check_against_data, check_settings
 from pipeline.workflow.runner import run_job
 from pipeline.workflow.schedule import resolve
+from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 
 JOBS = Path(__file__).resolve().parents[3] / "jobs"
@@ -248,4 +251,65 @@ def test_a_control_class_that_is_held_out_is_refused(tmp_path):
     ingested = screen(tmp_path, split={"test": 0, **held_out})
     with pytest.raises(InputError, match=f"no training cell has cell_type '{CD4}'.*name another class"):
         check_against_data({"train_flow": started(cell_type=CD4)}, ingested)
-    check_against_data({"train_flow": started(donor_id="donor 1")}, ingested)
+
+
+def test_a_class_that_held_out_combinations_leave_without_training_cells_is_refused_before_training(tmp_path):
+    held_out = {"held_out": {"combinations": [{"cell_type": CD4}], "split": "validation"}}
+    ingested = screen(tmp_path, split={"test": 0, **held_out})
+    with pytest.raises(InputError, match=f"leaves no training cells to cell_type '{CD4}'.*hold fewer"):
+        check_against_data({"train_flow": TrainFlowConfig()}, ingested)
+    check_against_data({"train_vae": TrainVaeConfig()}, ingested)  # a VAE has no labels
+    fewer = {"held_out": {"combinations": [{"cell_type": CD4, "donor_id": ["donor 1", "donor 2"]}]}}
+    check_against_data({"train_flow": TrainFlowConfig()}, screen(tmp_path / "fewer", split={"test": 0, **fewer}))
+
+
+def test_held_out_combinations_without_control_cells_are_refused_before_training(tmp_path):
+    """A report of shifts cannot say anything of them; those that have control cells pass."""
+    where = {"cell_type": [CD4, CD8], "donor_id": "donor 1"}
+    ingested = screen(tmp_path, split={"validation": 0.1, "test": 0.1, "held_out": {"combinations": [where]}})
+    known = Vocabulary.load(Path(ingested.folder) / "vocabulary.json")
+    flow = {"start_from": {"model": str(write_flow(tmp_path / "flow", *known.labels))}}  # which knows donor 1
+    flow = TrainFlowConfig.model_validate(flow)
+    compared = {"train_flow": flow, "evaluate": EvaluateConfig(control={"cell_type": CD4})}
+    words = f"no training cells of the control .cell_type {CD4}. with the same donor_id.*{CD8}, donor_id donor 1. Hold"
+    with pytest.raises(InputError, match=words):
+        check_against_data(compared, ingested)
+    check_against_data({"evaluate": compared["evaluate"]}, ingested)  # nothing is trained: the report names them
+    only_one = {"held_out": {"combinations": [where | {"cell_type": CD8}]}}
+    with_controls = screen(tmp_path / "one", split={"validation": 0.1, "test": 0.1, **only_one})
+    check_against_data({**compared, "train_flow": TrainFlowConfig()}, with_controls)
+
+
+def test_a_control_of_evaluate_that_the_data_do_not_know_is_refused_when_the_data_are(tmp_path):
+    ingested = screen(tmp_path, split={"validation": 0.1, "test": 0.1})
+    config = EvaluateConfig(control={"drug": "none", "cell_type": "type 9"})
+    with pytest.raises(InputError) as error:
+        check_against_data({"evaluate": config}, ingested)
+    assert "evaluate.control.drug: no label 'drug'" in str(error.value)
+    assert "evaluate.control.cell_type: cell_type has no class 'type 9'" in str(error.value)
+
+
+def test_control_labels_that_the_job_does_not_ingest_are_refused_before_anything_runs():
+    wrong = ["train_flow.start={control: {cell_typ: B}}", "evaluate.control={drug: none}"]
+    with pytest.raises(InputError) as error:
+        check_settings(load_job(JOBS / "demo.yaml", wrong))
+    assert "train_flow.start.control: ingest.labels has no label 'cell_typ' (did you mean 'cell_type'?" in str(
+        error.value
+    )
+    assert "evaluate.control: ingest.labels has no label 'drug' (there are: " in str(error.value)
+
+
+def test_a_plan_does_not_count_held_out_cells_before_ingest_does(tmp_path):
+    job = load_job(JOBS / "perturbation_demo.yaml", [f"output={tmp_path}"])
+    facts = data_facts(None, job.ingest)
+    assert generated_cells(job.generate, facts) is None
+    by_hash = job.ingest.model_copy(update={"split": job.ingest.split.model_copy(update={"held_out": None})})
+    assert generated_cells(job.generate, data_facts(None, by_hash)) is not None
+
+
+def test_labels_that_a_flow_cannot_take_over_are_refused_before_a_vae_is_trained(tmp_path):
+    ingested = screen(tmp_path, labels=["cell_type"])
+    old = write_flow(tmp_path / "flow", number("cell_type"))
+    config = TrainFlowConfig.model_validate({"start_from": {"model": str(old)}})
+    with pytest.raises(InputError, match=r"train_flow.start_from.model: .*label cell_type is classes in the data"):
+        check_against_data({"train_vae": TrainVaeConfig(), "train_flow": config}, ingested)
