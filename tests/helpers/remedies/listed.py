@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "pipeline/data/ingest/held_out.py: leaves no training cells to": "tests/unit/workflow/test_preflight.py",
     "scldm/checkpoints/start_from.py: make both the same (ingest.label_values)": (
         "tests/unit/model/checkpoints/test_start_from_values.py"
     ),
@@ -124,6 +125,7 @@ NOT_FOLLOWED = {
 }
 
 NO_ADVICE = (
+    "pipeline/workflow/preflight.py: ingest.labels has no label",
     "pipeline/data/ingest/label_values.py: {}: old cells (ingest.replay) have {}: {}",
     "scldm/checkpoints/upstream/inputs.py: none: library_size.json says so",
     "pipeline/cluster/needs.py: with resources.{}={}) and there are {}",
