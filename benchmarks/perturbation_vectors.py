@@ -49,13 +49,14 @@ from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.metrics.perturbation.screen import Screen
 
 ROOT = Path(__file__).resolve().parents[1]
-GENES, CELLS, CONTROLS, FRESH = 100, 60, 300, 1_500  # cells of a treatment, of the control, and of the truth
+GENES, CELLS, CONTROLS, FRESH = 200, 60, 300, 1_500  # cells of a treatment, of the control, and of the truth
 PERTURBATIONS, ASKED, WIDTH = 40, 10, 8
 TOUCHED, LINEAR, CURVED, OWN = 0.2, 0.5, 0.4, 0.15  # share of genes a part touches, and sizes of log effects
 MEASURED_DOSES, ASKED_DOSES = ("0.03", "0.1", "1", "3", "30", "100"), ("0.3", "10", "300")
 HALF, LARGEST = 2.0, 0.8  # dose of half the effect, and the size of the log effect
 PENALTIES = 10.0 ** np.arange(-2, 4)  # of the ridge regression, chosen by leaving out one measured treatment
-CARRIED = 64  # control cells of an answer
+CARRIED = 32  # control cells of an answer
+DEPTH = 500  # counts of a cell: at 1,500 the decoder did not use the latents after 250 steps
 OURS = ("carried in counts", "noise", "noise beside noise")
 CONTROL = "control"
 Answers = dict[str, np.ndarray]  # who -> shift (g,)
@@ -140,7 +141,7 @@ def _draw(
 
 def _cells(log: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     share = np.exp(log) / np.exp(log).sum()
-    size = rng.lognormal(np.log(1_500), 0.3, n)
+    size = rng.lognormal(np.log(DEPTH), 0.3, n)
     return rng.poisson(np.outer(size, share) * rng.gamma(4, 1 / 4, (n, GENES)))
 
 
@@ -251,7 +252,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=["vectors1", "vectors2", "dose"], action="append")
     parser.add_argument(
-        "--seconds", type=float, nargs=2, default=[15, 15], metavar=("VAE", "FLOW"), help="of the processor"
+        "--seconds", type=float, nargs=2, default=[20, 15], metavar=("VAE", "FLOW"), help="of the processor"
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 3 s for each network: does it run at all")
     parser.add_argument("--json", type=Path)
