@@ -132,6 +132,8 @@ def with_known_control(config: EvaluateConfig, vocabulary: Vocabulary) -> Evalua
 
 def _predicted_notes(result: Evaluation, inputs: Mapping[str, Manifest]) -> list[str]:
     """Return what predict_error said of the combinations that are scored, beside what was found."""
+    if "generate" not in inputs:
+        return []  # predictions are of generated cells
     how = inputs["generate"].config
     if how.get("model") is not None or how.get("start", "noise") != "noise":
         return []  # predictions are of cells from noise, by the flow of this pipeline

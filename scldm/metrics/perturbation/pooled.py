@@ -6,7 +6,7 @@ by what it did not learn. A weighted average errs less than each of them (Bates 
 measured combinations: the free predictions are made without their cells, and the weights are those of least squares,
 with a penalty towards equal ones (Breiman 1996, stacked regressions). They add up to 1: with fewer contexts the free
 predictions err more, and a smaller sum would be learned from that. The flow has seen these combinations, so that its
-error on them is too small; it gets an equal weight at most.
+error on them is too small; it gets as much as an equal share of the free ones, a third, at most.
 
 Penalty and sum were chosen on three of the screens of `benchmarks/perturbation.py` (gbm, airway, synthetic).
 
