@@ -138,7 +138,8 @@ def main() -> None:
     made = rows([r for name in names for r in found[name]], "")
     if len(names) > 1:
         made += [row for name in names for row in rows(found[name], suffix[name])]
-    report(made, args.json, seconds=args.seconds, found=found)
+    shown = {name: [{k: v for k, v in r.items() if k != "intervals"} for r in of] for name, of in found.items()}
+    report(made, args.json, seconds=args.seconds, found=shown)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ LABELS = [
     Case("D:label-types", label([0.1, 0.5, 1.0, 10.0] * 10), also="doses"),
     Case("D:label-types", label(np.linspace(0.5, 9.7, N)), also="measurements",
          says=("cell_type holds 40 different measurements, not classes (first: 0.5; ",
-               "cut it into ranges with pandas.cut, or name another label"),
+               "cut it into ranges with pandas.cut, name another label, or make it a number"),
          refused=("cell_type holds 40 different measurements, not classes", "pandas.cut")),
     Case("D:label-types", broken_codes, also="codes-outside",
          says=("obs cannot be read",), refused=("cannot be read",)),
