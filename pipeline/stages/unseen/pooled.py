@@ -146,7 +146,7 @@ class Fitted:
         shifts: list[np.ndarray] = []
         for i, combination in enumerate(combinations):
             screen = replace(known.screen, control=combination.control)
-            name = JOIN.join((combination.context, combination.control, "to", combination.treatment))
+            name = combination.name
             self.sources[name] = screen.sources(combination.context, combination.treatment)
             rng = np.random.default_rng([self.context.seed, i])
             for found, of in zip((factors, shifts), self._factors(combination, screen, mover, rng), strict=True):

@@ -115,6 +115,11 @@ class SourceCombination:
     control: str  # the treatment that the cells have
     treatment: str  # the one that is asked for
 
+    @property
+    def name(self) -> str:
+        """Context and control, and the treatment that they are to have."""
+        return f"{JOIN.join((self.context, self.control))} to {self.treatment}"
+
 
 def source_combinations(rows: SourceRows, known: TrainingScreen, to: Mapping[str, str]) -> list[SourceCombination]:
     """Return the combinations of the cells of a source.

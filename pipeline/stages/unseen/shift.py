@@ -23,7 +23,6 @@ from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutp
 from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import ModelPaths, check_target
 from pipeline.inference.rows import SourceRows
-from pipeline.report.combinations import JOIN
 from pipeline.stages.unseen.screen import read_target_screen, require_context, source_combinations, target_of
 from scldm.data.vocabulary import Vocabulary
 from scldm.generation.draws.shift_draw import shifted_counts
@@ -104,7 +103,7 @@ class Learned:
         for of in source_combinations(rows, known, target_of(self.config, self.vocabulary)):
             shifts.append(CountShift.learn(replace(known.screen, control=of.control), of.context, of.treatment))
             keys.append(of.key)
-            self.sources[JOIN.join((of.context, of.control, "to", of.treatment))] = list(shifts[-1].sources)
+            self.sources[of.name] = list(shifts[-1].sources)
         self._write(keys, shifts)
 
     def _write(self, keys: Sequence[np.ndarray], shifts: Sequence[CountShift]) -> None:
