@@ -26,6 +26,7 @@ from rich.console import Console
 from pipeline.config.context import StageContext
 from pipeline.config.job import EvaluateConfig
 from pipeline.core.manifest import Manifest
+from pipeline.data.ingest.controls import COMPARED
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.report.combinations import GENERATED, JOIN, combination_means, titled_means
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
@@ -37,7 +38,7 @@ from pipeline.stages.unseen.finished import believed, finished_predictions
 from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
-from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import class_text
@@ -119,14 +120,9 @@ def with_known_control(config: EvaluateConfig, vocabulary: Vocabulary) -> Evalua
     Raises:
         InputError: A label has no such class. Labels that the model lacks are left to `evaluate`.
     """
-    labels, found, problems = {x.name: x for x in vocabulary.labels}, dict(config.control or {}), []
-    for name in found.keys() & labels.keys():
-        try:
-            found[name] = labels[name].classes[int(labels[name].encode([found[name]])[0])]
-        except UnknownNameError as error:
-            problems.append(f"evaluate.control.{name}: {error}")
-    if problems:
-        raise InputError("\n".join(sorted(problems)))
+    given = dict(config.control or {})
+    known = {name: value for name, value in given.items() if name in vocabulary.n_classes}
+    found = given | vocabulary.classes_of(known, COMPARED)
     return config.model_copy(update={"control": found}) if found else config
 
 

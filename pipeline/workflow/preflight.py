@@ -265,7 +265,7 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
 
 def _check_labels(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
     """Check what the training cells lack that the flow and the report need."""
-    from pipeline.data.ingest.controls import check_compared_controls, check_controls, known_classes
+    from pipeline.data.ingest.controls import COMPARED, check_compared_controls, check_controls
     from pipeline.data.ingest.dataset import IngestedDataset
     from pipeline.data.ingest.held_out import check_trained_classes
 
@@ -279,7 +279,7 @@ def _check_labels(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:
         else:
             _check_old_labels(flow.start_from, data.vocabulary)
     if isinstance(evaluate, EvaluateConfig) and evaluate.control is not None:
-        known_classes(evaluate.control, data)
+        data.vocabulary.classes_of(evaluate.control, COMPARED)
         if isinstance(flow, TrainFlowConfig):
             check_compared_controls(evaluate.control, data)
 

@@ -86,6 +86,14 @@ class LabelVocabulary:
             return None
         return text if text in self._ids else None
 
+    def class_of(self, name: str) -> str:
+        """Return the class that a name stands for, see `encode`.
+
+        Raises:
+            UnknownNameError: There is no such class.
+        """
+        return self.classes[int(self.encode([name])[0])]
+
     def knows(self, name: str) -> bool:
         """Return whether a name stands for a class."""
         return self.find(name) is not None
@@ -207,6 +215,26 @@ class Vocabulary:
     def values(self) -> dict[str, LabelValues]:
         """Meaning of the classes of labels that are values, by label."""
         return {x.name: x.values for x in self.labels if x.values is not None}
+
+    def classes_of(self, given: Mapping[str, str], where: str) -> dict[str, str]:
+        """Return the classes of some labels as the data call them: 1e1 is 10, and B+A is A+B in a label of sets.
+
+        Args:
+            given: Label -> name of a class.
+            where: Setting that holds them, for messages.
+
+        Raises:
+            UnknownNameError: There is no such label or class; all are listed, each with its setting.
+        """
+        found, problems = {}, []
+        for name, value in given.items():
+            try:
+                found[name] = self.label(name).class_of(value)
+            except UnknownNameError as error:
+                problems.append(f"{where}.{name}: {error}")
+        if problems:
+            raise UnknownNameError("\n".join(sorted(problems)))
+        return found
 
     @cached_property
     def digest(self) -> str:

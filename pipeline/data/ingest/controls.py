@@ -27,7 +27,7 @@ def check_controls(config: FlowStartConfig, data: IngestedDataset) -> list[str]:
     [(name, control)] = config.control.items()
     try:
         label = data.vocabulary.label(name)
-        control = label.classes[int(label.encode([control])[0])]
+        control = label.class_of(control)
     except UnknownNameError as error:
         raise InputError(f"{WHERE}: {error}") from error
     cells = data.composition("train", replayed=True)
@@ -69,7 +69,7 @@ def check_compared_controls(control: Mapping[str, str], data: IngestedDataset) -
         InputError: There is no such label or class, or the contexts of some combinations have no training cell of the
             control; all are listed.
     """
-    control = known_classes(control, data)
+    control = data.vocabulary.classes_of(control, COMPARED)
     labels = [x.name for x in data.vocabulary.labels]
     context = [x for x in labels if x not in control]
     known = data.composition("train", replayed=True)
@@ -89,24 +89,6 @@ def check_compared_controls(control: Mapping[str, str], data: IngestedDataset) -
             f"be compared: {'; '.join(lacking[:SHOWN])}{more}. Hold other combinations out, give the source such "
             f"control cells, or leave {COMPARED} out"
         )
-
-
-def known_classes(control: Mapping[str, str], data: IngestedDataset) -> dict[str, str]:
-    """Return the classes of `evaluate.control` as the data call them.
-
-    Raises:
-        InputError: There is no such label or class; all are listed.
-    """
-    problems, found = [], {}
-    for name, value in control.items():
-        try:
-            label = data.vocabulary.label(name)
-            found[name] = label.classes[int(label.encode([value])[0])]
-        except UnknownNameError as error:
-            problems.append(f"{COMPARED}.{name}: {error}")
-    if problems:
-        raise InputError("\n".join(problems))
-    return found
 
 
 def _text(others: list[str], group: object) -> str:

@@ -24,7 +24,7 @@ from pipeline.inference.models import draws_counts
 from pipeline.report.predicted_errors import write_predicted_errors
 from pipeline.stages.unseen.left_out import Group, LeaveOut
 from pipeline.stages.unseen.outcome import LEFT_OUT, PREDICTIONS, Outcome, outcome
-from pipeline.stages.unseen.screen import TrainingScreen, class_of, read_latents, read_screen, require_askable
+from pipeline.stages.unseen.screen import TrainingScreen, read_latents, read_screen, require_askable
 from scldm.checkpoints.native import load_vae
 from scldm.data.class_names import class_name
 from scldm.data.user_table import read_table
@@ -142,7 +142,7 @@ def _as_in_the_data(classes: dict[str, str], cells: TrainingScreen, where: str) 
     own: dict[str, str] = {}
     for name, value in classes.items():
         try:
-            own[name] = class_of(cells.vocabulary, name, value)
+            own[name] = cells.vocabulary.label(name).class_of(value)
         except UnknownNameError as error:
             problems.append(f"{where}.{name}: {error}")
     return own, problems

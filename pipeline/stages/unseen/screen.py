@@ -24,7 +24,7 @@ from pipeline.inference.models import target_classes
 from pipeline.inference.rows import SourceRows
 from pipeline.report.combinations import JOIN
 from pipeline.training.tasks.flow import latent_blocks
-from scldm.data.vocabulary import UnknownNameError, Vocabulary
+from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 from scldm.metrics.perturbation.screen import MIN_CELLS, Combination, Screen
 
@@ -165,31 +165,13 @@ def require_context(to: Mapping[str, object], vocabulary: Vocabulary, method: st
 
 def _known_control(vocabulary: Vocabulary, control: Mapping[str, str]) -> dict[str, str]:
     """Return the control classes as the data call them: B+A is A+B in a label of sets."""
-    problems, found = [], {}
-    for name, value in control.items():
-        try:
-            found[name] = class_of(vocabulary, name, value)
-        except UnknownNameError as error:
-            problems.append(f"control.{name}: {error}")
-    left = [label.name for label in vocabulary.labels if label.name not in control]
-    if not problems and not left:
-        problems.append(
+    found = vocabulary.classes_of(control, "control")
+    if not [label for label in vocabulary.labels if label.name not in control]:
+        raise InputError(
             f"control names all labels of the data ({', '.join(control)}): what is left is the context, and a "
             "combination needs one; ingest with a label for the cell type, donor or cell line too"
         )
-    if problems:
-        raise InputError("\n".join(problems))
     return found
-
-
-def class_of(vocabulary: Vocabulary, label: str, name: str) -> str:
-    """Return the class of the data that a name stands for: 1e1 is 10 in a label of numbers.
-
-    Raises:
-        UnknownNameError: There is no such label or class.
-    """
-    own = vocabulary.label(label)
-    return own.classes[int(own.encode([name])[0])]
 
 
 def read_latents(encode: Manifest, joinids: np.ndarray) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from scipy.stats import poisson
 
-from scldm.generation.counter_random import MASK, SHIFT, as_cells, key_of
-from scldm.generation.draws.shift_draw import SHIFTED, shifted_counts
-from scldm.generation.nb_draw import _poisson, _uniforms
+from scldm.generation.counter_random import MASK, SHIFT, TO_UNIT, as_cells, key_of, philox
+from scldm.generation.draws.shift_draw import GAINED, STAYED, shifted_counts
+from scldm.generation.nb_draw import INVERT_TO, LOW_WORDS, _poisson, _uniforms
 
 ADDED = np.array([0.0, 0.01, 0.2, 0.0, 0.0])
 KEPT = np.array([1.0, 1.0, 1.0, 0.3, 0.0])
@@ -18,18 +19,27 @@ COUNTS = sp.csr_matrix(np.array([[4, 0, 7, 30, 5], [0, 1, 0, 9, 0], [2, 0, 60, 1
 def plain(counts: np.ndarray, ids: np.ndarray, seed: int) -> np.ndarray:
     """One molecule after the other, as the words say."""
     found = counts.copy()
-    key, stream = key_of(seed), np.uint64(SHIFTED)
+    key = key_of(seed)
     for row, cell in enumerate(as_cells(ids)):
         low, high = cell & MASK, cell >> SHIFT
         for gene in range(counts.shape[1]):
             if ADDED[gene] > 0:
-                rate = ADDED[gene] * counts[row].sum()
-                found[row, gene] += int(_poisson(rate, np.uint64(gene), low, high, stream, 0, *key))
+                found[row, gene] += gained(ADDED[gene] * counts[row].sum(), gene, low, high, key)
             elif KEPT[gene] < 1:
-                drawn = [_uniforms(np.uint64(gene), low, high, stream, i // 2, *key)[i % 2]
+                drawn = [_uniforms(np.uint64(gene), low, high, np.uint64(STAYED), i // 2, *key)[i % 2]
                          for i in range(counts[row, gene])]  # fmt: skip
                 found[row, gene] = sum(u < KEPT[gene] for u in drawn)
     return found
+
+
+def gained(rate: float, gene: int, low: np.uint64, high: np.uint64, key: tuple[np.uint64, np.uint64]) -> int:
+    """A Poisson number: the inverse of its distribution at a uniform of 64 bits, or rejection if the rate is large."""
+    if rate > INVERT_TO:
+        return int(_poisson(rate, np.uint64(gene), low, high, np.uint64(GAINED), 0, *key))
+    upper = philox(np.uint64(gene >> 2), low, high, np.uint64(GAINED), *key)[gene & 3]
+    lower = philox(np.uint64(gene), low, high, np.uint64(GAINED) + LOW_WORDS, *key)[0]
+    v = (upper + (lower + 0.5) * TO_UNIT) * TO_UNIT
+    return next(k for k in range(1000) if poisson.sf(k, rate) <= v)
 
 
 def test_counts_are_those_of_the_plain_draw():
