@@ -5,9 +5,16 @@ The sections of the training stages (`pipeline.config.job`) hold one of these un
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.config.ingest import ClassName
 from pipeline.config.input_paths import DeepSpeedFile
@@ -120,6 +127,10 @@ class VaeTrainConfig(TrainConfig):
     not depend on a draw. weighted draws by the gene means of ingest; a gene that no training cell expresses counts as
     rare as the rarest expressed one."""
 
+    first_weights: Literal["random", "components"] = "random"
+    """What training begins with. components: the gene embeddings hold the principal components of 2,048 training cells,
+    drawn by seed, and the encoder is scaled to them: the same loss in a fraction of the steps. Weights that start_from
+    takes over come in their place."""
     theta_cells: int = Field(2048, ge=0)
     """Training cells that each gene's inverse dispersion is fitted on when training ends, by maximum likelihood given
     the trained means (head nb_shared); drawn by seed. 0 keeps the values that the optimizer left, which lag behind."""
@@ -136,6 +147,11 @@ class VaeTrainConfig(TrainConfig):
                 "once for all epochs)"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_first_default(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before this setting existed."""
+        return {k: v for k, v in to_dict(self).items() if (k, v) != ("first_weights", "random")}
 
 
 class FlowStartConfig(StrictModel):

@@ -54,7 +54,7 @@ class Encoder(nn.Module):
 
     def forward(self, cells: CellBatch, embedding: Tensor) -> Tensor:
         """Return latents (b, m, e) of cells, given the gene embeddings (g, d)."""
-        x = self.queries + self.out(merge_heads(self._pool(cells, embedding)))  # (b, m, d)
+        x = self.queries + self.out(merge_heads(self.pool(cells, embedding)))  # (b, m, d)
         x = x + self.mlp(self.norm_mlp(x))
         if self.positions is not None:
             x = x + self.positions
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
         z = self.to_latent(x)
         return F.layer_norm(z, z.shape[-1:], eps=self.eps)
 
-    def _pool(self, cells: CellBatch, embedding: Tensor) -> Tensor:
+    def pool(self, cells: CellBatch, embedding: Tensor) -> Tensor:
         q = split_heads(self.query(self.norm_query(self.queries)), self.n_heads)  # (h, m, c)
         attention = Attention(q, self.norm_context, self.key_value)
         if cells.gene_ids.is_cuda and self.pad is None:  # no host sync but for the longest cell

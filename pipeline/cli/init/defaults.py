@@ -162,13 +162,14 @@ def _cpu_steps(n_train: int, workers: int, *, flow: bool, summary: SourceSummary
     train = {
         "max_steps": steps,
         "feed": {"batch_size": batch, "micro_batch_size": batch // 2, "lanes": 4},
-        "optimizer": {"lr": 3e-3 if flow else 4e-3, "warmup": 0.05, "decay": 0.4},
+        "optimizer": {"lr": 3e-3 if flow else 2e-3, "warmup": 0.05, "decay": 0.4},
         "validate_every": steps // 4,
         "checkpoint_every": steps // 4,
     }
     if not flow:
         train["validation_cells"] = 128 if many else 512
         train["genes_seen"] = {"mode": "share_expressed", "share": 0.7}  # against overfitting
+        train["first_weights"] = "components"
     return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
 
 

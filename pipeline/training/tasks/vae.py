@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pipeline.config.job import VaeTrainConfig
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import BlockSource
+from pipeline.data.loading.collate import to_cell_batch
 from pipeline.training.loop import run_training
 from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
 from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation_tables
@@ -24,9 +25,12 @@ from scldm.checkpoints.native import load_vae, save_vae
 from scldm.checkpoints.start_from import adapt, freeze, slow_down, start_vae
 from scldm.errors import InputError
 from scldm.nn.dispersion import fit_theta
+from scldm.nn.first_weights import start_at_components
 from scldm.nn.flops import vae_flops
 from scldm.nn.vae import VAE
 from scldm.optim.lora import merged
+
+FIRST_CELLS = 2048  # training cells that first weights are computed from
 
 
 def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
@@ -36,9 +40,9 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
     n_genes = data.vocabulary.n_genes
     stats = pd.read_parquet(spec.inputs["ingest"].path("gene_stats"))
     mean_counts = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
-    vae = _new_vae(spec, n_genes=n_genes, mean_counts=mean_counts)
-    started, rates = _start_from(spec, vae, data)
     source = data.blocks("train")
+    vae = _new_vae(spec, source, n_genes=n_genes, mean_counts=mean_counts)
+    started, rates = _start_from(spec, vae, data)
     objective = VaeObjective(
         vae,
         labels=[x.name for x in data.vocabulary.labels],
@@ -92,12 +96,18 @@ def _start_from(spec: VaeWorkerSpec, vae: VAE, data: IngestedDataset) -> tuple[d
     return {"start_from": report_start(spec.start_from, started)}, rates
 
 
-def _new_vae(spec: VaeWorkerSpec, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:
-    """Initialize a VAE by the seed; its output starts at the genes' mean counts, (g,)."""
+def _new_vae(spec: VaeWorkerSpec, source: BlockSource, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:
+    """Initialize a VAE by the seed; its output starts at the genes' mean counts, (g,).
+
+    Every worker computes the same first weights from the same training cells, and DeepSpeed hands out those of rank 0.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         vae = VAE(spec.config.model, n_genes=n_genes)
     vae.start_at(mean_counts)
+    if spec.config.train.first_weights == "components" and spec.start_from is None:
+        tables = validation_tables(source, n_cells=FIRST_CELLS, batch_size=FIRST_CELLS, seed=spec.seed)
+        start_at_components(vae, [to_cell_batch(table, []) for table in tables])
     vae.decoder.kernels = decoder_kernels(spec.config.train.decoder)
     return vae
 
