@@ -39,11 +39,11 @@ from scldm.metrics.genes.expression import gene_moments
 from scldm.metrics.genes.reconstruction import reconstruction_scores
 from scldm.nn.config import VAEConfig
 from scldm.nn.dispersion import fit_theta
-from scldm.nn.first_weights import start_at_components
 from scldm.nn.likelihood import gene_probabilities, sample_genes
 from scldm.nn.vae import VAE
 from scldm.optim.config import EMAConfig
 from scldm.optim.ema import EMA
+from scldm.optim.first_weights import start_at_components
 from scldm.random import generator
 
 ROOT = Path(__file__).resolve().parents[1]

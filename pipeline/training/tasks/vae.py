@@ -25,9 +25,9 @@ from scldm.checkpoints.native import load_vae, save_vae
 from scldm.checkpoints.start_from import adapt, freeze, slow_down, start_vae
 from scldm.errors import InputError
 from scldm.nn.dispersion import fit_theta
-from scldm.nn.first_weights import start_at_components
 from scldm.nn.flops import vae_flops
 from scldm.nn.vae import VAE
+from scldm.optim.first_weights import start_at_components
 from scldm.optim.lora import merged
 
 FIRST_CELLS = 2048  # training cells that first weights are computed from

@@ -11,9 +11,9 @@ from sklearn.decomposition import PCA
 from scldm.data.batch import CellBatch
 from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.nn.config import VAEConfig
-from scldm.nn.first_weights import FLOOR, gene_components, start_at_components
 from scldm.nn.layers import merge_heads
 from scldm.nn.vae import EMBEDDING_STD, VAE
+from scldm.optim.first_weights import FLOOR, gene_components, start_at_components
 
 GENES, UNSEEN = 80, 5  # the last genes have no counts
 

@@ -24,7 +24,6 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from scldm.data.batch import CellBatch
-from scldm.metrics.genes.expression import log1p_cp10k
 from scldm.nn.layers import merge_heads
 from scldm.nn.vae import EMBEDDING_STD, VAE
 
@@ -75,7 +74,8 @@ def gene_components(counts: sp.csr_matrix, k: int) -> np.ndarray:
     Returns:
         (g, at most k): fewer, if the cells span fewer.
     """
-    x = sp.csr_matrix(log1p_cp10k(counts), dtype=np.float64)
+    x = sp.csr_matrix(counts, dtype=np.float64)
+    x.data = np.log1p(1e4 * x.data / np.repeat(np.asarray(x.sum(1)).ravel(), np.diff(x.indptr)))
     mean = np.asarray(x.mean(0)).ravel()
     variance = np.asarray(x.multiply(x).mean(0)).ravel() - mean**2
     x = sp.csr_matrix(x @ sp.diags(1 / (np.sqrt(np.maximum(variance, 0)) + FLOOR)))
