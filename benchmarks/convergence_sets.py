@@ -8,12 +8,16 @@ Shape letters: n cells, g genes.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import scipy.sparse as sp
 import torch
+from harness import Row
 from transfer_cells import Cells
 from transfer_lines import vocabulary_of
 
@@ -23,6 +27,8 @@ from scldm.random import generator
 SPLIT = 11  # stream of randomness
 N_GENES, MOST_HELD_OUT, MIN_COUNTS = 2_000, 800, 50
 CHOSEN_ON, TESTED_ON = ("pbmc3k", "gbm"), ("worm", "airway")
+BASE = "today"
+HIGHER = ("recall", "gene_pearson")  # scores that are better if they are higher
 FILES = {
     "pbmc3k": ("pbmc3k_full.h5ad", ("cell_type",)),
     "worm": ("worm_embryo_neurons.h5ad", ("cell_type", "time_point")),
@@ -46,3 +52,44 @@ def read(folder: Path, name: str, seed: int) -> tuple[Cells, Cells, Vocabulary]:
     n_held_out = min(MOST_HELD_OUT, len(order) // 4)
     held_out, train = (Cells(counts[rows], classes[rows]) for rows in (order[:n_held_out], order[n_held_out:]))
     return train, held_out, vocabulary_of(tuple(map(str, data.var_names[genes])), set(classes.tolist()))
+
+
+def results(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of results, one for each training."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def rows(found: Sequence[dict[str, Any]]) -> list[Row]:
+    """Return each score of each variant beside today's, by set and seconds; ratios above 1 are better."""
+    made = []
+    for name, seconds in sorted({(r["set"], r["seconds"]) for r in found if r["seconds"]}):
+        here = [r for r in found if (r["set"], r["seconds"]) == (name, seconds)]
+        today = {r["seed"]: r["scores"] for r in here if r["variant"] == BASE}
+        for variant in dict.fromkeys(r["variant"] for r in here if r["variant"] != BASE):
+            own = {r["seed"]: r["scores"] for r in here if r["variant"] == variant and r["seed"] in today}
+            for score in [x for x in next(iter(own.values()), {}) if all(x in of for of in today.values())]:
+                pairs = [(own[seed][score], today[seed][score]) for seed in own]
+                ratios = [a / b if score in HIGHER else b / a for a, b in pairs if min(a, b) > 0]
+                ours, theirs = (float(np.mean(side)) for side in zip(*pairs, strict=True))
+                whole = len(ratios) == len(pairs)
+                made.append(
+                    Row(f"{name}.{seconds:g}s.{variant}.{score}".replace(" ", "_"), ours, score, theirs,
+                        float(np.median(ratios)) if whole else None, len(pairs),
+                        (min(ratios), max(ratios)) if whole else None)
+                )  # fmt: skip
+    return made
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Means over seeds, a line for each set, number of seconds and variant."""
+    scores = list(dict.fromkeys(x for r in found if r["seconds"] for x in r["scores"]))
+    lines = [
+        f"| set | s | variant | steps | {' | '.join(scores)} | n |",
+        f"|---|---|---|---|{'---|' * len(scores)}---|",
+    ]
+    for name, seconds, variant in dict.fromkeys((r["set"], r["seconds"], r["variant"]) for r in found):
+        here = [r for r in found if (r["set"], r["seconds"], r["variant"]) == (name, seconds, variant)]
+        steps = f"{np.mean([r['steps'] for r in here]):.0f}" if "steps" in here[0] else "–"
+        means = [f"{np.mean([r['scores'][x] for r in here]):.4g}" if x in here[0]["scores"] else "–" for x in scores]
+        lines.append(f"| {name} | {seconds:g} | {variant} | {steps} | {' | '.join(means)} | {len(here)} |")
+    return "\n".join(lines)

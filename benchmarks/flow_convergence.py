@@ -28,11 +28,13 @@ import convergence_sets
 import numpy as np
 import scipy.sparse as sp
 import torch
+import vae_convergence
+from harness import report
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from train_small import batches
 from transfer_cells import Cells
-from transfer_lines import FLOW_SIZES, LABEL, Budget, chunks, encode, steps_of, train_vae
+from transfer_lines import FLOW_SIZES, LABEL, Budget, chunks, encode, sizes_of, steps_of
 
 from scldm.checkpoints.native import LoadedVAE
 from scldm.flow.config import PathConfig, SamplerConfig
@@ -52,7 +54,7 @@ from scldm.random import generator
 ROOT = Path(__file__).resolve().parents[1]
 STREAM = 11  # of randomness
 KEPT = 0.999  # share of the variance of latents
-BASE = "today"
+VAE = vae_convergence.VARIANTS["components, rate 2e-3"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Variant:
 
 
 VARIANTS = {
-    BASE: Variant(),
+    convergence_sets.BASE: Variant(),
     "rate 1e-3": Variant(rate=1e-3),
     "rate 6e-3": Variant(rate=6e-3),
     "batch 32": Variant(batch=32),
@@ -117,8 +119,8 @@ def prepare(name: str, args: argparse.Namespace, seed: int) -> Prepared:
     train, held_out, vocabulary = convergence_sets.read(args.data, name, seed)
     cached = args.out / f"{name} vae {args.vae_seconds:g} s seed {seed}.pt"
     if not cached.exists():
-        vae, _ = train_vae("scratch", train, vocabulary, None, replay=None, seconds=args.vae_seconds, seed=seed)
-        torch.save(vae, cached)
+        vae, _ = vae_convergence.train(VAE, train, seconds=args.vae_seconds, seed=seed)
+        torch.save(LoadedVAE(vae, vocabulary, sizes_of(train)), cached)
     vae = torch.load(cached, weights_only=False)
     space = RealSpace.fit(train.counts, n_top_genes=convergence_sets.N_GENES, n_pcs=30, seed=0)
     z = encode(vae, train)
@@ -236,7 +238,7 @@ def decoded(set_: Prepared, seed: int) -> dict[str, float]:
 
 def run(name: str, seed: int, args: argparse.Namespace) -> None:
     file = args.out / "results.jsonl"
-    done = {(r["set"], r["seed"], r["variant"], r["seconds"]) for r in read(file)}
+    done = {(r["set"], r["seed"], r["variant"], r["seconds"]) for r in convergence_sets.results(file)}
     wanted = [(v, s) for v in args.variants for s in args.seconds if (name, seed, v, s) not in done]
     if not wanted:
         return
@@ -258,10 +260,6 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         keep(variant, seconds, score(set_, chosen, dit, centre, scale, seed), steps=steps)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
@@ -278,6 +276,9 @@ def main() -> None:
     for seed in range(args.seeds):
         for name in args.only or convergence_sets.FILES:
             run(name, seed, args)
+    found = convergence_sets.results(args.out / "results.jsonl")
+    print(convergence_sets.table(found))
+    report(convergence_sets.rows(found), args.json, found=found)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def train(screen: Screen, genes: tuple[str, ...], *, seconds: Sequence[float], s
     )
     vocabulary = Vocabulary(genes, genes, labels)
     cells = Cells(sp.csr_matrix(screen.counts, dtype=np.float32), screen.context)
-    vae, _ = train_vae("scratch", cells, vocabulary, None, replay=None, seconds=seconds[0], seed=seed)
+    vae, _ = train_vae("scratch", cells, vocabulary, None, replay=None, seconds=seconds[0], seed=seed, components=True)
     z = encode(vae, cells)
     noise = train_flow(screen, z, vocabulary, seconds=seconds[1], seed=seed, start="noise")
     if not seconds[2]:

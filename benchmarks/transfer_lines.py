@@ -45,6 +45,7 @@ from scldm.nn.vae import VAE
 from scldm.optim.adamw import adamw
 from scldm.optim.config import EMAConfig, LoraConfig, OptimizerConfig
 from scldm.optim.ema import EMA
+from scldm.optim.first_weights import start_at_components
 from scldm.optim.lora import merged
 from scldm.optim.schedule import learning_rate_factor
 from scldm.random import generator
@@ -57,7 +58,7 @@ GENES_PER_STEP = 1024
 VAE_BATCH, FLOW_BATCH = 32, 128
 CHECKS = 10  # validations of a VAE; the weights of the best are kept
 VALIDATION, VALIDATION_CELLS = 0.1, 128
-THETA_CELLS = 2_000
+THETA_CELLS = FIRST_CELLS = 2_000
 REPLAYED, REPLAY_CELLS = 0.25, 5_000
 NEW, TUNED, ADAPTED = 4e-3, 1e-3, 4e-3  # learning rates of a VAE; those of a flow are three quarters
 VAE_SHARE = {"scratch": 0.5, "finetune": 0.3, "adapters": 0.3}  # of the seconds
@@ -117,9 +118,13 @@ def vocabulary_of(genes: tuple[str, ...], classes: set[str]) -> Vocabulary:
 # ---- the VAE -----------------------------------------------------------------------------------------------------
 def train_vae(
     start: str, cells: Cells, vocabulary: Vocabulary, source: Pair | None, *, replay: Cells | None, seconds: float,
-    seed: int,
+    seed: int, components: bool = False,
 ) -> tuple[LoadedVAE, int]:  # fmt: skip
-    """Train until the seconds are over; the weights of the best validation are kept, then theta is fitted."""
+    """Train until the seconds are over; the weights of the best validation are kept, then theta is fitted.
+
+    Args:
+        components: Whether a new VAE begins at the principal components of the cells, at half the rate, as the jobs'.
+    """
     budget = Budget(seconds)
     n_check = int(np.clip(VALIDATION * len(cells), 10, VALIDATION_CELLS))
     check, own = batch_of(cells[:n_check]), cells[n_check:]
@@ -128,10 +133,13 @@ def train_vae(
         vae = VAE(VAE_SIZES, n_genes=vocabulary.n_genes)
     mean = torch.from_numpy(gene_moments([own.counts], log_normalise=False).mean).float()
     vae.start_at(mean)
+    if components:
+        start_at_components(vae, [batch_of(own[:FIRST_CELLS])])
     lora = begin(vae, start, lambda: start_vae(vae, vocabulary, source.vae), seed=seed)  # type: ignore[union-attr]
     probability = gene_probabilities(mean, GENES_PER_STEP) if vocabulary.n_genes > GENES_PER_STEP else None
     best, best_nll, n_checks = plain_state(vae, lora), validation(vae, check), 1
-    for step, rows in enumerate(steps_of(vae, budget, rate_of(start), mixed(len(own), replay, VAE_BATCH, seed))):
+    rate = rate_of(start) / 2 if components else rate_of(start)
+    for step, rows in enumerate(steps_of(vae, budget, rate, mixed(len(own), replay, VAE_BATCH, seed))):
         batch = replace(batch_of(join(own, replay, rows)), joinids=rows)
         sample = None if probability is None else sample_genes(probability, generator(seed, STREAM_GENES, step))
         seen = see_genes(batch, SEEN, n_genes=vocabulary.n_genes, seed=seed * 1_000_003 + step)

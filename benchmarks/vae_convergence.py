@@ -26,6 +26,7 @@ import convergence_sets
 import numpy as np
 import scipy.sparse as sp
 import torch
+from harness import report
 from train_small import batches
 from transfer_cells import Cells
 from transfer_lines import SEEN, THETA_CELLS, VAE_SIZES, Budget, batch_of, chunks, steps_of, validation
@@ -50,7 +51,6 @@ ROOT = Path(__file__).resolve().parents[1]
 STREAM = 12  # of randomness
 FIRST_CELLS = 2_048
 CHECKS, CHECK_CELLS = 8, 128  # validations, and cells of each
-BASE = "today"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def sized(**given: Any) -> VAEConfig:
 
 
 VARIANTS = {
-    BASE: Variant(),
+    convergence_sets.BASE: Variant(),
     "rate 2e-3": Variant(rate=2e-3),
     "rate 8e-3": Variant(rate=8e-3),
     "rate 1.6e-2": Variant(rate=1.6e-2),
@@ -173,7 +173,7 @@ def distances(space: RealSpace, held_out: Cells, counts: sp.csr_matrix) -> dict[
 
 def run(name: str, seed: int, args: argparse.Namespace) -> None:
     file = args.out / "results.jsonl"
-    done = {(r["set"], r["seed"], r["variant"], r["seconds"]) for r in read(file)}
+    done = {(r["set"], r["seed"], r["variant"], r["seconds"]) for r in convergence_sets.results(file)}
     wanted = [(v, s) for v in args.variants for s in args.seconds if (name, seed, v, s) not in done]
     if not wanted:
         return
@@ -195,10 +195,6 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         keep(variant, seconds, score(vae, held_out, space, seed), steps=steps)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
@@ -214,6 +210,9 @@ def main() -> None:
     for seed in range(args.seeds):
         for name in args.only or convergence_sets.FILES:
             run(name, seed, args)
+    found = convergence_sets.results(args.out / "results.jsonl")
+    print(convergence_sets.table(found))
+    report(convergence_sets.rows(found), args.json, found=found)
 
 
 if __name__ == "__main__":
