@@ -15,6 +15,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import perturbation_screens
 import scipy.sparse as sp
 import torch
 from harness import Row
@@ -34,24 +35,32 @@ FILES = {
     "worm": ("worm_embryo_neurons.h5ad", ("cell_type", "time_point")),
     "gbm": ("perturbation/gbm_panobinostat_lemur.h5ad", ("patient_id", "condition")),
     "airway": ("perturbation/pig_airway_cftr.h5ad", ("cell_type", "genotype")),
+    "papalexi": ("perturbation/papalexi_eccite_lowmoi.h5ad", ("bio_rep", "target_gene")),
+    "jurkat": ("perturbation/datlinger2021_jurkat_tcr_cropseq.h5ad", ("target_gene", "stimulation")),
 }
+NAMES = (*FILES, "screen")  # the last is synthetic, see `perturbation_screens.py`
 
 
 def read(folder: Path, name: str, seed: int) -> tuple[Cells, Cells, Vocabulary]:
     """Return training cells, held-out cells and their vocabulary; the seed splits them."""
-    file, labels = FILES[name]
-    data = anndata.read_h5ad(folder / file)
-    counts = sp.csr_matrix(data.X, dtype=np.float32)
+    if name == "screen":
+        made = perturbation_screens.synthetic(folder)
+        names, counts = np.array(made.genes), made.screen.counts
+        classes = np.array([f"{c} + {t}" for c, t in zip(made.screen.context, made.screen.treatment, strict=True)])
+    else:
+        file, labels = FILES[name]
+        data = anndata.read_h5ad(folder / file)
+        names, counts = data.var_names.to_numpy().astype(str), sp.csr_matrix(data.X, dtype=np.float32)
+        classes = data.obs[list(labels)].astype(str).agg(" + ".join, axis=1).to_numpy().astype(str)
     kept = np.flatnonzero(np.asarray(counts.sum(1)).ravel() >= MIN_COUNTS)
-    classes = data.obs[list(labels)].astype(str).agg(" + ".join, axis=1).to_numpy().astype(str)[kept]
-    counts = counts[kept]
+    counts, classes = counts[kept], classes[kept]
     variance = np.asarray(counts.power(2).mean(0) - np.square(counts.mean(0))).ravel()
     genes = np.sort(np.argsort(-variance, kind="stable")[:N_GENES])
     counts = counts[:, genes]
     order = torch.randperm(len(classes), generator=generator(seed, SPLIT)).numpy()
     n_held_out = min(MOST_HELD_OUT, len(order) // 4)
     held_out, train = (Cells(counts[rows], classes[rows]) for rows in (order[:n_held_out], order[n_held_out:]))
-    return train, held_out, vocabulary_of(tuple(map(str, data.var_names[genes])), set(classes.tolist()))
+    return train, held_out, vocabulary_of(tuple(map(str, names[genes])), set(classes.tolist()))
 
 
 def results(file: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from transfer_cells import Cells
 from transfer_lines import FLOW_SIZES, LABEL, Budget, chunks, encode, sizes_of, steps_of
 
 from scldm.checkpoints.native import LoadedVAE
+from scldm.data.vocabulary import Vocabulary
 from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path
@@ -134,15 +135,16 @@ def unit_axes(z: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return flat.mean(0), v[:k].T / s[:k] * np.sqrt(len(flat))
 
 
-def train_flow(set_: Prepared, variant: Variant, *, seconds: float, seed: int) -> tuple[DiT, int, Tensor, Tensor]:
-    """Train for some seconds; returns the averaged network, its steps, and centre and scale of its latents."""
-    z, vocabulary = set_.z, set_.vae.vocabulary
+def train_flow(
+    classes: np.ndarray, z: Tensor, vocabulary: Vocabulary, variant: Variant, *, seconds: float, seed: int
+) -> tuple[DiT, int, Tensor, Tensor]:
+    """Train on latents (n, m, e); returns the averaged network, its steps, and centre and scale of its latents."""
     axes = {"none": None, "each": (0,), "width": (0, 1)}[variant.scale]
     centre, scale = torch.zeros(1), torch.ones(1)
     if axes is not None:
         centre, scale = z.mean(axes, keepdim=True), z.std(axes, keepdim=True).clamp_min(1e-3)
     z = (z - centre) / scale
-    ids = torch.from_numpy(vocabulary.labels[0].encode(list(set_.train.classes)))
+    ids = torch.from_numpy(vocabulary.labels[0].encode(list(classes)))
     shape = {"n_latent_tokens": z.shape[1], "latent_width": z.shape[2], "n_classes": vocabulary.n_classes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -256,7 +258,9 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         keep("decoded", 0, decoded(set_, seed))
     for variant, seconds in wanted:
         chosen = VARIANTS[variant]
-        dit, steps, centre, scale = train_flow(set_, chosen, seconds=seconds, seed=seed)
+        dit, steps, centre, scale = train_flow(
+            set_.train.classes, set_.z, set_.vae.vocabulary, chosen, seconds=seconds, seed=seed
+        )
         keep(variant, seconds, score(set_, chosen, dit, centre, scale, seed), steps=steps)
 
 
