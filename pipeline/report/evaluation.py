@@ -141,16 +141,13 @@ def evaluate(
         _add_reconstruction(scores, facts, parts, decoded, (pools, fitted), config, rng)
     if streamed is not None:
         _add_streamed(scores, facts, parts, streamed)
-    nearness = None
-    if process is not None and counted:
-        nearness = _beside_the_process(process, parts, candidates, (pools, fitted), decoded, scores["generated"])
+    nearness = _beside_the_process(process, parts, candidates, (pools, fitted), decoded, scores["generated"])
     left_out = _left_out_scores(counted, decoded, streamed)
-    control = config.control or {}
+    control, made = config.control or {}, parts.generated
     combinations = score_combinations(
         parts, cell_set(held_out, labels), cell_set(training, labels), control=control, genes=_gene_names(held_out),
         seed=config.seed, truth=true_means(truth, parts.given, control, list(held_out.var_names)),
     )  # fmt: skip
-    made = parts.generated
     notes = [
         *parts.notes, *combination_notes(combinations, len(parts.unseen), control), *_scale_notes(left_out),
         *_left_out(found["generated"]),
@@ -205,14 +202,16 @@ def _baselines(
 
 
 def _beside_the_process(
-    process: TrueProcess,
+    process: TrueProcess | None,
     parts: EvaluationCells,
     candidates: Mapping[str, CellSet],
     baseline: tuple[Pools, LabelBaseline],
     decoded: Decoded | None,
     generated: Mapping[str, Score],
-) -> TruthScores:
-    """Score generated and held-out cells, and the VAE, against the process of synthetic cells."""
+) -> TruthScores | None:
+    """Score generated and held-out cells, and the VAE, against the process of synthetic cells, if it is known."""
+    if process is None or not candidates["generated"].counted:
+        return None
     of_real = TrueProcess(process.expected[parts.rows], process.theta, process.fresh)
     pools, fitted = baseline
     rows = np.arange(parts.real.n_cells) if decoded is None else _of_rows(decoded, parts.rows).rows
