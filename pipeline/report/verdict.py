@@ -57,8 +57,8 @@ def verdict(
         row = found[f"label_accuracy.{name}"]
         real = "" if row.floor is None else f"{row.floor.value:.1%} of held-out real ones, "
         parts.append(
-            f"a kNN classifier trained on real cells recovers {name} of {row.score.value:.1%} of generated cells ({real}chance "
-            f"{share:.1%})"
+            f"a kNN classifier trained on real cells recovers {name} of {row.score.value:.1%} of generated cells "
+            f"({real}chance {share:.1%})"
         )
     if "memorisation_share" in found:
         parts.append(_copies(found["memorisation_share"], found["memorisation_ratio"]))

@@ -102,7 +102,7 @@ def test_an_extra_candidate_is_scored_and_judged_as_any_other(result):
     row = next(r for r in result.rows if r.name == "conditional_w2.kind")
     assert row.against(EVIL) == "nearer"
     assert re.search(rf"{re.escape(EVIL)} \(\d+ of \d+ metrics\)", result.verdict)
-    assert "no sign of copies" in result.verdict
+    assert "No sign of copies" in result.verdict
     alone = evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=worse(150, 5), labels=["kind"], config=CONFIG)
     # The same cells, matched by another stream of random numbers.
     assert alone.generated["conditional_w2.kind"].value == pytest.approx(row.baselines[EVIL].value, rel=0.15)
