@@ -50,13 +50,26 @@ class SyntheticSource(StrictModel):
     n_treatments: PositiveInt | None = None
     """Classes of the column treatment besides "control". Their effects are known: cell types share a part of each, and
     have a part of their own; evaluate shows them beside measured and generated cells. Null: no such column."""
+    within_types: Literal["trajectories"] | None = None
+    """How cells of a type differ. trajectories: they lie on a curve in expression, run gene programmes, come in two
+    batches (dataset_id), and the last type is rare, 2 % of the cells; evaluate then says how near generated cells and
+    the VAE are to the process that the cells were drawn from. Null: they scatter about the mean of their type."""
     seed: int = Field(0, ge=0)
     """Seed of the synthetic cells; independent of the job's seed."""
 
     @model_serializer(mode="wrap")
-    def _without_treatments(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keep the versions of stages from before this setting existed."""
-        return {k: v for k, v in to_dict(self).items() if k != "n_treatments" or v is not None}
+    def _without_unset(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before these settings existed."""
+        return {k: v for k, v in to_dict(self).items() if k not in ("n_treatments", "within_types") or v is not None}
+
+    @model_validator(mode="after")
+    def _treatments_are_of_scattered_cells(self) -> SyntheticSource:
+        if self.within_types is not None and self.n_treatments is not None:
+            raise ValueError(
+                f"n_treatments ({self.n_treatments}) and within_types ({self.within_types}) exclude each other: cells "
+                "on trajectories have no treatments; leave one of the two out"
+            )
+        return self
 
 
 class H5adSource(StrictModel):

@@ -23,6 +23,7 @@ from scldm.metrics.baselines import LabelBaseline, Pools, shuffled
 from scldm.metrics.cell_set import CellSet, class_text
 from scldm.metrics.compare import ONLY_OF_COUNTS, Compared, CompareSettings, Comparison
 from scldm.metrics.conditional import ClassTable, ConditionalSettings
+from scldm.metrics.distribution.true_process import TrueProcess, TruthScores, label_nll, truth_scores
 from scldm.metrics.from_anndata import EvaluationError, cell_set
 from scldm.metrics.genes import expression
 from scldm.metrics.genes.reconstruction import reconstruction_table
@@ -69,6 +70,7 @@ class Evaluation:
     comparison: Comparison
     left_out: dict[str, str]  # scores that cells without counts do not have -> the reason
     combinations: Combinations  # of labels, that no training cell has
+    truth: TruthScores | None = None  # figures against the process of synthetic cells, if it is known
 
     @property
     def rows(self) -> list[MetricRow]:
@@ -81,8 +83,8 @@ class Evaluation:
     @property
     def verdict(self) -> str:
         """The conclusion in a few sentences; differences are reported only if the intervals allow it."""
-        yardsticks = [NB, POISSON, *(name for name in self.baselines if name not in BASELINES)]
-        return verdict(self.rows, yardsticks, self.chance)
+        yardsticks = [NB, POISSON, SHUFFLED, *(name for name in self.baselines if name not in BASELINES)]
+        return verdict(self.rows, yardsticks, self.chance, self.truth)
 
 
 def evaluate(
@@ -96,6 +98,7 @@ def evaluate(
     extra: Mapping[str, AnnData] | None = None,
     streamed: StreamedCells | None = None,
     truth: pd.DataFrame | None = None,
+    process: TrueProcess | None = None,
 ) -> Evaluation:
     """Score generated cells against held-out real cells, and likewise the floor, baselines and other candidates.
 
@@ -109,6 +112,7 @@ def evaluate(
         extra: Cells of other models by name, same genes and labels; scored as the generated ones.
         streamed: Statistics of all generated cells, if `generated` is a sample of them.
         truth: What combinations of synthetic labels have on average, see `IngestedDataset.truth`.
+        process: What is known of the process that synthetic held-out cells were drawn from, in their order.
 
     Raises:
         EvaluationError: The inputs do not fit together.
@@ -137,13 +141,13 @@ def evaluate(
         _add_reconstruction(scores, facts, parts, decoded, (pools, fitted), config, rng)
     if streamed is not None:
         _add_streamed(scores, facts, parts, streamed)
+    nearness = _beside_the_process(process, parts, candidates, (pools, fitted), decoded, scores["generated"])
     left_out = _left_out_scores(counted, decoded, streamed)
-    control = config.control or {}
+    control, made = config.control or {}, parts.generated
     combinations = score_combinations(
         parts, cell_set(held_out, labels), cell_set(training, labels), control=control, genes=_gene_names(held_out),
         seed=config.seed, truth=true_means(truth, parts.given, control, list(held_out.var_names)),
     )  # fmt: skip
-    made = parts.generated
     notes = [
         *parts.notes, *combination_notes(combinations, len(parts.unseen), control), *_scale_notes(left_out),
         *_left_out(found["generated"]),
@@ -151,7 +155,7 @@ def evaluate(
     chance = {n: _chance(made.labels[n]) for n in labels if f"label_accuracy.{n}" in scores["generated"]}
     return Evaluation(
         parts, scores.pop("generated"), scores.pop("floor"), scores, {k: v.classes for k, v in found.items()}, chance,
-        notes, facts, comparison, left_out, combinations,
+        notes, facts, comparison, left_out, combinations, nearness,
     )  # fmt: skip
 
 
@@ -195,6 +199,27 @@ def _baselines(
         SHUFFLED: shuffled(reference[pools.draw_each_once(rng)], pools.wanted, rng),
     }
     return {name: CellSet(x, parts.real.labels) for name, x in counts.items()}
+
+
+def _beside_the_process(
+    process: TrueProcess | None,
+    parts: EvaluationCells,
+    candidates: Mapping[str, CellSet],
+    baseline: tuple[Pools, LabelBaseline],
+    decoded: Decoded | None,
+    generated: Mapping[str, Score],
+) -> TruthScores | None:
+    """Score generated and held-out cells, and the VAE, against the process of synthetic cells, if it is known."""
+    if process is None or not candidates["generated"].counted:
+        return None
+    of_real = TrueProcess(process.expected[parts.rows], process.theta, process.fresh)
+    pools, fitted = baseline
+    rows = np.arange(parts.real.n_cells) if decoded is None else _of_rows(decoded, parts.rows).rows
+    nll = {f"under a {NB}": label_nll(fitted, pools.wanted[rows], parts.real.counts[rows])}
+    if "reconstruction_nll" in generated:
+        nll["the VAE"] = generated["reconstruction_nll"].value
+    compared = {"generated": candidates["generated"], "held-out": parts.real, NB: candidates[NB]}
+    return truth_scores(of_real, parts.real, compared, parts.space, nll=nll, rows=rows)
 
 
 def _with_label_floor(found: Mapping[str, Compared], comparison: Comparison) -> dict[str, dict[str, Score]]:

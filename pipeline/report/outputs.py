@@ -76,6 +76,7 @@ def write_tables(folder: Path, result: Evaluation) -> None:
         "rows": rows,
         "classes": classes,
         **({"left_out": result.left_out} if result.left_out else {}),
+        **({} if result.truth is None else {"process": result.truth.as_plain()}),
         **({"combinations": means} if (means := combination_means(result.combinations)) else {}),
     }
     write_json_atomic(folder / "metrics.json", summary)

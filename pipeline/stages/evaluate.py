@@ -24,10 +24,12 @@ from anndata import AnnData
 from rich.console import Console
 
 from pipeline.config.context import StageContext
-from pipeline.config.job import EvaluateConfig
+from pipeline.config.job import EvaluateConfig, SyntheticSource
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.controls import COMPARED
 from pipeline.data.ingest.dataset import IngestedDataset
+from pipeline.data.sources.synthetic import gene_ids
+from pipeline.data.sources.synthetic_trajectories import Process, expected_counts, fresh_counts
 from pipeline.report.combinations import GENERATED, JOIN, combination_means, titled_means
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
@@ -42,11 +44,13 @@ from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
 from scldm.generation.real_cells import draw_sparse
 from scldm.metrics.cell_set import class_text
+from scldm.metrics.distribution.true_process import TrueProcess
 from scldm.metrics.from_anndata import cell_set
 from scldm.metrics.genes.expression import as_counts
 from scldm.nn.vae import CountDistribution
 
 VAE_BATCH = 64  # cells
+FRESH_CELLS = 4_000  # at least about so many, of the process of synthetic cells
 TO = "to_"  # prefix of the columns of perturb
 NO_LABEL = "cells"  # name of the label of a model without labels
 
@@ -73,6 +77,7 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
         "baselines": values,
         "verdict": result.verdict,
         **({"left_out": result.left_out} if result.left_out else {}),
+        **({} if result.truth is None else {"process": result.truth.as_plain()}),
     }
 
 
@@ -103,6 +108,7 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
     result = evaluate(
         held_out=held_out, training=training, generated=generated, labels=labels, config=config, decoded=decoded,
         streamed=streamed, truth=ingested.truth,
+        process=true_process(inputs["ingest"], held_out),
     )  # fmt: skip
     if adaln:
         result.notes.append("Left out: reconstruction scores (an adaLN decoder needs condition vectors of real cells).")
@@ -112,6 +118,26 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
             f"{len(missing)} classes of held-out cells were not generated, the first is {class_text(missing[0])}."
         )
     return result
+
+
+def true_process(ingest: Manifest, held_out: AnnData) -> TrueProcess | None:
+    """Return what is known of the process that synthetic held-out cells were drawn from; None if there is none.
+
+    Args:
+        ingest: Manifest of ingest, whose settings name the source.
+        held_out: Cells by soma_joinid, which is their place in the source, over the genes of the vocabulary.
+    """
+    settings = ingest.config.get("source", {})
+    if settings.get("type") != "synthetic" or settings.get("within_types") != "trajectories":
+        return None
+    source, rows = SyntheticSource(**settings), held_out.obs_names.to_numpy().astype(np.int64)
+    genes = pd.Index(gene_ids(source.n_genes)).get_indexer(held_out.var_names)
+    if (genes < 0).any():
+        return None  # the vocabulary of another model holds genes that these cells do not have
+    fresh = fresh_counts(source, rows, per_cell=max(1, FRESH_CELLS // len(rows)))
+    return TrueProcess(
+        expected_counts(source, rows)[:, genes], Process.of(source).theta[genes], sp.csr_matrix(fresh[:, genes])
+    )
 
 
 def with_known_control(config: EvaluateConfig, vocabulary: Vocabulary) -> EvaluateConfig:

@@ -140,7 +140,8 @@ def _tables(
     """Read the cells of a source that is not in SOMA yet; return them with a description."""
     if isinstance(source, SyntheticSource):
         given = f" under {source.n_treatments} treatments and a control" if source.n_treatments else ""
-        description = f"{source.n_cells} synthetic cells of {source.n_types} types{given}, seed {source.seed}"
+        inside = " on trajectories" if source.within_types else ""
+        description = f"{source.n_cells} synthetic cells of {source.n_types} types{inside}{given}, seed {source.seed}"
         return synthetic_cells(source), description
     if isinstance(source, TenxSource):
         from pipeline.data.sources.tenx import read_10x

@@ -4,7 +4,8 @@ The mean of gene g in cell c is library_size_c * softmax_g(base_g + sum_p activi
 counts are negative binomial. Every number is a function of the seed; the counts of a chunk of cells are a function of
 (seed, chunk), so chunks can be made in any order. Types 0 and 1 differ in one weak programme; the others are well
 separated. With treatments, the effect of a cell's treatment on its type is added to the softmax
-(`synthetic_treatments`), and what each combination has on average is known.
+(`synthetic_treatments`), and what each combination has on average is known. Cells with more structure inside a type
+are those of `synthetic_trajectories`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.config.job import SyntheticSource
+from pipeline.data.sources.synthetic_trajectories import cell_owners, drawn_chunks, philox
 from pipeline.data.sources.synthetic_treatments import (
     TREATMENT,
     TRUTH_CELLS,
@@ -47,7 +49,9 @@ SPREAD = 0.3  # standard deviation of a programme's log activity over the cells 
 
 def synthetic_cells(source: SyntheticSource) -> CellTables:
     """Return tables and chunks of a synthetic experiment; a function of `source` alone."""
-    rng = _rng(source.seed, 0)
+    if source.within_types == "trajectories":
+        return _on_trajectories(source)
+    rng = philox(source.seed, 0)
     n, g, k = source.n_cells, source.n_genes, source.n_types
     abundance = 1 / np.arange(1, k + 1) ** 0.7
     types = rng.choice(k, n, p=abundance / abundance.sum())
@@ -56,18 +60,24 @@ def synthetic_cells(source: SyntheticSource) -> CellTables:
     process = _process(source, rng)
     treatments = None
     if source.n_treatments is not None:
-        treatments = given_treatments(types, source.n_treatments, _rng(source.seed, GIVEN))
+        treatments = given_treatments(types, source.n_treatments, philox(source.seed, GIVEN))
 
     def chunks() -> Iterator[sp.csr_matrix]:
         for number, start in enumerate(range(0, n, CHUNK)):
             cells = slice(start, min(n, start + CHUNK))
             given = None if treatments is None else treatments[cells]
-            _, counts = process.draw(types[cells], donors[cells], given, _rng(source.seed, number + 1))
+            _, counts = process.draw(types[cells], donors[cells], given, philox(source.seed, number + 1))
             yield sp.csr_matrix(counts.astype(np.float32))
 
     truth = None if treatments is None else lambda: _truth(source, process)
     obs = _obs(source, types, donors, treatments)
     return CellTables(obs, _var(g), chunks, where="the synthetic source", truth=truth)
+
+
+def _on_trajectories(source: SyntheticSource) -> CellTables:
+    obs = _obs(source, *cell_owners(source), None)
+    chunks = lambda: (sp.csr_matrix(drawn.counts.astype(np.float32)) for drawn in drawn_chunks(source))  # noqa: E731
+    return CellTables(obs, _var(source.n_genes), chunks, where="the synthetic source")
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def _process(source: SyntheticSource, rng: np.random.Generator) -> Process:
     median = np.log(LIBRARY_SIZE * np.sqrt(g / 1000)) + rng.normal(0, LIBRARY_TYPE_SD, k)
     effects = None
     if source.n_treatments is not None:
-        effects = treatment_effects(activity[:, k:], g, source.n_treatments, _rng(source.seed, EFFECTS))
+        effects = treatment_effects(activity[:, k:], g, source.n_treatments, philox(source.seed, EFFECTS))
     return Process(base, loading, activity, donor_shift, theta, median, effects)
 
 
@@ -120,7 +130,7 @@ def _truth(source: SyntheticSource, process: Process) -> pd.DataFrame:
     assert source.n_treatments is not None  # without treatments there are no combinations
     return combination_truth(
         draw, _type_names(source), source.n_treatments, _var(source.n_genes)["feature_id"].to_numpy(),
-        lambda i: _rng(source.seed, TRUTH + i),
+        lambda i: philox(source.seed, TRUTH + i),
     )  # fmt: skip
 
 
@@ -164,15 +174,16 @@ def _obs(source: SyntheticSource, types: np.ndarray, donors: np.ndarray, treatme
     )
 
 
+def gene_ids(g: int) -> list[str]:
+    """Return the ids of the genes of a source with g genes."""
+    return [f"ENSG{i:011d}" for i in range(1, g + 1)]
+
+
 def _var(g: int) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "feature_id": [f"ENSG{i:011d}" for i in range(1, g + 1)],
+            "feature_id": gene_ids(g),
             "feature_name": [f"GENE{i}" for i in range(1, g + 1)],
             "feature_length": np.zeros(g, np.int64),
         }
     )
-
-
-def _rng(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
