@@ -1,6 +1,6 @@
 """Quality per second: our two trainings in a number of seconds, beside scVI in the same seconds and simple answers.
 
-For every set (real ones of `convergence_sets.py`, two synthetic ones), split and budget, half of the seconds go to a
+For every set (real ones of `convergence_sets.py`, a synthetic one), split and budget, half of the seconds go to a
 VAE and half to a flow, with the settings that the jobs for CPUs have; scVI (`scvi_side.py`) gets all of them. Seconds
 are of one thread; nothing of Ray's start is in them. All are asked for cells with the labels of the held-out ones and
 are scored by the code of `evaluate`. A score's distance is that from the floor, real cells against real cells, but not

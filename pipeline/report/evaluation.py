@@ -71,6 +71,7 @@ class Evaluation:
     left_out: dict[str, str]  # scores that cells without counts do not have -> the reason
     combinations: Combinations  # of labels, that no training cell has
     truth: TruthScores | None = None  # figures against the process of synthetic cells, if it is known
+    changed: bool = False  # whether the generated cells are measured ones whose counts were changed
 
     @property
     def rows(self) -> list[MetricRow]:
@@ -84,7 +85,7 @@ class Evaluation:
     def verdict(self) -> str:
         """The conclusion in a few sentences; differences are reported only if the intervals allow it."""
         yardsticks = [NB, POISSON, SHUFFLED, *(name for name in self.baselines if name not in BASELINES)]
-        return verdict(self.rows, yardsticks, self.chance, self.truth)
+        return verdict(self.rows, yardsticks, self.chance, self.truth, changed=self.changed)
 
 
 def evaluate(

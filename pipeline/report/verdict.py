@@ -36,7 +36,12 @@ class Count:
 
 
 def verdict(
-    rows: Sequence[MetricRow], yardsticks: Sequence[str], chance: Mapping[str, float], truth: TruthScores | None = None
+    rows: Sequence[MetricRow],
+    yardsticks: Sequence[str],
+    chance: Mapping[str, float],
+    truth: TruthScores | None = None,
+    *,
+    changed: bool = False,
 ) -> str:
     """Return the verdict: which baselines generated cells beat, how near they are to real cells, labels, copies.
 
@@ -44,6 +49,7 @@ def verdict(
         yardsticks: Baselines and candidates to compare with.
         chance: Share of the most frequent class of each label.
         truth: Figures against the process that synthetic cells come from, if it is known.
+        changed: Whether the generated cells are measured ones whose counts were changed.
     """
     judged = [row for row in rows if row.score.group in JUDGED]
     counts = [count for name in yardsticks if (count := _against(judged, name)) is not None]
@@ -60,7 +66,12 @@ def verdict(
             f"a kNN classifier trained on real cells recovers {name} of {row.score.value:.1%} of generated cells "
             f"({real}chance {share:.1%})"
         )
-    if "memorisation_share" in found:
+    if changed:
+        parts.append(
+            "these cells are measured ones whose counts were changed, so that their distance to training cells does "
+            "not say whether they are copies"
+        )
+    elif "memorisation_share" in found:
         parts.append(_copies(found["memorisation_share"], found["memorisation_ratio"]))
     return " ".join(f"{text[:1].upper()}{text[1:]}." for text in parts)
 

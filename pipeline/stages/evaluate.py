@@ -110,6 +110,7 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
         streamed=streamed, truth=ingested.truth,
         process=true_process(inputs["ingest"], held_out),
     )  # fmt: skip
+    result = replace(result, changed=changes_counts(made))
     if adaln:
         result.notes.append("Left out: reconstruction scores (an adaLN decoder needs condition vectors of real cells).")
     result.notes.extend(_predicted_notes(result, inputs))
@@ -118,6 +119,11 @@ def _evaluated(config: EvaluateConfig, inputs: Mapping[str, Manifest]) -> Evalua
             f"{len(missing)} classes of held-out cells were not generated, the first is {class_text(missing[0])}."
         )
     return result
+
+
+def changes_counts(made: Manifest) -> bool:
+    """Return whether cells are measured ones whose counts were changed, as some ways of perturb make them."""
+    return made.config.get("method") in ("pooled", "shift") or made.config.get("counts") == "changed"
 
 
 def true_process(ingest: Manifest, held_out: AnnData) -> TrueProcess | None:

@@ -3,7 +3,9 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,7 @@ from pipeline.report.html import MAX_BYTES, Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
+from pipeline.stages.evaluate import changes_counts
 from scldm.errors import InputError
 from scldm.metrics.distribution.true_process import TruthScores
 from scldm.metrics.from_anndata import EvaluationError
@@ -106,6 +109,22 @@ def test_an_extra_candidate_is_scored_and_judged_as_any_other(result):
     alone = evaluate(held_out=toy(60, 0), training=toy(240, 1), generated=worse(150, 5), labels=["kind"], config=CONFIG)
     # The same cells, matched by another stream of random numbers.
     assert alone.generated["conditional_w2.kind"].value == pytest.approx(row.baselines[EVIL].value, rel=0.15)
+
+
+def test_measured_cells_whose_counts_were_changed_are_not_called_copies(result):
+    moved = replace(result, changed=True)
+    assert "copies of training cells" not in moved.verdict
+    assert "does not say whether they are copies" in moved.verdict
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [({"method": "pooled"}, True), ({"method": "shift"}, True), ({"method": "flow", "counts": "changed"}, True),
+     ({"method": "flow", "counts": "drawn"}, False), ({"like": "train"}, False)],
+    ids=str,
+)  # fmt: skip
+def test_what_changes_the_counts_of_measured_cells_is_read_from_the_settings_of_the_stage(settings, changes):
+    assert changes_counts(SimpleNamespace(config=settings)) is changes
 
 
 def test_extra_candidates_need_names_and_labels_of_their_own():
