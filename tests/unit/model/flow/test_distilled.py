@@ -56,7 +56,7 @@ def test_a_jump_of_one_step_of_the_solver_misses_nothing(dit):
     ends = [x0]
     for t, t_next in pairwise(times):
         ends.append(ends[-1] + (t_next - t) * dit(ends[-1], torch.full((5,), t), ids))
-    assert jump_losses(dit, torch.stack(ends, 1), ids, times).max() < 1e-8
+    assert jump_losses(dit, torch.stack(ends, 1), ids, times).max() < 1e-6
 
 
 def test_the_shorter_a_jump_the_less_the_teacher_itself_misses_its_trajectory(dit):
@@ -106,7 +106,7 @@ def test_training_brings_jumps_onto_the_trajectory(dit):
         loss = jump_losses(student, states, ids, times).mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
 
 
