@@ -8,11 +8,15 @@ cells (log1p CP10k) and of latents. What is reported is the difference from the 
 interval from random halves of the cells, the same halves for both: an interval that holds 0 means that the two were not
 told apart. The control shows that the ruler tells solvers apart at all.
 
+    python benchmarks/distilled_quality.py pbmc3k=pbmc3k_full.h5ad worm=worm_embryo_neurons.h5ad --json FILE
+
 Shape letters: n cells, m latent tokens, e latent width.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from generation_quality import Space
+from harness import machine
 from torch import Tensor
 from train_small import Parts, Training, split_cells, split_counts, to_batch, train
 
@@ -244,3 +249,34 @@ def compare(trained: Trained, effort: Effort) -> dict[str, object]:
         if k != "exact"
     }
     return {**facts, "latent error": errors, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="+", metavar="NAME=FILE", help="h5ad of raw counts with obs.cell_type")
+    parser.add_argument("--json", type=Path, help="write the tables here too")
+    parser.add_argument("--pairs", type=Path, help="folder that keeps trained pairs, for a second run")
+    parser.add_argument("--quick", action="store_true", help="small models; for a look, not a claim")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    effort = QUICK if a.quick else FULL
+    document: dict[str, object] = {"machine": machine(), "effort": vars(effort)}
+    for name, file in (x.split("=", 1) for x in a.sets):
+        kept = None if a.pairs is None else a.pairs / f"{name}.pt"
+        if kept is not None and kept.is_file():
+            trained = torch.load(kept, weights_only=False)  # our own file
+        else:
+            trained = train_pair(Path(file), effort)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(trained, kept)
+        document[name] = compare(trained, effort)
+        text = json.dumps(document, indent=1)
+        if a.json is not None:  # after every set, so that a stopped run leaves what it has
+            a.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

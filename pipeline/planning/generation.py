@@ -73,8 +73,12 @@ def distil_lines(config: DistilConfig, flow: TrainFlowConfig | None, vae: TrainV
     size = "" if vae is None else f", {human(trajectory_bytes(config, vae))}"
     return [
         f"distil: {solved:,} trajectories are solved once, {each} evaluations of the flow each{size}",
-        f"distil: makes a flow of {config.evaluations} evaluations a cell, guidance {shown_guidance(config.guidance)}",
+        f"distil: makes a flow of {_times(config.evaluations)} a cell, guidance {shown_guidance(config.guidance)}",
     ]
+
+
+def _times(evaluations: int) -> str:
+    return "1 evaluation" if evaluations == 1 else f"{evaluations} evaluations"
 
 
 def trajectory_bytes(config: DistilConfig, vae: TrainVaeConfig) -> int:
@@ -91,7 +95,7 @@ def _evaluations(config: GenerateConfig, strategy: Strategy, distilled: int | No
         about = json.loads((find_model(config.model.flow, "flow") / "config.json").read_text())
         strategy, distilled = about["config"]["strategy"], about.get("distilled", {}).get("evaluations")
     if distilled is not None:
-        return f"{distilled} network evaluation{'s' if distilled > 1 else ''} a cell (distilled, whatever the guidance)"
+        return f"{_times(distilled)} of the network a cell (distilled, whatever the guidance)"
     sampler = config.sampler
     n = network_outputs(sampler.guidance, strategy)
     about = "about " if sampler.solver == "dopri5" else ""  # which chooses its steps
