@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -269,3 +272,27 @@ def test_a_distilled_flow_is_not_distilled_again_nor_trained_on(inputs, done, tm
     other = load_flow(write_flow(tmp_path / "flow", CELL_TYPES, DONORS))
     with pytest.raises(CheckpointError, match="start_from needs the velocity field"):
         start_flow(other.dit, other.vocabulary, load_flow(done / "model"))
+
+
+def test_a_finished_stage_loads_by_its_folder_with_the_vae_that_belongs_to_it(inputs, done, tmp_path):
+    """As the manifests of a pipeline say; and with its own VAE, or by both names, if the job named the flow."""
+    root = tmp_path / "runs" / "mine"
+    for stage, source in (("train_vae", inputs["train_vae"].folder), ("distil", done)):
+        shutil.copytree(Path(source) / "model", root / stage / "v1" / "model")
+    (root / "train_vae" / "v1" / "manifest.json").write_text(
+        json.dumps({"stage": "train_vae", "facts": {"model": "model"}, "inputs": {}, "finished_at": 1})
+    )
+    about = {"stage": "distil", "facts": {"model": "model"}, "inputs": {"train_vae": "v1"}, "finished_at": 2}
+    manifest = root / "distil" / "v1" / "manifest.json"
+    manifest.write_text(json.dumps(about))
+    for name in (root / "distil" / "v1", root / "distil", root / "distil" / "v1" / "model", root):
+        assert scldm.load(name).flow.distilled.evaluations == 2
+    manifest.write_text(json.dumps(about | {"inputs": {}}))
+    with pytest.raises(CheckpointError, match=r"name both: scldm\.load\(vae_folder, flow='(.*)'\)") as error:
+        scldm.load(root / "distil" / "v1")
+    flow = re.search(r"flow='(.*)'", str(error.value))[1]
+    assert scldm.load(root / "train_vae" / "v1" / "model", flow=flow).flow.distilled is not None
+    shutil.copytree(root / "train_vae" / "v1" / "model", root / "distil" / "v1" / "vae")
+    facts = about["facts"] | {"vae": {"ema": "vae", "raw": "vae"}}
+    manifest.write_text(json.dumps(about | {"inputs": {}, "facts": facts}))
+    assert scldm.load(root / "distil" / "v1").folders.vae == root / "distil" / "v1" / "vae"
