@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,16 +96,12 @@ def combinations(vocabulary: Vocabulary, sizes: LibrarySizes) -> tuple[list[Cond
             f"distil: {n:,} combinations of {', '.join(x.name for x in labels)} are possible, and at most "
             f"{MOST_COMBINATIONS:,} can be looked up; distil a flow with fewer labels"
         )
-    every: Iterator[Condition] = (
-        dict(zip((x.name for x in labels), values, strict=True))
-        for values in itertools.product(*(x.classes for x in labels))
-    )
+    names = [x.name for x in labels]
+    every: list[Condition] = [
+        dict(zip(names, values, strict=True)) for values in itertools.product(*(x.classes for x in labels))
+    ]
     found = [(c, sizes.table[key].n_cells or 1) for c in every if (key := condition_key(c)) in sizes.table]
-    if not found:
-        every = (
-            dict(zip((x.name for x in labels), v, strict=True)) for v in itertools.product(*(x.classes for x in labels))
-        )
-        found = [(c, 1) for c in every]
+    found = found or [(c, 1) for c in every]
     return [c for c, _ in found], np.array([n for _, n in found], dtype=np.float64)
 
 

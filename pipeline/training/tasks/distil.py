@@ -57,4 +57,4 @@ def distil_flow(spec: DistilWorkerSpec, run: Run) -> dict[str, Any]:
 
 def trajectory_blocks(spec: DistilWorkerSpec, split: str) -> IpcBlocks:
     """Open the solved trajectories of a split as a source of blocks."""
-    return IpcBlocks(str(spec.folder / TRAJECTORIES), tuple(spec.trajectories[split]))
+    return IpcBlocks(str(spec.folder / TRAJECTORIES), tuple(spec.trajectories[split]), made_by="distil")
