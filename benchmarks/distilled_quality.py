@@ -63,10 +63,10 @@ class Effort:
     flow_steps: int = 2_500
     flow_width: int = 64
     flow_layers: int = 4
-    trajectories: int = 16_384
-    distil_steps: int = 1_500
-    n_cells: int = 1_000
-    halves: int = 20
+    trajectories: int = 8_192
+    distil_steps: int = 800
+    n_cells: int = 600
+    halves: int = 10
 
 
 FULL = Effort()
