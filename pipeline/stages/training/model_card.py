@@ -49,7 +49,7 @@ def distilled_card(config: DistilConfig, teacher: Path, inputs: Mapping[str, Man
     name = plain_line(config.model) if config.model is not None else f"train_flow {inputs['train_flow'].version}"
     n = config.evaluations
     facts = [
-        f"distilled: {n} evaluation{'s' if n > 1 else ''} of the network make a cell, with guidance "
+        f"distilled: a cell takes {n} evaluation{'s' if n > 1 else ''} of the network, with guidance "
         f"{shown_guidance(config.guidance)}; from {name}, on {config.trajectories} of its trajectories, without cells",
         "weights: trained on trajectories of the flow that it was distilled from, from that flow's weights",
         *inherited_facts("teacher", teacher),

@@ -159,7 +159,7 @@ def test_the_model_says_that_it_is_distilled_how_and_from_what(done, inputs):
     flow = load_flow(done / "model")
     teacher = folder_digest(inputs["train_flow"].path("model"))
     assert flow.distilled == Distilled(evaluations=2, guidance=W, teacher=teacher)
-    assert "2 evaluations of the network make a cell, with guidance 2" in (done / "model" / "README.md").read_text()
+    assert "a cell takes 2 evaluations of the network, with guidance 2" in (done / "model" / "README.md").read_text()
     assert (done / "model" / "raw.safetensors").is_file()
 
 
