@@ -41,7 +41,7 @@ from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.sampler import sample_latents
 
 N_CELLS = 32  # of an end-to-end row: one tile
-DISTILLED = 2  # evaluations of the row distilled_w1: the fewest that the quality table does not tell apart
+DISTILLED = 2  # evaluations of distilled_w1: the fewest that distilled_quality.py does not tell from the exact solution
 NAMES = ("same_solver_w1", "same_solver_w2", "default_solver_w1", "distilled_w1")
 SAME = SamplerConfig(solver="dopri5", rtol=1e-5, atol=1e-5)
 
