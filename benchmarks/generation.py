@@ -19,6 +19,7 @@ from pathlib import Path
 import generation_quality as quality
 import torch
 from generation_sides import (
+    EVALUATIONS,
     LABEL,
     QUICK,
     SMALL,
@@ -40,19 +41,24 @@ from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.sampler import sample_latents
 
 N_CELLS = 32  # of an end-to-end row: one tile
+DISTILLED = 2  # evaluations of distilled_w1: the fewest that distilled_quality.py does not tell from the exact solution
+NAMES = ("same_solver_w1", "same_solver_w2", "default_solver_w1", "distilled_w1")
 SAME = SamplerConfig(solver="dopri5", rtol=1e-5, atol=1e-5)
 
 
-def speed_rows(pair: Pair, n_cells: int, n: int) -> list[Row]:
+def speed_rows(pair: Pair, n_cells: int, n: int, names: tuple[str, ...] = NAMES) -> list[Row]:
     """End to end, in turns."""
     rows = []
     sides = [
-        ("same_solver_w1", SAME, 1.0),
-        ("same_solver_w2", SAME.model_copy(update={"guidance": 2.0}), 2.0),
-        ("default_solver_w1", SamplerConfig(), 1.0),
+        ("same_solver_w1", SAME, 1.0, "flow"),
+        ("same_solver_w2", SAME.model_copy(update={"guidance": 2.0}), 2.0, "flow"),
+        ("default_solver_w1", SamplerConfig(), 1.0, "flow"),
+        ("distilled_w1", SamplerConfig(), 1.0, f"distilled{DISTILLED}"),
     ]
-    for name, sampler, scale in sides:
-        actor = our_actor(pair, n_cells, sampler)
+    for name, sampler, scale, flow in sides:
+        if name not in names:
+            continue
+        actor = our_actor(pair, n_cells, sampler, flow=flow)
         rows.append(
             alternate(
                 name,
@@ -114,7 +120,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--quick", action="store_true", help="small models, one pair; for a look, not a claim")
-    parser.add_argument("--only", choices=["speed", "memory", "quality"], help="one part alone")
+    parser.add_argument("--only", choices=["speed", "distilled", "memory", "quality"], help="one part alone")
     parser.add_argument("--threads", type=int, help="threads of torch (all cores)")
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -133,6 +139,15 @@ def main() -> None:
             phases = [our_phases(our_actor(pair, N_CELLS, SamplerConfig())) for _ in range(1 if a.quick else 5)]
             more["phases"] = {k: float(f"{statistics.median(p[k] for p in phases):.4g}") for k in phases[0]}
             more["latent_errors"] = latent_errors(pair, 16)
+    if a.only == "distilled":  # also part of speed
+        with tempfile.TemporaryDirectory() as root:
+            pair = build_pair(size, Path(root))
+            rows += speed_rows(pair, N_CELLS, 1 if a.quick else 3, ("distilled_w1",))
+            each = {
+                f"{n} evaluations": our_phases(our_actor(pair, N_CELLS, SamplerConfig(), flow=f"distilled{n}"))
+                for n in EVALUATIONS
+            }
+            more["phases"] = {k: {x: float(f"{v:.4g}") for x, v in found.items()} for k, found in each.items()}
     if a.only in (None, "memory"):
         rows.append(memory_row(1_000, 4_000) if a.quick else memory_row(10_000, 100_000))
     if a.only in (None, "quality"):

@@ -27,7 +27,7 @@ from pipeline.inference.generator import Generator, GeneratorSpec
 from scldm.checkpoints.native import save_flow, save_vae
 from scldm.data.library_size import LibrarySizes, LogNormal
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
-from scldm.flow.config import PathConfig, SamplerConfig
+from scldm.flow.config import Distilled, PathConfig, SamplerConfig
 from scldm.flow.solvers import Solution, solve_dopri5
 from scldm.generation.recipe import genes_table
 from scldm.generation.request import Request, RequestRow
@@ -37,6 +37,7 @@ from scldm.nn.vae import VAE
 
 LABEL = LabelVocabulary("clusters", tuple(f"c{i:02d}" for i in range(14)))
 LIBRARY = LogNormal(8.5, 0.4, 1000)
+EVALUATIONS = (1, 2, 4)  # of distilled flows
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ def build_pair(size: Size, folder: Path) -> Pair:
         folder / "flow", {"model": dit.state_dict(), "raw": dit.state_dict()}, config=dit.config, path=PathConfig(),
         latent_shape=(size.n_latent_tokens, size.latent_width), vocabulary=vocabulary, library_sizes=sizes, card="",
     )  # fmt: skip
+    for n in EVALUATIONS:  # the same weights: what they are changes no time
+        save_flow(
+            folder / f"distilled{n}", {"model": dit.state_dict(), "raw": dit.state_dict()}, config=dit.config,
+            path=PathConfig(), latent_shape=(size.n_latent_tokens, size.latent_width), vocabulary=vocabulary,
+            library_sizes=sizes, card="", distilled=Distilled(evaluations=n, guidance=1.0, teacher=""),
+        )  # fmt: skip
     return Pair(vae.eval().requires_grad_(False), dit.eval().requires_grad_(False), folder)
 
 
@@ -111,7 +118,9 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
 
-def our_actor(pair: Pair, n_cells: int, sampler: SamplerConfig, shard_size: int | None = None) -> Generator:
+def our_actor(
+    pair: Pair, n_cells: int, sampler: SamplerConfig, shard_size: int | None = None, *, flow: str = "flow"
+) -> Generator:
     """What makes shards in a job, without Ray around it."""
     folder = pair.folder / "cells"
     folder.mkdir(exist_ok=True)
@@ -121,7 +130,7 @@ def our_actor(pair: Pair, n_cells: int, sampler: SamplerConfig, shard_size: int 
     counts = [share] * (len(LABEL.classes) - 1) + [n_cells - share * (len(LABEL.classes) - 1)]
     rows = (RequestRow({LABEL.name: c}, n) for c, n in zip(LABEL.classes, counts, strict=True))
     return Generator(GeneratorSpec(
-        folder=folder, vae=pair.folder / "vae", flow=pair.folder / "flow", config=config, request=Request(tuple(rows)),
+        folder=folder, vae=pair.folder / "vae", flow=pair.folder / flow, config=config, request=Request(tuple(rows)),
         genes=None, threads=torch.get_num_threads(), latent_shape=(tokens, width),
         library_sizes=LibrarySizes.load(pair.folder / "flow" / "library_size.json"), prefix="x", digits=9,
         provenance={"schema_version": 2}, run=str(time.time_ns()), fault="",

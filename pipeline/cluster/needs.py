@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pipeline.config.job import ResourcesConfig
 
 log = logging.getLogger(__name__)
-TRAINING = ("train_vae", "train_flow")
+TRAINING = ("train_vae", "train_flow", "distil")
 IN_THE_DRIVER = ("ingest", "evaluate", "predict_error")  # stages without workers or actors
 FIRST_WORD = 10.0  # seconds until a job that waits says so
 EVERY = 60.0

@@ -270,6 +270,7 @@ TenxPath = Annotated[
 ]
 SomaUri = Annotated[PathText, SomaExperiment("a SOMA experiment", "source")]
 _MODEL = "a model: a folder, a stage or pipeline (runs/demo), models:/NAME@ALIAS, hf://ORG/NAME or s3://…"
+TeacherFlow = Annotated[PathText, ModelName(_MODEL, "distil.flow", "flow")]
 VaeName = Annotated[PathText, ModelName(_MODEL, "model.vae", "vae")]
 FlowName = Annotated[PathText, ModelName(_MODEL, "model.flow", "flow")]
 PretrainedVae = Annotated[PathText, ModelName(_MODEL, "pretrained.vae", "vae")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pipeline.config.apply import (
     EmbedConfig,
@@ -35,6 +35,7 @@ from pipeline.config.ingest import (
 from pipeline.config.paths.expand import PathText
 from pipeline.config.resources import CheckpointStorage, ResourcesConfig
 from pipeline.config.stages import (
+    DistilConfig,
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -48,6 +49,7 @@ from scldm.config import StrictModel
 __all__ = [
     "CellsConfig",
     "CensusSource",
+    "DistilConfig",
     "EncodeConfig",
     "EvaluateConfig",
     "FeedConfig",
@@ -73,7 +75,9 @@ __all__ = [
 
 STAGES = ("ingest", "train_vae", "encode", "train_flow", "generate", "evaluate")
 REAL_CELL_STAGES = ("embed", "reconstruct", "perturb", "log_likelihood")  # jobs of their own, not part of a pipeline
-OWN_JOBS = (*REAL_CELL_STAGES, "predict_error")
+OWN_JOBS = (*REAL_CELL_STAGES, "predict_error", "distil")
+# Stages that other jobs read, in the order in which they run; a pipeline may have `distil`.
+IN_ORDER = ("ingest", "train_vae", "encode", "train_flow", "distil", "generate", "evaluate")
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "train_vae": ("ingest",),
@@ -82,6 +86,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "generate": ("ingest", "train_vae", "train_flow"),
     "evaluate": ("ingest", "train_vae", "generate"),
     "predict_error": ("ingest", "train_vae", "encode"),
+    "distil": ("train_vae", "train_flow"),
 }
 
 
@@ -93,6 +98,10 @@ def needs(stage: str, config: Any) -> tuple[str, ...]:
         return ("ingest", "train_vae", config.cells)
     if isinstance(config, GenerateConfig) and config.model is not None:
         return ("ingest",) if config.like is not None else ()
+    if isinstance(config, GenerateConfig) and config.flow == "distil":
+        return ("ingest", "train_vae", "distil")
+    if isinstance(config, DistilConfig) and config.model is not None:
+        return ()
     if isinstance(config, PerturbConfig) and config.method != "flow":  # they learn from the training cells
         models = ("train_vae", "train_flow") if config.uses_flow and config.model is None else ()
         return ("ingest", *models)
@@ -149,9 +158,9 @@ class JobBase(StrictModel):
 
     @model_validator(mode="after")
     def _inputs_are_stages(self) -> JobBase:
-        unknown = sorted(set(self.inputs) - set(STAGES))
+        unknown = sorted(set(self.inputs) - set(IN_ORDER))
         if unknown:
-            raise ValueError(f"inputs names {', '.join(unknown)}; stages are {', '.join(STAGES)}")
+            raise ValueError(f"inputs names {', '.join(unknown)}; stages are {', '.join(IN_ORDER)}")
         return self
 
 
@@ -161,8 +170,27 @@ class PipelineJob(JobBase):
     train_vae: TrainVaeConfig = TrainVaeConfig()
     encode: EncodeConfig = EncodeConfig()
     train_flow: TrainFlowConfig = TrainFlowConfig()
+    distil: DistilConfig | None = None
     generate: GenerateConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in to_dict(self).items() if (k, v) != ("distil", None)}
+
+    @model_validator(mode="after")
+    def _distils_its_own_flow(self) -> PipelineJob:
+        if self.distil is not None and self.distil.model is not None:
+            raise ValueError(
+                "distil.model names another flow than the pipeline trains; leave it out, or distil in a job of its own "
+                "(kind: distil)"
+            )
+        if self.distil is None and self.generate.flow == "distil":
+            raise ValueError(
+                "generate.flow (distil) is the distilled flow of this pipeline, and it has no section distil; add one "
+                "(distil: {}), or leave generate.flow out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _generates_with_its_own_models(self) -> PipelineJob:
@@ -193,6 +221,10 @@ class TrainFlowJob(JobBase, TrainFlowConfig):
 
 class GenerateJob(JobBase, GenerateConfig):
     kind: Literal["generate"]
+
+
+class DistilJob(JobBase, DistilConfig):
+    kind: Literal["distil"]
 
 
 class EvaluateJob(JobBase, EvaluateConfig):
@@ -231,7 +263,8 @@ Job = Annotated[
     | ReconstructJob
     | PerturbJob
     | LogLikelihoodJob
-    | PredictErrorJob,
+    | PredictErrorJob
+    | DistilJob,
     Field(discriminator="kind"),
 ]
 STAGE_CONFIGS: dict[str, type[StrictModel]] = {
@@ -246,6 +279,7 @@ STAGE_CONFIGS: dict[str, type[StrictModel]] = {
     "perturb": PerturbConfig,
     "log_likelihood": LogLikelihoodConfig,
     "predict_error": PredictErrorConfig,
+    "distil": DistilConfig,
 }
 
 
@@ -257,7 +291,7 @@ def experiment_name(job: JobBase) -> str:
 def stage_configs(job: JobBase) -> dict[str, StrictModel]:
     """Return the settings of each stage of a job, in the order in which the stages run."""
     found: dict[str, StrictModel] = {}
-    for stage in (*STAGES, *OWN_JOBS):
+    for stage in dict.fromkeys((*IN_ORDER, *OWN_JOBS)):
         if stage == job.kind:
             config_type = STAGE_CONFIGS[stage]
             # The job was validated; its own settings are taken over as they are.
@@ -266,4 +300,6 @@ def stage_configs(job: JobBase) -> dict[str, StrictModel]:
             found[stage] = getattr(job, stage)
     if isinstance(job, PipelineJob) and job.train_flow.vae.train:
         del found["encode"]  # nothing reads the cache
+    if isinstance(job, PipelineJob) and job.distil is not None and job.generate.flow is None:
+        found["generate"] = job.generate.model_copy(update={"flow": "distil"})
     return found

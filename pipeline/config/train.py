@@ -170,6 +170,27 @@ class FlowStartConfig(StrictModel):
     memory."""
 
 
+class DistilTrainConfig(TrainConfig):
+    """The training run of a distilled flow: on trajectories, in the place of cells."""
+
+    max_steps: PositiveInt = 1500
+    """Optimizer steps."""
+    feed: FeedConfig = FeedConfig(batch_size=128, micro_batch_size=128)
+    ema: EMAConfig = EMAConfig(decay=0.998)
+    validation_cells: PositiveInt = 512
+    """Further trajectories that are solved, not trained on, and scored in each validation: by how much jumps miss
+    them."""
+
+    @model_validator(mode="after")
+    def _trajectories_have_no_genes(self) -> DistilTrainConfig:
+        if self.feed.max_genes is not None:
+            raise ValueError(
+                f"feed.max_genes ({self.feed.max_genes}) caps the genes of a cell, and trajectories have none; "
+                "leave it out"
+            )
+        return self
+
+
 class FlowTrainConfig(TrainConfig):
     """The training run of the flow."""
 

@@ -34,6 +34,13 @@ POINTS: dict[str, FaultPoint] = {
     "training.before_export": FaultPoint(
         "pipeline.training.loop", "all steps are done and saved; the model is not exported yet"
     ),
+    "distil.before_rename": FaultPoint(
+        "pipeline.stages.training.trajectories", "a shard of trajectories is complete under its temporary name"
+    ),
+    "distil.before_record": FaultPoint(
+        "pipeline.stages.training.trajectories", "a shard of trajectories has its name and no record"
+    ),
+    "distil.after_record": FaultPoint("pipeline.stages.training.trajectories", "a shard of trajectories is committed"),
     # ---- checkpoints ---------------------------------------------------------------------------------------------
     "checkpoint.before_save": FaultPoint(
         "pipeline.training.checkpoints.manager", "a checkpoint is due; its folder does not exist yet"

@@ -88,8 +88,9 @@ class Generator:
         self.vocabulary = flow.vocabulary
         self.draws_counts = vae.vae.config.head != "gaussian"
         recipe = recipe_of(
-            spec.request, self.config, flow.vocabulary, spec.library_sizes, flow.dit.strategy, counts=self.draws_counts
-        )
+            spec.request, self.config, flow.vocabulary, spec.library_sizes, flow.dit.strategy, counts=self.draws_counts,
+            distilled=flow.distilled,
+        )  # fmt: skip
         recipe = replace(recipe, decoder_condition=spec.decoder_condition)
         self.genes = np.arange(flow.vocabulary.n_genes) if spec.genes is None else spec.genes
         pool = ThreadPoolExecutor(spec.threads) if spec.threads > 1 else None

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.apply import LogLikelihoodConfig, ModelNames, PerturbConfig, RealCellsConfig
 from pipeline.config.context import StageContext
+from pipeline.config.job import GenerateConfig
 from scldm.api.folders import Weights, find_model, is_remote
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 from scldm.errors import InputError
-from scldm.flow.config import ControlStart
+from scldm.flow.config import ControlStart, Distilled
 from scldm.generation.pair import pair_problems
 from scldm.generation.request_table import TOGETHER
 
@@ -110,7 +111,7 @@ def model_problems(config: RealCellsConfig) -> list[str]:
         if kind == "flow" and isinstance(config, PerturbConfig):
             problems += _flow_problems(config, folder, draws=_draws(config))
         if kind == "flow" and isinstance(config, LogLikelihoodConfig):
-            problems += likelihood_problems(flow_start(folder))
+            problems += likelihood_problems(flow_start(folder), distilled_of(folder))
     return problems
 
 
@@ -120,8 +121,29 @@ def flow_start(folder: str | Path) -> ControlStart | None:
     return None if about is None else ControlStart.model_validate(about)
 
 
-def likelihood_problems(start: ControlStart | None) -> list[str]:
+def distilled_of(folder: str | Path) -> Distilled | None:
+    """Return how the flow in a model folder was distilled; None if it was not."""
+    about = json.loads((Path(folder) / "config.json").read_text()).get("distilled")
+    return None if about is None else Distilled.model_validate(about)
+
+
+def distilled_generation_problems(distilled: Distilled | None, config: GenerateConfig) -> list[str]:
+    """Return what a job of generation asks of a distilled flow that it cannot do; nothing for other flows."""
+    if distilled is None:
+        return []
+    from scldm.flow.distilled import sampler_problems, whole_flow_problem  # imports torch
+
+    by_way = whole_flow_problem(distilled, "generate: start (control)") if config.start == "control" else None
+    found = sampler_problems(distilled, config.sampler, "generate.sampler")
+    return found if by_way is None else [by_way, *found]
+
+
+def likelihood_problems(start: ControlStart | None, distilled: Distilled | None = None) -> list[str]:
     """Return why latents have no likelihood under a flow."""
+    if distilled is not None:
+        from scldm.flow.distilled import whole_flow_problem  # imports torch
+
+        return [str(whole_flow_problem(distilled, "flow: the likelihood of latents"))]
     if start is None or start.share < 1:
         return []
     return [
@@ -143,7 +165,10 @@ def _flow_problems(config: PerturbConfig, folder: str | Path, *, draws: bool) ->
     from scldm.flow.guidance import guidance_terms  # imports torch
     from scldm.generation.perturbed import perturb_problems
 
-    problems = perturb_problems(config.to, config.start, flow_start(folder), counts=config.counts, draws_counts=draws)
+    problems = perturb_problems(
+        config.to, config.start, flow_start(folder), counts=config.counts, draws_counts=draws,
+        distilled=distilled_of(folder),
+    )  # fmt: skip
     labels = [x.name for x in Vocabulary.load(Path(folder) / "vocabulary.json").labels]
     if not isinstance(config.guidance, dict) or not (
         TOGETHER in config.guidance or set(labels) <= set(config.guidance)

@@ -32,6 +32,7 @@ from scldm.generation.request_table import check_columns, check_guidance, genes_
 
 if TYPE_CHECKING:
     from pipeline.data.ingest.dataset import IngestedDataset
+    from scldm.flow.config import Distilled
     from scldm.generation.cell_maker import Recipe
     from scldm.nn.config import VAEConfig
 
@@ -199,12 +200,14 @@ def _scaled(composition: pd.DataFrame, n_cells: int | None) -> pd.DataFrame:
 # ---- in numbers --------------------------------------------------------------------------------------------------
 def recipe_of(
     request: Request, config: GenerateConfig, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str,
-    *, counts: bool = True,
+    *, counts: bool = True, distilled: Distilled | None = None,
 ) -> Recipe:  # fmt: skip
     """Return class ids, guidance and library-size statistics of every row, see `scldm.generation.recipe.recipe_of`."""
     from scldm.generation import recipe  # imports torch, which the check of a request does not need
 
-    return recipe.recipe_of(request, settings_of(config), vocabulary, sizes, strategy, counts=counts)
+    return recipe.recipe_of(
+        request, settings_of(config), vocabulary, sizes, strategy, counts=counts, distilled=distilled
+    )
 
 
 def settings_of(config: GenerateConfig) -> Settings:

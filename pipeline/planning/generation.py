@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.apply import ModelNames
-from pipeline.config.job import GenerateConfig, ResourcesConfig, TrainVaeConfig
+from pipeline.config.job import DistilConfig, GenerateConfig, ResourcesConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.core.manifest import Manifest
 from pipeline.core.text import compact, duration, human
 from pipeline.planning import sizes
 from scldm.api.folders import find_model
+from scldm.flow.config import shown_guidance
 from scldm.generation.request import Request
 
 Strategy = Literal["joint", "mutually_exclusive"]
@@ -27,10 +28,13 @@ def generation_lines(
     *,
     n_cells: int | None = None,
     strategy: Strategy = "joint",
+    distilled: int | None = None,
 ) -> tuple[list[str], int]:
     """Return lines of the plan, and bytes on disk (0 if they are not known).
 
     Args:
+        distilled: Evaluations of the distilled flow of this pipeline; None if the trained one generates. That of a
+            named model is read.
         strategy: How the flow combines labels; that of a named model is read.
         before: The generation of this pipeline that finished last, whose rate gives the time.
         n_cells: Of the resolved request; None if it is not known yet.
@@ -49,16 +53,49 @@ def generation_lines(
     if size is not None:
         lines[0] += f"; {human(size)} a cell before compression, {human(size * config.shard_size)} a shard"
     lines.append(f"generate: {_time(n_cells, config, before)}")
-    lines.append(f"generate: {_evaluations(config, strategy)}")
+    lines.append(f"generate: {_evaluations(config, strategy, distilled)}")
     return lines, total or 0
 
 
-def _evaluations(config: GenerateConfig, strategy: Strategy) -> str:
+def distil_lines(config: DistilConfig, flow: TrainFlowConfig | None, vae: TrainVaeConfig | None) -> list[str]:
+    """Return lines on what a distillation solves and makes.
+
+    Args:
+        flow: The flow that it distils; None if that is a named model.
+        vae: Of that flow.
+    """
+    from pipeline.planning.cost import EVALUATIONS, STARTING, network_outputs
+
+    solved = config.trajectories + config.train.validation_cells
+    strategy = "joint" if flow is None else flow.model.strategy
+    each = config.teacher_steps * EVALUATIONS["adams"] + STARTING["adams"]
+    each *= network_outputs(config.guidance, strategy)
+    size = "" if vae is None else f", {human(trajectory_bytes(config, vae))}"
+    return [
+        f"distil: {solved:,} trajectories are solved once, {each} evaluations of the flow each{size}",
+        f"distil: makes a flow of {_times(config.evaluations)} a cell, guidance {shown_guidance(config.guidance)}",
+    ]
+
+
+def _times(evaluations: int) -> str:
+    return "1 evaluation" if evaluations == 1 else f"{evaluations} evaluations"
+
+
+def trajectory_bytes(config: DistilConfig, vae: TrainVaeConfig) -> int:
+    """Return the bytes of all solved trajectories."""
+    states = (config.trajectories + config.train.validation_cells) * (config.evaluations + 1)
+    return states * vae.model.n_latent_tokens * vae.model.latent_width * 4
+
+
+def _evaluations(config: GenerateConfig, strategy: Strategy, distilled: int | None) -> str:
     """Return how often the network is evaluated for a cell."""
     from pipeline.planning.cost import generation_evaluations, network_outputs
 
     if config.model is not None and config.model.flow is not None:
-        strategy = json.loads((find_model(config.model.flow, "flow") / "config.json").read_text())["config"]["strategy"]
+        about = json.loads((find_model(config.model.flow, "flow") / "config.json").read_text())
+        strategy, distilled = about["config"]["strategy"], about.get("distilled", {}).get("evaluations")
+    if distilled is not None:
+        return f"{_times(distilled)} of the network a cell (distilled, whatever the guidance)"
     sampler = config.sampler
     n = network_outputs(sampler.guidance, strategy)
     about = "about " if sampler.solver == "dopri5" else ""  # which chooses its steps

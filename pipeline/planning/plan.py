@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.job import (
+    DistilConfig,
     JobBase,
     TrainConfig,
     TrainFlowConfig,
@@ -19,7 +20,13 @@ from pipeline.config.job import (
 from pipeline.core.manifest import Manifest, newest_manifest
 from pipeline.core.text import human, table
 from pipeline.planning import sizes
-from pipeline.planning.generation import Strategy, generation_lines, predicted_lines
+from pipeline.planning.generation import (
+    Strategy,
+    distil_lines,
+    generation_lines,
+    predicted_lines,
+    trajectory_bytes,
+)
 from pipeline.planning.memory import stage_lines, state_bytes
 from pipeline.workflow.schedule import ResolvedJob, Step, command_for
 from scldm.generation.request import Request
@@ -111,14 +118,23 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         lines += _training("train_flow", n, flow.train, job, active)
         lines += _controls(flow, vae, data)
         disk += sizes.checkpoint_bytes(n or 0, flow.train)
+    if (distil := configs.get("distil")) is not None:
+        trained = _config("train_flow", TrainFlowConfig, configs, decided, folder)
+        own = distil.model is None and trained is not None and vae is not None
+        n = sizes.dit_parameters(trained, vae, data) if own else None
+        lines += distil_lines(distil, trained if own else None, vae if own else None)
+        lines += _training("distil", n, distil.train, job, None)
+        disk += sizes.checkpoint_bytes(n or 0, distil.train)
+        disk += trajectory_bytes(distil, vae) if own else 0
     if "generate" in configs:
         before = newest_manifest(folder, "generate")
         n = None if request is None else request.n_cells
         trained = _config("train_flow", TrainFlowConfig, configs, decided, folder)
         strategy: Strategy = "joint" if trained is None else trained.model.strategy
         text, size = generation_lines(
-            configs["generate"], data, vae, job.resources, before, n_cells=n, strategy=strategy
-        )
+            configs["generate"], data, vae, job.resources, before, n_cells=n, strategy=strategy,
+            distilled=_distilled(configs, decided, folder),
+        )  # fmt: skip
         lines += text
         if configs["generate"].model is None and configs["generate"].start == "noise":  # as what was predicted
             lines += predicted_lines(folder, _manifest("ingest", decided, folder), request)
@@ -128,6 +144,14 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         lines.append(f"predict_error: {steps} steps of {asked.batch_size} cells, in one process")
     lines += _gpu_hours(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {human(disk)} in all"] if disk else lines
+
+
+def _distilled(configs: dict[str, Any], decided: dict[str, Step], folder: Path) -> int | None:
+    """Return the evaluations of the distilled flow of this pipeline; None if the trained one generates."""
+    if configs["generate"].flow != "distil":
+        return None
+    distil = _config("distil", DistilConfig, configs, decided, folder)
+    return None if distil is None else distil.evaluations
 
 
 def _value_lines(data: sizes.DataFacts, ingest: Any) -> list[str]:

@@ -21,7 +21,7 @@ from pipeline.config.job import (
     TrainFlowConfig,
     TrainVaeConfig,
 )
-from pipeline.config.train import FlowStartConfig
+from pipeline.config.train import DistilTrainConfig, FlowStartConfig
 from pipeline.core.manifest import Manifest
 from pipeline.planning.memory import dit_activations, vae_activations
 
@@ -154,7 +154,7 @@ def checkpoint_bytes(n: int, train: TrainConfig) -> int:
 
     A checkpoint holds fp32 weights, the optimizer's state and, for a flow, the average of the weights.
     """
-    average = 4 if isinstance(train, FlowTrainConfig) else 0
+    average = 4 if isinstance(train, (FlowTrainConfig, DistilTrainConfig)) else 0
     one = n * (4 + 8 + average)
     return one * (train.keep_last + train.keep_best) + n * (4 + average)
 

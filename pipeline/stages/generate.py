@@ -31,7 +31,16 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.inference.actor_pool import run_on_actors
 from pipeline.inference.export.index import write_index
 from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
-from pipeline.inference.models import check_folders, draws_counts, flow_start, latent_shape, named_models, vae_config
+from pipeline.inference.models import (
+    check_folders,
+    distilled_generation_problems,
+    distilled_of,
+    draws_counts,
+    flow_start,
+    latent_shape,
+    named_models,
+    vae_config,
+)
 from pipeline.inference.progress import JobProgress, clear_hints
 from pipeline.inference.request import (
     n_shards,
@@ -130,7 +139,8 @@ def _models(config: GenerateConfig, context: StageContext) -> _Models:
         check_folders(named)
         vocabulary = Vocabulary.load(Path(named.flow) / "vocabulary.json")
         return _Models(Path(named.vae), Path(named.flow), latent_shape(named.vae), vocabulary, None, "")
-    vae, flow = context.inputs["train_vae"], context.inputs["train_flow"]
+    vae = context.inputs["train_vae"]
+    flow = context.inputs["distil" if config.flow == "distil" else "train_flow"]
     own = flow.facts.get("vae")  # of a flow that was trained together with its VAE
     decoder = vae.path("model") if own is None else Path(flow.folder) / own[config.sampler.weights]
     data = IngestedDataset.open(context.inputs["ingest"])
@@ -203,12 +213,16 @@ def _spec(
     counts = draws_counts(models.vae)
     if problem := generation_start_problem(flow_start(models.flow), config.start):
         raise InputError(f"generate: {problem}")
+    distilled = distilled_of(models.flow)
+    if problems := distilled_generation_problems(distilled, config):
+        raise InputError("\n".join(problems))
     if counts and (problem := expression_setting_problem(config.sampler.expression)):
         raise InputError(f"generate: {problem}")
     if not counts and (problems := values_problems(config, request)):
         raise InputError("\n".join(problems))
     vocabulary = models.vocabulary.extended(row.condition for row in request.rows)
-    recipe_of(request, config, vocabulary, sizes, strategy, counts=counts)  # here, not by every actor
+    # Here, so that not every actor refuses it.
+    recipe_of(request, config, vocabulary, sizes, strategy, counts=counts, distilled=distilled)
     vectors = vectors_of(config, request, vae_config(models.vae))
     training = None if models.data is None else models.data.composition("train", replayed=True)
     provenance = {
@@ -226,6 +240,7 @@ def _spec(
         **scale_of("nb" if counts else "gaussian", config.sampler.expression),
         **vectors_digest(vectors),
         **({} if config.start == "noise" else {"start": config.start}),
+        **({} if distilled is None else {"distilled": distilled.model_dump_json()}),
     }
     return GeneratorSpec(
         folder=folder,

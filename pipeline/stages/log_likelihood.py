@@ -14,7 +14,14 @@ from pipeline.config.apply import LogLikelihoodConfig
 from pipeline.config.context import StageContext
 from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutput
 from pipeline.inference.apply_job import Pool, run_batches
-from pipeline.inference.models import check_likelihood, flow_start, likelihood_problems, load_models, locate_models
+from pipeline.inference.models import (
+    check_likelihood,
+    distilled_of,
+    flow_start,
+    likelihood_problems,
+    load_models,
+    locate_models,
+)
 from scldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,7 +67,9 @@ def run(config: LogLikelihoodConfig, context: StageContext, pool: Pool | None = 
     """Run the stage; returns the facts of `run_batches`."""
     models = locate_models(config, context)
     check_likelihood(models.vae)
-    if models.flow is not None and (problems := likelihood_problems(flow_start(models.flow))):
+    if models.flow is not None and (
+        problems := likelihood_problems(flow_start(models.flow), distilled_of(models.flow))
+    ):
         raise InputError("\n".join(problems))
     columns = ("nll", "nll_per_gene", *(("flow_log_prob",) if config.flow is not None else ()))
     layout = OutputLayout(obs=dict.fromkeys(columns, np.float32))

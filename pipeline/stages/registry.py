@@ -91,6 +91,12 @@ def _predict_error() -> StageFunction:
     return run
 
 
+def _distil() -> StageFunction:
+    from pipeline.stages.training.distil import run
+
+    return run
+
+
 _LOADERS: dict[str, Callable[[], StageFunction]] = {
     "ingest": _ingest,
     "train_vae": _train_vae,
@@ -103,4 +109,5 @@ _LOADERS: dict[str, Callable[[], StageFunction]] = {
     "perturb": _perturb,
     "log_likelihood": _log_likelihood,
     "predict_error": _predict_error,
+    "distil": _distil,
 }

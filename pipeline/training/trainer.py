@@ -22,7 +22,7 @@ from pipeline.training.checkpoints.manifest import newest_step
 from pipeline.training.checkpoints.remote import check_storage
 from pipeline.training.preemption import preemption_time, wait_until_gone
 from pipeline.training.state import Stopped, TrainingStopped
-from pipeline.training.tasks.spec import FlowWorkerSpec, VaeWorkerSpec
+from pipeline.training.tasks.spec import AnyWorkerSpec
 from scldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,9 +58,7 @@ def _run_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {REFUSED: str(error)}
 
 
-def fit(
-    spec: VaeWorkerSpec | FlowWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str
-) -> dict[str, Any]:
+def fit(spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str) -> dict[str, Any]:
     """Run `train_worker` on `resources.workers` workers until training is done, and return the facts of the stage.
 
     If a worker dies, the whole group restarts and resumes from the newest checkpoint that verifies, at most
@@ -96,7 +94,7 @@ def fit(
 
 
 def _attempt(
-    spec: VaeWorkerSpec | FlowWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str
+    spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str
 ) -> tuple[dict[str, Any], PreemptionInfo | None]:
     """Run the workers once.
 
@@ -128,9 +126,7 @@ def failed_workers(failures: Mapping[int, Exception]) -> list[int]:
     return sorted(own or failures)
 
 
-def _trainer(
-    spec: VaeWorkerSpec | FlowWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str
-) -> TorchTrainer:
+def _trainer(spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

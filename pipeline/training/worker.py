@@ -23,8 +23,9 @@ from pipeline.training.callbacks.stop_signal import STOP_FILE
 from pipeline.training.checkpoints.remote import Remote
 from pipeline.training.checkpoints.selection import CannotResume
 from pipeline.training.state import Run, Stopped, TrainingStopped
+from pipeline.training.tasks.distil import distil_flow
 from pipeline.training.tasks.flow import train_flow
-from pipeline.training.tasks.spec import FlowWorkerSpec, VaeWorkerSpec, read_spec
+from pipeline.training.tasks.spec import AnyWorkerSpec, DistilWorkerSpec, VaeWorkerSpec, read_spec
 from pipeline.training.tasks.vae import train_vae
 
 STOPPED_EXIT = 75  # EX_TEMPFAIL: nothing is wrong, run again
@@ -32,7 +33,7 @@ log = logging.getLogger("pipeline.training.worker")  # under torchrun this modul
 
 
 def train_worker(
-    spec: VaeWorkerSpec | FlowWorkerSpec,
+    spec: AnyWorkerSpec,
     on_checkpoint: Callable[[dict[str, float]], None] | None = None,
     preempted: Callable[[], float | None] | None = None,
 ) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def train_worker(
         Stopped: after a stop signal, with all work in a checkpoint.
     """
     rank = dist.get_rank()
-    setup_logging(stage=f"train_{spec.kind}", rank=rank)
+    setup_logging(stage=_stage(spec), rank=rank)
     arm(spec.fault)
     torch.set_num_threads(spec.threads)
     tracker = attach_tracker(spec.tracker if rank == 0 else {})
@@ -60,16 +61,22 @@ def train_worker(
         remote=Remote(spec.storage, spec.run_name) if has_remote else None, storage=spec.storage, preempted=preempted,
     )  # fmt: skip
     try:
+        if isinstance(spec, DistilWorkerSpec):
+            return distil_flow(spec, run)
         return train_vae(spec, run) if isinstance(spec, VaeWorkerSpec) else train_flow(spec, run)
     finally:
         tracker.close()
+
+
+def _stage(spec: AnyWorkerSpec) -> str:
+    return spec.kind if isinstance(spec, DistilWorkerSpec) else f"train_{spec.kind}"
 
 
 def main() -> None:
     """Run under torchrun: print the facts on rank 0, or exit with a code that tells what ended the run."""
     spec = read_spec(Path(sys.argv[1]))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    setup_logging(stage=f"train_{spec.kind}", rank=int(os.environ["RANK"]))
+    setup_logging(stage=_stage(spec), rank=int(os.environ["RANK"]))
     try:
         arm()
     except ValueError as error:

@@ -11,6 +11,7 @@ from pipeline.config.checks import feed_problems
 from pipeline.config.deepspeed import read_options
 from pipeline.config.input_paths import ingest_of
 from pipeline.config.job import (
+    DistilConfig,
     EvaluateConfig,
     GenerateConfig,
     IngestConfig,
@@ -24,6 +25,7 @@ from pipeline.config.job import (
 from pipeline.config.stages import LibrarySizesOf
 from pipeline.core.manifest import Manifest
 from scldm.errors import InputError
+from scldm.flow.config import Distilled
 from scldm.generation.request import Request
 from scldm.text import choices_hint
 
@@ -77,10 +79,15 @@ def check_settings(job: JobBase) -> None:
             problems += _gaussian_problems(config, configs.get("train_vae"))
             problems += _decoder_condition_problems(config, configs.get("train_vae"))
             problems += _flow_problems(config, configs.get("train_flow"))
+            problems += _distilled_problems(config, configs.get("distil"))
             if isinstance(config.library_size, LibrarySizesOf) and config.model is None:
                 from pipeline.data.sources.library_sizes import library_size_problems
 
                 problems += library_size_problems(config.library_size.of, None)
+        if isinstance(config, DistilConfig):
+            problems += _teacher_problems(config, configs.get("train_flow"), configs.get("ingest"))
+        if isinstance(config, TrainFlowConfig) and config.start_from is not None:
+            problems += _start_problems(config.start_from, where)
         problems += _control_problems(config, configs.get("ingest"))
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
@@ -112,7 +119,15 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
     if config.model is None:
         return []
     from pipeline.data.sources.library_sizes import library_size_problems
-    from pipeline.inference.models import check_folders, draws_counts, flow_start, named_models, vae_config
+    from pipeline.inference.models import (
+        check_folders,
+        distilled_generation_problems,
+        distilled_of,
+        draws_counts,
+        flow_start,
+        named_models,
+        vae_config,
+    )
     from pipeline.inference.request import read_request, values_problems, vectors_of
     from scldm.data.vocabulary import Vocabulary
     from scldm.flow.transport import generation_start_problem
@@ -123,6 +138,8 @@ def _named_model_problems(config: GenerateConfig) -> list[str]:
         vocabulary = Vocabulary.load(Path(str(named.flow)) / "vocabulary.json")
         if problem := generation_start_problem(flow_start(str(named.flow)), config.start):
             raise InputError(problem)
+        if problems := distilled_generation_problems(distilled_of(str(named.flow)), config):
+            raise InputError("\n".join(problems))
         if config.like is None:  # else the composition is known when ingest is
             request = read_request(config, vocabulary, {})
             vectors_of(config, request, vae_config(named.vae))
@@ -169,6 +186,55 @@ def _flow_problems(config: GenerateConfig, flow: Any) -> list[str]:
     if isinstance(scales, Mapping) and JOINT in scales and flow.model.strategy != "joint":
         problems.append(f"generate.sampler.guidance: {ONE_AT_A_TIME}")
     return problems
+
+
+def _distilled_problems(config: GenerateConfig, distil: Any) -> list[str]:
+    """Return what a job of generation asks for that the distilled flow which it makes will not do."""
+    if config.flow != "distil" or not isinstance(distil, DistilConfig):
+        return []
+    from pipeline.inference.models import distilled_generation_problems
+
+    return distilled_generation_problems(_distilled_by(distil), config)
+
+
+def _distilled_by(config: DistilConfig) -> Distilled:
+    """Return what the model folder of a distilled flow will record, whatever its teacher."""
+    return Distilled(evaluations=config.evaluations, guidance=config.guidance, teacher="")
+
+
+def _teacher_problems(config: DistilConfig, flow: Any, ingest: Any) -> list[str]:
+    """Return why a flow that is named, or that the same job trains, cannot be distilled as the settings say."""
+    if config.model is not None:
+        from pipeline.stages.training.distil import folder_problems
+        from scldm.api.folders import find_model
+
+        try:
+            return folder_problems(config, find_model(config.model, "flow", weights=config.weights))
+        except InputError:
+            return []  # said elsewhere
+    if not isinstance(flow, TrainFlowConfig):
+        return []
+    from scldm.flow.distilled import teacher_problems
+
+    labels = list(ingest.labels) if isinstance(ingest, IngestConfig) else []
+    return teacher_problems(
+        config.guidance, path=flow.flow, labels=labels, strategy=flow.model.strategy,
+        label_dropout=flow.model.label_dropout, start=flow.controls,
+    )  # fmt: skip
+
+
+def _start_problems(start: StartFlowConfig, where: str) -> list[str]:
+    """Return why the flow that a training starts from is none to start from."""
+    from pipeline.inference.models import distilled_of
+    from scldm.api.folders import find_model
+    from scldm.flow.distilled import whole_flow_problem
+
+    try:
+        distilled = distilled_of(find_model(start.model, "flow"))
+    except InputError:
+        return []  # said elsewhere
+    problem = whole_flow_problem(distilled, f"{where}start_from.model ({start.model})")
+    return [] if problem is None else [problem]
 
 
 def _deepspeed_problems(train: TrainConfig) -> Iterator[str]:
@@ -237,6 +303,7 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
         request = resolve_request(config, IngestedDataset.open(ingest))
         if problems := _gaussian_problems(config, configs.get("train_vae"), request):
             raise InputError("\n".join(problems))
+        _check_own_guidance(request, config, configs, ingest)
     _check_labels(configs, ingest)
     vae = configs.get("train_vae")
     if isinstance(vae, TrainVaeConfig) and vae.start_from is not None:
@@ -261,6 +328,24 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
                 f"raise ingest.split.{split} or give the source more cells"
             )
     return request
+
+
+def _check_own_guidance(
+    request: Request, config: GenerateConfig, configs: Mapping[str, StrictModel], ingest: Manifest
+) -> None:
+    """Raise InputError for rows whose guidance is not that of the distilled flow which the job makes."""
+    distil, flow = configs.get("distil"), configs.get("train_flow")
+    if config.flow != "distil" or not isinstance(distil, DistilConfig) or not isinstance(flow, TrainFlowConfig):
+        return
+    from pipeline.inference.request import recipe_of
+    from scldm.data.library_size import LibrarySizes
+    from scldm.data.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary.load(ingest.path("vocabulary")).extended(row.condition for row in request.rows)
+    recipe_of(
+        request, config, vocabulary, LibrarySizes({}, "not needed"), flow.model.strategy, counts=False,
+        distilled=_distilled_by(distil),
+    )  # fmt: skip
 
 
 def _check_labels(configs: Mapping[str, StrictModel], ingest: Manifest) -> None:

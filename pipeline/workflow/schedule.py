@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.input_paths import InputContent, input_contents, settings_without_paths
-from pipeline.config.job import NEEDS, STAGES, JobBase, needs, stage_configs
+from pipeline.config.job import IN_ORDER, NEEDS, JobBase, needs, stage_configs
 from pipeline.core.manifest import Manifest, newest_manifest, read_manifest, stage_version
 from pipeline.workflow.changes import changed_since_0_1, check_experiment, reason_to_run, versions_of_0_1
 from pipeline.workflow.folders import pipeline_folder
@@ -94,7 +94,7 @@ class ResolvedJob:
         """Return the ingest that stages would read which cannot be decided yet."""
         own = next((s.as_input() for s in self.steps if s.stage == "ingest"), None)
         read = {name for stage, config in waiting.items() for name in needs(stage, config)}
-        earlier = [s for s in STAGES if s in read and s not in self.configs]
+        earlier = [s for s in IN_ORDER if s in read and s not in self.configs]
         return own or _find_earlier(self.job, self.folder, earlier).get("ingest")
 
     def require_inputs(self) -> None:
@@ -143,7 +143,7 @@ def _decide_all(
             if steps[stage].done is None and stage in READ_COUNTS and "ingest" in earlier:
                 check_experiment(inputs["ingest"], command_for("ingest", source))
     _add_inputs_of_missing(job, folder, configs, needed_by)
-    return list(steps.values()), [Missing(s, tuple(needed_by[s])) for s in STAGES if s in needed_by]
+    return list(steps.values()), [Missing(s, tuple(needed_by[s])) for s in IN_ORDER if s in needed_by]
 
 
 def _brings_its_vae(generated: Manifest | None) -> bool:
@@ -155,7 +155,7 @@ def _add_inputs_of_missing(
     job: JobBase, folder: Path, configs: Mapping[str, StrictModel], needed_by: dict[str, list[str]]
 ) -> None:
     """A missing stage has inputs of its own, which may be missing too."""
-    for stage in reversed(STAGES):
+    for stage in reversed(IN_ORDER):
         for name in NEEDS[stage] if stage in needed_by else ():
             if name not in configs and name not in job.inputs and newest_manifest(folder, name) is None:
                 needed_by.setdefault(name, []).append(stage)

@@ -130,8 +130,18 @@ def _of_stage(folder: Path, weights: Weights) -> ModelFolders:
         own = facts.get("vae")  # of a flow that was trained with its VAE
         vae = _inside(folder, own[weights]) if own else _stage_model(folder, "train_vae", inputs)
         return ModelFolders(vae, _inside(folder, facts["model"]))
-    if "train_flow" in inputs:
-        return _of_stage(_stage_folder(folder, "train_flow", inputs), weights)
+    if stage == "distil":
+        own = facts.get("vae")  # copied from a flow that the job named, or that was trained with its VAE
+        if own is None and "train_vae" not in inputs:
+            raise CheckpointError(
+                f"{folder} was distilled from a flow that the job named without a VAE; name both: "
+                f"scldm.load(vae_folder, flow={str(_inside(folder, facts['model']))!r})"
+            )
+        vae = _inside(folder, own[weights]) if own else _stage_model(folder, "train_vae", inputs)
+        return ModelFolders(vae, _inside(folder, facts["model"]))
+    for made_by in ("distil", "train_flow"):
+        if made_by in inputs:
+            return _of_stage(_stage_folder(folder, made_by, inputs), weights)
     if "train_vae" in inputs:
         return ModelFolders(_stage_model(folder, "train_vae", inputs), None)
     raise CheckpointError(
@@ -141,7 +151,7 @@ def _of_stage(folder: Path, weights: Weights) -> ModelFolders:
 
 def _of_pipeline(folder: Path, weights: Weights) -> ModelFolders:
     """Return the models of a pipeline, or of the newest version of a stage."""
-    for pattern in ("train_flow/*", "train_vae/*", "*"):
+    for pattern in ("train_flow/*", "distil/*", "train_vae/*", "*"):
         finished = [(_json(p).get("finished_at", 0.0), p.parent) for p in folder.glob(f"{pattern}/{MANIFEST}")]
         if finished:
             return _of_stage(max(finished)[1], weights)

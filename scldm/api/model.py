@@ -37,10 +37,10 @@ from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
 from scldm.flow.transport import generation_start_problem
-from scldm.generation.cell_maker import CellMaker, check_pair
+from scldm.generation.cell_maker import CellMaker, check_pair, distilled_problems
 from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln, vectors_digest
 from scldm.generation.expression_draw import expression_problems, expression_setting_problem
-from scldm.generation.real_cells import draw_sparse, latent_log_prob
+from scldm.generation.real_cells import draw_sparse, latent_log_prob, require_whole_flow
 from scldm.generation.recipe import generated_obs, recipe_of
 from scldm.generation.request import Request, Settings
 from scldm.generation.request_table import RequestError
@@ -221,6 +221,8 @@ class Model:
         given.raise_problems()
         if flow and self.flow is None:
             raise CheckpointError(f"{self.folders.vae} has no flow next to it; use scldm.load(vae, flow=folder)")
+        if flow and self.flow is not None:
+            require_whole_flow(self.flow, "a likelihood of latents (flow=True)")
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         conditions = class_ids(adata, self.vocabulary) if flow else {}
         sampler = SamplerConfig(solver="midpoint", steps=20)  # as a log_likelihood job
@@ -302,7 +304,7 @@ class Model:
             guidance: Scale w in v = v_null + w (v_cond - v_null); None: the sampler's.
             library_size: "statistics": drawn from the training cells' statistics of the condition; or one number.
             genes: Ids or names of the genes to keep; the softmax runs over all genes either way.
-            sampler: Settings, for example {"solver": "rk4", "steps": 20}.
+            sampler: Settings, for example {"solver": "rk4", "steps": 20}. A distilled flow makes its own jumps.
             decoder_condition: Vectors of an adaLN decoder, (d,) for all cells or (r, d) for rows; others take none.
             start: "noise", or "control": control cells are made from noise and carried to the condition, by a flow that
                 was trained from control cells too.
@@ -326,13 +328,17 @@ class Model:
             given.problems.append(problem)
         library_size = library_size_argument(given, library_size)
         settings = sampler_settings(given, sampler, guidance, loaded=self.weights)
+        given.problems += distilled_problems(flow, settings, start)
         request, kept = read_conditions(given, conditions, n, settings, genes, self.vocabulary)
         check_fits(request.n_cells, n_latent_numbers=flow.n_latent_tokens * flow.latent_width)
         flow = with_values(flow, (row.condition for row in request.rows))
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"
         _require_settings_of_head(request, rules, settings, gaussian=gaussian)
-        recipe = recipe_of(request, rules, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=not gaussian)
+        recipe = recipe_of(
+            request, rules, flow.vocabulary, flow.library_sizes, flow.dit.strategy, counts=not gaussian,
+            distilled=flow.distilled,
+        )  # fmt: skip
         vectors = decoder_vectors(
             self.vae.vae.config, decoder_condition, len(request.rows), per="each row of the conditions"
         )

@@ -62,7 +62,7 @@ def recorded_scores(folders: ModelFolders) -> RecordedScores | None:
     if folders.flow is None:
         return None
     digest = folder_digest(folders.flow)
-    stage = folders.flow.parent  # <pipeline>/train_flow/<version>/model
+    stage = folders.flow.parent  # <pipeline>/{train_flow,distil}/<version>/model
     found = [(m["finished_at"], m) for m in _evaluations(stage)]
     if found:
         newest = max(found, key=lambda pair: pair[0])[1]
@@ -80,15 +80,16 @@ def recorded_scores(folders: ModelFolders) -> RecordedScores | None:
 
 
 def _evaluations(stage: Path) -> Iterator[dict[str, Any]]:
-    """Yield the manifests of the evaluations of cells that a train_flow's models made."""
-    if _json(stage / MANIFEST).get("stage") != "train_flow":
+    """Yield the manifests of the evaluations of cells that the models of a train_flow or a distil made."""
+    made_by = _json(stage / MANIFEST).get("stage")
+    if made_by not in ("train_flow", "distil"):
         return
     pipeline = stage.parent.parent
     for path in pipeline.glob(f"evaluate/*/{MANIFEST}"):
         manifest = _json(path)
         version = manifest.get("inputs", {}).get("generate")
         generate = _json(pipeline / "generate" / str(version) / MANIFEST)
-        if generate.get("inputs", {}).get("train_flow") == stage.name and "metrics" in manifest.get("facts", {}):
+        if generate.get("inputs", {}).get(made_by) == stage.name and "metrics" in manifest.get("facts", {}):
             yield manifest
 
 

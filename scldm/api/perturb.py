@@ -74,7 +74,7 @@ def _flow_problems(
     to: Mapping[str, str | None], start: Any, counts: Any, sampler: SamplerConfig, *, vae: LoadedVAE, flow: LoadedFlow
 ) -> list[str]:
     problems = perturb_problems(
-        to, start, flow.start, counts=counts, draws_counts=vae.vae.config.head != "gaussian"
+        to, start, flow.start, counts=counts, draws_counts=vae.vae.config.head != "gaussian", distilled=flow.distilled
     )  # fmt: skip
     if start == "noise" and counts == "changed":
         problems.append("counts='changed' changes a cell's counts by what its latents change, and start='noise' uses "

@@ -30,7 +30,7 @@ from torch import Tensor
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
-from scldm.flow.config import ControlStart, PathConfig
+from scldm.flow.config import ControlStart, Distilled, PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.dit import ClassFeatures, DiT
 from scldm.nn.vae import VAE
@@ -70,6 +70,7 @@ class LoadedFlow:
     n_latent_tokens: int
     latent_width: int
     start: ControlStart | None = None  # what it was trained from beside noise
+    distilled: Distilled | None = None  # how its network jumps; None: it is a velocity field
 
 
 def save_vae(folder: Path, vae: VAE, vocabulary: Vocabulary, library_sizes: LibrarySizes, *, card: str) -> None:
@@ -89,6 +90,7 @@ def save_flow(
     library_sizes: LibrarySizes,
     card: str,
     start: ControlStart | None = None,
+    distilled: Distilled | None = None,
 ) -> None:
     """Write a trained flow as a model folder.
 
@@ -102,6 +104,7 @@ def save_flow(
         library_sizes: Statistics of library sizes.
         card: Text of README.md.
         start: What it was trained from beside noise; None: from noise only.
+        distilled: How its network jumps; None: it is a velocity field.
     """
     about = {
         "kind": "flow",
@@ -111,6 +114,8 @@ def save_flow(
     }
     if start is not None:
         about["start"] = start.model_dump(mode="json")
+    if distilled is not None:
+        about["distilled"] = distilled.model_dump(mode="json")
     _save(folder, weights, about, vocabulary, library_sizes, card)
 
 
@@ -154,7 +159,8 @@ def load_flow(folder: Path, *, weights: str = "ema", device: str | torch.device 
         path = PathConfig.model_validate(about["path"])
         if start is not None:
             vocabulary.label(start.label).encode([start.control])
-        return LoadedFlow(_frozen(dit, device), path, vocabulary, sizes, m, e, start)
+        distilled = None if "distilled" not in about else Distilled.model_validate(about["distilled"])
+        return LoadedFlow(_frozen(dit, device), path, vocabulary, sizes, m, e, start, distilled)
 
 
 def new_dit(

@@ -22,6 +22,7 @@ from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.labels.values import Sets
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 from scldm.errors import CheckpointError, InputError
+from scldm.flow.distilled import whole_flow_problem
 from scldm.nn.dit import DiT, label_table_name
 from scldm.nn.vae import VAE
 from scldm.optim.config import LoraConfig
@@ -186,8 +187,11 @@ def start_flow(
         parents: label -> new class -> class of the other model at whose embedding it starts.
 
     Raises:
-        CheckpointError: The sizes differ, `parents` names a class that is not there, or a label has another meaning.
+        CheckpointError: The sizes differ, `parents` names a class that is not there, a label has another meaning, or
+            the other flow was distilled.
     """
+    if problem := whole_flow_problem(source.distilled, "start_from"):
+        raise CheckpointError(problem)
     started, state, old = Started(), dit.state_dict(), source.dit.state_dict()
     known = {x.name: x for x in source.vocabulary.labels}
     tables = {f"labels.{label_table_name(x.name)}.weight": x for x in vocabulary.labels if x.values is None}

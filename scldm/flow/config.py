@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import (
@@ -46,12 +47,24 @@ class ControlStart(StrictModel):
     """Share of the training cells that started there; 1: none started at noise."""
 
 
+class Distilled(StrictModel):
+    """What a distilled flow is, as its model folder records it: its network predicts jumps, and no velocity."""
+
+    evaluations: Literal[1, 2, 4]
+    """Evaluations of the network that make a cell: as many jumps of equal length, from noise to data."""
+    guidance: dict[str, float] | float
+    """Guidance that was trained in, as SamplerConfig.guidance."""
+    teacher: str
+    """Digest of the model folder of the flow that it was distilled from."""
+
+
 class SamplerConfig(StrictModel):
     """How latents are drawn from the trained flow."""
 
     solver: Solver = "adams"
     """ODE solver. dopri5 is adaptive and uses rtol and atol; the others take exactly `steps` steps. adams evaluates the
-    network once a step, and twice more in the first. benchmarks/README.md has the error of each."""
+    network once a step, and twice more in the first. benchmarks/README.md has the error of each. A distilled flow makes
+    its own jumps in place of the default solver and steps, and takes no others."""
     steps: PositiveInt = 14
     """Steps of a fixed-step solver. 14 of adams are 16 evaluations."""
     rtol: PositiveFloat = 1e-5
@@ -75,3 +88,10 @@ class SamplerConfig(StrictModel):
     def _without_the_default_expression(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before this setting existed."""
         return {k: v for k, v in to_dict(self).items() if (k, v) != ("expression", "mean")}
+
+
+def shown_guidance(guidance: Mapping[str, float] | float) -> str:
+    """Return guidance as text."""
+    if not isinstance(guidance, Mapping):
+        return f"{guidance:g}"
+    return ", ".join(f"{label} {w:g}" for label, w in sorted(guidance.items()))

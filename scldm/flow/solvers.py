@@ -152,6 +152,16 @@ def solve_adams(velocity: Velocity, x0: Tensor, times: Sequence[float], *, order
     last `order` slopes, or fewer at the start. Steps need not be equal.
     """
     x = x0
+    for state in adams_states(velocity, x0, times, order=order):
+        x = state  # only the last is kept
+    return Solution(x=x, nfe=len(times) - 1 + 2)
+
+
+def adams_states(
+    velocity: Velocity, x0: Tensor, times: Sequence[float], *, order: int = ADAMS_ORDER
+) -> Iterator[Tensor]:
+    """Yield the states (b, ...) at times[1:], as `solve_adams` passes through them."""
+    x = x0
     slopes: list[Tensor] = []
     known: list[float] = []
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -163,7 +173,7 @@ def solve_adams(velocity: Velocity, x0: Tensor, times: Sequence[float], *, order
             slopes, known = [*slopes, velocity(x, time_batch(x, t))][-order:], [*known, t][-order:]
             step = (t_next - t) * weighted_sum(_adams_weights(known, t, t_next), slopes)
         x = x + step
-    return Solution(x=x, nfe=len(times) - 1 + 2)
+        yield x
 
 
 def _adams_weights(known: Sequence[float], t: float, t_next: float) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.flow.config import SamplerConfig
+from scldm.flow.distilled import sample_distilled, sampler_problems, whole_flow_problem
 from scldm.flow.sampler import sample_latents
 from scldm.flow.transport import generation_start_problem, sample_through_controls
 from scldm.generation.counter_random import normals
@@ -109,6 +110,14 @@ def tile_cells(vae: LoadedVAE, device: torch.device) -> int:
     return tile
 
 
+def distilled_problems(flow: LoadedFlow, sampler: SamplerConfig, start: Literal["noise", "control"]) -> list[str]:
+    """Return what a distilled flow is asked for that it cannot do; nothing for other flows."""
+    if flow.distilled is None:
+        return []
+    by_way = whole_flow_problem(flow.distilled, "start (control)") if start == "control" else None
+    return [*([] if by_way is None else [by_way]), *sampler_problems(flow.distilled, sampler)]
+
+
 class CellMaker:
     """Generates any cells of a request from both models, a recipe and a seed.
 
@@ -118,7 +127,8 @@ class CellMaker:
         start: control makes control cells from noise and carries them to their labels, by a flow with both fields.
 
     Raises:
-        ValueError: VAE and flow do not belong together, or the flow has no such start.
+        ValueError: VAE and flow do not belong together, the flow has no such start, or it was distilled and cannot
+            honour the sampler.
     """
 
     def __init__(
@@ -136,6 +146,8 @@ class CellMaker:
         check_pair(vae, flow)
         if problem := generation_start_problem(flow.start, start):
             raise ValueError(problem)
+        if flow.distilled is not None and (problems := distilled_problems(flow, sampler, start)):
+            raise ValueError("; ".join(problems))
         decoder_vectors(vae.vae.config, recipe.decoder_condition, len(recipe.stops), per="each row of the request")
         self.vae, self.flow, self.recipe, self.sampler = vae, flow, recipe, sampler
         self.seed, self.genes, self.pool, self.start = seed, genes, pool, start
@@ -163,6 +175,8 @@ class CellMaker:
         conditions = {k: torch.as_tensor(v[rows], device=self.device) for k, v in self.recipe.conditions.items()}
         scale = {k: torch.as_tensor(v[rows], device=self.device) for k, v in self.recipe.scale.items()}
         x0 = noise.to(self.device)
+        if self.flow.distilled is not None:  # its guidance is in its weights
+            return sample_distilled(self.flow.dit, x0, conditions, self.flow.distilled, self.flow.path)
         if self.start == "control" and self.flow.start is not None:
             label = self.flow.start.label
             [control] = self.flow.vocabulary.label(label).encode([self.flow.start.control]).tolist()

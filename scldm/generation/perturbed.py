@@ -20,11 +20,12 @@ from torch import Tensor
 from scldm.checkpoints.asked_values import with_null_ids
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.batch import CellBatch
-from scldm.flow.config import ControlStart, SamplerConfig
+from scldm.flow.config import ControlStart, Distilled, SamplerConfig
+from scldm.flow.distilled import whole_flow_problem
 from scldm.flow.sampler import sample_latents
 from scldm.flow.transport import FromControls, Start, start_problem
 from scldm.generation.draws.changed_counts import change_counts
-from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
+from scldm.generation.real_cells import draw_sparse, fresh_noise, require_whole_flow, under_condition
 from scldm.nn.vae import CountDistribution, ExpressionDistribution
 
 KEPT, ADDED = 24, 25  # streams of a cell's randomness, beside those of `real_cells`
@@ -43,8 +44,9 @@ class Perturbation:
 
 
 def perturb_problems(
-    to: Mapping[str, str | None], wanted: Start, start: ControlStart | None, *, counts: Counts, draws_counts: bool
-) -> list[str]:
+    to: Mapping[str, str | None], wanted: Start, start: ControlStart | None, *, counts: Counts, draws_counts: bool,
+    distilled: Distilled | None = None,
+) -> list[str]:  # fmt: skip
     """Return why a flow cannot move cells as requested.
 
     Args:
@@ -53,7 +55,10 @@ def perturb_problems(
         start: What the flow was trained from beside noise.
         counts: How counts are made.
         draws_counts: Whether the VAE draws counts.
+        distilled: Of a flow that was distilled, which moves no cells.
     """
+    if problem := whole_flow_problem(distilled, "a perturbation"):
+        return [problem]
     problems = [] if (problem := start_problem(start, wanted)) is None else [problem]
     if wanted == "control" and start is not None and set(to) != {start.label}:
         others = ", ".join(sorted(set(to) - {start.label}))
@@ -113,6 +118,7 @@ def move_cells(
         seen: The same cells as the encoder sees them.
         perturbation: What is done to them.
     """
+    require_whole_flow(flow, "a perturbation")
     how, conditions = perturbation, with_null_ids(cells.conditions, vae.vocabulary, flow.vocabulary)
     target = dict(conditions)
     for name, value in how.to.items():

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from scldm.checkpoints.native import LoadedFlow
+from scldm.errors import InputError
 from scldm.flow.config import SamplerConfig
+from scldm.flow.distilled import whole_flow_problem
 from scldm.flow.guidance import guided_velocity
 from scldm.flow.likelihood import log_likelihood, rademacher
 from scldm.flow.sampler import sample_latents, time_grid
@@ -48,6 +50,16 @@ def draw_sparse(
     return draw_counts(mu, theta, np.asarray(cell_ids), seed=seed, stream=COUNTS)
 
 
+def require_whole_flow(flow: LoadedFlow, what: str) -> None:
+    """Raise InputError if a flow was distilled: it is no velocity field.
+
+    Args:
+        what: What needs one, in words.
+    """
+    if problem := whole_flow_problem(flow.distilled, what):
+        raise InputError(problem)
+
+
 def fresh_noise(flow: LoadedFlow, cell_ids: Sequence[int], *, seed: int) -> Tensor:
     """Return new noise for each cell, (b, m, e)."""
     shape = (flow.n_latent_tokens, flow.latent_width)
@@ -60,6 +72,7 @@ def to_noise(flow: LoadedFlow, z: Tensor, conditions: Mapping[str, Tensor], samp
 
     There is no guidance, because a guided flow does not map the noise distribution to the data.
     """
+    require_whole_flow(flow, "noise that latents come from")
     plain = sampler.model_copy(update={"guidance": 1.0})
     backwards = time_grid(plain, flow.path)[::-1]
     return sample_latents(flow.dit, z, conditions, plain, flow.path, backwards)
@@ -99,6 +112,7 @@ def latent_log_prob(
     Latents are normalised per token, so they lie on a surface and have no density of their own. Use the values only to
     compare cells and models with the same latent shape.
     """
+    require_whole_flow(flow, "a likelihood of latents")
     velocity = guided_velocity(flow.dit, conditions, scale=1.0, path=flow.path, one_time=True)
     times = time_grid(sampler, flow.path)[::-1]
     total = torch.zeros(len(z), device=z.device)

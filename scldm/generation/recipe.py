@@ -12,6 +12,8 @@ import pandas as pd
 
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
+from scldm.flow.config import Distilled
+from scldm.flow.distilled import guidance_remedy
 from scldm.flow.guidance import JOINT, NAME_JOINT, ONE_AT_A_TIME
 from scldm.generation.cell_maker import Recipe
 from scldm.generation.request import Request, RequestRow, Settings
@@ -20,26 +22,31 @@ from scldm.generation.request_table import GUIDANCE, RequestError
 
 def recipe_of(
     request: Request, settings: Settings, vocabulary: Vocabulary, sizes: LibrarySizes, strategy: str,
-    *, counts: bool = True,
+    *, counts: bool = True, distilled: Distilled | None = None,
 ) -> Recipe:  # fmt: skip
     """Return class ids, guidance and library-size statistics of every row.
 
     Args:
         counts: Whether counts are drawn; the expression of a Gaussian head has no library size.
+        distilled: Of a flow that was distilled, which has one guidance only.
 
     Raises:
         RequestError: Guidance differs between labels of a model that guides them jointly, without a scale of all
-            labels together; library sizes from statistics that the model has not got.
+            labels together; it is another one than was trained into a distilled flow; library sizes from statistics
+            that the model has not got.
     """
     rows = request.rows
     ids = {x.name: x.encode([r.condition.get(x.name) for r in rows]) for x in vocabulary.labels}
+    scale = _scales(rows, settings, vocabulary, strategy)
+    if distilled is not None:
+        _require_own_guidance(rows, scale, distilled, vocabulary, strategy)
     library = np.array(
         [_library(r, settings, sizes) if counts else (0.0, 0.0) for r in rows], dtype=np.float64
     ).reshape(-1, 2)
     return Recipe(
         stops=np.cumsum([r.n_cells for r in rows]).astype(np.int64),
         conditions=ids,
-        scale=_scales(rows, settings, vocabulary, strategy),
+        scale=scale,
         log_mean=library[:, 0],
         log_sd=library[:, 1],
     )
@@ -72,6 +79,32 @@ def _scales(
     scales = [_joint_scales(i, row, w, labels) for i, (row, w) in enumerate(zip(rows, found, strict=True))]
     beside = [x for x in labels if any(w.get(x, 0.0) for w in scales)]
     return {x: np.array([w.get(x, 0.0) for w in scales], dtype=np.float64) for x in (JOINT, *beside)}
+
+
+def _require_own_guidance(
+    rows: tuple[RequestRow, ...], scale: dict[str, np.ndarray], distilled: Distilled, vocabulary: Vocabulary,
+    strategy: str,
+) -> None:  # fmt: skip
+    """Raise RequestError for rows whose guidance is not the one that was trained into a distilled flow.
+
+    Args:
+        scale: Label (or JOINT) -> scale of each row, (r,).
+    """
+    plain = tuple(RequestRow(row.condition, row.n_cells) for row in rows)
+    own = _scales(plain, Settings(distilled.guidance), vocabulary, strategy)
+    zeros = np.zeros(len(rows))
+    given = {
+        x.name: np.array([r.condition.get(x.name) is not None for r in rows], dtype=bool) for x in vocabulary.labels
+    }
+    any_given = np.any(list(given.values()), axis=0) if given else np.zeros(len(rows), dtype=bool)
+    other = np.zeros(len(rows), dtype=bool)
+    for name in {*scale, *own}:  # of a label that a row does not have, the scale means nothing
+        differs = scale.get(name, zeros) != own.get(name, zeros)
+        other |= differs & given.get(name, any_given)
+    if other.any():
+        first = [str(i + 1) for i in np.flatnonzero(other)[:5]]
+        more = ", …" if other.sum() > 5 else ""
+        raise RequestError(f"generate: guidance of row {', '.join(first)}{more}: {guidance_remedy(distilled)}")
 
 
 def _joint_scales(i: int, row: RequestRow, found: dict[str, float], labels: list[str]) -> dict[str, float]:

@@ -57,7 +57,11 @@ def write_out_named_models(data: dict[str, Any], place: Place) -> None:
                 _use_as_it_is(section, path, place)
                 _take_genes(data, section)
             _take_sizes(section, path, place, network)  # type: ignore[arg-type]
-    if isinstance(kind, str) and kind not in ("train_vae", "pipeline") and isinstance(name := data.get("model"), str):
+    if (
+        isinstance(kind, str)
+        and kind not in ("train_vae", "distil", "pipeline")
+        and isinstance(name := data.get("model"), str)
+    ):
         uses_flow = kind in WITH_FLOW or (kind == "log_likelihood" and data.get("flow") is not None)
         data["model"] = {"vae": name, "flow": name if uses_flow else None}
 

@@ -24,10 +24,10 @@ HEAD = """# Settings
 <!-- Made by `scldm config reference`; change the models in pipeline/config, not this page. -->
 
 Every key that a job file may hold, with its type, default and unit. A job of `kind: pipeline` has the sections
-`ingest`, `train_vae`, `encode`, `train_flow`, `generate` and `evaluate`; a job of one stage has that stage's keys at
-the top level. On the command line: `scldm run jobs/demo.yaml train_vae.train.max_steps=20`. An unknown key or a value
-of another type is an error, and `scldm validate JOB` names all of them with their lines. `scldm config schema` prints
-the same as a JSON schema, for editors.
+`ingest`, `train_vae`, `encode`, `train_flow`, `generate` and `evaluate`, and may have `distil`; a job of one stage has
+that stage's keys at the top level. On the command line: `scldm run jobs/demo.yaml train_vae.train.max_steps=20`. An
+unknown key or a value of another type is an error, and `scldm validate JOB` names all of them with their lines.
+`scldm config schema` prints the same as a JSON schema, for editors.
 
 Unit 1 is a number without a unit. A default in *italics* is a section of its own.
 """

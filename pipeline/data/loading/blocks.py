@@ -213,10 +213,11 @@ class IpcReader:
     folder: str
     files: tuple[tuple[str, int], ...]  # name and number of rows of each shard
     batch_rows: int
+    made_by: str  # stage
 
     @cached_property
     def shards(self) -> ArrowShards:
-        remedy = "delete the folder of this encode and run it again"
+        remedy = f"delete the folder of this {self.made_by} and run it again"
         return ArrowShards(self.folder, self.files, self.batch_rows, "latent", remedy)
 
     @property
@@ -243,6 +244,7 @@ class IpcBlocks:
     folder: str
     files: tuple[tuple[str, int], ...]  # name and number of rows of each shard
     tile: int = RECORD_BATCH_ROWS
+    made_by: str = "encode"  # stage
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -250,7 +252,7 @@ class IpcBlocks:
 
     @cached_property
     def reader(self) -> IpcReader:
-        return IpcReader(self.folder, self.files, self.tile)
+        return IpcReader(self.folder, self.files, self.tile, self.made_by)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(ids, np.int64)

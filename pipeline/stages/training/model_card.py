@@ -6,22 +6,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.config.job import DistilConfig
 from pipeline.core.manifest import Manifest
 from pipeline.data.validation.gene_names import organism_of
 from scldm.api.origin import inherited_facts
 from scldm.config import StrictModel
 from scldm.data.vocabulary import Vocabulary
+from scldm.flow.config import shown_guidance
 from scldm.text import plain_line
 
 _SUMMARY = {
     "vae": "scLDM transformer VAE: a cell's gene counts to latent tokens and back.",
     "flow": "scLDM flow-matching DiT on the latents of a VAE; `model.safetensors` holds the averaged weights.",
+    "distil": "scLDM DiT that was distilled from a flow; `model.safetensors` holds the averaged weights.",
 }
 _NOT_RECORDED = "unknown (not recorded)"
 
@@ -34,12 +37,34 @@ def model_card(
     Args:
         given: Name and folder of the model whose weights were taken as they are, or trained on from.
     """
+    return _card(kind, _facts(config, inputs, given), config)
+
+
+def distilled_card(config: DistilConfig, teacher: Path, inputs: Mapping[str, Manifest]) -> str:
+    """Return the card of a distilled flow: how it generates, and what the flow that it was made from says of itself.
+
+    Args:
+        teacher: Model folder of that flow.
+    """
+    name = plain_line(config.model) if config.model is not None else f"train_flow {inputs['train_flow'].version}"
+    n = config.evaluations
+    facts = [
+        f"distilled: a cell takes {n} evaluation{'s' if n > 1 else ''} of the network, with guidance "
+        f"{shown_guidance(config.guidance)}; from {name}, on {config.trajectories} of its trajectories, without cells",
+        "weights: trained on trajectories of the flow that it was distilled from, from that flow's weights",
+        *inherited_facts("teacher", teacher),
+        *(f"input {stage}: {manifest.version}" for stage, manifest in inputs.items()),
+    ]
+    return _card("distil", facts, config)
+
+
+def _card(kind: str, facts: Iterable[str], config: StrictModel) -> str:
     lines = [
         f"# {_SUMMARY[kind]}",
         "",
         "Architecture: Palla et al., arXiv 2511.02986. Genes and classes by name: `vocabulary.json`.",
         "",
-        *(f"* {fact}" for fact in _facts(config, inputs, given)),
+        *(f"* {fact}" for fact in facts),
         "",
         "Generated cells are synthetic: mark them so wherever they are mixed with measured ones.",
         "",

@@ -24,7 +24,7 @@ def vae_spec(config: TrainVaeConfig, context: StageContext) -> VaeWorkerSpec:
     name = None if config.start_from is None else config.start_from.model
     start = _found(name, "vae", context)
     card = model_card("vae", config, context.inputs, given=_given(name, start))
-    return VaeWorkerSpec(config=config, card=card, **_common(context), start_from=start)
+    return VaeWorkerSpec(config=config, card=card, **common_spec(context), start_from=start)
 
 
 def flow_spec(config: TrainFlowConfig, context: StageContext) -> FlowWorkerSpec:
@@ -32,7 +32,7 @@ def flow_spec(config: TrainFlowConfig, context: StageContext) -> FlowWorkerSpec:
     name = None if config.start_from is None else config.start_from.model
     start = _found(name, "flow", context)
     card = model_card("flow", config, context.inputs, given=_given(name, start))
-    return FlowWorkerSpec(config=config, card=card, **_common(context), start_from=start)
+    return FlowWorkerSpec(config=config, card=card, **common_spec(context), start_from=start)
 
 
 def log_start(stage: str, facts: Mapping[str, Any]) -> None:
@@ -54,7 +54,8 @@ def _given(name: str | None, folder: Path | None) -> tuple[str, Path] | None:
     return None if name is None or folder is None else (name, folder)
 
 
-def _common(context: StageContext) -> dict[str, Any]:
+def common_spec(context: StageContext) -> dict[str, Any]:
+    """Return the fields that the specifications of all training workers have."""
     return {
         "inputs": dict(context.inputs),
         "folder": context.folder,

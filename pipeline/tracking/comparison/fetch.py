@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.job import STAGES
+from pipeline.config.job import IN_ORDER
 from pipeline.tracking.comparison.records import SHOWN_FACTS, Measured, StageRecord, select_pipeline
 from pipeline.tracking.mlflow_runs.client import mlflow_client
 from scldm.errors import InputError
@@ -80,8 +80,8 @@ def record_from_run(run: Any) -> StageRecord:
     return StageRecord(
         stage=stage,
         version=tags.get("scldm.version", "?"),
-        inputs={s: tags[f"scldm.{s}_version"] for s in STAGES if f"scldm.{s}_version" in tags},
-        params={k: v for k, v in run.data.params.items() if k.partition(".")[0] not in STAGES},  # of the stage itself
+        inputs={s: tags[f"scldm.{s}_version"] for s in IN_ORDER if f"scldm.{s}_version" in tags},
+        params={k: v for k, v in run.data.params.items() if k.partition(".")[0] not in IN_ORDER},  # of the stage itself
         metrics=_scores(run.data.metrics) if stage == "evaluate" else _trained(run.data.metrics),
         finished_at=(run.info.end_time or 0) / 1000,
         location=run.info.run_id,

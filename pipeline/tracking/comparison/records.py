@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.job import STAGES
+from pipeline.config.job import IN_ORDER
 from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.core.nested import flat
 from scldm.errors import InputError
@@ -54,7 +54,7 @@ def with_inputs(last: StageRecord, known: Iterable[StageRecord]) -> list[StageRe
             if record is not None and stage not in found:
                 found[stage] = record
                 todo.append(record)
-    return sorted(found.values(), key=lambda r: STAGES.index(r.stage) if r.stage in STAGES else len(STAGES))
+    return sorted(found.values(), key=lambda r: IN_ORDER.index(r.stage) if r.stage in IN_ORDER else len(IN_ORDER))
 
 
 def select_pipeline(chosen: StageRecord | None, known: Sequence[StageRecord]) -> list[StageRecord]:
@@ -62,8 +62,8 @@ def select_pipeline(chosen: StageRecord | None, known: Sequence[StageRecord]) ->
 
     They are those of the newest evaluation that was made from the chosen stage; without one, the stage and its inputs.
     """
-    in_pipeline = [r for r in known if r.stage in STAGES]
-    latest_first = sorted(in_pipeline, key=lambda r: (STAGES.index(r.stage), r.finished_at), reverse=True)
+    in_pipeline = [r for r in known if r.stage in IN_ORDER]
+    latest_first = sorted(in_pipeline, key=lambda r: (IN_ORDER.index(r.stage), r.finished_at), reverse=True)
     if chosen is None:
         return with_inputs(latest_first[0], known)
     if chosen.stage == "evaluate":
@@ -84,8 +84,8 @@ def from_folder(folder: Path) -> list[StageRecord]:
     """
     manifest = read_manifest(folder)
     root = folder if manifest is None else folder.parent.parent
-    made = [m for stage in STAGES for d in sorted((root / stage).glob("*/")) if (m := read_manifest(d)) is not None]
-    if manifest is not None and manifest.stage not in STAGES:
+    made = [m for stage in IN_ORDER for d in sorted((root / stage).glob("*/")) if (m := read_manifest(d)) is not None]
+    if manifest is not None and manifest.stage not in IN_ORDER:
         made.append(manifest)
     if not made:
         raise InputError(

@@ -71,7 +71,7 @@ class NamedModels:
 
     name: str  # as it was given
     folders: ModelFolders
-    stage: Manifest | None  # train_flow or train_vae; None: no stage is beside the models
+    stage: Manifest | None  # distil, train_flow or train_vae; None: no stage is beside the models
     title: str  # of the pipeline or the folder
 
     @property
@@ -79,7 +79,7 @@ class NamedModels:
         """Return stage -> version of what the models were made by, as far as it is recorded."""
         if self.stage is None:
             return {}
-        behind = {k: v for k, v in self.stage.inputs.items() if k == "train_vae"}
+        behind = {k: v for k, v in self.stage.inputs.items() if k in ("train_vae", "train_flow")}
         return {self.stage.stage: self.stage.version, **behind}
 
 

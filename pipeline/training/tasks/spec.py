@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from pipeline.config.job import TrainFlowConfig, TrainVaeConfig
+from pipeline.config.job import DistilConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.config.resources import CheckpointStorage
 from pipeline.core.manifest import Manifest
 from scldm.config import StrictModel
@@ -50,10 +50,22 @@ class FlowWorkerSpec(WorkerSpecBase):
     config: TrainFlowConfig
 
 
-WorkerSpec = Annotated[VaeWorkerSpec | FlowWorkerSpec, Field(discriminator="kind")]
+class DistilWorkerSpec(WorkerSpecBase):
+    """The specification of a worker of distil."""
+
+    kind: Literal["distil"] = "distil"
+    config: DistilConfig
+    teacher: Path
+    """Model folder of the flow that is distilled."""
+    trajectories: dict[str, list[tuple[str, int]]]
+    """train and validation -> files with solved trajectories, in `folder`/trajectories, and their numbers of rows."""
 
 
-def read_spec(path: Path) -> VaeWorkerSpec | FlowWorkerSpec:
+AnyWorkerSpec = VaeWorkerSpec | FlowWorkerSpec | DistilWorkerSpec
+WorkerSpec = Annotated[AnyWorkerSpec, Field(discriminator="kind")]
+
+
+def read_spec(path: Path) -> AnyWorkerSpec:
     """Read a specification from a JSON file, as under torchrun. Ray hands the object itself to its workers."""
-    adapter: TypeAdapter[VaeWorkerSpec | FlowWorkerSpec] = TypeAdapter(WorkerSpec)
+    adapter: TypeAdapter[AnyWorkerSpec] = TypeAdapter(WorkerSpec)
     return adapter.validate_json(path.read_bytes())

@@ -72,6 +72,11 @@ def export_upstream(vae: Path, flow: Path | None, out: Path, *, force: bool = Fa
                 f"upstream cannot represent the flow {flow}: it was trained from control cells "
                 f"({averaged.start.label} {averaged.start.control}) too, and upstream's flows start at noise only"
             )
+        if averaged.distilled is not None:
+            raise CheckpointError(
+                f"upstream cannot represent the flow {flow}: it was distilled to {averaged.distilled.evaluations} "
+                "evaluations, and upstream would integrate it as a velocity; export the flow that it was distilled from"
+            )
         if kinds := [f"{label} is {x.summary()}" for label, x in averaged.vocabulary.values.items()]:
             raise CheckpointError(
                 "upstream cannot represent this flow: it has tables of classes only, and "

@@ -11,7 +11,7 @@ from torch import nn
 from scldm.checkpoints.native import new_dit, save_flow, save_vae
 from scldm.data.library_size import LibrarySizes, LogNormal, condition_key
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
-from scldm.flow.config import ControlStart, PathConfig
+from scldm.flow.config import ControlStart, Distilled, PathConfig
 from scldm.nn.config import DiTConfig, VAEConfig
 from scldm.nn.vae import VAE
 
@@ -45,7 +45,7 @@ def write_vae(folder: Path, *labels: LabelVocabulary, **choices: Any) -> Path:
 
 def write_flow(
     folder: Path, *labels: LabelVocabulary, path: PathConfig | None = None, start: ControlStart | None = None,
-    **choices: Any,
+    distilled: Distilled | None = None, **choices: Any,
 ) -> Path:  # fmt: skip
     """A flow's model folder, its averaged weights others than its raw ones; `choices` of the DiT's configuration."""
     names = vocabulary(*labels)
@@ -68,6 +68,7 @@ def write_flow(
         library_sizes=library_sizes(*labels),
         card="a small model",
         start=start,
+        distilled=distilled,
     )
     return folder
 

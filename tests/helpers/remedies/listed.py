@@ -7,6 +7,18 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "pipeline/config/job.py: add one (distil: {}), or leave generate.flow out": (
+        "tests/unit/workflow/test_distil_job.py"
+    ),
+    "scldm/flow/distilled.py: or distil again with distil.guidance": "tests/unit/workflow/test_distil_job.py",
+    "scldm/flow/distilled.py: train_flow.flow.prediction=velocity": "tests/unit/workflow/test_distil_job.py",
+    "scldm/flow/distilled.py: train one with train_flow.start.share below 1": (
+        "tests/unit/workflow/test_distil_job.py"
+    ),
+    "scldm/flow/distilled.py: train one with train_flow.model.label_dropout above 0": (
+        "tests/unit/workflow/test_distil_job.py"
+    ),
+    "scldm/api/folders.py: name both: scldm.load(vae_folder": "tests/unit/training/test_distil.py",
     "pipeline/data/ingest/held_out.py: leaves no training cells to": "tests/unit/workflow/test_preflight.py",
     "scldm/checkpoints/start_from.py: make both the same (ingest.label_values)": (
         "tests/unit/model/checkpoints/test_start_from_values.py"
@@ -125,6 +137,8 @@ NOT_FOLLOWED = {
 }
 
 NO_ADVICE = (
+    "pipeline/workflow/preflight.py: {}start_from.model ({})",
+    "scldm/api/model.py: a likelihood of latents (flow=True)",
     "pipeline/workflow/preflight.py: ingest.labels has no label",
     "pipeline/data/ingest/label_values.py: {}: old cells (ingest.replay) have {}: {}",
     "scldm/checkpoints/upstream/inputs.py: none: library_size.json says so",
