@@ -4,10 +4,10 @@
     n_sources            log of the number of such contexts
     strength             log of the size of the mean shift in them
     agreement            mean correlation of their shifts, two by two; NaN of a single one
-    methods, seeds, guidance   log of the distance between predicted means, relative to the strength
+    methods, seeds, guidance, free   log of the distance between predicted means, relative to the strength
 
-The last three are of predictions: cells from noise, carried over from controls, and shifted; of different seeds of the
-training; with guidance 1 and 2.
+The last four are of predictions: cells from noise, carried over from controls, and shifted; of different seeds of the
+training; with guidance 1 and 2; and of the free answers that `method: pooled` averages.
 
 Shape letters: g genes, k predictions.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from scldm.metrics.perturbation.measures import pearson
 from scldm.metrics.perturbation.screen import Screen
 
-FEATURES = ("context_distance", "n_sources", "strength", "agreement", "methods", "seeds", "guidance")
+FEATURES = ("context_distance", "n_sources", "strength", "agreement", "methods", "seeds", "guidance", "free")
 SMALL = 1e-9
 
 

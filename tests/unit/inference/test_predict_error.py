@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.stages.screen_case import CONTROL, HELD_OUT, predict_error, screen_inputs
+from pydantic import ValidationError
 
+from pipeline.config.job import STAGE_CONFIGS
 from pipeline.core.progress import ProgressWriter
 from pipeline.stages.unseen.finished import BETTER, NO_BETTER
 from pipeline.stages.unseen.left_out import MOST_CELLS, _points
@@ -43,16 +45,12 @@ def test_every_unmeasured_combination_has_a_row_with_intervals_and_a_verdict(mad
     assert row["interval"] == "range of the errors"  # 7 measured combinations are too few for 90 %
 
 
-def test_an_untrained_model_is_told_to_be_no_better_than_the_shift(made):
-    table = read_predictions(made / "predicted_errors.csv")
-    assert table["verdict"].tolist() == [NO_BETTER]
-    assert facts_of(made)["better_than_shift"] < 0.5
-
-
 def test_left_out_combinations_list_all_answers_and_what_was_predicted_without_them(made):
     table = pd.read_csv(made / "left_out.csv")
-    ours = table[table["answer"] == "generated"]
+    ours = table[table["answer"] == "pooled"]
     assert len(ours) == 7  # 4 types x 2 treatments, but the one that is held out
+    assert ours["verdict"].isin([BETTER, NO_BETTER]).all()
+    assert table.loc[table["answer"] != "pooled", "verdict"].isna().all()
     assert set(table["answer"]) >= {"generated", "shift", "shift in counts", "control", "nearest context"}
     control = table[table["answer"] == "control"]
     assert (control["delta_pearson"].abs() < 1e-6).all()
@@ -66,7 +64,9 @@ def test_left_out_combinations_list_all_answers_and_what_was_predicted_without_t
 def test_the_page_names_every_combination_and_the_verdict(made):
     page = (made / "predicted_errors.html").read_text()
     assert "B cell" in page
-    assert "no better than the mean shift: use method: shift" in page
+    assert BETTER in page
+    assert "(pooled)" in page
+    assert "the more frequent one, given to" in page
 
 
 def test_a_killed_job_goes_on_to_the_same_numbers(place, made, monkeypatch):
@@ -92,13 +92,62 @@ def test_a_killed_job_goes_on_to_the_same_numbers(place, made, monkeypatch):
         assert (again / name).read_text() == (made / name).read_text()
 
 
-def test_cells_from_controls_can_be_asked_about_and_combinations_named(place):
+def test_pooled_cells_of_an_untrained_model_are_as_good_as_what_is_pooled_for_free(made):
+    means = pd.read_csv(made / "left_out.csv").groupby("answer")["delta_pearson"].mean()
+    assert means["pooled"] > means["shift in counts"] - 0.05
+    assert means["generated"] < means["pooled"] - 0.1
+    facts = facts_of(made)
+    assert (facts["method"], facts["answer"]) == ("pooled", "pooled")
+    assert "start" not in facts
+    assert facts["better_than_shift"] >= 0.5
+
+
+def test_cells_of_a_flow_can_be_asked_about_and_an_untrained_one_is_no_better_than_the_shift(place):
     root, inputs = place
     folder = predict_error(root, inputs, version="latents", start="latents", combinations=[HELD_OUT], seeds=1)
     table = read_predictions(folder / "predicted_errors.csv")
-    assert len(table) == 1
-    assert facts_of(folder)["start"] == "latents"
+    assert table["verdict"].tolist() == [NO_BETTER]
+    assert "no better than the mean shift: use method: shift" in (folder / "predicted_errors.html").read_text()
+    facts = facts_of(folder)
+    assert (facts["method"], facts["start"]) == ("flow", "latents")
+    assert facts["better_than_shift"] < 0.5
     assert np.isfinite(table["energy_over_floor"]).all()
+
+
+def test_results_of_a_version_that_made_other_predictions_are_made_again(place, made):
+    root, inputs = place
+    results = folder_of(root, "older") / "results"
+    results.mkdir()
+    for file in (made / "results").iterdir():
+        if file.suffix == ".npz":
+            with np.load(file) as found:
+                np.savez(results / file.name, means=found["means"][:, :4], scores=found["scores"][:, 1:])
+        else:
+            (results / file.name).write_bytes(file.read_bytes())
+    again = predict_error(root, inputs, version="older")
+    assert (again / "left_out.csv").read_text() == (made / "left_out.csv").read_text()
+
+
+def folder_of(root, version):
+    path = root / "predict_error" / version
+    path.mkdir(parents=True)
+    return path
+
+
+def test_a_start_is_of_a_flow_and_jobs_from_before_there_were_methods_keep_their_settings():
+    make = STAGE_CONFIGS["predict_error"].model_validate
+    assert make({"control": CONTROL}).judged == "pooled"
+    assert make({"control": CONTROL, "start": "noise"}).judged == "flow"
+    with pytest.raises(ValidationError, match="leave start out, or set method=flow"):
+        make({"control": CONTROL, "start": "latents", "method": "shift"})
+    for given in ({}, {"method": "pooled"}, {"method": "shift"}, {"method": "flow"}, {"start": "latents"}):
+        config = make({"control": CONTROL, **given})
+        dumped = config.model_dump()
+        assert make(dumped).judged == config.judged
+        assert make(dumped).model_dump() == dumped
+    old = make({"control": CONTROL, "method": "flow"}).model_dump()
+    assert old["start"] == "noise"
+    assert "method" not in old
 
 
 def test_a_table_of_conditions_names_combinations_too(place, tmp_path):
