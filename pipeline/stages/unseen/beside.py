@@ -1,7 +1,7 @@
 """What a finished predict_error says of the cells of a perturb job, written beside them: columns of obs, and notes.
 
-What was decided for the first shard is kept in the folder of the stage: a job that goes on gives all its shards the same
-columns, whatever predict_error finished in the meantime.
+What was decided for the first shard is kept in the folder of the stage: a job that goes on gives all its shards the
+same columns, whatever predict_error finished in the meantime.
 """
 
 from __future__ import annotations

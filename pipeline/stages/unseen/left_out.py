@@ -178,6 +178,8 @@ class LeaveOut:
             real = log1p_cp10k(self.cells.screen.cells(*pair)).toarray()
             free = free_answers(known, *pair, np.random.default_rng(seed))
             control = free[CONTROL].log.mean(0)
+            # Pooled cells keep what is their control cells' own, so that their shift is from these and not from all.
+            bases = dict.fromkeys(ANSWERS, control) | {POOLED: found.control}
             ours = {OURS: found.counts, POOLED: found.pooled}
             logs = {name: log1p_cp10k(x).toarray() for name, x in ours.items()} | {n: x.log for n, x in free.items()}
             rng = np.random.default_rng([seed, SCORED])
@@ -186,7 +188,7 @@ class LeaveOut:
                 [
                     (
                         energy_over_floor(points["measured"], points[name]),
-                        pearson(real.mean(0) - control, logs[name].mean(0) - control),
+                        pearson(real.mean(0) - control, logs[name].mean(0) - bases[name]),
                     )
                     for name in ANSWERS
                 ]

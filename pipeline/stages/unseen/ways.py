@@ -48,6 +48,7 @@ class PredictedCells:
 
     counts: sp.csr_matrix  # (b, g), from noise or from latents, as the job asks
     pooled: sp.csr_matrix  # (b, g)
+    control: np.ndarray  # mean log1p CP10k of the control cells that were moved, (g,)
     means: Mapping[str, np.ndarray]  # way -> mean log1p CP10k of expected counts, (g,)
 
 
@@ -103,12 +104,12 @@ class Predictor:
         means = {way: np.concatenate(parts).mean(0) for way, parts in logs.items()}
         before, after = (np.concatenate(parts).astype(np.float64) for parts in decoded.values())
         moved = screen.counts[rows].toarray().astype(np.float64), before, after
-        pooled, shifts = self._pooled(known, pair, moved, weights, self.cells.joinids[rows])
+        pooled, control, shifts = self._pooled(known, pair, moved, weights, self.cells.joinids[rows])
         base = means["shift"]  # decoded control cells
         sources = known.sources(*pair)
         shifts["shift"] = np.mean([known.mean(c, pair[1]) - known.mean(c, known.control) for c in sources], axis=0)
         means |= {way: np.maximum(base + shift, 0) for way, shift in shifts.items()}
-        return PredictedCells(sp.vstack(counts, format="csr"), pooled, means)
+        return PredictedCells(sp.vstack(counts, format="csr"), pooled, control, means)
 
     @property
     def device(self) -> torch.device:
@@ -116,8 +117,8 @@ class Predictor:
 
     def _pooled(
         self, known: Screen, pair: Combination, moved: Means, weights: np.ndarray, ids: np.ndarray
-    ) -> tuple[sp.csr_matrix, dict[str, np.ndarray]]:
-        """Return pooled cells, (b, g), and the shifts of the mean by way: as `method: pooled` of perturb makes them."""
+    ) -> tuple[sp.csr_matrix, np.ndarray, dict[str, np.ndarray]]:
+        """Return pooled cells, (b, g), as perturb makes them, the mean of their controls, and shifts of it by way."""
         rng = np.random.default_rng([self.seed, POOLED, *map(ord, "".join(pair))])
         counts, before, after = moved
         shift, free = pooled_shift(known, pair, moved, weights, rng)
@@ -127,7 +128,7 @@ class Predictor:
             kept_stream=KEPT, added_stream=ADDED,
         )  # fmt: skip
         control = free[CONTROL].log.mean(0)
-        return cells, {"pooled": shift} | {name: free[name].log.mean(0) - control for name in (NB, LINEAR)}
+        return cells, control, {"pooled": shift} | {name: free[name].log.mean(0) - control for name in (NB, LINEAR)}
 
     @torch.inference_mode()
     def _moved(self, rows: np.ndarray, pair: Combination) -> Means:
