@@ -158,7 +158,7 @@ def _gaussian_predictions(vae: Any) -> list[str]:
         return []
     from pipeline.stages.unseen.asked import GAUSSIAN
 
-    return [f"predict_error: the VAE of this job (train_vae.model.head) {GAUSSIAN}"]
+    return [f"predict_error: the VAE of this job {GAUSSIAN}"]
 
 
 def _decoder_condition_problems(config: GenerateConfig, vae: Any) -> list[str]:

@@ -215,8 +215,9 @@ def _left_out_table(
 
 def _notes(known: LeftOut, calibrated: bool, method: Method, said: Verdicts) -> list[str]:
     n = len(known.pairs)
-    cells = {"pooled": "cells of perturb with method: pooled", "flow": "cells that a flow alone makes",
-             "shift": "cells of perturb with method: shift"}[method]  # fmt: skip
+    cells = {"pooled": "pooled cells of perturb", "flow": "cells that a flow alone makes",
+             "shift": "cells that perturb shifts"}[method]  # fmt: skip
+    rival = {"shift": "the mean shift", "pooled": "pooled cells"}[RIVALS[method]]
     notes = [
         f"Judged are {cells}. Errors are learned from {n} measured combinations that were left out in turn"
         + ("." if method == "shift" else ", with short trainings; a flow that is trained longer may do better.")
@@ -226,7 +227,7 @@ def _notes(known: LeftOut, calibrated: bool, method: Method, said: Verdicts) -> 
     if not said.by_features:
         notes.append(
             "What is known near a combination did not tell, better than naming the more frequent winner every time "
-            f"({said.always:.0%} right), which of the left-out combinations are better than with method: "
-            f"{RIVALS[method]}: all have the verdict that was right more often."
+            f"({said.always:.0%} right), which of the left-out combinations are better than {rival}: all have the "
+            "verdict that was right more often."
         )
     return notes

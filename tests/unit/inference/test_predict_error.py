@@ -238,6 +238,15 @@ def test_it_is_refused_as_soon_as_the_data_are_known_with_all_problems_at_once(p
         "combinations[1].cell_type",
     ):
         assert part in str(error.value)
+    pooled, flow = (
+        STAGE_CONFIGS["perturb"].model_validate(
+            {"source": SOURCE, "to": {"treatment": "treatment 1"}, "method": method}
+        )
+        for method in ("pooled", "flow")
+    )
+    with pytest.raises(InputError, match=r"the VAE has a gaussian head, .*; set method=flow"):
+        check_against_data({"perturb": pooled}, inputs["ingest"], vae)
+    check_against_data({"perturb": flow}, inputs["ingest"], vae)
 
 
 def test_a_plan_says_what_is_judged_and_how_many_combinations_there_are(place):
@@ -276,6 +285,8 @@ def test_a_class_without_training_cells_teaches_perturb_nothing(tmp_path):
     )
     with pytest.raises(InputError, match=r"to: treatment 1 has at most 0 training cells in a context.*method=flow"):
         check_against_data({"perturb": config}, inputs["ingest"], inputs["train_vae"])
+    flow = config.model_copy(update={"method": "flow"})
+    check_against_data({"perturb": flow}, inputs["ingest"], inputs["train_vae"])
 
 
 def test_a_screen_without_a_second_context_has_nothing_to_leave_out(tmp_path):
