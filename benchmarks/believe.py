@@ -1,13 +1,16 @@
 """Whether predicted errors and verdicts hold what they promise, on screens whose combinations are left out in turn.
 
-    python benchmarks/believe.py --json benchmarks/results/believe.json
+    python benchmarks/believe.py --scores benchmarks/results/perturbation.json --json benchmarks/results/believe.json
     python benchmarks/believe.py --only gbm --quick                               # does it run at all
-    python benchmarks/believe.py runs/*/predict_error/* --only none               # of finished stages
+    python benchmarks/believe.py runs/*/predict_error/*                           # of finished stages
 
-On every screen of `--only` (`perturbation_screens.py`) a VAE is trained, and then done what `predict_error` does with
-`method: pooled`: combinations are left out in groups, short trainings and the free answers predict them, and each error
-and verdict is predicted by models that did not see the combination. `folders` are finished predict_error stages, which
-count too.
+Each error and verdict is predicted by models that did not see the combination. There are three kinds of errors:
+
+* `--scores`: those of pooled cells in `perturbation.py`, whose trainings are longer. What needs short trainings (the
+  disagreement of ways, seeds and guidance) is not known of them; all other features are
+* `--only`: on the screens of `perturbation_screens.py` a VAE is trained, and then done what `predict_error` does with
+  `method: pooled`, by short trainings
+* `folders`: finished predict_error stages
 
     believe.coverage_90    share of errors inside the 90 % intervals; 0.9 is meant. Screens with fewer than ten
                            combinations have no such intervals
@@ -42,7 +45,15 @@ from pipeline.stages.unseen.outcome import LEFT_OUT, outcome
 from pipeline.stages.unseen.screen import TrainingScreen
 from scldm.checkpoints.native import LoadedVAE, load_vae, save_vae
 from scldm.data.vocabulary import LabelVocabulary, Vocabulary
-from scldm.metrics.perturbation.leave_out import askable, folds
+from scldm.metrics.distribution.projection import RealSpace
+from scldm.metrics.genes.expression import log1p_cp10k
+from scldm.metrics.perturbation.combinations import MOST_CELLS
+from scldm.metrics.perturbation.error_model import left_out_predictions, verdicts
+from scldm.metrics.perturbation.free_answers import COUNTS, free_answers
+from scldm.metrics.perturbation.leave_out import askable, folds, over_floor
+from scldm.metrics.perturbation.nearness import as_features, disagreement, indicators, nearness
+from scldm.metrics.perturbation.pooled import POOLED
+from scldm.metrics.perturbation.screen import Combination, Screen
 from scldm.random import generator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +62,7 @@ FACTS = "facts.json"
 STREAM = 9  # of randomness
 SIZES = {"d_model": 48, "n_layers": 2, "n_heads": 4}  # of the flows
 BATCH, SAMPLER_STEPS = 64, 6
+FOLDS = 5  # of perturbation.py
 
 
 def run(name: str, args: argparse.Namespace) -> Path:
@@ -96,6 +108,51 @@ def trained(
     joinids = np.arange(len(screen.context))
     made = TrainingScreen(screen, joinids, ids, vocabulary, (CONTEXT,), (TREATMENT,), contexts, treatments)
     return made, vae, encode(vae, cells)
+
+
+# ---- errors of longer trainings ----------------------------------------------------------------------------------
+def of_scores(study: perturbation_screens.Study, results: list[dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What `outcome` makes of a screen, from the scores of `perturbation.py`: a row for each combination, and facts."""
+    screen, scores = study.screen, {(r["seed"], r["context"], r["treatment"]): r["scores"] for r in results}
+    of_pair: dict[Combination, list[np.ndarray]] = {}
+    for seed in sorted({r["seed"] for r in results}):
+        for fold in study.folds(FOLDS, np.random.default_rng(seed)):
+            known = screen.without(fold)
+            space = RealSpace.fit(known.counts, n_top_genes=2_000, n_pcs=30, seed=0)
+            for pair in [pair for pair in fold if (seed, *pair) in scores]:
+                found, real = scores[seed, *pair], _points(space, screen, pair, seed)
+                energies = [np.log(over_floor(found[who]["energy"], real)) for who in ("pooled", COUNTS)]
+                line = [*energies, np.arctanh(found["pooled"]["delta_pearson"]), *_near(known, pair, seed)]
+                of_pair.setdefault(pair, []).append(np.array(line))
+    values = np.array([np.mean(lines, axis=0) for lines in of_pair.values()])
+    energy, shift, delta = values[:, 0], values[:, 1], values[:, 2]
+    x = np.hstack([values[:, 3:], indicators(list(of_pair), list(of_pair))])
+    said, columns = verdicts(x, energy - shift, x), {}
+    for measure, y, back in ((MEASURES[0], delta, np.tanh), (MEASURES[1], energy, np.exp)):
+        own = left_out_predictions(x, y)
+        columns |= {measure: back(y), f"{measure}_predicted": back(own.value)}
+        columns |= {f"{measure}_predicted_{side}": back(getattr(own, side)) for side in ("low", "high")}
+    names = dict(zip((CONTEXT, TREATMENT), zip(*of_pair, strict=True), strict=True))
+    facts = {
+        "coverage_90": own.calibrated,
+        "verdict_right": said.right,
+        "better_than_shift": float((energy < shift).mean()),
+    }
+    return pd.DataFrame({**names, **columns, "better": energy < shift, "verdict": said.left_out > 0}), facts
+
+
+def _near(known: Screen, pair: Combination, seed: int) -> np.ndarray:
+    """What is known near a combination without trainings, in the order of FEATURES."""
+    numbers, free = nearness(known, *pair), free_answers(known, *pair, np.random.default_rng(seed))
+    means = [free[name].log.mean(0) for name in POOLED]
+    return as_features(numbers | {"free": disagreement(means, numbers["strength"])})
+
+
+def _points(space: RealSpace, screen: Screen, pair: Combination, seed: int) -> np.ndarray:
+    """Coordinates of measured cells, at most as many as were scored."""
+    log = log1p_cp10k(screen.cells(*pair)).toarray()
+    some = np.random.default_rng(seed).permutation(len(log))[:MOST_CELLS]
+    return (log[some][:, space.genes] - space.mean) @ space.axes.T
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
@@ -156,8 +213,8 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="*", help="finished predict_error stages of method: pooled or flow")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "believe")
-    screens = ("gbm", "worm", "papalexi", "jurkat", "synthetic")
-    parser.add_argument("--only", choices=[*perturbation_screens.STUDIES, "none"], action="append")
+    parser.add_argument("--scores", type=Path, help="JSON of perturbation.py")
+    parser.add_argument("--only", choices=list(perturbation_screens.STUDIES), action="append", default=[])
     parser.add_argument("--seconds", type=float, default=20.0, help="of the processor, for a VAE")
     parser.add_argument("--steps", type=int, nargs=2, default=[100, 60], metavar=("BASE", "GROUP"))
     parser.add_argument("--folds", type=int, default=5)
@@ -170,10 +227,14 @@ def main() -> None:
         args.seconds, args.steps, args.folds, args.cells = 3.0, [5, 3], 2, 30
         args.out = args.out.with_name(args.out.name + "_quick")
     torch.set_num_threads(1)
-    names = [name for name in args.only or screens if name != "none"]
-    found = {}
-    for name, folder in [(name, None) for name in names] + [(f.parent.parent.name, f) for f in args.folders]:
-        found[name] = read(folder or run(name, args))
+    names = args.only
+    found: dict[str, tuple[pd.DataFrame, dict[str, Any]]] = {}
+    for name in names:
+        found[f"{name}, short trainings"] = read(run(name, args))
+    for folder in args.folders:
+        found[folder.parent.parent.name] = read(folder)
+    for name, results in (json.loads(args.scores.read_text())["found"] if args.scores else {}).items():
+        found[name] = of_scores(perturbation_screens.read(args.data, name), results)
         print(name, json.dumps(found[name][1]), flush=True)
     tables = {name: table.to_dict("records") for name, (table, _) in found.items()}
     report(rows(found), args.json, seconds=args.seconds, steps=args.steps, seeds=args.seeds, found=tables)

@@ -29,7 +29,7 @@ from scldm.metrics.perturbation.error_model import (
     verdicts,
 )
 from scldm.metrics.perturbation.free_answers import COUNTS, FREE_ANSWERS, LINEAR, NB
-from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, nearness
+from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, indicators, nearness
 from scldm.metrics.perturbation.screen import Combination, Screen
 
 MOST_Z = np.arctanh(0.999)
@@ -71,7 +71,8 @@ def outcome(
         results: By seed and group.
         method: Of the cells that are judged.
     """
-    known, asked = _left_out(cells, groups, results), _asked(cells, groups, results)
+    known = _left_out(cells, groups, results)
+    asked = _asked(cells, groups, results, known.pairs)
     best, judged, rival = _best_free(known), JUDGED[method], RIVALS[method]
     targets: dict[tuple[str, str], np.ndarray] = {}
     for answer in dict.fromkeys((judged, best)):
@@ -112,12 +113,19 @@ def _left_out(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[
             known = cells.screen.without(group.pairs)
             features.append(_features(known, group, [of_seed[i] for of_seed in results]))
             pairs += group.pairs
-    return LeftOut(tuple(pairs), np.concatenate(errors), np.concatenate(features))
+    near = np.concatenate(features)
+    return LeftOut(tuple(pairs), np.concatenate(errors), np.hstack([near, indicators(pairs, pairs)]))
 
 
-def _asked(cells: TrainingScreen, groups: Sequence[Group], results: Sequence[Sequence[GroupResult]]) -> LeftOut:
+def _asked(
+    cells: TrainingScreen,
+    groups: Sequence[Group],
+    results: Sequence[Sequence[GroupResult]],
+    known: Sequence[Combination],
+) -> LeftOut:
     (i, group), *_ = [(i, g) for i, g in enumerate(groups) if not g.measured] or [(0, Group("none", (), False))]
-    features = _features(cells.screen, group, [of_seed[i] for of_seed in results])
+    near = _features(cells.screen, group, [of_seed[i] for of_seed in results])
+    features = np.hstack([near, indicators(group.pairs, known)])
     return LeftOut(group.pairs, np.zeros((len(group.pairs), len(ANSWERS), 2)), features)
 
 

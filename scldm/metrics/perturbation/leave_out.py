@@ -83,7 +83,12 @@ def energy_over_floor(real: np.ndarray, answer: np.ndarray) -> float:
         real: Measured cells, (n, p), at least two.
         answer: Cells of the answer, (m, p), at least two.
     """
+    return over_floor(distances(real, answer)["energy"], real)
+
+
+def over_floor(energy: float, real: np.ndarray) -> float:
+    """Return the same of an energy distance without bias to measured cells (n, p)."""
     squares = (real**2).sum(1)
     d = np.sqrt(np.maximum(squares[:, None] + squares - 2 * real @ real.T, 0))
     floor = 2 * (d.sum() - np.trace(d)) / (len(real) * (len(real) - 1)) / FLOOR_CELLS
-    return float(max((distances(real, answer)["energy"] + floor) / floor, NEAREST))
+    return float(max((energy + floor) / floor, NEAREST))

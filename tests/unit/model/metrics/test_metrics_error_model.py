@@ -17,7 +17,7 @@ from scldm.metrics.perturbation.error_model import (
     verdicts,
 )
 from scldm.metrics.perturbation.leave_out import askable, energy_over_floor, folds, unmeasured
-from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, nearness
+from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, indicators, nearness
 from scldm.metrics.perturbation.screen import Screen
 from scldm.metrics.perturbation.shift import CountShift
 
@@ -194,6 +194,15 @@ def test_many_combinations_are_left_out_in_groups():
 
 
 # ---- the shift in counts ---------------------------------------------------------------------------------------------
+def test_contexts_and_treatments_have_a_column_each_if_there_are_several():
+    known = [("a", "x"), ("b", "x"), ("b", "y")]
+    assert indicators(known, known).tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
+    assert indicators([("new", "y")], known).tolist() == [[0, 0, 0, 1]]
+    assert indicators([("a", "x"), ("b", "x")], [("a", "x"), ("b", "x")]).tolist() == [[1, 0], [0, 1]]
+    assert indicators([("a", "x")], [("a", "x")]).shape == (1, 0)
+    assert indicators([], known).shape == (0, 4)
+
+
 def test_a_verdict_follows_what_is_near_only_where_that_tells_more_than_the_more_frequent_winner():
     rng = np.random.default_rng(0)
     x, asked = rng.normal(size=(24, 2)), np.array([[-3.0, 0.0], [3.0, 0.0]])
