@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-
 import numpy as np
 import pytest
 from helpers.stages.cell_stages import here
-from helpers.stages.screen_case import CONTROL, HELD_OUT, SOURCE, context, folder, screen_inputs
+from helpers.stages.screen_case import SOURCE, context, folder, screen_inputs, write_predictions
 
 import scldm
 from pipeline.config.job import STAGE_CONFIGS
@@ -17,7 +15,6 @@ from pipeline.stages.perturb import run
 from pipeline.stages.unseen.finished import (
     BETTER_THAN_POOLED,
     NO_BETTER,
-    NO_BETTER_THAN_POOLED,
     finished_predictions,
     judged_by,
 )
@@ -39,18 +36,6 @@ def ingested(tmp_path_factory):
     return {"ingest": screen_inputs(tmp_path_factory.mktemp("screen"))["ingest"]}
 
 
-def predictions(root, ingest, version="v", verdict=NO_BETTER_THAN_POOLED, finished_at=1.0, **facts):
-    """A finished predict_error of the pipeline `root`, about one combination."""
-    at = folder(root, "predict_error", version)
-    names = ("cell_type", "treatment", "delta_pearson", "delta_pearson_low", "delta_pearson_high", "verdict")
-    with (at / "predicted_errors.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([names, [*HELD_OUT.values(), 0.4, 0.2, 0.6, verdict]])
-    known = {"predicted": "predicted_errors.csv", "report": "predicted_errors.html", "method": "shift",
-             "data": ingest.facts["digest"], "labels": ["cell_type", "treatment"], "control": CONTROL}  # fmt: skip
-    facts = known | facts
-    write_manifest(Manifest("predict_error", version, str(at), {}, {}, facts, 1.0, finished_at))
-
-
 def shifted(place, version="v", pool=here, **more):
     root, inputs = place
     at = folder(root, "perturb", version)
@@ -62,7 +47,7 @@ def shifted(place, version="v", pool=here, **more):
 
 def test_cells_of_a_predicted_combination_carry_its_error_and_others_none(place):
     root, inputs = place
-    predictions(root, inputs["ingest"])
+    write_predictions(root, inputs["ingest"])
     cells, facts = shifted(place)
     mine = (cells.obs["cell_type"] == "B cell").to_numpy()
     assert 0 < mine.sum() < len(mine)
@@ -93,8 +78,8 @@ def written(root, cells):
 
 def test_predictions_of_other_cells_or_of_another_method_are_not_shown(place):
     root, inputs = place
-    predictions(root, inputs["ingest"], "other data", data="of other cells")
-    predictions(root, inputs["ingest"], "pooled", method="pooled", verdict=NO_BETTER)
+    write_predictions(root, inputs["ingest"], "other data", data="of other cells")
+    write_predictions(root, inputs["ingest"], "pooled", method="pooled", verdict=NO_BETTER)
     cells, facts = shifted(place)
     assert not set(PREDICTED_COLUMNS) & set(cells.obs)
     assert "predict_error" not in cells.uns["scldm"]
@@ -110,16 +95,16 @@ def test_a_job_that_goes_on_gives_all_its_shards_the_same_columns(place):
 
     with pytest.raises(KeyboardInterrupt):
         shifted(place, pool=dies)
-    predictions(root, inputs["ingest"])  # finished after the first shard
+    write_predictions(root, inputs["ingest"])  # finished after the first shard
     cells, _ = shifted(place)
     assert not set(PREDICTED_COLUMNS) & set(cells.obs)
 
 
 def test_the_newest_predictions_of_the_method_are_taken_whatever_finished_after_them(place):
     root, inputs = place
-    predictions(root, inputs["ingest"], "first", finished_at=1.0)
-    predictions(root, inputs["ingest"], "second", finished_at=2.0, verdict=BETTER_THAN_POOLED)
-    predictions(root, inputs["ingest"], "flow", finished_at=3.0, method="flow", start="noise", verdict=NO_BETTER)
+    write_predictions(root, inputs["ingest"], "first", finished_at=1.0)
+    write_predictions(root, inputs["ingest"], "second", finished_at=2.0, verdict=BETTER_THAN_POOLED)
+    write_predictions(root, inputs["ingest"], "flow", finished_at=3.0, method="flow", start="noise", verdict=NO_BETTER)
     assert finished_predictions(root, inputs["ingest"], method="shift").version == "second"
     assert finished_predictions(root, inputs["ingest"]).version == "flow"
     assert finished_predictions(root, inputs["ingest"], start="latents") is None
