@@ -93,7 +93,7 @@ def predict_error(root: Path, inputs: dict[str, Manifest], *, version: str = "v"
 
 
 def write_predictions(
-    root: Path, data: Manifest, version: str = "v", *, method: str = "shift", verdict: str = NO_BETTER_THAN_POOLED,
+    root: Path, of: Manifest, version: str = "v", *, method: str = "shift", verdict: str = NO_BETTER_THAN_POOLED,
     finished_at: float = 1.0, **facts: Any,
 ) -> None:  # fmt: skip
     """Write a finished predict_error of the pipeline `root` that says the same of HELD_OUT every time."""
@@ -102,5 +102,5 @@ def write_predictions(
     with (at / "predicted_errors.csv").open("w", newline="") as file:
         csv.writer(file).writerows([names, [*HELD_OUT.values(), 0.4, 0.2, 0.6, verdict]])
     known = {"predicted": "predicted_errors.csv", "report": "predicted_errors.html", "method": method,
-             "data": data.facts["digest"], "labels": ["cell_type", "treatment"], "control": CONTROL}  # fmt: skip
+             "data": of.facts["digest"], "labels": ["cell_type", "treatment"], "control": CONTROL}  # fmt: skip
     write_manifest(Manifest("predict_error", version, str(at), {}, {}, known | facts, 1.0, finished_at))
