@@ -429,9 +429,14 @@ class PredictErrorConfig(StrictModel):
     another context has."""
     conditions: ConditionsTable | None = None
     """The same as a table, CSV, TSV or Parquet, such as that of generate.conditions: a column for each label."""
-    start: Literal["noise", "latents"] = "noise"
-    """Cells whose error is predicted: those of generate (noise), or those of perturb from measured controls
-    (latents)."""
+    method: Literal["pooled", "flow", "shift"] | None = None
+    """Cells whose error is predicted, and which the verdict is about: those of perturb with the same method (pooled:
+    the cells to ask for where nothing was measured; shift: the free answer), or what a flow alone makes, as `start`
+    says. The verdict compares pooled and flow with shift, and shift with pooled. Null: pooled; flow if `start` is
+    given."""
+    start: Literal["noise", "latents"] | None = None
+    """Of method: flow. noise: cells of generate, as without this setting. latents: those of perturb with method: flow,
+    from measured controls."""
     folds: int = Field(5, ge=2)
     """Groups in which measured combinations are left out. No treatment loses all its contexts. A training for each
     group and seed."""
@@ -460,9 +465,31 @@ class PredictErrorConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _starts_a_flow(self) -> PredictErrorConfig:
+        if self.start is not None and self.judged != "flow":
+            raise ValueError(
+                f"start ({self.start}) is of method: flow, and method: {self.method} moves measured control cells; "
+                "leave start out, or set method=flow"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trains_with_labels_dropped(self) -> PredictErrorConfig:
         if not self.model.label_dropout:
             raise ValueError(
                 "model.label_dropout (0) leaves no field without labels, which guidance needs; set it above 0"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_methods(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before `method` existed: they judged a flow."""
+        values = {k: v for k, v in to_dict(self).items() if k not in ("method", "start")}
+        if self.judged == "flow":
+            return values | {"start": self.start or "noise"}
+        return values | ({"method": self.judged} if self.judged != "pooled" else {})
+
+    @property
+    def judged(self) -> Literal["pooled", "flow", "shift"]:
+        """The method whose cells are judged."""
+        return self.method or ("pooled" if self.start is None else "flow")

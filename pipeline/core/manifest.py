@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,13 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise InputError(f"{path} is damaged ({error}); delete {folder} and run the stage again") from error
 
 
-def newest_manifest(root: Path, stage: str) -> Manifest | None:
-    """Return the manifest of a stage that finished last under a pipeline's folder, or None."""
-    found = [m for d in (root / stage).glob("*/") if (m := read_manifest(d)) is not None]
+def newest_manifest(
+    root: Path, stage: str, fits: Callable[[Mapping[str, Any]], bool] = lambda facts: True
+) -> Manifest | None:
+    """Return the manifest of a stage that finished last under a pipeline's folder, or None.
+
+    Args:
+        fits: Whether a stage with these facts is meant.
+    """
+    found = [m for d in (root / stage).glob("*/") if (m := read_manifest(d)) is not None and fits(m.facts)]
     return max(found, key=lambda m: m.finished_at, default=None)

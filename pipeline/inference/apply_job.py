@@ -12,10 +12,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,6 +46,15 @@ Pool = Callable[[list[int], ApplierSpec, StageContext], Iterator[Record]]  # mak
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class AddedColumns:
+    """Columns of obs that a stage knows of the rows before their shards are made."""
+
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> value of each row
+    origin: Mapping[str, str] = field(default_factory=dict)  # what they are from, for the provenance of the cells
+    notes: Sequence[str] = ()
+
+
 def ray_pool(shards: list[int], spec: ApplierSpec, context: StageContext) -> Iterator[Record]:
     """Make shards on Ray actors."""
     return run_on_actors(Applier, shards, spec, context.resources)
@@ -60,6 +71,7 @@ def run_batches(
     models: ModelPaths | None = None,
     origin: Mapping[str, str] | None = None,
     prepare: Callable[[SourceRows], None] = lambda rows: None,
+    columns: Callable[[SourceRows, bool], AddedColumns] = lambda rows, begun: AddedColumns(),
 ) -> dict[str, Any]:
     """Make all shards of a stage.
 
@@ -70,30 +82,33 @@ def run_batches(
         models: Models, if they are not those that the job names or that its pipeline trained.
         origin: What the cells are made by, for their provenance; None: the digests of the models.
         prepare: Called with the selected rows before any shard is made.
+        columns: Returns columns of obs for the selected rows; told whether shards of them are there, which must get the
+            same columns.
 
     Returns:
         Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, n_empty, genes, notes.
     """
-    if taken := [x for x in config.keep_obs if x in layout.own_columns()]:
-        raise InputError(
-            f"{stage}.keep_obs: {', '.join(taken)}: the output has columns of its own with these names, which would "
-            "replace yours; drop them from keep_obs, or rename them in the input"
-        )
+    _require_free(config, stage, layout.own_columns())
     models = models or locate_models(config, context)
     rows = source_rows(config, context.folder, models)
     prepare(rows)
     folder = context.folder / "cells"
     folder.mkdir(exist_ok=True)
     _remove_shards_of_other_input(context.folder, folder, rows.digest)
-    n_shards = _write_rows(context.folder / ROWS, rows.table, config.shard_size)
-    made_by = _provenance(stage, config, context, origin or _digests(models), rows.digest)
+    added = columns(rows, bool(applied_shards(folder).committed()))
+    _require_free(config, stage, added.columns)
+    table = rows.table.assign(**{"obs:" + name: values for name, values in added.columns.items()})
+    n_shards = _write_rows(context.folder / ROWS, table, config.shard_size)
+    made_by = _provenance(stage, config, context, origin or _digests(models), rows.digest) | dict(added.origin)
     spec = ApplierSpec(
         processor=processor, config=config, models=models, layout=layout, folder=folder, rows=context.folder / ROWS,
-        reader=rows.reader, measured=rows.measured, obs_columns=rows.obs_columns, categories=rows.categories,
+        reader=rows.reader, measured=rows.measured, obs_columns=[*rows.obs_columns, *added.columns],
+        categories=rows.categories,
         provenance=made_by | layout.scale(), seed=context.seed,
         threads=threads_per_worker(context.resources), fault=os.environ.get(VARIABLE, ""),
     )  # fmt: skip
-    for note in rows.source.notes:
+    notes = [*rows.source.notes, *added.notes]
+    for note in notes:
         logger.info("%s: %s", stage, note)
     records = _make_all(stage, spec, n_shards, len(rows.table), context, pool or ray_pool)
     n_cells, n_empty = sum(r["n_cells"] for r in records), sum(r["empty"] for r in records)
@@ -107,7 +122,16 @@ def run_batches(
     context.tracker.metrics({f"{stage}/cells": float(n_cells), f"{stage}/shards": float(len(records))}, step=0)
     schema = EXPRESSION_SCHEMA if layout.scale() else SCHEMA_VERSION
     facts = {"schema_version": schema, "cells": "cells", "shards": records, "index": index, "n_cells": n_cells}
-    return facts | {"n_empty": n_empty, "source": rows.source.description, "notes": rows.source.notes, **rows.facts}
+    return facts | {"n_empty": n_empty, "source": rows.source.description, "notes": notes, **rows.facts}
+
+
+def _require_free(config: RealCellsConfig, stage: str, own: Collection[str]) -> None:
+    """Raise InputError if columns of the input are kept whose names the stage gives to its own."""
+    if taken := [x for x in config.keep_obs if x in own]:
+        raise InputError(
+            f"{stage}.keep_obs: {', '.join(taken)}: the output has columns of its own with these names, which would "
+            "replace yours; drop them from keep_obs, or rename them in the input"
+        )
 
 
 def _make_all(

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from scldm.nn.config import VAEConfig
 
 SHARED_MODELS = ".models"  # in the output folder
+POOLS_COUNTS = (
+    "method: pooled adds and removes molecules, and the VAE has a gaussian head, which models log1p CP10k values; set "
+    "method=flow"
+)
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,8 @@ def _flow_problems(config: PerturbConfig, folder: str | Path, *, draws: bool) ->
         config.to, config.start, flow_start(folder), counts=config.counts, draws_counts=draws,
         distilled=distilled_of(folder),
     )  # fmt: skip
+    if config.method == "pooled" and not draws:
+        problems.append(POOLS_COUNTS)
     labels = [x.name for x in Vocabulary.load(Path(folder) / "vocabulary.json").labels]
     if not isinstance(config.guidance, dict) or not (
         TOGETHER in config.guidance or set(labels) <= set(config.guidance)

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.apply import ModelNames
+from pipeline.config.apply import ModelNames, PerturbConfig
 from pipeline.config.job import DistilConfig, GenerateConfig, ResourcesConfig, TrainFlowConfig, TrainVaeConfig
 from pipeline.core.manifest import Manifest
 from pipeline.core.text import compact, duration, human
 from pipeline.planning import sizes
 from scldm.api.folders import find_model
+from scldm.data.vocabulary import Vocabulary
 from scldm.flow.config import shown_guidance
 from scldm.generation.request import Request
 
+VOCABULARY = "vocabulary.json"  # in a model folder
 Strategy = Literal["joint", "mutually_exclusive"]
 
 
@@ -123,6 +125,28 @@ def predicted_lines(folder: Path, ingest: Manifest | None, request: Request | No
     found = finished_predictions(folder, ingest)
     line = None if found is None else verdict_line(found, [row.condition for row in request.rows])
     return [] if line is None else [f"generate: {line}"]
+
+
+def perturbed_lines(config: PerturbConfig, inputs: Mapping[str, Manifest], folder: Path) -> list[str]:
+    """Return a line with the verdicts of a finished predict_error on combinations with the classes of `to`.
+
+    Args:
+        config: Settings of a perturb job; the plan does not read its source, so that all contexts are counted.
+        inputs: Manifests of the stages that it reads.
+        folder: Of the pipeline.
+    """
+    from pipeline.inference.models import target_classes
+    from pipeline.stages.unseen.beside import predictions_of
+    from pipeline.stages.unseen.finished import verdict_line
+
+    found = predictions_of(config, inputs, folder)
+    if found is None or set(config.to) != set(found.treatment):
+        return []
+    own = inputs["ingest"].path("vocabulary") if "ingest" in inputs else inputs["train_flow"].path("model") / VOCABULARY
+    to = target_classes(config, Vocabulary.load(own))
+    asked = [row for row in found.rows.values() if all(row[label] == to[label] for label in found.treatment)]
+    line = verdict_line(found, [{label: row[label] for label in found.labels} for row in asked])
+    return [] if line is None else [f"perturb: {line}"]
 
 
 def _facts_of(model: ModelNames) -> sizes.DataFacts:

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config.job import (
     DistilConfig,
     JobBase,
+    PredictErrorConfig,
     TrainConfig,
     TrainFlowConfig,
     TrainVaeConfig,
@@ -24,6 +25,7 @@ from pipeline.planning.generation import (
     Strategy,
     distil_lines,
     generation_lines,
+    perturbed_lines,
     predicted_lines,
     trajectory_bytes,
 )
@@ -139,9 +141,10 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         if configs["generate"].model is None and configs["generate"].start == "noise":  # as what was predicted
             lines += predicted_lines(folder, _manifest("ingest", decided, folder), request)
         disk += size
-    if (asked := configs.get("predict_error")) is not None:
-        steps = f"{asked.seeds} x ({asked.base_steps:,} + at most {asked.folds + 1} x {asked.steps:,})"
-        lines.append(f"predict_error: {steps} steps of {asked.batch_size} cells, in one process")
+    if "perturb" in configs and "perturb" in decided:
+        lines += perturbed_lines(configs["perturb"], decided["perturb"].inputs, folder)
+    if "predict_error" in configs:
+        lines += _predict_error(configs["predict_error"], _manifest("ingest", decided, folder))
     lines += _gpu_hours(job, configs, vae, data, decided, folder)
     return [*lines, f"disk: {human(disk)} in all"] if disk else lines
 
@@ -152,6 +155,20 @@ def _distilled(configs: dict[str, Any], decided: dict[str, Step], folder: Path) 
         return None
     distil = _config("distil", DistilConfig, configs, decided, folder)
     return None if distil is None else distil.evaluations
+
+
+def _predict_error(config: PredictErrorConfig, ingest: Manifest | None) -> list[str]:
+    """Return lines on what a job of predicted errors judges, and on its steps."""
+    steps = f"{config.seeds} x ({config.base_steps:,} + at most {config.folds + 1} x {config.steps:,})"
+    whose = f"start: {config.start or 'noise'}" if config.judged == "flow" else "perturb"
+    lines = [f"predict_error: {steps} steps of {config.batch_size} cells, in one process"]
+    about = f"cells of method: {config.judged} ({whose}) are judged"
+    if ingest is not None and ingest.is_finished:
+        from pipeline.stages.unseen.asked import check_predictable
+
+        left_out, asked = check_predictable(config, ingest)
+        about += f"; {len(left_out)} measured combinations are left out, {len(asked)} are predicted"
+    return [*lines, f"predict_error: {about}"]
 
 
 def _value_lines(data: sizes.DataFacts, ingest: Any) -> list[str]:

@@ -36,7 +36,7 @@ from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
 from pipeline.report.outputs import print_key_figures, write_tables
 from pipeline.report.streamed import stream_generated
-from pipeline.stages.unseen.finished import believed, finished_predictions
+from pipeline.stages.unseen.finished import believed, finished_predictions, judged_by
 from scldm.cells.cells import Cells, open_cells
 from scldm.checkpoints.native import LoadedVAE, load_vae
 from scldm.data.batch import CellBatch
@@ -160,13 +160,18 @@ def with_known_control(config: EvaluateConfig, vocabulary: Vocabulary) -> Evalua
 
 def _predicted_notes(result: Evaluation, inputs: Mapping[str, Manifest]) -> list[str]:
     """Return what predict_error said of the combinations that are scored, beside what was found."""
-    if "generate" not in inputs:
-        return []  # predictions are of generated cells
-    how = inputs["generate"].config
-    if how.get("model") is not None or how.get("start", "noise") != "noise":
-        return []  # predictions are of cells from noise, by the flow of this pipeline
     pipeline = Path(inputs["ingest"].folder).parent.parent
-    found = finished_predictions(pipeline, inputs["ingest"])
+    if "perturb" in inputs:
+        judged = judged_by(inputs["perturb"].config)
+    elif "generate" in inputs:
+        how = inputs["generate"].config  # predictions are of cells from noise, by the flow of this pipeline
+        own = how.get("model") is None and how.get("start", "noise") == "noise"
+        judged = ("flow", "noise") if own else None
+    else:
+        judged = None
+    if judged is None:
+        return []
+    found = finished_predictions(pipeline, inputs["ingest"], method=judged[0], start=judged[1])
     if found is None:
         return []
     context = [x for x in found.labels if x not in found.treatment]

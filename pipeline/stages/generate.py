@@ -52,7 +52,7 @@ from pipeline.inference.request import (
     values_problems,
     vectors_of,
 )
-from pipeline.stages.unseen.finished import believed, finished_predictions
+from pipeline.stages.unseen.finished import BELIEVED, believed, finished_predictions
 from scldm.data.cell_counts import SCALE
 from scldm.data.library_size import LibrarySizes
 from scldm.data.vocabulary import Vocabulary
@@ -63,7 +63,6 @@ from scldm.generation.request import Request
 from scldm.generation.request_table import genes_to_write
 
 PREDICTED = "predicted_errors.json"  # what predict_error says of the request, if it was there at the first shard
-BELIEVED = ("delta_pearson", "delta_pearson_low", "delta_pearson_high")
 SCHEMA_VERSION = 2
 EXPRESSION_SCHEMA = 3  # X holds log1p CP10k values: earlier readers would take them for counts
 Pool = Callable[[list[int], GeneratorSpec, StageContext], Iterator[Record]]  # makes shards, yields their records

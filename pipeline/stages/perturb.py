@@ -26,6 +26,7 @@ from pipeline.inference.models import (
     target_classes,
 )
 from pipeline.inference.rows import SourceRows
+from pipeline.stages.unseen.beside import Beside
 from pipeline.stages.unseen.perturber import Perturber
 from pipeline.stages.unseen.pooled import run_pooled
 from pipeline.stages.unseen.shift import run_shift
@@ -57,8 +58,9 @@ def run(config: PerturbConfig, context: StageContext, pool: Pool | None = None) 
     layout = OutputLayout(genes=True, values=values, obsm={"X_scldm": latent_width(models.vae)},
                           obs={f"to_{label}": object for label in config.to})  # fmt: skip
     facts = run_batches(
-        config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool, prepare=prepare
-    )
+        config, context, stage="perturb", processor=Perturber, layout=layout, pool=pool, prepare=prepare,
+        columns=Beside(config, context, vocabulary),
+    )  # fmt: skip
     notes = value_notes(vocabulary, [target_classes(config, vocabulary)])
     return facts | {"notes": [*facts["notes"], *notes]}
 

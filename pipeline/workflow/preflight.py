@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.apply import RealCellsConfig
+from pipeline.config.apply import PerturbConfig, RealCellsConfig
 from pipeline.config.checks import feed_problems
 from pipeline.config.deepspeed import read_options
 from pipeline.config.input_paths import ingest_of
@@ -16,6 +16,7 @@ from pipeline.config.job import (
     GenerateConfig,
     IngestConfig,
     JobBase,
+    PredictErrorConfig,
     ResourcesConfig,
     TrainConfig,
     TrainFlowConfig,
@@ -89,6 +90,8 @@ def check_settings(job: JobBase) -> None:
         if isinstance(config, TrainFlowConfig) and config.start_from is not None:
             problems += _start_problems(config.start_from, where)
         problems += _control_problems(config, configs.get("ingest"))
+        if isinstance(config, PredictErrorConfig) and getattr(configs.get("train_vae"), "model", None) is not None:
+            problems += _gaussian_predictions(configs["train_vae"])
         if isinstance(config, RealCellsConfig):
             from pipeline.inference.models import model_problems
 
@@ -165,6 +168,14 @@ def _gaussian_problems(config: GenerateConfig, vae: Any, request: Request | None
     from pipeline.inference.request import values_problems
 
     return values_problems(config, request or Request(()))
+
+
+def _gaussian_predictions(vae: Any) -> list[str]:
+    if vae.model.head != "gaussian":
+        return []
+    from pipeline.stages.unseen.asked import GAUSSIAN
+
+    return [f"predict_error: the VAE of this job {GAUSSIAN}"]
 
 
 def _decoder_condition_problems(config: GenerateConfig, vae: Any) -> list[str]:
@@ -282,11 +293,15 @@ def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str
         )
 
 
-def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> Request | None:
+def check_against_data(
+    configs: Mapping[str, StrictModel], ingest: Manifest, vae: Manifest | None = None
+) -> Request | None:
     """Check that the data hold what later stages need; called as soon as ingest has finished.
 
     Args:
         configs: Stage -> settings, of the stages that will run.
+        ingest: Its manifest.
+        vae: Manifest of a train_vae that finished before and that they use; None if there is none yet.
 
     Returns:
         The request of generate, resolved to rows of labels and numbers; None if generate does not run.
@@ -305,7 +320,19 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
             raise InputError("\n".join(problems))
         _check_own_guidance(request, config, configs, ingest)
     _check_labels(configs, ingest)
-    vae = configs.get("train_vae")
+    _check_unseen(configs, ingest, vae)
+    _check_vae(configs.get("train_vae"), ingest)
+    for stage, split in (("train_vae", "validation"), ("evaluate", getattr(configs.get("evaluate"), "split", None))):
+        if stage in configs and split is not None and not ingest.facts["n_cells"].get(split):
+            raise InputError(
+                f"{stage} needs cells of the {split} split and there are none; "
+                f"raise ingest.split.{split} or give the source more cells"
+            )
+    return request
+
+
+def _check_vae(vae: Any, ingest: Manifest) -> None:
+    """Check that the genes of the data are what training of a VAE asks for."""
     if isinstance(vae, TrainVaeConfig) and vae.start_from is not None:
         from scldm.api.folders import find_model
         from scldm.checkpoints.start_from import shared_genes
@@ -321,13 +348,20 @@ def check_against_data(configs: Mapping[str, StrictModel], ingest: Manifest) -> 
             f"train_vae: train.genes_seen.n ({vae.train.genes_seen.n}) is more than the "
             f"{ingest.facts['n_genes']} genes of the vocabulary; lower it"
         )
-    for stage, split in (("train_vae", "validation"), ("evaluate", getattr(configs.get("evaluate"), "split", None))):
-        if stage in configs and split is not None and not ingest.facts["n_cells"].get(split):
-            raise InputError(
-                f"{stage} needs cells of the {split} split and there are none; "
-                f"raise ingest.split.{split} or give the source more cells"
-            )
-    return request
+
+
+def _check_unseen(configs: Mapping[str, StrictModel], ingest: Manifest, vae: Manifest | None) -> None:
+    """Check that training cells and the VAE can answer for combinations that were not measured."""
+    model = None if vae is None else vae.path("model")
+    asked, perturb = configs.get("predict_error"), configs.get("perturb")
+    if isinstance(asked, PredictErrorConfig):
+        from pipeline.stages.unseen.asked import check_predictable
+
+        check_predictable(asked, ingest, model)
+    if isinstance(perturb, PerturbConfig) and perturb.method != "flow":
+        from pipeline.stages.unseen.asked import check_learnable
+
+        check_learnable(perturb, ingest, model)
 
 
 def _check_own_guidance(

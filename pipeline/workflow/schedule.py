@@ -88,7 +88,10 @@ class ResolvedJob:
             ingest = self._ingest_of(waiting)
         if ingest is None or not ingest.is_finished:
             return None
-        return check_against_data({**self.todo, **waiting}, ingest)
+        vae = next((s.inputs["train_vae"] for s in self.steps if s.done is None and "train_vae" in s.inputs), None)
+        return check_against_data(
+            {**self.todo, **waiting}, ingest, vae if vae is not None and vae.is_finished else None
+        )
 
     def _ingest_of(self, waiting: Mapping[str, StrictModel]) -> Manifest | None:
         """Return the ingest that stages would read which cannot be decided yet."""

@@ -33,8 +33,8 @@ from scldm.metrics.perturbation.screen import Combination, Screen
 from scldm.optim.config import EMAConfig
 from scldm.optim.short_flow import ShortTraining, new_dit, train_flow
 
-OURS = "generated"
-ANSWERS = (OURS, *FREE_ANSWERS)
+OURS, POOLED = "generated", "pooled"
+ANSWERS = (OURS, POOLED, *FREE_ANSWERS)
 MEASURES = ("energy_over_floor", "delta_pearson")
 FIXED = 1 << 20  # added to the seed of fine-tuning, so that its order is not that of the base
 SCORED = 2  # stream of the cells of a side that are scored
@@ -88,16 +88,18 @@ class LeaveOut:
         found = []
         for number in range(config.seeds):
             files = [self.folder / f"seed{number}-{group.name}.npz" for group in groups]
-            base = None if all(f.is_file() for f in files) else self._base(number)
+            kept = [_read(file) for file in files]
+            base = None if all(result is not None for result in kept) else self._base(number)
             self.done += config.base_steps
             results = []
-            for group, file in zip(groups, files, strict=True):
-                if not file.is_file():
+            for group, file, result in zip(groups, files, kept, strict=True):
+                if result is None:
                     assert base is not None
-                    self._write(file, self._result(number, group, base))
+                    result = self._result(number, group, base)
+                    self._write(file, result)
                 self.done += config.steps
                 self.progress.update(self.done, self.total)
-                results.append(_read(file))
+                results.append(result)
             found.append(results)
         return found
 
@@ -151,13 +153,14 @@ class LeaveOut:
         known = self.cells.screen.without(left_out)
         config, seed = self.config, self.seed + number
         predict = Predictor(
-            self.vae, self._flow(number, left_out, base), self.cells, self.z, config.start, config.sampler_steps,
-            config.cells, seed,
+            self.vae, self._flow(number, left_out, base), self.cells, self.z, config.start or "noise",
+            config.sampler_steps, config.cells, seed,
         )  # fmt: skip
+        weights = predict.weights(known)
         score = self._scorer(known, seed) if group.measured else None
         means, scores = [], []
         for pair in group.pairs:
-            found = predict(known, pair)
+            found = predict(known, pair, weights)
             means.append([found.means[way] for way in WAYS])
             scores.append(np.full((len(ANSWERS), 2), np.nan) if score is None else score(pair, found))
         g = self.cells.vocabulary.n_genes
@@ -175,14 +178,17 @@ class LeaveOut:
             real = log1p_cp10k(self.cells.screen.cells(*pair)).toarray()
             free = free_answers(known, *pair, np.random.default_rng(seed))
             control = free[CONTROL].log.mean(0)
-            logs = {OURS: log1p_cp10k(found.counts).toarray()} | {name: x.log for name, x in free.items()}
+            # Pooled cells keep what is their control cells' own, so that their shift is from these and not from all.
+            bases = dict.fromkeys(ANSWERS, control) | {POOLED: found.control}
+            ours = {OURS: found.counts, POOLED: found.pooled}
+            logs = {name: log1p_cp10k(x).toarray() for name, x in ours.items()} | {n: x.log for n, x in free.items()}
             rng = np.random.default_rng([seed, SCORED])
             points = {name: _points(space, log, rng) for name, log in ({"measured": real} | logs).items()}
             return np.array(
                 [
                     (
                         energy_over_floor(points["measured"], points[name]),
-                        pearson(real.mean(0) - control, logs[name].mean(0) - control),
+                        pearson(real.mean(0) - control, logs[name].mean(0) - bases[name]),
                     )
                     for name in ANSWERS
                 ]
@@ -193,7 +199,7 @@ class LeaveOut:
     # ---- files -----------------------------------------------------------------------------------------------------
     def _write(self, file: Path, result: GroupResult) -> None:
         with replaces(file) as tmp, tmp.open("wb") as out:
-            np.savez(out, means=result.means, scores=result.scores)
+            np.savez(out, means=result.means, scores=result.scores, ways=WAYS, answers=ANSWERS)
 
 
 def _points(space: RealSpace, log: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -202,6 +208,10 @@ def _points(space: RealSpace, log: np.ndarray, rng: np.random.Generator) -> np.n
     return (log[rows][:, space.genes] - space.mean) @ space.axes.T
 
 
-def _read(file: Path) -> GroupResult:
+def _read(file: Path) -> GroupResult | None:
+    """Return the result in a file; None if there is none, or one of a version that made other predictions."""
+    if not file.is_file():
+        return None
     with np.load(file) as found:
-        return GroupResult(found["means"], found["scores"])
+        made = [tuple(found[name].tolist()) if name in found else () for name in ("ways", "answers")]
+        return GroupResult(found["means"], found["scores"]) if made == [WAYS, ANSWERS] else None

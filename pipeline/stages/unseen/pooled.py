@@ -28,27 +28,20 @@ from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import ModelPaths, check_target, draws_counts, latent_width, locate_models
 from pipeline.inference.rows import SourceRows
 from pipeline.report.combinations import JOIN
+from pipeline.stages.unseen.asked import require_context
+from pipeline.stages.unseen.beside import Beside
 from pipeline.stages.unseen.perturber import Perturber
+from pipeline.stages.unseen.pooling import pool_weights, pooled_shift
 from pipeline.stages.unseen.screen import (
     SourceCombination,
     TrainingScreen,
     read_target_screen,
-    require_context,
     source_combinations,
     target_of,
 )
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
-from scldm.metrics.perturbation.free_answers import free_answers
-from scldm.metrics.perturbation.leave_out import askable
-from scldm.metrics.perturbation.pooled import (
-    FLOW,
-    LEFT_OUT_CELLS,
-    MOST_LEFT_OUT,
-    POOLED,
-    learn_weights,
-    predicted_shifts,
-)
+from scldm.metrics.perturbation.pooled import FLOW, POOLED
 from scldm.metrics.perturbation.screen import MIN_CELLS, Combination, Screen
 
 if TYPE_CHECKING:
@@ -102,8 +95,9 @@ def run_pooled(
     )  # fmt: skip
     fitted = Fitted(config, context, models, vocabulary, check)
     facts = run_batches(
-        config, context, stage="perturb", processor=PooledPerturber, layout=layout, pool=pool, prepare=fitted
-    )
+        config, context, stage="perturb", processor=PooledPerturber, layout=layout, pool=pool, prepare=fitted,
+        columns=Beside(config, context, vocabulary),
+    )  # fmt: skip
     weights = {c: dict(zip((*POOLED, FLOW), w.round(4).tolist(), strict=True)) for c, w in fitted.weights.items()}
     return facts | {"method": "pooled", "learned_from": fitted.sources, "weights": weights}
 
@@ -162,11 +156,9 @@ class Fitted:
 
         some = np.sort(rng.permutation(combination.rows)[:MOST_CELLS])
         counts, before, after = mover.means(some)
-        x, flow = sp.csr_matrix(counts), _flow_shift(counts, before, after, rng)
-        asked = screen.with_controls(combination.context, x).without([(combination.context, combination.treatment)])
-        free = free_answers(asked, combination.context, combination.treatment, rng)
-        shift = self.weights[combination.control] @ predicted_shifts(free, flow)
-        return matched_factors(x, before, after, shift, rng), shift
+        pair, weights = (combination.context, combination.treatment), self.weights[combination.control]
+        shift, _ = pooled_shift(screen, pair, (counts, before, after), weights, rng)
+        return matched_factors(sp.csr_matrix(counts), before, after, shift, rng), shift
 
     def _weights(
         self, known: TrainingScreen, control: str, asked: Sequence[SourceCombination], mover: _Mover
@@ -174,17 +166,11 @@ class Fitted:
         """Return the weights of the predictions, (k,), from measured combinations of a control class."""
         screen, rng = replace(known.screen, control=control), np.random.default_rng([self.context.seed, LEFT_OUT])
         wanted = {(c.context, c.treatment) for c in asked}
-        pairs = [pair for pair in askable(screen) if pair not in wanted]
-        predicted, measured = [], []
-        for pair in [pairs[i] for i in rng.permutation(len(pairs))[:MOST_LEFT_OUT]]:
-            some = rng.permutation(screen.members[pair[0], control])[:LEFT_OUT_CELLS]
-            counts, before, after = mover.means_of_training(known, some, pair)
-            free = free_answers(screen.without([pair]), pair[0], pair[1], rng)
-            predicted.append(predicted_shifts(free, _flow_shift(counts, before, after, rng)))
-            measured.append(screen.mean(*pair) - screen.mean(pair[0], control))
-        weights = learn_weights(predicted, measured)
+        weights, n = pool_weights(
+            screen, lambda some, pair: mover.means_of_training(known, some, pair), rng, asked=wanted
+        )
         named = ", ".join(f"{name} {w:.2f}" for name, w in zip((*POOLED, FLOW), weights, strict=True))
-        log.info("perturb: weights of the pooled mean, from %d measured combinations: %s", len(measured), named)
+        log.info("perturb: weights of the pooled mean, from %d measured combinations: %s", n, named)
         return weights
 
     def _write(self, keys: Sequence[np.ndarray], factors: Sequence[np.ndarray], shifts: Sequence[np.ndarray]) -> None:
@@ -196,15 +182,6 @@ class Fitted:
         }
         with replaces(self.context.folder / FACTORS) as tmp, tmp.open("wb") as out:
             np.savez(out, **arrays)
-
-
-def _flow_shift(counts: np.ndarray, before: np.ndarray, after: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return how the flow changes the mean log1p CP10k of cells, (g,)."""
-    from scldm.generation.draws.matched_mean import draw_changed
-    from scldm.metrics.genes.expression import log1p_cp10k
-
-    moved = sp.csr_matrix(draw_changed(counts, before, after, rng))
-    return np.asarray(log1p_cp10k(moved).mean(0) - log1p_cp10k(sp.csr_matrix(counts)).mean(0)).ravel()
 
 
 class _Mover:

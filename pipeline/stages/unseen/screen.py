@@ -7,7 +7,7 @@ Shape letters: n cells, m latent tokens, e latent width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from pipeline.data.loading.blocks import LABEL
 from pipeline.inference.models import target_classes
 from pipeline.inference.rows import SourceRows
 from pipeline.report.combinations import JOIN
+from pipeline.stages.unseen.asked import Measured, known_control
 from pipeline.training.tasks.flow import latent_blocks
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
@@ -51,9 +52,14 @@ class TrainingScreen:
         )
         return {label.name: given[label.name] for label in self.vocabulary.labels}
 
+    @property
+    def measured(self) -> Measured:
+        """How many of these cells every combination has."""
+        return Measured(self.screen.numbers, self.vocabulary, self.context, self.treatment)
+
     def pair(self, classes: Mapping[str, str]) -> Combination:
         """Return the combination of some classes, one for each label."""
-        return JOIN.join(classes[x] for x in self.context), JOIN.join(classes[x] for x in self.treatment)
+        return self.measured.pair(classes)
 
 
 def read_screen(ingest: Manifest, control: Mapping[str, str], *, max_cells: int | None, seed: int) -> TrainingScreen:
@@ -69,7 +75,7 @@ def read_screen(ingest: Manifest, control: Mapping[str, str], *, max_cells: int 
         InputError: The control names no label or class of the data, or no label is left for the context.
     """
     data = IngestedDataset.open(ingest)
-    control = _known_control(data.vocabulary, control)
+    control = known_control(data.vocabulary, control)
     names = [label.name for label in data.vocabulary.labels]
     treatment = tuple(x for x in names if x in control)
     context = tuple(x for x in names if x not in control)
@@ -154,26 +160,6 @@ def source_combinations(rows: SourceRows, known: TrainingScreen, to: Mapping[str
     return found
 
 
-def require_context(to: Mapping[str, object], vocabulary: Vocabulary, method: str) -> None:
-    """Raise InputError if all labels change: a method that learns from other contexts needs one that stays."""
-    if not [x for x in vocabulary.labels if x.name not in to]:
-        raise InputError(
-            f"to changes all labels of the data ({', '.join(to)}), and method: {method} learns from other contexts "
-            "with the same treatment; keep a label, such as the cell type, out of it"
-        )
-
-
-def _known_control(vocabulary: Vocabulary, control: Mapping[str, str]) -> dict[str, str]:
-    """Return the control classes as the data call them: B+A is A+B in a label of sets."""
-    found = vocabulary.classes_of(control, "control")
-    if not [label for label in vocabulary.labels if label.name not in control]:
-        raise InputError(
-            f"control names all labels of the data ({', '.join(control)}): what is left is the context, and a "
-            "combination needs one; ingest with a label for the cell type, donor or cell line too"
-        )
-    return found
-
-
 def read_latents(encode: Manifest, joinids: np.ndarray) -> Tensor:
     """Read the latents of training cells, (n, m, e), from the cache.
 
@@ -197,13 +183,3 @@ def read_latents(encode: Manifest, joinids: np.ndarray) -> Tensor:
         )
     latents = table["latent"].combine_chunks().flatten().to_numpy().reshape(len(cached), *encode.facts["latent_shape"])
     return torch.from_numpy(latents[rows].astype(np.float32))
-
-
-def require_askable(found: Sequence[Combination], control: str) -> None:
-    """Raise InputError if no measured combination can be left out."""
-    if not found:
-        raise InputError(
-            "no measured combination can be left out: one needs at least 20 training cells, as many control cells "
-            f"({control}) of its context, and another context with its treatment and controls. Check control, or raise "
-            "max_cells"
-        )

@@ -23,7 +23,9 @@ from pipeline.inference.applier import ApplierSpec, OutputLayout, Tile, TileOutp
 from pipeline.inference.apply_job import Pool, run_batches
 from pipeline.inference.models import ModelPaths, check_target
 from pipeline.inference.rows import SourceRows
-from pipeline.stages.unseen.screen import read_target_screen, require_context, source_combinations, target_of
+from pipeline.stages.unseen.asked import require_context
+from pipeline.stages.unseen.beside import Beside
+from pipeline.stages.unseen.screen import read_target_screen, source_combinations, target_of
 from scldm.data.vocabulary import Vocabulary
 from scldm.generation.draws.shift_draw import shifted_counts
 from scldm.metrics.perturbation.shift import CountShift
@@ -75,7 +77,7 @@ def run_shift(config: PerturbConfig, context: StageContext, pool: Pool | None = 
     facts = run_batches(
         config, context, stage="perturb", processor=CountShifter, layout=layout, pool=pool,
         models=ModelPaths(str(Path(ingest.folder).resolve())), origin={"data": str(ingest.facts.get("digest", ""))},
-        prepare=learned,
+        prepare=learned, columns=Beside(config, context, vocabulary),
     )  # fmt: skip
     return facts | {"method": "shift", "learned_from": learned.sources}
 

@@ -1,13 +1,16 @@
 """Predicts the cells of a combination from the control cells of its context, in every way that is compared.
 
-    noise     new cells from noise, under the labels of the combination
-    latents   control cells back to noise under their own labels, and forwards under the new ones
-    guided    the first or the second, with guidance 2
-    shift     control cells + the mean shift of the other contexts
+    noise                 new cells from noise, under the labels of the combination
+    latents               control cells back to noise under their own labels, and forwards under the new ones
+    guided                the first or the second, with guidance 2
+    shift                 control cells + the mean shift of the other contexts
+    pooled                the second in the cell's own counts, with a mean that the free answers have a say in
+    additive NB, linear   the other two free answers in that mean
 
-Cells are drawn in the way that the job asks for; of the others the means are compared.
+Cells are drawn of the first or the second, as the job asks, and of the pooled way; of the others the means are
+compared.
 
-Shape letters: b cells, g genes, m latent tokens, e latent width.
+Shape letters: b cells, g genes, m latent tokens, e latent width, k predictions.
 """
 
 from __future__ import annotations
@@ -21,23 +24,31 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from pipeline.stages.unseen.pooling import Means, pool_weights, pooled_shift
 from pipeline.stages.unseen.screen import TrainingScreen
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.flow.config import SamplerConfig
 from scldm.flow.sampler import sample_latents
+from scldm.generation.draws.changed_counts import change_counts
+from scldm.generation.draws.matched_mean import matched_factors
+from scldm.generation.perturbed import ADDED, KEPT
 from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
+from scldm.metrics.perturbation.free_answers import CONTROL, LINEAR, NB
 from scldm.metrics.perturbation.screen import Combination, Screen
 
-WAYS = ("noise", "latents", "guided", "shift")
+WAYS = ("noise", "latents", "guided", "shift", "pooled", NB, LINEAR)
 GUIDANCE = 2.0
 TILE = 64  # cells that the networks see at a time
+WEIGHTS, POOLED = 33, 34  # streams of draws
 
 
 @dataclass(frozen=True)
 class PredictedCells:
     """A combination as it is predicted."""
 
-    counts: sp.csr_matrix  # (b, g), in the way that the job asks for
+    counts: sp.csr_matrix  # (b, g), from noise or from latents, as the job asks
+    pooled: sp.csr_matrix  # (b, g)
+    control: np.ndarray  # mean log1p CP10k of the control cells that were moved, (g,)
     means: Mapping[str, np.ndarray]  # way -> mean log1p CP10k of expected counts, (g,)
 
 
@@ -54,46 +65,102 @@ class Predictor:
     most: int  # control cells of a combination
     seed: int
 
+    def weights(self, known: Screen) -> np.ndarray:
+        """Return the weights of the pooled mean, (k,), from the combinations that the flow was trained on."""
+        members = self.cells.screen.members  # `known` has positions of its own
+
+        def means(rows: np.ndarray, pair: Combination) -> Means:
+            control = (pair[0], known.control)
+            order = np.searchsorted(known.members[control], rows)
+            return self._moved(members[control][order], pair)
+
+        return pool_weights(known, means, np.random.default_rng([self.seed, WEIGHTS]))[0]
+
     @torch.inference_mode()
-    def __call__(self, known: Screen, pair: Combination) -> PredictedCells:
+    def __call__(self, known: Screen, pair: Combination, weights: np.ndarray) -> PredictedCells:
         """Predict a combination.
 
         Args:
             known: The cells that the flow was trained on.
             pair: Context and treatment.
+            weights: Of the pooled mean, (k,).
         """
         screen = self.cells.screen
         rows = screen.members[pair[0], screen.control]
         rows = np.sort(np.random.default_rng([self.seed, *map(ord, pair[0])]).permutation(rows)[: self.most])
         counts: list[sp.csr_matrix] = []
-        logs: dict[str, list[np.ndarray]] = {way: [] for way in WAYS}
+        logs: dict[str, list[np.ndarray]] = {}
+        decoded: dict[str, list[np.ndarray]] = {"shift": [], "latents": []}  # means before and after the change
         for at in range(0, len(rows), TILE):
             tile = rows[at : at + TILE]
-            ids = self.cells.joinids[tile]
-            size = torch.from_numpy(np.asarray(screen.counts[tile].sum(1)).ravel()).float().to(self.device)
+            size = self._sizes(tile)
             for way, z in self._latents(tile, pair).items():
                 out = self.vae.vae.decode(z, size)
-                logs[way].append(torch.log1p(out.mu / size[:, None] * 1e4).cpu().numpy())
+                logs.setdefault(way, []).append(torch.log1p(out.mu / size[:, None] * 1e4).cpu().numpy())
+                if way in decoded:
+                    decoded[way].append(out.mu.float().cpu().numpy())
                 if way == self.start:
-                    counts.append(draw_sparse(out, ids.tolist(), seed=self.seed))
+                    counts.append(draw_sparse(out, self.cells.joinids[tile].tolist(), seed=self.seed))
         means = {way: np.concatenate(parts).mean(0) for way, parts in logs.items()}
+        before, after = (np.concatenate(parts).astype(np.float64) for parts in decoded.values())
+        moved = screen.counts[rows].toarray().astype(np.float64), before, after
+        pooled, control, shifts = self._pooled(known, pair, moved, weights, self.cells.joinids[rows])
+        base = means["shift"]  # decoded control cells
         sources = known.sources(*pair)
-        shift = np.mean([known.mean(c, pair[1]) - known.mean(c, known.control) for c in sources], axis=0)
-        means["shift"] = np.maximum(means["shift"] + shift, 0)
-        return PredictedCells(sp.vstack(counts, format="csr"), means)
+        shifts["shift"] = np.mean([known.mean(c, pair[1]) - known.mean(c, known.control) for c in sources], axis=0)
+        means |= {way: np.maximum(base + shift, 0) for way, shift in shifts.items()}
+        return PredictedCells(sp.vstack(counts, format="csr"), pooled, control, means)
 
     @property
     def device(self) -> torch.device:
         return next(self.flow.dit.parameters()).device
 
-    def _latents(self, rows: np.ndarray, pair: Combination) -> dict[str, Tensor]:
-        """Return latents by way, (b, m, e) each; of shift those of the control cells themselves."""
-        z, classes = self.z[rows].to(self.device), self.cells.classes(pair)
+    def _pooled(
+        self, known: Screen, pair: Combination, moved: Means, weights: np.ndarray, ids: np.ndarray
+    ) -> tuple[sp.csr_matrix, np.ndarray, dict[str, np.ndarray]]:
+        """Return pooled cells, (b, g), as perturb makes them, the mean of their controls, and shifts of it by way."""
+        rng = np.random.default_rng([self.seed, POOLED, *map(ord, "".join(pair))])
+        counts, before, after = moved
+        shift, free = pooled_shift(known, pair, moved, weights, rng)
+        factors = matched_factors(sp.csr_matrix(counts), before, after, shift, rng)
+        cells = change_counts(
+            counts, before.astype(np.float32), (after * factors).astype(np.float32), ids, seed=self.seed,
+            kept_stream=KEPT, added_stream=ADDED,
+        )  # fmt: skip
+        control = free[CONTROL].log.mean(0)
+        return cells, control, {"pooled": shift} | {name: free[name].log.mean(0) - control for name in (NB, LINEAR)}
+
+    @torch.inference_mode()
+    def _moved(self, rows: np.ndarray, pair: Combination) -> Means:
+        """Return counts of control cells, and the decoder's means before and after they become a combination."""
+        before: list[np.ndarray] = []
+        after: list[np.ndarray] = []
+        for at in range(0, len(rows), TILE):
+            tile = rows[at : at + TILE]
+            z, own, target = self._conditions(tile, pair)
+            size = self._sizes(tile)
+            new = under_condition(self.flow, z, own=own, target=target, sampler=SamplerConfig(steps=self.steps))
+            for found, latents in ((before, z), (after, new)):
+                found.append(self.vae.vae.decode_mu(latents, size).double().cpu().numpy())
+        counts = self.cells.screen.counts[rows].toarray().astype(np.float64)
+        return counts, np.concatenate(before), np.concatenate(after)
+
+    def _sizes(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(self.cells.screen.counts[rows].sum(1)).ravel()).float().to(self.device)
+
+    def _conditions(self, rows: np.ndarray, pair: Combination) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Return latents of control cells, (b, m, e), their own class ids and those of the combination."""
+        classes = self.cells.classes(pair)
         own = {name: ids[rows].to(self.device) for name, ids in self.cells.ids.items()}
         target = dict(own)
         for name in self.cells.treatment:
             new = int(self.cells.vocabulary.label(name).encode([classes[name]])[0])
             target[name] = torch.full_like(own[name], new)
+        return self.z[rows].to(self.device), own, target
+
+    def _latents(self, rows: np.ndarray, pair: Combination) -> dict[str, Tensor]:
+        """Return latents by way, (b, m, e) each; of shift those of the control cells themselves."""
+        z, own, target = self._conditions(rows, pair)
         noise = fresh_noise(self.flow, self.cells.joinids[rows].tolist(), seed=self.seed).to(self.device)
 
         def moved(way: str, guidance: float) -> Tensor:

@@ -6,6 +6,9 @@ combinations, so the regression is ridge with a penalty chosen by leaving one ou
 holds for any distribution of errors if combinations are exchangeable. With many combinations they are left out in
 groups (CV+). With fewer than FEWEST no interval of this level exists; the range of the errors is given instead.
 
+Which of two answers is better follows the regression of the logarithm of their ratio, but only where that was right
+more often, on combinations that it had not seen, than naming the more frequent winner every time.
+
 Shape letters: n combinations with a known error, p features, m combinations to predict.
 """
 
@@ -129,11 +132,9 @@ def left_out_predictions(x: np.ndarray, y: np.ndarray) -> Predicted:
         y: Errors, (n,).
     """
     n = len(y)
-    group = np.arange(n) if n <= LEFT_OUT_ALONE else (np.arange(n) * GROUPS) // n
     value, low, high = (np.full(n, np.nan) for _ in range(3))
     calibrated = n > FEWEST
-    for k in range(group.max() + 1) if n > 1 else ():
-        rows = group == k
+    for rows in _left_out_rows(n):
         found = ErrorModel.fit(x[~rows], y[~rows]).predict(x[rows])
         value[rows], low[rows], high[rows] = found.value, found.low, found.high
     return Predicted(value, low, high, calibrated)
@@ -145,3 +146,48 @@ def coverage(y: np.ndarray, predicted: Predicted) -> float:
     if not known.any():
         return float("nan")
     return float(((y >= predicted.low) & (y <= predicted.high))[known].mean())
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Which of two answers is better, for combinations that nobody measured."""
+
+    better: np.ndarray  # (m,) bool: the first one
+    by_features: bool  # False: the more frequent winner is named for all
+    left_out: np.ndarray  # (n,) what the same rule, fitted without it, says of each known combination; NaN of one alone
+    right: float  # share of the known combinations for which that is right; or NaN
+    always: float  # the same, if the more frequent winner is named every time
+
+
+def verdicts(x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> Verdicts:
+    """Name the better of two answers.
+
+    Args:
+        x: Features of combinations with known errors, (n, p), n at least 1.
+        y: Log of the first answer's error over that of the second, (n,).
+        asked: Features of the combinations that are asked for, (m, p).
+    """
+    better, by_features = _better(x, y, asked)
+    said = np.full(len(y), np.nan)
+    for rows in _left_out_rows(len(y)):
+        said[rows] = _better(x[~rows], y[~rows], x[rows])[0]
+    right = float("nan") if np.isnan(said).any() else float((said == (y < 0)).mean())
+    share = float((y < 0).mean())
+    return Verdicts(better, by_features, said, right, max(share, 1 - share))
+
+
+def _better(x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return whether the first answer is better, (m,), and whether features tell."""
+    won = y < 0
+    seen = np.full(len(y), np.nan)
+    for rows in _left_out_rows(len(y)):
+        seen[rows] = Ridge.fit(x[~rows], y[~rows])(x[rows])
+    if ((seen < 0) == won).mean() > max(won.mean(), 1 - won.mean()):  # never of a single one, whose `seen` is NaN
+        return Ridge.fit(x, y)(asked) < 0, True
+    return np.full(len(asked), bool(won.mean() > 0.5)), False
+
+
+def _left_out_rows(n: int) -> list[np.ndarray]:
+    """Return which combinations are left out together, bool (n,) each; none of a single one."""
+    group = np.arange(n) if n <= LEFT_OUT_ALONE else (np.arange(n) * GROUPS) // n
+    return [group == k for k in range(group.max() + 1)] if n > 1 else []

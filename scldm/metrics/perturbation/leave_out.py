@@ -10,39 +10,44 @@ from collections.abc import Sequence
 import numpy as np
 
 from scldm.metrics.perturbation.measures import distances
-from scldm.metrics.perturbation.screen import MIN_CELLS, Combination, Screen
+from scldm.metrics.perturbation.screen import MIN_CELLS, CellNumbers, Combination, Screen
 
 FLOOR_CELLS = 100  # of each of two sets whose distance is the floor
 NEAREST = 0.05  # least distance over the floor: the distance without bias may be negative by chance
 FEWEST_CELLS = 20  # measured cells of a combination, and of its context's control, that an answer is scored with
 
 
-def askable(screen: Screen, fewest: int = FEWEST_CELLS) -> list[Combination]:
+def askable(screen: Screen | CellNumbers, fewest: int = FEWEST_CELLS) -> list[Combination]:
     """Return the measured combinations that could be asked for without their cells, in order of names.
 
     Args:
-        screen: Measured cells.
+        screen: Measured cells, or how many there are.
         fewest: Cells of the combination and of its context's control at least; another context must have both.
     """
-    n = {pair: len(rows) for pair, rows in screen.members.items()}
+    numbers = _numbers(screen)
+    n, control = numbers.n, numbers.control
     return [
         pair
         for pair in n
-        if pair[1] != screen.control
+        if pair[1] != control
         and n[pair] >= fewest
-        and n.get((pair[0], screen.control), 0) >= fewest
-        and screen.sources(*pair)
+        and n.get((pair[0], control), 0) >= fewest
+        and numbers.sources(*pair)
     ]
 
 
-def unmeasured(screen: Screen) -> list[Combination]:
+def unmeasured(screen: Screen | CellNumbers) -> list[Combination]:
     """Return the combinations without cells of a context that has controls and a treatment that another one has."""
-    contexts = sorted({c for c, t in screen.members if t == screen.control})
-    treatments = sorted({t for _, t in screen.members if t != screen.control})
-    pairs = [(c, t) for c in contexts for t in treatments if (c, t) not in screen.members]
-    return [
-        pair for pair in pairs if len(screen.members[pair[0], screen.control]) >= MIN_CELLS and screen.sources(*pair)
-    ]
+    numbers = _numbers(screen)
+    n, control = numbers.n, numbers.control
+    contexts = sorted({c for c, t in n if t == control})
+    treatments = sorted({t for _, t in n if t != control})
+    pairs = [(c, t) for c in contexts for t in treatments if (c, t) not in n]
+    return [pair for pair in pairs if n[pair[0], control] >= MIN_CELLS and numbers.sources(*pair)]
+
+
+def _numbers(screen: Screen | CellNumbers) -> CellNumbers:
+    return screen.numbers if isinstance(screen, Screen) else screen
 
 
 def folds(pairs: Sequence[Combination], most: int, rng: np.random.Generator) -> list[list[Combination]]:
@@ -78,7 +83,12 @@ def energy_over_floor(real: np.ndarray, answer: np.ndarray) -> float:
         real: Measured cells, (n, p), at least two.
         answer: Cells of the answer, (m, p), at least two.
     """
+    return over_floor(distances(real, answer)["energy"], real)
+
+
+def over_floor(energy: float, real: np.ndarray) -> float:
+    """Return the same of an energy distance without bias to measured cells (n, p)."""
     squares = (real**2).sum(1)
     d = np.sqrt(np.maximum(squares[:, None] + squares - 2 * real @ real.T, 0))
     floor = 2 * (d.sum() - np.trace(d)) / (len(real) * (len(real) - 1)) / FLOOR_CELLS
-    return float(max((distances(real, answer)["energy"] + floor) / floor, NEAREST))
+    return float(max((energy + floor) / floor, NEAREST))

@@ -4,10 +4,13 @@
     n_sources            log of the number of such contexts
     strength             log of the size of the mean shift in them
     agreement            mean correlation of their shifts, two by two; NaN of a single one
-    methods, seeds, guidance   log of the distance between predicted means, relative to the strength
+    methods, seeds, guidance, free   log of the distance between predicted means, relative to the strength
 
-The last three are of predictions: cells from noise, carried over from controls, and shifted; of different seeds of the
-training; with guidance 1 and 2.
+The last four are of predictions: cells from noise, carried over from controls, and shifted; of different seeds of the
+training; with guidance 1 and 2; and of the free answers that `method: pooled` averages.
+
+Beside them stands which context and which treatment it is (`indicators`): errors of one treatment resemble each other.
+In a ridge regression that is a random effect of each.
 
 Shape letters: g genes, k predictions.
 """
@@ -20,9 +23,9 @@ from itertools import combinations
 import numpy as np
 
 from scldm.metrics.perturbation.measures import pearson
-from scldm.metrics.perturbation.screen import Screen
+from scldm.metrics.perturbation.screen import Combination, Screen
 
-FEATURES = ("context_distance", "n_sources", "strength", "agreement", "methods", "seeds", "guidance")
+FEATURES = ("context_distance", "n_sources", "strength", "agreement", "methods", "seeds", "guidance", "free")
 SMALL = 1e-9
 
 
@@ -56,6 +59,21 @@ def disagreement(means: Sequence[np.ndarray], strength: float) -> float:
     """
     apart = [float(np.linalg.norm(a - b)) for a, b in combinations(means, 2)]
     return float(np.log(np.mean(apart) + SMALL) - strength) if apart else float("nan")
+
+
+def indicators(pairs: Sequence[Combination], known: Sequence[Combination]) -> np.ndarray:
+    """Return which context and treatment combinations have, 1 or 0, (n, p).
+
+    Args:
+        pairs: The combinations.
+        known: Combinations with known errors; there is a column for each of their contexts and treatments, if there are
+            several. One that none of them has is 0 in all columns.
+    """
+    columns = []
+    for of in range(2):
+        names = sorted({pair[of] for pair in known})
+        columns += [[float(pair[of] == name) for pair in pairs] for name in names if len(names) > 1]
+    return np.array(columns).reshape(len(columns), len(pairs)).T
 
 
 def as_features(numbers: Mapping[str, float]) -> np.ndarray:

@@ -24,6 +24,19 @@ MIN_CELLS = 5  # of a combination whose mean is used
 
 
 @dataclass(frozen=True)
+class CellNumbers:
+    """How many cells the combinations of a screen have: what can be asked for follows from it alone."""
+
+    n: Mapping[Combination, int]  # of combinations that have cells
+    control: str  # a treatment
+
+    def sources(self, context: str, treatment: str) -> list[str]:
+        """Return the other contexts in which both the treatment and the control were measured, in enough cells."""
+        others = sorted({c for c, t in self.n if t == treatment and c != context})
+        return [c for c in others if min(self.n[c, treatment], self.n.get((c, self.control), 0)) >= MIN_CELLS]
+
+
+@dataclass(frozen=True)
 class Screen:
     """Counts with a context and a treatment for each cell.
 
@@ -58,6 +71,11 @@ class Screen:
         return dict(zip(pairs, groups, strict=True))
 
     @cached_property
+    def numbers(self) -> CellNumbers:
+        """How many cells every combination has."""
+        return CellNumbers({pair: len(rows) for pair, rows in self.members.items()}, self.control)
+
+    @cached_property
     def log(self) -> sp.csr_matrix:
         """log1p CP10k of all cells, (n, g)."""
         return log1p_cp10k(self.counts)
@@ -83,9 +101,7 @@ class Screen:
 
     def sources(self, context: str, treatment: str) -> list[str]:
         """Return the other contexts in which both the treatment and the control were measured, in enough cells."""
-        n = {pair: len(rows) for pair, rows in self.members.items()}
-        others = sorted({c for c, t in n if t == treatment and c != context})
-        return [c for c in others if min(n[c, treatment], n.get((c, self.control), 0)) >= MIN_CELLS]
+        return self.numbers.sources(context, treatment)
 
     def without(self, pairs: Iterable[Combination]) -> Screen:
         """Return the screen without the cells of some combinations, which may have none."""

@@ -23,6 +23,13 @@ FOLLOWED_ELSEWHERE = {
     "scldm/checkpoints/start_from.py: make both the same (ingest.label_values)": (
         "tests/unit/model/checkpoints/test_start_from_values.py"
     ),
+    "pipeline/config/stages.py: leave start out, or set method=flow": "tests/unit/inference/test_predict_error.py",
+    "pipeline/inference/models.py: method: pooled adds and removes molecules": (
+        "tests/unit/inference/test_predict_error.py"
+    ),
+    "pipeline/stages/unseen/asked.py: ask for another class, or set method=flow": (
+        "tests/unit/inference/test_predict_error.py"
+    ),
     "pipeline/stages/unseen/pooled.py: leave model out to use the models of the pipeline": (
         "tests/unit/inference/test_pooled_cells.py"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.core.manifest import Manifest, write_manifest
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.stages.encode import Encoder, EncoderSpec, shard_name
 from pipeline.stages.ingest import run as ingest
+from pipeline.stages.unseen.finished import NO_BETTER_THAN_POOLED
 from scldm.checkpoints.native import save_vae
 from scldm.nn.vae import VAE
 
@@ -88,3 +90,17 @@ def predict_error(root: Path, inputs: dict[str, Manifest], *, version: str = "v"
         Manifest("predict_error", version, str(at), config.model_dump(mode="json"), versions, facts, 1.0, 2.0)
     )
     return at
+
+
+def write_predictions(
+    root: Path, of: Manifest, version: str = "v", *, method: str = "shift", verdict: str = NO_BETTER_THAN_POOLED,
+    finished_at: float = 1.0, **facts: Any,
+) -> None:  # fmt: skip
+    """Write a finished predict_error of the pipeline `root` that says the same of HELD_OUT every time."""
+    at = folder(root, "predict_error", version)
+    names = ("cell_type", "treatment", "delta_pearson", "delta_pearson_low", "delta_pearson_high", "verdict")
+    with (at / "predicted_errors.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([names, [*HELD_OUT.values(), 0.4, 0.2, 0.6, verdict]])
+    known = {"predicted": "predicted_errors.csv", "report": "predicted_errors.html", "method": method,
+             "data": of.facts["digest"], "labels": ["cell_type", "treatment"], "control": CONTROL}  # fmt: skip
+    write_manifest(Manifest("predict_error", version, str(at), {}, {}, known | facts, 1.0, finished_at))

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 from helpers.models.small_models import random_weights, vae_config
 from helpers.stages.cell_stages import here
-from helpers.stages.screen_case import SOURCE, context, folder, screen_inputs
+from helpers.stages.screen_case import SOURCE, context, folder, screen_inputs, write_predictions
 from pydantic import ValidationError
 
 import scldm
@@ -19,6 +19,7 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.stages.evaluate import run as evaluate
 from pipeline.stages.evaluate import under_new_labels
 from pipeline.stages.perturb import run
+from pipeline.stages.unseen.finished import NO_BETTER
 from pipeline.stages.unseen.pooled import FACTORS
 from pipeline.stages.unseen.screen import read_screen
 from scldm.checkpoints.native import save_flow, save_vae
@@ -175,6 +176,7 @@ def test_moved_cells_are_scored_as_the_combination_that_they_became(place):
     )  # fmt: skip
     assert needs("evaluate", config) == ("ingest", "train_vae", "perturb")
     assert "cells" not in STAGE_CONFIGS["evaluate"]().model_dump()
+    write_predictions(root, inputs["ingest"], method="pooled", verdict=NO_BETTER)
     at = folder(root, "evaluate")
     facts = evaluate(
         config, context(at, {"ingest": inputs["ingest"], "train_vae": inputs["train_vae"], "perturb": moved})
@@ -184,6 +186,9 @@ def test_moved_cells_are_scored_as_the_combination_that_they_became(place):
     assert set(table["treatment"]) == {"treatment 1"}
     assert {"generated", "shift", "floor"} <= set(table["answer"])
     assert facts["report"] == "report.html"
+    page = (at / "report.html").read_text()
+    assert "predicted correlation of shifts 0.40 [0.20, 0.60]; no better than the mean shift" in page
+    assert "Found: " in page
 
 
 def test_labels_that_perturb_removed_are_missing():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers.stages.screen_case import CONTROL, HELD_OUT, SOURCE, screen_inputs
 
-from pipeline.stages.unseen.finished import BETTER, NO_BETTER
-from pipeline.stages.unseen.left_out import ANSWERS, OURS, Group, GroupResult
+from pipeline.stages.unseen.finished import BETTER, BETTER_THAN_POOLED, NO_BETTER, NO_BETTER_THAN_POOLED
+from pipeline.stages.unseen.left_out import ANSWERS, POOLED, Group, GroupResult
 from pipeline.stages.unseen.outcome import outcome
 from pipeline.stages.unseen.screen import read_screen
 from pipeline.stages.unseen.ways import WAYS
@@ -24,7 +24,8 @@ def cells(tmp_path_factory):
 
 
 def results(cells, groups, *, ours: float, shift: float, seeds: int = 2):
-    """Every answer has an energy distance of 4 and a correlation of 0.5, ours and the shift in counts their own."""
+    """Every answer has an energy distance of 4 and a correlation of 0.5, pooled cells and the shift in counts their
+    own."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(seeds):
@@ -32,7 +33,7 @@ def results(cells, groups, *, ours: float, shift: float, seeds: int = 2):
         for group in groups:
             k = len(group.pairs)
             scores = np.full((k, len(ANSWERS), 2), [4.0, 0.5])
-            scores[:, ANSWERS.index(OURS), 0] = ours * np.exp(rng.normal(0, 0.05, k))
+            scores[:, ANSWERS.index(POOLED), 0] = ours * np.exp(rng.normal(0, 0.05, k))
             scores[:, ANSWERS.index(COUNTS), 0] = shift
             scores[:, ANSWERS.index(NEAREST), 0] = 3.0
             means = rng.random((k, len(WAYS), cells.vocabulary.n_genes), dtype=np.float32)
@@ -59,6 +60,27 @@ def test_the_verdict_is_about_the_shift_in_counts(cells, groups, ours, shift, ve
     assert row["free_answer"] == NEAREST
     assert row["free_energy_over_floor"] == pytest.approx(3.0)
     assert found.facts["verdict_right"] == 1.0
+    assert found.facts["verdict_always"] == 1.0  # so that nothing is shown to have skill
+    assert any("naming the more frequent winner every time (100% right)" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("ours", "shift", "verdict"), [(2.0, 4.0, NO_BETTER_THAN_POOLED), (6.0, 4.0, BETTER_THAN_POOLED)]
+)
+def test_cells_of_the_shift_are_compared_with_pooled_ones(cells, groups, ours, shift, verdict):
+    found = outcome(cells, groups, results(cells, groups, ours=ours, shift=shift), "shift")
+    row = found.predicted.iloc[0]
+    assert row["verdict"] == verdict
+    assert row["energy_over_floor"] == pytest.approx(shift, rel=0.01)
+    assert found.facts["answer"] == COUNTS
+    assert found.facts["better_than_pooled"] == float(ours > shift)
+
+
+def test_cells_of_a_flow_have_scores_and_verdicts_of_their_own(cells, groups):
+    found = outcome(cells, groups, results(cells, groups, ours=2.0, shift=3.0), "flow")
+    row = found.predicted.iloc[0]
+    assert row["energy_over_floor"] == pytest.approx(4.0, rel=0.01)
+    assert row["verdict"] == NO_BETTER
 
 
 def test_with_enough_combinations_intervals_are_calibrated_and_their_coverage_is_a_fact(cells, groups):
@@ -66,7 +88,7 @@ def test_with_enough_combinations_intervals_are_calibrated_and_their_coverage_is
     assert found.facts["n_left_out"] == 11
     assert found.facts["calibrated"]
     assert found.predicted["interval"].tolist() == ["90 %"]
-    ours = found.left_out[found.left_out["answer"] == OURS]
+    ours = found.left_out[found.left_out["answer"] == POOLED]
     inside = (ours["energy_over_floor"] >= ours["energy_over_floor_predicted_low"]) & (
         ours["energy_over_floor"] <= ours["energy_over_floor_predicted_high"]
     )

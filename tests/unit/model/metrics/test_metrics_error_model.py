@@ -14,9 +14,10 @@ from scldm.metrics.perturbation.error_model import (
     Ridge,
     coverage,
     left_out_predictions,
+    verdicts,
 )
 from scldm.metrics.perturbation.leave_out import askable, energy_over_floor, folds, unmeasured
-from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, nearness
+from scldm.metrics.perturbation.nearness import FEATURES, as_features, disagreement, indicators, nearness
 from scldm.metrics.perturbation.screen import Screen
 from scldm.metrics.perturbation.shift import CountShift
 
@@ -193,6 +194,42 @@ def test_many_combinations_are_left_out_in_groups():
 
 
 # ---- the shift in counts ---------------------------------------------------------------------------------------------
+def test_contexts_and_treatments_have_a_column_each_if_there_are_several():
+    known = [("a", "x"), ("b", "x"), ("b", "y")]
+    assert indicators(known, known).tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
+    assert indicators([("new", "y")], known).tolist() == [[0, 0, 0, 1]]
+    assert indicators([("a", "x"), ("b", "x")], [("a", "x"), ("b", "x")]).tolist() == [[1, 0], [0, 1]]
+    assert indicators([("a", "x")], [("a", "x")]).shape == (1, 0)
+    assert indicators([], known).shape == (0, 4)
+
+
+def test_a_verdict_follows_what_is_near_only_where_that_tells_more_than_the_more_frequent_winner():
+    rng = np.random.default_rng(0)
+    x, asked = rng.normal(size=(24, 2)), np.array([[-3.0, 0.0], [3.0, 0.0]])
+    told = verdicts(x, x[:, 0] + 0.1 * rng.normal(size=24), asked)
+    assert told.by_features
+    assert told.better.tolist() == [True, False]
+    assert told.right > 0.8 > told.always
+    noise = rng.normal(size=24) - 1.0
+    blind = verdicts(x, noise, asked)
+    assert not blind.by_features
+    assert blind.better.tolist() == [True, True]
+    assert blind.always == (noise < 0).mean()
+    assert blind.right <= blind.always
+
+
+def test_the_verdict_on_a_combination_does_not_know_its_error():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(12, 2)), rng.normal(size=12)
+    other = y.copy()
+    other[3] = -5 * y[3]
+    assert verdicts(x, y, x).left_out[3] == verdicts(x, other, x).left_out[3]
+    alone = verdicts(x[:1], y[:1], x)
+    assert np.isnan(alone.left_out).all()
+    assert np.isnan(alone.right)
+    assert alone.better.tolist() == [bool(y[0] < 0)] * 12
+
+
 def test_the_shift_in_counts_has_the_means_that_it_says():
     screen = screen_of(FULL)
     shift = CountShift.learn(screen, "a", "x")
