@@ -146,7 +146,7 @@ def distil(
     dit.load_state_dict(trained.dit.state_dict())
     config = OptimizerConfig(lr=lr, warmup=0.05, decay=0.5)
     optimizer, average = adamw(dit, config), EMA(dit, EMAConfig(decay=0.998))
-    rows_of_steps = batches(len(states) - held, 128, seed=0)
+    rows_of_steps = batches(len(states) - held, min(128, len(states) - held), seed=0)
     for step in range(effort.distil_steps):
         rows = next(rows_of_steps)
         for group in optimizer.param_groups:

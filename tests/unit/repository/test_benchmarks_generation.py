@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import anndata
+import distilled_quality
 import generation
 import generation_quality as quality
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from generation_sides import SMALL, build_pair, our_actor, our_cells, our_phases, upstream_cells, upstream_latents
@@ -50,3 +53,19 @@ def test_the_quality_table_has_a_row_for_each_solver_and_the_floor():
     assert len(names) == len(quality.SOLVERS) + 4
     assert names[-1] == "real | real (halves)"
     assert {"evaluations", "latent error", "Fréchet²", "MMD²"} <= set(rows[0])
+
+
+def test_distilled_flows_are_compared_with_the_exact_solution_beside_a_control(tmp_path):
+    cells = quality.made_up_cells(n=120, n_genes=80)
+    obs = pd.DataFrame({"cell_type": np.resize(["a", "b"], 120)}, index=[str(i) for i in range(120)])
+    anndata.AnnData(cells, obs=obs).write_h5ad(tmp_path / "cells.h5ad")
+    effort = distilled_quality.Effort(
+        n_genes=60, vae_steps=2, flow_steps=2, flow_width=16, flow_layers=1, trajectories=48, distil_steps=2,
+        n_cells=40, halves=5,
+    )  # fmt: skip
+    found = distilled_quality.compare(distilled_quality.train_pair(tmp_path / "cells.h5ad", effort), effort)
+    who = ["exact", "adams 14", *(f"{x} {n}" for n in (1, 2, 4) for x in ("distilled", "euler"))]
+    keys = [(r["space"], r["score"], r["candidate"]) for r in found["rows"]]
+    assert keys == [(s, k, c) for s in ("latents", "cells") for k in ("frechet", "w2", "recall") for c in who]
+    assert all(r["half_width"] >= 0 for r in found["rows"] if r["candidate"] != "exact")
+    assert [len(found[f"distilled {n}"]["missed"]) for n in (1, 2, 4)] == [1, 2, 4]
