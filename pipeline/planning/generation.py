@@ -13,7 +13,6 @@ from pipeline.core.manifest import Manifest
 from pipeline.core.text import compact, duration, human
 from pipeline.planning import sizes
 from scldm.api.folders import find_model
-from scldm.data.vocabulary import Vocabulary
 from scldm.flow.config import shown_guidance
 from scldm.generation.request import Request
 
@@ -138,6 +137,7 @@ def perturbed_lines(config: PerturbConfig, inputs: Mapping[str, Manifest], folde
     from pipeline.inference.models import target_classes
     from pipeline.stages.unseen.beside import predictions_of
     from pipeline.stages.unseen.finished import verdict_line
+    from scldm.data.vocabulary import Vocabulary
 
     found = predictions_of(config, inputs, folder)
     if found is None or set(config.to) != set(found.treatment):
