@@ -146,7 +146,8 @@ def _decide_all(
             if steps[stage].done is None and stage in READ_COUNTS and "ingest" in earlier:
                 check_experiment(inputs["ingest"], command_for("ingest", source))
     _add_inputs_of_missing(job, folder, configs, needed_by)
-    return list(steps.values()), [Missing(s, tuple(needed_by[s])) for s in IN_ORDER if s in needed_by]
+    order = [*IN_ORDER, *(s for s in needed_by if s not in IN_ORDER)]  # perturb, whose cells evaluate may read
+    return list(steps.values()), [Missing(s, tuple(needed_by[s])) for s in order if s in needed_by]
 
 
 def _brings_its_vae(generated: Manifest | None) -> bool:

@@ -155,9 +155,9 @@ def _flow(summary: SourceSummary, gpus: int) -> Chosen:
 
 def _cpu_steps(n_train: int, workers: int, *, flow: bool, summary: SourceSummary | None = None) -> Chosen:
     """Choose steps as in jobs/demo_h5ad.yaml: more for more cells, within minutes on two cores."""
-    batch = 128 if flow else 64
-    few = max(200, 200 * n_train // batch) if n_train > 0 else 1200  # limits for a very small data set
-    steps = _hundreds(min(max(min(1200, few), 15 * n_train // batch), 3000))
+    batch, usual, most = 64, 2000 if flow else 1200, 5000 if flow else 3000
+    few = max(200, 200 * n_train // batch) if n_train > 0 else usual  # limits for a very small data set
+    steps = _hundreds(min(max(min(usual, few), 15 * n_train // batch), most))
     many = summary is not None and summary.n_genes > MANY_GENES
     train = {
         "max_steps": steps,

@@ -184,6 +184,12 @@ def test_missing_inputs_are_all_named_before_anything_starts(world):
     assert not Path("runs").exists()
 
 
+def test_cells_of_perturb_that_were_not_made_are_named(world):
+    run()
+    with pytest.raises(InputError, match="perturb: needed by evaluate"):
+        run(text="kind: evaluate\nname: demo\ncells: perturb\n")
+
+
 def test_inputs_name_a_folder_and_its_ancestors_follow(world):
     run()
     old = newest_manifest(Path("runs/demo"), "train_flow")
