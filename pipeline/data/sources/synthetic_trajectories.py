@@ -31,11 +31,7 @@ PROGRAMMES = 4  # two that a cell runs or not, two that every cell runs to some 
 PROGRAMME_GENES, PROGRAMME_EFFECT = 0.12, 0.7
 RUNNING = 0.35  # share of the cells that run each of the first two
 BATCHES, BATCH_SD, DONOR_SD = 2, 0.25, 0.08
-THETA, THETA_SD, THETA_BASE = (
-    2.0,
-    0.7,
-    0.3,
-)  # median and log SD of inverse dispersions, and how they grow with expression
+THETA, THETA_SD, THETA_BASE = 2.0, 0.7, 0.3  # median and log SD of inverse dispersions; their growth with expression
 SIZE, SIZE_SD, SIZE_TYPE_SD, SIZE_BATCH = 2000.0, 0.3, 0.2, 0.15  # for 1,000 genes; grows with the root of the genes
 SIZE_GROWTH = 0.4  # of the log library size from the start of a trajectory to its end
 WHO, PROCESS, CELLS, FRESH = (n << 43 for n in (1, 2, 3, 4))  # streams of randomness; chunks are added
@@ -138,8 +134,11 @@ def drawn_chunks(source: SyntheticSource) -> Iterator[Drawn]:
 
 def expected_counts(source: SyntheticSource, rows: np.ndarray) -> np.ndarray:
     """Return the expected counts of some cells of the source, (len(rows), g): all that is true of them but bursts."""
-    chunks = list(drawn_chunks(source))
-    return np.stack([chunks[row // CHUNK].mu[row % CHUNK] for row in rows.tolist()])
+    found = np.empty((len(rows), source.n_genes))
+    for number, drawn in enumerate(drawn_chunks(source)):  # one chunk at a time: the source may be larger than memory
+        here = rows // CHUNK == number
+        found[here] = drawn.mu[rows[here] % CHUNK]
+    return found
 
 
 def fresh_counts(source: SyntheticSource, rows: np.ndarray, *, per_cell: int) -> np.ndarray:

@@ -206,7 +206,7 @@ def test_a_section_inside_its_own_kind_of_job_is_an_unknown_key(write):
 def test_missing_keys_are_named_with_their_section(write):
     assert only_error(write("kind: pipeline\nname: demo\ningest: {}\ngenerate: {}\n")) == (
         "job.yaml:3: ingest.source: missing; expected a section with keys type, n_cells, n_genes, n_types, n_donors, "
-        "n_treatments, seed or a section with keys type, path, layer, columns, gene_id, gene_name "
+        "n_treatments, within_types, seed or a section with keys type, path, layer, columns, gene_id, gene_name "
         "or a section with keys type, path, genome, obs, columns "
         "or a section with keys type, uri, region, anonymous, s3, measurement, layer "
         "or a section with keys type, version, organism, s3"
