@@ -175,7 +175,7 @@ def train(asked: Asked, *, seconds: Sequence[float], seed: int) -> Trained:
     contexts = LabelVocabulary(CONTEXT, tuple(sorted(set(screen.context.tolist()))))
     vocabulary = Vocabulary(genes, genes, (contexts, asked.label))
     cells = cells_of(screen)
-    vae, _ = train_vae("scratch", cells, vocabulary, None, replay=None, seconds=seconds[0], seed=seed)
+    vae, _ = train_vae("scratch", cells, vocabulary, None, replay=None, seconds=seconds[0], seed=seed, components=True)
     z = encode(vae, cells)
     flow: LoadedFlow = train_flow(screen, z, vocabulary, seconds=seconds[1], seed=seed, start="noise")
     return Trained(vae, flow, None)
