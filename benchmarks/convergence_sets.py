@@ -8,8 +8,9 @@ Shape letters: n cells, g genes.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import perturbation_screens
 import scipy.sparse as sp
 import torch
-from harness import Row
+from harness import Row, report
 from transfer_cells import Cells
 from transfer_lines import vocabulary_of
 
@@ -29,6 +30,8 @@ SPLIT = 11  # stream of randomness
 N_GENES, MOST_HELD_OUT, MIN_COUNTS = 2_000, 800, 50
 CHOSEN_ON, TESTED_ON = ("pbmc3k", "gbm"), ("worm", "airway")
 BASE = "today"
+Wanted = Sequence[tuple[str, float]]  # variants and seconds
+Keep = Callable[..., None]  # (variant, seconds, scores, **facts)
 HIGHER = ("recall", "gene_pearson")  # scores that are better if they are higher
 FILES = {
     "pbmc3k": ("pbmc3k_full.h5ad", ("cell_type",)),
@@ -66,6 +69,52 @@ def read(folder: Path, name: str, seed: int) -> tuple[Cells, Cells, Vocabulary]:
 def results(file: Path) -> list[dict[str, Any]]:
     """Return the lines of a file of results, one for each training."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def command_line(doc: str | None, root: Path, name: str, variants: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the arguments that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=root.parent / "shared" / "data")
+    parser.add_argument("--out", type=Path, default=root / "runs" / name)
+    parser.add_argument("--only", choices=list(FILES), action="append")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=list(variants), default=list(variants))
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def run_all(args: argparse.Namespace, run: Callable[[str, int, Wanted, Keep], None]) -> None:
+    """Run what is not there yet for every seed and set, then report all that is.
+
+    Args:
+        args: See `command_line`; `seconds` are the budgets.
+        run: Takes a set, a seed, the variants and seconds that are wanted, and what keeps the scores of one training.
+    """
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "results.jsonl"
+    for seed in range(args.seeds):
+        for name in args.only or FILES:
+            done = {(r["variant"], r["seconds"]) for r in results(file) if (r["set"], r["seed"]) == (name, seed)}
+            wanted = [(v, s) for v in args.variants for s in args.seconds if (v, s) not in done]
+            if wanted:
+                run(name, seed, wanted, _keeper(file, name, seed, done))
+    found = results(file)
+    print(table(found))
+    report(rows(found), args.json, found=found)
+
+
+def _keeper(file: Path, name: str, seed: int, done: Collection[tuple[str, float]]) -> Keep:
+    def keep(variant: str, seconds: float, scores: dict[str, float], **facts: Any) -> None:
+        if (variant, seconds) in done:
+            return
+        line = {"set": name, "seed": seed, "variant": variant, "seconds": seconds, "scores": scores, **facts}
+        with file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
+        print(f"{name} {seed} {variant} {seconds:g} s: {shown}  {facts}", flush=True)
+
+    return keep
 
 
 def rows(found: Sequence[dict[str, Any]]) -> list[Row]:

@@ -19,17 +19,14 @@ Shape letters: n cells, b cells of a batch, m latent tokens, e latent width.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import convergence_sets
 import numpy as np
 import scipy.sparse as sp
 import torch
 import vae_convergence
-from harness import report
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from train_small import batches
@@ -244,51 +241,24 @@ def decoded(set_: Prepared, seed: int) -> dict[str, float]:
     return distances(set_, sp.vstack(made, format="csr"), set_.z_held_out)
 
 
-def run(name: str, seed: int, args: argparse.Namespace) -> None:
-    file = args.out / "results.jsonl"
-    done = {(r["set"], r["seed"], r["variant"], r["seconds"]) for r in convergence_sets.results(file)}
-    wanted = [(v, s) for v in args.variants for s in args.seconds if (name, seed, v, s) not in done]
-    if not wanted:
-        return
-    set_ = prepare(name, args, seed)
-
-    def keep(variant: str, seconds: float, scores: dict[str, float], **facts: Any) -> None:
-        line = {"set": name, "seed": seed, "variant": variant, "seconds": seconds, "scores": scores, **facts}
-        with file.open("a") as out:
-            out.write(json.dumps(line) + "\n")
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
-        print(f"{name} {seed} {variant} {seconds:g} s: {shown}  {facts}", flush=True)
-
-    if (name, seed, "floor", 0) not in done:
-        keep("floor", 0, floor(set_, seed))
-        keep("decoded", 0, decoded(set_, seed))
-    for variant, seconds in wanted:
-        chosen = VARIANTS[variant]
-        dit, steps, centre, scale = train_flow(
-            set_.train.classes, set_.z, set_.vae.vocabulary, chosen, seconds=seconds, seed=seed
-        )
-        keep(variant, seconds, score(set_, chosen, dit, centre, scale, seed), steps=steps)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "flow_convergence")
-    parser.add_argument("--only", choices=list(convergence_sets.FILES), action="append")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = convergence_sets.command_line(__doc__, ROOT, "flow_convergence", list(VARIANTS))
     parser.add_argument("--seconds", type=float, nargs="+", default=[20, 40], help="of a flow")
     parser.add_argument("--vae-seconds", type=float, default=60)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds):
-        for name in args.only or convergence_sets.FILES:
-            run(name, seed, args)
-    found = convergence_sets.results(args.out / "results.jsonl")
-    print(convergence_sets.table(found))
-    report(convergence_sets.rows(found), args.json, found=found)
+
+    def run(name: str, seed: int, wanted: convergence_sets.Wanted, keep: convergence_sets.Keep) -> None:
+        set_ = prepare(name, args, seed)
+        keep("floor", 0, floor(set_, seed))
+        keep("decoded", 0, decoded(set_, seed))
+        for variant, seconds in wanted:
+            chosen = VARIANTS[variant]
+            dit, steps, centre, scale = train_flow(
+                set_.train.classes, set_.z, set_.vae.vocabulary, chosen, seconds=seconds, seed=seed
+            )
+            keep(variant, seconds, score(set_, chosen, dit, centre, scale, seed), steps=steps)
+
+    convergence_sets.run_all(args, run)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ Shape letters: n cells, g genes, b cells of a batch, d model width.
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ import convergence_sets
 import numpy as np
 import scipy.sparse as sp
 import torch
-from harness import report
 from train_small import batches
 from transfer_cells import Cells
 from transfer_lines import SEEN, THETA_CELLS, VAE_SIZES, Budget, batch_of, chunks, steps_of, validation
@@ -171,48 +168,21 @@ def distances(space: RealSpace, held_out: Cells, counts: sp.csr_matrix) -> dict[
     }
 
 
-def run(name: str, seed: int, args: argparse.Namespace) -> None:
-    file = args.out / "results.jsonl"
-    done = {(r["set"], r["seed"], r["variant"], r["seconds"]) for r in convergence_sets.results(file)}
-    wanted = [(v, s) for v in args.variants for s in args.seconds if (name, seed, v, s) not in done]
-    if not wanted:
-        return
-    cells, held_out, _ = convergence_sets.read(args.data, name, seed)
-    space = RealSpace.fit(cells.counts, n_top_genes=convergence_sets.N_GENES, n_pcs=30, seed=0)
+def main() -> None:
+    parser = convergence_sets.command_line(__doc__, ROOT, "vae_convergence", list(VARIANTS))
+    parser.add_argument("--seconds", type=float, nargs="+", default=[40], help="of a VAE")
+    args = parser.parse_args()
 
-    def keep(variant: str, seconds: float, scores: dict[str, float], **facts: Any) -> None:
-        line = {"set": name, "seed": seed, "variant": variant, "seconds": seconds, "scores": scores, **facts}
-        with file.open("a") as out:
-            out.write(json.dumps(line) + "\n")
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
-        print(f"{name} {seed} {variant} {seconds:g} s: {shown}  {facts}", flush=True)
-
-    if (name, seed, "floor", 0) not in done:
+    def run(name: str, seed: int, wanted: convergence_sets.Wanted, keep: convergence_sets.Keep) -> None:
+        cells, held_out, _ = convergence_sets.read(args.data, name, seed)
+        space = RealSpace.fit(cells.counts, n_top_genes=convergence_sets.N_GENES, n_pcs=30, seed=0)
         rows = np.random.default_rng(seed).permutation(len(cells))[: len(held_out)]
         keep("floor", 0, distances(space, held_out, cells.counts[rows]))
-    for variant, seconds in wanted:
-        vae, steps = train(VARIANTS[variant], cells, seconds=seconds, seed=seed)
-        keep(variant, seconds, score(vae, held_out, space, seed), steps=steps)
+        for variant, seconds in wanted:
+            vae, steps = train(VARIANTS[variant], cells, seconds=seconds, seed=seed)
+            keep(variant, seconds, score(vae, held_out, space, seed), steps=steps)
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "vae_convergence")
-    parser.add_argument("--only", choices=list(convergence_sets.FILES), action="append")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, nargs="+", default=[40], help="of a VAE")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds):
-        for name in args.only or convergence_sets.FILES:
-            run(name, seed, args)
-    found = convergence_sets.results(args.out / "results.jsonl")
-    print(convergence_sets.table(found))
-    report(convergence_sets.rows(found), args.json, found=found)
+    convergence_sets.run_all(args, run)
 
 
 if __name__ == "__main__":

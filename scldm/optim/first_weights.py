@@ -28,7 +28,7 @@ from scldm.nn.layers import merge_heads
 from scldm.nn.vae import EMBEDDING_STD, VAE
 
 FLOOR = 0.1  # added to a gene's standard deviation, so that genes of few counts do not rule the components
-POOLED = 256  # cells that scale and mean of what is pooled are measured on
+POOLED = 256  # cells that are pooled at a time
 ROUNDS = 4  # the queries decide what is pooled, a little: at the fourth they no longer change
 SMALLEST = 1e-6  # of an eigenvalue, relative to the largest
 
@@ -58,10 +58,10 @@ def start_at_components(vae: VAE, cells: Sequence[CellBatch]) -> int:
         if found.any():
             own = own * (EMBEDDING_STD / own[found].std())
             table[: len(own), : own.shape[1]] = torch.where(found[:, None], own, table[:, : own.shape[1]])
-    few = _first(cells, POOLED)
+    parts = [CellBatch.from_csr(counts[i : i + POOLED]) for i in range(0, counts.shape[0], POOLED)]
     random_queries = vae.encoder.queries.detach().clone()
     for _ in range(ROUNDS):
-        _centre_queries(vae, few, random_queries)
+        _centre_queries(vae, parts, random_queries)
     return loadings.shape[1]
 
 
@@ -97,9 +97,11 @@ def _tables(vae: VAE) -> list[torch.nn.Parameter]:
     return [t for t in (vae.gene_embedding, vae.decoder_embedding) if t is not None]
 
 
-def _centre_queries(vae: VAE, cells: CellBatch, random_queries: Tensor) -> None:
+def _centre_queries(vae: VAE, parts: Sequence[CellBatch], random_queries: Tensor) -> None:
     encoder = vae.encoder
-    pooled = encoder.out(merge_heads(encoder.pool(cells, vae.gene_embedding)))  # (n, m, d)
+    pooled = torch.cat(
+        [encoder.out(merge_heads(encoder.pool(part, vae.gene_embedding))) for part in parts]
+    )  # (n, m, d)
     mean = pooled.mean(0)
     if (spread := float((pooled - mean).std())) == 0:  # all cells alike
         return
@@ -112,13 +114,3 @@ def _centre_queries(vae: VAE, cells: CellBatch, random_queries: Tensor) -> None:
 def _counts(cells: CellBatch, n_genes: int) -> sp.csr_matrix:
     ends = np.concatenate([[0], cells.lengths.cumsum(0).numpy()])
     return sp.csr_matrix((cells.counts.numpy(), cells.gene_ids.numpy(), ends), shape=(cells.n_cells, n_genes))
-
-
-def _first(cells: Sequence[CellBatch], n: int) -> CellBatch:
-    """Return the first batches with at least n cells in all, or all of them, as one."""
-    counts, width = [], 1 + max(int(batch.gene_ids.max()) for batch in cells if len(batch.gene_ids))
-    for batch in cells:
-        counts.append(_counts(batch, width))
-        if sum(c.shape[0] for c in counts) >= n:
-            break
-    return CellBatch.from_csr(sp.vstack(counts, format="csr"))
