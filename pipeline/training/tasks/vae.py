@@ -41,7 +41,7 @@ def train_vae(spec: VaeWorkerSpec, run: Run) -> dict[str, Any]:
     stats = pd.read_parquet(spec.inputs["ingest"].path("gene_stats"))
     mean_counts = torch.tensor(stats["mean"].to_numpy(), dtype=torch.float32)
     source = data.blocks("train")
-    vae = _new_vae(spec, source, n_genes=n_genes, mean_counts=mean_counts)
+    vae = new_vae(spec, source, n_genes=n_genes, mean_counts=mean_counts)
     started, rates = _start_from(spec, vae, data)
     objective = VaeObjective(
         vae,
@@ -96,7 +96,7 @@ def _start_from(spec: VaeWorkerSpec, vae: VAE, data: IngestedDataset) -> tuple[d
     return {"start_from": report_start(spec.start_from, started)}, rates
 
 
-def _new_vae(spec: VaeWorkerSpec, source: BlockSource, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:
+def new_vae(spec: VaeWorkerSpec, source: BlockSource, *, n_genes: int, mean_counts: torch.Tensor) -> VAE:
     """Initialize a VAE by the seed; its output starts at the genes' mean counts, (g,).
 
     Every worker computes the same first weights from the same training cells, and DeepSpeed hands out those of rank 0.
