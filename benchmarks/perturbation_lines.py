@@ -35,6 +35,7 @@ from scldm.flow.config import PathConfig, SamplerConfig
 from scldm.flow.objective import flow_loss
 from scldm.flow.path import sample_path
 from scldm.flow.sampler import sample_latents
+from scldm.generation.draws.change import Change
 from scldm.generation.draws.matched_mean import draw_changed, matched_factors
 from scldm.generation.real_cells import draw_sparse, under_condition
 from scldm.metrics.genes.expression import log1p_cp10k
@@ -171,12 +172,12 @@ def answers(
         weights: Of the pooled mean, see `pool_weights`.
     """
     control = cells_of(screen[screen.members[context, screen.control]])
-    found, means = moved(trained, control, screen.control, treatment, seed)
+    found, changes = moved(trained, control, screen.control, treatment, seed)
     counts, rng = control.counts, np.random.default_rng([seed, STREAM])
     shift = weights @ predicted_shifts(free, shift_of(found["carried in counts"], counts))
-    some = rng.permutation(counts.shape[0])[:MATCHED]
-    factors = matched_factors(counts[some], means["own"][some], means["carried"][some], shift, rng)
-    found["pooled"] = sp.csr_matrix(draw_changed(counts.toarray(), means["own"], means["carried"] * factors, rng))
+    change = changes["carried"]
+    factors = matched_factors(change[rng.permutation(counts.shape[0])[:MATCHED]], shift, rng)
+    found["pooled"] = sp.csr_matrix(draw_changed(change.times(factors), rng))
     return {name: Answer.of(found[name]) for name in WAYS if name in found}
 
 
@@ -191,8 +192,8 @@ def shift_of(cells: sp.csr_matrix, control: sp.csr_matrix) -> np.ndarray:
 @torch.inference_mode()
 def moved(
     trained: Trained, control: Cells, control_class: str, treatment: str, seed: int, ways: Sequence[str] = MOVES
-) -> tuple[dict[str, sp.csr_matrix], dict[str, np.ndarray]]:
-    """Return cells drawn from the decoder, and the decoder's means for the own latents ("own") and the moved ones."""
+) -> tuple[dict[str, sp.csr_matrix], dict[str, Change]]:
+    """Return cells drawn from the decoder, and how the cells that are moved change."""
     vae, vocabulary, context = trained.vae, trained.noise.vocabulary, control.classes[0]
     drawn: dict[str, list[sp.csr_matrix]] = {}
     means: dict[str, list[Tensor]] = {}
@@ -216,11 +217,11 @@ def moved(
             means.setdefault(name, []).append(decoded.mu)
     cells = {name: sp.vstack(parts, format="csr") for name, parts in drawn.items()}
     found = {name: torch.cat(parts).double().numpy() for name, parts in means.items()}
-    rng = np.random.default_rng([seed, STREAM + 3])
-    for name in [name for name in cells if name != "noise"]:
-        changed = draw_changed(control.counts.toarray(), found["own"], found[name], rng)
-        cells[f"{name} in counts"] = sp.csr_matrix(changed)
-    return cells, found
+    theta = vae.vae.decode(z, size).theta.double().numpy().reshape(1, -1)
+    counts, rng = control.counts.toarray().astype(np.float64), np.random.default_rng([seed, STREAM + 3])
+    changes = {name: Change(counts, found["own"], found[name], theta) for name in cells if name != "noise"}
+    cells |= {f"{name} in counts": sp.csr_matrix(draw_changed(x, rng)) for name, x in changes.items()}
+    return cells, changes
 
 
 def _conditions(vocabulary: Vocabulary, context: str, treatment: str, n: int) -> Mapping[str, Tensor]:

@@ -24,6 +24,7 @@ from scldm.flow.config import ControlStart, Distilled, SamplerConfig
 from scldm.flow.distilled import whole_flow_problem
 from scldm.flow.sampler import sample_latents
 from scldm.flow.transport import FromControls, Start, start_problem
+from scldm.generation.draws.change import Change
 from scldm.generation.draws.changed_counts import change_counts
 from scldm.generation.real_cells import draw_sparse, fresh_noise, require_whole_flow, under_condition
 from scldm.nn.vae import CountDistribution, ExpressionDistribution
@@ -157,24 +158,27 @@ def perturb_cells(
     ids, moved = cells.joinids.tolist(), move_cells(vae, flow, cells, seen, perturbation)
     if perturbation.counts == "drawn" or moved.own is None or not isinstance(moved.decoded, CountDistribution):
         return draw_sparse(moved.decoded, ids, seed=perturbation.seed), moved.latents
-    counts, before, after = means_of_change(vae, cells, moved)
+    change = change_of_means(vae, cells, moved)
     if factors is not None:
-        after = (after * factors).astype(np.float32)
-    changed = change_counts(counts, before, after, ids, seed=perturbation.seed, kept_stream=KEPT, added_stream=ADDED)
+        change = change.times(factors)
+    changed = change_counts(change, ids, seed=perturbation.seed, kept_stream=KEPT, added_stream=ADDED)
     return changed, moved.latents
 
 
 @torch.inference_mode()
-def means_of_change(vae: LoadedVAE, cells: CellBatch, moved: Moved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return counts of cells and the decoder's means for their own and for the moved latents, (b, g) float32 each.
+def change_of_means(vae: LoadedVAE, cells: CellBatch, moved: Moved) -> Change:
+    """Return counts of cells, and what the decoder expects for their own and for the moved latents, float32.
 
     Raises:
         FloatingPointError: Means are not finite; the cells are named.
     """
     assert moved.own is not None  # cells from noise have no latents of their own
-    before, after = vae.vae.decode_mu(moved.own, cells.library_size), moved.decoded.mu
+    own = vae.vae.decode(moved.own, cells.library_size)
+    assert isinstance(own, CountDistribution)  # `perturb_problems` refuses others
+    before, after = own.mu, moved.decoded.mu
     _require_finite(cells.joinids.tolist(), before, after)
-    return tuple(x.float().cpu().numpy() for x in (cells.dense(after.shape[1]), before, after))
+    theta = own.theta if own.theta.ndim > 1 else own.theta[None]
+    return Change(*(x.float().cpu().numpy() for x in (cells.dense(after.shape[1]), before, after, theta)))
 
 
 def _require_finite(ids: Sequence[int], *means: Tensor) -> None:

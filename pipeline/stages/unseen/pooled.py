@@ -41,6 +41,7 @@ from pipeline.stages.unseen.screen import (
 )
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import InputError
+from scldm.generation.draws.change import Change
 from scldm.metrics.perturbation.pooled import FLOW, POOLED
 from scldm.metrics.perturbation.screen import MIN_CELLS, Combination, Screen
 
@@ -155,10 +156,9 @@ class Fitted:
         from scldm.generation.draws.matched_mean import matched_factors
 
         some = np.sort(rng.permutation(combination.rows)[:MOST_CELLS])
-        counts, before, after = mover.means(some)
-        pair, weights = (combination.context, combination.treatment), self.weights[combination.control]
-        shift, _ = pooled_shift(screen, pair, (counts, before, after), weights, rng)
-        return matched_factors(sp.csr_matrix(counts), before, after, shift, rng), shift
+        change, weights = mover.change(some), self.weights[combination.control]
+        shift, _ = pooled_shift(screen, (combination.context, combination.treatment), change, weights, rng)
+        return matched_factors(change, shift, rng), shift
 
     def _weights(
         self, known: TrainingScreen, control: str, asked: Sequence[SourceCombination], mover: _Mover
@@ -167,7 +167,7 @@ class Fitted:
         screen, rng = replace(known.screen, control=control), np.random.default_rng([self.context.seed, LEFT_OUT])
         wanted = {(c.context, c.treatment) for c in asked}
         weights, n = pool_weights(
-            screen, lambda some, pair: mover.means_of_training(known, some, pair), rng, asked=wanted
+            screen, lambda some, pair: mover.change_of_training(known, some, pair), rng, asked=wanted
         )
         named = ", ".join(f"{name} {w:.2f}" for name, w in zip((*POOLED, FLOW), weights, strict=True))
         log.info("perturb: weights of the pooled mean, from %d measured combinations: %s", n, named)
@@ -203,8 +203,8 @@ class _Mover:
         self.tile = tile_cells(self.perturber.vae, self.device)
         self.measured = None if rows.measured is None else torch.from_numpy(rows.measured).to(self.device)
 
-    def means(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return counts of cells and the decoder's means before and after the change, (n, g) each.
+    def change(self, positions: np.ndarray) -> Change:
+        """Return how cells change that are moved as the job asks.
 
         Args:
             positions: Of the cells in the source, (n,).
@@ -218,13 +218,11 @@ class _Mover:
                 read, self.rows.reader.labels, max_genes=self.config.max_genes, measured=self.measured,
                 seed=self.seed, device=self.device,
             )  # fmt: skip
-            parts.append(self._means(tile.cells, tile.seen, self.perturber.perturbation))
+            parts.append(self._change(tile.cells, tile.seen, self.perturber.perturbation))
         return _joined(parts)
 
-    def means_of_training(
-        self, known: TrainingScreen, positions: np.ndarray, pair: Combination
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the same of training cells that become a measured combination.
+    def change_of_training(self, known: TrainingScreen, positions: np.ndarray, pair: Combination) -> Change:
+        """Return how training cells change that become a measured combination.
 
         Args:
             known: The training cells.
@@ -246,16 +244,19 @@ class _Mover:
                 from pipeline.data.loading.collate import subsample_genes
 
                 seen = subsample_genes(cells, self.config.max_genes, seed=self.seed)
-            parts.append(self._means(cells, seen, to))
+            parts.append(self._change(cells, seen, to))
         return _joined(parts)
 
-    def _means(self, cells: CellBatch, seen: CellBatch, perturbation: Perturbation) -> tuple[np.ndarray, ...]:
-        from scldm.generation.perturbed import means_of_change, move_cells
+    def _change(self, cells: CellBatch, seen: CellBatch, perturbation: Perturbation) -> Change:
+        from scldm.generation.perturbed import change_of_means, move_cells
 
         vae, flow = self.perturber.vae, self.perturber.flow
-        return means_of_change(vae, cells, move_cells(vae, flow, cells, seen, perturbation))
+        return change_of_means(vae, cells, move_cells(vae, flow, cells, seen, perturbation))
 
 
-def _joined(parts: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    counts, before, after = (np.concatenate(x).astype(np.float64) for x in zip(*parts, strict=True))
-    return counts, before, after
+def _joined(parts: Sequence[Change]) -> Change:
+    """Return the change of all cells, in double precision."""
+    of_cells = all(len(x.theta) == len(x.counts) for x in parts)
+    theta = [x.theta for x in parts] if of_cells else [parts[0].theta]
+    arrays = [x.counts for x in parts], [x.before for x in parts], [x.after for x in parts], theta
+    return Change(*(np.concatenate(list(x)).astype(np.float64) for x in arrays))

@@ -15,7 +15,7 @@ Shape letters: b cells, g genes, m latent tokens, e latent width, k predictions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,17 +24,19 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from pipeline.stages.unseen.pooling import Means, pool_weights, pooled_shift
+from pipeline.stages.unseen.pooling import pool_weights, pooled_shift
 from pipeline.stages.unseen.screen import TrainingScreen
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.flow.config import SamplerConfig
 from scldm.flow.sampler import sample_latents
+from scldm.generation.draws.change import Change
 from scldm.generation.draws.changed_counts import change_counts
 from scldm.generation.draws.matched_mean import matched_factors
 from scldm.generation.perturbed import ADDED, KEPT
 from scldm.generation.real_cells import draw_sparse, fresh_noise, under_condition
 from scldm.metrics.perturbation.free_answers import CONTROL, LINEAR, NB
 from scldm.metrics.perturbation.screen import Combination, Screen
+from scldm.nn.vae import CountDistribution
 
 WAYS = ("noise", "latents", "guided", "shift", "pooled", NB, LINEAR)
 GUIDANCE = 2.0
@@ -69,12 +71,12 @@ class Predictor:
         """Return the weights of the pooled mean, (k,), from the combinations that the flow was trained on."""
         members = self.cells.screen.members  # `known` has positions of its own
 
-        def means(rows: np.ndarray, pair: Combination) -> Means:
+        def change_of(rows: np.ndarray, pair: Combination) -> Change:
             control = (pair[0], known.control)
             order = np.searchsorted(known.members[control], rows)
             return self._moved(members[control][order], pair)
 
-        return pool_weights(known, means, np.random.default_rng([self.seed, WEIGHTS]))[0]
+        return pool_weights(known, change_of, np.random.default_rng([self.seed, WEIGHTS]))[0]
 
     @torch.inference_mode()
     def __call__(self, known: Screen, pair: Combination, weights: np.ndarray) -> PredictedCells:
@@ -90,21 +92,20 @@ class Predictor:
         rows = np.sort(np.random.default_rng([self.seed, *map(ord, pair[0])]).permutation(rows)[: self.most])
         counts: list[sp.csr_matrix] = []
         logs: dict[str, list[np.ndarray]] = {}
-        decoded: dict[str, list[np.ndarray]] = {"shift": [], "latents": []}  # means before and after the change
+        decoded: dict[str, list[CountDistribution]] = {"shift": [], "latents": []}  # before and after the change
         for at in range(0, len(rows), TILE):
             tile = rows[at : at + TILE]
             size = self._sizes(tile)
             for way, z in self._latents(tile, pair).items():
-                out = self.vae.vae.decode(z, size)
+                out = self._decoded(z, size)
                 logs.setdefault(way, []).append(torch.log1p(out.mu / size[:, None] * 1e4).cpu().numpy())
                 if way in decoded:
-                    decoded[way].append(out.mu.float().cpu().numpy())
+                    decoded[way].append(out)
                 if way == self.start:
                     counts.append(draw_sparse(out, self.cells.joinids[tile].tolist(), seed=self.seed))
         means = {way: np.concatenate(parts).mean(0) for way, parts in logs.items()}
-        before, after = (np.concatenate(parts).astype(np.float64) for parts in decoded.values())
-        moved = screen.counts[rows].toarray().astype(np.float64), before, after
-        pooled, control, shifts = self._pooled(known, pair, moved, weights, self.cells.joinids[rows])
+        change = _change(screen.counts[rows], decoded["shift"], decoded["latents"])
+        pooled, control, shifts = self._pooled(known, pair, change, weights, self.cells.joinids[rows])
         base = means["shift"]  # decoded control cells
         sources = known.sources(*pair)
         shifts["shift"] = np.mean([known.mean(c, pair[1]) - known.mean(c, known.control) for c in sources], axis=0)
@@ -116,34 +117,34 @@ class Predictor:
         return next(self.flow.dit.parameters()).device
 
     def _pooled(
-        self, known: Screen, pair: Combination, moved: Means, weights: np.ndarray, ids: np.ndarray
+        self, known: Screen, pair: Combination, change: Change, weights: np.ndarray, ids: np.ndarray
     ) -> tuple[sp.csr_matrix, np.ndarray, dict[str, np.ndarray]]:
         """Return pooled cells, (b, g), as perturb makes them, the mean of their controls, and shifts of it by way."""
         rng = np.random.default_rng([self.seed, POOLED, *map(ord, "".join(pair))])
-        counts, before, after = moved
-        shift, free = pooled_shift(known, pair, moved, weights, rng)
-        factors = matched_factors(sp.csr_matrix(counts), before, after, shift, rng)
-        cells = change_counts(
-            counts, before.astype(np.float32), (after * factors).astype(np.float32), ids, seed=self.seed,
-            kept_stream=KEPT, added_stream=ADDED,
-        )  # fmt: skip
+        shift, free = pooled_shift(known, pair, change, weights, rng)
+        factors = matched_factors(change, shift, rng)
+        cells = change_counts(change.times(factors), ids, seed=self.seed, kept_stream=KEPT, added_stream=ADDED)
         control = free[CONTROL].log.mean(0)
         return cells, control, {"pooled": shift} | {name: free[name].log.mean(0) - control for name in (NB, LINEAR)}
 
     @torch.inference_mode()
-    def _moved(self, rows: np.ndarray, pair: Combination) -> Means:
-        """Return counts of control cells, and the decoder's means before and after they become a combination."""
-        before: list[np.ndarray] = []
-        after: list[np.ndarray] = []
+    def _moved(self, rows: np.ndarray, pair: Combination) -> Change:
+        """Return how control cells change that become a combination."""
+        before: list[CountDistribution] = []
+        after: list[CountDistribution] = []
         for at in range(0, len(rows), TILE):
             tile = rows[at : at + TILE]
             z, own, target = self._conditions(tile, pair)
             size = self._sizes(tile)
             new = under_condition(self.flow, z, own=own, target=target, sampler=SamplerConfig(steps=self.steps))
             for found, latents in ((before, z), (after, new)):
-                found.append(self.vae.vae.decode_mu(latents, size).double().cpu().numpy())
-        counts = self.cells.screen.counts[rows].toarray().astype(np.float64)
-        return counts, np.concatenate(before), np.concatenate(after)
+                found.append(self._decoded(latents, size))
+        return _change(self.cells.screen.counts[rows], before, after)
+
+    def _decoded(self, z: Tensor, library_size: Tensor) -> CountDistribution:
+        found = self.vae.vae.decode(z, library_size)
+        assert isinstance(found, CountDistribution)  # a VAE of expression values is refused before
+        return found
 
     def _sizes(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(self.cells.screen.counts[rows].sum(1)).ravel()).float().to(self.device)
@@ -171,3 +172,11 @@ class Predictor:
 
         return {"noise": moved("noise", 1.0), "latents": moved("latents", 1.0),
                 "guided": moved(self.start, GUIDANCE), "shift": z}  # fmt: skip
+
+
+def _change(counts: sp.csr_matrix, before: Sequence[CountDistribution], after: Sequence[CountDistribution]) -> Change:
+    """Join the tiles of a change of cells with given counts, (n, g), in double precision."""
+    theta = [x.theta for x in before]
+    parts = [x.mu for x in before], [x.mu for x in after], theta if theta[0].ndim > 1 else [theta[0][None]]
+    means = (torch.cat(list(part)).double().cpu().numpy() for part in parts)
+    return Change(counts.toarray().astype(np.float64), *means)

@@ -1,11 +1,14 @@
 """Apply the change of a decoder's means to measured counts: molecules are added, or lost one by one.
 
-With mu before and mu' after the change, a gene that rises gains a Poisson of mu' - mu molecules, and every molecule of
-a gene that falls is kept with probability mu' / mu. So E[x'] is mu' if E[x] is mu, a cell keeps what the decoder does
-not explain, and its library size follows.
+With mu before and mu' after the change, every molecule of a gene that falls is kept with probability mu' / mu. A gene
+that rises gains molecules at the rate that its own count makes likely: a negative binomial of mean mu and inverse
+dispersion theta is a Poisson whose rate is drawn from a gamma, and given x that rate is a gamma of shape theta + x and
+mean mu (theta + x) / (theta + mu). So the gain is a negative binomial of mean (mu' - mu) (theta + x) / (theta + mu) and
+inverse dispersion theta + x. Either way x' is NB(mu', theta) if x is NB(mu, theta), a cell keeps what the decoder does
+not explain, and its library size follows. With an infinite theta the gain is a Poisson of mu' - mu.
 
-A count is a function of (seed, streams, cell id, gene id, x, mu, mu'), as in `nb_draw`: most genes that rise cost one
-comparison, because P(X >= 1) <= mu' - mu.
+A count is a function of (seed, streams, cell id, gene id, x, mu, mu', theta), as in `nb_draw`: most genes that rise
+cost one comparison, because P(X >= 1) is at most the mean of the gain.
 
 Shape letters: b cells, g genes.
 """
@@ -20,7 +23,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm.generation.counter_random import MASK, SHIFT, TO_UNIT, as_cells, key_of, philox
-from scldm.generation.nb_draw import INVERT_TO, LOW_WORDS, MOST, ROWS, _poisson, _uniforms
+from scldm.generation.draws.change import Change
+from scldm.generation.nb_draw import INVERT_TO, LOW_WORDS, MOST, ROWS, _gamma, _inverted, _poisson, _uniforms
 
 
 @numba.njit(cache=True, nogil=True)
@@ -50,69 +54,81 @@ def _inverted_poisson(v: float, rate: float):
 
 
 @numba.njit(cache=True, nogil=True)
+def _gain(
+    upper: np.uint64, mean: float, shape: float, gene: np.uint64, low: np.uint64, high: np.uint64, stream: np.uint64,
+    k0: np.uint64, k1: np.uint64,
+):  # fmt: skip
+    """Draw molecules that are added, of a mean and an inverse dispersion `shape`; `upper` decided against none."""
+    if mean <= INVERT_TO:
+        lower = philox(gene, low, high, stream + LOW_WORDS, k0, k1)[0]
+        v = (upper + (lower + 0.5) * TO_UNIT) * TO_UNIT
+        return float(_inverted(v, mean, shape) if math.isfinite(shape) else _inverted_poisson(v, mean))
+    rate, n = mean, 0
+    if math.isfinite(shape):
+        unit, n = _gamma(shape, gene, low, high, stream, 0, k0, k1)
+        rate = unit * mean / shape
+    return _poisson(rate, gene, low, high, stream, n, k0, k1)
+
+
+@numba.njit(cache=True, nogil=True)
 def _rows(
     counts: np.ndarray,
     before: np.ndarray,
     after: np.ndarray,
+    theta: np.ndarray,
     cells: np.ndarray,
     k0: np.uint64,
     k1: np.uint64,
     kept_stream: np.uint64,
     added_stream: np.uint64,
 ):
-    """Change rows of `counts` (b, g) int32 in place."""
+    """Change rows of `counts` (b, g) int32 in place; theta is (1, g) or (b, g)."""
     for row in range(counts.shape[0]):
-        low, high = cells[row] & MASK, cells[row] >> SHIFT
+        low, high, of = cells[row] & MASK, cells[row] >> SHIFT, row if theta.shape[0] > 1 else 0
         block = -1
         words = (np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0))
         for gene in range(counts.shape[1]):
-            id_, rate = np.uint64(gene), float(after[row, gene]) - float(before[row, gene])
-            if rate < 0.0:
-                if counts[row, gene] > 0:
-                    ratio = float(after[row, gene]) / float(before[row, gene])
-                    counts[row, gene] = _kept(counts[row, gene], ratio, id_, low, high, kept_stream, k0, k1)
+            id_, mu, count = np.uint64(gene), float(before[row, gene]), counts[row, gene]
+            mean = float(after[row, gene]) - mu
+            if mean < 0.0:
+                if count > 0:
+                    counts[row, gene] = _kept(count, float(after[row, gene]) / mu, id_, low, high, kept_stream, k0, k1)
                 continue
+            shape = float(theta[of, gene])
+            if math.isfinite(shape):
+                mean *= (shape + count) / (shape + mu)
+                shape += count
             if gene >> 2 != block:
                 block = gene >> 2
                 words = philox(np.uint64(block), low, high, added_stream, k0, k1)
             upper = words[gene & 3]
-            if upper * TO_UNIT >= rate:  # P(X >= 1) <= rate: nothing is added
+            if upper * TO_UNIT >= mean:  # P(X >= 1) <= mean: nothing is added
                 continue
-            if rate <= INVERT_TO:
-                lower = philox(id_, low, high, added_stream + LOW_WORDS, k0, k1)[0]
-                added = float(_inverted_poisson((upper + (lower + 0.5) * TO_UNIT) * TO_UNIT, rate))
-            else:
-                added = _poisson(rate, id_, low, high, added_stream, 0, k0, k1)
-            counts[row, gene] = np.int32(min(float(counts[row, gene]) + added, MOST))
+            added = _gain(upper, mean, shape, id_, low, high, added_stream, k0, k1)
+            counts[row, gene] = np.int32(min(float(count) + added, MOST))
 
 
 def change_counts(
-    counts: np.ndarray,
-    before: np.ndarray,
-    after: np.ndarray,
-    cell_ids: Sequence[int] | np.ndarray,
-    *,
-    seed: int,
-    kept_stream: int,
-    added_stream: int,
+    change: Change, cell_ids: Sequence[int] | np.ndarray, *, seed: int, kept_stream: int, added_stream: int
 ) -> sp.csr_matrix:
     """Return counts after a change of their means, CSR int32, (b, g).
 
     Args:
-        counts: Measured counts, (b, g) whole numbers >= 0.
-        before: Means before the change, (b, g) float32, finite and >= 0.
-        after: Means after it.
+        change: Of b cells; means are taken as float32.
         cell_ids: Ids that the cells' counters use, (b,), >= 0.
         kept_stream: Stream of the molecules that are kept.
         added_stream: Stream of those that are added.
     """
-    if not counts.shape == before.shape == after.shape:
-        raise ValueError(f"counts, before and after differ in shape: {counts.shape}, {before.shape}, {after.shape}")
     cells, key = as_cells(cell_ids), key_of(seed)
-    parts = [sp.csr_matrix((0, counts.shape[1]), dtype=np.int32)]
-    for start in range(0, len(counts), ROWS):
+    parts = [sp.csr_matrix((0, change.counts.shape[1]), dtype=np.int32)]
+    for start in range(0, len(cells), ROWS):
         at = slice(start, start + ROWS)
-        changed = np.ascontiguousarray(counts[at], dtype=np.int32).copy()
-        _rows(changed, before[at], after[at], cells[at], *key, np.uint64(kept_stream), np.uint64(added_stream))
+        part = change[at]
+        changed = np.ascontiguousarray(part.counts, dtype=np.int32).copy()
+        before, after, theta = (
+            np.ascontiguousarray(x, dtype=np.float32) for x in (part.before, part.after, part.theta)
+        )
+        streams = np.uint64(kept_stream), np.uint64(added_stream)
+        _rows(changed, before, after, theta, cells[at], *key, *streams)
         parts.append(sp.csr_matrix(changed))
     return sp.vstack(parts, format="csr")

@@ -12,8 +12,11 @@ Shape letters: b cells, g genes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-import scipy.sparse as sp
+
+from scldm.generation.draws.change import Change
 
 STEPS, AVERAGED = 14, 6  # Newton steps, and how many of the last are averaged
 LARGEST = 6.0  # |log factor|; a gene that no control cell expresses has no better bound
@@ -23,31 +26,24 @@ ROWS = 64  # cells that are dense at a time
 PER_CELL = 1e4
 
 
-def matched_factors(
-    counts: sp.csr_matrix, before: np.ndarray, after: np.ndarray, shift: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def matched_factors(change: Change, shift: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the factor of each gene's mean after the change, (g,), positive.
 
     Args:
-        counts: Counts of cells before the change, (b, g); a few hundred cells are enough.
-        before: The decoder's means before the change, (b, g).
-        after: The decoder's means after it.
+        change: Of some cells; a few hundred are enough.
         shift: What the mean of log1p CP10k has to change by, (g,). A shift that no factor reaches, such as below a mean
             of 0, is reached as nearly as `LARGEST` allows.
         rng: Source of the draws.
 
     Raises:
-        ValueError: The shapes differ, or there are no cells.
+        ValueError: The shift has another number of genes, or there are no cells.
     """
-    if not counts.shape == before.shape == after.shape or shift.shape != counts.shape[1:] or not counts.shape[0]:
-        raise ValueError(
-            f"counts {counts.shape}, before {before.shape}, after {after.shape} and shift {shift.shape} do not fit"
-        )
-    counts = sp.csr_matrix(counts)
-    target = _mean_log(counts, before, before, rng)[0] + shift
+    if shift.shape != change.counts.shape[1:] or not len(change.counts):
+        raise ValueError(f"counts {change.counts.shape} and shift {shift.shape} do not fit")
+    target = _mean_log(replace(change, after=change.before), rng)[0] + shift
     log_factor, found = np.zeros(len(shift)), []
     for step in range(STEPS):
-        mean, slope = _mean_log(counts, before, after * np.exp(log_factor), rng)
+        mean, slope = _mean_log(change.times(np.exp(log_factor)), rng)
         damping = 0.8 if step < STEPS - AVERAGED else 0.4
         newton = damping * (target - mean) / np.maximum(slope, LEAST_SLOPE)
         log_factor = np.clip(log_factor + np.clip(newton, -LARGEST_STEP, LARGEST_STEP), -LARGEST, LARGEST)
@@ -55,32 +51,32 @@ def matched_factors(
     return np.exp(np.mean(found[-AVERAGED:], axis=0))
 
 
-def draw_changed(counts: np.ndarray, before: np.ndarray, after: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw_changed(change: Change, rng: np.random.Generator) -> np.ndarray:
     """Draw counts (b, g) after a change of their means: the plain form of `changed_counts.change_counts`."""
-    kept = rng.binomial(counts.astype(np.int64), kept_share(before, after))
-    return kept + rng.poisson(np.maximum(after - before, 0))
+    kept = rng.binomial(change.counts.astype(np.int64), change.kept_share)
+    gain = change.gain
+    rises = gain > 0
+    shape = (change.theta + change.counts)[rises]
+    spread = np.isfinite(shape)
+    rate = gain[rises]
+    rate[spread] *= rng.standard_gamma(shape[spread]) / shape[spread]
+    kept[rises] += rng.poisson(rate)
+    return kept
 
 
-def kept_share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return the probability that a molecule stays, 1 where a mean rises, (b, g)."""
-    return np.minimum(np.divide(after, before, out=np.ones_like(after), where=before > 0), 1.0)
-
-
-def _mean_log(
-    counts: sp.csr_matrix, before: np.ndarray, after: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _mean_log(change: Change, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean log1p CP10k of changed cells, and its slope in the log factor, both (g,)."""
-    mean, slope = np.zeros(counts.shape[1]), np.zeros(counts.shape[1])
-    for first in range(0, counts.shape[0], ROWS):
-        at = slice(first, first + ROWS)
-        x = counts[at].toarray()
-        drawn = draw_changed(x, before[at], after[at], rng).astype(np.float64)
+    n, g = change.counts.shape
+    mean, slope = np.zeros(g), np.zeros(g)
+    for first in range(0, n, ROWS):
+        part = change[first : first + ROWS]
+        drawn = draw_changed(part, rng).astype(np.float64)
         scale = PER_CELL / np.maximum(drawn.sum(1, keepdims=True), 1)
         log = np.log1p(drawn * scale)
         mean += log.sum(0)
         # dE[f(y)] / d log r = r E[f(y + 1) - f(y)] for a Poisson of rate r, and nearly so for molecules that are kept.
         # The larger of both rates is taken: where the decoder expects more than was measured, a step across "no change"
         # meets the Poisson.
-        rate = np.maximum(after[at], x * kept_share(before[at], after[at]))
+        rate = np.maximum(part.after * part.rate_of_counts, part.counts * part.kept_share)
         slope += (rate * (np.log1p((drawn + 1) * scale) - log)).sum(0)
-    return mean / counts.shape[0], slope / counts.shape[0]
+    return mean / n, slope / n

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse as sp
 
+from scldm.generation.draws.change import Change
 from scldm.generation.draws.changed_counts import change_counts
 
 STAYED, GAINED = 26, 27  # streams of a cell's randomness; those of other draws are in `real_cells` and `perturbed`
@@ -37,4 +38,5 @@ def shifted_counts(
         raise ValueError("a gene either gains molecules (added > 0) or loses them (kept < 1), not both")
     x = np.rint(counts.toarray())
     after = kept + x.sum(1, keepdims=True) * added
-    return change_counts(x, np.ones_like(after), after, cell_ids, seed=seed, kept_stream=STAYED, added_stream=GAINED)
+    change = Change(x, np.ones_like(after), after, np.full((1, after.shape[1]), np.inf))
+    return change_counts(change, cell_ids, seed=seed, kept_stream=STAYED, added_stream=GAINED)
