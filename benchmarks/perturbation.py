@@ -31,7 +31,7 @@ from scldm.metrics.perturbation.free_answers import COUNTS, FREE_ANSWERS, SHIFT,
 from scldm.metrics.perturbation.measures import LOWER
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = "pooled"
+OURS, MORE = "pooled", perturbation_lines.WAYS[-1]
 EVEN, MOST_LOST = 0.5, 0.1  # shares of combinations: won by chance, and significantly worse at most
 SHOWN = ("delta_pearson", "energy", "pr_auc", "mae", "lfc_cosine", "lfc_slope")
 
@@ -73,7 +73,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 def table(name: str, results: list[dict[str, Any]]) -> str:
     """Means over combinations and seeds."""
     lines = [f"| {name} | {' | '.join(SHOWN)} |", f"|---|{'---|' * len(SHOWN)}"]
-    for who in ("floor", *perturbation_lines.WAYS, *FREE_ANSWERS):
+    for who in ("floor", *perturbation_lines.WAYS, *FREE_ANSWERS, perturbation_lines.MORE_COUNTS):
         cells = []
         for metric in SHOWN:
             values = [r["scores"][who][metric] for r in results if metric in r["scores"].get(who, {})]
@@ -90,7 +90,8 @@ def rows(results: list[dict[str, Any]], suffix: str) -> list[Row]:
         for free in (SHIFT, COUNTS):
             name, wins, losses = free.replace(" ", "_"), [], []
             for r in results:
-                ours, theirs = (r["scores"][who].get(metric) for who in (OURS, free))
+                # Generated cells are free: genes are compared with as many as it takes.
+                ours, theirs = (r["scores"][who].get(metric) for who in (OURS if metric == "energy" else MORE, free))
                 if ours is not None and theirs is not None:
                     wins.append(sign * (ours - theirs) > 0)
                 if metric in r["intervals"][OURS]:
@@ -99,7 +100,7 @@ def rows(results: list[dict[str, Any]], suffix: str) -> list[Row]:
             found.append(_share(f"{metric}.win_share_vs_{name}{suffix}", wins, EVEN))
             if losses:
                 found.append(_share(f"{metric}.loss_share_vs_{name}{suffix}", losses, MOST_LOST))
-    for way in [way for way in perturbation_lines.WAYS if way in results[0]["scores"]]:
+    for way in [way for way in perturbation_lines.WAYS if way in results[0]["scores"] and way != MORE]:
         pairs = [(r["scores"][way]["energy"], r["scores"][SHIFT]["energy"]) for r in results]
         ours, free = (float(np.mean(side)) for side in zip(*pairs, strict=True))
         ratios = [b / a for a, b in pairs if a > 0]

@@ -7,6 +7,8 @@
                  molecules are added, or lost one by one
     pooled       carried in counts, with the mean that the flow and three free answers give together, at weights that
                  are learned from measured combinations
+    … x4         with four draws of each control cell: a mean and an order of genes with less noise. Cells of one
+                 control cell resemble each other, so that distances between cells are not to be read from it
 
 One VAE serves all; both flows have the same network, steps and labels. In training a label is dropped on its own, so
 that the field of a treatment exists without a context.
@@ -39,10 +41,11 @@ from scldm.generation.draws.change import Change
 from scldm.generation.draws.matched_mean import draw_changed, matched_factors
 from scldm.generation.real_cells import draw_sparse, under_condition
 from scldm.metrics.genes.expression import log1p_cp10k
-from scldm.metrics.perturbation.free_answers import Answer, free_answers
+from scldm.metrics.perturbation.free_answers import COUNTS, Answer, free_answers
 from scldm.metrics.perturbation.leave_out import askable
 from scldm.metrics.perturbation.pooled import LEFT_OUT_CELLS, MOST_LEFT_OUT, learn_weights, predicted_shifts
 from scldm.metrics.perturbation.screen import Screen
+from scldm.metrics.perturbation.shift import CountShift
 from scldm.nn.dit import DiT, drop_labels
 from scldm.optim.config import EMAConfig
 from scldm.optim.ema import EMA
@@ -52,7 +55,9 @@ CONTEXT, TREATMENT = "context", "treatment"
 RATE, BATCH = 3e-3, 128
 STREAM = 8  # of randomness
 STEPS = 14
-WAYS = ("noise", "carried", "transport", "carried in counts", "transport in counts", "pooled")
+DRAWS = 4
+WAYS = ("noise", "carried", "transport", "carried in counts", "transport in counts", "pooled", f"pooled x{DRAWS}")
+MORE_COUNTS = f"{COUNTS} x{DRAWS}"
 MOVES = ("noise", "carried", "transport")
 MATCHED = 600  # cells that factors are fitted on
 
@@ -177,8 +182,11 @@ def answers(
     shift = weights @ predicted_shifts(free, shift_of(found["carried in counts"], counts))
     change = changes["carried"]
     factors = matched_factors(change[rng.permutation(counts.shape[0])[:MATCHED]], shift, rng)
-    found["pooled"] = sp.csr_matrix(draw_changed(change.times(factors), rng))
-    return {name: Answer.of(found[name]) for name in WAYS if name in found}
+    drawn = [sp.csr_matrix(draw_changed(change.times(factors), rng)) for _ in range(DRAWS)]
+    found |= {"pooled": drawn[0], WAYS[-1]: sp.vstack(drawn, format="csr")}
+    learned = CountShift.learn(screen, context, treatment)
+    more = sp.vstack([learned.apply(counts, rng) for _ in range(DRAWS)], format="csr")
+    return {name: Answer.of(found[name]) for name in WAYS if name in found} | {MORE_COUNTS: Answer.of(more)}
 
 
 def cells_of(screen: Screen) -> Cells:
@@ -217,7 +225,7 @@ def moved(
             means.setdefault(name, []).append(decoded.mu)
     cells = {name: sp.vstack(parts, format="csr") for name, parts in drawn.items()}
     found = {name: torch.cat(parts).double().numpy() for name, parts in means.items()}
-    theta = vae.vae.decode(z, size).theta.double().numpy().reshape(1, -1)
+    theta = decoded.theta.double().numpy().reshape(1, -1)
     counts, rng = control.counts.toarray().astype(np.float64), np.random.default_rng([seed, STREAM + 3])
     changes = {name: Change(counts, found["own"], found[name], theta) for name in cells if name != "noise"}
     cells |= {f"{name} in counts": sp.csr_matrix(draw_changed(x, rng)) for name, x in changes.items()}
