@@ -62,11 +62,23 @@ def deepspeed_options(
         # The optimizer is torch's, on the device of its shard; DeepSpeed would compile its own.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**40,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "torch_autocast": autocast(config.precision),
     }
     raw = {} if config.deepspeed is None else read_options(config.deepspeed)
     bucket = {"reduce_bucket_size": gradient_bucket(n_parameters)}
     return {**raw, **ours, "zero_optimization": {**bucket, **raw.get("zero_optimization", {}), **zero}}
+
+
+def autocast(precision: str) -> dict[str, Any]:
+    """Return DeepSpeed's options for a precision of training.
+
+    In bf16 products of matrices are, and nothing else is: weights, their gradients, what workers exchange, and the
+    average stay fp32, and so do softmax and likelihood. DeepSpeed's own bf16 mode, which rounds the weights, would add
+    the gradients of micro batches and of workers up in bf16, average rounded weights, and round the logit and the
+    dispersion of every gene.
+    """
+    # No module is safe to exchange gradients of in bf16; left out, DeepSpeed takes its list of linear layers.
+    return {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def gradient_bucket(n_parameters: int) -> int:

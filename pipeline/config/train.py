@@ -60,6 +60,9 @@ class EarlyStoppingConfig(StrictModel):
     """A validation loss must be lower than the best by more than this to count as an improvement."""
 
 
+NEWER_DEFAULTS = (("first_weights", "random"), ("compile", False))  # left out of what is written down
+
+
 class TrainConfig(StrictModel):
     """A training run, including the options of DeepSpeed."""
 
@@ -76,7 +79,11 @@ class TrainConfig(StrictModel):
     """For experts: a JSON file of further DeepSpeed options (buckets, overlap_comm, compression, …). Options
     that follow from other settings of the job may not be set there; the error names both."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is faster on A100 and later, and slower on CPUs."""
+    """bf16 computes products of matrices in bf16 (torch.autocast) and keeps weights, gradients, their sums over
+    workers, softmax and likelihood in fp32. Faster on A100 and later, slower on CPUs."""
+    compile: bool = False
+    """Compile transformer blocks and the decoder's tiles with torch.compile: minutes at the start, fewer and larger
+    kernels in each step. Needs a C++ compiler on every worker, and zero_stage 0, 1 or 2."""
     validate_every: PositiveInt = 200
     """Steps between validations."""
     validation_cells: PositiveInt = 512
@@ -105,6 +112,20 @@ class TrainConfig(StrictModel):
     first step) writes its stacks to hang-rank<r>.txt and exits; the group restarts from the last checkpoint."""
     max_failures: int = Field(3, ge=0)
     """Worker failures after which the job is restarted; one more ends it."""
+
+    @model_serializer(mode="wrap")
+    def _without_newer_defaults(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before these settings existed."""
+        return {k: v for k, v in to_dict(self).items() if (k, v) not in NEWER_DEFAULTS}
+
+    @model_validator(mode="after")
+    def _compiled_parameters_are_whole(self) -> TrainConfig:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile (true) cannot look into zero_stage 3, which gathers the weights of a block when it is called; "
+                "set zero_stage to 2, or compile to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offload_is_of_shards(self) -> TrainConfig:
@@ -147,11 +168,6 @@ class VaeTrainConfig(TrainConfig):
                 "once for all epochs)"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_the_first_default(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keep the versions of stages from before this setting existed."""
-        return {k: v for k, v in to_dict(self).items() if (k, v) != ("first_weights", "random")}
 
 
 class FlowStartConfig(StrictModel):

@@ -1,11 +1,11 @@
 """Compute the memory of a training worker for every ZeRO stage, and which A100 has enough.
 
-State is counted as DeepSpeed keeps it: weights and gradients in the precision of training, Adam's two moments and with
-bf16 an fp32 master copy, partitioned over the workers according to the ZeRO stage. The average of the weights is
-complete on every worker. Activations are what the backward pass keeps: nothing of size b x g x d, because the decoder
-recomputes its tiles. They are right within a factor of 2 (a test measures small models on a CPU, with the decoder as
-on a GPU). Shape letters: b cells of a micro batch, g genes scored, s expressed genes, m latent tokens, d model
-width, h heads.
+State is counted as DeepSpeed keeps it, all of it in fp32: weights, gradients, Adam's two moments and, from stage 1 on,
+a copy of the weights of a shard, partitioned over the workers according to the ZeRO stage. The average of the weights
+is complete on every worker. Activations are what the backward pass keeps: nothing of size b x g x d, because the
+decoder recomputes its tiles. They are right within a factor of 2 (a test measures small models on a CPU, with the
+decoder as on a GPU). Shape letters: b cells of a micro batch, g genes scored, s expressed genes, m latent tokens, d
+model width, h heads.
 """
 
 from __future__ import annotations
@@ -51,15 +51,14 @@ def state_bytes(n: int, train: TrainConfig, workers: int, *, stage: int | None =
         stage: ZeRO stage; the one in `train` if None.
     """
     stage = train.zero_stage if stage is None else stage
-    width = 2 if train.precision == "bf16" else 4
     share = lambda from_stage: 1 / workers if stage >= from_stage else 1.0  # noqa: E731
-    moments = n * (12 if train.precision == "bf16" else 8) * share(1)
+    moments = n * (12 if stage > 0 else 8) * share(1)  # shards have a copy of their weights beside the two moments
     offload = train.offload_optimizer == "cpu" and stage > 0
     # The average needs complete weights, which stage 3 gathers to update and to validate it.
-    average = 4.0 * n + (width * n if stage == 3 else 0) if isinstance(train, FlowTrainConfig) else 0.0
+    average = 4.0 * n + (4 * n if stage == 3 else 0) if isinstance(train, FlowTrainConfig) else 0.0
     return StateBytes(
-        weights=width * n * share(3),
-        gradients=width * n * share(2),
+        weights=4 * n * share(3),
+        gradients=4 * n * share(2),
         optimizer=0.0 if offload else moments,
         average=average,
         offloaded=moments if offload else 0.0,
@@ -113,7 +112,7 @@ def stage_lines(n: int, train: TrainConfig, workers: int, activations: float) ->
     lines = []
     for stage in STAGES:
         state = state_bytes(n, train, workers, stage=stage)
-        fixed = GPU_OVERHEAD + (0 if stage == 0 else gradient_bucket(n) * (2 if train.precision == "bf16" else 4))
+        fixed = GPU_OVERHEAD + (0 if stage == 0 else gradient_bucket(n) * 4)
         total = state.device + activations + fixed
         held = ", ".join(fits(total)) or "no A100: lower train.feed.micro_batch_size, or take more workers"
         host = f", {human(state.offloaded)} of the host's" if state.offloaded else ""

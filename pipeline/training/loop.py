@@ -28,6 +28,7 @@ from pipeline.training.callbacks.metrics_log import LOG_EVERY
 from pipeline.training.callbacks.step_timer import StepTimer
 from pipeline.training.checkpoints.manager import CheckpointManager
 from pipeline.training.checkpoints.manifest import TrainingPosition
+from pipeline.training.engine.compiled_blocks import compile_blocks
 from pipeline.training.engine.deepspeed import Engine
 from pipeline.training.objectives.base import Objective
 from pipeline.training.out_of_memory import explain_out_of_memory
@@ -130,6 +131,8 @@ class TrainingLoop:
         self.world_size = dist.get_world_size()
         self.micro, self.accumulation = micro_batching(config, self.world_size)
         optimizer = adamw(objective.module, config.optimizer)
+        if config.compile:
+            compile_blocks(objective.module)
         self.engine = Engine(
             objective.module, optimizer, config, micro_batch_size=self.micro, accumulation=self.accumulation,
             rates=rates,

@@ -5,8 +5,9 @@ Shape letters: b cells, nnz expressed (cell, gene) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -26,6 +27,7 @@ class CellBatch:
     joinids: Tensor  # (b,) int64, soma_joinid
     weight: Tensor  # (b,) float32; 0 for repeated cells that pad the last batch of an epoch
     measured: Tensor | None = None  # (b, g) bool: genes that a cell's data set measured; None: all of them
+    longest: int | None = None  # most entries of a cell, from `with_longest`: no device has to be asked
 
     @property
     def n_cells(self) -> int:
@@ -37,16 +39,29 @@ class CellBatch:
         """Number of expressed genes of each cell, (b,)."""
         return self.offsets[1:] - self.offsets[:-1]
 
-    @property
+    @cached_property
     def cell_index(self) -> Tensor:
         """Cell that each entry belongs to, (nnz,)."""
-        return torch.repeat_interleave(torch.arange(self.n_cells, device=self.offsets.device), self.lengths)
+        cells = torch.arange(self.n_cells, device=self.offsets.device)
+        return torch.repeat_interleave(cells, self.lengths, output_size=len(self.gene_ids))
+
+    def with_longest(self) -> CellBatch:
+        """Return the batch with `longest` set; for what an encoder sees, on the CPU, before it is copied to a device.
+
+        Raises:
+            ValueError: A cell has no entries.
+        """
+        lengths = self.lengths
+        if len(lengths) and int(lengths.min()) < 1:
+            require_tokens(lengths.tolist())
+        return replace(self, longest=int(lengths.max()) if len(lengths) else 0)
 
     def to(self, device: torch.device | str) -> CellBatch:
         """Return the batch on a device; copies from pinned memory are asynchronous."""
         move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        leaves_host = self.offsets.device.type == "cpu" != torch.device(device).type
         return replace(
-            self,
+            self.with_longest() if leaves_host and self.longest is None else self,
             **{
                 f: move(getattr(self, f))
                 for f in ("offsets", "gene_ids", "counts", "library_size", "joinids", "weight")
@@ -104,6 +119,12 @@ class CellBatch:
             joinids=torch.arange(n, device=counts.device),
             weight=torch.ones(n, device=counts.device, dtype=counts.dtype),
         )
+
+
+def require_tokens(lengths: Sequence[int]) -> None:
+    """Raise ValueError if a cell has no tokens: a softmax over nothing is not defined."""
+    if empty := [i for i, n in enumerate(lengths) if n < 1]:
+        raise ValueError(f"cells {empty[:5]} of the batch have no tokens (no expressed genes): leave them out")
 
 
 def require_counts(counts: Tensor) -> None:

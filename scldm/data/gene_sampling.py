@@ -73,13 +73,13 @@ def _from_columns(cells: CellBatch, dense: Tensor, columns: Tensor) -> CellBatch
         known = cells.measured.gather(1, columns)
         offsets = torch.zeros_like(cells.offsets)
         offsets[1:] = known.sum(1).cumsum(0)
-        return replace(cells, offsets=offsets, gene_ids=columns[known], counts=dense.gather(1, columns)[known])
-    return replace(
-        cells,
-        offsets=torch.arange(b + 1, device=columns.device) * s,
-        gene_ids=columns.flatten(),
-        counts=dense.gather(1, columns).flatten(),
-    )
+        return _with_entries(cells, offsets, columns[known], dense.gather(1, columns)[known])
+    offsets = torch.arange(b + 1, device=columns.device) * s
+    return _with_entries(cells, offsets, columns.flatten(), dense.gather(1, columns).flatten())
+
+
+def _with_entries(cells: CellBatch, offsets: Tensor, gene_ids: Tensor, counts: Tensor) -> CellBatch:
+    return replace(cells, offsets=offsets, gene_ids=gene_ids, counts=counts, longest=None)
 
 
 def _smallest_keys(cells: CellBatch, keys: Tensor, n: int) -> CellBatch:
@@ -91,7 +91,7 @@ def _smallest_keys(cells: CellBatch, keys: Tensor, n: int) -> CellBatch:
     kept = order[rank < n].sort().values  # back in the order of the entries
     offsets = torch.zeros_like(cells.offsets)
     offsets[1:] = cells.lengths.clamp(max=n).cumsum(0)
-    return replace(cells, offsets=offsets, gene_ids=cells.gene_ids[kept], counts=cells.counts[kept])
+    return _with_entries(cells, offsets, cells.gene_ids[kept], cells.counts[kept])
 
 
 def _keys_below(cells: CellBatch, keys: Tensor, share: float) -> CellBatch:
@@ -99,7 +99,7 @@ def _keys_below(cells: CellBatch, keys: Tensor, share: float) -> CellBatch:
     smallest = keys.new_full((cells.n_cells,), torch.inf).scatter_reduce_(0, cells.cell_index, keys, "amin")
     kept = (keys < share) | (keys == smallest[cells.cell_index])
     before = torch.cat([cells.offsets.new_zeros(1), kept.cumsum(0)])
-    return replace(cells, offsets=before[cells.offsets], gene_ids=cells.gene_ids[kept], counts=cells.counts[kept])
+    return _with_entries(cells, before[cells.offsets], cells.gene_ids[kept], cells.counts[kept])
 
 
 def _uniform(joinids: Tensor, gene_ids: Tensor, seed: int) -> Tensor:

@@ -34,9 +34,18 @@ class Attention:
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (n, h, m) and values (n, h, c) of tokens (n, d)."""
+        k, v = self.keys_values(tokens).unbind(1)
+        return torch.einsum("nhc,hmc->nhm", k, self.queries) / math.sqrt(k.shape[-1]), v
+
+    def keys_values(self, tokens: Tensor) -> Tensor:
+        """Return keys and values of tokens (n, d), (n, 2, h, c)."""
         h, _, c = self.queries.shape
-        k, v = (x.unflatten(-1, (h, c)) for x in self.key_value(self.norm(tokens)).chunk(2, dim=-1))
-        return torch.einsum("nhc,hmc->nhm", k, self.queries) / math.sqrt(c), v
+        return self.key_value(self.norm(tokens)).unflatten(-1, (2, h, c))
+
+    @property
+    def scaled_queries(self) -> Tensor:
+        """Queries with the scale of the logits in them, (h, m, c)."""
+        return self.queries / math.sqrt(self.queries.shape[-1])
 
     def table(self, centred: Tensor) -> Tensor:
         """Return the part of the attention that is linear in the tokens, (n, h m + h c).

@@ -6,9 +6,9 @@ Three exact savings and one choice of kernel keep it affordable:
 * the query side (LayerNorm and projection of the gene embedding) is the same for all cells: computed once per batch;
 * the head reads one or two numbers per gene, so the last matrix of the SwiGLU is folded into the head;
 * genes go through in tiles and, in training, are computed again in the backward pass: nothing of size b x g x d is
-  kept;
-* if heads are narrow, as in small models, `fused_decoder` does the same in fewer and larger products; on a GPU,
-  `scldm.nn.kernels.triton_decoder` does it in one kernel, if requested.
+  kept. Tiles fit the caches of a CPU; on a GPU they are as large as its memory allows;
+* if heads are narrow, as in small models, `fused_decoder` does the same in fewer and larger products on a CPU; on a
+  GPU, `scldm.nn.kernels.triton_decoder` does it in one kernel, if requested.
 
 In upstream's adaLN variant a condition of the cell modulates every norm, also the gene queries', and its Gaussian head
 has a LayerNorm of its own: the first two savings do not apply then, and the plain tiles compute it.
@@ -33,6 +33,19 @@ from scldm.nn.kernels.fused_decoder import decode_genes, folds
 from scldm.nn.layers import Modulation, SelfAttentionBlock, SwiGLU, adaln, gated, merge_heads, modulated, split_heads
 
 TILE = 512  # genes; fits the caches of a CPU core at d = 32 .. 128
+DEVICE_ROWS = 131_072  # cells x genes of a tile on an accelerator: few launches of large products
+DEVICE_SHARE = 0.05  # of its memory, at most, for the tensors of a tile
+ROW_BYTES = 56  # of a row, for each channel: residual, norm and attention, three of the SwiGLU's width, 4 bytes each
+
+
+def device_tile(n_cells: int, *, d_model: int, memory: int) -> int:
+    """Return the genes of a tile on an accelerator, for the cells of a batch.
+
+    Args:
+        memory: Of the device, in bytes.
+    """
+    rows = min(DEVICE_ROWS, int(DEVICE_SHARE * memory) // (ROW_BYTES * d_model))
+    return max(TILE, rows // max(n_cells, 1))
 
 
 @dataclass(frozen=True)
@@ -109,15 +122,23 @@ class Decoder(nn.Module):
         context = self._context(x, c)
         possible = c is None and self.head_norm is None and embedding.ndim == 2
         if fused is None:
-            faster = folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
-            fused = self.kernels == "triton" or (possible and faster)
+            narrow = folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
+            on_cpu = not z.is_cuda and not torch.is_autocast_enabled("cpu")  # and in one precision
+            fused = self.kernels == "triton" or (possible and narrow and on_cpu)
         if fused:
             if not possible:
                 raise ValueError("fused: not for an adaLN decoder, a Gaussian head or genes that differ between cells")
             q = self.query(self.norm_query(embedding))  # (g, d)
             decode = triton_decoder.decode_genes if self.kernels == "triton" else decode_genes
             return decode(q, embedding, context.k, context.v, block=self, eps=self.eps, tile=tile)
-        return self._plain(embedding, context, tile or TILE)
+        return self._plain(embedding, context, tile or self.tile_of(z))
+
+    def tile_of(self, z: Tensor) -> int:
+        """Return how many genes of cells with latents z (b, m, e) go through together."""
+        if not z.is_cuda:
+            return TILE
+        memory = torch.cuda.get_device_properties(z.device).total_memory
+        return device_tile(len(z), d_model=self.out.in_features, memory=memory)
 
     def _context(self, x: Tensor, c: Tensor | None) -> Context:
         attention = mlp = queries = None
@@ -137,12 +158,12 @@ class Decoder(nn.Module):
             normed = self.query(normed)
         tiles = zip(normed.split(tile, dim=-2), embedding.split(tile, dim=-2), strict=True)
         if torch.is_grad_enabled():
-            parts = [checkpoint(self._tile, q, e, context, use_reentrant=False) for q, e in tiles]
+            parts = [checkpoint(self.decode_tile, q, e, context, use_reentrant=False) for q, e in tiles]
         else:
-            parts = [self._tile(q, e, context) for q, e in tiles]
+            parts = [self.decode_tile(q, e, context) for q, e in tiles]
         return torch.cat(parts, dim=1)
 
-    def _tile(self, q: Tensor, embedding: Tensor, context: Context) -> Tensor:
+    def decode_tile(self, q: Tensor, embedding: Tensor, context: Context) -> Tensor:
         """Return the outputs (b, t, r) of queries and embeddings (t, d) or (b, t, d)."""
         if context.queries is not None:
             q = self.query(modulated(q, context.queries))

@@ -17,7 +17,7 @@ from scldm.nn.attention_tables import Attention
 from scldm.nn.config import VAEConfig
 from scldm.nn.inputs import Tokens, count_input
 from scldm.nn.kernels.fused_pooling import PoolingEntries
-from scldm.nn.kernels.pooling import pool_cells, pool_padded
+from scldm.nn.kernels.pooling import pool_cells, pool_packed
 from scldm.nn.layers import SelfAttentionBlock, SwiGLU, merge_heads, split_heads
 
 
@@ -29,6 +29,7 @@ class Encoder(nn.Module):
         d, self.n_heads = config.d_model, config.n_heads_cross
         self.eps = config.eps
         self.plain = False  # True: autograd through every entry, the reference of the hand-written pooling
+        self.packed: bool | None = None  # True: one standard attention; None: on an accelerator
         self.genes_seq_len = config.genes_seq_len
         # Upstream's pad row, which its attention does not mask.
         self.pad = None if config.genes_seq_len is None else nn.Parameter(torch.zeros(d))
@@ -66,11 +67,12 @@ class Encoder(nn.Module):
     def pool(self, cells: CellBatch, embedding: Tensor) -> Tensor:
         q = split_heads(self.query(self.norm_query(self.queries)), self.n_heads)  # (h, m, c)
         attention = Attention(q, self.norm_context, self.key_value)
-        if cells.gene_ids.is_cuda and self.pad is None:  # no host sync but for the longest cell
+        packed = cells.gene_ids.is_cuda if self.packed is None else self.packed
+        if packed and self.pad is None:
             tokens = Tokens(embedding, cells.counts.to(embedding.dtype), PoolingEntries(cells.gene_ids, ()))
-            return pool_padded(*self.counts.entries(attention, tokens), cells.lengths, cells.cell_index)
+            return pool_packed(*self.counts.packed(attention, tokens), cells)
         tokens = self._tokens(cells, embedding)
-        if self.plain or cells.gene_ids.is_cuda:
+        if self.plain or cells.gene_ids.is_cuda or torch.is_autocast_enabled("cpu"):  # tables are of one precision
             return pool_cells(*self.counts.entries(attention, tokens), tokens.entries.sizes)
         return self.counts.pool(attention, tokens)
 

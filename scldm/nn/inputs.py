@@ -1,7 +1,8 @@
 """Inputs of the encoder: how a count enters it. Upstream's seven, and the count-aware one of new models.
 
-Every input implements the attention over a cell's entries twice. `entries` is the plain form: token, LayerNorm, keys
-and values, for each entry on its own. `pool` is the fast form, over tables with one row per gene and one per distinct
+Every input implements the attention over a cell's entries three times. `entries` is the plain form: token, LayerNorm,
+keys and values, for each entry on its own. `packed` gives queries, keys and values of one standard attention, which is
+what accelerators are good at. `pool` is the fast form on a CPU, over tables with one row per gene and one per distinct
 count; it relies on the token being linear in a gene's part a_g and a count's part u_c:
 
     multiplicative   token = f(c) E_g            LayerNorm leaves s (E_g - mean) w + b, with the scalar
@@ -10,7 +11,8 @@ count; it relies on the token being linear in a gene's part a_g and a count's pa
     count-aware      token = E_g                 and a learned function of the count adds to the logit and scales the
                                                  value, channel by channel
 
-Shape letters: n entries, g genes, u distinct counts, m queries, d model width, h heads, c channels per head.
+Shape letters: n entries, g genes, u distinct counts or hidden units, m queries, d model width, h heads, c channels per
+head, c' channels of keys.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scldm.nn.attention_tables import Attention
@@ -50,6 +53,11 @@ class CountInput(nn.Module, ABC):
         if tokens.entries.log_number is not None:
             logits = logits + tokens.entries.log_number[:, None, None]
         return logits, values
+
+    def packed(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (h, m, c'), keys (n, h, c') and values (n, h, c) of a standard attention with scale 1."""
+        k, v = attention.keys_values(self.token(tokens.embedding[tokens.entries.genes], tokens.counts)).unbind(1)
+        return attention.scaled_queries, k, v
 
     @abstractmethod
     def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
@@ -182,6 +190,24 @@ class CountAware(CountInput):
         logits, values = super().entries(attention, tokens)
         bias, gain = self.mlp(tokens.counts.log1p()[:, None]).tensor_split([self.logits], dim=-1)
         return logits + bias.unflatten(-1, self.shape), values * (1 + gain.view_as(values))
+
+    def packed(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """See `CountInput.packed`; keys and values are computed once for each gene.
+
+        The bias is linear in the hidden units of the count, so these are further channels of the key, and their weights
+        further channels of the queries. Its constant is the same for all entries of a softmax and left out.
+        """
+        hidden, last = self.mlp[:2](tokens.counts.log1p()[:, None]), self.mlp[2]  # (n, u)
+        of_genes = attention.keys_values(tokens.embedding)  # (g, 2, h, c)
+        k, v = F.embedding(tokens.entries.genes, of_genes.flatten(1)).unflatten(1, of_genes.shape[1:]).unbind(1)
+        gain = F.linear(hidden, last.weight[self.logits :], last.bias[self.logits :]).view_as(v)
+        of_queries = last.weight[: self.logits].unflatten(0, self.shape)  # (h, m, u)
+        q = torch.cat([attention.scaled_queries, of_queries.to(k.dtype)], dim=-1)
+        return (
+            q.to(k.dtype),
+            torch.cat([k, hidden[:, None].expand(-1, k.shape[1], -1).to(k.dtype)], dim=-1),
+            v * (1 + gain),
+        )
 
     def pool(self, attention: Attention, tokens: Tokens) -> Tensor:
         distinct, kinds = torch.unique(tokens.counts, return_inverse=True)

@@ -82,15 +82,16 @@ def nb_nll(cells: CellBatch, log_proportion: Tensor, theta: Tensor, sample: Gene
         sample: If given, the genes that the columns stand for; the sum is then an estimate of the sum over all genes.
     """
     cell, column, counts = scored_entries(cells, sample, log_proportion.dtype)
-    return sparse_nb_nll(
-        log_proportion,
-        theta,
-        library_size=cells.library_size.to(log_proportion.dtype),
-        weight=None if sample is None else sample.weight.to(log_proportion.dtype),
-        cell=cell,
-        column=column,
-        counts=counts,
-    )
+    with torch.autocast(counts.device.type, enabled=False):  # sums over genes stay in their precision
+        return sparse_nb_nll(
+            log_proportion,
+            theta,
+            library_size=cells.library_size.to(log_proportion.dtype),
+            weight=None if sample is None else sample.weight.to(log_proportion.dtype),
+            cell=cell,
+            column=column,
+            counts=counts,
+        )
 
 
 def squared_error(cells: CellBatch, mu: Tensor, sample: GeneSample | None = None) -> Tensor:
@@ -104,17 +105,27 @@ def squared_error(cells: CellBatch, mu: Tensor, sample: GeneSample | None = None
     if sample is None:
         return mu.square().sum(1).index_add(0, cell, extra)
     weight = sample.weight.to(mu.dtype)
-    return (mu.square() @ weight).index_add(0, cell, extra * weight[column])
+    with torch.autocast(mu.device.type, enabled=False):
+        return (mu.square() @ weight).index_add(0, cell, extra * weight[column])
 
 
-def scored_entries(cells: CellBatch, sample: GeneSample | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return cell, column and count of the entries whose genes are scored: sampled, and measured."""
+def scored_entries(
+    cells: CellBatch, sample: GeneSample | None, dtype: torch.dtype, *, all_stay: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cell, column and count of the entries whose genes are scored: sampled, and measured.
+
+    Args:
+        all_stay: Whether the others stay with a count of 0, which adds exactly nothing. So it is on an accelerator,
+            where the host would have to wait to learn how many are left, unless given.
+    """
     cell, column, counts = cells.cell_index, cells.gene_ids, cells.counts.to(dtype)
-    if cells.measured is not None:
-        known = cells.measured[cell, column]
-        cell, column, counts = cell[known], column[known], counts[known]
-    if sample is None:
+    scored = None if cells.measured is None else cells.measured[cell, column]
+    if sample is not None:
+        column = sample.position[column]
+        drawn = column >= 0
+        scored = drawn if scored is None else scored & drawn
+    if scored is None:
         return cell, column, counts
-    column = sample.position[column]
-    kept = column >= 0
-    return cell[kept], column[kept], counts[kept]
+    if counts.is_cuda if all_stay is None else all_stay:
+        return cell, column.clamp(min=0), counts * scored
+    return cell[scored], column[scored], counts[scored]

@@ -76,7 +76,8 @@ def subsample_genes(batch: CellBatch, max_genes: int, *, seed: int) -> CellBatch
         return batch
     keep = torch.from_numpy(_sampled_entries(offsets, joinids, max_genes, seed))
     kept = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_genes))])
-    return replace(batch, offsets=torch.from_numpy(kept), gene_ids=batch.gene_ids[keep], counts=batch.counts[keep])
+    offsets = torch.from_numpy(kept)
+    return replace(batch, offsets=offsets, gene_ids=batch.gene_ids[keep], counts=batch.counts[keep], longest=None)
 
 
 def measured_group(table: pa.Table) -> Tensor:

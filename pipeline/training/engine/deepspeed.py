@@ -106,17 +106,16 @@ class Engine:
     ):
         self._deepspeed = _import_deepspeed()
         self.stage = config.zero_stage
-        self._fp32 = config.precision == "fp32"
         self._open, self._stepped = True, False
         self._slowed: dict[int, list[SlowedPart]] | None = None  # by flat; known when DeepSpeed has made them
-        self._norm: float | None = None  # only under stage 0 in fp32, where DeepSpeed computes it and does not keep it
+        self._norm: float | None = None  # only under stage 0, where DeepSpeed computes it and does not keep it
         settings = deepspeed_options(
             config, n_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
             micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available(),
         )  # fmt: skip
         self._rates = dict(rates or {})
         self._gate(optimizer)
-        self._engine: Any = None  # during DeepSpeed's setup, where bf16 stage 0 would take a step of mere weight decay
+        self._engine: Any = None
         self._engine, self.optimizer, _, _ = self._deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
@@ -261,7 +260,7 @@ class Engine:
     def export_state(self, checkpoint: Path) -> dict[str, Tensor]:
         """Return the weights in fp32 by name, on the CPU: from the module if it holds all, or from a checkpoint."""
         names = self.module.state_dict(keep_vars=True)
-        if self.stage < 3 and self._fp32:
+        if self.stage < 3:
             return {k: v.detach().float().cpu() for k, v in names.items()}
         shards, first = Shards(checkpoint), {id(p): name for name, p in self._trained_first()}
         return {

@@ -1,4 +1,4 @@
-"""Locates the fp32 weights and the optimizer state in DeepSpeed, under every ZeRO stage and in every precision.
+"""Locates the weights and the optimizer state in DeepSpeed, under every ZeRO stage.
 
 The base optimizer updates *flats*: tensors that hold *pieces*, elements [start, start + numel) of named parameters, in
 an order and with a padding that depend on the stage and on the number of workers. Expressed in pieces, a state depends
@@ -84,7 +84,7 @@ def flats_of(optimizer: Any, module: nn.Module, *, rank: int) -> list[Flat]:
     """Return all flats of this worker.
 
     Args:
-        optimizer: DeepSpeed's optimizer, or the torch optimizer itself (stage 0 in fp32).
+        optimizer: DeepSpeed's optimizer, or the torch optimizer itself (stage 0).
 
     Raises:
         NotImplementedError: if the optimizer's layout is not known.
@@ -92,24 +92,15 @@ def flats_of(optimizer: Any, module: nn.Module, *, rank: int) -> list[Flat]:
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(_stage_3(optimizer, trained, rank))
-    for held in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # stages 1 and 2; stage 1 in bf16
-        if hasattr(optimizer, held):
-            return list(_stages_1_and_2(getattr(optimizer, held), trained))
-    names = {id(p): name for name, p in trained}
-    if hasattr(optimizer, "fp32_groups"):  # stage 0 in bf16
-        pairs = [
-            (p, q)
-            for ps, qs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            for p, q in zip(ps, qs, strict=True)
-        ]
-    elif optimizer is base_optimizer(optimizer):
-        pairs = [(p, p) for group in optimizer.param_groups for p in group["params"]]
-    else:
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return list(_stages_1_and_2(optimizer.single_partition_of_fp32_groups, trained))
+    if optimizer is not base_optimizer(optimizer):
         raise NotImplementedError(
-            f"checkpoints cannot locate the weights of {type(optimizer).__name__}; use another "
-            "train.zero_stage or train.precision"
+            f"checkpoints cannot locate the weights of {type(optimizer).__name__}; use another train.zero_stage"
         )
-    return [Flat(q, [Piece(names[id(p)], 0, p.numel(), 0)], replicated=True) for p, q in pairs]
+    names = {id(p): name for name, p in trained}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [Flat(p, [Piece(names[id(p)], 0, p.numel(), 0)], replicated=True) for p in parameters]
 
 
 def _stage_3(optimizer: Any, trained: list[tuple[str, Any]], rank: int) -> Iterator[Flat]:
@@ -149,7 +140,3 @@ def weights_from_flats(optimizer: Any) -> None:
         optimizer.checkpoint_event_epilogue()
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp32_groups"):
-        for ps, qs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for p, q in zip(ps, qs, strict=True):
-                p.copy_(q)

@@ -106,8 +106,7 @@ class JointObjective:
             cells.conditions, self.n_classes, p=self.label_dropout, uniform=batch.draws.coins,
             strategy=self.module.dit.config.strategy,
         )  # fmt: skip
-        sample = self.counts.sample(index.step, cells.counts.device)
-        flow, nll = model(cells, seen, batch.draws, conditions, sample)
+        flow, nll = model(cells, seen, batch.draws, conditions, batch.cells.sample)
         return flow + self.weight * nll
 
     def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
@@ -115,7 +114,7 @@ class JointObjective:
         device = next(self.module.parameters()).device
         flow, nll, n = 0.0, 0.0, 0
         for table in self._validation[rank::world_size]:
-            counts = self.counts.prepare(table, MicroBatchIndex(0, 0, 0))
+            counts = self.counts.prepare_validation(table)
             held = JointBatch(counts, self.draws.for_validation(counts.joinids))
             batch: Any = map_tensors(held, lambda x: x.to(device))
             cells, seen = self.counts.scored_and_seen(batch.cells)

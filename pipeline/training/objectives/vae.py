@@ -34,10 +34,11 @@ def seen_seed(seed: int, epoch: int) -> int:
 
 @dataclass(frozen=True)
 class VaeBatch:
-    """Cells, and the same cells with fewer genes if a cap limits what the encoder sees."""
+    """Cells, with what is drawn of their genes."""
 
     cells: CellBatch
-    capped: CellBatch | None
+    seen: CellBatch | None  # the same cells with the genes that the encoder sees; None: the expressed ones
+    sample: GeneSample | None  # genes that are scored; None: all
     group: Tensor | None  # the cell's row of `measured`, (b,)
 
     @property
@@ -79,6 +80,7 @@ class VaeObjective:
     ):
         self.module, self.labels, self.seed, self.max_genes = vae, labels, seed, max_genes
         self.measured = measured
+        self._measured: dict[torch.device, Tensor] = {}
         self.genes_seen = genes_seen or GenesSeenConfig()
         found = mean_counts[mean_counts > 0]
         self.mean_counts = mean_counts.clamp(min=float(found.min()) if len(found) else 1.0)  # for weighted, > 0
@@ -86,38 +88,41 @@ class VaeObjective:
         self._validation = validation
 
     def prepare(self, table: pa.Table, index: MicroBatchIndex) -> VaeBatch:
-        cells = to_cell_batch(table, self.labels)
-        capped = None
+        """Collate cells, and draw the genes that are seen and scored, so that no device has to be asked for sizes."""
+        batch = self.prepare_validation(table)
+        if self.genes_seen.mode != "expressed":
+            batch = replace(batch, seen=self._drawn(self.scored_and_seen(batch)[0], index.epoch).with_longest())
+        return replace(batch, sample=self._sample(index.step))
+
+    def prepare_validation(self, table: pa.Table) -> VaeBatch:
+        """Collate cells: all genes are scored, and the encoder sees the expressed ones, at most `max_genes`."""
+        cells, seen = to_cell_batch(table, self.labels).with_longest(), None
         if self.max_genes is not None:
-            capped = to_cell_batch(table, self.labels, max_genes=self.max_genes, seed=self.seed)
-        return VaeBatch(cells, capped, None if self.measured is None else measured_group(table))
+            seen = to_cell_batch(table, self.labels, max_genes=self.max_genes, seed=self.seed).with_longest()
+        return VaeBatch(cells, seen, None, None if self.measured is None else measured_group(table))
 
     def loss(self, model: Callable[..., Tensor], batch: VaeBatch, index: MicroBatchIndex) -> Tensor:
         cells, seen = self.scored_and_seen(batch)
-        if self.genes_seen.mode != "expressed":
-            seen = self._drawn(cells, index.epoch)
-        return model(cells, self.sample(index.step, cells.counts.device), seen)
+        return model(cells, batch.sample, seen)
 
-    def sample(self, step: int, device: torch.device) -> GeneSample | None:
+    def _sample(self, step: int) -> GeneSample | None:
         """Return the genes that are scored in a step: the same on every worker and in each of its micro batches."""
-        if self.probability is None:
-            return None
-        return sample_genes(self.probability.to(device), generator(self.seed, GENES, step))
+        return None if self.probability is None else sample_genes(self.probability, generator(self.seed, GENES, step))
 
     def _drawn(self, cells: CellBatch, epoch: int) -> CellBatch:
-        """Return the cells as the encoder sees them in an epoch; in validation it sees the expressed genes."""
-        self.mean_counts = self.mean_counts.to(cells.counts.device)
-        seed = seen_seed(self.seed, epoch)
-        n_genes = len(self.mean_counts)
-        return see_genes(cells, self.genes_seen, n_genes=n_genes, seed=seed, mean_counts=self.mean_counts)
+        """Return the cells as the encoder sees them in an epoch."""
+        seed, n_genes = seen_seed(self.seed, epoch), len(self.mean_counts)
+        seen = see_genes(cells, self.genes_seen, n_genes=n_genes, seed=seed, mean_counts=self.mean_counts)
+        return replace(
+            seen, measured=None
+        )  # what was not measured is not among the genes; a row for each cell is large
 
     def validation(self, rank: int, world_size: int) -> tuple[dict[str, float], int]:
         device = next(self.module.parameters()).device
         total, n = 0.0, 0
         for table in self._validation[rank::world_size]:
-            cells, seen = self.scored_and_seen(
-                map_tensors(self.prepare(table, MicroBatchIndex(0, 0, 0)), lambda x: x.to(device))
-            )
+            batch = map_tensors(self.prepare_validation(table), lambda x: x.to(device))
+            cells, seen = self.scored_and_seen(batch)
             total += float(self.module(cells, None, seen).double().sum())
             n += cells.n_cells
         return {"loss": total}, n
@@ -127,9 +132,14 @@ class VaeObjective:
         cells = batch.cells
         if self.measured is not None and batch.group is not None:
             # Expanded on the device: a row for each cell would be the largest part of what is copied there.
-            self.measured = self.measured.to(batch.group.device)
-            cells = replace(cells, measured=self.measured[batch.group])
-        return cells, cells if batch.capped is None else batch.capped
+            cells = replace(cells, measured=self._measured_on(batch.group.device)[batch.group])
+        return cells, cells if batch.seen is None else batch.seen
+
+    def _measured_on(self, device: torch.device) -> Tensor:
+        assert self.measured is not None
+        if device not in self._measured:  # the thread that prepares batches asks on the CPU
+            self._measured[device] = self.measured.to(device)
+        return self._measured[device]
 
 
 def validation_tables(source: BlockSource, *, n_cells: int, batch_size: int, seed: int) -> list[pa.Table]:

@@ -15,7 +15,7 @@ from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import BlockSource
 from pipeline.data.loading.collate import to_cell_batch
 from pipeline.training.loop import run_training
-from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
+from pipeline.training.objectives.base import map_tensors
 from pipeline.training.objectives.vae import VaeObjective, seen_seed, validation_tables
 from pipeline.training.state import Run
 from pipeline.training.tasks.base import Rates, make_order, report_start, training_facts
@@ -132,8 +132,7 @@ def fit_dispersions(
     """
     device = next(objective.module.parameters()).device
     tables = validation_tables(source, n_cells=train.theta_cells, batch_size=train.feed.micro_batch_size, seed=seed)
-    index = MicroBatchIndex(0, 0, 0)
-    batches = (map_tensors(objective.prepare(t, index), lambda x: x.to(device)) for t in tables)
+    batches = (map_tensors(objective.prepare_validation(t), lambda x: x.to(device)) for t in tables)
     fit = fit_theta(vae.to(device), (objective.scored_and_seen(b)[0] for b in batches))
     vae.cpu()
     return asdict(fit)

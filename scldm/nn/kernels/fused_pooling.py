@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scldm.nn.kernels.pooling import require_tokens
+from scldm.data.batch import require_tokens
 
 
 @dataclass(frozen=True)

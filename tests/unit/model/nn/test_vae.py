@@ -12,7 +12,6 @@ import torch
 
 from scldm.data.batch import CellBatch
 from scldm.nn.config import VAEConfig
-from scldm.nn.kernels.pooling import pool_cells, pool_padded
 from scldm.nn.likelihood import GeneSample, gene_probabilities, nb_log_prob, nb_nll, sample_genes
 from scldm.nn.vae import THETA_START, VAE
 
@@ -124,17 +123,6 @@ def test_gene_probabilities_sum_to_the_requested_number_and_favour_expressed_gen
     assert p.max() <= 1
     assert p.min() > 0
     assert (gene_probabilities(mean, 8) == 1).all()
-
-
-def test_padded_pooling_equals_pooling_cell_by_cell():
-    g = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([3, 7, 1])
-    logits = torch.randn(11, 2, 4, generator=g, dtype=torch.float64)
-    values = torch.randn(11, 2, 5, generator=g, dtype=torch.float64)
-    index = torch.repeat_interleave(torch.arange(3), lengths)
-    torch.testing.assert_close(
-        pool_padded(logits, values, lengths, index), pool_cells(logits, values, lengths.tolist())
-    )
 
 
 def test_an_untrained_model_starts_at_the_mean_profile():
