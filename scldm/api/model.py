@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import anndata
 import numpy as np
@@ -44,6 +44,9 @@ from scldm.generation.real_cells import draw_sparse, latent_log_prob, require_wh
 from scldm.generation.recipe import generated_obs, recipe_of
 from scldm.generation.request import Request, Settings
 from scldm.generation.request_table import RequestError
+
+if TYPE_CHECKING:
+    from scldm.api.training_run import Report
 
 
 def load(
@@ -360,6 +363,28 @@ class Model:
             self.vae, [t.values for t in made], [t.latents for t in made], obs, about, kept,
             expression=settings.expression,
         )  # fmt: skip
+
+    # ---- training ------------------------------------------------------------------------------------------------
+    @property
+    def history(self) -> pd.DataFrame:
+        """Metrics of the trainings of its VAE and flow, indexed by stage and step.
+
+        Raises:
+            CheckpointError: The model is not in the folder of the pipeline that trained it.
+        """
+        from scldm.api.training_run import history
+
+        return history(self.folders)
+
+    def report(self) -> Report:
+        """Return the newest report of its cells, which a notebook shows.
+
+        Raises:
+            CheckpointError: Its cells were not evaluated.
+        """
+        from scldm.api.training_run import newest_report
+
+        return newest_report(self.folders)
 
     # ---- folders -------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:

@@ -63,7 +63,7 @@ def recorded_scores(folders: ModelFolders) -> RecordedScores | None:
         return None
     digest = folder_digest(folders.flow)
     stage = folders.flow.parent  # <pipeline>/{train_flow,distil}/<version>/model
-    found = [(m["finished_at"], m) for m in _evaluations(stage)]
+    found = [(m["finished_at"], m) for m in evaluations(stage)]
     if found:
         newest = max(found, key=lambda pair: pair[0])[1]
         facts, config = newest["facts"], newest["config"]
@@ -79,7 +79,7 @@ def recorded_scores(folders: ModelFolders) -> RecordedScores | None:
     return scores if scores.flow == digest else None  # those of another flow would be a lie
 
 
-def _evaluations(stage: Path) -> Iterator[dict[str, Any]]:
+def evaluations(stage: Path) -> Iterator[dict[str, Any]]:
     """Yield the manifests of the evaluations of cells that the models of a train_flow or a distil made."""
     made_by = _json(stage / MANIFEST).get("stage")
     if made_by not in ("train_flow", "distil"):

@@ -19,7 +19,7 @@ WIDE = 118
 
 
 def job_text(summary: SourceSummary, labels: Labels, choices: Choices, *, name: str, source: Mapping[str, Any],
-             cells: Mapping[str, Any], command: str, path: str) -> str:  # fmt: skip
+             cells: Mapping[str, Any], command: str, path: str, output: str = "runs") -> str:  # fmt: skip
     """Return the text of the job file.
 
     Args:
@@ -27,12 +27,13 @@ def job_text(summary: SourceSummary, labels: Labels, choices: Choices, *, name: 
         cells: ingest.cells.
         command: The command that writes it, for the header.
         path: Where it will be.
+        output: Folder of all pipelines.
     """
     lines = [
         *_head(summary, choices, command, path),
         "kind: pipeline",
         f"name: {_flow(name)}",
-        "output: runs",
+        f"output: {_flow(output)}",
         *_setting("resources", _resources(choices), _machines(choices)),
         "",
         *_ingest(summary, labels, choices, source, cells),

@@ -15,9 +15,9 @@ from helpers.stages.cell_stages import write_soma
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.cli.init.command import _make
 from pipeline.cli.init.defaults import choose
 from pipeline.cli.init.inspect import SourceSummary, inspect_source
+from pipeline.cli.init.job import Wanted, make_job
 from pipeline.cli.init.labels import choose_labels, donor_column
 from pipeline.cli.init.render import job_text
 from pipeline.config.io.loader import load_job
@@ -369,7 +369,7 @@ def test_an_experiment_is_read_where_it_is(tmp_path):
     found = seen(tmp_path / "cells.soma")
     assert (found["kind"], found["n_cells"], found["n_genes"]) == ("SOMA", 70, 8)
     given = {"region": None, "anonymous": False}
-    text, words = _make(SourceSummary(**found), "mine", tmp_path / "mine.yaml", given, [], [], 0)
+    text, words = make_job(SourceSummary(**found), Wanted("mine", tmp_path / "mine.yaml", "scldm init", given))
     (tmp_path / "mine.yaml").write_text(text)
     job = load_job(tmp_path / "mine.yaml")
     assert job.ingest.source.uri == str(tmp_path / "cells.soma")

@@ -20,8 +20,8 @@ import yaml
 
 from helpers.files.corpus.case import Written
 from helpers.files.corpus.plain import PlainCells, read_plain
-from pipeline.cli.init.command import _make as init_job
 from pipeline.cli.init.inspect import SourceSummary, inspect_source
+from pipeline.cli.init.job import Wanted, make_job
 from pipeline.config.context import StageContext
 from pipeline.config.job import IngestConfig
 from pipeline.core.manifest import Manifest
@@ -126,7 +126,7 @@ def _init(written: Written, labels: tuple[str, ...]) -> tuple[SourceSummary | No
     names = ("layer", "gene_id", "obs", "genome", "measurement")
     given = {name: written.source.get(name) for name in names} | {"region": None, "anonymous": False}
     try:
-        text, _ = init_job(summary, "corpus", Path("corpus.yaml"), given, asked, [], 0)
+        text, _ = make_job(summary, Wanted("corpus", Path("corpus.yaml"), "scldm init", given, asked))
     except InputError as error:
         return summary, str(error)
     return summary, yaml.safe_load(text)["ingest"]

@@ -1,0 +1,1 @@
+"""Training in a notebook: `scldm.train`, which is found by the entry point `scldm.train`."""

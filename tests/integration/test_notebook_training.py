@@ -1,0 +1,47 @@
+"""One call in a notebook runs the stages of the jobs: the command line has nothing left to do."""
+
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from typer.testing import CliRunner
+
+import scldm
+from pipeline.cli.app import app
+
+pytestmark = pytest.mark.integration
+SHORT = {
+    "train_vae.train.max_steps": 20, "train_flow.train.max_steps": 20, "generate.n_cells": 60,
+    "train_vae.train.validation_cells": 32, "train_flow.train.validation_cells": 32, "resources.workers": 1,
+}  # fmt: skip
+
+
+def some_cells() -> anndata.AnnData:
+    rng = np.random.default_rng(0)
+    of = rng.integers(0, 2, 240)
+    level = np.where(np.arange(60)[None] // 30 == of[:, None], 4.0, 0.5)
+    obs = pd.DataFrame({"louvain": pd.Categorical(np.array(["B", "T"])[of])}, index=[f"cell-{i}" for i in range(240)])
+    var = pd.DataFrame(index=[f"GENE{i}" for i in range(60)])
+    return anndata.AnnData(sp.csr_matrix(rng.poisson(level).astype(np.float32)), obs=obs, var=var)
+
+
+def test_one_call_trains_and_the_job_that_it_writes_is_the_one_that_ran(tmp_path, ray_cluster, capsys):
+    model = scldm.train(some_cells(), "louvain", name="mine", output=tmp_path / "runs", seed=3, settings=SHORT)
+    said = capsys.readouterr().out
+    assert "louvain" in said
+    assert model.labels == {"louvain": ("B", "T")}
+    assert model.generate({"louvain": "B"}, n=5, seed=1).shape == (5, 60)
+    job, overrides = tmp_path / "runs" / "mine" / "job.yaml", [f"{k}={v}" for k, v in SHORT.items()]
+    again = CliRunner().invoke(app, ["run", str(job), "seed=3", *overrides])
+    assert again.exit_code == 0, again.output
+    assert "nothing to do" in again.output, "the command line would do the same stages"
+    history = model.history
+    assert history.loc["train_vae", "train/loss"].dropna().size > 0
+    assert "<html" in model.report().path.read_text()[:500].lower()
+
+    repeated = scldm.train(some_cells(), ["louvain"], name="mine", output=tmp_path / "runs", seed=3, settings=SHORT)
+    assert "nothing to do" in capsys.readouterr().out
+    assert repeated.folders == model.folders
