@@ -17,7 +17,7 @@ from scldm.generation.request import Request, RequestRow
 from scldm.generation.request_table import RequestError, check_guidance, genes_to_write, read_rows
 from scldm.text import did_you_mean
 
-Conditions: TypeAlias = pd.DataFrame | pd.Series | Sequence[Mapping[str, Any]] | Mapping[str, str | None] | None
+Conditions: TypeAlias = pd.DataFrame | pd.Series | Sequence[Mapping[str, Any]] | Mapping[str, Any] | None
 
 
 def read_conditions(
@@ -113,6 +113,8 @@ def _table(given: Arguments, conditions: Any, n: Any, vocabulary: Vocabulary) ->
     if n is not None:
         n = given.whole("n", n, least=0)
     table = _rows(given, conditions, vocabulary)
+    if table is not None and n is None and isinstance(conditions, pd.DataFrame) and "n_cells" not in table:
+        table = _of_cells(given, table, vocabulary)
     if table is not None and "n_cells" in table and n is not None:
         given.problems.append("the table says n_cells, and n says it again: leave one out")
     elif table is not None and "n_cells" not in table:
@@ -125,6 +127,21 @@ def _table(given: Arguments, conditions: Any, n: Any, vocabulary: Vocabulary) ->
     return table
 
 
+def _of_cells(given: Arguments, table: pd.DataFrame, vocabulary: Vocabulary) -> pd.DataFrame | None:
+    """Return a table of cells, such as the obs of real ones, as one of conditions: a cell of each row's labels.
+
+    Columns that are no labels of the model describe the real cells. None after a problem.
+    """
+    labels = [x.name for x in vocabulary.labels]
+    if missing := [name for name in labels if name not in table]:
+        given.problems.append(
+            "how many cells? Give n, or the table a column n_cells; a table with all labels of the model stands for "
+            f"one cell of each row, and this one lacks {', '.join(missing)}"
+        )
+        return None
+    return table[labels].assign(n_cells=1)
+
+
 def _rows(given: Arguments, conditions: Any, vocabulary: Vocabulary) -> pd.DataFrame | None:
     """Return the conditions as a table; None after a problem."""
     if isinstance(conditions, (pd.DataFrame, pd.Series)):
@@ -133,7 +150,12 @@ def _rows(given: Arguments, conditions: Any, vocabulary: Vocabulary) -> pd.DataF
         except TableError as error:
             given.problems.append(str(error))
             return None
-    rows = [{}] if conditions is None else [conditions] if isinstance(conditions, Mapping) else conditions
+    if isinstance(conditions, Mapping):
+        conditions = _spread(given, conditions)
+    elif isinstance(conditions, (int, np.integer)) and not isinstance(conditions, bool):
+        given.problems.append(f"conditions is {conditions}; for cells without labels write generate(n={conditions})")
+        return None
+    rows = [{}] if conditions is None else conditions
     rows = [rows] if isinstance(rows, str) or not isinstance(rows, Iterable) else list(rows)
     if not all(isinstance(row, Mapping) for row in rows):
         given.problems.append(
@@ -142,3 +164,14 @@ def _rows(given: Arguments, conditions: Any, vocabulary: Vocabulary) -> pd.DataF
         )
         return None
     return pd.DataFrame([dict(row) for row in rows])
+
+
+def _spread(given: Arguments, conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a dictionary: one, or if values are lists of classes as many as these have entries."""
+    lists = {k: list(v) for k, v in conditions.items() if isinstance(v, (list, tuple, np.ndarray, pd.Index, pd.Series))}
+    lengths = {k: len(v) for k, v in lists.items()}
+    if len(set(lengths.values())) > 1:
+        named = ", ".join(f"{k} {n}" for k, n in lengths.items())
+        given.problems.append(f"conditions: lists of classes must be of one length; got {named}")
+        return []
+    return [{**conditions, **{k: v[i] for k, v in lists.items()}} for i in range(next(iter(lengths.values()), 1))]

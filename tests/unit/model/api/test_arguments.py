@@ -98,7 +98,7 @@ def test_numpy_scalars_are_numbers(model, numpy_s, plain):
         ({"n": 2, "genes": [1, 2]}, "genes must be a list of gene ids or names"),
         ({"n": 2, "conditions": "T"}, "conditions must be a dictionary {label: class}"),
         ({"n": 2, "conditions": ["T"]}, "conditions must be a dictionary {label: class}"),
-        ({"n": 2, "conditions": 5}, "conditions must be a dictionary {label: class}"),
+        ({"n": 2, "conditions": 5}, "for cells without labels write generate(n=5)"),
     ],
     ids=str,
 )
