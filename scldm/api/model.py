@@ -299,10 +299,11 @@ class Model:
 
         Args:
             conditions: {label: class} for one condition, {label: [class, …]} for several; or a table (DataFrame, list
-                of dictionaries) with label columns, `n_cells` and, optionally, `guidance`, `guidance.<label>`, `guidance.*` (of joint labels
-                together, beside single ones), `library_size`. A label that is absent or None is left open. A label
-                of values takes others than the data's, with a warning of how far they are. None: unconditional cells.
-                A DataFrame with all labels and without `n_cells`, such as the obs of real cells: one cell of each row.
+                of dictionaries) with label columns, `n_cells` and, optionally, `guidance`, `guidance.<label>`,
+                `guidance.*` (of joint labels together, beside single ones), `library_size`. A label that is absent or
+                None is left open. A label of values takes others than the data's, with a warning of how far they are.
+                None: unconditional cells. A DataFrame with all labels and without `n_cells`, such as the obs of real
+                cells: one cell of each row.
             n: Cells of each row, if the table has no `n_cells`.
             seed: A cell is a function of (models, sampler, seed, request, its position in the request).
             guidance: Scale w in v = v_null + w (v_cond - v_null); None: the sampler's.
