@@ -17,6 +17,7 @@ from pipeline.config.ingest import CellsConfig, ClassName, Source
 from pipeline.config.input_paths import FlowName, VaeName
 from scldm.config import StrictModel
 from scldm.flow.config import Solver
+from scldm.nn.kernels.precision import Precision
 
 
 class ModelNames(StrictModel):
@@ -87,10 +88,20 @@ class RealCellsConfig(StrictModel):
     batch_size: PositiveInt = 2048
     """Cells that an actor reads at a time. Affects memory, never results: the networks see tiles of 32 cells (up to
     1,024 on a GPU), cut by the cells' position in the shard."""
+    precision: Precision | None = None
+    """Precision of the networks' products: fp32, tf32 or bf16. Softmax over genes, likelihood, dispersion and the
+    solver's state are fp32 in each. Null: by device, fp32 on a CPU, bf16 on a GPU that has it (else tf32, else fp32),
+    and fp32 for the solver dopri5. The output says which; a job that goes on keeps the one that it began with."""
 
     @property
     def uses_flow(self) -> bool:
         return False
+
+    @property
+    def solver(self) -> Solver | None:
+        """The solver of the flow; None if none is integrated."""
+        flow: FlowConfig | None = getattr(self, "flow", None)
+        return flow.solver if flow is not None and self.uses_flow else None
 
     @property
     def uses_labels(self) -> bool:
@@ -106,6 +117,11 @@ class RealCellsConfig(StrictModel):
         if not self.uses_flow and self.model.flow is not None:
             raise ValueError(f"model.flow ({self.model.flow}) is not used by this job; leave it out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before this setting existed."""
+        return {k: v for k, v in to_dict(self).items() if (k, v) != ("precision", None)}
 
 
 class EmbedConfig(RealCellsConfig):
@@ -165,7 +181,7 @@ class PerturbConfig(UnknownLabelsConfig):
     def _a_shift_uses_no_model(self) -> PerturbConfig:
         if self.method == "flow":
             return self
-        of_models = ("model", "start", "counts", "flow", "guidance", "max_genes", "unknown_labels")
+        of_models = ("model", "start", "counts", "flow", "guidance", "max_genes", "unknown_labels", "precision")
         set_ = [x for x in of_models if getattr(self, x) != type(self).model_fields[x].default]
         if set_ and self.method == "shift":
             raise ValueError(f"{', '.join(set_)} cannot be set with method: shift, which uses no model; leave it out")
@@ -205,7 +221,8 @@ class PerturbConfig(UnknownLabelsConfig):
     @model_serializer(mode="wrap")
     def _without_defaults(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before these settings existed."""
-        return {k: v for k, v in to_dict(self).items() if (k, v) not in (("method", "flow"), ("counts", "drawn"))}
+        new = (("method", "flow"), ("counts", "drawn"), ("precision", None))
+        return {k: v for k, v in to_dict(self).items() if (k, v) not in new}
 
 
 class FlowLikelihoodConfig(FlowConfig):

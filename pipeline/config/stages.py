@@ -31,6 +31,7 @@ from pipeline.config.train import DistilTrainConfig, FlowStartConfig, FlowTrainC
 from scldm.config import StrictModel
 from scldm.flow.config import ControlStart, PathConfig, SamplerConfig
 from scldm.nn.config import DiTConfig, VAEConfig
+from scldm.nn.kernels.precision import Precision
 from scldm.optim.config import LoraConfig, OptimizerConfig
 
 
@@ -123,6 +124,15 @@ class EncodeConfig(StrictModel):
     """Cells that an actor encodes in one batch."""
     splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
     """Splits that are encoded."""
+    precision: Precision | None = None
+    """Precision of the network's products: fp32, tf32 or bf16; latents are stored in fp32. Null: by device, fp32 on a
+    CPU, bf16 on a GPU that has it (else tf32, else fp32). The manifest says which; a job that goes on keeps the one
+    that it began with."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the versions of stages from before this setting existed."""
+        return _without_unset(to_dict(self), ("precision",))
 
 
 class JointVaeConfig(StrictModel):
@@ -312,6 +322,10 @@ class GenerateConfig(StrictModel):
     two tiles. Affects memory, never results."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Seed of noise, library sizes and counts: another seed gives other cells."""
+    precision: Precision | None = None
+    """Precision of the networks' products: fp32, tf32 or bf16. Softmax over genes, likelihood, dispersion and the
+    solver's state are fp32 in each. Null: by device, fp32 on a CPU, bf16 on a GPU that has it (else tf32, else fp32),
+    and fp32 for the solver dopri5. The output says which; a job that goes on keeps the one that it began with."""
 
     @model_validator(mode="after")
     def _has_the_models_that_it_uses(self) -> GenerateConfig:
@@ -327,7 +341,7 @@ class GenerateConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before this setting existed."""
-        values = _without_unset(to_dict(self), ("model", "decoder_condition", "flow"))
+        values = _without_unset(to_dict(self), ("model", "decoder_condition", "flow", "precision"))
         return {k: v for k, v in values.items() if (k, v) != ("start", "noise")}
 
 

@@ -26,6 +26,7 @@ from pipeline.core.faults import arm
 from pipeline.core.shards import CommitPoints, Record, ShardStore
 from pipeline.data.loading.blocks import LABEL, SomaReader, SomaRows
 from pipeline.data.presence import GROUP
+from pipeline.inference.actors.numerics import agree
 from pipeline.inference.cell_shards import CELLS, shard_name
 from pipeline.inference.models import ModelPaths
 from scldm.data.vocabulary import Vocabulary
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from scldm.checkpoints.native import LoadedVAE
+    from scldm.checkpoints.native import LoadedFlow, LoadedVAE
     from scldm.data.batch import CellBatch
+    from scldm.nn.kernels.precision import Numerics
 
 Values = Literal["counts", "log1p_cp10k"]
 NAME, JOINID = "obs_name", "soma_joinid"
@@ -127,6 +129,9 @@ class TileProcessor(Protocol):
     @property
     def vae(self) -> LoadedVAE | None: ...  # None: no network is used
 
+    @property
+    def flow(self) -> LoadedFlow | None: ...
+
     def __call__(self, tile: Tile) -> TileOutput: ...
 
 
@@ -164,6 +169,7 @@ class Applier:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.reader = spec.reader
         self.processor = spec.processor(spec, self.device)
+        self.numerics = None if self.processor.vae is None else self._agree(spec)
         self.measured = None if spec.measured is None else torch.from_numpy(spec.measured).to(self.device)
         vae = self.processor.vae
         self.tile = CPU_TILE if vae is None else tile_cells(vae, self.device)
@@ -172,13 +178,26 @@ class Applier:
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self.make(row["shard"]) for row in shards.to_pylist()])
 
+    def _agree(self, spec: ApplierSpec) -> Numerics:
+        """Set the networks to the precision of the job's cells."""
+        from scldm.nn.kernels.precision import set_precision
+
+        numerics = agree(spec.folder, spec.config.precision, self.device, where="precision", solver=spec.config.solver)
+        vae, flow = self.processor.vae, self.processor.flow
+        for network in (*(() if vae is None else (vae.vae,)), *(() if flow is None else (flow.dit,))):
+            set_precision(network, numerics.precision)
+        return numerics
+
+    def _made_in(self) -> dict[str, str]:
+        return {} if self.numerics is None else self.numerics.as_plain()
+
     def make(self, shard: int) -> Record:
         """Make and commit a shard; return its record."""
         adata, n_empty = self.apply_to_shard(shard)
 
         def write(path: Path) -> dict[str, int]:
             adata.write_h5ad(path, compression="gzip", compression_opts=1)
-            return {"shard": shard, "n_cells": adata.n_obs, "empty": n_empty}
+            return {"shard": shard, "n_cells": adata.n_obs, "empty": n_empty, **self._made_in()}
 
         return self.store.commit(shard_name(shard), write)
 
@@ -290,5 +309,5 @@ class Applier:
         if layout.mean:
             means = (o.mean for o in outputs if o.mean is not None)
             layers["mean"] = np.concatenate([np.zeros((0, len(var)), np.float32), *means])
-        uns = {"scldm": json.loads(json.dumps(self.spec.provenance))}
+        uns = {"scldm": json.loads(json.dumps({**self.spec.provenance, **self._made_in()}))}
         return anndata.AnnData(x, obs=obs, var=var, obsm=obsm, layers=layers, uns=uns)

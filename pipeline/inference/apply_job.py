@@ -29,7 +29,8 @@ from pipeline.core.faults import VARIABLE, fault_point
 from pipeline.core.files import replaces
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.core.shards import Record
-from pipeline.inference.actor_pool import run_on_actors
+from pipeline.inference.actors.numerics import begin, end
+from pipeline.inference.actors.pool import run_on_actors
 from pipeline.inference.applier import Applier, ApplierSpec, OutputLayout, TileProcessor, applied_shards
 from pipeline.inference.export.index import write_index
 from pipeline.inference.models import ModelPaths, locate_models
@@ -86,7 +87,8 @@ def run_batches(
             same columns.
 
     Returns:
-        Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, n_empty, genes, notes.
+        Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, n_empty, genes, notes, and precision and
+        device (kind) if networks made the cells.
     """
     _require_free(config, stage, layout.own_columns())
     models = models or locate_models(config, context)
@@ -122,7 +124,8 @@ def run_batches(
     context.tracker.metrics({f"{stage}/cells": float(n_cells), f"{stage}/shards": float(len(records))}, step=0)
     schema = EXPRESSION_SCHEMA if layout.scale() else SCHEMA_VERSION
     facts = {"schema_version": schema, "cells": "cells", "shards": records, "index": index, "n_cells": n_cells}
-    return facts | {"n_empty": n_empty, "source": rows.source.description, "notes": notes, **rows.facts}
+    facts |= {"n_empty": n_empty, "source": rows.source.description, "notes": notes, **rows.facts}
+    return facts | end(folder, records)
 
 
 def _require_free(config: RealCellsConfig, stage: str, own: Collection[str]) -> None:
@@ -141,6 +144,7 @@ def _make_all(
     store = applied_shards(spec.folder)
     store.remove_abandoned()  # nobody else writes here: the stage is locked
     records = store.committed()
+    begin(spec.folder, records, gpus=context.resources.gpus_per_worker)
     have = {r["shard"] for r in records}
     todo = [k for k in range(n_shards) if k not in have]
     done = sum(r["n_cells"] for r in records)

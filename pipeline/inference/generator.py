@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipeline.config.job import GenerateConfig
 from pipeline.core.faults import arm, fault_point
 from pipeline.core.shards import CommitPoints, Record, ShardStore
+from pipeline.inference.actors.numerics import agree
 from pipeline.inference.background import BackgroundWriter
 from pipeline.inference.cell_shards import CELLS, shard_name
 from pipeline.inference.progress import ShardProgress, count_attempt
@@ -77,13 +78,19 @@ class Generator:
         from scldm.checkpoints.asked_values import with_values
         from scldm.checkpoints.native import load_flow, load_vae
         from scldm.generation.cell_maker import CellMaker
+        from scldm.nn.kernels.precision import set_precision
 
         arm(spec.fault)
         torch.set_num_threads(spec.threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.numerics = agree(
+            spec.folder, spec.config.precision, device, where="generate.precision", solver=spec.config.sampler.solver
+        )
         self.spec, self.config, self.store = spec, spec.config, cell_shards(spec.folder)
         vae = load_vae(spec.vae, device=device)
         flow = load_flow(spec.flow, weights=self.config.sampler.weights, device=device)
+        for network in (vae.vae, flow.dit):
+            set_precision(network, self.numerics.precision)
         flow = with_values(flow, (row.condition for row in spec.request.rows))
         self.vocabulary = flow.vocabulary
         self.draws_counts = vae.vae.config.head != "gaussian"
@@ -122,7 +129,8 @@ class Generator:
         while True:
             try:
                 return self.store.commit(
-                    shard_name(shard), lambda path: {"shard": shard, "n_cells": self._write(path, shard)}
+                    shard_name(shard),
+                    lambda path: {"shard": shard, "n_cells": self._write(path, shard), **self.numerics.as_plain()},
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"shard {shard}: {error}") from error
@@ -159,7 +167,7 @@ class Generator:
             out.finish(
                 self._obs(ids, library, out, shard),
                 genes_table(self.vocabulary, self.genes),
-                {"scldm": self.spec.provenance},
+                {"scldm": {**self.spec.provenance, **self.numerics.as_plain()}},
             )
         return len(ids)
 

@@ -13,11 +13,14 @@ from pipeline.inference.models import latent_width, load_models, locate_models
 if TYPE_CHECKING:
     import torch
 
+    from scldm.checkpoints.native import LoadedFlow
+
 
 class Embedder:
     """Encodes tiles of cells."""
 
     encodes = True
+    flow: LoadedFlow | None = None
     synthetic = False
 
     def __init__(self, spec: ApplierSpec, device: torch.device):

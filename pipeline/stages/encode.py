@@ -23,7 +23,9 @@ from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.core.shards import CommitPoints, Record, ShardStore
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.data.loading.blocks import LABEL, RECORD_BATCH_ROWS
-from pipeline.inference.actor_pool import actor_pool
+from pipeline.inference.actors.numerics import agree, begin, end
+from pipeline.inference.actors.pool import actor_pool
+from scldm.nn.kernels.precision import Precision
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -42,6 +44,7 @@ class EncoderSpec:
     batch_size: int  # cells that the VAE encodes at a time
     threads: int  # of torch
     fault: str  # faults to arm, see `pipeline.core.faults`
+    precision: Precision | None = None  # None: by device
 
 
 class Encoder:
@@ -51,11 +54,14 @@ class Encoder:
         import torch
 
         from scldm.checkpoints.native import load_vae
+        from scldm.nn.kernels.precision import set_precision
 
         arm(spec.fault)
         torch.set_num_threads(spec.threads)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.numerics = agree(spec.folder, spec.precision, self.device, where="encode.precision")
         self.vae = load_vae(spec.model, device=self.device).vae
+        set_precision(self.vae, self.numerics.precision)
         self.spec, self.store = spec, ShardStore(spec.folder, POINTS)
 
     def __call__(self, cells: pa.Table) -> pa.Table:
@@ -65,7 +71,7 @@ class Encoder:
         def write(path: Path) -> dict[str, Any]:
             with pa.ipc.new_file(path, latents.schema) as writer:
                 writer.write_table(latents, max_chunksize=RECORD_BATCH_ROWS)
-            return {"split": split, "n_cells": len(cells)}
+            return {"split": split, "n_cells": len(cells), **self.numerics.as_plain()}
 
         record = self.store.commit(shard_name(split, cells["shard"][0].as_py()), write)
         return pa.Table.from_pylist([record])
@@ -98,7 +104,8 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage.
 
     Returns:
-        Facts: latents (folder), shards (split -> files with cells and sha256), latent_shape, n_cells.
+        Facts: latents (folder), shards (split -> files with cells and sha256), latent_shape, n_cells, precision, device
+        (kind).
     """
     from pipeline.data.loading.ray_source import blocks_dataset, storage_blocks
 
@@ -109,10 +116,11 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     store = ShardStore(folder, POINTS)
     store.remove_abandoned()  # of killed actors; an actor of a dead driver that still runs then fails to rename
     records = store.committed()
+    begin(folder, records, gpus=context.resources.gpus_per_worker)
     spec = EncoderSpec(
         model=vae.path("model"), folder=folder, labels=tuple(x.name for x in data.vocabulary.labels),
         batch_size=config.batch_size, threads=threads_per_worker(context.resources),
-        fault=os.environ.get(VARIABLE, ""),
+        fault=os.environ.get(VARIABLE, ""), precision=config.precision,
     )  # fmt: skip
     total = sum(data.n_cells[split] for split in config.splits)
     progress = ProgressWriter(context.folder)
@@ -134,7 +142,8 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     shards = {s: sorted((r for r in records if r["split"] == s), key=lambda r: r["file"]) for s in config.splits}
     n_cells = {s: sum(r["n_cells"] for r in rows) for s, rows in shards.items()}
     context.tracker.metrics({f"encode/{s}_cells": float(n) for s, n in n_cells.items()}, step=0)
-    return {"latents": "latents", "shards": shards, "latent_shape": vae.facts["latent_shape"], "n_cells": n_cells}
+    facts = {"latents": "latents", "shards": shards, "latent_shape": vae.facts["latent_shape"], "n_cells": n_cells}
+    return facts | end(folder, records)
 
 
 def _encode_blocks(

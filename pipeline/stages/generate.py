@@ -1,8 +1,8 @@
 """Generate cells for a table of conditions: a Ray Data batch job over shards.
 
-A shard is a function of (models, sampler, seed, request, shard number); an actor makes and commits it
-(`pipeline.inference.generator`). Readers trust the stage's manifest, which lists the committed shards. A job that was
-interrupted makes the shards that are missing.
+A shard is a function of (models, sampler, seed, request, shard number, precision, kind of device); an actor makes and
+commits it (`pipeline.inference.generator`). Readers trust the stage's manifest, which lists the committed shards. A job
+that was interrupted makes the shards that are missing, in the precision that it began with.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from pipeline.core.files import write_json_atomic
 from pipeline.core.progress import ProgressReader
 from pipeline.core.shards import Record
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.inference.actor_pool import run_on_actors
+from pipeline.inference.actors.numerics import begin, end
+from pipeline.inference.actors.pool import run_on_actors
 from pipeline.inference.export.index import write_index
 from pipeline.inference.generator import Generator, GeneratorSpec, cell_shards
 from pipeline.inference.models import (
@@ -78,7 +79,8 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     """Run the stage.
 
     Returns:
-        Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, request_digest, notes, cells_per_s.
+        Facts: cells (folder), shards (file, n_cells, sha256), index, n_cells, request_digest, notes, cells_per_s,
+        precision, device (kind).
     """
     models = _models(config, context)
     request = context.request or _request(config, context, models)
@@ -93,6 +95,7 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     store = cell_shards(folder)
     store.remove_abandoned()  # nobody else writes here: the stage is locked
     records = store.committed()
+    begin(folder, records, gpus=context.resources.gpus_per_worker)
     have = {r["shard"] for r in records}
     todo = [k for k in range(n_shards(request, config.shard_size)) if k not in have]
     progress = JobProgress(context.folder, folder, request.n_cells, sum(r["n_cells"] for r in records))
@@ -115,7 +118,7 @@ def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) ->
     facts["index"] = write_index(context.folder, records)
     if SCALE in spec.provenance:
         facts["schema_version"] = EXPRESSION_SCHEMA
-    facts |= {"notes": notes, "vae": os.path.relpath(spec.vae, context.folder)}
+    facts |= {"notes": notes, "vae": os.path.relpath(spec.vae, context.folder), **end(folder, records)}
     return facts | ({"cells_per_s": round(rate, 2)} if todo else {})
 
 

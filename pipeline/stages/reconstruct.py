@@ -16,6 +16,8 @@ from scldm.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from scldm.checkpoints.native import LoadedFlow
+
 MAX_DENSE_BYTES = 4 << 30  # of means in one shard
 
 
@@ -23,6 +25,7 @@ class Reconstructor:
     """Encodes and decodes tiles of cells."""
 
     encodes = True
+    flow: LoadedFlow | None = None
     synthetic = True
 
     def __init__(self, spec: ApplierSpec, device: torch.device):

@@ -90,6 +90,7 @@ def check_settings(job: JobBase) -> None:
         if isinstance(config, TrainFlowConfig) and config.start_from is not None:
             problems += _start_problems(config.start_from, where)
         problems += _control_problems(config, configs.get("ingest"))
+        problems += _precision_problems(config, job.resources, where)
         if isinstance(config, PredictErrorConfig) and getattr(configs.get("train_vae"), "model", None) is not None:
             problems += _gaussian_predictions(configs["train_vae"])
         if isinstance(config, RealCellsConfig):
@@ -290,6 +291,15 @@ def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str
         yield (
             f"{where}train.decoder (triton) needs a GPU in every worker, and resources.gpus_per_worker is 0; set it to "
             f"1, or {where}train.decoder=torch"
+        )
+
+
+def _precision_problems(config: Any, resources: ResourcesConfig, where: str) -> Iterator[str]:
+    """Say what actors without a GPU cannot compute; what a GPU has, its actor finds out before it makes anything."""
+    if getattr(config, "precision", None) == "tf32" and not resources.gpus_per_worker:
+        yield (
+            f"{where}precision (tf32) exists on NVIDIA GPUs, and resources.gpus_per_worker is 0; set it to 1, or leave "
+            f"{where}precision out"
         )
 
 

@@ -44,6 +44,7 @@ from scldm.generation.real_cells import draw_sparse, latent_log_prob, require_wh
 from scldm.generation.recipe import generated_obs, recipe_of
 from scldm.generation.request import Request, Settings
 from scldm.generation.request_table import RequestError
+from scldm.nn.kernels.precision import PRECISIONS, Numerics, Precision, PrecisionError, resolve, set_precision
 
 if TYPE_CHECKING:
     from scldm.api.training_run import Report
@@ -55,6 +56,7 @@ def load(
     flow: str | Path | None = None,
     weights: Weights = "ema",
     device: str | torch.device = "cpu",
+    precision: Precision | None = None,
 ) -> Model:
     """Load the models of a folder.
 
@@ -63,9 +65,12 @@ def load(
         flow: Model folder of a flow, if it is not in the VAE's folder.
         weights: "ema", the averaged weights of the flow, or "raw".
         device: For example "cuda".
+        precision: Of the networks' products: "fp32", "tf32" or "bf16". None: by device, fp32 on a CPU, bf16 on a GPU
+            that has it (else tf32, else fp32), and fp32 for the solver dopri5. `uns["scldm"]` says which it was.
 
     Raises:
         CheckpointError: No model is there, or VAE and flow do not belong together.
+        ArgumentError: An argument cannot be used, or the device does not have the precision; all are listed.
 
     >>> model = load(folder)
     >>> model
@@ -77,6 +82,13 @@ def load(
     if flow is not None:
         given.path("flow", flow)
     device = given.device("device", device)
+    if precision is not None:
+        given.one_of("precision", precision, PRECISIONS)
+    if not given.problems:
+        try:
+            resolve(precision, device)
+        except PrecisionError as error:
+            given.problems.append(str(error))
     given.raise_problems()
     found = find_models(folder, weights=weights)
     if flow is not None:
@@ -88,15 +100,39 @@ def load(
             check_pair(vae, pair)
         except ValueError as error:
             raise CheckpointError(f"{found.vae} and {found.flow}: {error}") from error
-    return Model(vae, pair, found, weights)
+    return Model(vae, pair, found, weights, precision)
 
 
 class Model:
     """A VAE and, optionally, the flow on its latents. Created by `scldm.load`."""
 
-    def __init__(self, vae: LoadedVAE, flow: LoadedFlow | None, folders: ModelFolders, weights: Weights = "ema"):
+    def __init__(
+        self, vae: LoadedVAE, flow: LoadedFlow | None, folders: ModelFolders, weights: Weights = "ema",
+        precision: Precision | None = None,
+    ):  # fmt: skip
         self.vae, self.flow, self.folders, self.weights = vae, flow, folders, weights
-        self.device = next(vae.vae.parameters()).device
+        self.device, self._wanted = next(vae.vae.parameters()).device, precision
+        self._numerics()
+
+    @property
+    def precision(self) -> Precision:
+        """Return the precision of the networks' products; with the solver dopri5 it is fp32 unless it was set.
+
+        >>> model.precision
+        'fp32'
+        """
+        return resolve(self._wanted, self.device)
+
+    def _numerics(self, sampler: SamplerConfig | None = None) -> Numerics:
+        """Set the networks to the precision of a call and return it.
+
+        Args:
+            sampler: Of the flow, if the call integrates it.
+        """
+        precision = resolve(self._wanted, self.device, solver=None if sampler is None else sampler.solver)
+        for network in (self.vae.vae, *(() if self.flow is None else (self.flow.dit,))):
+            set_precision(network, precision)
+        return Numerics(precision, self.device.type)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -121,14 +157,16 @@ class Model:
         m, e = self.latent_shape
         labels = ", ".join(f"{k} ({len(v)})" for k, v in self.labels.items()) or "none"
         flow = f"flow with labels {labels}" if self.flow is not None else "no flow"
-        return f"scldm.Model: VAE of {self.vocabulary.n_genes:,} genes, {m} x {e} latents; {flow}; on {self.device}"
+        where = f"on {self.device}" + ("" if self.precision == "fp32" else f" in {self.precision}")
+        return f"scldm.Model: VAE of {self.vocabulary.n_genes:,} genes, {m} x {e} latents; {flow}; {where}"
 
     # ---- real cells ----------------------------------------------------------------------------------------------
     def encode(
         self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
         max_missing: float = 0.2,
     ) -> anndata.AnnData:  # fmt: skip
-        """Encode cells: latents in obsm["X_scldm"], (b, m * e) float32. Deterministic.
+        """Encode cells: latents in obsm["X_scldm"], (b, m * e) float32; uns["X_scldm"] says in which precision and on
+        which kind of device. Deterministic.
 
         Args:
             adata: Cells with raw counts, in memory or opened with backed="r"; it is modified and returned. A view is
@@ -149,9 +187,11 @@ class Model:
         given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         out = (adata.to_memory() if adata.isbacked else adata.copy()) if adata.is_view else adata
+        numerics = self._numerics()
         with torch.inference_mode():
             parts = [flat(self.vae.vae.encode(batch)) for batch in tiles(self.vae, cells, out)]
         out.obsm[LATENTS] = joined(parts, self.latent_shape)
+        out.uns[LATENTS] = numerics.as_plain()
         return out
 
     def reconstruct(
@@ -176,7 +216,7 @@ class Model:
         given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         vectors = decoder_vectors(self.vae.vae.config, decoder_condition, adata.n_obs, per="each cell")
-        counts, latents, means = [], [], []
+        counts, latents, means, numerics = [], [], [], self._numerics()
         for batch in tiles(self.vae, cells, adata):
             condition = None if vectors is None else torch.from_numpy(vectors[batch.joinids.cpu().numpy()])
             with torch.inference_mode():
@@ -191,7 +231,7 @@ class Model:
         obs = adata.obs.copy()
         obs["is_synthetic"] = True
         obs["library_size"] = np.asarray(cells.counts.sum(1)).ravel().astype(np.float32)
-        about = {"kind": "reconstruct", "seed": seed, **digests(self.folders)}
+        about = {"kind": "reconstruct", "seed": seed, **digests(self.folders), **numerics.as_plain()}
         made = made_cells(self.vae, counts, latents, obs, about)
         if mean:
             made.layers["mean"] = np.concatenate(means)
@@ -206,7 +246,7 @@ class Model:
 
         nll = -sum over genes of log NB(count; mu(z), theta) at the cell's own latents z: how well the model describes
         the cell, not a marginal likelihood. flow_log_prob is the log-likelihood of z under the flow and the labels in
-        obs.
+        obs. The table's attrs say in which precision and on which kind of device.
 
         Args:
             probes: Random probes of the divergence that are averaged; the error falls with their square root.
@@ -229,7 +269,7 @@ class Model:
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         conditions = class_ids(adata, self.vocabulary) if flow else {}
         sampler = SamplerConfig(solver="midpoint", steps=20)  # as a log_likelihood job
-        rows = []
+        rows, numerics = [], self._numerics(sampler)
         for batch in tiles(self.vae, cells, adata, conditions):
             with torch.no_grad():
                 z = self.vae.vae.encode(batch)
@@ -241,7 +281,9 @@ class Model:
                     self.flow, z, batch.conditions, ids, sampler=sampler, n_probes=probes, seed=seed
                 ).float()
             rows.append(pd.DataFrame({k: v.cpu().numpy() for k, v in found.items()}))
-        return pd.concat(rows).set_axis(adata.obs_names)
+        table = pd.concat(rows).set_axis(adata.obs_names)
+        table.attrs["scldm"] = numerics.as_plain()
+        return table
 
     def perturb(
         self, adata: anndata.AnnData, to: Mapping[str, str | None], *, start: str = "latents", counts: str = "drawn",
@@ -281,7 +323,8 @@ class Model:
         )
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         ids = own_classes(adata, self.vocabulary, how, flow, unknown_labels)
-        return perturbed(adata, cells, ids, how, vae=self.vae, flow=flow, folders=self.folders)
+        numerics = self._numerics(how.sampler)
+        return perturbed(adata, cells, ids, how, vae=self.vae, flow=flow, folders=self.folders, numerics=numerics)
 
     def _require_flow(self, why: str) -> LoadedFlow:
         if self.flow is None:
@@ -336,6 +379,7 @@ class Model:
         given.problems += distilled_problems(flow, settings, start)
         request, kept = read_conditions(given, conditions, n, settings, genes, self.vocabulary)
         check_fits(request.n_cells, n_latent_numbers=flow.n_latent_tokens * flow.latent_width)
+        numerics = self._numerics(settings)
         flow = with_values(flow, (row.condition for row in request.rows))
         rules = Settings(settings.guidance, library_size)
         gaussian = self.vae.vae.config.head == "gaussian"
@@ -354,6 +398,7 @@ class Model:
                  "library_size": str(library_size), **digests(self.folders), **vectors_digest(vectors),
                  **({} if start == "noise" else {"start": start})}  # fmt: skip
         prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+        about |= numerics.as_plain()
         about |= told(value_notes(flow.vocabulary, (row.condition for row in request.rows)))
         digits = len(str(max(1, request.n_cells - 1)))
         ids = np.arange(request.n_cells, dtype=np.int64)
@@ -404,9 +449,14 @@ class Model:
         return write_pretrained(self, Path(folder).expanduser(), force=force, in_python=True)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
-        """Load the model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded."""
-        return load(folder, device=device)
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", precision: Precision | None = None
+    ) -> Model:
+        """Load the model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded.
+
+        Arguments as in `scldm.load`.
+        """
+        return load(folder, device=device, precision=precision)
 
 
 def _require_settings_of_head(request: Request, rules: Settings, settings: SamplerConfig, *, gaussian: bool) -> None:

@@ -23,6 +23,7 @@ from scldm.flow.guidance import guidance_terms
 from scldm.generation.decoder_condition import refuse_adaln
 from scldm.generation.perturbed import Perturbation, not_controls, perturb_cells, perturb_problems
 from scldm.generation.request_table import RequestError, check_guidance
+from scldm.nn.kernels.precision import Numerics
 
 STARTS, COUNTS, UNKNOWN = ("latents", "noise", "control"), ("drawn", "changed"), ("error", "none")
 SOLVER = {"solver": "midpoint", "steps": 20}  # as a perturb job
@@ -120,13 +121,14 @@ def own_classes(
 
 def perturbed(
     adata: anndata.AnnData, cells: AlignedCells, ids: Mapping[str, np.ndarray], perturbation: Perturbation,
-    *, vae: LoadedVAE, flow: LoadedFlow, folders: ModelFolders,
+    *, vae: LoadedVAE, flow: LoadedFlow, folders: ModelFolders, numerics: Numerics,
 ) -> anndata.AnnData:  # fmt: skip
     """Return the cells under their new labels.
 
     Args:
         cells: The cells' counts over the genes of the model.
         ids: Their own class ids, by label.
+        numerics: What the networks are set to, for the provenance.
     """
     values, latents, flow = [], [], with_values(flow, [perturbation.to])
     for batch in tiles(vae, cells, adata, ids):
@@ -141,6 +143,7 @@ def perturbed(
     about = {
         "kind": "perturb", "seed": perturbation.seed, "sampler": perturbation.sampler.model_dump_json(),
         "to": {k: "" if v is None else v for k, v in perturbation.to.items()}, "start": perturbation.start,
-        "counts": perturbation.counts, **digests(folders), **told(value_notes(flow.vocabulary, [perturbation.to])),
+        "counts": perturbation.counts, **digests(folders), **numerics.as_plain(),
+        **told(value_notes(flow.vocabulary, [perturbation.to])),
     }  # fmt: skip
     return made_cells(vae, values, latents, obs, about)

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from scldm.nn.config import VAEConfig
 from scldm.nn.kernels import triton_decoder
 from scldm.nn.kernels.fused_decoder import decode_genes, folds
+from scldm.nn.kernels.precision import Precision, in_own_precision, rounds_products, whole_products
 from scldm.nn.layers import Modulation, SelfAttentionBlock, SwiGLU, adaln, gated, merge_heads, modulated, split_heads
 
 TILE = 512  # genes; fits the caches of a CPU core at d = 32 .. 128
@@ -62,6 +63,8 @@ class Context:
 class Decoder(nn.Module):
     """Maps latents to `n_outputs` numbers per gene; owns all parameters but the gene embedding."""
 
+    precision: Precision | None = None
+
     def __init__(self, config: VAEConfig, *, n_outputs: int):
         super().__init__()
         head_eps, config = config.head_eps, config.for_decoder()
@@ -93,6 +96,7 @@ class Decoder(nn.Module):
         self.head_norm = nn.LayerNorm(d, eps=head_eps) if config.head == "gaussian" else None
         self.head = nn.Linear(d, n_outputs)
 
+    @in_own_precision
     def forward(
         self,
         z: Tensor,
@@ -116,18 +120,21 @@ class Decoder(nn.Module):
             need = "needs" if condition is None else "takes no"
             raise ValueError(f"this decoder (adaln={self.adaln is not None}) {need} condition (b, d)")
         c = None if condition is None else condition[:, None]  # (b, 1, d)
-        x = self.from_latent(F.layer_norm(z, z.shape[-1:], eps=self.eps))
+        x = self.from_latent(F.layer_norm(z, z.shape[-1:], eps=self.eps)).to(z.dtype)  # the residual stream stays fp32
         for block in self.blocks:
             x = block(x, c)
         context = self._context(x, c)
-        possible = c is None and self.head_norm is None and embedding.ndim == 2
+        # A hand-written block knows nothing of autocast.
+        possible = c is None and self.head_norm is None and embedding.ndim == 2 and not rounds_products(z)
         if fused is None:
             narrow = folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
             on_cpu = not z.is_cuda and not torch.is_autocast_enabled("cpu")  # and in one precision
             fused = self.kernels == "triton" or (possible and narrow and on_cpu)
         if fused:
             if not possible:
-                raise ValueError("fused: not for an adaLN decoder, a Gaussian head or genes that differ between cells")
+                raise ValueError(
+                    "fused: not for an adaLN decoder, a Gaussian head, genes that differ between cells, or in bf16"
+                )
             q = self.query(self.norm_query(embedding))  # (g, d)
             decode = triton_decoder.decode_genes if self.kernels == "triton" else decode_genes
             return decode(q, embedding, context.k, context.v, block=self, eps=self.eps, tile=tile)
@@ -173,6 +180,9 @@ class Decoder(nn.Module):
         y = modulated(self.norm_mlp(x), context.mlp)
         if context.mlp is not None or self.head_norm is not None:
             x = x + gated(self.mlp(y), context.mlp)
-            return self.head(x if self.head_norm is None else self.head_norm(x))
+            with whole_products(x):
+                return self.head(x if self.head_norm is None else self.head_norm(x))
         hidden = F.silu(self.mlp.gate(y)) * self.mlp.up(y)
-        return F.linear(x, self.head.weight, self.head.bias) + F.linear(hidden, self.head.weight @ self.mlp.down.weight)
+        with whole_products(x):  # logits of a softmax over all genes: bf16 would round those near 8 by 0.03
+            of_hidden = F.linear(hidden.to(x.dtype), self.head.weight @ self.mlp.down.weight)
+            return F.linear(x, self.head.weight, self.head.bias) + of_hidden

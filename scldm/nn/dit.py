@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scldm.nn.config import DiTConfig
+from scldm.nn.kernels.precision import Precision, in_own_precision
 from scldm.nn.layers import SelfAttention, SwiGLU
 
 Strategy = Literal["joint", "mutually_exclusive"]
@@ -206,6 +207,7 @@ class DiT(nn.Module):
     """adaLN-zero transformer (Peebles and Xie 2023) over the latent tokens of a cell."""
 
     positions: Tensor
+    precision: Precision | None = None  # of the blocks; embeddings of time and labels are rows, and stay fp32
 
     def __init__(
         self,
@@ -290,6 +292,7 @@ class DiT(nn.Module):
             rows = None  # one modulation for all: it broadcasts
         return lambda x_t, t: self._body(x_t, F.silu(self.time(t[:1]) + labels), rows)
 
+    @in_own_precision
     def _body(self, x_t: Tensor, c: Tensor, rows: Tensor | None) -> Tensor:
         """Predict under conditioning c (b, d), or c (u, d) with `rows` (b,) as each cell's index."""
         x = self.input(x_t.to(self.input.weight.dtype)) + self.positions  # noise and latents stay fp32 in bf16 training

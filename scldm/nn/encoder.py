@@ -18,11 +18,14 @@ from scldm.nn.config import VAEConfig
 from scldm.nn.inputs import Tokens, count_input
 from scldm.nn.kernels.fused_pooling import PoolingEntries
 from scldm.nn.kernels.pooling import pool_cells, pool_packed
+from scldm.nn.kernels.precision import Precision, in_own_precision, rounds_products
 from scldm.nn.layers import SelfAttentionBlock, SwiGLU, merge_heads, split_heads
 
 
 class Encoder(nn.Module):
     """Maps cells to latents; owns all parameters but the gene embedding."""
+
+    precision: Precision | None = None
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -53,6 +56,7 @@ class Encoder(nn.Module):
         )
         self.to_latent = nn.Linear(d, config.latent_width, bias=config.bias)
 
+    @in_own_precision
     def forward(self, cells: CellBatch, embedding: Tensor) -> Tensor:
         """Return latents (b, m, e) of cells, given the gene embeddings (g, d)."""
         x = self.queries + self.out(merge_heads(self.pool(cells, embedding)))  # (b, m, d)
@@ -72,8 +76,10 @@ class Encoder(nn.Module):
             tokens = Tokens(embedding, cells.counts.to(embedding.dtype), PoolingEntries(cells.gene_ids, ()))
             return pool_packed(*self.counts.packed(attention, tokens), cells)
         tokens = self._tokens(cells, embedding)
-        if self.plain or cells.gene_ids.is_cuda or torch.is_autocast_enabled("cpu"):  # tables are of one precision
-            return pool_cells(*self.counts.entries(attention, tokens), tokens.entries.sizes)
+        # The hand-written pooling knows nothing of autocast: in bf16 the plain form is correct, and slow on a CPU.
+        if self.plain or cells.gene_ids.is_cuda or rounds_products(embedding):
+            logits, values = self.counts.entries(attention, tokens)
+            return pool_cells(logits.to(embedding.dtype), values, tokens.entries.sizes)  # the softmax is fp32
         return self.counts.pool(attention, tokens)
 
     def _tokens(self, cells: CellBatch, embedding: Tensor) -> Tokens:

@@ -16,7 +16,7 @@ from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.core.shards import Record, ShardStore
-from pipeline.inference.actor_pool import run_on_actors
+from pipeline.inference.actors.pool import run_on_actors
 from pipeline.inference.models import model_on_every_node
 from pipeline.stages.training.model_card import distilled_card
 from pipeline.stages.training.spec import common_spec

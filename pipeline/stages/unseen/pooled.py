@@ -185,7 +185,7 @@ class Fitted:
 
 
 class _Mover:
-    """Applies the models to cells, in this process."""
+    """Applies the models to cells, in this process and in fp32: it may have another device than the actors."""
 
     def __init__(self, config: PerturbConfig, context: StageContext, models: ModelPaths, rows: SourceRows):
         import torch

@@ -33,7 +33,7 @@ from scldm.metrics.perturbation.shift import CountShift
 if TYPE_CHECKING:
     import torch
 
-    from scldm.checkpoints.native import LoadedVAE
+    from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 
 SHIFTS = "shifts.npz"  # in the folder of the stage
 
@@ -43,6 +43,7 @@ class CountShifter:
 
     synthetic, encodes = True, False
     vae: LoadedVAE | None = None  # no network is used
+    flow: LoadedFlow | None = None
 
     def __init__(self, spec: ApplierSpec, device: torch.device):
         self.config, self.seed = cast(PerturbConfig, spec.config), spec.seed
