@@ -20,10 +20,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pipeline.core.files import replaces
-from scldm.data.cell_counts import CellsError, count_problem, layers_of, matrix_of
+from scldm.data.cell_counts import RAW, CellsError, count_problem, layers_of, matrix_of, raw_cells
 from scldm.errors import InputError
 
-RAW = "raw"  # as a layer: adata.raw
 FIRST = ("counts", "raw_counts", "umi", "umis")  # layers that are tried before others if X holds no counts
 
 
@@ -69,9 +68,8 @@ def source_of(cells: Any, folder: Path, *, layer: str | None) -> Source:
 def _counts(cells: anndata.AnnData, layer: str | None) -> tuple[sp.csr_matrix, pd.DataFrame, list[str]]:
     """Return counts (b, n) with their var, and what was chosen."""
     if layer == RAW and RAW not in cells.layers:
-        if cells.raw is None:
-            raise InputError(f"layer is 'raw', and the cells have no raw; there are layers: {layers_of(cells)}")
-        return _checked(sp.csr_matrix(cells.raw.X), cells, "raw"), cells.raw.var, []
+        raw = raw_cells(cells, argument="cells")
+        return _checked(matrix_of(raw, None, argument="cells.raw"), cells, "raw"), raw.var, []
     if layer is not None:
         return _checked(matrix_of(cells, layer, argument="cells"), cells, f"layers[{layer!r}]"), cells.var, []
     problem = "X is empty"

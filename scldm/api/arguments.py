@@ -93,9 +93,11 @@ class Arguments:
             self.problems.append(f"{name} must be a path; got {value!r}")
 
     def device(self, name: str, value: Any) -> Any:
-        """Check a device that torch knows and this machine has."""
+        """Check a device that torch knows and this machine has; "auto" is a GPU if there is one, else the CPU."""
         import torch
 
+        if isinstance(value, str) and value == "auto":
+            value = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(value)
             torch.empty(0, device=device)
@@ -109,13 +111,21 @@ class Arguments:
         if value is not None and not isinstance(value, str):
             self.problems.append(f"{name} must be a text or None; got {value!r}")
 
-    def anndata(self, name: str, value: Any) -> None:
-        """Check that cells are an AnnData in memory or backed, not a path or a table."""
+    def anndata(self, name: str, value: Any) -> Any:
+        """Check that cells are an AnnData, in memory or backed, or the path of an h5ad file, which is read."""
         import anndata
 
+        if isinstance(value, (str, Path)):
+            path = Path(value).expanduser()
+            try:
+                return anndata.read_h5ad(path)
+            except Exception as error:  # of h5py, anndata or the system
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                self.problems.append(f"{name}: {path} cannot be read as an h5ad file ({first})")
+                return value
         if not isinstance(value, anndata.AnnData):
-            hint = "; read the file with anndata.read_h5ad" if isinstance(value, str) else ""
-            self.problems.append(f"{name} must be an AnnData; got {type(value).__name__}{hint}")
+            self.problems.append(f"{name} must be an AnnData or the path of an h5ad file; got {type(value).__name__}")
+        return value
 
     def raise_problems(self) -> None:
         """Raise ArgumentError with all problems, if there are any."""

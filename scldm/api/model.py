@@ -64,7 +64,7 @@ def load(
         folder: A model folder, a folder with vae/ and flow/, a finished stage, or a pipeline (its newest flow).
         flow: Model folder of a flow, if it is not in the VAE's folder.
         weights: "ema", the averaged weights of the flow, or "raw".
-        device: For example "cuda".
+        device: For example "cuda"; "auto": a GPU if there is one.
         precision: Of the networks' products: "fp32", "tf32" or "bf16". None: by device, fp32 on a CPU, bf16 on a GPU
             that has it (else tf32, else fp32), and fp32 for the solver dopri5. `uns["scldm"]` says which it was.
 
@@ -162,16 +162,16 @@ class Model:
 
     # ---- real cells ----------------------------------------------------------------------------------------------
     def encode(
-        self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
-        max_missing: float = 0.2,
+        self, adata: anndata.AnnData | str | Path, *, layer: str | None = None, match: Match = "id",
+        genes: str | None = None, max_missing: float = 0.2,
     ) -> anndata.AnnData:  # fmt: skip
         """Encode cells: latents in obsm["X_scldm"], (b, m * e) float32; uns["X_scldm"] says in which precision and on
         which kind of device. Deterministic.
 
         Args:
             adata: Cells with raw counts, in memory or opened with backed="r"; it is modified and returned. A view is
-                copied first.
-            layer: Layer of the counts; None: X.
+                copied first. Or the path of an h5ad file, which is read.
+            layer: Layer of the counts, "raw" for adata.raw; None: X.
             match: How the model's genes are found in var: by "id", or by "symbol".
             genes: var column of gene ids or symbols; None: the index, or feature_id (feature_name).
             max_missing: Largest fraction of the model's genes that var may lack; they count as zeros.
@@ -183,7 +183,7 @@ class Model:
         (70, 12)
         """
         given = Arguments()
-        max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
+        adata, max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
         given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         out = (adata.to_memory() if adata.isbacked else adata.copy()) if adata.is_view else adata
@@ -195,8 +195,9 @@ class Model:
         return out
 
     def reconstruct(
-        self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
-        max_missing: float = 0.2, mean: bool = False, seed: int = 0, decoder_condition: Any = None,
+        self, adata: anndata.AnnData | str | Path, *, layer: str | None = None, match: Match = "id",
+        genes: str | None = None, max_missing: float = 0.2, mean: bool = False, seed: int = 0,
+        decoder_condition: Any = None,
     ) -> anndata.AnnData:  # fmt: skip
         """Encode and decode cells: counts drawn from the decoder's negative binomial in X, CSR int32.
 
@@ -211,7 +212,7 @@ class Model:
         (70, 6)
         """
         given = Arguments()
-        max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
+        adata, max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
         mean, seed = given.flag("mean", mean), given.seed(seed)
         given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
@@ -238,8 +239,8 @@ class Model:
         return made
 
     def log_likelihood(
-        self, adata: anndata.AnnData, *, layer: str | None = None, match: Match = "id", genes: str | None = None,
-        max_missing: float = 0.2, flow: bool = False, probes: int = 1, seed: int = 0,
+        self, adata: anndata.AnnData | str | Path, *, layer: str | None = None, match: Match = "id",
+        genes: str | None = None, max_missing: float = 0.2, flow: bool = False, probes: int = 1, seed: int = 0,
     ) -> pd.DataFrame:  # fmt: skip
         """Return likelihoods of cells, one row each: `nll` and `nll_per_gene` in nats; with `flow`, also
         `flow_log_prob`.
@@ -258,7 +259,7 @@ class Model:
         require_counts_head(self.vae, self.folders)
         refuse_adaln(self.vae.vae.config, "log_likelihood")
         given = Arguments()
-        max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
+        adata, max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
         flow, seed = given.flag("flow", flow), given.seed(seed)
         probes = given.whole("probes", probes, least=1)
         given.raise_problems()
@@ -286,8 +287,8 @@ class Model:
         return table
 
     def perturb(
-        self, adata: anndata.AnnData, to: Mapping[str, str | None], *, start: str = "latents", counts: str = "drawn",
-        guidance: Mapping[str, float] | float | None = None, seed: int = 0,
+        self, adata: anndata.AnnData | str | Path, to: Mapping[str, str | None], *, start: str = "latents",
+        counts: str = "drawn", guidance: Mapping[str, float] | float | None = None, seed: int = 0,
         sampler: SamplerConfig | Mapping[str, Any] | None = None, unknown_labels: str = "error",
         layer: str | None = None, match: Match = "id", genes: str | None = None, max_missing: float = 0.2,
     ) -> anndata.AnnData:  # fmt: skip
@@ -316,7 +317,7 @@ class Model:
         from scldm.api.perturb import UNKNOWN, own_classes, perturbed, read_perturbation
 
         flow, given = self._require_flow("cells are moved by one"), Arguments()
-        max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
+        adata, max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
         given.one_of("unknown_labels", unknown_labels, UNKNOWN)
         how = read_perturbation(
             given, to, start, counts, guidance, sampler, seed, vae=self.vae, flow=flow, weights=self.weights
@@ -468,10 +469,12 @@ def _require_settings_of_head(request: Request, rules: Settings, settings: Sampl
         raise RequestError("\n".join(problems))
 
 
-def _cells_arguments(given: Arguments, adata: Any, layer: Any, match: Any, genes: Any, max_missing: Any) -> float:
-    """Check the arguments that say which cells, counts and genes are meant; returns max_missing."""
-    given.anndata("adata", adata)
+def _cells_arguments(
+    given: Arguments, adata: Any, layer: Any, match: Any, genes: Any, max_missing: Any
+) -> tuple[anndata.AnnData, float]:
+    """Check the arguments that say which cells, counts and genes are meant; returns the cells and max_missing."""
+    cells = given.anndata("adata", adata)
     given.text("layer", layer)
     given.one_of("match", match, get_args(Match))
     given.text("genes", genes)
-    return given.number("max_missing", max_missing, within=(0.0, 1.0))
+    return cells, given.number("max_missing", max_missing, within=(0.0, 1.0))

@@ -74,8 +74,7 @@ def score(
     ['lower', 'Wasserstein-2, exact']
     """
     given = Arguments()
-    given.anndata("generated", generated)
-    given.anndata("real", real)
+    generated, real = given.anndata("generated", generated), given.anndata("real", real)
     given.text("label", label)
     given.text("layer", layer)
     max_cells, n_pcs = given.whole("max_cells", max_cells, least=FEWEST // 3), given.whole("n_pcs", n_pcs, least=1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scldm.data.batch import CellBatch
-from scldm.data.cell_counts import CellsError, count_problem, layers_of, matrix_of
+from scldm.data.cell_counts import RAW, CellsError, count_problem, layers_of, matrix_of, raw_cells
 from scldm.data.class_names import class_names
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
 
@@ -63,7 +63,7 @@ def align(
     Args:
         adata: Cells with raw counts.
         vocabulary: Genes of the model.
-        layer: Layer of the counts; None for X.
+        layer: Layer of the counts, "raw" for adata.raw; None for X.
         match: Whether genes are matched by id or by symbol.
         genes: var column of the ids or symbols; None takes feature_id (feature_name for symbols), or else the index.
         max_missing: Largest share of the model's genes that the data may lack.
@@ -71,6 +71,8 @@ def align(
     Raises:
         CellsError: There are no counts, cells without any count, or too few genes in common.
     """
+    if layer == RAW and RAW not in adata.layers:
+        adata, layer = raw_cells(adata), None
     names = _gene_names(adata.var, match, genes)
     model_names = vocabulary.feature_ids if match == "id" else vocabulary.feature_names
     wanted, have = _keys(model_names, match), _keys(names, match)

@@ -16,6 +16,7 @@ import scipy.sparse as sp
 
 from scldm.errors import InputError
 
+RAW = "raw"  # as the name of a layer: adata.raw, where no layer has that name
 SCALE, LOG1P_CP10K = "scale", "log1p_cp10k"  # entry of uns["scldm"] of cells that hold no counts
 
 
@@ -49,6 +50,17 @@ def matrix_of(adata: anndata.AnnData, layer: str | None, *, argument: str = "ada
             "take cells and genes one after the other: adata[cells].copy()[:, genes].copy(); of a file, read it into "
             "memory with .to_memory()"
         ) from error
+
+
+def raw_cells(adata: anndata.AnnData, *, argument: str = "adata") -> anndata.AnnData:
+    """Return the values and genes of `adata.raw` as cells of their own.
+
+    Raises:
+        CellsError: There is no raw.
+    """
+    if adata.raw is None:
+        raise CellsError(f"{argument}: layer is 'raw', and there is no raw; there are layers: {layers_of(adata)}")
+    return adata.raw.to_adata()
 
 
 def count_problem(values: sp.csr_matrix, adata: anndata.AnnData) -> str | None:

@@ -85,7 +85,7 @@ def test_cells_without_counts_are_refused_with_all_places_that_were_looked_at(ce
         source_of(cells, tmp_path, layer=None)
     with pytest.raises(InputError, match=r"cells\.layers\['scaled'\]: .* no raw counts"):
         source_of(cells, tmp_path, layer="scaled")
-    with pytest.raises(InputError, match="the cells have no raw"):
+    with pytest.raises(InputError, match="layer is 'raw', and there is no raw"):
         source_of(cells, tmp_path, layer="raw")
     assert not list(tmp_path.iterdir()), "nothing is half there"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -146,9 +147,31 @@ def test_methods_on_real_cells_check_theirs_first(model, method, arguments, word
     assert [word for word in words if word not in str(error.value)] == []
 
 
-def test_cells_must_be_an_anndata(model):
-    with pytest.raises(InputError, match=r"adata must be an AnnData; got str; read the file with anndata\.read_h5ad"):
-        model.encode("cells.h5ad")
+def test_cells_are_an_anndata_or_the_path_of_one(model, tmp_path):
+    with pytest.raises(InputError, match=r"adata must be an AnnData or the path of an h5ad file; got int"):
+        model.encode(5)
+    with pytest.raises(InputError, match=r"adata: .*nothing\.h5ad cannot be read as an h5ad file \("):
+        model.encode(tmp_path / "nothing.h5ad")
+    real_cells().write_h5ad(tmp_path / "cells.h5ad")
+    from_path = model.encode(str(tmp_path / "cells.h5ad"))
+    np.testing.assert_array_equal(from_path.obsm["X_scldm"], model.encode(real_cells()).obsm["X_scldm"])
+    backed = model.encode(anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r"))
+    np.testing.assert_array_equal(from_path.obsm["X_scldm"], backed.obsm["X_scldm"])
+
+
+def test_the_layer_raw_is_raw(model):
+    plain, normalised = real_cells(), real_cells()
+    normalised.raw = plain
+    normalised.X = normalised.X * 0.5
+    found = model.encode(normalised, layer="raw").obsm["X_scldm"]
+    np.testing.assert_array_equal(found, model.encode(plain).obsm["X_scldm"])
+    with pytest.raises(InputError, match="layer is 'raw', and there is no raw"):
+        model.encode(plain, layer="raw")
+
+
+def test_a_device_is_found_where_it_is_left_to_the_machine(folder):
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert scldm.load(folder, device="auto").device.type == expected
 
 
 def test_more_cells_than_memory_holds_are_refused_with_a_word_about_batch_jobs(model, nothing_is_computed):
@@ -201,7 +224,7 @@ def test_scores_check_their_arguments_together():
     with pytest.raises(InputError) as error:
         scldm.score("made.h5ad", real=real_cells(), max_cells=-5, n_pcs=0, seed="a", label=["cell_type"])
     words = (
-        "generated must be an AnnData",
+        "generated: made.h5ad cannot be read as an h5ad file",
         "max_cells must be",
         "n_pcs must be",
         "seed must be",
