@@ -471,6 +471,8 @@ class PredictErrorConfig(StrictModel):
     """Cells that are predicted for a combination, from as many of its context's control cells, at most."""
     max_cells: PositiveInt = 20_000
     """Training cells that are read, drawn by seed."""
+    precision: Precision | None = None
+    """Precision of the networks' products in predictions, as generate.precision; trainings are fp32."""
 
     @model_validator(mode="after")
     def _names_combinations_once(self) -> PredictErrorConfig:
@@ -498,7 +500,8 @@ class PredictErrorConfig(StrictModel):
     @model_serializer(mode="wrap")
     def _as_before_there_were_methods(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before `method` existed: they judged a flow."""
-        values = {k: v for k, v in to_dict(self).items() if k not in ("method", "start")}
+        values = _without_unset(to_dict(self), ("precision",))
+        values = {k: v for k, v in values.items() if k not in ("method", "start")}
         if self.judged == "flow":
             return values | {"start": self.start or "noise"}
         return values | ({"method": self.judged} if self.judged != "pooled" else {})

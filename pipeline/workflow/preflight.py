@@ -296,7 +296,8 @@ def _decoder_problems(train: TrainConfig, resources: ResourcesConfig, where: str
 
 def _precision_problems(config: Any, resources: ResourcesConfig, where: str) -> Iterator[str]:
     """Say what actors without a GPU cannot compute; what a GPU has, its actor finds out before it makes anything."""
-    if getattr(config, "precision", None) == "tf32" and not resources.gpus_per_worker:
+    alone = isinstance(config, PredictErrorConfig)  # has no actors
+    if getattr(config, "precision", None) == "tf32" and not resources.gpus_per_worker and not alone:
         yield (
             f"{where}precision (tf32) exists on NVIDIA GPUs, and resources.gpus_per_worker is 0; set it to 1, or leave "
             f"{where}precision out"

@@ -1,6 +1,6 @@
 """Generate cells: flow, decoder, draw of counts (of log1p CP10k values, for a Gaussian head).
 
-A cell is a function of (models, sampler, seed, request, cell id).
+A cell is a function of (models, sampler, seed, request, cell id, precision, kind of device).
 
 Noise, library size and counts of a cell come from its own counters (`counter_random`). The networks' rounding depends
 on the shape of a batch, so the networks only see *tiles*: all cells whose ids have the same quotient by the tile size,

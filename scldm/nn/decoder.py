@@ -124,12 +124,12 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, c)
         context = self._context(x, c)
-        # A hand-written block knows nothing of autocast.
-        possible = c is None and self.head_norm is None and embedding.ndim == 2 and not rounds_products(z)
+        possible = c is None and self.head_norm is None and embedding.ndim == 2
+        if self.kernels == "torch" and rounds_products(z):  # the block knows nothing of autocast
+            possible = False
         if fused is None:
             narrow = folds(n_heads=self.n_heads, channels=context.k.shape[-1], dtype=z.dtype)
-            on_cpu = not z.is_cuda and not torch.is_autocast_enabled("cpu")  # and in one precision
-            fused = self.kernels == "triton" or (possible and narrow and on_cpu)
+            fused = self.kernels == "triton" or (possible and narrow and not z.is_cuda)
         if fused:
             if not possible:
                 raise ValueError(

@@ -30,6 +30,7 @@ from scldm.metrics.perturbation.free_answers import CONTROL, FREE_ANSWERS, free_
 from scldm.metrics.perturbation.leave_out import energy_over_floor
 from scldm.metrics.perturbation.measures import pearson
 from scldm.metrics.perturbation.screen import Combination, Screen
+from scldm.nn.kernels.precision import Precision, set_precision
 from scldm.optim.config import EMAConfig
 from scldm.optim.short_flow import ShortTraining, new_dit, train_flow
 
@@ -70,14 +71,15 @@ class LeaveOut:
         seed: Seed of the job; each training adds its own number.
         progress: Written after each step of a training.
         device: Of the networks.
+        precision: Of the flows that predict; trainings are fp32.
     """
 
     def __init__(
         self, config: PredictErrorConfig, vae: LoadedVAE, cells: TrainingScreen, z: Tensor, folder: Path, *, seed: int,
-        progress: ProgressWriter, device: torch.device,
+        progress: ProgressWriter, device: torch.device, precision: Precision = "fp32",
     ):  # fmt: skip
         self.config, self.vae, self.cells, self.z = config, vae, cells, z
-        self.folder, self.seed, self.progress, self.device = folder, seed, progress, device
+        self.folder, self.seed, self.progress, self.device, self.precision = folder, seed, progress, device, precision
         self.path = PathConfig()
         self.done = self.total = 0
 
@@ -146,6 +148,7 @@ class LeaveOut:
         )  # fmt: skip
         dit.load_state_dict(state)
         frozen = dit.eval().requires_grad_(False).to(self.device)
+        set_precision(frozen, self.precision)
         return LoadedFlow(frozen, self.path, self.cells.vocabulary, self.vae.library_sizes, shape[0], shape[1])
 
     def _result(self, number: int, group: Group, base: Mapping[str, Tensor]) -> GroupResult:

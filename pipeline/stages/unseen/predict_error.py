@@ -19,6 +19,7 @@ from pipeline.config.context import StageContext
 from pipeline.config.job import PredictErrorConfig
 from pipeline.core.files import replaces
 from pipeline.core.progress import ProgressReader, ProgressWriter
+from pipeline.inference.actors.numerics import MARK, agree, begin
 from pipeline.report.predicted_errors import write_predicted_errors
 from pipeline.stages.unseen.asked import check_predictable, combinations_asked, require_askable
 from pipeline.stages.unseen.left_out import Group, LeaveOut
@@ -26,6 +27,7 @@ from pipeline.stages.unseen.outcome import LEFT_OUT, PREDICTIONS, Outcome, outco
 from pipeline.stages.unseen.screen import read_latents, read_screen
 from scldm.checkpoints.native import load_vae
 from scldm.metrics.perturbation.leave_out import askable, folds
+from scldm.nn.kernels.precision import set_precision
 
 PAGE = "predicted_errors.html"
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def run(config: PredictErrorConfig, context: StageContext) -> dict[str, Any]:
     Returns:
         Facts: predicted and left_out (tables), report (page), n_left_out, n_predicted, coverage_90, verdict_right,
         verdict_always, verdict_by, calibrated, labels, control, method, start (of method: flow), data (digest of the
-        cells).
+        cells), precision, device (kind).
     """
     ingest, model = context.inputs["ingest"], context.inputs["train_vae"].path("model")
     _, unseen = check_predictable(config, ingest, model)
@@ -53,9 +55,14 @@ def run(config: PredictErrorConfig, context: StageContext) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     logger.info("predict_error: %d combinations are left out in %d groups; %d were not measured", len(pairs),
                 len(groups) - bool(asked), len(asked))  # fmt: skip
+    if not (folder / MARK).is_file():  # results of versions that knew no precision say nothing of it
+        begin(folder, [{} for _ in folder.glob("*.npz")], gpus=context.resources.gpus_per_worker)
+    numerics = agree(folder, config.precision, device, where="precision")
+    vae = load_vae(model, device=device)
+    set_precision(vae.vae, numerics.precision)
     leave_out = LeaveOut(
-        config, load_vae(model, device=device), cells, read_latents(context.inputs["encode"], cells.joinids), folder,
-        seed=context.seed, progress=ProgressWriter(context.folder), device=device,
+        config, vae, cells, read_latents(context.inputs["encode"], cells.joinids), folder,
+        seed=context.seed, progress=ProgressWriter(context.folder), device=device, precision=numerics.precision,
     )  # fmt: skip
     with ProgressReader(context.folder, "predict_error"):
         results = leave_out.run(groups)
@@ -65,6 +72,7 @@ def run(config: PredictErrorConfig, context: StageContext) -> dict[str, Any]:
         logger.info("predict_error: %s", note)
     context.tracker.metrics(_metrics(found), step=0)
     facts = {"predicted": PREDICTIONS, "left_out": LEFT_OUT, "report": PAGE, **found.facts, "notes": found.notes}
+    facts |= numerics.as_plain()
     return facts | {
         "labels": [x.name for x in cells.vocabulary.labels], "control": dict(config.control),
         "data": str(ingest.facts.get("digest", "")),

@@ -83,6 +83,15 @@ def a_cautious_optimizer_on_some_workers(case: Case) -> None:
     done("validate", job, *given, f"{named(said, 'resources.workers')}=2")
 
 
+@follows("pipeline/workflow/preflight.py: set it to 1, or leave {}precision out")
+def a_precision_of_gpus_on_cpus(case: Case) -> None:
+    job = pipeline(case)
+    said = refused("validate", job, "encode.precision=tf32")
+    assert "leave encode.precision out" in said
+    done("validate", job, "encode.precision=tf32", f"{named(said, 'resources.gpus_per_worker')}=1")
+    done("validate", job)
+
+
 @follows("pipeline/workflow/preflight.py: set it to 1, or {}train.decoder=torch")
 def kernels_for_a_gpu_on_cpus(case: Case) -> None:
     job = pipeline(case)

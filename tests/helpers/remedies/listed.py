@@ -7,6 +7,9 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "pipeline/inference/actors/numerics.py: , or set resources.gpus_per_worker=1": (
+        "tests/unit/inference/test_precision_of_jobs.py"
+    ),
     "pipeline/config/job.py: add one (distil: {}), or leave generate.flow out": (
         "tests/unit/workflow/test_distil_job.py"
     ),

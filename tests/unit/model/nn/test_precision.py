@@ -4,51 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models.precision_case import a_dit, a_vae, in_precision, latents_of, some_cells
 
-from scldm.data.batch import CellBatch
 from scldm.flow.config import PathConfig, SamplerConfig, Solver
 from scldm.flow.guidance import guided_velocity
 from scldm.flow.likelihood import log_likelihood, rademacher
-from scldm.flow.sampler import sample_latents, time_grid
-from scldm.nn.config import DiTConfig, VAEConfig
-from scldm.nn.dit import DiT
+from scldm.flow.sampler import time_grid
 from scldm.nn.kernels import precision
 from scldm.nn.kernels.precision import PrecisionError, available, products, resolve, set_precision
-from scldm.nn.vae import VAE, CountDistribution
+from scldm.nn.vae import CountDistribution
 
-N_GENES, CPU, GPU = 300, torch.device("cpu"), torch.device("cuda")
-
-
-def a_vae(**choices) -> VAE:
-    torch.manual_seed(0)
-    vae = VAE(VAEConfig(**{"d_model": 32, "n_layers": 2, "n_heads": 4, **choices}), n_genes=N_GENES)
-    with torch.no_grad():
-        vae.gene_embedding.normal_(std=0.5)
-        if vae.gene_bias is not None:
-            vae.gene_bias.copy_(torch.linspace(-12, -3, N_GENES))  # where bf16 would round by up to 0.03
-        if vae.log_theta is not None:
-            vae.log_theta.uniform_(-1, 3)
-    return vae.eval().requires_grad_(False)
-
-
-def some_cells() -> CellBatch:
-    g = torch.Generator().manual_seed(1)
-    counts = torch.poisson(torch.rand(24, N_GENES, generator=g).square() * 4, generator=g)
-    return CellBatch.from_dense(counts)
-
-
-def a_dit() -> DiT:
-    torch.manual_seed(0)
-    config = DiTConfig(d_model=64, n_layers=3, n_heads=4)
-    dit = DiT(config, n_latent_tokens=4, latent_width=8, n_classes={"a": 3}).requires_grad_(False)
-    for parameter in dit.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return dit.eval()
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def in_bf16(network):
-    set_precision(network, "bf16")
-    return network
+    return in_precision(network, "bf16")
 
 
 @pytest.mark.parametrize("head", ["nb_shared", "nb_cell"])
@@ -67,6 +37,16 @@ def test_latents_means_and_likelihoods_in_bf16_are_near_those_in_fp32(head, inpu
     if head == "nb_shared":
         assert torch.equal(decoded_low.theta, decoded.theta)
     torch.testing.assert_close(vae.nll(cells, z_low), nll, rtol=5e-4, atol=0)
+
+
+def test_pooling_as_one_attention_in_bf16_is_near_fp32():
+    """As on a GPU."""
+    vae, cells = a_vae(), some_cells()
+    vae.encoder.packed = True
+    z = vae.encode(cells)
+    found = in_bf16(vae).encode(cells)
+    assert found.dtype == torch.float32
+    assert 0 < (found - z).std() < 0.01
 
 
 def test_a_gaussian_head_in_bf16_is_near_fp32():
@@ -93,10 +73,9 @@ def test_hand_written_kernels_give_way_to_plain_products_in_bf16():
 
 @pytest.mark.parametrize("solver", ["adams", "midpoint", "rk4"])
 def test_cells_of_a_flow_in_bf16_are_near_those_in_fp32_and_its_state_is_fp32(solver: Solver):
-    dit, x0 = a_dit(), torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(2))
-    conditions, sampler = {"a": torch.arange(16) % 4}, SamplerConfig(solver=solver, steps=8, guidance=2.0)
-    expected = sample_latents(dit, x0, conditions, sampler, PathConfig())
-    found = sample_latents(in_bf16(dit), x0, conditions, sampler, PathConfig())
+    dit = a_dit()
+    expected = latents_of(dit, solver)
+    found = latents_of(in_bf16(dit), solver)
     assert found.dtype == torch.float32
     assert 0 < (found - expected).std() < 0.01 * expected.std()
     assert not torch.equal(found, found.bfloat16().float())  # the state is not rounded
