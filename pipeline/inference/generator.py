@@ -28,7 +28,7 @@ from pipeline.inference.request import recipe_of, settings_of
 from pipeline.inference.shard_writer import ShardFile
 from scldm.data.labels.reserved_names import PREDICTED_COLUMNS
 from scldm.data.library_size import LibrarySizes
-from scldm.generation.recipe import generated_obs, genes_table
+from scldm.generation.recipe import generated_obs, genes_table, named_after
 from scldm.generation.request import Request
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Generator:
             spec.folder, spec.config.precision, device, where="generate.precision", solver=spec.config.sampler.solver
         )
         self.spec, self.config, self.store = spec, spec.config, cell_shards(spec.folder)
+        self.prefix = named_after(spec.prefix, self.numerics.precision)
         vae = load_vae(spec.vae, device=device)
         flow = load_flow(spec.flow, weights=self.config.sampler.weights, device=device)
         for network in (vae.vae, flow.dit):
@@ -173,7 +174,7 @@ class Generator:
 
     def _obs(self, ids: np.ndarray, library: np.ndarray, out: ShardFile, shard: int) -> pd.DataFrame:
         """Return obs by the AnnData contract of generated cells (docs/generated_cells.md)."""
-        names = [f"{self.spec.prefix}-{i:0{self.spec.digits}d}" for i in ids.tolist()]
+        names = [f"{self.prefix}-{i:0{self.spec.digits}d}" for i in ids.tolist()]
         settings = settings_of(self.config)
         obs = generated_obs(ids, names, self.maker.recipe, self.spec.request, settings, self.vocabulary)
         obs.insert(obs.columns.get_loc("gen_index"), "gen_shard", np.int32(shard))

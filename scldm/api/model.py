@@ -41,7 +41,7 @@ from scldm.generation.cell_maker import CellMaker, check_pair, distilled_problem
 from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln, vectors_digest
 from scldm.generation.expression_draw import expression_problems, expression_setting_problem
 from scldm.generation.real_cells import draw_sparse, latent_log_prob, require_whole_flow
-from scldm.generation.recipe import generated_obs, recipe_of
+from scldm.generation.recipe import generated_obs, named_after, recipe_of
 from scldm.generation.request import Request, Settings
 from scldm.generation.request_table import RequestError
 from scldm.nn.kernels.precision import PRECISIONS, Numerics, Precision, PrecisionError, resolve, set_precision
@@ -399,6 +399,7 @@ class Model:
                  "library_size": str(library_size), **digests(self.folders), **vectors_digest(vectors),
                  **({} if start == "noise" else {"start": start})}  # fmt: skip
         prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+        prefix = named_after(prefix, numerics.precision)
         about |= numerics.as_plain()
         about |= told(value_notes(flow.vocabulary, (row.condition for row in request.rows)))
         digits = len(str(max(1, request.n_cells - 1)))

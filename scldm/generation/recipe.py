@@ -5,6 +5,7 @@ Shape letters: b cells, r rows of the request.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +19,7 @@ from scldm.flow.guidance import JOINT, NAME_JOINT, ONE_AT_A_TIME
 from scldm.generation.cell_maker import Recipe
 from scldm.generation.request import Request, RequestRow, Settings
 from scldm.generation.request_table import GUIDANCE, RequestError
+from scldm.nn.kernels.precision import Precision
 
 
 def recipe_of(
@@ -50,6 +52,13 @@ def recipe_of(
         log_mean=library[:, 0],
         log_sd=library[:, 1],
     )
+
+
+def named_after(prefix: str, precision: Precision) -> str:
+    """Return the prefix of cells' names in a precision; that of fp32 is as before there were others."""
+    if precision == "fp32":
+        return prefix
+    return hashlib.sha256(f"{prefix} {precision}".encode()).hexdigest()[:8]
 
 
 def row_guidance(row: RequestRow, settings: Settings, labels: list[str]) -> dict[str, float]:
