@@ -55,9 +55,9 @@ def run(config: PredictErrorConfig, context: StageContext) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     logger.info("predict_error: %d combinations are left out in %d groups; %d were not measured", len(pairs),
                 len(groups) - bool(asked), len(asked))  # fmt: skip
-    if not (folder / MARK).is_file():  # results of versions that knew no precision say nothing of it
-        begin(folder, [{} for _ in folder.glob("*.npz")], gpus=context.resources.gpus_per_worker)
-    numerics = agree(folder, config.precision, device, where="precision")
+    if not (context.folder / MARK).is_file():  # results of versions that knew no precision say nothing of it
+        begin(context.folder, [{} for _ in folder.glob("*.npz")], gpus=context.resources.gpus_per_worker)
+    numerics = agree(context.folder, config.precision, device, where="precision")
     vae = load_vae(model, device=device)
     set_precision(vae.vae, numerics.precision)
     leave_out = LeaveOut(

@@ -39,6 +39,14 @@ def test_latents_means_and_likelihoods_in_bf16_are_near_those_in_fp32(head, inpu
     torch.testing.assert_close(vae.nll(cells, z_low), nll, rtol=5e-4, atol=0)
 
 
+@pytest.mark.parametrize("head", ["nb_shared", "gaussian"])
+def test_logits_are_not_rounded(head):
+    """They go into a softmax over all genes: rounded to bf16, one near 8 would be off by up to 0.03."""
+    vae, cells = in_bf16(a_vae(head=head)), some_cells()
+    out = vae.decoder(vae.encode(cells), vae.gene_embedding)
+    assert (out == out.bfloat16()).float().mean() < 0.1
+
+
 def test_pooling_as_one_attention_in_bf16_is_near_fp32():
     """As on a GPU."""
     vae, cells = a_vae(), some_cells()
