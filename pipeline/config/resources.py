@@ -62,7 +62,7 @@ class ResourcesConfig(StrictModel):
     cpus_per_worker: PositiveFloat = 1
     """CPU cores of a worker or actor."""
     gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of a worker or actor; 0.5: two actors share one."""
+    """GPUs of a worker or actor: 0 or 1 of a training worker; 0.5: two actors of a batch job share one."""
     actors: PositiveInt | ActorRange = 2
     """Actors of the batch jobs (encode, generate, …). A number is the maximum, starting from one; {min: 2, max: 16}
     starts with min and adds actors while shards wait. Each takes cpus_per_worker and gpus_per_worker."""

@@ -108,7 +108,8 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
     if "encode" in configs and vae is not None:
         size = sizes.latent_bytes(configs["encode"], vae, data)
-        lines.append(f"encode: latent cache {human(size)}, {job.resources.actors_max} actors")
+        about = f"{human(size)} ({configs['encode'].latents})"
+        lines.append(f"encode: latent cache {about}, {job.resources.actors_max} actors")
         disk += size or 0
     if "train_flow" in configs:
         flow: TrainFlowConfig = configs["train_flow"]

@@ -196,7 +196,8 @@ def latent_bytes(config: EncodeConfig, vae: TrainVaeConfig, data: DataFacts) -> 
     if data.n_cells is None:
         return None
     cells = sum(data.n_cells.get(s, 0) for s in set(config.splits))
-    return round(cells * vae.model.n_latent_tokens * vae.model.latent_width * 4)
+    width = 2 if config.latents == "float16" else 4
+    return round(cells * vae.model.n_latent_tokens * vae.model.latent_width * width)
 
 
 def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:
