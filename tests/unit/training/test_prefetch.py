@@ -23,6 +23,7 @@ from pipeline.training.objectives.joint import JointBatch
 from pipeline.training.objectives.vae import VaeBatch
 from pipeline.training.prefetch import copy_to_gpu, prefetch
 from scldm.data.batch import CellBatch
+from scldm.nn.likelihood import GeneSample
 
 CPU = torch.device("cpu")
 
@@ -95,7 +96,8 @@ def batches() -> dict[str, Any]:
     ids, numbers = torch.arange(2), torch.ones(2)  # some fields share them
     cells = CellBatch.from_dense(torch.tensor([[1.0, 2], [0, 3]]), {"cell_type": ids})
     cells = replace(cells, measured=torch.ones(2, 2, dtype=torch.bool))
-    vae, draws = VaeBatch(cells, cells, ids), Draws(torch.ones(2, 1, 1), numbers, numbers)
+    sample = GeneSample(ids, numbers, ids)
+    vae, draws = VaeBatch(cells, cells, sample, ids), Draws(torch.ones(2, 1, 1), numbers, numbers)
     conditions = MappingProxyType({"cell_type": ids, "donor": ids})
     return {
         "vae": vae,
