@@ -35,7 +35,7 @@ SMI = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,clocks.max.sm
 def parts_of(sizes: Sizes) -> list[Part]:
     """Return the parts, those first that tell whether anything is wrong."""
     return [
-        Part("tests", 2.0, gpu_tests(sizes)),
+        Part("tests", 3.0, gpu_tests(sizes)),
         Part("vae_steps", 4.0, vae_steps(sizes)),
         Part("flow_steps", 1.5, flow_steps(sizes)),
         Part("inference", 1.0, inference(sizes)),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from gpu_parts.sizes import Sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_SECONDS = 100  # with less there is no use in starting it
+TIMEOUT, GRACE = 124, 10  # exit code of a program that was ended; seconds that it has for it
 SHORT = (
     "train_vae.train.max_steps=200", "train_flow.train.max_steps=200", "generate.n_cells=500", "evaluate.umap=false",
     "train_vae.train.validate_every=100", "train_flow.train.validate_every=100",
@@ -64,6 +67,8 @@ def demo(sizes: Sizes) -> Callable[[Outcome, Budget], None]:
             value = float(rate.rstrip("k")) * (1000 if rate.endswith("k") else 1)
             outcome.rows = [r for r in outcome.rows if r.name != f"demo.{stage}"]  # the last line of each stage
             outcome.rows.append(Measured(f"demo.{stage}", value, "cells/s"))
+        if code == TIMEOUT:
+            raise Skipped(f"it did not finish in its time; the last line: {lines[-2] if len(lines) > 1 else ''}")
         if code:
             outcome.errors.append(f"exit code {code}: {said[-3000:]}")
 
@@ -98,12 +103,25 @@ def run(words: list[str], budget: Budget) -> tuple[int, str]:
     """Run a program from the repository's root; return its exit code and output. It is ended when time is over."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
-    try:
-        done = subprocess.run(
-            words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-            stdin=subprocess.DEVNULL, timeout=max(5.0, budget.left()),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as over:
-        said = over.stdout.decode(errors="replace") if isinstance(over.stdout, bytes) else over.stdout or ""
-        return 124, f"{said}\nended after {over.timeout:.0f} s"
-    return done.returncode, done.stdout
+    with tempfile.TemporaryFile() as log:
+        started = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        seconds = max(2.0, budget.left())
+        try:
+            code, more = started.wait(seconds), ""
+        except subprocess.TimeoutExpired:
+            code, more = TIMEOUT, f"\nended after {seconds:.0f} s"
+        finally:
+            _end(started)
+        log.seek(0)
+        return code, log.read().decode(errors="replace") + more
+
+
+def _end(started: subprocess.Popen[bytes]) -> None:
+    """End a program with all that it started: ranks that stay would hold the GPUs."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            started.wait(GRACE)

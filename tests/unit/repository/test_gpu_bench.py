@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 
 import pytest
 import torch
 from gpu_bench import main, markdown, parts_of
 from gpu_parts import steps
-from gpu_parts.plan import Outcome, Part, Skipped, run_parts
+from gpu_parts.plan import Budget, Outcome, Part, Skipped, run_parts
+from gpu_parts.programs import run
 from gpu_parts.sizes import rehearsal_sizes
 
 IN_PROCESS = ("vae_steps", "flow_steps", "inference")
@@ -97,6 +100,16 @@ def test_forms_that_are_not_reached_in_time_are_listed():
     assert outcome.rows == []
     assert len(outcome.notes) == 6
     assert all("not reached in time" in note for note in outcome.notes)
+
+
+def test_a_program_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+    child = f"import time, pathlib; time.sleep(6); pathlib.Path({str(tmp_path / 'lived')!r}).touch()"
+    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    code, said = run([sys.executable, "-c", parent], Budget(2))
+    assert code == 124
+    assert said.endswith("ended after 2 s")
+    time.sleep(6)
+    assert not (tmp_path / "lived").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and would be measured")
