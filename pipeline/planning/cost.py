@@ -175,8 +175,13 @@ def _actor_gpus(resources: ResourcesConfig) -> int:
 
 
 def inference_precision(config: Any) -> str:
-    """Return the precision that encode or generate is priced by: that of its settings, or an A100's default."""
-    return getattr(config, "precision", None) or "bf16"
+    """Return the precision that encode or generate is priced by: that of its settings, or the default on an A100.
+
+    The adaptive solver's default is fp32 (`scldm.nn.kernels.precision.resolve`).
+    """
+    if config.precision is not None:
+        return str(config.precision)
+    return "fp32" if getattr(getattr(config, "sampler", None), "solver", None) == "dopri5" else "bf16"
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,15 @@ def test_a_job_without_a_price_is_recorded_as_before_there_was_one():
     assert ResourcesConfig(gpu_hour_price=2.0).model_dump()["gpu_hour_price"] == 2
 
 
+def test_inference_is_priced_by_its_precision_and_by_the_default_of_a_gpu_without_one():
+    from pipeline.config.job import EncodeConfig, GenerateConfig
+
+    assert cost.inference_precision(EncodeConfig()) == "bf16"
+    assert cost.inference_precision(EncodeConfig(precision="tf32")) == "tf32"
+    adaptive = GenerateConfig.model_validate({"n_cells": 5, "sampler": {"solver": "dopri5"}})
+    assert cost.inference_precision(adaptive) == "fp32"
+
+
 def test_the_table_in_the_documentation_is_what_the_formula_gives():
     assert (
         runpy.run_path(str(ROOT / "docs" / "gpu_hours.py"))["paper_table"]()
