@@ -30,7 +30,7 @@ endif
 
 # Packages are compiled as they are installed: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would
 # compile all that it imports, a training worker's start two and a half times as long (benchmarks/worker_start.py).
-.PHONY: venv demo perturbation-demo test lint ui docs wheel chaos soak fuzz audit quality clean
+.PHONY: venv demo perturbation-demo test lint ui docs wheel chaos soak fuzz audit quality gpu clean
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -116,6 +116,10 @@ quality: venv .venv-scvi/.installed
 	$(PYTHON) -m venv .venv-scvi
 	$(UV_ENV) VIRTUAL_ENV=.venv-scvi $(BIN)/uv pip install --quiet --requirement benchmarks/scvi_requirements.txt
 	@touch $@
+
+# Everything that a machine with GPUs must confirm or measure, into benchmarks/results/gpu.json; REHEARSE=1: tiny, on the CPU.
+gpu: venv
+	$(BIN)/python benchmarks/gpu_bench.py --minutes $(or $(MINUTES),12) $(if $(REHEARSE),--rehearse)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

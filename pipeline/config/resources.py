@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.config.paths.expand import PathText
 from pipeline.config.s3 import S3Client
@@ -62,10 +69,19 @@ class ResourcesConfig(StrictModel):
     cpus_per_worker: PositiveFloat = 1
     """CPU cores of a worker or actor."""
     gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of a worker or actor; 0.5: two actors share one."""
+    """GPUs of a worker or actor: 0 or 1 of a training worker; 0.5: two actors of a batch job share one."""
     actors: PositiveInt | ActorRange = 2
     """Actors of the batch jobs (encode, generate, …). A number is the maximum, starting from one; {min: 2, max: 16}
     starts with min and adds actors while shards wait. Each takes cpus_per_worker and gpus_per_worker."""
+
+    gpu_hour_price: PositiveFloat | None = None
+    """Price of one GPU for an hour, in any currency: `scldm plan` then says what stages cost. Null: it says GPU hours
+    only."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the records of jobs from before this setting existed."""
+        return {k: v for k, v in to_dict(self).items() if (k, v) != ("gpu_hour_price", None)}
 
     @property
     def actors_min(self) -> int:

@@ -125,14 +125,18 @@ class EncodeConfig(StrictModel):
     splits: list[Literal["train", "validation", "test"]] = ["train", "validation"]
     """Splits that are encoded."""
     precision: Precision | None = None
-    """Precision of the network's products: fp32, tf32 or bf16; latents are stored in fp32. Null: by device, fp32 on a
-    CPU, bf16 on a GPU that has it (else tf32, else fp32). The manifest says which; a job that goes on keeps the one
-    that it began with."""
+    """Precision of the network's products: fp32, tf32 or bf16; `latents` says how they are stored. Null: by device,
+    fp32 on a CPU, bf16 on a GPU that has it (else tf32, else fp32). The manifest says which; a job that goes on keeps
+    the one that it began with."""
+    latents: Literal["float32", "float16"] = "float32"
+    """Type of the numbers on disk; training reads them as float32. float16 halves the cache and rounds each number by
+    at most 0.05 %: latents are normalised, so that none is too large for it."""
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keep the versions of stages from before this setting existed."""
-        return _without_unset(to_dict(self), ("precision",))
+        values = _without_unset(to_dict(self), ("precision",))
+        return {k: v for k, v in values.items() if (k, v) != ("latents", "float32")}
 
 
 class JointVaeConfig(StrictModel):

@@ -108,7 +108,8 @@ def _sizes(resolved: ResolvedJob, decided: dict[str, Step], request: Request | N
         disk += sizes.checkpoint_bytes(n or 0, configs["train_vae"].train)
     if "encode" in configs and vae is not None:
         size = sizes.latent_bytes(configs["encode"], vae, data)
-        lines.append(f"encode: latent cache {human(size)}, {job.resources.actors_max} actors")
+        about = f"{human(size)} ({configs['encode'].latents})"
+        lines.append(f"encode: latent cache {about}, {job.resources.actors_max} actors")
         disk += size or 0
     if "train_flow" in configs:
         flow: TrainFlowConfig = configs["train_flow"]
@@ -202,14 +203,14 @@ def _gpu_hours(
     """Return a line for each stage that runs on GPUs; none if the job has no GPU."""
     if not job.resources.gpus_per_worker:
         return []
-    from pipeline.planning.cost import stage_estimate
+    from pipeline.planning.cost import stage_estimate, training_step
 
     flow = _config("train_flow", TrainFlowConfig, configs, decided, folder) if "generate" in configs else None
     lines = []
     for stage, config in configs.items():
-        used = job.resources.workers.max if stage.startswith("train") else job.resources.actors_max
-        gpus = max(1, round(used * job.resources.gpus_per_worker))
-        if (found := stage_estimate(stage, config, vae, data, gpus, flow)) is not None:
+        if (step := training_step(stage, config, vae, data, job.resources)) is not None:
+            lines.append(f"{stage}: {step}")
+        if (found := stage_estimate(stage, config, vae, data, job.resources, flow)) is not None:
             lines.append(f"{stage}: {found}")
     return lines
 

@@ -181,6 +181,12 @@ def dit_step_bytes(config: TrainFlowConfig, vae: TrainVaeConfig, workers: int) -
     return dit_activations(config.model, config.train, cells=cells, n_latent_tokens=m, latent_width=e)
 
 
+def micro_batches(train: TrainConfig, workers: int) -> tuple[int, int]:
+    """Return the cells of a worker's micro batch, and its micro batches in a step."""
+    cells = _micro_batch(train, workers)
+    return cells, math.ceil(max(1, train.feed.batch_size // workers) / cells)
+
+
 def _micro_batch(train: TrainConfig, workers: int) -> int:
     return min(train.feed.micro_batch_size, max(1, train.feed.batch_size // workers))
 
@@ -196,7 +202,8 @@ def latent_bytes(config: EncodeConfig, vae: TrainVaeConfig, data: DataFacts) -> 
     if data.n_cells is None:
         return None
     cells = sum(data.n_cells.get(s, 0) for s in set(config.splits))
-    return round(cells * vae.model.n_latent_tokens * vae.model.latent_width * 4)
+    width = 2 if config.latents == "float16" else 4
+    return round(cells * vae.model.n_latent_tokens * vae.model.latent_width * width)
 
 
 def generated_cells(config: GenerateConfig, data: DataFacts) -> int | None:

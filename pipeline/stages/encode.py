@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,7 @@ class EncoderSpec:
     threads: int  # of torch
     fault: str  # faults to arm, see `pipeline.core.faults`
     precision: Precision | None = None  # None: by device
+    latents: Literal["float32", "float16"] = "float32"  # type of the latents on disk
 
 
 class Encoder:
@@ -93,7 +94,7 @@ class Encoder:
 
         with torch.inference_mode():
             z = self.vae.encode(to_cell_batch(cells.combine_chunks(), self.spec.labels).to(self.device))
-        return z.flatten(1).float().cpu().numpy()
+        return z.flatten(1).float().cpu().numpy().astype(self.spec.latents)
 
 
 def shard_name(split: str, shard: int) -> str:
@@ -104,8 +105,8 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage.
 
     Returns:
-        Facts: latents (folder), shards (split -> files with cells and sha256), latent_shape, n_cells, precision, device
-        (kind).
+        Facts: latents (folder), latent_type, shards (split -> files with cells and sha256), latent_shape, n_cells,
+        precision, device (kind).
     """
     from pipeline.data.loading.ray_source import blocks_dataset, storage_blocks
 
@@ -120,7 +121,7 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     spec = EncoderSpec(
         model=vae.path("model"), folder=folder, labels=tuple(x.name for x in data.vocabulary.labels),
         batch_size=config.batch_size, threads=threads_per_worker(context.resources),
-        fault=os.environ.get(VARIABLE, ""), precision=config.precision,
+        fault=os.environ.get(VARIABLE, ""), precision=config.precision, latents=config.latents,
     )  # fmt: skip
     total = sum(data.n_cells[split] for split in config.splits)
     progress = ProgressWriter(context.folder)
@@ -142,8 +143,8 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
     shards = {s: sorted((r for r in records if r["split"] == s), key=lambda r: r["file"]) for s in config.splits}
     n_cells = {s: sum(r["n_cells"] for r in rows) for s, rows in shards.items()}
     context.tracker.metrics({f"encode/{s}_cells": float(n) for s, n in n_cells.items()}, step=0)
-    facts = {"latents": "latents", "shards": shards, "latent_shape": vae.facts["latent_shape"], "n_cells": n_cells}
-    return facts | end(folder, records)
+    about = {"latents": "latents", "latent_type": config.latents, "latent_shape": vae.facts["latent_shape"]}
+    return {**about, "shards": shards, "n_cells": n_cells} | end(folder, records)
 
 
 def _encode_blocks(

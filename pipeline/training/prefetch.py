@@ -45,10 +45,8 @@ class PreparedStep:
         if self._event is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(self._event)
-            for (
-                _,
-                batch,
-            ) in self._micro_batches:  # the copying stream must not reuse their memory before this one is done
+            # The copying stream must not reuse their memory before this one is done.
+            for _, batch in self._micro_batches:
                 map_tensors(batch, lambda x: (x.record_stream(stream), x)[1] if x.is_cuda else x)
         yield from self._micro_batches
 
@@ -99,6 +97,16 @@ def prefetch(
         thread.join(timeout=30)
 
 
+def copy_to_gpu(batch: Batch, device: torch.device) -> Batch:
+    """Start copying every tensor of a batch to a GPU, on the current stream.
+
+    Each is pinned first: a copy from pageable memory waits for the host, `non_blocking` or not. The pinned memory is
+    not used again before its copy is done: torch's allocator of pinned memory keeps an event for it.
+    """
+    moved: Batch = map_tensors(batch, lambda x: x.pin_memory().to(device, non_blocking=True))
+    return moved
+
+
 def _prepare_step(
     step: FeedStep, prepare: PrepareBatch, device: torch.device, stream: torch.cuda.Stream | None
 ) -> PreparedStep:
@@ -111,9 +119,6 @@ def _prepare_step(
         moved = [(index, map_tensors(batch, lambda x: x.to(device))) for index, batch in on_cpu]
         return PreparedStep(step.step, step.epoch, step.real_cells, moved, None)
     with torch.cuda.stream(stream):
-        moved = [
-            (index, map_tensors(batch, lambda x: x.pin_memory().to(device, non_blocking=True)))
-            for index, batch in on_cpu
-        ]
+        moved = [(index, copy_to_gpu(batch, device)) for index, batch in on_cpu]
         event = stream.record_event()
     return PreparedStep(step.step, step.epoch, step.real_cells, moved, event)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from scldm.nn.flops import TRAINING
 
-# Dense peak in operations per second, by a part of the device's name: (bf16, fp32). From the vendor's data sheets.
-PEAKS = {
-    "A100": (312e12, 19.5e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "V100": (None, 15.7e12),
+# Dense peak in operations per second, by a part of the device's name and the precision of products. From the vendor's
+# data sheets, of SXM modules unless the name says another; tf32 keeps fp32 numbers and rounds what is multiplied.
+PEAKS: dict[str, dict[str, float]] = {
+    "A100": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+    "H100 PCIe": {"bf16": 756e12, "tf32": 378e12, "fp32": 51e12},
+    "H100": {"bf16": 989e12, "tf32": 494.5e12, "fp32": 67e12},
+    "H200": {"bf16": 989e12, "tf32": 494.5e12, "fp32": 67e12},
+    "V100": {"fp32": 15.7e12},
 }
 
 
 def peak_flops(device: str | None, precision: str) -> float | None:
-    """Return a device's peak in operations per second; None if it is not known, for example of a CPU."""
-    for name, (bf16, fp32) in PEAKS.items():
+    """Return a device's peak in operations per second; None if it is not known, for example of a CPU.
+
+    Args:
+        precision: fp32, tf32 or bf16.
+    """
+    for name, peaks in PEAKS.items():
         if device is not None and all(part in device for part in name.split()):
-            return bf16 if precision == "bf16" else fp32
+            return peaks.get(precision)
     return None
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.checks import feed_problems
+from pipeline.config.checks import feed_problems, gpu_problems
 from pipeline.config.job import ResourcesConfig, TrainConfig
 from pipeline.core.logs import STOPPED as STOPPED_MESSAGE
 from pipeline.core.progress import ProgressReader
@@ -70,7 +70,7 @@ def fit(spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, sta
         TrainingStopped: if a restart would end the same way.
         SystemExit: after SIGTERM, with all work in a checkpoint.
     """
-    if problems := feed_problems(train, resources):
+    if problems := [*gpu_problems([stage], resources), *feed_problems(train, resources)]:
         raise InputError("\n".join(problems))
     check_storage(spec.storage, spec.run_name)
     with (

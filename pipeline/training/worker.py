@@ -27,6 +27,7 @@ from pipeline.training.tasks.distil import distil_flow
 from pipeline.training.tasks.flow import train_flow
 from pipeline.training.tasks.spec import AnyWorkerSpec, DistilWorkerSpec, VaeWorkerSpec, read_spec
 from pipeline.training.tasks.vae import train_vae
+from scldm.errors import InputError
 
 STOPPED_EXIT = 75  # EX_TEMPFAIL: nothing is wrong, run again
 log = logging.getLogger("pipeline.training.worker")  # under torchrun this module's name is __main__
@@ -82,7 +83,11 @@ def main() -> None:
     except ValueError as error:
         log.error(str(error))
         sys.exit(2)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        start_process_group()
+    except InputError as error:
+        log.error(str(error))
+        sys.exit(2)
     if dist.get_rank() == 0:
         (spec.folder / STOP_FILE).unlink(missing_ok=True)  # left by an earlier run
     dist.barrier()
@@ -98,6 +103,29 @@ def main() -> None:
         sys.stdout.write(json.dumps(facts) + "\n")  # the result, for whoever started the workers
         sys.stdout.flush()
     dist.destroy_process_group()
+
+
+def start_process_group() -> None:
+    """Take this worker's GPU, if the machine has any, and join the workers that torchrun started.
+
+    The GPU is set and named before the first collective: NCCL would otherwise guess it, and without `set_device` all
+    workers of a machine would use its first one.
+
+    Raises:
+        InputError: torchrun started more workers than the machine has GPUs.
+    """
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise InputError(
+            f"torchrun: worker {local_rank} of this machine has no GPU, there are {gpus}; start it with "
+            f"--nproc_per_node {gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on CPUs"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
 
 
 def _exit(code: int, reason: Exception, level: int) -> NoReturn:

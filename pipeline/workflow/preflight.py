@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.apply import PerturbConfig, RealCellsConfig
-from pipeline.config.checks import feed_problems
+from pipeline.config.checks import feed_problems, gpu_problems
 from pipeline.config.deepspeed import read_options
 from pipeline.config.input_paths import ingest_of
 from pipeline.config.job import (
@@ -44,6 +44,7 @@ def check_settings(job: JobBase) -> None:
     """
     problems: list[str] = []
     configs = stage_configs(job)
+    problems += gpu_problems([s for s, c in configs.items() if _trains(c)], job.resources)
     for stage, config in configs.items():
         where = f"{stage}." if job.kind == "pipeline" else ""
         if (train := getattr(config, "train", None)) is not None:
@@ -99,6 +100,11 @@ def check_settings(job: JobBase) -> None:
             problems += model_problems(config)
     if problems:
         raise InputError("\n".join(problems))
+
+
+def _trains(config: StrictModel) -> bool:
+    """Return whether a stage with these settings trains on workers; a VAE that is used as it is does not."""
+    return hasattr(config, "train") and getattr(config, "pretrained", None) is None
 
 
 def _control_problems(config: StrictModel, ingest: StrictModel | None) -> list[str]:

@@ -17,6 +17,8 @@ from scldm.text import shown
 
 MANY_DONORS = 20  # with fewer, a hash of donors may leave a split empty
 MANY_GENES = 4096
+CELLS_PER_GPU = 128  # of a step: with fewer, a GPU waits for launches of kernels more than it computes
+GPU_STEPS, PASSES = 10_000, 100  # least steps of a training on GPUs; passes through the cells that are aimed at
 CENSUS_GENES = 60_000  # approximate; not read from the Census
 
 
@@ -34,6 +36,7 @@ class Choices:
 
     gpus: int
     workers: int
+    machines: str  # what trains, in words
     columns: Mapping[str, str]  # ingest.source.columns: name in the job -> name in the file
     labels: tuple[str, ...]  # names in the job
     missing_label: str
@@ -52,7 +55,7 @@ def choose(summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int) -> C
     """Choose the settings of a job for a source.
 
     Args:
-        gpus: Training workers with a GPU each; 0 trains on CPUs.
+        gpus: GPUs of the machines; 0 trains on CPUs.
         cpus: Cores of the machine that trains, where there is no GPU.
     """
     # Columns of an experiment are read as they are called: no setting renames them.
@@ -60,12 +63,13 @@ def choose(summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int) -> C
     split = _split(summary, columns)
     share = 1 - split.value.get("validation", 0.1) - split.value.get("test", 0.1)
     n_train = round((summary.n_cells - labels.drops) * share)
-    workers = gpus or min(2, max(1, cpus))
+    workers = _gpu_workers(gpus, n_train) if gpus else min(2, max(1, cpus))
     steps = _gpu_steps if gpus else _cpu_steps
     vae_train, flow_train = steps(n_train, workers, flow=False, summary=summary), steps(n_train, workers, flow=True)
     return Choices(
         gpus=gpus,
         workers=workers,
+        machines=_machines(gpus, workers, n_train),
         columns=columns,
         labels=names,
         missing_label="drop" if labels.drops else "error",
@@ -173,22 +177,46 @@ def _cpu_steps(n_train: int, workers: int, *, flow: bool, summary: SourceSummary
     return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
 
 
+def _gpu_workers(gpus: int, n_train: int) -> int:
+    """Return how many of the GPUs train: as many as shorten the training with CELLS_PER_GPU cells of a step on each.
+
+    A training takes at least GPU_STEPS steps. GPUs beyond PASSES times through the cells in that many steps would only
+    enlarge its batches, and it would end no sooner. All of them if the number of cells is not known.
+    """
+    if n_train <= 0:
+        return gpus
+    return min(gpus, max(1, PASSES * n_train // (GPU_STEPS * CELLS_PER_GPU)))
+
+
+def _machines(gpus: int, workers: int, n_train: int) -> str:
+    if not gpus:
+        return "CPU cores; --gpus N writes a job for GPUs"
+    if workers == gpus:
+        return f"{gpus} GPUs (--gpus), {CELLS_PER_GPU} or more cells of a step on each"
+    trains = "one GPU trains" if workers == 1 else f"{workers} GPUs train"
+    return (
+        f"{gpus} GPUs (--gpus), of which {trains}: {n_train:,} cells would be passed through more often with more, in "
+        f"no less time"
+    )
+
+
 def _gpu_steps(n_train: int, workers: int, *, flow: bool, summary: SourceSummary | None = None) -> Chosen:
     lanes = workers * math.ceil(4 / workers)
-    batch = lanes * math.ceil((2048 if n_train >= 1_000_000 else 128) / lanes)
-    steps = _hundreds(min(max(10_000, 100 * n_train // batch), 150_000))
+    batch = max(CELLS_PER_GPU * workers, 2048 if n_train >= 1_000_000 else 0)
+    batch = lanes * math.ceil(batch / lanes)
+    steps = _hundreds(min(max(GPU_STEPS, PASSES * n_train // batch), 150_000))
     optimizer: dict[str, Any] = {"decay": 0.1, "decay_type": "sqrt", "final_factor": 0.1}
     if flow:
         optimizer = {"lr": 5e-4, "betas": [0.9, 0.999], "decay": 0.9, "final_factor": 0.1}
     train = {
         "max_steps": steps,
-        "feed": {"batch_size": batch, "micro_batch_size": max(1, min(batch // workers, 128 if flow else 32)),
-                 "lanes": lanes},
+        # A micro batch of 32 cells takes four times the kernel launches; `scldm plan` shows the memory of this one.
+        "feed": {"batch_size": batch, "micro_batch_size": min(batch // workers, CELLS_PER_GPU), "lanes": lanes},
         "optimizer": optimizer,
         "precision": "bf16",
         "validate_every": max(500, steps // 50),
         "checkpoint_every": 1000,
-    }  # fmt: skip
+    }
     return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
 
 

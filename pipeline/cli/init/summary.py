@@ -23,6 +23,7 @@ def summary_text(summary: SourceSummary, labels: Labels, choices: Choices, path:
     rows += [
         ("split", f"by {choices.split.value['by']}", choices.split.reason),
         ("min_cells", str(choices.min_cells.value), choices.min_cells.reason),
+        ("trains on", f"{choices.workers} {'GPUs' if choices.gpus else 'processes'}", choices.machines),
         ("VAE", f"width {choices.vae.value['d_model']}", choices.vae.reason),
         ("", f"genes_per_step {choices.genes_per_step.value or 'all'}", choices.genes_per_step.reason),
         ("", "steps", choices.vae_train.reason),

@@ -66,6 +66,7 @@ UNITS: dict[str, str] = {
     "max": "processes",
     "cpus_per_worker": "cores",
     "gpus_per_worker": "GPUs",
+    "gpu_hour_price": "price",
     "lanes": "streams",
     "max_parallel": "requests",
     "tries": "tries",

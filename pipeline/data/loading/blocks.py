@@ -237,7 +237,8 @@ class IpcReader:
 class IpcBlocks:
     """Rows of Arrow IPC shards, as `encode` writes them; an id is a row's position over all shards.
 
-    Columns: soma_joinid, `label:<name>` for each label, log_library_size, latent: fixed_size_list<float32>.
+    Columns: soma_joinid, `label:<name>` for each label, log_library_size, latent: fixed_size_list of float32 or
+    float16.
     Every shard is cut in record batches of `tile` rows; only a shard's last one may be shorter.
     """
 

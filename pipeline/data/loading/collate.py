@@ -109,12 +109,13 @@ def to_latent_batch(table: pa.Table, label_names: Sequence[str], *, shape: tuple
     """Collate a table of latents.
 
     Args:
-        table: Columns soma_joinid, latent, `label:<name>`, log_library_size; weight, or 1 for all.
+        table: Columns soma_joinid, latent (float32 or float16), `label:<name>`, log_library_size; weight, or 1 for all.
         shape: (m, e).
     """
     values = _column(table, "latent").flatten().to_numpy()
     return LatentBatch(
-        latents=torch.from_numpy(values.reshape(len(table), *shape).copy()),
+        # A copy, as Arrow's memory is read-only; float16 of the disk becomes float32 here, before any network sees it.
+        latents=torch.from_numpy(values.reshape(len(table), *shape).astype(np.float32)),
         log_library_size=_float(table, "log_library_size"),
         conditions=_conditions(table, label_names),
         joinids=torch.from_numpy(_column(table, "soma_joinid").to_numpy().copy()),

@@ -70,7 +70,7 @@ def map_tensors(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
     """Apply f to every tensor of a batch: in dataclasses, mappings, tuples and lists."""
     if isinstance(batch, Tensor):
         return f(batch)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {k: map_tensors(v, f) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
         return type(batch)(map_tensors(v, f) for v in batch)

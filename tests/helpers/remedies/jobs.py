@@ -74,6 +74,14 @@ def a_batch_is_no_multiple_of_the_lanes(case: Case) -> None:
     done("validate", job, setting(said.partition("; set ")[2], "train_flow.train.feed.batch_size"))
 
 
+@follows("pipeline/config/checks.py: set resources.gpus_per_worker=1, and resources.workers to the number of GPUs")
+def half_a_gpu_for_a_training_worker(case: Case) -> None:
+    for gpus in ("0.5", "2"):
+        said = refused("validate", pipeline(case), f"resources.gpus_per_worker={gpus}")
+        workers = f"{named(said, 'resources.workers')}=4"
+        done("validate", "job.yaml", setting(said.partition("; set ")[2], "resources.gpus_per_worker"), workers)
+
+
 @follows("pipeline/workflow/preflight.py: set {}train.zero_stage=0, or a fixed number of workers")
 def a_cautious_optimizer_on_some_workers(case: Case) -> None:
     job = pipeline(case, resources={"workers": {"min": 1, "max": 2}})

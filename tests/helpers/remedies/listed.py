@@ -10,6 +10,7 @@ FOLLOWED_ELSEWHERE = {
     "pipeline/inference/actors/numerics.py: , or set resources.gpus_per_worker=1": (
         "tests/unit/inference/test_precision_of_jobs.py"
     ),
+    "pipeline/training/worker.py: start it with --nproc_per_node {}": "tests/unit/training/test_start_worker.py",
     "pipeline/config/job.py: add one (distil: {}), or leave generate.flow out": (
         "tests/unit/workflow/test_distil_job.py"
     ),
@@ -154,7 +155,7 @@ NO_ADVICE = (
     "scldm/checkpoints/upstream/inputs.py: none: library_size.json says so",
     "pipeline/cluster/needs.py: with resources.{}={}) and there are {}",
     "pipeline/inference/rows.py: name one in ingest.labels, or map it",
-    "pipeline/cli/init/render.py: {} GPUs (--gpus)",
+    "pipeline/cli/init/defaults.py: {} GPUs (--gpus)",
     "pipeline/cli/init/summary.py: not read (--no-counts)",
     "pipeline/cli/parity.py: known faults of upstream: --all",
     "pipeline/cluster/head.py: no head runs that `scldm cluster start` started",

@@ -111,7 +111,7 @@ def init_takes_other_labels(case: Case) -> None:
 
 @follows(
     "pipeline/cli/init/defaults.py: give more steps, or GPUs (--gpus)",
-    "pipeline/cli/init/render.py: CPU cores; --gpus N writes a job for GPUs",
+    "pipeline/cli/init/defaults.py: CPU cores; --gpus N writes a job for GPUs",
 )
 def init_writes_a_job_for_gpus(case: Case) -> None:
     from pipeline.cli.init.defaults import _passes

@@ -187,6 +187,39 @@ def test_every_size_makes_a_job_that_validates(tmp_path, gpus, n_cells, n_genes)
     assert max(map(len, text.splitlines())) <= 160
 
 
+@pytest.mark.parametrize(
+    ("n_cells", "gpus", "workers"),
+    [(2_638, 8, 1), (13_113, 8, 1), (100_000, 8, 6), (100_000, 4, 4), (30_000_000, 8, 8), (30_000_000, 64, 64)],
+)
+def test_every_gpu_that_trains_has_128_cells_of_a_step_and_no_more_of_them_train_than_help(n_cells, gpus, workers):
+    """100 passes in 10,000 steps of 128 cells a GPU: one GPU for every 12,800 training cells."""
+    columns = obs_profile(table())
+    found = summary(columns, n_cells=n_cells, n_genes=18_000)
+    choices = choose(found, choose_labels(columns, N), gpus=gpus, cpus=2)
+    assert choices.workers == workers
+    for train in (choices.vae_train.value, choices.flow_train.value):
+        assert train["feed"]["batch_size"] >= 128 * workers
+        assert train["feed"]["micro_batch_size"] == 128
+        assert train["max_steps"] >= 10_000
+    alone = {1: "of which one GPU trains", 6: "of which 6 GPUs train"}.get(workers, "128 or more cells of a step on")
+    assert alone in choices.machines
+    assert ("would be passed through more often" in choices.machines) == (workers < gpus)
+
+
+def test_all_gpus_encode_and_generate_where_one_trains_and_all_train_if_the_cells_are_not_known(tmp_path):
+    columns = obs_profile(table())
+    found, labels = summary(columns, n_cells=2_638), choose_labels(columns, N)
+    choices = choose(found, labels, gpus=8, cpus=2)
+    text = job_text(found, labels, choices, name="mine", source={"type": "h5ad", "path": "cells.h5ad"}, cells={},
+                    command="scldm init cells.h5ad", path="mine.yaml")  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(text)
+    job = load_job(tmp_path / "mine.yaml")
+    assert (job.resources.workers.max, job.resources.actors) == (1, 8)
+    assert job.encode.latents == "float16"
+    census = summary({}, kind="Census", n_cells=0, n_genes=60_000)
+    assert choose(census, choose_labels({}, 0), gpus=8, cpus=2).vae_train.value["feed"]["batch_size"] == 1024
+
+
 def test_names_of_strangers_cannot_write_keys_into_the_job(tmp_path):
     obs = table()
     obs["x: {a}\noutput: /etc # "] = ["p", "q"] * 120

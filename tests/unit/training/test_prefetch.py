@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,7 +17,13 @@ from torch import Tensor
 from pipeline.data.loading.feed import FeedStep
 from pipeline.training.callbacks.step_timer import StepTimer
 from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
-from pipeline.training.prefetch import prefetch
+from pipeline.training.objectives.distil import TrajectoryBatch
+from pipeline.training.objectives.flow import Draws, FlowBatch
+from pipeline.training.objectives.joint import JointBatch
+from pipeline.training.objectives.vae import VaeBatch
+from pipeline.training.prefetch import copy_to_gpu, prefetch
+from scldm.data.batch import CellBatch
+from scldm.nn.likelihood import GeneSample
 
 CPU = torch.device("cpu")
 
@@ -79,6 +89,60 @@ def test_every_tensor_of_a_batch_is_moved():
     assert moved.x.tolist() == [2, 2]
     assert moved.more["a"].tolist() == [2]
     assert moved.none is None
+
+
+def batches() -> dict[str, Any]:
+    """A batch of every training, with each tensor that it may have."""
+    ids, numbers = torch.arange(2), torch.ones(2)  # some fields share them
+    cells = CellBatch.from_dense(torch.tensor([[1.0, 2], [0, 3]]), {"cell_type": ids})
+    cells = replace(cells, measured=torch.ones(2, 2, dtype=torch.bool))
+    sample = GeneSample(ids, numbers, ids)
+    vae, draws = VaeBatch(cells, cells, sample, ids), Draws(torch.ones(2, 1, 1), numbers, numbers)
+    conditions = MappingProxyType({"cell_type": ids, "donor": ids})
+    return {
+        "vae": vae,
+        "flow": FlowBatch(torch.ones(2, 1, 1), conditions, draws, ids, numbers),
+        "joint": JointBatch(vae, draws),
+        "distil": TrajectoryBatch(torch.ones(2, 2, 1, 1), conditions, ids, numbers),
+    }
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Every tensor that an object refers to, however it holds it."""
+    todo, seen = [batch], set()
+    while todo:
+        at = todo.pop()
+        if id(at) in seen or isinstance(at, type):
+            continue
+        seen.add(id(at))
+        if isinstance(at, Tensor):
+            yield at
+        else:
+            todo += gc.get_referents(at)
+
+
+@pytest.mark.parametrize("training", ["vae", "flow", "joint", "distil"])
+def test_every_tensor_of_a_batch_is_pinned_and_copied_without_waiting(training, monkeypatch):
+    """Pinning is recorded, as it needs a GPU; the copy goes to torch's device without memory."""
+    batch = batches()[training]
+    before, pinned, copies = list(tensors_in(batch)), [], []
+    copy = Tensor.to
+
+    def pin(x: Tensor) -> Tensor:
+        pinned.append(x.clone())
+        return pinned[-1]
+
+    def recorded(x: Tensor, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+        copies.append((any(x is p for p in pinned), non_blocking))
+        return copy(x, device)
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", recorded)
+    moved = copy_to_gpu(batch, torch.device("meta"))
+    assert len(before) >= 3
+    assert {x.device.type for x in tensors_in(moved)} == {"meta"}
+    assert len(copies) >= len(before)
+    assert set(copies) == {(True, True)}
 
 
 def test_the_timer_returns_mean_seconds_since_the_last_call():

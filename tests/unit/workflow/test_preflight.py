@@ -13,14 +13,21 @@ from helpers.models.small_models import write_flow, write_vae
 
 from pipeline.config.context import StageContext
 from pipeline.config.io.loader import load_job
-from pipeline.config.job import EvaluateConfig, GenerateConfig, IngestConfig, TrainFlowConfig, TrainVaeConfig
+from pipeline.config.job import (
+    EvaluateConfig,
+    GenerateConfig,
+    IngestConfig,
+    TrainFlowConfig,
+    TrainVaeConfig,
+    TrainVaeJob,
+)
 from pipeline.core.manifest import Manifest
 from pipeline.data.ingest.controls import check_controls
 from pipeline.data.ingest.dataset import IngestedDataset
 from pipeline.planning.plan import plan
 from pipeline.planning.sizes import data_facts, generated_cells
 from pipeline.stages import ingest
-from pipeline.workflow.preflight import check_against_data, check_settings
+from pipeline.workflow.preflight import _trains, check_against_data, check_settings
 from pipeline.workflow.runner import run_job
 from pipeline.workflow.schedule import resolve
 from scldm.data.vocabulary import Vocabulary
@@ -58,6 +65,31 @@ def test_triton_without_a_gpu_and_options_that_are_ours_are_said_before_the_star
     assert "train_vae.train.decoder (triton) needs a GPU in every worker" in str(error.value)
     assert "sets gradient_clipping, which train.optimizer.clip decides" in str(error.value)
     check_settings(load_job(JOBS / "demo.yaml", ["train_vae.train.decoder=triton", "resources.gpus_per_worker=1"]))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "reason"),
+    [(0.5, "NCCL refuses workers that share a GPU"), (2, "uses one GPU, the others stay idle"), (1.5, "stay idle")],
+)
+def test_training_takes_one_gpu_per_worker_or_none_and_every_stage_that_trains_is_named(gpus, reason):
+    with pytest.raises(InputError, match=reason) as error:
+        check_settings(load_job(JOBS / "demo.yaml", [f"resources.gpus_per_worker={gpus}"]))
+    assert f"resources.gpus_per_worker ({gpus:g}) must be 0 or 1 for train_vae and train_flow" in str(error.value)
+    for allowed in (0, 1):
+        check_settings(load_job(JOBS / "demo.yaml", [f"resources.gpus_per_worker={allowed}"]))
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2])
+def test_actors_of_a_batch_job_may_share_a_gpu_or_hold_several(gpus):
+    for job in ("encode", "generate"):
+        check_settings(load_job(JOBS / f"{job}.yaml", [f"resources.gpus_per_worker={gpus}"]))
+
+
+def test_a_vae_that_is_used_as_it_is_trains_nothing_and_takes_any_share_of_a_gpu():
+    given = {"kind": "train_vae", "name": "x", "pretrained": "somewhere", "resources": {"gpus_per_worker": 0.5}}
+    config = TrainVaeJob.model_construct(**given)
+    assert not _trains(config)
+    assert _trains(TrainVaeJob.model_validate({"kind": "train_vae", "name": "x"}))
 
 
 def test_a_range_of_workers_must_divide_the_lanes_whatever_it_comes_to():

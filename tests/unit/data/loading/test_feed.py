@@ -133,10 +133,10 @@ def test_the_gene_cap_samples_by_cell_and_keeps_the_library_size(source):
     assert ((values == whole.dense(G)) | (values == 0)).all()
 
 
-def write_latents(folder):
+def write_latents(folder, dtype=np.float32):
     """Two shards in record batches of 8 rows; the source, and the latents of all rows."""
     m, e = 2, 3
-    values = np.arange(50 * m * e, dtype=np.float32).reshape(50, m * e)
+    values = np.arange(50 * m * e).astype(dtype).reshape(50, m * e)
     table = pa.table(
         {
             "soma_joinid": np.arange(50) * 10,
@@ -152,16 +152,22 @@ def write_latents(folder):
     return pickle.loads(pickle.dumps(IpcBlocks(str(folder), files, tile=8))), values
 
 
-def test_latents_are_read_by_position_from_shards(tmp_path):
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_latents_are_read_by_position_from_shards_and_computed_with_in_float32(tmp_path, dtype):
     m, e = 2, 3
-    source, values = write_latents(tmp_path)
+    source, values = write_latents(tmp_path, dtype)
     ids = np.array([49, 0, 31, 31, 29, 8])
     batch = to_latent_batch(source.read(ids), ["cell_type"], shape=(m, e))
     np.testing.assert_array_equal(batch.latents.numpy(), values[ids].reshape(-1, m, e))
+    assert batch.latents.dtype == torch.float32
     np.testing.assert_array_equal(batch.joinids.numpy(), ids * 10)
     np.testing.assert_array_equal(batch.conditions["cell_type"].numpy(), ids % 4)
     found = steps(source, order_of(source, batch_size=8, block_rows=8), stop=7)
     assert sum(s.real_cells for s in found) == 50
+    for step in found:
+        for table in step.micro:
+            latents = to_latent_batch(table, ["cell_type"], shape=(m, e)).latents
+            np.testing.assert_array_equal(latents.flatten(1).numpy(), values[table["soma_joinid"].to_numpy() // 10])
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
