@@ -20,7 +20,7 @@ Graph = Mapping[str, set[str]]
 LEVELS = {
     "pipeline": {
         "core": 0, "config": 1, "data": 2, "cluster": 2, "tracking": 2, "report": 2, "training": 3, "inference": 3,
-        "stages": 4, "workflow": 4, "planning": 5, "cli": 6, "notebook": 7, "__main__": 7,
+        "stages": 4, "workflow": 4, "planning": 5, "cli": 6, "__main__": 7,
     },
     "scldm": {
         "errors": 0, "text": 0, "config": 0, "random": 0, "data": 1, "nn": 2, "flow": 2, "metrics": 2, "optim": 3,
@@ -40,8 +40,7 @@ PURPOSE = {
     "pipeline.stages": "one module for each stage",
     "pipeline.workflow": "decide, check, run stages",
     "pipeline.planning": "sizes, memory, time",
-    "pipeline.cli": "commands",
-    "pipeline.notebook": "training in a notebook",
+    "pipeline.cli": "commands; training in a notebook",
     "scldm.data": "batches, vocabulary, library size",
     "scldm.nn": "VAE, DiT, kernels",
     "scldm.flow": "paths, solvers, guidance",

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pipeline.notebook.cells import source_of
+from pipeline.data.sources.in_memory import source_of
 from scldm.errors import InputError
 
 

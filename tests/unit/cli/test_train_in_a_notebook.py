@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import scldm
-from pipeline.notebook.train import STOPPED, _interruptible, _overrides, train
+from pipeline.cli.notebook import STOPPED, _interruptible, _overrides, train
 from scldm.errors import InputError
 
 

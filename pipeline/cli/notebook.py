@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline.cli.init.job import Wanted, look_at, make_job, name_of, write_job
-from pipeline.notebook.cells import source_of
-from scldm.api.arguments import ArgumentError, Arguments
 
 if TYPE_CHECKING:
     import anndata
@@ -60,6 +58,7 @@ def train(
         KeyboardInterrupt: Ctrl-C. What was trained is in a checkpoint, and the same call goes on from there.
     """
     from pipeline.config.io.loader import load_job
+    from pipeline.data.sources.in_memory import source_of
     from pipeline.workflow.runner import run_job
     from scldm.api.model import load
 
@@ -84,6 +83,8 @@ def _arguments(
     labels: Any, name: Any, output: Any, layer: Any, gene_id: Any, gpus: Any, seed: Any
 ) -> list[str]:  # fmt: skip
     """Check arguments; return the labels as a list."""
+    from scldm.api.arguments import Arguments
+
     given = Arguments()
     given.text("name", name)
     given.path("output", output)
@@ -102,6 +103,8 @@ def _arguments(
 
 def _overrides(settings: Any) -> list[str]:
     """Return settings as `a.b=c`, values in YAML."""
+    from scldm.api.arguments import ArgumentError
+
     if settings is None:
         return []
     if isinstance(settings, Mapping):

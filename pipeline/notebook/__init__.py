@@ -1,1 +1,0 @@
-"""Training in a notebook: `scldm.train`, which is found by the entry point `scldm.train`."""
