@@ -66,7 +66,24 @@ def deepspeed_options(
     }
     raw = {} if config.deepspeed is None else read_options(config.deepspeed)
     bucket = {"reduce_bucket_size": gradient_bucket(n_parameters)}
-    return {**raw, **ours, "zero_optimization": {**bucket, **raw.get("zero_optimization", {}), **zero}}
+    return {
+        **_gradient_types(config),
+        **raw,
+        **ours,
+        "zero_optimization": {**bucket, **raw.get("zero_optimization", {}), **zero},
+    }
+
+
+def _gradient_types(config: TrainConfig) -> dict[str, Any]:
+    """Return the precision in which gradients are summed over micro batches and workers; DeepSpeed's own is bf16's.
+
+    A sum of many gradients in bf16 loses what is below 1/256 of it. Stage 0 of DeepSpeed cannot accumulate in another
+    precision than the network's.
+    """
+    if config.precision != "bf16":
+        return {}
+    accumulated = {} if config.zero_stage == 0 else {"data_types": {"grad_accum_dtype": "fp32"}}
+    return {"communication_data_type": "fp32", **accumulated}
 
 
 def gradient_bucket(n_parameters: int) -> int:

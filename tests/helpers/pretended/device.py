@@ -114,6 +114,8 @@ class PretendedDevice(TorchDispatchMode):
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         on = [x for x in tensors if isinstance(x, PretendedTensor)]
         wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
+        if "pin_memory" in kwargs:
+            kwargs = {**kwargs, "pin_memory": False}  # memory of the CPU is never pinned here
         if not on and wanted != "cuda":
             return func(*args, **kwargs)
         off = [x for x in tensors if not isinstance(x, PretendedTensor)]
@@ -123,8 +125,6 @@ class PretendedDevice(TorchDispatchMode):
         args, kwargs = tree_map(lambda x: x.on_cpu if isinstance(x, PretendedTensor) else x, (args, kwargs))
         if wanted is not None:
             kwargs["device"] = torch.device("cpu")
-        if "pin_memory" in kwargs:
-            kwargs["pin_memory"] = False
         out = func(*args, **kwargs)
         if wanted == "cpu" or name in rules.RETURNS_A_NUMBER or (name == "copy_" and id(out) not in own):
             return out

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.pretended.device import CUDA, PretendedDevice, PretendedTensor
 
 NAME = "NVIDIA H100 80GB HBM3"
 MEMORY = 80 * 2**30
 _attention = F.scaled_dot_product_attention
+_apply = nn.Module._apply
 
 
 class Stream:
@@ -62,6 +63,25 @@ def attention(
 def compiled(function: Any = None, **_: Any) -> Any:
     """Return the function as it is: a compiled function is not rehearsed, and its launches are those of its parts."""
     return function if function is not None else lambda f: f
+
+
+def apply_changes(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Apply a conversion to a module as torch does, but leave alone what it would not change.
+
+    Torch would replace such parameters by equal ones, and refuse where others hold them, as an engine does.
+    """
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if not all(_unchanged(x, fn) for x in own):
+        return _apply(module, fn, recurse)
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    return module
+
+
+def _unchanged(x: Tensor, fn: Callable[[Tensor], Tensor]) -> bool:
+    with torch.no_grad():
+        found = fn(x)
+    return found.device == x.device and found.dtype == x.dtype
 
 
 CUDA_FUNCTIONS: dict[str, Any] = {
@@ -111,6 +131,7 @@ def pretended() -> Iterator[PretendedDevice]:
             put(torch.cuda, name, value)
         put(F, "scaled_dot_product_attention", attention)
         put(torch, "compile", compiled)
+        put(nn.Module, "_apply", apply_changes)
         for name in ("range_push", "range_pop"):
             put(torch.cuda.nvtx, name, lambda *_: None)
         put(torch.Tensor, "pin_memory", lambda self, *_: self)

@@ -37,6 +37,28 @@ def test_batch_accumulation_clipping_stage_and_precision_come_from_our_settings(
     assert found["bf16"] == {"enabled": True}
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_a_bf16_network_are_summed_in_fp32_over_micro_batches_and_workers(stage):
+    found = options(zero_stage=stage, precision="bf16")
+    assert found["communication_data_type"] == "fp32"
+    assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_stage_0_sums_over_workers_in_fp32_and_accumulates_in_the_networks_precision_as_deepspeed_does():
+    found = options(zero_stage=0, precision="bf16")
+    assert found["communication_data_type"] == "fp32"
+    assert "data_types" not in found
+    assert not {"communication_data_type", "data_types"} & options(zero_stage=2, precision="fp32").keys()
+
+
+def test_an_expert_may_sum_gradients_in_bf16(tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"communication_data_type": "bf16"}))
+    found = options(zero_stage=2, precision="bf16", deepspeed=str(file))
+    assert found["communication_data_type"] == "bf16"
+    assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
 def test_the_optimizer_is_offloaded_where_asked():
     assert options(zero_stage=2, offload_optimizer="cpu")["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     with pytest.raises(ValidationError, match="offload_optimizer \\(cpu\\) needs zero_stage 1, 2 or 3; got 0"):

@@ -14,8 +14,8 @@ Group = Callable[[Path], Paths]
 
 def groups() -> dict[str, Group]:
     """Return all groups by name, in the order in which they are run."""
-    from helpers.pretended.paths import flows, jobs, notebook, vaes
+    from helpers.pretended.paths import flows, jobs, loops, notebook, vaes
 
     return {
-        "vae": vaes.paths, "flow": flows.paths, "job": jobs.paths, "notebook": notebook.paths,
+        "vae": vaes.paths, "flow": flows.paths, "loop": loops.paths, "job": jobs.paths, "notebook": notebook.paths,
     }  # fmt: skip

@@ -51,7 +51,7 @@ def paths(root: Path) -> Paths:
         "samples during training": lambda: _samples(made),
         "pair means of evaluate": _pair_means,
     }
-    for head in ("nb_shared", "nb_cell", "gaussian"):
+    for head in ("nb_shared", "gaussian"):
         found[f"generate, head {head}"] = _generated(root / f"generate-{head}", {}, head=head)
     found |= {
         "generate, mutually exclusive labels": _generated(root / "generate-one", {}, strategy="mutually_exclusive"),

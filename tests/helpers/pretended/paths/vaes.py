@@ -10,11 +10,12 @@ import torch
 
 from helpers.pretended.device import CUDA
 from helpers.pretended.paths import Paths
-from helpers.pretended.small import CELLS, GENES, NARROW, WIDE, cells_table, train, vae_objective
+from helpers.pretended.small import CELLS, GENES, NARROW, SHAPE, WIDE, cells_table, train, vae_objective
 from pipeline.data.loading.collate import to_cell_batch
 from pipeline.training.objectives.base import MicroBatchIndex, map_tensors
 from scldm.data.batch import CellBatch
 from scldm.data.genes_seen import NEEDS_N, GenesSeenConfig
+from scldm.generation.real_cells import draw_sparse
 from scldm.nn.config import ScviConfig, VAEConfig
 from scldm.nn.dispersion import fit_theta
 from scldm.nn.scvi import ScviVAE
@@ -60,6 +61,7 @@ def paths(folder: Path) -> Paths:
         "an encoder on the device gives the latents of the CPU": _equal_latents,
         "a condition of the decoder": _adaln,
         "the MLP baseline": _scvi,
+        "counts drawn from each head": _drawn_counts,
     }
     for mode in MODES:
         drawn: dict[str, Any] = {"n": 10} if mode in NEEDS_N else {"share": 0.7} if mode == "share_expressed" else {}
@@ -104,6 +106,14 @@ def _equal_latents() -> None:
             found, scored = vae.encode(cells.to(CUDA)), vae(cells.to(CUDA))
         torch.testing.assert_close(found.cpu(), z, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(scored.cpu(), nll, rtol=1e-4, atol=1e-4)
+
+
+def _drawn_counts() -> None:
+    for head in ("nb_shared", "nb_cell", "gaussian"):
+        vae = vae_objective({**WIDE, "head": head}).module.to(CUDA)
+        with torch.no_grad():
+            decoded = vae.decode(torch.randn(CELLS, *SHAPE, device=CUDA), torch.full((CELLS,), 100.0, device=CUDA))
+        assert draw_sparse(decoded, list(range(CELLS)), seed=0).shape == (CELLS, GENES)
 
 
 def _adaln() -> None:
