@@ -7,6 +7,12 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "pipeline/cli/notebook.py: settings must be {'train_vae.train.max_steps': 500}": (
+        "tests/unit/cli/test_train_in_a_notebook.py"
+    ),
+    "scldm/api/conditions.py: for cells without labels write generate(n={})": (
+        "tests/unit/model/api/test_conditions_as_people_have_them.py"
+    ),
     "pipeline/inference/actors/numerics.py: , or set resources.gpus_per_worker=1": (
         "tests/unit/inference/test_precision_of_jobs.py"
     ),
@@ -109,6 +115,13 @@ FOLLOWED_ELSEWHERE = {
 }
 
 NOT_FOLLOWED = {
+    "pipeline/training/engine/compiled_blocks.py: install one, or set train.compile=false": (
+        "needs a machine without a compiler: tests/unit/training/test_compiled_blocks.py checks the text"
+    ),
+    "scldm/__init__.py: pip install '.[pipeline]'": "needs an environment without the pipeline",
+    "scldm/api/training_run.py: scldm run jobs/evaluate.yaml": (
+        "needs a trained pipeline whose cells were not evaluated"
+    ),
     "pipeline/__main__.py: in a checkout of this project pip install '.[pipeline]', or make venv": (
         "installs packages from a registry"
     ),
@@ -128,7 +141,7 @@ NOT_FOLLOWED = {
     "pipeline/training/trainer.py: workers failed {} times and train.max_failures is {}": (
         "needs workers of Ray Train: tests/chaos/training"
     ),
-    "pipeline/training/engine/partitions.py: use another train.zero_stage or train.precision": (
+    "pipeline/training/engine/partitions.py: use another train.zero_stage": (
         "needs a DeepSpeed engine whose tensors lie elsewhere"
     ),
     "pipeline/training/tasks/flow.py: add {} to encode.splits": "needs workers of Ray Train",

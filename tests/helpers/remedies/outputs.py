@@ -44,7 +44,8 @@ def annotated(folder: Path, n: int = 60, **obs: Any) -> Path:
 @follows(
     "pipeline/cli/init/command.py: --out {} is a folder; name a file in it: --out {}",
     "pipeline/cli/init/command.py: exists; another name with --out, or --force to replace it",
-    "pipeline/cli/init/command.py: cannot be written ({}); --out elsewhere",
+    "pipeline/cli/init/job.py: exists; another name with --out, or --force to replace it",
+    "pipeline/cli/init/job.py: cannot be written ({}); --out elsewhere",
     "pipeline/cli/init/summary.py: scldm plan {}",
     "pipeline/cli/init/summary.py: scldm run {}",
     "pipeline/cli/init/render.py: scldm plan {}",
