@@ -138,7 +138,9 @@ def test_unusable_cells_are_refused_with_a_fix(model):
         CellsError, match=r"no raw counts, the first is \d\.\d+ in cell cell-\d+.*their layer \(counts\)"
     ):
         model.encode(logged)
-    with pytest.raises(CellsError, match="no layer 'raw'; there are: counts"):
+    with pytest.raises(CellsError, match="no layer 'umis'; there are: counts"):
+        model.encode(logged, layer="umis")
+    with pytest.raises(CellsError, match="there is no raw; there are layers: counts"):
         model.encode(logged, layer="raw")
     with pytest.raises(CellsError, match=r"6 of the model's 6 genes are not in the data.*match='symbol'"):
         model.encode(anndata.AnnData(adata.X, var=pd.DataFrame(index=[f"y{i}" for i in range(8)])))
