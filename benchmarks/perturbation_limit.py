@@ -76,7 +76,7 @@ def main() -> None:
             value = float(np.mean(values))
             spread = (min(values), max(values))
             rows.append(Row(f"limit.{name}.{way.replace(' ', '_')}", value, "energy distance", plain,
-                            plain / value if value > 0 else float("inf"), len(values), spread))  # fmt: skip
+                            plain / value if value > 0 else None, len(values), spread))  # fmt: skip
     report(rows, args.json)
 
 

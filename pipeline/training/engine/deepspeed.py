@@ -24,7 +24,13 @@ from pipeline.config.deepspeed import deepspeed_options
 from pipeline.config.job import TrainConfig
 from pipeline.training.engine.partitions import Flat, base_optimizer, flats_of, weights_from_flats
 from pipeline.training.engine.state_files import Shards, shard_tensors
+from scldm.nn.decoder import Decoder
+from scldm.nn.encoder import Encoder
 from scldm.optim.rates import SlowedPart, piece_factor, slowed
+
+# They use weights of their parts outside of the parts' own forward passes. ZeRO stage 3, which gathers a part's weights
+# for its forward pass, learned of that too late in a training that resumes; it gathers these modules whole.
+GATHERED_WHOLE = [Encoder, Decoder]
 
 
 def _import_deepspeed() -> Any:
@@ -114,6 +120,8 @@ class Engine:
             micro_batch_size=micro_batch_size, accumulation=accumulation, gpu=torch.cuda.is_available(),
         )  # fmt: skip
         self._rates = dict(rates or {})
+        if self.stage == 3:
+            self._deepspeed.utils.set_z3_leaf_modules(module, GATHERED_WHOLE, raise_if_not_found=False)
         self._gate(optimizer)
         self._engine: Any = None
         self._engine, self.optimizer, _, _ = self._deepspeed.initialize(
