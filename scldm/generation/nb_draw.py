@@ -25,6 +25,7 @@ INVERT_TO = 16.0  # mu: above it the walk along the distribution function is lon
 LOW_WORDS, SEQUENCE = np.uint64(1 << 8), np.uint64(2 << 8)  # sub-streams, combined with the stream's number
 ROWS = 64  # cells of a scratch block: b g numbers are never held twice
 MOST = float(2**31 - 1)
+LEAST_THETA = 1e-30  # of a network whose exponential underflows: a count is then 0, but for a chance that is not seen
 
 
 @numba.njit(cache=True, nogil=True)
@@ -178,7 +179,7 @@ def draw_counts(
     """
     b, g = mu.shape
     genes = np.arange(g) if genes is None else np.asarray(genes, dtype=np.int64)
-    rows_of_theta = np.ascontiguousarray(theta, dtype=np.float32).reshape(-1, g)
+    rows_of_theta = np.maximum(np.ascontiguousarray(theta, dtype=np.float32), LEAST_THETA).reshape(-1, g)
     cells, key = as_cells(cell_ids), key_of(seed)
 
     def draw(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,7 +24,17 @@ import scipy.sparse as sp
 
 from scldm.generation.counter_random import MASK, SHIFT, TO_UNIT, as_cells, key_of, philox
 from scldm.generation.draws.change import Change
-from scldm.generation.nb_draw import INVERT_TO, LOW_WORDS, MOST, ROWS, _gamma, _inverted, _poisson, _uniforms
+from scldm.generation.nb_draw import (
+    INVERT_TO,
+    LEAST_THETA,
+    LOW_WORDS,
+    MOST,
+    ROWS,
+    _gamma,
+    _inverted,
+    _poisson,
+    _uniforms,
+)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -129,6 +139,6 @@ def change_counts(
             np.ascontiguousarray(x, dtype=np.float32) for x in (part.before, part.after, part.theta)
         )
         streams = np.uint64(kept_stream), np.uint64(added_stream)
-        _rows(changed, before, after, theta, cells[at], *key, *streams)
+        _rows(changed, before, after, np.maximum(theta, LEAST_THETA), cells[at], *key, *streams)
         parts.append(sp.csr_matrix(changed))
     return sp.vstack(parts, format="csr")

@@ -136,3 +136,9 @@ def test_a_cell_does_not_depend_on_the_others():
     some = [70, 3]
     np.testing.assert_array_equal(changed(counts[some], before[some], after[some], some), whole[some])
     assert (changed(counts, before, after, seed=4) != whole).any()
+
+
+def test_an_inverse_dispersion_that_underflows_adds_nothing_to_a_zero():
+    found = changed([[0, 4]], [[0.0, 1.0]], [[2.0, 3.0]], theta=np.zeros(2))
+    assert found[0, 0] == 0
+    assert found[0, 1] >= 4

@@ -81,3 +81,8 @@ def test_a_mean_of_zero_is_a_zero_and_no_cells_are_no_rows():
     assert draw_counts(np.zeros((0, 5), np.float32), np.ones(5, np.float32), [], seed=0, stream=1).shape == (0, 5)
     with pytest.raises(ValueError, match="cell ids must be >= 0"):
         draw_counts(np.zeros((1, 5), np.float32), np.ones(5, np.float32), [-1], seed=0, stream=1)
+
+
+def test_an_inverse_dispersion_that_underflows_draws_zeros():
+    mu = np.array([[0.5, 8.0, 300.0]], np.float32)
+    assert draw_counts(mu, np.zeros(3, np.float32), [0], seed=0, stream=5).nnz == 0
