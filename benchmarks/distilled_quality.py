@@ -111,6 +111,19 @@ def train_pair(path: Path, effort: Effort) -> Trained:
     return Trained(vae, dit.eval().requires_grad_(False), parts, own)
 
 
+def kept_pair(name: str, file: Path, folder: Path | None, effort: Effort) -> Trained:
+    """Return the pair of a set from the folder that keeps them; trained, and kept there, if it is not there yet."""
+    kept = None if folder is None else folder / f"{name}.pt"
+    if kept is not None and kept.is_file():
+        trained: Trained = torch.load(kept, weights_only=False)  # our own file
+        return trained
+    trained = train_pair(file, effort)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(trained, kept)
+    return trained
+
+
 def noise(n: int, shape: tuple[int, int], stream: int) -> Tensor:
     return torch.from_numpy(normals(range(n), shape[0] * shape[1], seed=0, stream=stream)).unflatten(1, shape)
 
@@ -263,14 +276,7 @@ def main() -> None:
     effort = QUICK if a.quick else FULL
     document: dict[str, object] = {"machine": machine(), "effort": vars(effort)}
     for name, file in (x.split("=", 1) for x in a.sets):
-        kept = None if a.pairs is None else a.pairs / f"{name}.pt"
-        if kept is not None and kept.is_file():
-            trained = torch.load(kept, weights_only=False)  # our own file
-        else:
-            trained = train_pair(Path(file), effort)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(trained, kept)
+        trained = kept_pair(name, Path(file), a.pairs, effort)
         document[name] = compare(trained, effort)
         text = json.dumps(document, indent=1)
         if a.json is not None:  # after every set, so that a stopped run leaves what it has

@@ -32,10 +32,10 @@ from distilled_quality import (
     Trained,
     cells_of,
     in_tiles,
+    kept_pair,
     labels_of,
     noise,
     shape_of,
-    train_pair,
 )  # fmt: skip
 from generation_quality import Space
 from harness import machine
@@ -131,14 +131,7 @@ def main() -> None:
     effort = QUICK if a.quick else replace(FULL, n_cells=400)
     document: dict[str, object] = {"machine": machine(), "effort": vars(effort)}
     for name, file in (x.split("=", 1) for x in a.sets):
-        kept = None if a.pairs is None else a.pairs / f"{name}.pt"
-        if kept is not None and kept.is_file():
-            trained = torch.load(kept, weights_only=False)  # our own file
-        else:
-            trained = train_pair(Path(file), effort)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(trained, kept)
+        trained = kept_pair(name, Path(file), a.pairs, effort)
         document[name] = compare(trained, effort.n_cells, effort.halves)
         text = json.dumps(document, indent=1)
         if a.json is not None:  # after every set, so that a stopped run leaves what it has

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scldm.data.batch import CellBatch
 from scldm.nn.kernels.nb_sparse import EPS, sparse_nb_nll
+from scldm.nn.kernels.precision import whole_products
 
 
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def nb_nll(cells: CellBatch, log_proportion: Tensor, theta: Tensor, sample: Gene
         sample: If given, the genes that the columns stand for; the sum is then an estimate of the sum over all genes.
     """
     cell, column, counts = scored_entries(cells, sample, log_proportion.dtype)
-    with torch.autocast(counts.device.type, enabled=False):  # sums over genes stay in their precision
+    with whole_products(counts):  # sums over genes stay in their precision
         return sparse_nb_nll(
             log_proportion,
             theta,
@@ -105,7 +106,7 @@ def squared_error(cells: CellBatch, mu: Tensor, sample: GeneSample | None = None
     if sample is None:
         return mu.square().sum(1).index_add(0, cell, extra)
     weight = sample.weight.to(mu.dtype)
-    with torch.autocast(mu.device.type, enabled=False):
+    with whole_products(mu):
         return (mu.square() @ weight).index_add(0, cell, extra * weight[column])
 
 
