@@ -19,7 +19,7 @@ _spec.loader.exec_module(architecture)
 
 NEVER_IN_SCLDM = {"pipeline", "ray", "mlflow", "deepspeed", "tiledbsoma", "click", "typer"}
 ONLY_IN = {
-    "tiledbsoma": ("pipeline/data/soma/store.py", "pipeline/data/soma/write.py", "pipeline/inference/export/soma.py"),
+    "tiledbsoma": ("pipeline/data/soma/library.py",),
     "deepspeed": ("pipeline/training/engine/deepspeed.py",),
     "mlflow": (
         "pipeline/config/paths/remote_models.py",

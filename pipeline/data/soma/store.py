@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import tiledbsoma as soma
 from numpy.typing import DTypeLike
 
 from pipeline.config.s3 import S3Config
 from pipeline.data.entries import CountEntries
 from pipeline.data.soma.assemble import PlacedEntries, Ragged, assemble
+from pipeline.data.soma.library import soma
 from pipeline.data.soma.retry import survives_faults
 from pipeline.data.soma.s3_errors import failure
 from scldm.errors import InputError

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
-import tiledbsoma as soma
 
 from pipeline.data.entries import CountEntries
+from pipeline.data.soma.library import soma
 from pipeline.data.soma.store import TILE, SomaStore
 from pipeline.data.validation.cell_hashes import CellHashes
 

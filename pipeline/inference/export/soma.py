@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
-import tiledbsoma as soma
 
 from pipeline.core.files import replaces
+from pipeline.data.soma.library import soma
 from pipeline.data.soma.store import TILE
 from pipeline.data.soma.write import in_tile_order, write_frame, x_layout
 from scldm.cells.cells import Cells
