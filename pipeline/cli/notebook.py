@@ -34,7 +34,7 @@ STOPPED = 128 + signal.SIGTERM  # how a training ends that wrote a checkpoint be
 def train(
     cells: anndata.AnnData | str | Path, labels: Sequence[str] | str | None = None, *, name: str | None = None,
     output: str | Path = "runs", layer: str | None = None, gene_id: str | None = None, gpus: int = 0, seed: int = 0,
-    settings: Mapping[str, Any] | Sequence[str] | None = None, ray_address: str | None = None,
+    settings: Mapping[str, Any] | Sequence[str] | None = None, ray: bool | None = None, ray_address: str | None = None,
 ) -> Model:  # fmt: skip
     """Train a VAE and a flow on cells, generate and evaluate; return the model.
 
@@ -51,7 +51,9 @@ def train(
         gpus: GPUs that are trained on; 0: the cores of this machine.
         seed: Of everything that is drawn.
         settings: What is changed of the job: {"train_vae.train.max_steps": 500}, or ["train_vae.train.max_steps=500"].
-        ray_address: Of a Ray cluster, host:port; None: a local one is started, or RAY_ADDRESS.
+        ray: Whether the stages run on Ray. None: if there is a cluster (ray_address, RAY_ADDRESS) or more than one GPU.
+            Without it one worker trains in a child process, with the numbers of one worker on Ray.
+        ray_address: Of a Ray cluster, host:port; None: RAY_ADDRESS, else a local one where Ray is wanted.
 
     Raises:
         InputError: Arguments, cells or settings cannot be used; all that is found wrong is said at once.
@@ -62,7 +64,9 @@ def train(
     from pipeline.workflow.runner import run_job
     from scldm.api.model import load
 
-    wanted = _arguments(labels, name, output, layer, gene_id, gpus, seed)
+    wanted = _arguments(labels, name, output, layer, gene_id, gpus, seed, ray, ray_address)
+    if ray is None:
+        ray = int(gpus) > 1 or bool(ray_address or os.environ.get("RAY_ADDRESS"))
     overrides = [f"seed={int(seed)}", *_overrides(settings)]
     folder = Path(output).expanduser() / (name or _name(cells))
     source = source_of(cells, folder, layer=layer)
@@ -70,7 +74,7 @@ def train(
     summary = look_at(source.address, {**given, "counts": True}, memory_gib=MEMORY_GIB, tell=print)
     text, words = make_job(
         summary,
-        Wanted(folder.name, folder / JOB, "scldm.train", given, wanted, gpus=gpus, output=str(folder.parent)),
+        Wanted(folder.name, folder / JOB, "scldm.train", given, wanted, gpus=gpus, ray=ray, output=str(folder.parent)),
     )
     write_job(folder / JOB, text, force=True)
     print("\n".join([*(f"note: {note}" for note in source.notes), *_without_commands(words)]), flush=True)
@@ -80,7 +84,7 @@ def train(
 
 
 def _arguments(
-    labels: Any, name: Any, output: Any, layer: Any, gene_id: Any, gpus: Any, seed: Any
+    labels: Any, name: Any, output: Any, layer: Any, gene_id: Any, gpus: Any, seed: Any, ray: Any, ray_address: Any
 ) -> list[str]:  # fmt: skip
     """Check arguments; return the labels as a list."""
     from scldm.api.arguments import Arguments
@@ -94,6 +98,11 @@ def _arguments(
     given.seed(seed)
     if name is not None and isinstance(name, str) and name != name_of(name):
         given.problems.append(f"name is that of a folder: letters, digits, '.', '_' and '-'; got {name!r}")
+    given.text("ray_address", ray_address)
+    if ray is not None:
+        given.flag("ray", ray)
+    if ray is False and (address := ray_address or os.environ.get("RAY_ADDRESS")):
+        given.problems.append(f"ray=False trains on this machine alone, and {address!r} names a cluster; leave one out")
     found = [labels] if isinstance(labels, str) else list(labels or [])
     if wrong := [x for x in found if not isinstance(x, str)]:
         given.problems.append(f"labels must be names of obs columns; got {wrong[0]!r}")

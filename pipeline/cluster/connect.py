@@ -42,10 +42,19 @@ def connect(resources: ResourcesConfig, stages: Collection[str] = ()) -> Iterato
         stages: Names of the stages that will run, whose requests are compared with what the cluster has.
 
     Raises:
-        InputError: no cluster answers, none can be started here, or one that is started here cannot meet the requests.
+        InputError: no cluster answers, none can be started here, or one that is started here cannot meet the requests;
+            or RAY_ADDRESS is set for a job without Ray.
     """
     bypass_proxies()
     address = os.environ.get("RAY_ADDRESS") or None
+    if not resources.ray:
+        if address:
+            raise InputError(
+                f"resources.ray=false runs on this machine alone, and RAY_ADDRESS={address} names a cluster; unset one "
+                "of them"
+            )
+        yield
+        return
     if address and address.startswith("http"):
         raise InputError(
             f"RAY_ADDRESS={address} is the address for submitting: use `scldm submit`, or set RAY_ADDRESS to host:port"

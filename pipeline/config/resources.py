@@ -63,6 +63,10 @@ class ActorRange(_Range):
 class ResourcesConfig(StrictModel):
     """Resources that the job requests from Ray."""
 
+    ray: bool = True
+    """Whether the job runs on Ray. False: on this machine alone, with one worker in a child process: a laptop starts no
+    cluster for a small model. The numbers are those of one worker on Ray."""
+
     workers: WorkerRange = WorkerRange(min=2, max=2)
     """Training workers: a number, or {min: 1, max: 4} to continue with fewer workers after nodes fail and with more
     when nodes join. train.feed.lanes must be a multiple of every possible number of workers."""
@@ -80,8 +84,26 @@ class ResourcesConfig(StrictModel):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keep the records of jobs from before this setting existed."""
-        return {k: v for k, v in to_dict(self).items() if (k, v) != ("gpu_hour_price", None)}
+        """Keep the records of jobs from before these settings existed."""
+        newer = (("gpu_hour_price", None), ("ray", True))
+        return {k: v for k, v in to_dict(self).items() if (k, v) not in newer}
+
+    @model_validator(mode="after")
+    def _one_worker_without_ray(self) -> Self:
+        if self.ray:
+            return self
+        wrong = []
+        if self.workers.max > 1:
+            wrong.append(f"one worker, and resources.workers is {self.workers}: set it to 1")
+        if self.actors_min > 1:
+            wrong.append(f"one actor, and resources.actors starts with {self.actors_min}: set it to 1")
+        if self.gpus_per_worker not in (0, 1):
+            wrong.append(
+                f"one GPU or none, and resources.gpus_per_worker is {self.gpus_per_worker:g}: set it to 0 or 1"
+            )
+        if wrong:
+            raise ValueError("resources.ray=false runs with " + "; with ".join(wrong) + "; or set resources.ray=true")
+        return self
 
     @property
     def actors_min(self) -> int:

@@ -57,8 +57,8 @@ class AddedColumns:
 
 
 def ray_pool(shards: list[int], spec: ApplierSpec, context: StageContext) -> Iterator[Record]:
-    """Make shards on Ray actors."""
-    return run_on_actors(Applier, shards, spec, context.resources)
+    """Make shards on Ray actors, or on one without Ray."""
+    return run_on_actors(Applier, shards, spec, context.resources, folder=context.folder)
 
 
 def run_batches(

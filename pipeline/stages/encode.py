@@ -1,7 +1,8 @@
 """Encode every cell once: the latent cache.
 
 The VAE is frozen and deterministic, so the flow can be trained on latents and never reads a count. Blocks are read in
-storage order through Ray Data; actors that hold the VAE commit one Arrow IPC shard for each block.
+storage order through Ray Data; actors that hold the VAE commit one Arrow IPC shard for each block. Without Ray
+(`resources.ray=false`) one child process does both.
 """
 
 from __future__ import annotations
@@ -10,25 +11,23 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.cluster.child import in_child
 from pipeline.config.context import StageContext
 from pipeline.config.job import EncodeConfig
-from pipeline.config.resources import ResourcesConfig, threads_per_worker
+from pipeline.config.resources import threads_per_worker
 from pipeline.core.faults import VARIABLE, arm
 from pipeline.core.progress import ProgressReader, ProgressWriter
 from pipeline.core.shards import CommitPoints, Record, ShardStore
 from pipeline.data.ingest.dataset import IngestedDataset
-from pipeline.data.loading.blocks import LABEL, RECORD_BATCH_ROWS
+from pipeline.data.loading.blocks import LABEL, RECORD_BATCH_ROWS, BlockSource, storage_blocks
 from pipeline.inference.actors.numerics import agree, begin, end
 from pipeline.inference.actors.pool import actor_pool
 from scldm.nn.kernels.precision import Precision
-
-if TYPE_CHECKING:
-    from ray.data import Dataset
 
 BLOCK_ROWS = 8192
 POINTS = CommitPoints("encode.before_rename", "encode.before_record", "encode.after_record")
@@ -108,8 +107,6 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
         Facts: latents (folder), latent_type, shards (split -> files with cells and sha256), latent_shape, n_cells,
         precision, device (kind).
     """
-    from pipeline.data.loading.ray_source import blocks_dataset, storage_blocks
-
     data = IngestedDataset.open(context.inputs["ingest"])
     vae = context.inputs["train_vae"]
     folder = context.folder / "latents"
@@ -134,9 +131,7 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
             todo = [i for i in range(len(blocks)) if shard_name(split, i) not in have]
             if not todo:
                 continue
-            dataset = blocks_dataset(source, [blocks[i] for i in todo])
-            shard_of = {int(blocks[i][0]): i for i in todo}
-            for record in _encode_blocks(dataset, split, shard_of, spec, context.resources):
+            for record in _encode_blocks(source, {i: blocks[i] for i in todo}, split, spec, context):
                 records.append(record)
                 done += record["n_cells"]
                 progress.update(done, total)
@@ -148,20 +143,25 @@ def run(config: EncodeConfig, context: StageContext) -> dict[str, Any]:
 
 
 def _encode_blocks(
-    dataset: Dataset, split: str, shard_of: dict[int, int], spec: EncoderSpec, resources: ResourcesConfig
+    source: BlockSource, blocks: dict[int, np.ndarray], split: str, spec: EncoderSpec, context: StageContext
 ) -> Iterator[Record]:
-    """Yield the records of shards as actors commit them.
+    """Yield the records of shards as they are committed, by Ray's actors or by one in a child process.
 
     Args:
-        shard_of: First soma_joinid of a block -> number of its shard.
+        blocks: Number of a shard -> the soma_joinids of its cells.
     """
+    resources = context.resources
+    if not resources.ray:
+        arguments = (spec, source, blocks, split)
+        yield from in_child(_one_after_another, *arguments, resources=resources, folder=context.folder)
+        return
+    from pipeline.data.loading.ray_source import blocks_dataset
 
-    def name_shard(cells: pa.Table) -> pa.Table:
-        shard = shard_of[int(cells["soma_joinid"][0].as_py())]
-        cells = cells.append_column("split", pa.array([split] * len(cells)))
-        return cells.append_column("shard", pa.array(np.full(len(cells), shard, np.int32)))
-
-    named = dataset.map_batches(name_shard, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+    shard_of = {int(ids[0]): shard for shard, ids in blocks.items()}
+    named = blocks_dataset(source, list(blocks.values())).map_batches(
+        lambda cells: _named(cells, split, shard_of[int(cells["soma_joinid"][0].as_py())]),
+        batch_size=None, batch_format="pyarrow", num_cpus=0.25,
+    )  # fmt: skip
     committed = named.map_batches(
         Encoder,
         fn_constructor_args=(spec,),
@@ -172,3 +172,17 @@ def _encode_blocks(
         num_gpus=resources.gpus_per_worker or None,
     )
     yield from committed.iter_rows()
+
+
+def _one_after_another(
+    spec: EncoderSpec, source: BlockSource, blocks: dict[int, np.ndarray], split: str
+) -> Iterator[Record]:
+    encoder = Encoder(spec)
+    for shard, ids in blocks.items():
+        yield from encoder(_named(source.reader.read(source.rows(ids)), split, shard)).to_pylist()
+
+
+def _named(cells: pa.Table, split: str, shard: int) -> pa.Table:
+    """Add the split and the number of the shard that cells belong to."""
+    cells = cells.append_column("split", pa.array([split] * len(cells)))
+    return cells.append_column("shard", pa.array(np.full(len(cells), shard, np.int32)))

@@ -71,8 +71,8 @@ logger = logging.getLogger(__name__)
 
 
 def ray_pool(shards: list[int], spec: GeneratorSpec, context: StageContext) -> Iterator[Record]:
-    """Make shards on Ray actors."""
-    return run_on_actors(Generator, shards, spec, context.resources)
+    """Make shards on Ray actors, or on one without Ray."""
+    return run_on_actors(Generator, shards, spec, context.resources, folder=context.folder)
 
 
 def run(config: GenerateConfig, context: StageContext, pool: Pool = ray_pool) -> dict[str, Any]:

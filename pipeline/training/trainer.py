@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import uuid
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cluster.child import in_child
 from pipeline.config.checks import feed_problems, gpu_problems
 from pipeline.config.job import ResourcesConfig, TrainConfig
 from pipeline.core.logs import STOPPED as STOPPED_MESSAGE
@@ -38,18 +40,28 @@ log = logging.getLogger(__name__)
 
 
 def _run_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Run in every Ray Train worker. Imports the worker there, so that the driver does not load it."""
+    """Run in every Ray Train worker."""
     import ray.train
 
+    return _outcome(config["spec"], on_checkpoint=lambda metrics: ray.train.report(metrics), preempted=preemption_time)
+
+
+def _run_alone(spec: AnyWorkerSpec) -> Iterator[dict[str, Any]]:
+    """Run in the child process of a job without Ray, which is the only worker."""
+    from pipeline.training.worker import start_process_group
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    start_process_group()
+    yield _outcome(spec)
+
+
+def _outcome(spec: AnyWorkerSpec, **hooks: Any) -> dict[str, Any]:
+    """Train; return the facts, or what ended the worker. Imports the worker here: the driver does not load it."""
     from pipeline.training.checkpoints.selection import CannotResume
     from pipeline.training.worker import train_worker
 
     try:
-        return train_worker(
-            config["spec"],
-            on_checkpoint=lambda metrics: ray.train.report(metrics),
-            preempted=preemption_time,
-        )
+        return train_worker(spec, **hooks)
     except Stopped as stopped:
         return {STOPPED: stopped.step}
     except TrainingStopped as stopped:
@@ -60,6 +72,8 @@ def _run_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def fit(spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str) -> dict[str, Any]:
     """Run `train_worker` on `resources.workers` workers until training is done, and return the facts of the stage.
+
+    The workers are Ray Train's; without Ray (`resources.ray`) there is one, in a child process.
 
     If a worker dies, the whole group restarts and resumes from the newest checkpoint that verifies, at most
     `train.max_failures` times. If a node is about to be taken away, the workers write checkpoints, end, and start again
@@ -78,7 +92,8 @@ def fit(spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, sta
         stop_on_sigterm(spec.folder / STOP_FILE) as stop_requested,
     ):
         while True:
-            facts, preempted = _attempt(spec, train, resources, stage)
+            attempt = _attempt if resources.ray else _attempt_alone
+            facts, preempted = attempt(spec, train, resources, stage)
             if REFUSED in facts:
                 raise InputError(facts[REFUSED])
             if HOPELESS in facts:
@@ -118,6 +133,26 @@ def _attempt(
             "resumes from there"
         )
         raise
+
+
+def _attempt_alone(
+    spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str
+) -> tuple[dict[str, Any], None]:
+    """Run the one worker of a job without Ray; after a failure again, from its newest checkpoint, as Ray Train does."""
+    for failures in range(1, train.max_failures + 2):
+        try:
+            (facts,) = in_child(_run_alone, spec, resources=resources, folder=spec.folder)
+            return facts, None
+        except InputError:
+            raise
+        except Exception as error:
+            log.error(
+                f"{stage}: the worker failed {failures} times and train.max_failures is {train.max_failures}; step "
+                f"{newest_step(spec.folder)} is in a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
+            )
+            if failures > train.max_failures:
+                raise
+    raise AssertionError("the last failure is raised")
 
 
 def failed_workers(failures: Mapping[int, Exception]) -> list[int]:

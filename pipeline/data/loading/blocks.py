@@ -260,3 +260,10 @@ class IpcBlocks:
 
     def read(self, ids: np.ndarray) -> pa.Table:
         return self.reader.read(self.rows(ids))
+
+
+def storage_blocks(source: BlockSource, block_rows: int) -> list[np.ndarray]:
+    """Return all ids of a source in storage order, cut at storage tiles near every `block_rows`."""
+    tiles = max(1, block_rows // source.tile)
+    group = source.ids // (source.tile * tiles)
+    return np.split(source.ids, np.flatnonzero(np.diff(group)) + 1)

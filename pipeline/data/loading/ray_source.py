@@ -88,13 +88,6 @@ def blocks_dataset(
         )
 
 
-def storage_blocks(source: BlockSource, block_rows: int) -> list[np.ndarray]:
-    """Return all ids of a source in storage order, cut at storage tiles near every `block_rows`."""
-    tiles = max(1, block_rows // source.tile)
-    group = source.ids // (source.tile * tiles)
-    return np.split(source.ids, np.flatnonzero(np.diff(group)) + 1)
-
-
 def iterate_blocks(source: BlockSource, blocks: Sequence[np.ndarray], *, read_cpus: float) -> Iterator[pa.Table]:
     """Yield the tables of blocks in order; Ray reads ahead as far as its object store allows."""
     with explain_full_store(source, blocks):

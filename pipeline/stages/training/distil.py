@@ -42,8 +42,8 @@ OWN_VAE = "vae"  # folder of the VAE of a flow that the job named, next to the d
 
 
 def ray_pool(shards: list[int], spec: TrajectorySpec, context: StageContext) -> Iterator[Record]:
-    """Solve shards on Ray actors."""
-    return run_on_actors(TrajectorySolver, shards, spec, context.resources)
+    """Solve shards on Ray actors, or on one without Ray."""
+    return run_on_actors(TrajectorySolver, shards, spec, context.resources, folder=context.folder)
 
 
 def run(config: DistilConfig, context: StageContext, pool: Pool = ray_pool) -> dict[str, Any]:

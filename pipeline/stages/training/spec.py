@@ -61,7 +61,7 @@ def common_spec(context: StageContext) -> dict[str, Any]:
         "folder": context.folder,
         "version": context.folder.name,
         "seed": context.seed,
-        "feed_engine": "ray",
+        "feed_engine": "ray" if context.resources.ray else "local",
         "tracker": context.tracker.spec(),
         "threads": threads_per_worker(context.resources),
         "storage": context.checkpoints,
