@@ -24,15 +24,27 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import anndata
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import Conditions, library_size_argument, read_conditions, sampler_settings
 from scldm.api.folders import ModelFolders, Weights, find_models
-from scldm.api.parts import LATENTS, check_fits, digests, flat, joined, made_cells, require_counts_head, tiles, told
+from scldm.api.parts import (
+    LATENTS,
+    check_fits,
+    digests,
+    each_batch,
+    flat,
+    joined,
+    made_cells,
+    require_counts_head,
+    told,
+)
 from scldm.checkpoints.asked_values import value_notes, with_values
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
 from scldm.data.align import Match, align, class_ids
+from scldm.data.batch import CellBatch
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
@@ -44,6 +56,7 @@ from scldm.generation.real_cells import draw_sparse, latent_log_prob, require_wh
 from scldm.generation.recipe import generated_obs, named_after, recipe_of
 from scldm.generation.request import Request, Settings
 from scldm.generation.request_table import RequestError
+from scldm.generation.tile_threads import each_tile
 from scldm.nn.kernels.precision import PRECISIONS, Numerics, Precision, PrecisionError, resolve, set_precision
 
 if TYPE_CHECKING:
@@ -188,8 +201,12 @@ class Model:
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         out = (adata.to_memory() if adata.isbacked else adata.copy()) if adata.is_view else adata
         numerics = self._numerics()
-        with torch.inference_mode():
-            parts = [flat(self.vae.vae.encode(batch)) for batch in tiles(self.vae, cells, out)]
+
+        @torch.inference_mode()
+        def encoded(batch: CellBatch) -> np.ndarray:
+            return flat(self.vae.vae.encode(batch))
+
+        parts = list(each_batch(encoded, self.vae, None, cells, out))
         out.obsm[LATENTS] = joined(parts, self.latent_shape)
         out.uns[LATENTS] = numerics.as_plain()
         return out
@@ -217,25 +234,26 @@ class Model:
         given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         vectors = decoder_vectors(self.vae.vae.config, decoder_condition, adata.n_obs, per="each cell")
-        counts, latents, means, numerics = [], [], [], self._numerics()
-        for batch in tiles(self.vae, cells, adata):
+        numerics = self._numerics()
+
+        @torch.inference_mode()
+        def decoded(batch: CellBatch) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray | None]:
             condition = None if vectors is None else torch.from_numpy(vectors[batch.joinids.cpu().numpy()])
-            with torch.inference_mode():
-                z = self.vae.vae.encode(batch)
-                out = self.vae.vae.decode(
-                    z, batch.library_size, condition=None if condition is None else condition.to(self.device)
-                )
-            counts.append(draw_sparse(out, batch.joinids.tolist(), seed=seed))
-            latents.append(flat(z))
-            if mean:
-                means.append(out.mu.float().cpu().numpy())
+            z = self.vae.vae.encode(batch)
+            out = self.vae.vae.decode(
+                z, batch.library_size, condition=None if condition is None else condition.to(self.device)
+            )
+            drawn = draw_sparse(out, batch.joinids.tolist(), seed=seed)
+            return drawn, flat(z), out.mu.float().cpu().numpy() if mean else None
+
+        parts = list(each_batch(decoded, self.vae, None, cells, adata))
         obs = adata.obs.copy()
         obs["is_synthetic"] = True
         obs["library_size"] = np.asarray(cells.counts.sum(1)).ravel().astype(np.float32)
         about = {"kind": "reconstruct", "seed": seed, **digests(self.folders), **numerics.as_plain()}
-        made = made_cells(self.vae, counts, latents, obs, about)
+        made = made_cells(self.vae, [p[0] for p in parts], [p[1] for p in parts], obs, about)
         if mean:
-            made.layers["mean"] = np.concatenate(means)
+            made.layers["mean"] = np.concatenate([p[2] for p in parts])
         return made
 
     def log_likelihood(
@@ -270,8 +288,9 @@ class Model:
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
         conditions = class_ids(adata, self.vocabulary) if flow else {}
         sampler = SamplerConfig(solver="midpoint", steps=20)  # as a log_likelihood job
-        rows, numerics = [], self._numerics(sampler)
-        for batch in tiles(self.vae, cells, adata, conditions):
+        numerics = self._numerics(sampler)
+
+        def likelihoods(batch: CellBatch) -> pd.DataFrame:
             with torch.no_grad():
                 z = self.vae.vae.encode(batch)
                 nll = self.vae.vae.nll(batch, z)
@@ -281,8 +300,10 @@ class Model:
                 found["flow_log_prob"] = latent_log_prob(
                     self.flow, z, batch.conditions, ids, sampler=sampler, n_probes=probes, seed=seed
                 ).float()
-            rows.append(pd.DataFrame({k: v.cpu().numpy() for k, v in found.items()}))
-        table = pd.concat(rows).set_axis(adata.obs_names)
+            return pd.DataFrame({k: v.cpu().numpy() for k, v in found.items()})
+
+        rows = each_batch(likelihoods, self.vae, self.flow if flow else None, cells, adata, conditions)
+        table = pd.concat(list(rows)).set_axis(adata.obs_names)
         table.attrs["scldm"] = numerics.as_plain()
         return table
 
@@ -394,7 +415,7 @@ class Model:
         )
         recipe = replace(recipe, decoder_condition=vectors)
         maker = CellMaker(self.vae, flow, recipe, sampler=settings, seed=seed, genes=kept, start=start)
-        made = list(maker.cells(0, request.n_cells))
+        made = list(each_tile(maker.tile_of, range(0, request.n_cells, maker.tile), (self.vae.vae, flow.dit)))
         about = {"kind": "generate", "seed": seed, "sampler": settings.model_dump_json(), "request": request.digest,
                  "library_size": str(library_size), **digests(self.folders), **vectors_digest(vectors),
                  **({} if start == "noise" else {"start": start})}  # fmt: skip

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import anndata
 import numpy as np
@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from torch import Tensor
 
 from scldm.api.folders import ModelFolders
-from scldm.checkpoints.native import LoadedVAE, folder_digest
+from scldm.checkpoints.native import LoadedFlow, LoadedVAE, folder_digest
 from scldm.data.align import AlignedCells
 from scldm.data.batch import CellBatch
 from scldm.data.cell_counts import CellsError
@@ -26,8 +26,10 @@ from scldm.generation.cell_maker import tile_cells
 from scldm.generation.expression_draw import scale_of
 from scldm.generation.recipe import genes_table
 from scldm.generation.request_table import RequestError
+from scldm.generation.tile_threads import each_tile
 
 LATENTS = "X_scldm"
+Result = TypeVar("Result")
 OBS_BYTES = 200  # of a cell: its name and a row of obs
 
 
@@ -51,6 +53,19 @@ def tiles(
     size = tile_cells(vae, device)
     for start in range(0, cells.counts.shape[0], size):
         yield cells.batch(start, start + size, conditions).to(device)
+
+
+def each_batch(
+    work: Callable[[CellBatch], Result], vae: LoadedVAE, flow: LoadedFlow | None, cells: AlignedCells,
+    adata: anndata.AnnData, conditions: Mapping[str, np.ndarray] | None = None,
+) -> Iterator[Result]:  # fmt: skip
+    """Yield `work(batch)` for the tiles of cells, in order; small models compute several at once on a CPU.
+
+    Raises:
+        CellsError: As of `tiles`.
+    """
+    networks = (vae.vae, None if flow is None else flow.dit)
+    return each_tile(work, tiles(vae, cells, adata, conditions), networks)
 
 
 def check_fits(n_cells: int, *, n_latent_numbers: int, memory: int | None = None) -> None:

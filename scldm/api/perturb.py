@@ -7,14 +7,16 @@ from typing import Any
 
 import anndata
 import numpy as np
+import scipy.sparse as sp
 
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import sampler_settings
 from scldm.api.folders import ModelFolders, Weights
-from scldm.api.parts import digests, flat, made_cells, tiles, told
+from scldm.api.parts import digests, each_batch, flat, made_cells, told
 from scldm.checkpoints.asked_values import value_notes, with_values
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.align import AlignedCells, class_ids
+from scldm.data.batch import CellBatch
 from scldm.data.cell_counts import CellsError
 from scldm.data.class_names import class_name
 from scldm.data.vocabulary import UnknownNameError, Vocabulary
@@ -130,11 +132,13 @@ def perturbed(
         ids: Their own class ids, by label.
         numerics: What the networks are set to, for the provenance.
     """
-    values, latents, flow = [], [], with_values(flow, [perturbation.to])
-    for batch in tiles(vae, cells, adata, ids):
+    flow = with_values(flow, [perturbation.to])
+
+    def moved(batch: CellBatch) -> tuple[sp.csr_matrix, np.ndarray]:
         made, z = perturb_cells(vae, flow, batch, batch, perturbation)
-        values.append(made)
-        latents.append(flat(z))
+        return made, flat(z)
+
+    parts = list(each_batch(moved, vae, flow, cells, adata, ids))
     obs = adata.obs.copy()
     obs["is_synthetic"] = True
     obs["library_size"] = np.asarray(cells.counts.sum(1)).ravel().astype(np.float32)
@@ -146,4 +150,4 @@ def perturbed(
         "counts": perturbation.counts, **digests(folders), **numerics.as_plain(),
         **told(value_notes(flow.vocabulary, [perturbation.to])),
     }  # fmt: skip
-    return made_cells(vae, values, latents, obs, about)
+    return made_cells(vae, [p[0] for p in parts], [p[1] for p in parts], obs, about)

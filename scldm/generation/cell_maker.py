@@ -159,6 +159,11 @@ class CellMaker:
         for decoded in self.decoded(start, stop):
             yield self.drawn(decoded)
 
+    def tile_of(self, first: int) -> GeneratedCells:
+        """Return the cells of the request that a whole tile holds, by the id of its first cell."""
+        [cells] = self.cells(first, min(first + self.tile, self.recipe.n_cells))
+        return cells
+
     def decoded(self, start: int, stop: int) -> Iterator[DecodedTile]:
         """Yield the same cells before counts are drawn: everything that needs the networks."""
         for first in range(start - start % self.tile, stop, self.tile):
