@@ -94,13 +94,12 @@ class ResourcesConfig(StrictModel):
             return self
         wrong = []
         if self.workers.max > 1:
-            wrong.append(f"one worker, and resources.workers is {self.workers}: set it to 1")
+            wrong.append(f"one worker, and resources.workers is {self.workers}: set resources.workers=1")
         if self.actors_min > 1:
-            wrong.append(f"one actor, and resources.actors starts with {self.actors_min}: set it to 1")
+            wrong.append(f"one actor, and resources.actors starts with {self.actors_min}: set resources.actors=1")
         if self.gpus_per_worker not in (0, 1):
-            wrong.append(
-                f"one GPU or none, and resources.gpus_per_worker is {self.gpus_per_worker:g}: set it to 0 or 1"
-            )
+            gpus = f"{self.gpus_per_worker:g}"
+            wrong.append(f"one GPU or none, and resources.gpus_per_worker is {gpus}: set resources.gpus_per_worker=1")
         if wrong:
             raise ValueError("resources.ray=false runs with " + "; with ".join(wrong) + "; or set resources.ray=true")
         return self

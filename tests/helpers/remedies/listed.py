@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "pipeline/cli/notebook.py: ray=False trains on this machine alone": "tests/unit/cli/test_train_in_a_notebook.py",
     "pipeline/cli/notebook.py: settings must be {'train_vae.train.max_steps': 500}": (
         "tests/unit/cli/test_train_in_a_notebook.py"
     ),
@@ -140,6 +141,9 @@ NOT_FOLLOWED = {
     ),
     "pipeline/training/trainer.py: workers failed {} times and train.max_failures is {}": (
         "needs workers of Ray Train: tests/chaos/training"
+    ),
+    "pipeline/training/trainer.py: the worker failed {} times and train.max_failures is {}": (
+        "needs a worker that is killed: tests/multiprocess/test_alone.py"
     ),
     "pipeline/training/engine/partitions.py: use another train.zero_stage": (
         "needs a DeepSpeed engine whose tensors lie elsewhere"
