@@ -166,6 +166,32 @@ class Model:
         """Return the shape (m, e) of a cell's latents; obsm["X_scldm"] holds them flattened."""
         return self.vae.vae.config.n_latent_tokens, self.vae.vae.config.latent_width
 
+    def to(self, device: str | torch.device) -> Model:
+        """Move the networks to a device and return the model.
+
+        Args:
+            device: For example "cuda" or "cpu"; "auto": a GPU if there is one.
+
+        Raises:
+            ArgumentError: There is no such device, or it lacks the precision that `load` was given.
+
+        >>> model.to("cpu").device
+        device(type='cpu')
+        """
+        given = Arguments()
+        device = given.device("device", device)
+        if not given.problems:
+            try:
+                resolve(self._wanted, device)
+            except PrecisionError as error:
+                given.problems.append(str(error))
+        given.raise_problems()
+        for network in (self.vae.vae, *(() if self.flow is None else (self.flow.dit,))):
+            network.to(device)
+        self.device = next(self.vae.vae.parameters()).device
+        self._numerics()
+        return self
+
     def __repr__(self) -> str:
         m, e = self.latent_shape
         labels = ", ".join(f"{k} ({len(v)})" for k, v in self.labels.items()) or "none"
