@@ -44,9 +44,9 @@ app.add_typer(mlflow_app, name="mlflow", rich_help_panel=JOBS)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        import scldm
 
-        typer.echo(f"scldm {version('scldm')}")
+        typer.echo(f"scldm {scldm.__version__}")
         raise typer.Exit
 
 

@@ -119,6 +119,10 @@ NOT_FOLLOWED = {
     "pipeline/training/engine/compiled_blocks.py: install one, or set train.compile=false": (
         "needs a machine without a compiler: tests/unit/training/test_compiled_blocks.py checks the text"
     ),
+    "scldm/__init__.py: Run pip uninstall scldm {}": "needs an environment with upstream's package",
+    "pipeline/__main__.py: (pip uninstall scldm-census scldm)": "needs an environment with upstream's package",
+    "pipeline/cli/doctor/packages.py: pip uninstall {} scldm": "needs an environment with upstream's package",
+    "scldm/errors.py: {}: {} is not installed": "installs packages from a registry",
     "scldm/__init__.py: pip install '.[pipeline]'": "needs an environment without the pipeline",
     "scldm/api/training_run.py: scldm run jobs/evaluate.yaml": (
         "needs a trained pipeline whose cells were not evaluated"
