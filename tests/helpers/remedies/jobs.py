@@ -83,13 +83,13 @@ def half_a_gpu_for_a_training_worker(case: Case) -> None:
 
 
 @follows(
-    "pipeline/config/resources.py: set resources.workers=1",
+    "pipeline/config/resources.py: is a range: set resources.workers={}",
     "pipeline/config/resources.py: set resources.actors=1",
     "pipeline/config/resources.py: set resources.gpus_per_worker=1",
     "pipeline/config/resources.py: ; or set resources.ray=true",
 )
 def several_workers_without_ray(case: Case) -> None:
-    several = {"ray": False, "workers": 2, "actors": {"min": 2, "max": 4}, "gpus_per_worker": 2}
+    several = {"ray": False, "workers": {"min": 1, "max": 2}, "actors": {"min": 2, "max": 4}, "gpus_per_worker": 2}
     job = write_job(case.folder / "generate.yaml", kind="generate", n_cells=5, resources=several)
     said = refused("validate", job)
     one = [setting(said, f"resources.{name}") for name in ("workers", "actors", "gpus_per_worker")]

@@ -146,7 +146,7 @@ NOT_FOLLOWED = {
     "pipeline/training/trainer.py: workers failed {} times and train.max_failures is {}": (
         "needs workers of Ray Train: tests/chaos/training"
     ),
-    "pipeline/training/trainer.py: the worker failed {} times and train.max_failures is {}": (
+    "pipeline/training/trainer.py: a worker failed {} times and train.max_failures is {}": (
         "needs a worker that is killed: tests/multiprocess/test_alone.py"
     ),
     "pipeline/training/engine/partitions.py: use another train.zero_stage": (
