@@ -46,6 +46,13 @@ FOLLOWED_ELSEWHERE = {
     "pipeline/stages/unseen/pooled.py: leave them out with cells, or set method=flow": (
         "tests/unit/inference/test_pooled_cells.py"
     ),
+    "pipeline/cli/verbs/options.py: --guidance takes a number or LABEL=NUMBER": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/options.py: or LABEL=NUMBER for each; not both": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/output.py: --out {} must end in .h5ad": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/output.py: --out {} is the file that is read": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/output.py: or give --force to replace it": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/perturb.py: --to names {} classes": "tests/unit/cli/test_verbs.py",
+    "pipeline/workflow/runner.py: next              scldm open {}": "tests/unit/cli/test_verbs.py",
     "pipeline/cli/cells.py: --control takes LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",
     "pipeline/cli/cells.py: --control works only with --to cell-eval": "tests/unit/inference/test_cell_eval.py",
     "pipeline/inference/export/cell_eval.py: --control LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",
@@ -165,6 +172,8 @@ NOT_FOLLOWED = {
 }
 
 NO_ADVICE = (
+    "pipeline/cli/verbs/output.py: --out {} is a folder",
+    "pipeline/cli/verbs/output.py: --out {}: {} is a file",
     "pipeline/workflow/preflight.py: {}start_from.model ({})",
     "scldm/api/model.py: a likelihood of latents (flow=True)",
     "pipeline/workflow/preflight.py: ingest.labels has no label",
