@@ -19,11 +19,11 @@ from pipeline.cli.common import JobFile, Overrides, load, reported
 from pipeline.cli.config import config_app
 from pipeline.cli.data import validate_data
 from pipeline.cli.doctor.command import doctor
-from pipeline.cli.download import download
 from pipeline.cli.init.command import init
 from pipeline.cli.mlflow import compare, mlflow_app
 from pipeline.cli.models import convert, export, presets
-from pipeline.cli.parity import parity
+from pipeline.cli.upstream.download import download
+from pipeline.cli.upstream.parity import parity
 from pipeline.cli.verbs.embed import embed
 from pipeline.cli.verbs.generate import generate
 from pipeline.cli.verbs.perturb import perturb

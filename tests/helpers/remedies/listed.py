@@ -143,7 +143,7 @@ NOT_FOLLOWED = {
     ),
     "pipeline/cli/doctor/report.py: a fault of scldm doctor; report it": "asks a person to write to us",
     "pipeline/data/inspection/sandbox.py: report this with the log: {}": "asks a person to write to us",
-    "pipeline/cli/parity.py: run it in a clone of the repository": "needs an installation without a checkout",
+    "pipeline/cli/upstream/parity.py: run it in a clone of the repository": "needs an installation without a checkout",
     "pipeline/tracking/mlflow_runs/client.py: was started without --allowed-hosts": "needs a server behind a name",
     "pipeline/data/sources/census.py: names no mirror on S3; read a copy with type: soma": "needs a copy of the Census",
     "pipeline/training/callbacks/watchdog.py: raise train.step_timeout_s if a step does take this long": (
@@ -183,7 +183,7 @@ NO_ADVICE = (
     "pipeline/inference/rows.py: name one in ingest.labels, or map it",
     "pipeline/cli/init/defaults.py: {} GPUs (--gpus)",
     "pipeline/cli/init/summary.py: not read (--no-counts)",
-    "pipeline/cli/parity.py: known faults of upstream: --all",
+    "pipeline/cli/upstream/parity.py: known faults of upstream: --all",
     "pipeline/cluster/head.py: no head runs that `scldm cluster start` started",
     "pipeline/cluster/head.py: scldm cluster drain",
     "pipeline/data/ingest/measured.py: ingest.genes.presence masks nothing",
