@@ -39,6 +39,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	    "say which with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	@# The name of this distribution up to 0.2, and upstream's: both ship a package of the name `scldm`.
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip uninstall --quiet scldm && rm -rf scldm.egg-info
 	$(UV_ENV) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

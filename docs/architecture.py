@@ -23,8 +23,8 @@ LEVELS = {
         "stages": 4, "workflow": 4, "planning": 5, "cli": 6, "__main__": 7,
     },
     "scldm": {
-        "errors": 0, "text": 0, "config": 0, "random": 0, "data": 1, "nn": 2, "flow": 2, "metrics": 2, "optim": 3,
-        "cells": 3, "checkpoints": 4, "generation": 5, "api": 6, "__init__": 7,
+        "errors": 0, "text": 0, "config": 0, "random": 0, "data": 1, "nn": 2, "flow": 2, "metrics": 2,
+        "optim": 3, "cells": 3, "checkpoints": 4, "generation": 5, "api": 6, "__init__": 7,
     },
 }  # fmt: skip
 SAME_LEVEL = {("pipeline.workflow", "pipeline.stages")}

@@ -14,11 +14,13 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NEEDED = ("pydantic", "yaml", "typer", "ray")
+OURS = "scldm.api.model"  # in the __init__.py of our package
 CHOSEN = "SCLDM_PYTHON_CHOSEN"  # one change of interpreter is enough; two could go on for ever
 
 
 def main() -> None:
     """Run the command line in an interpreter that has the dependencies."""
+    _refuse_another_scldm()
     if lacking := _lacking():
         use_another_python(f"{sys.executable} lacks {', '.join(lacking)}")
     from pipeline.cli.app import main as run
@@ -28,9 +30,10 @@ def main() -> None:
 
 def console() -> None:
     """The console script. It belongs to one interpreter, so none is looked for; the model alone has no command line."""
+    _refuse_another_scldm()
     if lacking := _lacking():
         print(
-            f"the command line needs {', '.join(lacking)}, which `pip install scldm` leaves out: "
+            f"the command line needs {', '.join(lacking)}, which `pip install scldm-census` leaves out: "
             "in a checkout of this project pip install '.[pipeline]', or make venv",
             file=sys.stderr,
         )
@@ -38,6 +41,20 @@ def console() -> None:
     from pipeline.cli.app import main as run
 
     run()
+
+
+def _refuse_another_scldm() -> None:
+    """End if `import scldm` would find upstream's package, which has the same name. Nothing of it is imported."""
+    found = find_spec("scldm")
+    if found is None or found.origin is None or OURS in Path(found.origin).read_text(errors="replace"):
+        return
+    print(
+        f"{found.origin} is not of this project: upstream's distribution, `scldm`, has a package of the same name, and "
+        "its files were installed over ours or come first. Uninstall both (pip uninstall scldm-census scldm), and give "
+        "each an environment of its own",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def _lacking() -> list[str]:

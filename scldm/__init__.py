@@ -9,14 +9,19 @@
     scldm.open_cells("runs/demo/generate/1a2b3c4d5e6f") # cells of a finished job, read on demand
 
 Needs torch and anndata, nothing of the pipeline (`pip install .` in a checkout; `'.[pipeline]'` brings all the rest),
-but for `train`.
+but for `train`; `score` and `open_cells` need an extra each (`'.[score,cells]'`). The distribution is `scldm-census`;
+the `scldm` of the package index is upstream's and does not go into the same environment.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import warnings
+from importlib import import_module, metadata
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from scldm.errors import DISTRIBUTION
 
 if TYPE_CHECKING:
     from scldm.api.model import Model, load
@@ -39,9 +44,7 @@ def __getattr__(name: str) -> Any:
     if name == "train":
         return _train()
     if name == "__version__":  # pyproject.toml is where it is written
-        from importlib.metadata import version
-
-        return version("scldm")
+        return metadata.version(DISTRIBUTION)
     raise AttributeError(f"module 'scldm' has no attribute {name!r}")
 
 
@@ -51,6 +54,34 @@ def _train() -> Any:
     if not found:
         raise AttributeError("scldm.train needs the pipeline, which is not installed: pip install '.[pipeline]'")
     return found[0].load()
+
+
+def upstream_beside() -> str | None:
+    """Say that upstream's distribution, whose package is called `scldm` too, has put files into our folder; else None.
+
+    One without files here is no problem: an editable installation under our name up to 0.2, or one that Python does not
+    import because ours comes first.
+    """
+    try:
+        other = metadata.distribution("scldm")
+    except metadata.PackageNotFoundError:
+        return None
+    if other.read_text("SOURCES.txt") is not None:
+        return None  # an egg-info folder of a checkout: this project was called so up to 0.2
+    here = Path(__file__).parent
+    theirs = [f for f in other.files or () if f.parts[0] == here.name and f.suffix == ".py"]
+    if not any(Path(str(other.locate_file(f))).parent == here for f in theirs):
+        return None
+    return (
+        f"two distributions share {here}: {DISTRIBUTION} (this project) and scldm {other.version} (upstream's); what "
+        f"was installed last has overwritten files of the other. Run pip uninstall scldm {DISTRIBUTION}, and give each "
+        "an environment of its own"
+    )
+
+
+# Files of two projects in one folder fail later and elsewhere, so it is said at once; the look takes a millisecond.
+if (_problem := upstream_beside()) is not None:
+    warnings.warn(_problem, stacklevel=2)
 
 
 def __dir__() -> list[str]:

@@ -19,11 +19,15 @@ from pipeline.cli.common import JobFile, Overrides, load, reported
 from pipeline.cli.config import config_app
 from pipeline.cli.data import validate_data
 from pipeline.cli.doctor.command import doctor
-from pipeline.cli.download import download
 from pipeline.cli.init.command import init
 from pipeline.cli.mlflow import compare, mlflow_app
 from pipeline.cli.models import convert, export, presets
-from pipeline.cli.parity import parity
+from pipeline.cli.upstream.download import download
+from pipeline.cli.upstream.parity import parity
+from pipeline.cli.verbs.embed import embed
+from pipeline.cli.verbs.generate import generate
+from pipeline.cli.verbs.perturb import perturb
+from pipeline.cli.verbs.show_report import open_report
 from pipeline.cluster.loopback import bypass_proxies
 from scldm.errors import InputError
 
@@ -34,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 runs = typer.Typer(help="Look at what has been made.", no_args_is_help=True)
-JOBS, DATA, CLUSTERS, MODELS = "Jobs", "Your cells", "Clusters", "Models"  # groups of --help
+JOBS, VERBS, DATA, CLUSTERS, MODELS = "Jobs", "A trained model", "Your cells", "Clusters", "Models"  # groups of --help
 app.add_typer(runs, name="runs", rich_help_panel=JOBS)
 app.add_typer(cluster, name="cluster", rich_help_panel=CLUSTERS)
 app.add_typer(cells_app, name="cells", rich_help_panel=DATA)
@@ -44,9 +48,9 @@ app.add_typer(mlflow_app, name="mlflow", rich_help_panel=JOBS)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        import scldm
 
-        typer.echo(f"scldm {version('scldm')}")
+        typer.echo(f"scldm {scldm.__version__}")
         raise typer.Exit
 
 
@@ -164,5 +168,8 @@ for _command in (submit, status, logs, stop, doctor, faults):
     app.command(rich_help_panel=CLUSTERS)(_command)
 app.command(rich_help_panel=DATA)(init)
 app.command("validate-data", rich_help_panel=DATA)(validate_data)
+for _verb in (generate, embed, perturb):
+    app.command(rich_help_panel=VERBS)(_verb)
+app.command("open", rich_help_panel=JOBS)(open_report)
 for _model_command in (download, convert, export, parity, presets):
     app.command(rich_help_panel=MODELS)(_model_command)

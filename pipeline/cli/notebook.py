@@ -52,7 +52,7 @@ def train(
         seed: Of everything that is drawn.
         settings: What is changed of the job: {"train_vae.train.max_steps": 500}, or ["train_vae.train.max_steps=500"].
         ray: Whether the stages run on Ray. None: if there is a cluster (ray_address, RAY_ADDRESS) or more than one GPU.
-            Without it one worker trains in a child process, with the numbers of one worker on Ray.
+            Without it workers are child processes, with the numbers of as many workers on Ray.
         ray_address: Of a Ray cluster, host:port; None: RAY_ADDRESS, else a local one where Ray is wanted.
 
     Raises:

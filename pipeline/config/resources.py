@@ -64,8 +64,8 @@ class ResourcesConfig(StrictModel):
     """Resources that the job requests from Ray."""
 
     ray: bool = True
-    """Whether the job runs on Ray. False: on this machine alone, with one worker in a child process: a laptop starts no
-    cluster for a small model. The numbers are those of one worker on Ray."""
+    """Whether the job runs on Ray. False: on this machine alone, in child processes: a laptop starts no cluster for a
+    small model. The numbers are those of as many workers on Ray."""
 
     workers: WorkerRange = WorkerRange(min=2, max=2)
     """Training workers: a number, or {min: 1, max: 4} to continue with fewer workers after nodes fail and with more
@@ -89,18 +89,18 @@ class ResourcesConfig(StrictModel):
         return {k: v for k, v in to_dict(self).items() if (k, v) not in newer}
 
     @model_validator(mode="after")
-    def _one_worker_without_ray(self) -> Self:
+    def _one_machine_without_ray(self) -> Self:
         if self.ray:
             return self
         wrong = []
-        if self.workers.max > 1:
-            wrong.append(f"one worker, and resources.workers is {self.workers}: set it to 1")
+        if self.workers.min < self.workers.max:
+            most = self.workers.max
+            wrong.append(f"a fixed number of workers, and resources.workers is a range: set resources.workers={most}")
         if self.actors_min > 1:
-            wrong.append(f"one actor, and resources.actors starts with {self.actors_min}: set it to 1")
+            wrong.append(f"one actor, and resources.actors starts with {self.actors_min}: set resources.actors=1")
         if self.gpus_per_worker not in (0, 1):
-            wrong.append(
-                f"one GPU or none, and resources.gpus_per_worker is {self.gpus_per_worker:g}: set it to 0 or 1"
-            )
+            gpus = f"{self.gpus_per_worker:g}"
+            wrong.append(f"one GPU or none, and resources.gpus_per_worker is {gpus}: set resources.gpus_per_worker=1")
         if wrong:
             raise ValueError("resources.ray=false runs with " + "; with ".join(wrong) + "; or set resources.ray=true")
         return self

@@ -1,7 +1,7 @@
 """Report the progress of a stage from the worker to the driver's terminal, through one small file.
 
-The worker writes `progress.json` by rename, at most once a second. The driver polls it and shows a bar on a terminal,
-or one line every few seconds in a log. Nothing depends on the file or waits for it.
+The worker writes `progress.json` by rename, at most once a second. The driver polls it and shows a bar on a terminal
+or in a notebook, or one line every few seconds in a log. Nothing depends on the file or waits for it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class ProgressReader:
 
     Args:
         every_seconds: Time between two lines in a log; a bar on a terminal follows immediately.
-        stream: Where it is shown; default: a bar if standard output is a terminal, else lines in the log.
+        stream: Where it is shown; default: a bar if standard output is a terminal or a notebook's, else lines in the
+            log.
     """
 
     def __init__(
@@ -101,6 +102,8 @@ class ProgressReader:
         stream = self.stream or sys.stdout
         if getattr(stream, "isatty", bool)():
             self._follow_bar(stream)
+        elif self.stream is None and in_notebook():
+            self._follow_notebook_bar()
         else:
             self._follow_lines()
 
@@ -138,6 +141,19 @@ class ProgressReader:
                     text = progress_line("", progress, self._eta(progress)).removeprefix(" | ")
                     bar.update(task, completed=progress["step"], total=progress["total"], description=text)
 
+    def _follow_notebook_bar(self) -> None:
+        from tqdm import tqdm
+
+        width = "{desc} {percentage:3.0f}%|{bar:30}| {postfix}"
+        with tqdm(total=0, desc=self.stage, file=sys.stdout, bar_format=width) as bar:
+            running = True
+            while running:
+                running = not self._stop.wait(self.poll_seconds)
+                if (progress := self._read()) is not None:
+                    bar.total, bar.n = progress["total"], progress["step"]
+                    text = progress_line("", progress, self._eta(progress)).removeprefix(" | ")
+                    bar.set_postfix_str(text, refresh=True)
+
     def _read(self) -> dict[str, Any] | None:
         """Return the progress; None if there is none or it was written before this attempt."""
         try:
@@ -157,6 +173,13 @@ class ProgressReader:
         if step <= first_step or at <= began:
             return None
         return (progress["total"] - step) * (at - began) / (step - first_step)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, whose output is no terminal and shows carriage returns."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and getattr(shell, "kernel", None) is not None
 
 
 def progress_line(stage: str, progress: Mapping[str, Any], eta: float | None) -> str:

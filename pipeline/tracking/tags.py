@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.core.files import file_digest
 from pipeline.tracking.provenance import Inputs, read_ids
+from scldm.errors import DISTRIBUTION
 
 
 def pipeline_tags(key: str, source: str) -> dict[str, str]:
@@ -86,9 +87,9 @@ def data_tags(facts: Mapping[str, Any]) -> dict[str, str]:
 def code_tags() -> dict[str, str]:
     """Return tags that tell which code runs, and in which Ray job. Waits for git, at most 10 s."""
     tags = {}
-    for package in ("scldm", "ray", "torch"):
+    for tag, package in (("code_version", DISTRIBUTION), ("ray_version", "ray"), ("torch_version", "torch")):
         with contextlib.suppress(PackageNotFoundError):
-            tags[f"scldm.{package}_version" if package != "scldm" else "scldm.code_version"] = version(package)
+            tags[f"scldm.{tag}"] = version(package)
     here = Path(__file__).parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)

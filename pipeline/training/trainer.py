@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import signal
+import socket
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -46,13 +49,36 @@ def _run_worker(config: dict[str, Any]) -> dict[str, Any]:
     return _outcome(config["spec"], on_checkpoint=lambda metrics: ray.train.report(metrics), preempted=preemption_time)
 
 
-def _run_alone(spec: AnyWorkerSpec) -> Iterator[dict[str, Any]]:
-    """Run in the child process of a job without Ray, which is the only worker."""
+def _run_alone(spec: AnyWorkerSpec, workers: int) -> Iterator[dict[str, Any]]:
+    """Run in the child process of a job without Ray: as its worker, or as the parent of several."""
+    port = 0
+    if workers > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="scldm-workers-") as folder:
+        outcome = Path(folder) / "outcome.json"
+        if workers == 1:
+            _run_rank(0, spec, workers, port, outcome)
+        else:
+            from torch.multiprocessing import spawn
+
+            spawn(_run_rank, (spec, workers, port, outcome), nprocs=workers)  # ends the others if one fails
+        yield json.loads(outcome.read_text())
+
+
+def _run_rank(rank: int, spec: AnyWorkerSpec, workers: int, port: int, outcome: Path) -> None:
+    """Run a worker of a job without Ray; rank 0 writes what became of the training."""
     from pipeline.training.worker import start_process_group
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
     start_process_group()
-    yield _outcome(spec)
+    found = _outcome(spec)
+    if rank == 0:
+        outcome.write_text(json.dumps(found))
 
 
 def _outcome(spec: AnyWorkerSpec, **hooks: Any) -> dict[str, Any]:
@@ -73,7 +99,7 @@ def _outcome(spec: AnyWorkerSpec, **hooks: Any) -> dict[str, Any]:
 def fit(spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str) -> dict[str, Any]:
     """Run `train_worker` on `resources.workers` workers until training is done, and return the facts of the stage.
 
-    The workers are Ray Train's; without Ray (`resources.ray`) there is one, in a child process.
+    The workers are Ray Train's; without Ray (`resources.ray`) they are child processes.
 
     If a worker dies, the whole group restarts and resumes from the newest checkpoint that verifies, at most
     `train.max_failures` times. If a node is about to be taken away, the workers write checkpoints, end, and start again
@@ -138,16 +164,17 @@ def _attempt(
 def _attempt_alone(
     spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, stage: str
 ) -> tuple[dict[str, Any], None]:
-    """Run the one worker of a job without Ray; after a failure again, from its newest checkpoint, as Ray Train does."""
+    """Run the workers of a job without Ray; after a failure again, from the newest checkpoint, as Ray Train does."""
     for failures in range(1, train.max_failures + 2):
         try:
-            (facts,) = in_child(_run_alone, spec, resources=resources, folder=spec.folder)
+            workers = resources.workers.max
+            (facts,) = in_child(_run_alone, spec, workers, resources=resources, folder=spec.folder)
             return facts, None
         except InputError:
             raise
         except Exception as error:
             log.error(
-                f"{stage}: the worker failed {failures} times and train.max_failures is {train.max_failures}; step "
+                f"{stage}: a worker failed {failures} times and train.max_failures is {train.max_failures}; step "
                 f"{newest_step(spec.folder)} is in a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
             )
             if failures > train.max_failures:

@@ -78,6 +78,8 @@ class JobResult:
         following = next((s for s in later if newest_manifest(self.resolved.folder, s) is None), None)
         if following is not None:
             lines.append(f"next              {command_for(following, self.resolved.source)}")
+        elif "report" in self.manifests[last].facts:
+            lines.append(f"next              scldm open {shlex.quote(str(self.resolved.folder))}")
         return lines
 
 

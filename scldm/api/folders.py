@@ -20,12 +20,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from scldm.api.hub.download import fetch_from_hub, is_hub_name
 from scldm.errors import CheckpointError
 
 MANIFEST, CONFIG = "manifest.json", "config.json"
 STAGE_FORMAT = 1  # of a stage's manifest and of what it describes; a manifest without one, as of 0.1, has this one
 Weights = Literal["ema", "raw"]
-HUB_NAME = r"^[\w.-]+/[\w.-]+@[\w./-]+$"
 FETCHERS = "scldm.models"  # entry points: functions from a name to a folder of this machine
 
 
@@ -59,12 +59,14 @@ def find_model(name: str | Path, kind: Literal["vae", "flow"], *, weights: Weigh
 def is_remote(name: str | Path) -> bool:
     """Return whether a name is that of a model elsewhere."""
     text = str(name)
-    return bool(re.match(r"^[a-z][a-z0-9]+:/", text) or (re.match(HUB_NAME, text) and not Path(text).exists()))
+    return bool(re.match(r"^[a-z][a-z0-9]+:/", text) or (is_hub_name(text) and not Path(text).exists()))
 
 
 def _fetched(name: str) -> Path:
     """Return a folder of this machine with the model of a name."""
     fetchers = list(entry_points(group=FETCHERS))
+    if not fetchers and is_hub_name(name):
+        return fetch_from_hub(name)
     if not fetchers:
         raise CheckpointError(
             f"{name} is not on this machine, and what fetches it is not installed (the pipeline extra)"

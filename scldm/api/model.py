@@ -30,6 +30,7 @@ import torch
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import Conditions, library_size_argument, read_conditions, sampler_settings
 from scldm.api.folders import ModelFolders, Weights, find_models
+from scldm.api.hub.local_or_hub import pretrained_folder
 from scldm.api.parts import (
     LATENTS,
     check_fits,
@@ -39,6 +40,7 @@ from scldm.api.parts import (
     latents_of,
     made_cells,
     require_counts_head,
+    source_of,
     told,
 )
 from scldm.checkpoints.asked_values import value_notes, with_values
@@ -166,6 +168,32 @@ class Model:
         """Return the shape (m, e) of a cell's latents; obsm["X_scldm"] holds them flattened."""
         return self.vae.vae.config.n_latent_tokens, self.vae.vae.config.latent_width
 
+    def to(self, device: str | torch.device) -> Model:
+        """Move the networks to a device and return the model.
+
+        Args:
+            device: For example "cuda" or "cpu"; "auto": a GPU if there is one.
+
+        Raises:
+            ArgumentError: There is no such device, or it lacks the precision that `load` was given.
+
+        >>> model.to("cpu").device
+        device(type='cpu')
+        """
+        given = Arguments()
+        device = given.device("device", device)
+        if not given.problems:
+            try:
+                resolve(self._wanted, device)
+            except PrecisionError as error:
+                given.problems.append(str(error))
+        given.raise_problems()
+        for network in (self.vae.vae, *(() if self.flow is None else (self.flow.dit,))):
+            network.to(device)
+        self.device = next(self.vae.vae.parameters()).device
+        self._numerics()
+        return self
+
     def __repr__(self) -> str:
         m, e = self.latent_shape
         labels = ", ".join(f"{k} ({len(v)})" for k, v in self.labels.items()) or "none"
@@ -206,7 +234,7 @@ class Model:
         out = (adata.to_memory() if adata.isbacked else adata.copy()) if adata.is_view else adata
         numerics = self._numerics()
         out.obsm[LATENTS] = latents_of(self.vae, cells, out)
-        out.uns[LATENTS] = numerics.as_plain()
+        out.uns[LATENTS] = {**numerics.as_plain(), **source_of(self.folders)}
         return out
 
     def reconstruct(
@@ -249,6 +277,7 @@ class Model:
         obs["is_synthetic"] = True
         obs["library_size"] = np.asarray(cells.counts.sum(1)).ravel().astype(np.float32)
         about = {"kind": "reconstruct", "seed": seed, **digests(self.folders), **numerics.as_plain()}
+        about |= source_of(self.folders)
         made = made_cells(self.vae, [p[0] for p in parts], [p[1] for p in parts], obs, about)
         if mean:
             made.layers["mean"] = np.concatenate([p[2] for p in parts])
@@ -475,7 +504,7 @@ class Model:
                  **({} if start == "noise" else {"start": start})}  # fmt: skip
         prefix = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         prefix = named_after(prefix, numerics.precision)
-        about |= numerics.as_plain()
+        about |= numerics.as_plain() | source_of(self.folders)
         about |= told(value_notes(flow.vocabulary, (row.condition for row in request.rows)))
         digits = len(str(max(1, request.n_cells - 1)))
         ids = np.arange(request.n_cells, dtype=np.int64)
@@ -527,13 +556,53 @@ class Model:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", precision: Precision | None = None
-    ) -> Model:
-        """Load the model of a local folder that `save_pretrained` or `scldm convert` wrote. Nothing is downloaded.
+        cls, name: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu",
+        precision: Precision | None = None, token: str | bool | None = None,
+    ) -> Model:  # fmt: skip
+        """Load a model of the Hugging Face hub, or of a local folder that `save_pretrained` or `scldm convert` wrote.
 
-        Arguments as in `scldm.load`.
+        The hub is asked if a revision is given, if the name begins with hf:// or has the form org/name@revision, or if
+        it has the form org/name and there is no folder of that name. Everything else is a folder.
+
+        Args:
+            name: "org/name", or a folder.
+            revision: Branch, tag or commit of the hub; None: its main branch. `uns["scldm"]["source"]` of cells names
+                the commit.
+            token: Of an account that may read the repository; None: the one that `hf auth login` stored.
+            device: As in `scldm.load`, and so is precision.
+
+        Raises:
+            CheckpointError: There is no such model, a file is damaged, or a folder of that name holds no model.
         """
-        return load(folder, device=device, precision=precision)
+        return load(pretrained_folder(name, revision, token), device=device, precision=precision)
+
+    def push_to_hub(
+        self, repository: str, *, revision: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, commit_message: str | None = None,
+    ) -> str:  # fmt: skip
+        """Upload the folder of `save_pretrained` to the Hugging Face hub, as one commit.
+
+        The card of an earlier upload is replaced, but for the licence in its head. Parts that this model does not have
+        are removed; a repository that holds something else is refused.
+
+        Args:
+            repository: "org/name", or "user/name"; made if it is not there.
+            revision: Branch to write to, made if it is not there; None: the main branch.
+            private: Whether a new repository is private; None: as the organisation does it.
+            token: Of an account that may write there; None: the one that `hf auth login` stored, or HF_TOKEN.
+            commit_message: None: "Upload a model of scldm".
+
+        Returns:
+            The name with the commit, hf://org/name@<commit>, which `scldm.load` and jobs take.
+
+        Raises:
+            ArgumentError: Arguments cannot be used; all are listed.
+            CheckpointError: The repository holds something else, or the hub refuses; nothing was committed.
+            ModuleNotFoundError: `huggingface_hub` is not installed.
+        """
+        from scldm.api.hub.push import push
+
+        return push(self, repository, revision=revision, private=private, token=token, commit_message=commit_message)
 
 
 def _require_settings_of_head(request: Request, rules: Settings, settings: SamplerConfig, *, gaussian: bool) -> None:

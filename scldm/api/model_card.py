@@ -19,6 +19,7 @@ from scldm.metrics.score import KEY_PREFIXES, KEY_SCORES
 from scldm.nn.config import VAEConfig
 from scldm.text import plain_line
 
+UNKNOWN_LICENCE = "unknown"  # an identifier of Hugging Face's; the publisher states another one
 MOST_CLASSES = 30  # of a label that are listed
 TRAINING_FACTS = ("data", "organism", "split", "weights", "licence of the data")  # that every reader looks for
 
@@ -53,7 +54,15 @@ def model_card(model: DescribedModel, name: str) -> str:
 
 def _head(*, has_flow: bool) -> list[str]:
     tags = ["single-cell", "rna-seq", *(["generative", "flow-matching"] if has_flow else [])]
-    return ["---", "library_name: scldm", "license: unknown", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    return [
+        "---",
+        "library_name: scldm",
+        f"license: {UNKNOWN_LICENCE}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+    ]
 
 
 def _what(model: DescribedModel) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scldm.api.folders import ModelFolders
+from scldm.api.hub.download import commit_of
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE, folder_digest
 from scldm.data.align import AlignedCells
 from scldm.data.batch import CellBatch
@@ -145,6 +146,12 @@ def digests(folders: ModelFolders) -> dict[str, str]:
     """Return the hashes of the models, as the batch jobs record them."""
     found = {"vae": folder_digest(folders.vae)}
     return found if folders.flow is None else {**found, "flow": folder_digest(folders.flow)}
+
+
+def source_of(folders: ModelFolders) -> dict[str, str]:
+    """Return the name on the hub, with its commit, of models that came from there; nothing for others."""
+    commit = commit_of(folders.vae)
+    return {} if commit is None else {"source": commit}
 
 
 def require_counts_head(vae: LoadedVAE, folders: ModelFolders) -> None:

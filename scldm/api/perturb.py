@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import sampler_settings
 from scldm.api.folders import ModelFolders, Weights
-from scldm.api.parts import digests, each_batch, flat, made_cells, told
+from scldm.api.parts import digests, each_batch, flat, made_cells, source_of, told
 from scldm.checkpoints.asked_values import value_notes, with_values
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE
 from scldm.data.align import AlignedCells, class_ids
@@ -148,6 +148,7 @@ def perturbed(
         "kind": "perturb", "seed": perturbation.seed, "sampler": perturbation.sampler.model_dump_json(),
         "to": {k: "" if v is None else v for k, v in perturbation.to.items()}, "start": perturbation.start,
         "counts": perturbation.counts, **digests(folders), **numerics.as_plain(),
+        **source_of(folders),
         **told(value_notes(flow.vocabulary, [perturbation.to])),
     }  # fmt: skip
     return made_cells(vae, [p[0] for p in parts], [p[1] for p in parts], obs, about)

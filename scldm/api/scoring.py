@@ -12,16 +12,19 @@ from __future__ import annotations
 import anndata
 import numpy as np
 import pandas as pd
-from sklearn.neighbors import KNeighborsClassifier
 
 from scldm.api.arguments import Arguments
 from scldm.data.cell_counts import LOG1P_CP10K, CellsError, count_problem, is_log_normalised, layers_of, matrix_of
 from scldm.data.class_names import class_names
+from scldm.errors import extra
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.compare import ONLY_OF_COUNTS
 from scldm.metrics.distribution import distances, two_sample
 from scldm.metrics.distribution.projection import RealSpace
 from scldm.metrics.genes import expression
+
+with extra("score"):
+    from sklearn.neighbors import KNeighborsClassifier
 
 ABOUT = {  # which way is better, and what it is
     "w2": ("lower", "Wasserstein-2, exact"),

@@ -20,11 +20,14 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from scldm.cells.shards import CellShardsError, CellsManifest, Shard, read_cells_manifest, read_part, read_rows
 from scldm.data.class_names import class_name, class_names, is_null
+from scldm.errors import extra
+
+with extra("cells"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 __all__ = ["CellShardsError", "Cells", "open_cells"]
 

@@ -14,8 +14,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Names that are imported by what is installed under another name.
-MODULES = {"cellarium-ml": "cellarium", "umap-learn": "umap", "cellxgene-census": "cellxgene_census"}
-PIPELINE = [re.split(r"[\[>=<~]", x)[0] for x in PYPROJECT["optional-dependencies"]["pipeline"]]
+MODULES = {"cellarium-ml": "cellarium", "umap-learn": "umap", "cellxgene-census": "cellxgene_census",
+           "scikit-learn": "sklearn", "scikit-misc": "skmisc", "huggingface-hub": "huggingface_hub",
+           "pyyaml": "yaml"}  # fmt: skip
+EXTRAS = PYPROJECT["optional-dependencies"]
+OF_THE_MODEL = ("cells", "hub", "score", "upstream")  # extras of the model alone, which the pipeline brings too
+
+
+def requested(requirements: list[str]) -> list[str]:
+    found = [re.split(r"[\[>=<~]", x)[0] for x in requirements]
+    return [x for x in found if x != PYPROJECT["name"]]
+
+
+PIPELINE = requested(EXTRAS["pipeline"])
+OPTIONAL = {MODULES.get(x, x) for extra in OF_THE_MODEL for x in requested(EXTRAS[extra])}
 
 BLOCKED = """
 import sys
@@ -41,9 +53,11 @@ assert model.encode(adata).obsm["X_scldm"].shape == (80, 12)
 cells = model.generate({{"cell_type": "B"}}, n=80)
 assert cells.shape == model.reconstruct(adata).shape == (80, 6)
 assert model.log_likelihood(adata, flow=True).notna().all().all()
-import scldm.api.scoring
+moved = model.perturb(adata, {{"cell_type": "NK"}}, unknown_labels="none")
+assert moved.shape == (80, 6)
 scldm.Model.from_pretrained(model.save_pretrained(root / "saved"))
-import scldm.checkpoints.convert.convert, scldm.cells.cells, scldm.api.presets
+import scldm.api.presets
+{then}
 """
 
 
@@ -58,8 +72,43 @@ def blocked(*names: str) -> str:
 def test_the_model_works_without_anything_of_the_pipeline(tmp_path):
     modules = {MODULES.get(name, name) for name in PIPELINE} | {"pipeline", "click"}
     assert {"ray", "mlflow", "deepspeed", "tiledbsoma", "typer"} <= modules
-    done = run(blocked(*modules) + WORKS.format(folder=str(tmp_path)))
+    then = "import scldm.api.scoring, scldm.checkpoints.convert.convert, scldm.cells.cells"
+    done = run(blocked(*modules) + WORKS.format(folder=str(tmp_path), then=then))
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+SAID = """
+import importlib
+for name, module in {modules!r}.items():
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        assert f"scldm-census[{{name}}]" in str(error), str(error)
+    else:
+        raise SystemExit(module + " was imported")
+try:
+    scldm.score
+except ImportError as error:
+    assert "scldm.score, Model.map and the metrics: sklearn is not installed" in str(error)
+"""
+
+
+def test_the_model_works_without_its_extras_and_names_the_one_that_is_missing(tmp_path):
+    assert {"sklearn", "skmisc", "omegaconf", "yaml", "pyarrow", "huggingface_hub"} == OPTIONAL
+    modules = {
+        "cells": "scldm.cells.cells", "score": "scldm.api.scoring", "upstream": "scldm.checkpoints.convert.convert",
+    }  # fmt: skip
+    done = run(blocked(*OPTIONAL - {"yaml"}) + WORKS.format(folder=str(tmp_path), then=SAID.format(modules=modules)))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_pipeline_brings_every_extra_of_the_model():
+    assert f"{PYPROJECT['name']}[{','.join(OF_THE_MODEL)}]" in EXTRAS["pipeline"]
+    from scldm.errors import DISTRIBUTION
+    from scldm.errors import EXTRAS as EXPLAINED
+
+    assert PYPROJECT["name"] == DISTRIBUTION
+    assert tuple(EXPLAINED) == OF_THE_MODEL
 
 
 def test_what_the_model_needs_is_what_it_asks_for():
@@ -69,14 +118,13 @@ def test_what_the_model_needs_is_what_it_asks_for():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             imported |= {name.partition(".")[0] for name in names}
-    asked = {re.split(r"[\[>=<~]", x)[0] for x in PYPROJECT["dependencies"]}
-    modules = {"scikit-learn": "sklearn", "scikit-misc": "skmisc", "pyyaml": "yaml"}
+    asked = {MODULES.get(x, x) for x in requested(PYPROJECT["dependencies"])} | OPTIONAL
     foreign = imported - set(sys.stdlib_module_names) - {"scldm", "__future__", "triton"}  # triton is asked for by name
-    assert foreign == {modules.get(x, x) for x in asked}
+    assert foreign == asked
 
 
 def test_the_developer_and_the_cluster_get_the_pipeline_too():
-    assert "scldm[pipeline]" in PYPROJECT["optional-dependencies"]["dev"]
+    assert f"{PYPROJECT['name']}[pipeline]" in EXTRAS["dev"]
     for file in ("cluster/setup.sh", "cluster/Dockerfile"):
         assert "'.[pipeline]'" in (ROOT / file).read_text(), file
 

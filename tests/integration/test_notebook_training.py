@@ -19,7 +19,6 @@ pytestmark = pytest.mark.integration
 SHORT = {
     "train_vae.train.max_steps": 20, "train_flow.train.max_steps": 20, "generate.n_cells": 60,
     "train_vae.train.validation_cells": 32, "train_flow.train.validation_cells": 32,
-    "resources.cpus_per_worker": 1,
 }  # fmt: skip
 
 

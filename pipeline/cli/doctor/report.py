@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.cli.doctor.finding import Finding, Requirements
 from pipeline.cli.doctor.machine import disk, gpus, nccl, storage, versions
+from pipeline.cli.doctor.packages import packages
 
 
 def requirements_of(job: Any) -> Requirements:
@@ -49,6 +50,7 @@ def examine(requirements: Requirements) -> list[Finding]:
 
     checks: list[Callable[[Requirements], Finding]] = [
         versions,
+        packages,
         gpus,
         nccl,
         disk,

@@ -19,7 +19,6 @@ MANY_DONORS = 20  # with fewer, a hash of donors may leave a split empty
 MANY_GENES = 4096
 CELLS_PER_GPU = 128  # of a step: with fewer, a GPU waits for launches of kernels more than it computes
 GPU_STEPS, PASSES = 10_000, 100  # least steps of a training on GPUs; passes through the cells that are aimed at
-MOST_THREADS = 4  # of the one worker of a small model: its products are too small for more
 CENSUS_GENES = 60_000  # approximate; not read from the Census
 
 
@@ -38,7 +37,6 @@ class Choices:
     gpus: int
     ray: bool
     workers: int
-    cpus_per_worker: int
     machines: str  # what trains, in words
     columns: Mapping[str, str]  # ingest.source.columns: name in the job -> name in the file
     labels: tuple[str, ...]  # names in the job
@@ -60,22 +58,21 @@ def choose(summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int, ray:
     Args:
         gpus: GPUs of the machines; 0 trains on CPUs.
         cpus: Cores of the machine that trains, where there is no GPU.
-        ray: Whether the job runs on Ray; without it there is one worker.
+        ray: Whether the job runs on Ray; without it, on this machine alone.
     """
     # Columns of an experiment are read as they are called: no setting renames them.
     columns, names = _names(labels) if summary.kind != "SOMA" else ({}, labels.columns)
     split = _split(summary, columns)
     share = 1 - split.value.get("validation", 0.1) - split.value.get("test", 0.1)
     n_train = round((summary.n_cells - labels.drops) * share)
-    workers = 1 if not ray else _gpu_workers(gpus, n_train) if gpus else min(2, max(1, cpus))
+    workers = _gpu_workers(gpus, n_train) if gpus else min(2, max(1, cpus))
     steps = _gpu_steps if gpus else _cpu_steps
     vae_train, flow_train = steps(n_train, workers, flow=False, summary=summary), steps(n_train, workers, flow=True)
     return Choices(
         gpus=gpus,
         ray=ray,
         workers=workers,
-        cpus_per_worker=_cpus_per_worker(gpus, cpus, ray=ray),
-        machines=_machines(gpus, workers, n_train) if ray else _alone(gpus),
+        machines=_machines(gpus, workers, n_train) + ("" if ray else "; without Ray, on this machine alone"),
         columns=columns,
         labels=names,
         missing_label="drop" if labels.drops else "error",
@@ -204,18 +201,6 @@ def _machines(gpus: int, workers: int, n_train: int) -> str:
         f"{gpus} GPUs (--gpus), of which {trains}: {n_train:,} cells would be passed through more often with more, in "
         f"no less time"
     )
-
-
-def _cpus_per_worker(gpus: int, cpus: int, *, ray: bool) -> int:
-    """Return the threads of a worker: of one that is alone, as many as there are cores, but no more than pay."""
-    if ray:
-        return 8 if gpus else 1
-    return max(1, min(cpus, MOST_THREADS))
-
-
-def _alone(gpus: int) -> str:
-    where = "its GPU" if gpus else "CPU cores"
-    return f"this machine alone, {where}; for a cluster ray: true, and workers of it"
 
 
 def _gpu_steps(n_train: int, workers: int, *, flow: bool, summary: SourceSummary | None = None) -> Chosen:

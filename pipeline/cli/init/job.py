@@ -34,7 +34,7 @@ class Wanted:
     labels: Sequence[str] = ()  # obs columns; none: those that are found
     tissues: Sequence[str] = ()  # of the Census
     gpus: int = 0
-    ray: bool = True  # False: a job for one machine alone, with one worker
+    ray: bool = True  # False: a job for one machine alone
     output: str = "runs"
 
 

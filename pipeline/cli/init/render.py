@@ -75,10 +75,10 @@ def _head(summary: SourceSummary, choices: Choices, command: str, path: str) -> 
 
 def _resources(choices: Choices) -> dict[str, Any]:
     alone = {} if choices.ray else {"ray": False}
-    each = {"workers": choices.workers, "cpus_per_worker": choices.cpus_per_worker}
     if choices.gpus:
-        return {**alone, **each, "gpus_per_worker": 1, "actors": choices.gpus}
-    return {**alone, **each, "actors": choices.workers}
+        gpus = {"cpus_per_worker": 8, "gpus_per_worker": 1, "actors": choices.gpus}
+        return {**alone, "workers": choices.workers, **gpus}
+    return {**alone, "workers": choices.workers, "cpus_per_worker": 1, "actors": choices.workers}
 
 
 def _ingest(summary: SourceSummary, labels: Labels, choices: Choices, source: Mapping[str, Any],

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,10 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from scldm.api.folders import HUB_NAME
+from scldm.api.hub.download import MODEL_FILES, fetch_from_hub, is_hub_name
 from scldm.errors import CheckpointError
 
-MODEL_FILES = (".json", ".safetensors", ".md")
 MLMODEL = "MLmodel"
 
 
@@ -39,8 +37,7 @@ def fetch(name: str) -> Path:
     Raises:
         CheckpointError: There is no such model, or its place cannot be reached.
     """
-    hub = re.match(HUB_NAME, name) is not None
-    scheme = "hf://" if hub else next((s for s in _FETCH if name.startswith(s)), None)
+    scheme = "hf://" if is_hub_name(name) else next((s for s in _FETCH if name.startswith(s)), None)
     if scheme is None:
         raise CheckpointError(f"{name}: models are read from {', '.join(_FETCH)}, and from folders")
     try:
@@ -148,15 +145,4 @@ def _parts(folder: Path, name: str) -> dict[str, Path]:
     return parts
 
 
-# ---- the Hugging Face hub ----------------------------------------------------------------------------------------
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.removeprefix("hf://").partition("@")
-    if repository.count("/") != 1:
-        raise CheckpointError(f"{name} names no repository; write hf://ORGANISATION/NAME@REVISION")
-    patterns = [f"*{ending}" for ending in MODEL_FILES]  # no pickle, no code
-    return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
-
-
-_FETCH: dict[str, Callable[[str], Path]] = {"models:/": _from_registry, "hf://": _from_hub, "s3://": _from_s3}
+_FETCH: dict[str, Callable[[str], Path]] = {"models:/": _from_registry, "hf://": fetch_from_hub, "s3://": _from_s3}

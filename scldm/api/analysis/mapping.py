@@ -23,11 +23,8 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import NearestNeighbors
 
 from scldm.api.arguments import Arguments
 from scldm.api.folders import MANIFEST, ModelFolders
@@ -35,8 +32,12 @@ from scldm.data.align import AlignedCells, align
 from scldm.data.cell_counts import CellsError
 from scldm.data.class_names import class_names
 from scldm.data.vocabulary import Vocabulary
-from scldm.errors import CheckpointError
+from scldm.errors import CheckpointError, extra
 from scldm.text import choices_hint
+
+with extra("score"):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import NearestNeighbors
 
 ABOUT = "scldm_mapping"  # entry of uns: what the mapping of each label was fitted to
 FOLDS, STRENGTHS = 5, (0.1, 1.0)  # of the cross-fit; C of the logistic regression
@@ -277,6 +278,9 @@ def trained_on(folders: ModelFolders, labels: Sequence[str]) -> Reference:
     Raises:
         CheckpointError: The model is not in the folder of the pipeline that trained it, or cells were not encoded.
     """
+    with extra("cells"):
+        import pyarrow as pa
+
     remedy = "give cells with labels: map(query, reference=adata)"
     stage = folders.vae.parent  # <pipeline>/train_vae/<version>/model
     pipeline = stage.parent.parent
@@ -303,7 +307,7 @@ def trained_on(folders: ModelFolders, labels: Sequence[str]) -> Reference:
     return reference
 
 
-def _of_codes(table: pa.Table, vocabulary: Vocabulary, name: str) -> pd.Categorical:
+def _of_codes(table: Any, vocabulary: Vocabulary, name: str) -> pd.Categorical:
     classes = next((x.classes for x in vocabulary.labels if x.name == name), ())
     codes = table[f"label:{name}"].to_numpy()
     return pd.Categorical.from_codes(np.where(codes < len(classes), codes, -1), categories=list(classes))

@@ -12,10 +12,13 @@ Shape letters: n cells, p coordinates, r resamples.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
 
+from scldm.errors import extra
 from scldm.metrics.score import Score
 from scldm.metrics.side import Side
+
+with extra("score"):
+    from sklearn.neighbors import NearestNeighbors
 
 PERCENTILE = 1.0
 

@@ -18,10 +18,13 @@ from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
-from sklearn.decomposition import PCA
 
+from scldm.errors import extra
 from scldm.metrics.cell_set import CellSet
 from scldm.metrics.genes.expression import as_counts, chunks, gene_moments, log1p_cp10k
+
+with extra("score"):
+    from sklearn.decomposition import PCA
 
 GeneRule = Literal["variance", "seurat_v3"]
 MIN_CELLS = 3  # with the gene, for seurat_v3
@@ -92,7 +95,8 @@ def seurat_v3_variance(counts: sp.csr_matrix) -> np.ndarray:
     sum over cells of min(x, c)² and of min(x, c), with c = mean + sd sqrt(n) and sd = 10^(loess / 2), give
     (n mean² + sum min² - 2 mean sum min) / ((n - 1) sd²).
     """
-    from skmisc.loess import loess  # compiled, and needed by this rule only
+    with extra("score"):
+        from skmisc.loess import loess  # compiled, and needed by this rule only
 
     counts = as_counts(counts)
     n = counts.shape[0]

@@ -24,10 +24,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import false_discovery_control, mannwhitneyu, rankdata
-from sklearn.metrics import average_precision_score
 
+from scldm.errors import extra
 from scldm.metrics.distribution.distances import median_distance
 from scldm.metrics.genes.fold_change import log_fold_change, recovery
+
+with extra("score"):
+    from sklearn.metrics import average_precision_score
 
 FDR = 0.05
 TOP = (20, 50, 100)  # genes

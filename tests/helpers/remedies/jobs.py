@@ -82,6 +82,21 @@ def half_a_gpu_for_a_training_worker(case: Case) -> None:
         done("validate", "job.yaml", setting(said.partition("; set ")[2], "resources.gpus_per_worker"), workers)
 
 
+@follows(
+    "pipeline/config/resources.py: is a range: set resources.workers={}",
+    "pipeline/config/resources.py: set resources.actors=1",
+    "pipeline/config/resources.py: set resources.gpus_per_worker=1",
+    "pipeline/config/resources.py: ; or set resources.ray=true",
+)
+def several_workers_without_ray(case: Case) -> None:
+    several = {"ray": False, "workers": {"min": 1, "max": 2}, "actors": {"min": 2, "max": 4}, "gpus_per_worker": 2}
+    job = write_job(case.folder / "generate.yaml", kind="generate", n_cells=5, resources=several)
+    said = refused("validate", job)
+    one = [setting(said, f"resources.{name}") for name in ("workers", "actors", "gpus_per_worker")]
+    done("validate", job, *one)
+    done("validate", job, setting(said.partition("or set ")[2], "resources.ray"))
+
+
 @follows("pipeline/workflow/preflight.py: set {}train.zero_stage=0, or a fixed number of workers")
 def a_cautious_optimizer_on_some_workers(case: Case) -> None:
     job = pipeline(case, resources={"workers": {"min": 1, "max": 2}})

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 FOLLOWED_ELSEWHERE = {
+    "pipeline/cli/notebook.py: ray=False trains on this machine alone": "tests/unit/cli/test_train_in_a_notebook.py",
     "pipeline/cli/notebook.py: settings must be {'train_vae.train.max_steps': 500}": (
         "tests/unit/cli/test_train_in_a_notebook.py"
     ),
@@ -46,6 +47,13 @@ FOLLOWED_ELSEWHERE = {
     "pipeline/stages/unseen/pooled.py: leave them out with cells, or set method=flow": (
         "tests/unit/inference/test_pooled_cells.py"
     ),
+    "pipeline/cli/verbs/options.py: --guidance takes a number or LABEL=NUMBER": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/options.py: or LABEL=NUMBER for each; not both": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/output.py: --out {} must end in .h5ad": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/output.py: --out {} is the file that is read": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/output.py: or give --force to replace it": "tests/unit/cli/test_verbs.py",
+    "pipeline/cli/verbs/perturb.py: --to names {} classes": "tests/unit/cli/test_verbs.py",
+    "pipeline/workflow/runner.py: next              scldm open {}": "tests/unit/cli/test_verbs.py",
     "pipeline/cli/cells.py: --control takes LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",
     "pipeline/cli/cells.py: --control works only with --to cell-eval": "tests/unit/inference/test_cell_eval.py",
     "pipeline/inference/export/cell_eval.py: --control LABEL=CLASS": "tests/unit/inference/test_cell_eval.py",
@@ -118,6 +126,10 @@ NOT_FOLLOWED = {
     "pipeline/training/engine/compiled_blocks.py: install one, or set train.compile=false": (
         "needs a machine without a compiler: tests/unit/training/test_compiled_blocks.py checks the text"
     ),
+    "scldm/__init__.py: Run pip uninstall scldm {}": "needs an environment with upstream's package",
+    "pipeline/__main__.py: (pip uninstall scldm-census scldm)": "needs an environment with upstream's package",
+    "pipeline/cli/doctor/packages.py: pip uninstall {} scldm": "needs an environment with upstream's package",
+    "scldm/errors.py: {}: {} is not installed": "installs packages from a registry",
     "scldm/__init__.py: pip install '.[pipeline]'": "needs an environment without the pipeline",
     "scldm/api/training_run.py: scldm run jobs/evaluate.yaml": (
         "needs a trained pipeline whose cells were not evaluated"
@@ -132,7 +144,7 @@ NOT_FOLLOWED = {
     ),
     "pipeline/cli/doctor/report.py: a fault of scldm doctor; report it": "asks a person to write to us",
     "pipeline/data/inspection/sandbox.py: report this with the log: {}": "asks a person to write to us",
-    "pipeline/cli/parity.py: run it in a clone of the repository": "needs an installation without a checkout",
+    "pipeline/cli/upstream/parity.py: run it in a clone of the repository": "needs an installation without a checkout",
     "pipeline/tracking/mlflow_runs/client.py: was started without --allowed-hosts": "needs a server behind a name",
     "pipeline/data/sources/census.py: names no mirror on S3; read a copy with type: soma": "needs a copy of the Census",
     "pipeline/training/callbacks/watchdog.py: raise train.step_timeout_s if a step does take this long": (
@@ -140,6 +152,9 @@ NOT_FOLLOWED = {
     ),
     "pipeline/training/trainer.py: workers failed {} times and train.max_failures is {}": (
         "needs workers of Ray Train: tests/chaos/training"
+    ),
+    "pipeline/training/trainer.py: a worker failed {} times and train.max_failures is {}": (
+        "needs a worker that is killed: tests/multiprocess/test_alone.py"
     ),
     "pipeline/training/engine/partitions.py: use another train.zero_stage": (
         "needs a DeepSpeed engine whose tensors lie elsewhere"
@@ -161,6 +176,8 @@ NOT_FOLLOWED = {
 }
 
 NO_ADVICE = (
+    "pipeline/cli/verbs/output.py: --out {} is a folder",
+    "pipeline/cli/verbs/output.py: --out {}: {} is a file",
     "pipeline/workflow/preflight.py: {}start_from.model ({})",
     "scldm/api/model.py: a likelihood of latents (flow=True)",
     "pipeline/workflow/preflight.py: ingest.labels has no label",
@@ -170,7 +187,7 @@ NO_ADVICE = (
     "pipeline/inference/rows.py: name one in ingest.labels, or map it",
     "pipeline/cli/init/defaults.py: {} GPUs (--gpus)",
     "pipeline/cli/init/summary.py: not read (--no-counts)",
-    "pipeline/cli/parity.py: known faults of upstream: --all",
+    "pipeline/cli/upstream/parity.py: known faults of upstream: --all",
     "pipeline/cluster/head.py: no head runs that `scldm cluster start` started",
     "pipeline/cluster/head.py: scldm cluster drain",
     "pipeline/data/ingest/measured.py: ingest.genes.presence masks nothing",

@@ -33,7 +33,7 @@ def test_finished_stages_come_as_json_oldest_first(tmp_path):
 
 def test_the_version_is_that_of_the_package():
     result = cli.invoke(app, ["--version"])
-    assert (result.exit_code, result.stdout.strip()) == (0, f"scldm {version('scldm')}")
+    assert (result.exit_code, result.stdout.strip()) == (0, f"scldm {version('scldm-census')}")
     assert scldm.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 

@@ -33,6 +33,14 @@ def test_all_wrong_arguments_are_said_at_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [{"ray_address": "127.0.0.1:6379"}, {}])
+def test_no_ray_and_a_cluster_contradict_each_other(tmp_path, monkeypatch, given):
+    if not given:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with pytest.raises(InputError, match="ray=False trains on this machine alone"):
+        train(anndata.AnnData(np.ones((2, 2), np.float32)), output=tmp_path, ray=False, **given)
+
+
 def test_settings_are_a_dictionary_or_the_texts_of_the_command_line():
     given = {"train_vae.train.max_steps": np.int64(5), "ingest.cells": {"tissue": ["lung"]}, "a": None, "b": "x: y"}
     assert _overrides(given) == ["train_vae.train.max_steps=5", "ingest.cells={tissue: [lung]}", "a=null", "b='x: y'"]

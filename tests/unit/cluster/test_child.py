@@ -97,8 +97,10 @@ def test_without_gpus_the_child_sees_none(tmp_path):
 
 
 def test_what_needs_ray_is_refused_without_it():
-    with pytest.raises(ValueError, match=r"resources\.workers is 2(.|\n)*starts with 2(.|\n)*gpus_per_worker is 0\.5"):
-        ResourcesConfig(ray=False, workers=2, actors={"min": 2, "max": 3}, gpus_per_worker=0.5)
+    with pytest.raises(
+        ValueError, match=r"resources\.workers is a range(.|\n)*starts with 2(.|\n)*gpus_per_worker is 0\.5"
+    ):
+        ResourcesConfig(ray=False, workers={"min": 1, "max": 2}, actors={"min": 2, "max": 3}, gpus_per_worker=0.5)
 
 
 def test_a_cluster_and_no_ray_contradict_each_other(monkeypatch):

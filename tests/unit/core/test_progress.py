@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.config.job import TrainConfig
 from pipeline.core.logs import setup_logging
-from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, progress_line
+from pipeline.core.progress import PROGRESS, ProgressReader, ProgressWriter, in_notebook, progress_line
 from pipeline.core.text import compact, duration
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training.callbacks.metrics_log import MetricsLog
@@ -119,3 +121,24 @@ def test_without_a_terminal_progress_goes_to_the_log(tmp_path, capsys):
     with ProgressReader(tmp_path, "ingest cache", 0.05, poll_seconds=0.01):
         ProgressWriter(tmp_path, every_seconds=0).update(3, 3)
     assert re.search(r"^\d\d:\d\d:\d\d ingest cache \| step 3/3$", capsys.readouterr().out, re.M)
+
+
+def test_a_notebook_gets_a_bar_in_place_of_lines(tmp_path, capsys, monkeypatch):
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    writer = ProgressWriter(tmp_path)
+    with ProgressReader(tmp_path, "train_vae", poll_seconds=0.01):
+        writer.update(3, 12, loss=2.0)
+        time.sleep(0.3)
+        writer.update(12, 12, loss=1.5)
+        time.sleep(0.1)
+    said = capsys.readouterr().out
+    assert "train_vae  25%" in said
+    assert "step 12/12 | loss 1.5" in said.split("\r")[-1]
+
+
+def test_a_terminal_with_ipython_is_no_notebook(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace()))
+    assert not in_notebook()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    assert not in_notebook()

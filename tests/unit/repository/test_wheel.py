@@ -36,7 +36,7 @@ def wheel(tmp_path_factory):
         else:
             shutil.copy(source, copy / name)
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, copy, cwd=out)
-    [made] = out.glob("scldm-*.whl")
+    [made] = out.glob("scldm_census-*.whl")
     return made
 
 
@@ -45,7 +45,7 @@ def test_it_holds_both_packages_their_data_and_nothing_else(wheel):
     assert {"scldm/py.typed", "scldm/api/model.py", "pipeline/report/report.html.jinja", "pipeline/cli/app.py"} <= set(
         names
     )
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"scldm", "pipeline"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"scldm", "scldm_census", "pipeline"}
 
 
 def test_it_works_in_an_environment_of_its_own(wheel, tmp_path):
