@@ -35,6 +35,7 @@ def train(
     cells: anndata.AnnData | str | Path, labels: Sequence[str] | str | None = None, *, name: str | None = None,
     output: str | Path = "runs", layer: str | None = None, gene_id: str | None = None, gpus: int = 0, seed: int = 0,
     settings: Mapping[str, Any] | Sequence[str] | None = None, ray: bool | None = None, ray_address: str | None = None,
+    start_from: str | Path | Mapping[str, Any] | None = None,
 ) -> Model:  # fmt: skip
     """Train a VAE and a flow on cells, generate and evaluate; return the model.
 
@@ -54,17 +55,20 @@ def train(
         ray: Whether the stages run on Ray. None: if there is a cluster (ray_address, RAY_ADDRESS) or more than one GPU.
             Without it workers are child processes, with the numbers of as many workers on Ray.
         ray_address: Of a Ray cluster, host:port; None: RAY_ADDRESS, else a local one where Ray is wanted.
+        start_from: A model that is trained on, over its genes: a name (runs/census), or as `Model.finetune` gives it.
 
     Raises:
         InputError: Arguments, cells or settings cannot be used; all that is found wrong is said at once.
         KeyboardInterrupt: Ctrl-C. What was trained is in a checkpoint, and the same call goes on from there.
     """
+    from pipeline.cli.init.continued import read_start
     from pipeline.config.io.loader import load_job
     from pipeline.data.sources.in_memory import source_of
     from pipeline.workflow.runner import run_job
     from scldm.api.model import load
 
     wanted = _arguments(labels, name, output, layer, gene_id, gpus, seed, ray, ray_address)
+    start = read_start(start_from)
     if ray is None:
         ray = int(gpus) > 1 or bool(ray_address or os.environ.get("RAY_ADDRESS"))
     overrides = [f"seed={int(seed)}", *_overrides(settings)]
@@ -74,7 +78,17 @@ def train(
     summary = look_at(source.address, {**given, "counts": True}, memory_gib=MEMORY_GIB, tell=print)
     text, words = make_job(
         summary,
-        Wanted(folder.name, folder / JOB, "scldm.train", given, wanted, gpus=gpus, ray=ray, output=str(folder.parent)),
+        Wanted(
+            folder.name,
+            folder / JOB,
+            "scldm.train",
+            given,
+            wanted,
+            gpus=gpus,
+            ray=ray,
+            output=str(folder.parent),
+            start=start,
+        ),
     )
     write_job(folder / JOB, text, force=True)
     print("\n".join([*(f"note: {note}" for note in source.notes), *_without_commands(words)]), flush=True)
