@@ -37,7 +37,7 @@ from scldm.api.parts import (
     digests,
     each_batch,
     flat,
-    joined,
+    latents_of,
     made_cells,
     require_counts_head,
     source_of,
@@ -45,7 +45,7 @@ from scldm.api.parts import (
 )
 from scldm.checkpoints.asked_values import value_notes, with_values
 from scldm.checkpoints.native import LoadedFlow, LoadedVAE, load_flow, load_vae
-from scldm.data.align import Match, align, class_ids
+from scldm.data.align import AlignedCells, Match, align, class_ids
 from scldm.data.batch import CellBatch
 from scldm.data.vocabulary import Vocabulary
 from scldm.errors import CheckpointError
@@ -227,15 +227,13 @@ class Model:
         adata, max_missing = _cells_arguments(given, adata, layer, match, genes, max_missing)
         given.raise_problems()
         cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
+        return self._with_latents(adata, cells)
+
+    def _with_latents(self, adata: anndata.AnnData, cells: AlignedCells) -> anndata.AnnData:
+        """Return cells with their latents: themselves, or a copy of a view."""
         out = (adata.to_memory() if adata.isbacked else adata.copy()) if adata.is_view else adata
         numerics = self._numerics()
-
-        @torch.inference_mode()
-        def encoded(batch: CellBatch) -> np.ndarray:
-            return flat(self.vae.vae.encode(batch))
-
-        parts = list(each_batch(encoded, self.vae, None, cells, out))
-        out.obsm[LATENTS] = joined(parts, self.latent_shape)
+        out.obsm[LATENTS] = latents_of(self.vae, cells, out)
         out.uns[LATENTS] = {**numerics.as_plain(), **source_of(self.folders)}
         return out
 
@@ -603,7 +601,7 @@ class Model:
             if isinstance(end, Mapping):
                 ends.append(read_condition(given, name, end, cells, flow))
                 continue
-            adata, max_missing = _cells_arguments(given, end, layer, match, genes, max_missing, name)
+            adata, max_missing = _cells_arguments(given, end, layer, match, genes, max_missing, name=name)
             if not given.problems:
                 own = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
                 ids = own_classes(adata, self.vocabulary, None, flow, unknown_labels)
@@ -612,6 +610,62 @@ class Model:
         about = {"kind": "interpolate", "seed": how.seed, "sampler": how.sampler.model_dump_json(),
                  **digests(self.folders), **self._numerics(how.sampler).as_plain()}  # fmt: skip
         return interpolated(paired(*ends), how, vae=self.vae, flow=flow, library_size=library_size, about=about)
+
+    def map(
+        self, query: anndata.AnnData | str | Path, *, reference: anndata.AnnData | str | Path | None = None,
+        labels: Sequence[str] | str | None = None, novel_above: float = 0.95, layer: str | None = None,
+        reference_layer: str | None = None, match: Match = "id", genes: str | None = None, max_missing: float = 0.2,
+        seed: int = 0,
+    ) -> anndata.AnnData:  # fmt: skip
+        """Map query cells to a reference: their latents, and the reference's labels with calibrated probabilities.
+
+        The classifier is logistic regression on latents; its temperature is fitted to reference cells that it did not
+        see. Probabilities hold for cells such as the reference's: look at `novelty` first.
+
+        Args:
+            query: Cells with raw counts; modified and returned as by `encode`.
+            reference: Cells with labels in obs and raw counts, such as the model was trained on. None: the cells that
+                the pipeline trained the model on, if the model is in the pipeline's folder.
+            labels: obs columns of the reference; None: the labels of the model that it has.
+            novel_above: Novelty above which a cell is called novel; 1 - novel_above of cells such as the reference's.
+            layer: Layer of the query's counts; reference_layer: of the reference's. Other arguments as in `encode`, for
+                both.
+            seed: Deals reference cells to the folds of the cross-fit, and draws 20,000 of more.
+
+        Returns:
+            The query with obsm["X_scldm"] and in obs, for each label, `mapped_<label>` (the reference's categories) and
+            `mapped_<label>_probability`; `novelty` in 0 .. 1, the share of reference cells that lie less apart from the
+            others; and `is_novel`. uns["scldm_mapping"] holds temperature, accuracy and calibration error of reference
+            cells that were left out, by label.
+
+        Raises:
+            ArgumentError: Arguments, or the reference's labels, cannot be used; all are listed.
+            CellsError: The model cannot use the query or the reference.
+            CheckpointError: No reference is given, and the model is not in the folder of its pipeline.
+
+        >>> query = model.map(adata[:5], reference=adata)
+        >>> query.obs["mapped_cell_type"].cat.categories.tolist()
+        ['B', 'NK', 'T']
+        """
+        from scldm.api.analysis import mapping
+
+        given = Arguments()
+        query, max_missing = _cells_arguments(given, query, layer, match, genes, max_missing, name="query")
+        source = None if reference is None else given.anndata("reference", reference)
+        given.text("reference_layer", reference_layer)
+        novel_above, seed = given.number("novel_above", novel_above, within=(0.0, 1.0)), given.seed(seed)
+        wanted = mapping.read_labels(given, query, source, labels, vocabulary=self.vocabulary)
+        given.raise_problems()
+        sets = {"query": (query, layer)} | ({} if source is None else {"reference": (source, reference_layer)})
+        known = mapping.trained_on(self.folders, wanted) if source is None else None
+        cells = mapping.aligned(sets, self.vocabulary, match=match, genes=genes, max_missing=max_missing)
+        out = self._with_latents(query, cells["query"])
+        if known is None:
+            assert source is not None  # one of both is there
+            z = latents_of(self.vae, cells["reference"], source)
+            known = mapping.Reference(z, {name: mapping.categories_of(source.obs[name]) for name in wanted})
+        mapping.write_mapping(out, out.obsm[LATENTS], known, novel_above=novel_above, seed=seed)
+        return out
 
     def _require_flow(self, why: str) -> LoadedFlow:
         if self.flow is None:
@@ -797,7 +851,7 @@ def _require_settings_of_head(request: Request, rules: Settings, settings: Sampl
 
 
 def _cells_arguments(
-    given: Arguments, adata: Any, layer: Any, match: Any, genes: Any, max_missing: Any, name: str = "adata"
+    given: Arguments, adata: Any, layer: Any, match: Any, genes: Any, max_missing: Any, *, name: str = "adata"
 ) -> tuple[anndata.AnnData, float]:
     """Check the arguments that say which cells, counts and genes are meant; returns the cells and max_missing."""
     cells = given.anndata(name, adata)

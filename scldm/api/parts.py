@@ -14,6 +14,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 from torch import Tensor
 
 from scldm.api.folders import ModelFolders
@@ -67,6 +68,21 @@ def each_batch(
     """
     networks = (vae.vae, None if flow is None else flow.dit)
     return each_tile(work, tiles(vae, cells, adata, conditions), networks)
+
+
+def latents_of(vae: LoadedVAE, cells: AlignedCells, adata: anndata.AnnData) -> np.ndarray:
+    """Return the latents of cells, (b, m * e) float32.
+
+    Raises:
+        CellsError: As of `tiles`.
+    """
+
+    @torch.inference_mode()
+    def encoded(batch: CellBatch) -> np.ndarray:
+        return flat(vae.vae.encode(batch))
+
+    shape = vae.vae.config.n_latent_tokens, vae.vae.config.latent_width
+    return joined(list(each_batch(encoded, vae, None, cells, adata)), shape)
 
 
 def check_fits(n_cells: int, *, n_latent_numbers: int, memory: int | None = None) -> None:

@@ -89,7 +89,7 @@ for name, module in {modules!r}.items():
 try:
     scldm.score
 except ImportError as error:
-    assert "scldm.score and the metrics: sklearn is not installed" in str(error)
+    assert "scldm.score, Model.map and the metrics: sklearn is not installed" in str(error)
 """
 
 
