@@ -104,8 +104,8 @@ def export(
         from scldm.checkpoints.convert.export import export_upstream
 
         if to is Target.huggingface:
+            from scldm.api.hub.pretrained import write_pretrained
             from scldm.api.model import load
-            from scldm.api.pretrained import write_pretrained
 
             written = write_pretrained(load(model, flow=flow), out.expanduser(), force=force)
             typer.echo(f"wrote {written}: README.md is its card")

@@ -38,7 +38,7 @@ def read_conditions(
     rows = [] if table is None else read_rows(table, "conditions", vocabulary, problems)
     kept = None
     try:
-        kept = _kept(given, genes, vocabulary)
+        kept = kept_genes(given, genes, vocabulary)
     except RequestError as error:
         problems.append(str(error).replace("generate.genes: ", "genes: "))
     if problems:
@@ -97,13 +97,20 @@ def _meant(error: Any, model: type[SamplerConfig]) -> str:
     return f" ({hint})" if hint else f" (known: {', '.join(model.model_fields)})"
 
 
-def _kept(given: Arguments, genes: Any, vocabulary: Vocabulary) -> np.ndarray | None:
-    """Return the ids of the genes to keep."""
+def kept_genes(given: Arguments, genes: Any, vocabulary: Vocabulary, *, argument: str = "genes") -> np.ndarray | None:
+    """Return the ids of the genes to keep; None: all.
+
+    Args:
+        argument: Of the call, for messages.
+
+    Raises:
+        RequestError: The model has no such genes.
+    """
     if genes is None:
         return None
     names = [genes] if isinstance(genes, str) or not isinstance(genes, Iterable) else list(genes)
     if isinstance(genes, (str, Mapping)) or not all(isinstance(name, str) for name in names):
-        given.problems.append(f"genes must be a list of gene ids or names; got {genes!r}")
+        given.problems.append(f"{argument} must be a list of gene ids or names; got {genes!r}")
         return None
     return genes_to_write([str(name) for name in names], vocabulary)
 

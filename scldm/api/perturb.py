@@ -8,6 +8,7 @@ from typing import Any
 import anndata
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from scldm.api.arguments import Arguments
 from scldm.api.conditions import sampler_settings
@@ -90,9 +91,13 @@ def _flow_problems(
 
 
 def own_classes(
-    adata: anndata.AnnData, vocabulary: Vocabulary, perturbation: Perturbation, flow: LoadedFlow, unknown_labels: str
-) -> dict[str, np.ndarray]:
+    adata: anndata.AnnData, vocabulary: Vocabulary, perturbation: Perturbation | None, flow: LoadedFlow,
+    unknown_labels: str,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Return the cells' own class ids by label, (b,).
+
+    Args:
+        perturbation: What is done to them; None: nothing that needs control cells.
 
     Raises:
         CellsError: Cells lack a label, and `unknown_labels` is error; or they are no control cells and should be.
@@ -112,7 +117,7 @@ def own_classes(
             first = adata.obs_names[ids[label.name] == label.null_id][0]
             problems.append(f"{n:,} cells have no {label.name} (first: {first}); to use them without it: "
                             "unknown_labels='none'")  # fmt: skip
-    if perturbation.start == "control" and flow.start is not None:
+    if perturbation is not None and perturbation.start == "control" and flow.start is not None:
         own = vocabulary.label(flow.start.label).decode(ids[flow.start.label].tolist())
         if problem := not_controls(own, list(map(str, adata.obs_names)), flow.start):
             problems.append(f"{problem}. Select the control cells, or take start='latents'")
@@ -123,7 +128,8 @@ def own_classes(
 
 def perturbed(
     adata: anndata.AnnData, cells: AlignedCells, ids: Mapping[str, np.ndarray], perturbation: Perturbation,
-    *, vae: LoadedVAE, flow: LoadedFlow, folders: ModelFolders, numerics: Numerics,
+    *, vae: LoadedVAE, flow: LoadedFlow, folders: ModelFolders, numerics: Numerics, kind: str = "perturb",
+    as_measured: np.ndarray | None = None,
 ) -> anndata.AnnData:  # fmt: skip
     """Return the cells under their new labels.
 
@@ -131,24 +137,42 @@ def perturbed(
         cells: The cells' counts over the genes of the model.
         ids: Their own class ids, by label.
         numerics: What the networks are set to, for the provenance.
+        kind: Name of what is done, for the provenance.
+        as_measured: Cells that keep their counts and latents, (b,) bool; None: none do.
     """
     flow = with_values(flow, [perturbation.to])
+    stay = np.zeros(adata.n_obs, dtype=bool) if as_measured is None else as_measured
 
     def moved(batch: CellBatch) -> tuple[sp.csr_matrix, np.ndarray]:
         made, z = perturb_cells(vae, flow, batch, batch, perturbation)
-        return made, flat(z)
+        new, rows = flat(z), batch.joinids.cpu().numpy()
+        if (staying := np.flatnonzero(stay[rows])).size:
+            return _as_measured(vae, batch, cells, staying, made, new)
+        return made, new
 
     parts = list(each_batch(moved, vae, flow, cells, adata, ids))
     obs = adata.obs.copy()
-    obs["is_synthetic"] = True
+    obs["is_synthetic"] = ~stay
     obs["library_size"] = np.asarray(cells.counts.sum(1)).ravel().astype(np.float32)
     for name, value in perturbation.to.items():
         obs[f"to_{name}"] = "" if value is None else value
     about = {
-        "kind": "perturb", "seed": perturbation.seed, "sampler": perturbation.sampler.model_dump_json(),
+        "kind": kind, "seed": perturbation.seed, "sampler": perturbation.sampler.model_dump_json(),
         "to": {k: "" if v is None else v for k, v in perturbation.to.items()}, "start": perturbation.start,
         "counts": perturbation.counts, **digests(folders), **numerics.as_plain(),
         **source_of(folders),
         **told(value_notes(flow.vocabulary, [perturbation.to])),
     }  # fmt: skip
     return made_cells(vae, [p[0] for p in parts], [p[1] for p in parts], obs, about)
+
+
+def _as_measured(
+    vae: LoadedVAE, batch: CellBatch, cells: AlignedCells, staying: np.ndarray, values: sp.csr_matrix, z: np.ndarray
+) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Return values and latents of a tile with its `staying` cells as they were measured."""
+    own, changed = cells.counts[batch.joinids.cpu().numpy()].astype(np.int32), np.ones(len(z), dtype=bool)
+    changed[staying] = False
+    with torch.inference_mode():
+        z[staying] = flat(vae.vae.encode(batch))[staying]
+    rows = [(values if moved else own)[i] for i, moved in enumerate(changed.tolist())]
+    return sp.csr_matrix(sp.vstack(rows, format="csr")), z

@@ -1,6 +1,6 @@
 """Writes the model card of a model that a stage trained or took over: one fact a line, `* name: value`.
 
-`scldm.api.model_card` copies these lines into the card of a published folder.
+`scldm.api.hub.model_card` copies these lines into the card of a published folder.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def register(folder: str | Path, *, uri: str, name: str | None = None, aliases: 
     """
     from mlflow.exceptions import MlflowException
 
-    from scldm.api.model_card import model_card
+    from scldm.api.hub.model_card import model_card
     from scldm.api.parts import digests
 
     if name is None and is_remote(folder):

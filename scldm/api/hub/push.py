@@ -13,8 +13,8 @@ from typing import Any
 
 from scldm.api.arguments import Arguments
 from scldm.api.hub.download import COMMIT, INDEX, REPOSITORY, SCHEME, client, reason
-from scldm.api.model_card import UNKNOWN_LICENCE, DescribedModel
-from scldm.api.pretrained import PARTS, write_pretrained
+from scldm.api.hub.model_card import UNKNOWN_LICENCE, DescribedModel
+from scldm.api.hub.pretrained import PARTS, write_pretrained
 from scldm.errors import CheckpointError
 
 OTHERS = (".gitattributes", "README.md")  # files of a repository that the hub or a person made

@@ -86,7 +86,7 @@ FOLLOWED_ELSEWHERE = {
         "tests/unit/inference/test_model_cards.py"
     ),
     "scldm/api/scoring.py: name the layer of counts with layer=": "tests/unit/model/api/test_notebook_api.py",
-    "scldm/api/model_card.py: cells = model.generate(n=100, seed=0)": "tests/unit/model/api/test_notebook_api.py",
+    "scldm/api/hub/model_card.py: cells = model.generate(n=100, seed=0)": "tests/unit/model/api/test_notebook_api.py",
     "pipeline/config/apply.py: set counts=drawn or start=latents": "tests/unit/inference/test_perturb_controls.py",
     "pipeline/config/stages.py: vae.train changes the latents in every step": (
         "tests/unit/training/objectives/test_control_starts.py"

@@ -12,8 +12,8 @@ from helpers.models.small_models import CELL_TYPES, write_flow, write_vae
 
 from pipeline.tracking.mlflow_runs.register import register, save
 from scldm.api.folders import ModelFolders
+from scldm.api.hub.model_card import model_card
 from scldm.api.model import Model, load
-from scldm.api.model_card import model_card
 from scldm.errors import InputError
 from scldm.flow.config import ControlStart
 

@@ -10,7 +10,7 @@ from helpers.models.small_models import write_vae
 import scldm
 from pipeline.stages.training.model_card import model_card as card_of_a_stage
 from pipeline.tracking.provenance import note
-from scldm.api.model_card import model_card
+from scldm.api.hub.model_card import model_card
 from scldm.config import StrictModel
 from scldm.data.vocabulary import LabelVocabulary
 

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 from scldm.api.hub.download import INDEX, SUMS, sums_of
-from scldm.api.model_card import DescribedModel, model_card
+from scldm.api.hub.model_card import DescribedModel, model_card
 from scldm.api.origin import CARD, EVALUATION, recorded_scores
 from scldm.checkpoints.output_folder import atomic_folder, check_output
 from scldm.data.labels.vectors import FILE as VECTORS
