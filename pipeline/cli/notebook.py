@@ -35,6 +35,7 @@ def train(
     cells: anndata.AnnData | str | Path, labels: Sequence[str] | str | None = None, *, name: str | None = None,
     output: str | Path = "runs", layer: str | None = None, gene_id: str | None = None, gpus: int = 0, seed: int = 0,
     settings: Mapping[str, Any] | Sequence[str] | None = None, ray: bool | None = None, ray_address: str | None = None,
+    quick: bool = False,
 ) -> Model:  # fmt: skip
     """Train a VAE and a flow on cells, generate and evaluate; return the model.
 
@@ -53,6 +54,8 @@ def train(
         settings: What is changed of the job: {"train_vae.train.max_steps": 500}, or ["train_vae.train.max_steps=500"].
         ray: Whether the stages run on Ray. None: if there is a cluster (ray_address, RAY_ADDRESS) or more than one GPU.
             Without it workers are child processes, with the numbers of as many workers on Ray.
+        quick: Train a quarter of the steps and generate a quarter of the cells, for a first look. A later call without
+            it trains in full, and keeps the ingested cells.
         ray_address: Of a Ray cluster, host:port; None: RAY_ADDRESS, else a local one where Ray is wanted.
 
     Raises:
@@ -64,7 +67,7 @@ def train(
     from pipeline.workflow.runner import run_job
     from scldm.api.model import load
 
-    wanted = _arguments(labels, name, output, layer, gene_id, gpus, seed, ray, ray_address)
+    wanted = _arguments(labels, name, output, layer, gene_id, gpus, seed, ray, ray_address, quick)
     if ray is None:
         ray = int(gpus) > 1 or bool(ray_address or os.environ.get("RAY_ADDRESS"))
     overrides = [f"seed={int(seed)}", *_overrides(settings)]
@@ -74,7 +77,17 @@ def train(
     summary = look_at(source.address, {**given, "counts": True}, memory_gib=MEMORY_GIB, tell=print)
     text, words = make_job(
         summary,
-        Wanted(folder.name, folder / JOB, "scldm.train", given, wanted, gpus=gpus, ray=ray, output=str(folder.parent)),
+        Wanted(
+            folder.name,
+            folder / JOB,
+            "scldm.train",
+            given,
+            wanted,
+            gpus=gpus,
+            ray=ray,
+            quick=quick,
+            output=str(folder.parent),
+        ),
     )
     write_job(folder / JOB, text, force=True)
     print("\n".join([*(f"note: {note}" for note in source.notes), *_without_commands(words)]), flush=True)
@@ -84,7 +97,8 @@ def train(
 
 
 def _arguments(
-    labels: Any, name: Any, output: Any, layer: Any, gene_id: Any, gpus: Any, seed: Any, ray: Any, ray_address: Any
+    labels: Any, name: Any, output: Any, layer: Any, gene_id: Any, gpus: Any, seed: Any, ray: Any, ray_address: Any,
+    quick: Any,
 ) -> list[str]:  # fmt: skip
     """Check arguments; return the labels as a list."""
     from scldm.api.arguments import Arguments
@@ -99,6 +113,7 @@ def _arguments(
     if name is not None and isinstance(name, str) and name != name_of(name):
         given.problems.append(f"name is that of a folder: letters, digits, '.', '_' and '-'; got {name!r}")
     given.text("ray_address", ray_address)
+    given.flag("quick", quick)
     if ray is not None:
         given.flag("ray", ray)
     if ray is False and (address := ray_address or os.environ.get("RAY_ADDRESS")):
