@@ -35,7 +35,7 @@ def train(
     cells: anndata.AnnData | str | Path, labels: Sequence[str] | str | None = None, *, name: str | None = None,
     output: str | Path = "runs", layer: str | None = None, gene_id: str | None = None, gpus: int = 0, seed: int = 0,
     settings: Mapping[str, Any] | Sequence[str] | None = None, ray: bool | None = None, ray_address: str | None = None,
-    quick: bool = False,
+    quick: bool = False, start_from: str | Path | Mapping[str, Any] | None = None,
 ) -> Model:  # fmt: skip
     """Train a VAE and a flow on cells, generate and evaluate; return the model.
 
@@ -57,17 +57,20 @@ def train(
         quick: Train a quarter of the steps and generate a quarter of the cells, for a first look. A later call without
             it trains in full, and keeps the ingested cells.
         ray_address: Of a Ray cluster, host:port; None: RAY_ADDRESS, else a local one where Ray is wanted.
+        start_from: A model that is trained on, over its genes: a name (runs/census), or as `Model.finetune` gives it.
 
     Raises:
         InputError: Arguments, cells or settings cannot be used; all that is found wrong is said at once.
         KeyboardInterrupt: Ctrl-C. What was trained is in a checkpoint, and the same call goes on from there.
     """
+    from pipeline.cli.init.continued import read_start
     from pipeline.config.io.loader import load_job
     from pipeline.data.sources.in_memory import source_of
     from pipeline.workflow.runner import run_job
     from scldm.api.model import load
 
     wanted = _arguments(labels, name, output, layer, gene_id, gpus, seed, ray, ray_address, quick)
+    start = read_start(start_from)
     if ray is None:
         ray = int(gpus) > 1 or bool(ray_address or os.environ.get("RAY_ADDRESS"))
     overrides = [f"seed={int(seed)}", *_overrides(settings)]
@@ -87,6 +90,7 @@ def train(
             ray=ray,
             quick=quick,
             output=str(folder.parent),
+            start=start,
         ),
     )
     write_job(folder / JOB, text, force=True)

@@ -754,6 +754,43 @@ class Model:
         )  # fmt: skip
 
     # ---- training ------------------------------------------------------------------------------------------------
+    def finetune(
+        self, adata: anndata.AnnData | str | Path, labels: Sequence[str] | str | None = None, *,
+        name: str | None = None, output: str | Path = "runs", keep_vae: bool = False, lora: int | None = None,
+        freeze: Sequence[str] = (), settings: Mapping[str, Any] | Sequence[str] | None = None, **options: Any,
+    ) -> Model:  # fmt: skip
+        """Train on from this model on other cells, over its genes; return the new model. This one stays as it is.
+
+        It is `scldm.train(adata, labels, start_from=…)`: the job that is written as output/name/job.yaml has
+        `train_vae.start_from`, `train_flow.start_from` and `ingest.genes.vocabulary`, and `scldm run` does the same.
+        Classes are matched by name; a new one starts at the null class.
+
+        Args:
+            adata: Cells with raw counts, or their path, as `scldm.train` takes them.
+            labels: obs columns; None: those of this model that the cells have (of a path: all of them).
+            name: Of the new pipeline; None: that of this model, and -tuned.
+            keep_vae: Use the VAE as it is, and train the flow alone.
+            lora: Rank of adapters that are trained in place of all weights.
+            freeze: Beginnings of names of the VAE's parameters that stay as they are, for example ["encoder"].
+            settings: What is changed of the job. Other options (seed, gpus, layer, …) as in `scldm.train`.
+
+        Raises:
+            ArgumentError: Arguments cannot be used.
+            AttributeError: The pipeline, which trains, is not installed.
+        """
+        import scldm
+        from scldm.api.training_run import name_to_tune, start_of
+
+        start = start_of(self.folders, self.weights, {"keep_vae": keep_vae, "lora": lora, "freeze": freeze})
+        own = list(self.labels) if self.flow is not None else []
+        if labels is None:
+            labels = [x for x in own if not isinstance(adata, anndata.AnnData) or x in adata.obs] or None
+        name = name_to_tune(self.folders) if name is None else name
+        tuned: Model = scldm.train(
+            adata, labels, name=name, output=output, settings=settings, start_from=start, **options
+        )
+        return tuned
+
     @property
     def history(self) -> pd.DataFrame:
         """Metrics of the trainings of its VAE and flow, indexed by stage and step.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from scldm.api.folders import MANIFEST, ModelFolders
+from scldm.api.folders import MANIFEST, ModelFolders, Weights
 from scldm.api.origin import evaluations
 from scldm.errors import CheckpointError
 
@@ -60,6 +61,27 @@ def newest_report(folders: ModelFolders) -> Report:
         raise CheckpointError(f"{pipeline} holds no report of cells of this model: scldm run jobs/evaluate.yaml")
     newest = found[-1]
     return Report(pipeline / "evaluate" / str(newest["version"]) / str(newest["facts"]["report"]))
+
+
+def start_of(folders: ModelFolders, weights: Weights, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `scldm.train` trains on from, for its start_from.
+
+    Raises:
+        CheckpointError: The model has raw weights; jobs start at averaged ones.
+    """
+    if weights == "raw":
+        raise CheckpointError(
+            f"{folders.flow or folders.vae} was loaded with its raw weights, and training goes on from the averaged "
+            "ones: scldm.load(folder, weights='ema').finetune(…)"
+        )
+    return {"model": folders.vae, "flow": folders.flow, **how}
+
+
+def name_to_tune(folders: ModelFolders) -> str:
+    """Return a name for the pipeline that trains a model on: that of the model's own, and -tuned."""
+    stage = folders.vae.absolute().parent
+    own = stage.parents[1].name if (stage / MANIFEST).is_file() else stage.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{own}-tuned").lstrip("-._")[:100]
 
 
 def _metrics(stage: Path) -> Iterator[pd.DataFrame]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from scldm.errors import InputError
 
 if TYPE_CHECKING:
+    from pipeline.cli.init.continued import Continued
     from pipeline.cli.init.inspect import SourceSummary
 
 CENSUS = re.compile(r"census(?::(?P<version>[A-Za-z0-9._-]+))?(?:/(?P<organism>[a-z_]+))?")
@@ -37,6 +38,7 @@ class Wanted:
     ray: bool = True  # False: a job for one machine alone
     quick: bool = False  # a quarter of the steps, for a first look
     output: str = "runs"
+    start: Continued | None = None  # what is trained on; None: new networks
 
 
 def is_census(source: str) -> bool:
@@ -88,9 +90,11 @@ def make_job(summary: SourceSummary, wanted: Wanted) -> tuple[str, str]:
     cells: dict[str, Any] = {} if summary.kind != "Census" else {"is_primary_data": True}
     cells |= {"tissue": tissues} if tissues else {}
     text = job_text(summary, labels, choices, name=wanted.name, source=_source(summary, wanted.source), cells=cells,
-                    command=wanted.command, path=str(wanted.path), output=wanted.output)  # fmt: skip
+                    command=wanted.command, path=str(wanted.path), output=wanted.output,
+                    start=wanted.start)  # fmt: skip
     _validate(text, wanted.path)
-    return text, summary_text(summary, labels, choices, wanted.path)
+    shown_choices = choices if wanted.start is None else wanted.start.described(choices)
+    return text, summary_text(summary, labels, shown_choices, wanted.path)
 
 
 def write_job(path: Path, text: str, *, force: bool) -> None:

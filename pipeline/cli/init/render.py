@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.cli.init.continued import Continued
 from pipeline.cli.init.defaults import Choices
 from pipeline.cli.init.inspect import SourceSummary
 from pipeline.cli.init.labels import Labels
@@ -19,7 +20,8 @@ WIDE = 118
 
 
 def job_text(summary: SourceSummary, labels: Labels, choices: Choices, *, name: str, source: Mapping[str, Any],
-             cells: Mapping[str, Any], command: str, path: str, output: str = "runs") -> str:  # fmt: skip
+             cells: Mapping[str, Any], command: str, path: str, output: str = "runs",
+             start: Continued | None = None) -> str:  # fmt: skip
     """Return the text of the job file.
 
     Args:
@@ -28,6 +30,7 @@ def job_text(summary: SourceSummary, labels: Labels, choices: Choices, *, name: 
         command: The command that writes it, for the header.
         path: Where it will be.
         output: Folder of all pipelines.
+        start: What it trains on from; None: new networks.
     """
     lines = [
         *_head(summary, choices, command, path),
@@ -36,14 +39,14 @@ def job_text(summary: SourceSummary, labels: Labels, choices: Choices, *, name: 
         f"output: {_flow(output)}",
         *_setting("resources", _resources(choices), choices.machines),
         "",
-        *_ingest(summary, labels, choices, source, cells),
+        *_ingest(summary, labels, choices, source, cells, start),
         "",
-        *_train_vae(choices),
+        *_train_vae(choices, start),
         "",
         *_encode(choices),
         "",
         "train_flow:",
-        *_setting("  model", choices.flow.value, choices.flow.reason),
+        *_flow_model(choices, start),
         *_train(choices.flow_train.value, choices.flow_train.reason),
         "",
         "generate:",
@@ -82,7 +85,7 @@ def _resources(choices: Choices) -> dict[str, Any]:
 
 
 def _ingest(summary: SourceSummary, labels: Labels, choices: Choices, source: Mapping[str, Any],
-            cells: Mapping[str, Any]) -> list[str]:  # fmt: skip
+            cells: Mapping[str, Any], start: Continued | None = None) -> list[str]:  # fmt: skip
     whole = {**source, **({"columns": dict(choices.columns)} if choices.columns else {})}
     lines = ["ingest:", f"  source: {_flow(whole)}"]
     if summary.other_places:
@@ -95,7 +98,10 @@ def _ingest(summary: SourceSummary, labels: Labels, choices: Choices, source: Ma
     lines += [f"  # left out: {shown(v.column)}: {v.reason}" for v in labels.verdicts if not v.taken][:30]
     if choices.missing_label == "drop":
         lines += _setting("  missing_label", "drop", f"at most {labels.drops:,} cells have no value of a label")
-    lines += _setting("  genes", {"min_cells": choices.min_cells.value}, choices.min_cells.reason)
+    if start is None:
+        lines += _setting("  genes", {"min_cells": choices.min_cells.value}, choices.min_cells.reason)
+    else:
+        lines += _setting("  genes", start.genes, "those of the model that is trained on")
     lines += _setting("  split", choices.split.value, choices.split.reason)
     if summary.kind in ("Census", "SOMA"):
         lines += _setting("  cache", True, "cells are read over the network once, not in every epoch")
@@ -108,16 +114,27 @@ def _why_labels(labels: Labels) -> str:
     return "; ".join(f"{shown(c)}: {labels.reason.get(c, 'of every Census release')}" for c in labels.columns)
 
 
-def _train_vae(choices: Choices) -> list[str]:
+def _train_vae(choices: Choices, start: Continued | None) -> list[str]:
+    if start is not None and start.keep_vae:
+        return _setting("train_vae", {"model": str(start.vae), "train": False}, "used as it is")
+    model = _setting("  model", choices.vae.value, choices.vae.reason)
+    if start is not None:
+        model = _setting("  start_from", start.vae_start, "sizes and first weights are its own")
     return [
         "train_vae:",
-        *_setting("  model", choices.vae.value, choices.vae.reason),
+        *model,
         *_train(
             {**choices.vae_train.value, "genes_per_step": choices.genes_per_step.value},
             choices.vae_train.reason,
             genes_per_step=choices.genes_per_step.reason,
         ),
     ]
+
+
+def _flow_model(choices: Choices, start: Continued | None) -> list[str]:
+    if start is None or start.flow_start is None:
+        return _setting("  model", choices.flow.value, choices.flow.reason)
+    return _setting("  start_from", start.flow_start, "sizes and first weights are its own")
 
 
 def _encode(choices: Choices) -> list[str]:
