@@ -48,7 +48,7 @@ WORKS = {
     "a list of dictionaries": "model.generate([{label: a, 'n_cells': 3}])",
     "a dictionary of lists": "model.generate({label: [a, b], 'n_cells': [3, 4]})",
     "the obs of real cells": "model.generate(adata.obs[[label]].iloc[:20])",
-    "labels in index levels": "model.generate(adata.obs.groupby(label, observed=True).size().rename('n_cells').to_frame() // 9)",
+    "labels in index levels": "model.generate(per_class)",
     "a categorical": "model.generate({label: pd.Categorical([a, b])}, n=4)",
     "a numpy seed": "model.generate({label: a}, n=3, seed=np.int64(3))",
     "a numpy number of cells": "model.generate({label: a}, n=np.int32(3))",
@@ -95,6 +95,7 @@ REFUSED = {
 MORE = """
 few_file, model_folder = "few.h5ad", {model!r}
 few.write_h5ad(few_file)
+per_class = adata.obs.groupby(label, observed=True).size().rename("n_cells").to_frame() // 9
 with_raw = few.copy(); with_raw.raw = few; sc.pp.normalize_total(with_raw); sc.pp.log1p(with_raw)
 with_layer = few.copy(); with_layer.layers["counts"] = few.X.copy(); sc.pp.normalize_total(with_layer)
 normalised = few.copy(); sc.pp.normalize_total(normalised); sc.pp.log1p(normalised)
