@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from importlib import import_module, metadata
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def __getattr__(name: str) -> Any:
 def _train() -> Any:
     """Return the function of the pipeline package, which knows this one and not the other way round."""
     found = list(entry_points(group="scldm.train"))
-    if not found:
+    if not found or find_spec("ray") is None:  # the wheel holds the pipeline's code, and not what it needs
         raise AttributeError("scldm.train needs the pipeline, which is not installed: pip install '.[pipeline]'")
     return found[0].load()
 
