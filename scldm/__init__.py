@@ -58,7 +58,7 @@ def _train() -> Any:
 
 
 def upstream_beside() -> str | None:
-    """Say that upstream's distribution, whose package is called `scldm` too, has put files into our folder; else None.
+    """Say that a distribution `scldm`, upstream's or an older one of ours, has put files into our folder; else None.
 
     One without files here is no problem: an editable installation under our name up to 0.2, or one that Python does not
     import because ours comes first.
@@ -71,8 +71,10 @@ def upstream_beside() -> str | None:
     theirs = [f for f in other.files or () if f.parts[0] == here.name and f.suffix == ".py"]
     if not any(Path(str(other.locate_file(f))).parent == here for f in theirs):
         return None
+    ours = any(point.group == "scldm.train" for point in other.entry_points)
+    whose = "its name up to 0.2" if ours else "upstream's"
     return (
-        f"two distributions share {here}: {DISTRIBUTION} (this project) and scldm {other.version} (upstream's); what "
+        f"two distributions share {here}: {DISTRIBUTION} (this project) and scldm {other.version} ({whose}); what "
         f"was installed last has overwritten files of the other. Run pip uninstall scldm {DISTRIBUTION}, and give each "
         "an environment of its own"
     )
