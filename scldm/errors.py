@@ -9,6 +9,7 @@ DISTRIBUTION = "scldm-census"  # what pip installs; the import is scldm
 EXTRAS = {  # of the model alone, each with what needs it
     "cells": "cells of a finished job (scldm.open_cells)",
     "hub": "models of the Hugging Face hub",
+    "plot": "Model.plot_umap",
     "score": "scldm.score, Model.map and the metrics",
     "upstream": "checkpoints of upstream",
 }

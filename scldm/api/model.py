@@ -62,6 +62,8 @@ from scldm.generation.tile_threads import each_tile
 from scldm.nn.kernels.precision import PRECISIONS, Numerics, Precision, PrecisionError, resolve, set_precision
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from scldm.api.training_run import Report
 
 
@@ -752,6 +754,57 @@ class Model:
             self.vae, [t.values for t in made], [t.latents for t in made], obs, about, kept,
             expression=settings.expression,
         )  # fmt: skip
+
+    def plot_umap(
+        self, real: anndata.AnnData | str | Path, generated: anndata.AnnData | None = None, *, color: str | None = None,
+        layer: str | None = None, fit: Literal["real", "both"] = "real", max_cells: int = 2000, seed: int = 0,
+    ) -> Figure:  # fmt: skip
+        """Draw real and generated cells in one UMAP, in 30 principal components of the real ones (log1p CP10k).
+
+        Args:
+            real: Cells with counts and the model's genes, by var_names or `feature_id`; more than max_cells are drawn
+                from by seed.
+            generated: Cells of `generate`. None: as many are generated, with the labels of the real ones if these have
+                all labels of the model.
+            color: obs column of both; adds a panel for each, by its classes.
+            layer: Layer of the real counts; None: X.
+            fit: What UMAP is fitted to: "real" cells, which generated ones are then placed among; or "both", which
+                shows generated cells that no real ones are like as islands.
+            max_cells: Cells of a side.
+            seed: Of the choice of cells, of generation and of UMAP.
+
+        Returns:
+            A figure of matplotlib: real and generated cells over each other and, with color, a panel for each.
+
+        Raises:
+            ArgumentError: Arguments cannot be used; all are listed.
+            CellsError: Real and generated cells cannot be compared.
+            ModuleNotFoundError: The extra `plot` is not installed.
+
+        >>> len(model.plot_umap(adata, color="cell_type").axes)
+        3
+        """
+        given = Arguments()
+        real = given.anndata("real", real)
+        if generated is not None:
+            given.anndata("generated", generated)
+        given.text("color", color)
+        given.text("layer", layer)
+        given.one_of("fit", fit, ("real", "both"))
+        max_cells, seed = given.whole("max_cells", max_cells, least=10), given.seed(seed)
+        given.raise_problems()
+        from scldm.api.analysis.umap_plot import plot
+
+        chosen = np.sort(np.random.default_rng(seed).permutation(real.n_obs)[:max_cells])
+        real = real[chosen].to_memory() if real.isbacked else real[chosen].copy()
+        if generated is None:
+            labelled = bool(self.labels) and all(x in real.obs and real.obs[x].notna().all() for x in self.labels)
+            asked = real.obs[list(self.labels)] if labelled else None
+            generated = self.generate(asked, n=None if labelled else real.n_obs, seed=seed)
+        elif generated.n_obs > max_cells:
+            rows = np.random.default_rng(seed).permutation(generated.n_obs)[:max_cells]
+            generated = generated[np.sort(rows)].copy()
+        return plot(generated, real, color=color, layer=layer, fit=fit, seed=seed)
 
     # ---- training ------------------------------------------------------------------------------------------------
     def finetune(

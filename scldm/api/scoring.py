@@ -83,8 +83,8 @@ def score(
     max_cells, n_pcs = given.whole("max_cells", max_cells, least=FEWEST // 3), given.whole("n_pcs", n_pcs, least=1)
     seed = given.seed(seed)
     given.raise_problems()
-    _require(generated, real, label, layer)
-    known, every = _sides(generated, real, label, layer)
+    require_pair(generated, real, label, layer)
+    known, every = sides(generated, real, label, layer)
     rng = np.random.default_rng(seed)
     order = rng.permutation(real.n_obs)
     n = min(real.n_obs // 3, max_cells)
@@ -104,7 +104,7 @@ def score(
     return table
 
 
-def _sides(
+def sides(
     generated: anndata.AnnData, real: anndata.AnnData, label: str | None, layer: str | None
 ) -> tuple[CellSet, CellSet]:
     """Return real and generated cells over the genes of the generated ones; both must hold what they say."""
@@ -168,17 +168,24 @@ def _count_scores(real: CellSet, side: CellSet) -> dict[str, float]:
     }
 
 
-def _require(generated: anndata.AnnData, real: anndata.AnnData, label: str | None, layer: str | None) -> None:
+def require_pair(
+    generated: anndata.AnnData, real: anndata.AnnData, label: str | None, layer: str | None, *, fewest: int = FEWEST
+) -> None:  # fmt: skip
+    """Raise CellsError for cells that cannot be compared; all problems are listed.
+
+    Args:
+        fewest: Real cells at least, and a third of it generated ones.
+    """
     problems = []
     if is_log_normalised(real.uns):
         problems.append(
             "real holds log1p CP10k values of a gaussian head (uns['scldm']['scale']), and real cells are needed with "
             "their counts"
         )
-    if real.n_obs < FEWEST:
-        problems.append(f"{real.n_obs} real cells are too few to deal to three parts; at least {FEWEST} are needed")
-    if generated.n_obs < FEWEST // 3:
-        problems.append(f"{generated.n_obs} generated cells are too few; at least {FEWEST // 3} are needed")
+    if real.n_obs < fewest:
+        problems.append(f"{real.n_obs} real cells are too few to deal to three parts; at least {fewest} are needed")
+    if generated.n_obs < fewest // 3:
+        problems.append(f"{generated.n_obs} generated cells are too few; at least {fewest // 3} are needed")
     lacking = [g for g in generated.var_names if g not in _gene_names(real)]
     if lacking:
         problems.append(

@@ -18,7 +18,7 @@ MODULES = {"cellarium-ml": "cellarium", "umap-learn": "umap", "cellxgene-census"
            "scikit-learn": "sklearn", "scikit-misc": "skmisc", "huggingface-hub": "huggingface_hub",
            "pyyaml": "yaml"}  # fmt: skip
 EXTRAS = PYPROJECT["optional-dependencies"]
-OF_THE_MODEL = ("cells", "hub", "score", "upstream")  # extras of the model alone, which the pipeline brings too
+OF_THE_MODEL = ("cells", "hub", "plot", "score", "upstream")  # extras of the model alone, which the pipeline brings too
 
 
 def requested(requirements: list[str]) -> list[str]:
@@ -94,7 +94,7 @@ except ImportError as error:
 
 
 def test_the_model_works_without_its_extras_and_names_the_one_that_is_missing(tmp_path):
-    assert {"sklearn", "skmisc", "omegaconf", "yaml", "pyarrow", "huggingface_hub"} == OPTIONAL
+    assert {"sklearn", "skmisc", "matplotlib", "umap", "omegaconf", "yaml", "pyarrow", "huggingface_hub"} == OPTIONAL
     modules = {
         "cells": "scldm.cells.cells", "score": "scldm.api.scoring", "upstream": "scldm.checkpoints.convert.convert",
     }  # fmt: skip
