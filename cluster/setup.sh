@@ -13,5 +13,7 @@ for name in runs data; do
 done
 
 want="$(sha256sum constraints.txt | cut -d' ' -f1)"
-[ "$(cat /opt/scldm-constraints.sha256 2>/dev/null)" = "$want" ] ||
+[ "$(cat /opt/scldm-constraints.sha256 2>/dev/null)" = "$want" ] || {
+  python -m pip uninstall --yes --quiet scldm # the name of this distribution up to 0.2
   python -m pip install --quiet --no-cache-dir --constraint constraints.txt '.[pipeline]'
+}

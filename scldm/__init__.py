@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from importlib import import_module, metadata
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +52,13 @@ def __getattr__(name: str) -> Any:
 def _train() -> Any:
     """Return the function of the pipeline package, which knows this one and not the other way round."""
     found = list(entry_points(group="scldm.train"))
-    if not found:
+    if not found or find_spec("ray") is None:  # the wheel holds the pipeline's code, and not what it needs
         raise AttributeError("scldm.train needs the pipeline, which is not installed: pip install '.[pipeline]'")
     return found[0].load()
 
 
 def upstream_beside() -> str | None:
-    """Say that upstream's distribution, whose package is called `scldm` too, has put files into our folder; else None.
+    """Say that a distribution `scldm`, upstream's or an older one of ours, has put files into our folder; else None.
 
     One without files here is no problem: an editable installation under our name up to 0.2, or one that Python does not
     import because ours comes first.
@@ -72,8 +73,10 @@ def upstream_beside() -> str | None:
     theirs = [f for f in other.files or () if f.parts[0] == here.name and f.suffix == ".py"]
     if not any(Path(str(other.locate_file(f))).parent == here for f in theirs):
         return None
+    ours = any(point.group == "scldm.train" for point in other.entry_points)
+    whose = "its name up to 0.2" if ours else "upstream's"
     return (
-        f"two distributions share {here}: {DISTRIBUTION} (this project) and scldm {other.version} (upstream's); what "
+        f"two distributions share {here}: {DISTRIBUTION} (this project) and scldm {other.version} ({whose}); what "
         f"was installed last has overwritten files of the other. Run pip uninstall scldm {DISTRIBUTION}, and give each "
         "an environment of its own"
     )

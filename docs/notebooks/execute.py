@@ -21,7 +21,12 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 SECONDS = 1800  # of one cell, and of the kernel's start on a busy machine
-PATHS = ("model_folder", "cells_file")  # parameters that are paths: the notebook runs in another folder
+PATHS = (
+    "model_folder",
+    "cells_file",
+    "checkpoint",
+    "config",
+)  # parameters that are paths: the notebook runs in another folder
 
 
 def executed(name: str, parameters: Mapping[str, Any], folder: Path) -> nbformat.NotebookNode:

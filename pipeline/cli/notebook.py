@@ -35,7 +35,7 @@ def train(
     cells: anndata.AnnData | str | Path, labels: Sequence[str] | str | None = None, *, name: str | None = None,
     output: str | Path = "runs", layer: str | None = None, gene_id: str | None = None, gpus: int = 0, seed: int = 0,
     settings: Mapping[str, Any] | Sequence[str] | None = None, ray: bool | None = None, ray_address: str | None = None,
-    start_from: str | Path | Mapping[str, Any] | None = None,
+    quick: bool = False, start_from: str | Path | Mapping[str, Any] | None = None,
 ) -> Model:  # fmt: skip
     """Train a VAE and a flow on cells, generate and evaluate; return the model.
 
@@ -54,6 +54,8 @@ def train(
         settings: What is changed of the job: {"train_vae.train.max_steps": 500}, or ["train_vae.train.max_steps=500"].
         ray: Whether the stages run on Ray. None: if there is a cluster (ray_address, RAY_ADDRESS) or more than one GPU.
             Without it workers are child processes, with the numbers of as many workers on Ray.
+        quick: Train a quarter of the steps and generate a quarter of the cells, for a first look. A later call without
+            it trains in full, and keeps the ingested cells.
         ray_address: Of a Ray cluster, host:port; None: RAY_ADDRESS, else a local one where Ray is wanted.
         start_from: A model that is trained on, over its genes: a name (runs/census), or as `Model.finetune` gives it.
 
@@ -67,7 +69,7 @@ def train(
     from pipeline.workflow.runner import run_job
     from scldm.api.model import load
 
-    wanted = _arguments(labels, name, output, layer, gene_id, gpus, seed, ray, ray_address)
+    wanted = _arguments(labels, name, output, layer, gene_id, gpus, seed, ray, ray_address, quick)
     start = read_start(start_from)
     if ray is None:
         ray = int(gpus) > 1 or bool(ray_address or os.environ.get("RAY_ADDRESS"))
@@ -86,6 +88,7 @@ def train(
             wanted,
             gpus=gpus,
             ray=ray,
+            quick=quick,
             output=str(folder.parent),
             start=start,
         ),
@@ -98,7 +101,8 @@ def train(
 
 
 def _arguments(
-    labels: Any, name: Any, output: Any, layer: Any, gene_id: Any, gpus: Any, seed: Any, ray: Any, ray_address: Any
+    labels: Any, name: Any, output: Any, layer: Any, gene_id: Any, gpus: Any, seed: Any, ray: Any, ray_address: Any,
+    quick: Any,
 ) -> list[str]:  # fmt: skip
     """Check arguments; return the labels as a list."""
     from scldm.api.arguments import Arguments
@@ -113,6 +117,7 @@ def _arguments(
     if name is not None and isinstance(name, str) and name != name_of(name):
         given.problems.append(f"name is that of a folder: letters, digits, '.', '_' and '-'; got {name!r}")
     given.text("ray_address", ray_address)
+    given.flag("quick", quick)
     if ray is not None:
         given.flag("ray", ray)
     if ray is False and (address := ray_address or os.environ.get("RAY_ADDRESS")):

@@ -1,29 +1,29 @@
-"""Write an evaluation to metrics.json, metrics.csv and classes.csv, and print a table to the terminal."""
+"""Write an evaluation to metrics.json, metrics.csv and classes.csv, and say in short what it found."""
 
 from __future__ import annotations
 
 import csv
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from pipeline.core.files import write_json_atomic
 from pipeline.report.combinations import combination_means, combination_rows, write_combinations
-from pipeline.report.evaluation import NB, Evaluation
+from pipeline.report.evaluation import NB, POISSON, SHUFFLED, Evaluation
 from pipeline.report.html import number
 from pipeline.report.rows import MetricRow
+from pipeline.report.verdict import copies_suspected
 from scldm.metrics.cell_set import class_text
 from scldm.metrics.score import Score
 
-KEY_FIGURES = {
-    *("reconstruction_nll", "reconstruction_gene_pearson", "gene_mean_r2", "gene_variance_r2", "frechet", "mmd2", "w2"),
-    *("auroc", "zero_fraction_difference", "library_size_ks", "genes_per_cell_ks", "gene_correlation_pearson"),
-    "memorisation_share",
+KEY_FIGURES = {  # of the summary: name -> what it is called there
+    "w2": "distance (Wasserstein-2)",
+    "auroc": "real or fake? (AUROC)",
+    "coverage": "variety (coverage)",
 }
-KEY_PREFIXES = ("label_accuracy.", "conditional_w2.", "conditional_lfc_slope.")
+LABEL_FIGURE, MOST_LABELS = "label_accuracy.", 2
+WIDTH, TITLE, COLUMN = 78, 33, 15  # of the summary, in columns
 
 
 def table_row(row: MetricRow, baselines: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,23 +95,41 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def print_key_figures(result: Evaluation, console: Console) -> None:
-    """Print a short table: values with half of their intervals, and the verdict against the NB baseline."""
-    table = Table(title="Generated against held-out real cells (± half of the 95 % interval)")
-    table.add_column("metric")
-    for column in ("generated", "floor", *result.baselines):
-        table.add_column(column, justify="right")
-    table.add_column(f"against {NB}")
-    for row in result.rows:
-        if row.name in KEY_FIGURES or row.name.startswith(KEY_PREFIXES):
-            others = [row.floor, *(row.baselines.get(name) for name in result.baselines)]
-            at_floor = " (= floor)" if row.at_floor else ""
-            table.add_row(row.score.title, *map(_cell, (row.score, *others)), f"{row.against(NB) or ''}{at_floor}")
-    console.print(table)
-    console.print(result.verdict)
+def summary_lines(result: Evaluation) -> list[str]:
+    """Return a short table and one sentence, for a terminal: at most WIDTH columns, no colour.
+
+    Six figures at most, of the generated cells, of real cells against other real ones, and of the simple baseline whose
+    Wasserstein-2 distance is nearest to the latter. All scores, with intervals, are in the report and in metrics.csv.
+    """
+    best = _best_baseline(result)
+    found = {row.name: row for row in result.rows}
+    rows = [(title, found[name], number) for name, title in KEY_FIGURES.items() if name in found]
+    labels = [row for row in result.rows if row.name.startswith(LABEL_FIGURE)][:MOST_LABELS]
+    rows += [(f"{row.name.removeprefix(LABEL_FIGURE)} found again (kNN)", row, _percent) for row in labels]
+    columns = ("generated", "real vs real", best)
+    lines = ["", f"{'':<{TITLE}}" + "".join(f"{name:>{COLUMN}}" for name in columns)]
+    for title, row, shown in rows:
+        scores = (row.score, row.floor, row.baselines.get(best))
+        values = "".join(f"{'–' if score is None else shown(score.value):>{COLUMN}}" for score in scores)
+        lines.append(f"{_cut(title)}{values}")
+    if "memorisation_share" in found and not result.changed:
+        said = "possible" if copies_suspected(found["memorisation_share"]) else "none found"
+        lines.append(f"{_cut('copies of training cells')}{said:>{COLUMN}}")
+    first, _, _ = result.verdict.partition(". ")
+    return [*lines, "", *textwrap.wrap(first.removesuffix(".") + ".", WIDTH), ""]
 
 
-def _cell(score: Score | None) -> str:
-    if score is None:
-        return "–"
-    return number(score.value) + ("" if score.half_width is None else f" ±{score.half_width:.2g}")
+def _best_baseline(result: Evaluation) -> str:
+    """Return the simple baseline whose Wasserstein-2 distance is nearest to that of real cells."""
+    simple = [name for name in (NB, POISSON, SHUFFLED) if "w2" in result.baselines.get(name, {})]
+    if not simple or "w2" not in result.floor:
+        return NB
+    return min(simple, key=lambda name: abs(result.baselines[name]["w2"].value - result.floor["w2"].value))
+
+
+def _cut(title: str) -> str:
+    return f"{title if len(title) < TITLE else title[: TITLE - 2] + '…':<{TITLE}}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}"

@@ -119,12 +119,17 @@ def _beside_the_process(truth: TruthScores | None) -> list[str]:
     return texts
 
 
-def _copies(share: MetricRow, ratio: MetricRow) -> str:
+def copies_suspected(share: MetricRow) -> bool:
+    """Return whether more generated cells than real ones sit next to a training cell."""
     low = share.score.interval[0] if share.score.interval else share.score.value
     usual = share.score.ideal if share.floor is None or share.floor.interval is None else share.floor.interval[1]
+    return bool(low > max(usual, share.score.ideal))
+
+
+def _copies(share: MetricRow, ratio: MetricRow) -> str:
     conclusion = (
         "more generated cells than real ones sit next to a training cell: they may be copies"
-        if low > max(usual, share.score.ideal)
+        if copies_suspected(share)
         else "no sign of copies of training cells"
     )
     return (

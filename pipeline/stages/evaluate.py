@@ -21,7 +21,6 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
-from rich.console import Console
 
 from pipeline.config.context import StageContext
 from pipeline.config.job import EvaluateConfig, SyntheticSource
@@ -34,7 +33,7 @@ from pipeline.report.combinations import GENERATED, JOIN, combination_means, tit
 from pipeline.report.evaluation import NB, POISSON, Decoded, Evaluation, evaluate
 from pipeline.report.gallery import gallery
 from pipeline.report.html import Picture, ReportInputs, write_report
-from pipeline.report.outputs import print_key_figures, write_tables
+from pipeline.report.outputs import summary_lines, write_tables
 from pipeline.report.streamed import stream_generated
 from pipeline.stages.unseen.finished import believed, finished_predictions, judged_by
 from scldm.cells.cells import Cells, open_cells
@@ -66,7 +65,7 @@ def run(config: EvaluateConfig, context: StageContext) -> dict[str, Any]:
     pictures = list(gallery(result, config, training_records(context.inputs)))
     write_outputs(context.folder, result, pictures, inputs=context.inputs, config=config)
     _track(context, result, pictures)
-    print_key_figures(result, Console())
+    print("\n".join(summary_lines(result)), flush=True)
     values = {name: {k: s.value for k, s in scores.items()} for name, scores in result.baselines.items()}
     return {
         "report": "report.html",

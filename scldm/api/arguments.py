@@ -117,6 +117,9 @@ class Arguments:
 
         if isinstance(value, (str, Path)):
             path = Path(value).expanduser()
+            if not path.exists():
+                self.problems.append(f"{name}: there is no file {path}")
+                return value
             try:
                 return anndata.read_h5ad(path)
             except Exception as error:  # of h5py, anndata or the system

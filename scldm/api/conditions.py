@@ -17,6 +17,7 @@ from scldm.generation.request import Request, RequestRow
 from scldm.generation.request_table import RequestError, check_guidance, genes_to_write, read_rows
 from scldm.text import did_you_mean
 
+LISTS = (list, tuple, np.ndarray, pd.Index, pd.Series, pd.api.extensions.ExtensionArray)  # several classes of a label
 Conditions: TypeAlias = pd.DataFrame | pd.Series | Sequence[Mapping[str, Any]] | Mapping[str, Any] | None
 
 
@@ -175,7 +176,7 @@ def _rows(given: Arguments, conditions: Any, vocabulary: Vocabulary) -> pd.DataF
 
 def _spread(given: Arguments, conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of a dictionary: one, or if values are lists of classes as many as these have entries."""
-    lists = {k: list(v) for k, v in conditions.items() if isinstance(v, (list, tuple, np.ndarray, pd.Index, pd.Series))}
+    lists = {k: list(v) for k, v in conditions.items() if isinstance(v, LISTS)}
     lengths = {k: len(v) for k, v in lists.items()}
     if len(set(lengths.values())) > 1:
         named = ", ".join(f"{k} {n}" for k, n in lengths.items())

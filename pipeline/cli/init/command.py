@@ -37,6 +37,7 @@ def init(
     genome: Annotated[str | None, typer.Option(help="10x only: as ingest.source.genome.")] = None,
     tissue: Tissues = None,
     gpus: Annotated[int, typer.Option(min=0, max=1024, help="GPUs to write the job for; 0: CPUs.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the steps and cells, for a first look.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the pipeline; default: of the file.")] = None,
     counts: Annotated[bool, typer.Option("--counts/--no-counts", help="Read the counts, or the tables only.")] = True,
     region: Annotated[str | None, typer.Option(help="AWS region of an s3:// address.")] = None,
@@ -59,8 +60,8 @@ def init(
         summary = look_at(source, access, memory_gib=memory_gib, tell=lambda line: typer.echo(line, err=True))
         labels, tissues = label or [], tissue or []
         wanted = Wanted(
-            named, path, _command(summary.uri, path, gpus, labels, tissues), given | {"anonymous": anonymous}, labels,
-            tissues, gpus,
+            named, path, _command(summary.uri, path, gpus, labels, tissues, quick=quick),
+            given | {"anonymous": anonymous}, labels, tissues, gpus, quick=quick,
         )  # fmt: skip
         text, words = make_job(summary, wanted)
         write_job(path, text, force=force)
@@ -84,7 +85,8 @@ def _check(source: str, path: Path, given: dict[str, Any], tissue: list[str] | N
         raise InputError("\n".join(problems))
 
 
-def _command(uri: str, path: Path, gpus: int, requested: list[str], tissues: list[str]) -> str:
+def _command(uri: str, path: Path, gpus: int, requested: list[str], tissues: list[str], *, quick: bool = False) -> str:
     words = ["scldm", "init", uri, "-o", str(path)]
     words += [w for x in requested for w in ("--label", x)] + [w for x in tissues for w in ("--tissue", x)]
-    return shlex.join(words + (["--gpus", str(gpus)] if gpus else []))
+    words += ["--gpus", str(gpus)] if gpus else []
+    return shlex.join(words + (["--quick"] if quick else []))

@@ -19,6 +19,7 @@ MANY_DONORS = 20  # with fewer, a hash of donors may leave a split empty
 MANY_GENES = 4096
 CELLS_PER_GPU = 128  # of a step: with fewer, a GPU waits for launches of kernels more than it computes
 GPU_STEPS, PASSES = 10_000, 100  # least steps of a training on GPUs; passes through the cells that are aimed at
+QUICK = 4  # a quick job has this part of the steps
 CENSUS_GENES = 60_000  # approximate; not read from the Census
 
 
@@ -52,13 +53,16 @@ class Choices:
     shard_size: int
 
 
-def choose(summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int, ray: bool = True) -> Choices:
+def choose(
+    summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int, ray: bool = True, quick: bool = False
+) -> Choices:
     """Choose the settings of a job for a source.
 
     Args:
         gpus: GPUs of the machines; 0 trains on CPUs.
         cpus: Cores of the machine that trains, where there is no GPU.
         ray: Whether the job runs on Ray; without it, on this machine alone.
+        quick: A quarter of the steps and of the generated cells, for a first look.
     """
     # Columns of an experiment are read as they are called: no setting renames them.
     columns, names = _names(labels) if summary.kind != "SOMA" else ({}, labels.columns)
@@ -68,6 +72,10 @@ def choose(summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int, ray:
     workers = _gpu_workers(gpus, n_train) if gpus else min(2, max(1, cpus))
     steps = _gpu_steps if gpus else _cpu_steps
     vae_train, flow_train = steps(n_train, workers, flow=False, summary=summary), steps(n_train, workers, flow=True)
+    n_generated = _n_generated(summary, gpus)
+    if quick:
+        vae_train, flow_train = _quarter(vae_train), _quarter(flow_train)
+        n_generated = Chosen(-(-n_generated.value // QUICK), f"a quarter, for a first look; {n_generated.reason}")
     return Choices(
         gpus=gpus,
         ray=ray,
@@ -83,7 +91,7 @@ def choose(summary: SourceSummary, labels: Labels, *, gpus: int, cpus: int, ray:
         vae_train=vae_train,
         flow=_flow(summary, gpus),
         flow_train=flow_train,
-        n_generated=_n_generated(summary, gpus),
+        n_generated=n_generated,
         shard_size=25_000 if gpus else 250,
     )
 
@@ -221,6 +229,14 @@ def _gpu_steps(n_train: int, workers: int, *, flow: bool, summary: SourceSummary
         "checkpoint_every": 1000,
     }
     return Chosen(train, f"{steps:,} steps of {batch} cells: {_passes(steps * batch, n_train)}")
+
+
+def _quarter(train: Chosen) -> Chosen:
+    """Return a training of a quarter of the steps: the learning rate follows them."""
+    value = dict(train.value)
+    for key in ("max_steps", "validate_every", "checkpoint_every"):
+        value[key] = max(1, value[key] // QUICK)
+    return Chosen(value, f"{value['max_steps']:,} steps, a quarter for a first look; in full {train.reason}")
 
 
 def _n_generated(summary: SourceSummary, gpus: int) -> Chosen:

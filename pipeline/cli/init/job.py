@@ -36,6 +36,7 @@ class Wanted:
     tissues: Sequence[str] = ()  # of the Census
     gpus: int = 0
     ray: bool = True  # False: a job for one machine alone
+    quick: bool = False  # a quarter of the steps, for a first look
     output: str = "runs"
     start: Continued | None = None  # what is trained on; None: new networks
 
@@ -85,7 +86,7 @@ def make_job(summary: SourceSummary, wanted: Wanted) -> tuple[str, str]:
         labels = Labels(taken, tuple(Verdict(c, True, "a column of every Census release") for c in taken), 0)
     else:
         labels = choose_labels(summary.columns, summary.n_cells, requested, renamed=summary.kind != "SOMA")
-    choices = choose(summary, labels, gpus=wanted.gpus, cpus=os.cpu_count() or 1, ray=wanted.ray)
+    choices = choose(summary, labels, gpus=wanted.gpus, cpus=os.cpu_count() or 1, ray=wanted.ray, quick=wanted.quick)
     cells: dict[str, Any] = {} if summary.kind != "Census" else {"is_primary_data": True}
     cells |= {"tissue": tissues} if tissues else {}
     text = job_text(summary, labels, choices, name=wanted.name, source=_source(summary, wanted.source), cells=cells,

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from scldm.data.vocabulary import LabelVocabulary, Vocabulary
 
 
+SHOWN = 8  # classes of a label, in a message
+
+
 def asked_classes(
     texts: Sequence[str], vocabulary: Vocabulary, problems: list[str], *, option: str, may_be_empty: bool = False
 ) -> dict[str, list[str | None]]:
@@ -67,9 +70,13 @@ def _unknown(text: str, labels: Sequence[LabelVocabulary], option: str) -> str:
     if not labels:
         return f"{option} {text!r}: the model has no labels"
     name, equals, _ = text.partition("=")
-    known = "; ".join(f"{x.name} ({len(x.classes)} classes)" for x in labels)
+    known = "; ".join(f"{x.name} ({_some(x.classes)})" for x in labels)
     if equals and (hint := did_you_mean(name, [x.name for x in labels])):
         return f"{option} {text!r}: the model has no label {name!r}, {hint} labels: {known}"
     homes = {c: x.name for x in reversed(labels) for c in x.classes}
     near = did_you_mean(text, homes, n=3)
     return f"{option} {text!r}: no label of the model has this class{', ' + near if near else ''}; labels: {known}"
+
+
+def _some(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:SHOWN]) + (f", … {len(classes):,} in all" if len(classes) > SHOWN else "")

@@ -20,6 +20,7 @@ from pipeline.cli.verbs.options import (
     load_model,
     raise_problems,
     read_guidance,
+    require_flow,
     told_as_options,
 )
 from pipeline.cli.verbs.output import check_out, notes, write
@@ -59,6 +60,7 @@ def generate(
         rows: list[dict[str, Any]] = []
         scales = None
         if loaded is not None:
+            require_flow(loaded, model, problems)
             rows = combinations(asked_classes(label or [], loaded.vocabulary, problems, option="--label"))
             scales = read_guidance(guidance, list(loaded.labels), problems)
         raise_problems(problems)

@@ -54,7 +54,7 @@ Precision = Annotated[
     PrecisionName | None, typer.Option(help="Of the networks' products. Default: fp32 on a CPU, bf16 on a GPU.")
 ]
 Match = Annotated[MatchBy, typer.Option(help="How genes are matched.")]
-NAMED = re.compile(r"\b(layer|genes|match|max_missing|unknown_labels|start|counts|guidance|device|precision)="
+NAMED = re.compile(r"(?<![\w.])(layer|genes|match|max_missing|unknown_labels|start|counts|guidance|device|precision)="
                    r"(?:'([^']*)'|\"([^\"]*)\"|([\d.]+))")  # fmt: skip
 
 
@@ -67,6 +67,15 @@ def load_model(place: str, device: str, precision: PrecisionName | None, problem
     except InputError as error:
         problems.append(as_options(str(error)))
         return None
+
+
+def require_flow(model: Model, place: str, problems: list[str]) -> None:
+    """Add a problem if the model has no flow."""
+    if model.flow is None:
+        problems.append(
+            f"{place} has a VAE and no flow, and cells are made by one; name a pipeline with a finished train_flow, or "
+            "a folder with vae/ and flow/"
+        )
 
 
 def raise_problems(problems: list[str]) -> None:

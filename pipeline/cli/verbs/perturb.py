@@ -27,6 +27,7 @@ from pipeline.cli.verbs.options import (
     load_model,
     raise_problems,
     read_guidance,
+    require_flow,
     told_as_options,
 )
 from pipeline.cli.verbs.output import check_cells, check_out, notes, write
@@ -93,6 +94,7 @@ def perturb(
         asked: dict[str, list[str | None]] = {}
         scales = None
         if loaded is not None:
+            require_flow(loaded, model, problems)
             asked = asked_classes(to, loaded.vocabulary, problems, option="--to", may_be_empty=True)
             scales = read_guidance(guidance, list(loaded.labels), problems)
         problems += [

@@ -50,7 +50,7 @@ def fetch_from_hub(name: str, *, token: str | bool | None = None) -> Path:
     except Exception as error:  # of the client library, of its HTTP library, or of the system
         raise CheckpointError(f"{name} cannot be fetched ({reason(error)})") from error
     folder = Path(place)
-    check_sums(folder, name)
+    check_sums(folder, name, remedy=f"delete {folder} and load it again; if that does not help, it was published so")
     return folder
 
 
@@ -66,8 +66,12 @@ def commit_of(folder: Path) -> str | None:
     return None
 
 
-def check_sums(folder: Path, name: str) -> None:
+def check_sums(folder: Path, name: str, *, remedy: str = "copy it again") -> None:
     """Compare files with the sums that `save_pretrained` wrote into their index, if it did.
+
+    Args:
+        name: Of the model, for the message.
+        remedy: What the message advises.
 
     Raises:
         CheckpointError: A file is missing or has another content; all are listed.
@@ -81,10 +85,7 @@ def check_sums(folder: Path, name: str) -> None:
         elif (found := file_sha256(path)) != expected:
             problems.append(f"{file} has sha256 {found[:12]}…, and its index says {expected[:12]}…")
     if problems:
-        raise CheckpointError(
-            f"{name} is damaged: {'; '.join(problems)}. Delete {folder} and load it again; if that does not help, "
-            "it was published so"
-        )
+        raise CheckpointError(f"{name} is damaged: {'; '.join(problems)}; {remedy}")
 
 
 def sums_of(folder: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from scldm.api.arguments import Arguments
 from scldm.api.folders import find_models
-from scldm.api.hub.download import REPOSITORY, SCHEME, fetch_from_hub
+from scldm.api.hub.download import REPOSITORY, SCHEME, check_sums, fetch_from_hub
 from scldm.errors import CheckpointError
 
 
@@ -37,6 +37,7 @@ def pretrained_folder(name: Any, revision: Any = None, token: Any = None) -> Pat
         return fetch_from_hub(text, token=token)
     place = Path(text).expanduser()
     if not could_be_repository:
+        check_sums(place, text)
         return place
     if not place.exists():
         return _from_hub(text, place, token)
@@ -44,6 +45,7 @@ def pretrained_folder(name: Any, revision: Any = None, token: Any = None) -> Pat
         find_models(place)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. If the repository of that name is meant: {SCHEME}{text}") from error
+    check_sums(place, text)
     return place
 
 

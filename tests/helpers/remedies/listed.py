@@ -107,6 +107,12 @@ FOLLOWED_ELSEWHERE = {
     "pipeline/stages/perturb.py: Select the control cells with cells.where={{}: {}}": (
         "tests/unit/inference/test_perturb_controls.py"
     ),
+    "scldm/api/analysis/generated_de.py: method='posterior' takes any column of obs": (
+        "tests/unit/model/api/test_notebook_analysis.py"
+    ),
+    "scldm/api/analysis/interpolation.py: cells under another condition are model.perturb(cells, to)": (
+        "tests/unit/model/api/test_notebook_analysis.py"
+    ),
     "scldm/api/perturb.py: take counts='drawn' or start='latents'": "tests/unit/model/api/test_perturb.py",
     "scldm/api/perturb.py: unknown_labels='none'": "tests/unit/model/api/test_perturb.py",
     "scldm/api/perturb.py: Select the control cells, or take start='latents'": "tests/unit/model/api/test_perturb.py",

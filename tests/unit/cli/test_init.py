@@ -156,6 +156,17 @@ def test_donors_are_held_out_whole_where_there_are_many():
     assert "3 donors (patient) are too few" in kept.split.reason
 
 
+def test_a_quick_job_has_a_quarter_of_the_steps_and_says_so(tmp_path):
+    found = summary(obs_profile(table()))
+    labels = choose_labels(found.columns, N)
+    whole, quick = (choose(found, labels, gpus=0, cpus=2, quick=q) for q in (False, True))
+    for train, short in ((whole.vae_train, quick.vae_train), (whole.flow_train, quick.flow_train)):
+        for key in ("max_steps", "validate_every", "checkpoint_every"):
+            assert train.value[key] == 4 * short.value[key]
+        assert "a quarter for a first look" in short.reason
+    assert quick.n_generated.value <= -(-whole.n_generated.value // 4)
+
+
 # ---- jobs ----------------------------------------------------------------------------------------------------------
 def summary(columns, **other):
     plain = {

@@ -12,6 +12,7 @@ import anndata
 import numpy as np
 import pytest
 import torch
+from helpers.models.label_values import number
 from helpers.models.small_models import CELL_TYPES, DONORS, write_flow, write_vae
 from helpers.stages.cell_stages import real_cells, write_cells
 from typer.testing import CliRunner
@@ -22,6 +23,7 @@ from pipeline.cli.verbs import embed as embed_module
 from pipeline.cli.verbs import generate as generate_module
 from pipeline.cli.verbs import perturb as perturb_module
 from pipeline.cli.verbs import show_report
+from pipeline.cli.verbs.options import as_options
 from pipeline.config.io.loader import load_job
 from pipeline.core.manifest import Manifest, read_manifest, write_manifest
 from pipeline.workflow.preflight import check_settings
@@ -144,6 +146,12 @@ def test_a_model_and_a_device_that_are_not_there_are_said_with_the_rest(pair):
     assert "'tpu' cannot be used here" in refused("generate", pair, "--device", "tpu")[0]
 
 
+def test_a_model_without_a_flow_is_said_with_the_other_problems(models, pair):
+    problems = refused("generate", models / "pair" / "vae", "--label", "Bee")
+    assert "has a VAE and no flow" in problems[0]
+    assert "did you mean 'B'?; labels: cell_type (T, B, NK); donor (d1, d_2)" in problems[1]
+
+
 def test_a_class_of_two_labels_must_be_named_with_its_label(models, pair):
     [problem] = refused("generate", models / "batches", "--label", "d1", "-n", 2)
     assert "is a class of donor and batch" in problem
@@ -196,6 +204,18 @@ def test_many_real_cells_come_with_their_job_too(pair, cells, monkeypatch):
     assert (job.kind, job.to, job.start) == ("perturb", {"cell_type": "NK"}, "noise")
 
 
+def test_a_value_that_no_cell_had_is_asked_for_with_its_label_and_comes_with_a_note(models, pair):
+    write_vae(models / "doses" / "vae", CELL_TYPES, number(unit="uM"))
+    write_flow(models / "doses" / "flow", CELL_TYPES, number(unit="uM"))
+    said = done("generate", models / "doses", "--label", "dose=30", "--label", "B", "-n", 2).stderr
+    assert said == "note: dose 30 uM is above the largest of the training cells, 10 uM: extrapolated.\n"
+    assert anndata.read_h5ad("generated.h5ad").obs["dose"].tolist() == [30.0, 30.0]
+    [problem] = refused("generate", models / "doses", "--label", "30", "--force")
+    assert "no label of the model has this class" in problem
+    done("generate", models / "doses", "--label", "10", "-n", 2, "--force")  # a dose of the data
+    assert anndata.read_h5ad("generated.h5ad").obs["dose"].tolist() == [10.0, 10.0]
+
+
 # ---- embed and perturb ---------------------------------------------------------------------------------------------
 def test_embedded_cells_have_the_latents_of_the_notebook_and_the_file_that_is_read_stays(pair, cells):
     before = cells.read_bytes()
@@ -239,6 +259,18 @@ def test_advice_names_options_and_leads_on(pair, tmp_path):
     option = problem.partition("to go without it: ")[2].split()
     assert option == ["--unknown-labels", "none"]
     done("perturb", pair, "cells.h5ad", "--to", "NK", *option)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("take start='latents' or counts='drawn'", "take --start latents or --counts drawn"),
+        ("pass max_missing=0.31", "pass --max-missing 0.31"),
+        ("set sampler.guidance=2, flow(start=x)", "set sampler.guidance=2, flow(start=x)"),
+    ],
+)
+def test_arguments_of_methods_are_told_as_options(said, told):
+    assert as_options(said) == told
 
 
 # ---- open ----------------------------------------------------------------------------------------------------------

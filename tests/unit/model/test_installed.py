@@ -72,6 +72,15 @@ def test_ours_over_upstream_warns_at_import(tmp_path):
     assert "pip uninstall scldm scldm-census" in done.stderr
 
 
+def test_an_older_version_of_this_project_is_not_called_upstreams(tmp_path):
+    install(tmp_path, "scldm", UPSTREAM, {"scldm/__init__.py": "", "scldm/gone.py": ""})
+    (tmp_path / "scldm-0.dist-info" / "entry_points.txt").write_text("[scldm.train]\npipeline = a:b\n")
+    install(tmp_path, "scldm-census", OURS, ours())
+    said = run(tmp_path, "import scldm").stderr
+    assert "scldm 0.0.0 (its name up to 0.2)" in said
+    assert "pip uninstall scldm scldm-census" in said
+
+
 def test_upstream_over_ours_ends_the_command_line_and_is_found_in_the_files(tmp_path):
     install(tmp_path, "scldm-census", OURS, ours())
     install(tmp_path, "scldm", UPSTREAM, {"scldm/__init__.py": "raise SystemExit('imported')", "scldm/text.py": ""})

@@ -14,7 +14,6 @@ import scipy.sparse as sp
 from anndata import AnnData
 from helpers.models.label_values import sets
 from helpers.models.small_models import CELL_TYPES, vocabulary
-from rich.console import Console
 
 from pipeline.config.io.loader import load_job
 from pipeline.config.job import EvaluateConfig, stage_configs
@@ -23,8 +22,8 @@ from pipeline.report import figures
 from pipeline.report.bars import bar_svg, colors
 from pipeline.report.evaluation import BASELINES, COPIES, NB, POISSON, SHUFFLED, Decoded, evaluate
 from pipeline.report.gallery import gallery
-from pipeline.report.html import MAX_BYTES, Picture, ReportInputs, write_report
-from pipeline.report.outputs import print_key_figures, write_tables
+from pipeline.report.html import MAX_BYTES, Picture, ReportInputs, number, write_report
+from pipeline.report.outputs import WIDTH, summary_lines, write_tables
 from pipeline.report.rows import MetricRow
 from pipeline.report.verdict import verdict
 from pipeline.stages.evaluate import changes_counts
@@ -159,10 +158,22 @@ def test_tables_hold_every_candidate_with_its_interval(result, tmp_path, capsys)
     classes = pd.read_csv(tmp_path / "classes.csv")
     assert set(classes["candidate"]) == {"generated", "floor", *BASELINES, EVIL}
     assert set(classes["class"]) == {"a", "b", EVIL}
-    print_key_figures(result, Console(width=250))
-    printed = capsys.readouterr().out
-    assert "±" in printed
-    assert "against per-label NB" in printed
+
+
+def test_the_summary_of_a_terminal_is_short_narrow_and_in_words(result):
+    lines = summary_lines(result)
+    assert max(map(len, lines)) <= WIDTH < 80
+    header = next(line for line in lines if "real vs real" in line)
+    assert header.split("real vs real")[1].strip() in ("per-label NB", "per-label Poisson", "shuffled genes")
+    of = {line[:33].strip(): line[33:].split() for line in lines if line[33:].strip()}
+    w2 = next(row for row in result.rows if row.name == "w2")
+    assert of["distance (Wasserstein-2)"][0] == number(w2.score.value)
+    assert of["distance (Wasserstein-2)"][1] == number(w2.floor.value)
+    [label] = [of[title] for title in of if title.endswith("found again (kNN)")][:1]
+    assert all(value.endswith("%") for value in label)
+    assert of["copies of training cells"] in (["none", "found"], ["possible"])
+    said = " ".join(lines).split("copies of training cells")[1]
+    assert said.count(". ") <= 1, "one sentence; the report has the others"
 
 
 def test_protocols_own_their_settings():

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers.models.small_models import CELL_TYPES, DONORS, write_flow, write_vae
 from helpers.stages.cell_stages import models, real_cells
+from typer.testing import CliRunner
+
+from pipeline.cli.app import app
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 NOTEBOOKS = DOCS / "notebooks"
@@ -41,6 +45,21 @@ def test_every_cell_runs_and_the_file_stays_as_it_is(execute, tmp_path):
     assert (tmp_path / "shared_model" / "README.md").is_file()
     assert (NOTEBOOKS / f"{MODEL}.ipynb").read_bytes() == before
     assert [c.source for c in notebook.cells] == [c.source for c in nbformat.reads(before.decode(), 4).cells]
+
+
+def test_the_notebook_of_upstreams_checkpoint_runs_on_an_exported_one(execute, tmp_path):
+    write_vae(tmp_path / "mine" / "vae", CELL_TYPES, DONORS)
+    write_flow(tmp_path / "mine" / "flow", CELL_TYPES, DONORS)
+    exported = CliRunner().invoke(
+        app, ["export", str(tmp_path / "mine"), "--to", "upstream", "--out", str(tmp_path / "exported")]
+    )
+    assert exported.exit_code == 0, exported.output
+    real_cells(300).write_h5ad(tmp_path / "small.h5ad")
+    parameters = {"checkpoint": "exported/model.ckpt", "config": "exported/config.yaml", "cells_file": "small.h5ad"}
+    said = said_by(execute["executed"]("upstream_checkpoint", parameters, tmp_path))
+    assert "VAE and flow converted from upstream scLDM" in said
+    assert "AnnData object with n_obs × n_vars = 300 × 6" in said
+    assert (tmp_path / "models" / "upstream" / "flow").is_dir()
 
 
 def test_parameters_that_the_notebook_does_not_take_are_refused(execute, tmp_path):

@@ -49,6 +49,26 @@ def paths(root: Path) -> Paths:
         "log_likelihood of the flow": lambda: _alike(
             root, lambda m: m.log_likelihood(real_cells(), flow=True, probes=2).to_numpy()
         ),
+        "normalized_expression": lambda: _alike(root, lambda m: m.normalized_expression(real_cells()).X),
+        "transform": on(lambda m: m.transform(real_cells(), {"donor": "d1"})),
+        "interpolate between cells": on(lambda m: m.interpolate(real_cells()[:3], real_cells()[3:6], n=3)),
+        "interpolate between conditions": on(lambda m: m.interpolate({"cell_type": "B"}, {"cell_type": "T"}, n=3)),
+        "differential_expression": lambda: _alike(
+            root,
+            lambda m: (
+                m.differential_expression(real_cells(), "donor", "d1", n_permutations=99)
+                .sort_index()[["mean1", "mean2", "p_value"]]
+                .to_numpy()
+            ),
+        ),
+        "differential_expression of generated cells": lambda: _alike(
+            root,
+            lambda m: (
+                m.differential_expression(real_cells(), "donor", "d1", method="generated", n=5)
+                .sort_index()[["mean1", "mean2"]]
+                .to_numpy()
+            ),
+        ),
         "perturb": on(lambda m: m.perturb(real_cells(), {"cell_type": "NK"})),
         "perturb by changed counts": on(lambda m: m.perturb(real_cells(), {"cell_type": "NK"}, counts="changed")),
         "perturb from noise": on(lambda m: m.perturb(real_cells(), {"cell_type": "NK"}, start="noise")),

@@ -18,7 +18,7 @@ def model(tmp_path_factory):
     return scldm.load(root)
 
 
-@pytest.mark.parametrize("of", [list, tuple, np.array, pd.Series, pd.Index])
+@pytest.mark.parametrize("of", [list, tuple, np.array, pd.Series, pd.Index, pd.Categorical])
 def test_a_list_of_classes_is_a_row_for_each(model, of):
     cells = model.generate({"cell_type": of(["B", "NK"]), "donor": "d1"}, n=3, seed=1)
     plain = model.generate([{"cell_type": c, "donor": "d1"} for c in ("B", "NK")], n=3, seed=1)

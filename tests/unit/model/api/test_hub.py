@@ -129,6 +129,17 @@ def test_a_damaged_file_is_named(hub, model):
     assert "flow/library_size.json is missing" in str(caught.value)
 
 
+def test_a_damaged_copy_of_a_saved_folder_is_named_too(model, tmp_path):
+    folder = model.save_pretrained(tmp_path / "saved")
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("license: unknown", "license: mit"))  # a publisher's edit
+    scldm.Model.from_pretrained(folder)
+    weights = folder / "flow" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"flow/model.safetensors has sha256 .*; copy it again"):
+        scldm.Model.from_pretrained(str(folder))
+
+
 def test_neither_pickles_nor_code_are_fetched(hub, model):
     push(model)
     repository = hub.repositories["lab/blood"]

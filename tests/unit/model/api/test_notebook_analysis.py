@@ -135,6 +135,7 @@ def test_one_cell_is_paired_with_each_of_many_and_other_numbers_are_refused(mode
         model.interpolate(cells[:2], cells[2:5])
     with pytest.raises(RequestError, match="both be cells, or both conditions"):
         model.interpolate(cells[:2], {"cell_type": "B"})
+    assert model.perturb(cells[:2], {"cell_type": "B"}).n_obs == 2
 
 
 def test_a_way_between_conditions_keeps_the_noise_and_ends_at_each(model):
@@ -222,10 +223,12 @@ def test_what_a_comparison_cannot_use_is_named_together(model, gaussian):
     with pytest.raises(ArgumentError, match=r"group1 and group2 share \d+ cells"):
         model.differential_expression(cells, "cell_type", ["B", "T"], "B")
     cells.obs["few"] = np.where(np.arange(70) < 2, "x", "y")
+    cells.obs["score > 0.5"] = cells.obs["score"] > 0.5
     with pytest.raises(ArgumentError, match="group1 has 2 cells"):
         model.differential_expression(cells, "few", "x")
     with pytest.raises(ArgumentError, match="a label of the model for method='generated'"):
-        model.differential_expression(cells, "few", "x", method="generated")
+        model.differential_expression(cells, "score > 0.5", "True", method="generated")
+    assert len(model.differential_expression(cells, "score > 0.5", True, method="posterior")) == len(GENES)
     with pytest.raises(CheckpointError, match="gaussian head"):
         gaussian.differential_expression(cells, "cell_type", "B")
 
