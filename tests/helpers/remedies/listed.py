@@ -85,6 +85,8 @@ FOLLOWED_ELSEWHERE = {
     "pipeline/tracking/mlflow_runs/register.py: to name the registered model after; give --name": (
         "tests/unit/inference/test_model_cards.py"
     ),
+    "scldm/api/analysis/mapping.py: map(query, reference=adata)": "tests/unit/model/api/test_map_query.py",
+    "scldm/api/training_run.py: weights='ema').finetune": "tests/unit/cli/test_finetune_in_a_notebook.py",
     "scldm/api/scoring.py: name the layer of counts with layer=": "tests/unit/model/api/test_notebook_api.py",
     "scldm/api/hub/model_card.py: cells = model.generate(n=100, seed=0)": "tests/unit/model/api/test_notebook_api.py",
     "pipeline/config/apply.py: set counts=drawn or start=latents": "tests/unit/inference/test_perturb_controls.py",

@@ -174,6 +174,9 @@ def test_without_a_reference_it_is_the_encoded_cells_of_the_models_pipeline():
 def test_a_model_away_from_its_pipeline_needs_a_reference(model, tmp_path):
     with pytest.raises(CheckpointError, match=r"map\(query, reference=adata\)"):
         model.map(real_cells())
+    assert model.map(real_cells(), reference=real_cells(seed=1)).obs["mapped_donor"].notna().all(), (
+        "as the message says"
+    )
     runs = Path(shutil.copytree(GOLDEN, tmp_path / "tiny"))
     next(runs.glob("encode/*/latents/train*.arrow")).write_bytes(b"no latents")
     with pytest.raises(CheckpointError, match=r"cannot be read .*reference=adata"):
