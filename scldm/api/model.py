@@ -439,7 +439,8 @@ class Model:
 
         What is not claimed. Denoising adds no evidence that a gene differs. evidence="denoised" tests denoised
         expression, whose genes move together: of a null comparison none or half of them have p <= 0.05, and if other
-        genes differ, most genes that do not are found too. Cells are taken as independent: cells of one donor are not, so that a p-value is about these donors' cells.
+        genes differ, most genes that do not are found too. Cells are taken as independent: cells of one donor are
+        not, so that a p-value is about these donors' cells.
         Groups that were found by clustering the same cells differ by construction (Zhang et al. 2019), and then no
         p-value is calibrated. method="generated" adds no evidence either: its error is that of the real cells of
         `adata` and of what separates generated from real cells, so that it finds less, however large n is.
