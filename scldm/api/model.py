@@ -485,10 +485,12 @@ class Model:
         cells. `se`, `low`, `high`: an error and a 95 % interval of `log2_fold_change` that hold on average over genes
         of similar expression, not for each gene, as long as the model follows at most half of the noise of a gene's own
         counts. `probability`: of |log2 fold change| > delta, by this error and a flat prior.
+        A difference that the training cells did not have is not in what the model gives, only in the counts' columns.
 
         What is not claimed. Denoising adds no evidence that a gene differs. evidence="denoised" tests denoised
-        expression: right if the groups are one population; but if other genes differ, most genes that do not are found
-        too. Cells are taken as independent: cells of one donor are not, so that a p-value is about these donors' cells.
+        expression, whose genes move together: of a null comparison none or half of them have p <= 0.05, and if other
+        genes differ, most genes that do not are found too. Cells are taken as independent: cells of one donor are
+        not, so that a p-value is about these donors' cells.
         Groups that were found by clustering the same cells differ by construction (Zhang et al. 2019), and then no
         p-value is calibrated. method="generated" adds no evidence either: its error is that of the real cells of
         `adata` and of what separates generated from real cells, so that it finds less, however large n is.

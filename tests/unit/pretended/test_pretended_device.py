@@ -58,7 +58,7 @@ def test_the_actors_of_every_job_work_on_a_cuda_device(found):
 
 
 def test_every_method_of_a_notebooks_model_works_on_a_cuda_device(found):
-    all_passed(found, "notebook", 23)
+    all_passed(found, "notebook", 29)
 
 
 # ---- budgets -------------------------------------------------------------------------------------------------------
