@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import scldm
-import scldm.api.model as notebook
+import scldm.api.parts as notebook
 import scldm.nn.dit as dit
 from helpers.pretended.device import Record
 from helpers.pretended.patches import pretended

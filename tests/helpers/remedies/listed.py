@@ -187,7 +187,7 @@ NO_ADVICE = (
     "pipeline/cli/verbs/output.py: --out {} is a folder",
     "pipeline/cli/verbs/output.py: --out {}: {} is a file",
     "pipeline/workflow/preflight.py: {}start_from.model ({})",
-    "scldm/api/model.py: a likelihood of latents (flow=True)",
+    "scldm/api/methods/real_cells.py: a likelihood of latents (flow=True)",
     "pipeline/workflow/preflight.py: ingest.labels has no label",
     "pipeline/data/ingest/label_values.py: {}: old cells (ingest.replay) have {}: {}",
     "scldm/checkpoints/upstream/inputs.py: none: library_size.json says so",

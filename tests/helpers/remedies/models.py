@@ -136,8 +136,8 @@ def other_weights_are_asked_for(case: Case) -> None:
 
 
 @follows(
-    "scldm/api/model.py: has no flow next to it; use scldm.load(vae, flow=folder)",
-    "scldm/api/model.py: has no flow, and {}; scldm.load(vae, flow=folder)",
+    "scldm/api/methods/real_cells.py: has no flow next to it; use scldm.load(vae, flow=folder)",
+    "scldm/api/methods/core.py: has no flow, and {}; scldm.load(vae, flow=folder)",
 )
 def a_vae_has_no_flow_next_to_it(case: Case) -> None:
     own = folders(case)

@@ -44,7 +44,8 @@ def nothing_is_computed(monkeypatch, model):
 
     monkeypatch.setattr(CellMaker, "cells", computes)
     monkeypatch.setattr(model.vae.vae, "encode", computes)
-    monkeypatch.setattr("scldm.api.model.align", computes)
+    monkeypatch.setattr("scldm.api.methods.real_cells.align", computes)
+    monkeypatch.setattr("scldm.api.methods.analyses.align", computes)
 
 
 @pytest.mark.parametrize(

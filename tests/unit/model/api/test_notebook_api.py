@@ -362,11 +362,18 @@ def test_a_view_that_anndata_cannot_read_is_refused_with_another_way(model):
             call()
 
 
+MODULES = [
+    "scldm.api.model",
+    "scldm.api.scoring",
+    *(f"scldm.api.methods.{x}" for x in ("core", "real_cells", "analyses", "generated")),
+]
+
+
 # ---- documents -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["scldm.api.model", "scldm.api.scoring"])
+@pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_the_docstrings_are_true(name, model, folder, tmp_path):
     module = importlib.import_module(name)
-    globs = {**vars(module), "model": model, "adata": real_cells(), "folder": folder, "tmp": tmp_path}
+    globs = {**vars(module), "np": np, "model": model, "adata": real_cells(), "folder": folder, "tmp": tmp_path}
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     tests = [t for t in finder.find(module, name, globs=globs) if t.examples]
     assert tests
