@@ -144,16 +144,15 @@ class Scanvi:
 
 
 # ---- scores -------------------------------------------------------------------------------------------------------
-def scores(answer: Answer, piece: Piece, classes: np.ndarray, without: str | None) -> dict[str, float]:
+def scores(way: str, answer: Answer, piece: Piece, classes: np.ndarray, without: str | None) -> dict[str, float]:
     found, novelty = answer
     truth = piece.query.classes
     if without is not None:
         of_new, flagged = truth == without, novelty > 0.95
-        return {
-            "auroc": float(roc_auc_score(of_new, novelty)), "flagged_new": float(flagged[of_new].mean()),
-            "flagged_known": float(flagged[~of_new].mean()), "probability_of_new": float(found[of_new].max(1).mean()),
-        }  # fmt: skip
-    ids, right = np.searchsorted(classes, truth), None
+        told = {"auroc": float(roc_auc_score(of_new, novelty)), "probability": float(found[of_new].max(1).mean())}
+        shares = {"flagged": float(flagged[of_new].mean()), "known_flagged": float(flagged[~of_new].mean())}
+        return told | (shares if way.startswith(OURS) else {})  # of the others it is no share of reference cells
+    ids = np.searchsorted(classes, truth)
     right = found.argmax(1) == ids
     return {
         "accuracy": float(right.mean()),
@@ -174,7 +173,7 @@ def run(name: str, split: str, without: str | None, args: argparse.Namespace) ->
     return {
         "set": name, "split": split, "without": without, "n_reference": len(piece.reference),
         "n_query": len(piece.query), "map": about, "scanvi": facts,
-        "scores": {way: scores(answer, piece, classes, without) for way, answer in answers.items()},
+        "scores": {way: scores(way, answer, piece, classes, without) for way, answer in answers.items()},
     }  # fmt: skip
 
 
