@@ -43,7 +43,7 @@ FIRST_PICTURE = """
     adata = adata[:, adata.var["highly_variable"]].copy()
     model = scldm.train(adata, labels=[label], name="first", quick=True, settings=settings)
     made = model.generate(adata.obs[[label]], seed=0)
-    both = anndata.concat({"real": adata, "generated": made}, label="source", index_unique="-")
+    both = anndata.concat({"real": model.align(adata), "generated": made}, label="source", index_unique="-")
     both.X = both.X.astype("float32")
     sc.pp.normalize_total(both, target_sum=1e4)
     sc.pp.log1p(both)

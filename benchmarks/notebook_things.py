@@ -54,7 +54,7 @@ WORKS = {
     "a numpy number of cells": "model.generate({label: a}, n=np.int32(3))",
     "a library size": "model.generate({label: a}, n=3, library_size=2000)",
     "some genes": "model.generate({label: a}, n=3, genes=list(model.vocabulary.feature_ids[:5]))",
-    "real and generated in one object": "anndata.concat([few, made])",
+    "real and generated in one object": "anndata.concat([model.align(few), made])",
     "a file and back": "(made.write_h5ad('made.h5ad'), anndata.read_h5ad('made.h5ad'))[1]",
     "sparse cells": "model.encode(few.copy())",
     "a view": "model.encode(adata[10:30])",

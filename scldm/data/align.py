@@ -65,7 +65,8 @@ def align(
         vocabulary: Genes of the model.
         layer: Layer of the counts, "raw" for adata.raw; None for X.
         match: Whether genes are matched by id or by symbol.
-        genes: var column of the ids or symbols; None takes feature_id (feature_name for symbols), or else the index.
+        genes: var column of the ids or symbols; None takes feature_id (feature_name for symbols), or else the index; if
+            that holds none of the model's genes, the column of var that holds most of them.
         max_missing: Largest share of the model's genes that the data may lack.
 
     Raises:
@@ -73,9 +74,9 @@ def align(
     """
     if layer == RAW and RAW not in adata.layers:
         adata, layer = raw_cells(adata), None
-    names = _gene_names(adata.var, match, genes)
     model_names = vocabulary.feature_ids if match == "id" else vocabulary.feature_names
-    wanted, have = _keys(model_names, match), _keys(names, match)
+    wanted = _keys(model_names, match)
+    have = _keys(_gene_names(adata.var, match, genes, wanted), match)
     for subject, keys in (("the data name", have), ("the model names", wanted)):
         if (match == "id" or subject == "the data name") and len(repeated := keys[keys.duplicated()].unique()):
             raise CellsError(
@@ -116,12 +117,18 @@ def class_ids(adata: anndata.AnnData, vocabulary: Vocabulary) -> dict[str, np.nd
     return ids
 
 
-def _gene_names(var: pd.DataFrame, match: Match, column: str | None) -> list[str]:
+def _gene_names(var: pd.DataFrame, match: Match, column: str | None, wanted: pd.Series) -> list[str]:
     if column is not None:
         if column not in var:
             raise CellsError(f"var has no column {column!r}; it has {', '.join(map(str, var.columns)) or 'none'}")
         return [str(x) for x in var[column]]
-    return [str(x) for x in var.get(MATCH[match], var.index)]
+    usual = [str(x) for x in var.get(MATCH[match], var.index)]
+    if _keys(usual, match).isin(wanted).any():
+        return usual
+    texts = {c: [str(x) for x in var[c]] for c in var if not pd.api.types.is_numeric_dtype(var[c].dtype)}
+    held = {c: int(_keys(names, match).isin(wanted).sum()) for c, names in texts.items()}
+    best = max(held, key=lambda c: held[c], default=None)
+    return usual if best is None or not held[best] else texts[best]
 
 
 def _keys(names: list[str] | tuple[str, ...], match: Match) -> pd.Series:

@@ -33,6 +33,7 @@ from scldm.errors import CheckpointError
 from scldm.flow.config import SamplerConfig
 from scldm.generation.decoder_condition import decoder_vectors, refuse_adaln
 from scldm.generation.real_cells import draw_sparse, latent_log_prob, require_whole_flow
+from scldm.generation.recipe import genes_table
 
 
 class RealCells(ModelCore):
@@ -50,7 +51,8 @@ class RealCells(ModelCore):
                 copied first. Or the path of an h5ad file, which is read.
             layer: Layer of the counts, "raw" for adata.raw; None: X.
             match: How the model's genes are found in var: by "id", or by "symbol".
-            genes: var column of gene ids or symbols; None: the index, or feature_id (feature_name).
+            genes: var column of gene ids or symbols; None: feature_id (feature_name) or the index, or if that has none of the
+                model's genes the column of var that has.
             max_missing: Largest fraction of the model's genes that var may lack; they count as zeros.
 
         Raises:
@@ -72,6 +74,29 @@ class RealCells(ModelCore):
         out.obsm[LATENTS] = latents_of(self.vae, cells, out)
         out.uns[LATENTS] = {**numerics.as_plain(), **source_of(self.folders)}
         return out
+
+    def align(
+        self, adata: anndata.AnnData | str | Path, *, layer: str | None = None, match: Match = "id",
+        genes: str | None = None, max_missing: float = 0.2,
+    ) -> anndata.AnnData:  # fmt: skip
+        """Return cells with their counts over the model's genes, in its order and with its names in var.
+
+        Generated cells have these genes, so that both can be concatenated: anndata.concat([model.align(adata), cells]).
+
+        Args:
+            adata: As in `encode`, with the other arguments; it is not modified. Genes that it lacks are zeros.
+
+        Raises:
+            CellsError: The model cannot use the cells.
+
+        >>> model.align(adata).var_names.equals(model.generate(n=1).var_names)
+        True
+        """
+        given = Arguments()
+        adata, max_missing = cells_arguments(given, adata, layer, match, genes, max_missing)
+        given.raise_problems()
+        cells = align(adata, self.vocabulary, layer=layer, match=match, genes=genes, max_missing=max_missing)
+        return anndata.AnnData(cells.counts.copy(), obs=adata.obs.copy(), var=genes_table(self.vocabulary, None))
 
     def reconstruct(
         self, adata: anndata.AnnData | str | Path, *, layer: str | None = None, match: Match = "id",

@@ -362,6 +362,20 @@ def test_a_view_that_anndata_cannot_read_is_refused_with_another_way(model):
             call()
 
 
+def test_aligned_cells_and_generated_ones_are_of_the_same_genes_whatever_the_file_calls_them(model):
+    cells = real_cells(20)
+    renamed = cells[:, ::-1].copy()
+    renamed.var["ensembl"] = list(renamed.var_names)
+    renamed.var_names = [f"symbol-{i}" for i in range(renamed.n_vars)]
+    made = model.generate({"cell_type": "B"}, n=5, seed=1)
+    aligned = model.align(renamed)  # by the column of var that holds the model's genes
+    np.testing.assert_array_equal(aligned.X.toarray(), model.align(renamed, genes="ensembl").X.toarray())
+    both = anndata.concat([aligned, made])
+    assert both.shape == (25, made.n_vars)
+    np.testing.assert_array_equal(aligned.X.toarray(), model.align(cells).X.toarray())
+    assert aligned.obs.equals(renamed.obs)
+
+
 MODULES = [
     "scldm.api.model",
     "scldm.api.scoring",
