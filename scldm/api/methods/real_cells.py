@@ -51,8 +51,8 @@ class RealCells(ModelCore):
                 copied first. Or the path of an h5ad file, which is read.
             layer: Layer of the counts, "raw" for adata.raw; None: X.
             match: How the model's genes are found in var: by "id", or by "symbol".
-            genes: var column of gene ids or symbols; None: feature_id (feature_name) or the index, or if that has none of the
-                model's genes the column of var that has.
+            genes: var column of gene ids or symbols; None: feature_id (feature_name) or the index, or if none of the
+                model's genes is there the column of var that holds them.
             max_missing: Largest fraction of the model's genes that var may lack; they count as zeros.
 
         Raises:
