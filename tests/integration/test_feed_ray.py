@@ -52,7 +52,8 @@ def test_ray_and_local_feeds_are_identical(ray_cluster, source, world_size):
 
 
 def test_encode_reads_every_cell_once_in_storage_order(ray_cluster, source):
-    from pipeline.data.loading.ray_source import blocks_dataset, storage_blocks
+    from pipeline.data.loading.blocks import storage_blocks
+    from pipeline.data.loading.ray_source import blocks_dataset
 
     source = replace(source, tile=64)
     blocks = storage_blocks(source, block_rows=128)
