@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import scldm
+import scldm.api.model  # loads what takes `flat` from `parts`, before that is replaced
 import scldm.api.parts as notebook
 import scldm.nn.dit as dit
 from helpers.pretended.device import Record
