@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
@@ -63,8 +65,7 @@ def in_child(
     except subprocess.TimeoutExpired:
         pass
     finally:
-        child.kill()
-        child.wait()
+        _end(child)
         _close(child.stdin)
 
 
@@ -76,6 +77,15 @@ def environment(resources: ResourcesConfig) -> dict[str, str]:
     if resources.gpus_per_worker == 0:
         env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return env
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child, unless it has ended well, and the processes that it started: it leads a group of its own."""
+    if child.returncode == 0:
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def _send(stdin: IO[bytes], call: Any) -> None:
@@ -142,9 +152,10 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> NoReturn:
-    """Wait until the parent has closed its end of standard input, which its death does too."""
+    """Wait until the parent has closed its end of standard input, which its death does too; take our children along."""
     while os.read(sys.stdin.fileno(), 1):  # not by its buffer, whose lock would be held when the interpreter ends
         pass
+    os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)
 
 

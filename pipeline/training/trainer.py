@@ -129,7 +129,8 @@ def fit(spec: AnyWorkerSpec, train: TrainConfig, resources: ResourcesConfig, sta
             if stop_requested():
                 log.info(f"{STOPPED_MESSAGE}; the same command resumes after step {facts[STOPPED]}")
                 raise SystemExit(128 + signal.SIGTERM)
-            log.info(f"a node is taken away; step {facts[STOPPED]} is in a checkpoint, resuming without the node")
+            why = "a node is taken away" if resources.ray else "a worker was stopped"
+            log.info(f"{why}; step {facts[STOPPED]} is in a checkpoint, resuming without it")
             if preempted is not None:
                 wait_until_gone(preempted)
 

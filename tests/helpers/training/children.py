@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,11 @@ def killed() -> Iterator[int]:
     print("last words", flush=True)
     yield 1
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def starts_another() -> Iterator[int]:
+    yield subprocess.Popen(["sleep", "600"]).pid
+    time.sleep(600)
 
 
 def waits(pid_file: Path) -> Iterator[Any]:

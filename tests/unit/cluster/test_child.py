@@ -68,6 +68,14 @@ def test_a_child_that_is_no_longer_asked_ends(tmp_path):
     assert gone(pid)
 
 
+def test_processes_that_a_child_started_end_with_it(tmp_path):
+    found = in_child(children.starts_another, resources=ALONE, folder=tmp_path)
+    pid = next(found)
+    assert psutil.pid_exists(pid)
+    found.close()
+    assert gone(pid)
+
+
 def test_a_child_ends_with_its_parent_even_if_that_is_killed(tmp_path):
     code = f"""
         from pathlib import Path
@@ -75,7 +83,9 @@ def test_a_child_ends_with_its_parent_even_if_that_is_killed(tmp_path):
         from pipeline.cluster.child import in_child
         from pipeline.config.job import ResourcesConfig
         folder = Path({str(tmp_path)!r})
-        list(in_child(children.waits, folder / "pid", resources=ResourcesConfig(ray=False, workers=1), folder=folder))
+        alone = ResourcesConfig(ray=False, workers=1)
+        for other in in_child(children.starts_another, resources=alone, folder=folder):
+            (folder / "pid").write_text(str(other))
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     pid_file, until = tmp_path / "pid", time.monotonic() + 60
